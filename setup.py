@@ -1,0 +1,71 @@
+"""Builds the native core; everything declarative is in pyproject.toml.
+
+The extension is optional: where no C++20 compiler is found, or it fails, installation goes on with one line that
+says so, and the plain twins (NF4 in torch, files through aiofiles) serve. `offload-rt doctor` shows which are in use.
+"""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = sorted(str(path) for path in Path("native").glob("*.cc"))
+
+
+class OptionalBuildExt(build_ext):
+    """`build_ext` that turns a failed compilation into one clear line."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:  # noqa: BLE001 - any failure of the tool chain means the same thing here
+            self._give_up(error)
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:  # noqa: BLE001
+            self._give_up(error)
+
+    def copy_extensions_to_source(self) -> None:
+        # Called for editable installs; there is nothing to copy when the build gave up.
+        self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
+        super().copy_extensions_to_source()
+
+    def _give_up(self, error: Exception) -> None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        print(
+            f"offload-rt: native core not built ({reason}); plain torch NF4 and aiofiles I/O will serve, slower",
+            file=sys.stderr,
+        )
+
+
+def extensions() -> list[Extension]:
+    if not SOURCES:
+        return []
+    import pybind11
+
+    return [
+        Extension(
+            "_offload_rt_native",
+            SOURCES,
+            include_dirs=[pybind11.get_include(), "native"],
+            language="c++",
+            # No -march: instruction sets are chosen at run time, so that one wheel serves every machine.
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+            ],
+            # The C++ runtime is linked in, so that a wheel does not depend on the user's.
+            extra_link_args=["-static-libstdc++", "-static-libgcc", "-pthread"],
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": OptionalBuildExt})
