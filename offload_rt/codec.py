@@ -1,0 +1,274 @@
+"""Encodes and decodes NF4 blobs, by the native core where it is there and by its torch twin elsewhere.
+
+The blob is described in `nf4_layout`, its arithmetic in `nf4_torch`; both paths give the same bits, so the
+choice between them is never visible in a result. Tensors on other devices than the CPU are served by the
+twin. Nothing here knows modules, tensor names, files or tiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from offload_rt import nf4_torch
+from offload_rt.errors import OffloadError
+from offload_rt.native import native_core, why_not
+from offload_rt.nf4_layout import QUANT_BLOCK_SIZE, nf4_layout
+from offload_rt.nf4_torch import sections_of, tables, zero_gaps
+
+Backend = Literal["auto", "native", "torch"]
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class NonFiniteWeight(OffloadError, ValueError):
+    """A weight is NaN or infinite, or the mean of the scales overflows. The caller knows the tensor's name.
+
+    `element` is the row-major index of the first such weight, None where only the mean overflows.
+    """
+
+    def __init__(self, message: str, *, element: int | None) -> None:
+        super().__init__(message)
+        self.element = element
+
+
+def backend(requested: Backend = "auto") -> str:
+    """What serves CPU tensors: `"native avx512"`, `"native avx2"`, `"native plain"` or `"torch"`.
+
+    `OFFLOAD_RT_NATIVE=0` in the environment turns the native core off. Asking for `"native"` where it
+    cannot be had raises `OffloadError` with the reason.
+    """
+    native = _native(requested)
+    return "torch" if native is None else f"native {native.nf4_isas()[-1]}"
+
+
+def encode(weight: Tensor, *, backend: Backend = "auto", num_threads: int | None = None) -> Tensor:
+    """A new blob, uint8[total_bytes] on the weight's device; see `encode_into`."""
+    blob = torch.empty(nf4_layout(weight.numel()).total_bytes, dtype=torch.uint8, device=weight.device)
+    encode_into(weight, blob, backend=backend, num_threads=num_threads)
+    return blob
+
+
+def encode_into(weight: Tensor, blob: Tensor, *, backend: Backend = "auto", num_threads: int | None = None) -> None:
+    """Quantizes a contiguous float32, bfloat16 or float16 tensor, in row-major order, into `blob`.
+
+    Every byte of the blob is written, its gaps with zero. Takes 4 bytes of scratch for each quant block.
+    Blocks until done. Raises `NonFiniteWeight`, and `ValueError` for a wrong dtype, size, stride or
+    alignment.
+    """
+    encoder = StreamEncoder(weight.numel(), blob, backend=backend, num_threads=num_threads)
+    encoder.feed(weight)
+    encoder.finish()
+
+
+class StreamEncoder:
+    """Encodes a tensor that arrives in slabs of any size, so that it never lies in memory as a whole.
+
+    The blob is complete after `finish()`, and is that of `encode` of the whole tensor. Until then `blob`
+    belongs to the encoder. After an error the encoder is of no more use, and the blob is undefined.
+    """
+
+    def __init__(
+        self, num_elements: int, blob: Tensor, *, backend: Backend = "auto", num_threads: int | None = None
+    ) -> None:
+        self._layout = nf4_layout(num_elements)
+        self._sections = sections_of(blob, self._layout)
+        self._native = _native(backend, blob)
+        self._num_threads = _threads(num_threads)
+        self._absmax = torch.empty(self._layout.num_quant_blocks, dtype=torch.float32, device=blob.device)
+        self._num_encoded = 0
+        self._carry: Tensor | None = None
+        """The beginning of a quant block that a slab's end has cut; None before the first slab."""
+        zero_gaps(blob, self._layout)
+
+    def feed(self, slab: Tensor) -> None:
+        """Takes the next elements, in row-major order, all in one dtype; `slab` may be reused at once."""
+        flat = _flat(slab, "slab").detach()
+        if self._carry is None:
+            self._carry = flat[:0]
+        if flat.dtype != self._carry.dtype:
+            raise ValueError(f"slab.dtype is {flat.dtype}, the slabs before it were {self._carry.dtype}")
+        missing = self._layout.num_elements - self._num_encoded - self._carry.numel()
+        if flat.numel() > missing:
+            raise ValueError(
+                f"slab has {flat.numel()} elements, only {missing} of {self._layout.num_elements} are missing"
+            )
+        if self._carry.numel():
+            taken = min(QUANT_BLOCK_SIZE - self._carry.numel(), flat.numel())
+            self._carry = torch.cat([self._carry, flat[:taken]])
+            flat = flat[taken:]
+            if self._carry.numel() < QUANT_BLOCK_SIZE:
+                return
+            self._encode_blocks(self._carry)
+        num_whole = flat.numel() // QUANT_BLOCK_SIZE * QUANT_BLOCK_SIZE
+        self._encode_blocks(flat[:num_whole])
+        self._carry = flat[num_whole:].clone()
+
+    def finish(self) -> None:
+        """Encodes what is left, and the scales of all; raises `ValueError` if elements are missing."""
+        num_fed = self._num_encoded + (0 if self._carry is None else self._carry.numel())
+        if num_fed != self._layout.num_elements:
+            raise ValueError(f"{num_fed} of {self._layout.num_elements} elements were fed")
+        if self._carry is not None:
+            self._encode_blocks(self._carry)
+        self._encode_absmax()
+
+    def _encode_blocks(self, flat: Tensor) -> None:
+        if not flat.numel():
+            return
+        begin, end = self._num_encoded, self._num_encoded + flat.numel()
+        codes = self._sections.codes[begin // 2 : -(-end // 2)]
+        absmax = self._absmax[begin // QUANT_BLOCK_SIZE : -(-end // QUANT_BLOCK_SIZE)]
+        if self._native is None:
+            bad = nf4_torch.encode_blocks(flat, codes, absmax)
+        else:
+            bad = self._native.nf4_encode(
+                _buffer(flat),
+                _DTYPE_NAMES[flat.dtype],
+                codes.numpy(),
+                absmax.numpy(),
+                num_threads=self._num_threads,
+            )
+        if bad is not None:
+            element = begin + bad
+            message = f"weight {element} of {self._layout.num_elements} is {flat[bad].item()}"
+            raise NonFiniteWeight(message, element=element)
+        self._num_encoded = end
+
+    def _encode_absmax(self) -> None:
+        # torch's own mean, because its order of summation is what bitsandbytes' offset has. Of nothing it
+        # is NaN.
+        offset = self._absmax.mean() if self._absmax.numel() else self._absmax.sum()
+        if not torch.isfinite(offset):
+            message = f"the mean of {self._absmax.numel()} absmax overflows float32, it is {offset.item()}"
+            raise NonFiniteWeight(message, element=None)
+        sections, constants = self._sections, tables(offset.device)
+        sections.nested_offset.fill_(offset)
+        sections.nested_map.copy_(constants.dynamic_map)
+        if self._native is None:
+            nf4_torch.encode_absmax(self._absmax, offset, sections.absmax, sections.nested_absmax)
+        else:
+            self._native.nf4_encode_absmax(
+                self._absmax.numpy(),
+                offset.item(),
+                constants.absmax_rounding.numpy(),
+                sections.absmax.numpy(),
+                sections.nested_absmax.numpy(),
+            )
+
+
+def decode(
+    blob: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    backend: Backend = "auto",
+    num_threads: int | None = None,
+) -> Tensor:
+    """The weights as a new tensor of `shape`; see `decode_into`."""
+    out = torch.empty(tuple(shape), dtype=dtype, device=blob.device)
+    decode_into(blob, out, backend=backend, num_threads=num_threads)
+    return out
+
+
+def decode_into(
+    blob: Tensor,
+    out: Tensor,
+    *,
+    backend: Backend = "auto",
+    num_threads: int | None = None,
+    streaming_stores: bool = False,
+) -> None:
+    """Decodes all weights, in row-major order, into contiguous float32, bfloat16 or float16 `out`.
+
+    Allocates nothing on the native path. `num_threads` bounds the threads, None for torch's number. With
+    `streaming_stores` the native path writes around the caches, which suits an output that is not read
+    next; the bits are the same. Blocks until done. Raises `ValueError` for a wrong dtype, size, stride or
+    alignment.
+    """
+    flat = _flat(out, "out").detach()
+    sections = sections_of(blob, nf4_layout(flat.numel()))
+    native, num_threads = _native(backend, blob), _threads(num_threads)
+    if native is None:
+        nf4_torch.decode(sections, flat)
+        return
+    native.nf4_decode(
+        *(section.numpy() for section in sections),
+        _buffer(flat),
+        _DTYPE_NAMES[out.dtype],
+        num_threads=num_threads,
+        streaming_stores=streaming_stores,
+    )
+
+
+def decode_transposed_into(
+    blob: Tensor,
+    rows: int,
+    columns: int,
+    out: Tensor,
+    *,
+    backend: Backend = "auto",
+    num_threads: int | None = None,
+) -> None:
+    """Decodes the stored (rows, columns) matrix into contiguous `out` of shape (columns, rows).
+
+    For GPT-2's `Conv1D`, which keeps (in, out) where bitsandbytes quantizes (out, in). Otherwise like
+    `decode_into`, but each thread takes scratch for 64 decoded rows, and the twin for the whole decoded
+    matrix.
+    """
+    if tuple(out.shape) != (columns, rows):
+        raise ValueError(f"out.shape is {tuple(out.shape)}, ({columns}, {rows}) is needed")
+    flat = _flat(out, "out").detach()
+    sections = sections_of(blob, nf4_layout(flat.numel()))
+    native, num_threads = _native(backend, blob), _threads(num_threads)
+    if native is None:
+        decoded = torch.empty_like(flat)
+        nf4_torch.decode(sections, decoded)
+        flat.view(columns, rows).copy_(decoded.view(rows, columns).t())
+        return
+    native.nf4_decode_transposed(
+        *(section.numpy() for section in sections),
+        rows,
+        columns,
+        _buffer(flat),
+        _DTYPE_NAMES[out.dtype],
+        num_threads=num_threads,
+    )
+
+
+def _native(requested: Backend, blob: Tensor | None = None) -> ModuleType | None:
+    """The native core, or None where the twin serves."""
+    if requested not in ("auto", "native", "torch"):
+        raise ValueError(f"backend is {requested!r}, allowed: 'auto', 'native', 'torch'")
+    on_cpu = blob is None or blob.device.type == "cpu"
+    core = native_core() if on_cpu else None
+    if requested == "native" and core is None:
+        reason = why_not() if on_cpu else "the blob is not in CPU memory"
+        raise OffloadError(f"the native codec was asked for, but it cannot serve: {reason}")
+    return None if requested == "torch" else core
+
+
+def _flat(tensor: Tensor, name: str) -> Tensor:
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise ValueError(f"{name}.dtype is {tensor.dtype}, allowed: {', '.join(_DTYPE_NAMES.values())}")
+    if not tensor.is_contiguous():
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        raise ValueError(f"{name} must be contiguous, got strides {stride} for shape {shape}")
+    return tensor.view(-1)
+
+
+def _buffer(flat: Tensor) -> object:
+    """The tensor's memory as a numpy array; 16-bit floats as uint16, because numpy has no bfloat16."""
+    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+
+
+def _threads(num_threads: int | None) -> int:
+    if num_threads is None:
+        return torch.get_num_threads()
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}, allowed: 1 or more")
+    return num_threads

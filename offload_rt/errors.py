@@ -1,0 +1,99 @@
+"""What can go wrong, one class per cause, each carrying its evidence.
+
+A user's mistake is a `ConfigError` (a `ValueError`); the world's failures have classes of their own. Every message
+names what was asked, what was found and what to do. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno as errno_names
+from collections.abc import Iterable
+
+from planners.errors import PlanInfeasible as PlanInfeasible
+
+
+class OffloadError(Exception):
+    """Base class of everything this library raises on purpose."""
+
+
+class ConfigError(OffloadError, ValueError):
+    """An argument is wrong: the message names the field, the value and what is allowed."""
+
+
+class StorageError(OffloadError, OSError):
+    """A read or write failed. Carries `path`, `offset`, `wanted`, `done` (bytes) and `errno`."""
+
+    def __init__(
+        self, message: str, *, path: str, offset: int = 0, wanted: int = 0, done: int = 0, errno: int = 0
+    ) -> None:
+        self.path = path
+        self.offset = offset
+        self.wanted = wanted
+        self.done = done
+        text = f"{path}: {message}"
+        if wanted:
+            text += f" ({done} of {wanted} bytes at offset {offset})"
+        if errno:
+            text += f" (errno {errno}, {errno_names.errorcode.get(errno, 'unknown')})"
+        super().__init__(text)
+        self.errno = errno
+
+
+class StorageFull(StorageError):
+    """There is not enough free space, found before the first byte where it can be."""
+
+
+class StorageTimeout(OffloadError, TimeoutError):
+    """An operation did not finish in time; the message lists what was outstanding."""
+
+
+class StoreInUse(OffloadError):
+    """Another process holds the store's lock."""
+
+
+class StoreCorrupt(OffloadError):
+    """A store's manifest or an extent does not match its checksum; training state elsewhere is intact."""
+
+
+class CheckpointError(OffloadError):
+    """A checkpoint is missing, truncated, malformed, or does not fit the model."""
+
+
+class CheckpointVerifyError(OffloadError):
+    """What was written does not read back as it should."""
+
+
+class DataError(OffloadError, ValueError):
+    """Training data are empty or malformed; the message names the file and the line."""
+
+
+class BudgetExceeded(OffloadError, MemoryError):
+    """A managed memory budget would be exceeded; the message says by whom it is held."""
+
+
+class UnsupportedModule(OffloadError):
+    """A module does something that cannot be streamed correctly; the message names it."""
+
+
+class TargetNotMatched(ConfigError):
+    """An adapter configuration names modules that the model does not have."""
+
+
+class QuantCoverageError(OffloadError):
+    """`bits=4` would leave too large a share of the frozen bytes in 16 bits."""
+
+
+class IntegrityError(OffloadError):
+    """Training is silently wrong: a gradient is missing, zero or not finite, or parameters are not the model's."""
+
+
+class NonFiniteLoss(IntegrityError):
+    """The loss is NaN or infinite."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Ends an error about an unknown name: the nearest match if there is one, otherwise all that is allowed."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
