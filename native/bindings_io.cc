@@ -1,0 +1,283 @@
+// Rings, checksums and errors for Python. The native core owns no memory; here a Ring owns the buffers of its
+// operations (it holds their Py_buffer, so that neither collection nor resizing can move them) until the
+// operation was waited for, or the ring is closed or destroyed.
+//
+// The buffers are guarded by the GIL, the rest by the core's own lock. Whatever can block drops the GIL.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+
+#include "crc32c.h"
+#include "io_ring.h"
+#include "isa.h"
+#include "status.h"
+
+namespace py = pybind11;
+using namespace offload_rt;
+
+namespace {
+
+constexpr const char* kModule = "_offload_rt_native";
+
+// From here on dropping the GIL costs less than keeping others from running: about 100 us of checksum.
+constexpr py::ssize_t kLargeBuffer = 1 << 20;
+
+// Between two looks at Ctrl-C.
+constexpr double kSignalCheckSeconds = 0.2;
+
+// Becomes the Python exception of the same fields. Needs the GIL.
+[[noreturn]] void throw_as_python(const Status& status) {
+  if (status.code == StatusCode::invalid || status.code == StatusCode::unknown_ticket ||
+      status.code == StatusCode::closed)
+    throw py::value_error(status.code == StatusCode::closed && status.detail.empty()
+                              ? status.path + ": the ring is closed"
+                              : status.message());
+  const py::object type = py::module_::import(kModule).attr(
+      status.code == StatusCode::timed_out ? "NativeTimeout" : "NativeStorageError");
+  Status summary = status;
+  summary.detail = status.code == StatusCode::timed_out ? std::string() : status.detail;
+  std::string message = summary.message();
+  if (status.code == StatusCode::timed_out) message += "; outstanding:\n" + status.detail;
+  py::object error = type(message);
+  error.attr("errno") = status.error_number;
+  error.attr("code") = std::string(name_of(status.code));
+  error.attr("kind") = std::string(name_of(status.kind));
+  error.attr("path") = status.path;
+  error.attr("offset") = status.offset;
+  error.attr("wanted") = status.wanted;
+  error.attr("done") = status.done;
+  error.attr("failed_at") = status.failed_at;
+  if (status.code == StatusCode::timed_out) error.attr("dump") = status.detail;
+  PyErr_SetObject(type.ptr(), error.ptr());
+  throw py::error_already_set();
+}
+
+void raise_unless_ok(const Status& status) {
+  if (!status.ok()) throw_as_python(status);
+}
+
+// A contiguous view of a Python object's memory, given back with the object. Made and destroyed with the GIL.
+class BufferView {
+ public:
+  BufferView(const py::object& object, bool writable) : view_(new Py_buffer{}) {
+    const int flags = PyBUF_ANY_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
+    if (PyObject_GetBuffer(object.ptr(), view_.get(), flags) != 0) throw py::error_already_set();
+  }
+
+  [[nodiscard]] std::byte* data() const { return static_cast<std::byte*>(view_->buf); }
+  [[nodiscard]] py::ssize_t size() const { return view_->len; }
+
+ private:
+  struct Release {
+    void operator()(Py_buffer* view) const {
+      PyBuffer_Release(view);  // does nothing to one that was refused
+      delete view;
+    }
+  };
+  std::unique_ptr<Py_buffer, Release> view_;  // not moved in memory: it may point into itself
+};
+
+IoBackend parse_backend(std::string_view name) {
+  if (name == "auto") return IoBackend::automatic;
+  if (name == "io_uring") return IoBackend::io_uring;
+  if (name == "threads") return IoBackend::threads;
+  throw py::value_error("backend must be 'auto', 'io_uring' or 'threads', not '" + std::string(name) + "'");
+}
+
+class PyRing {
+ public:
+  PyRing(unsigned depth, std::uint32_t io_bytes, std::string_view backend) {
+    raise_unless_ok(
+        open_io_ring({.depth = depth, .io_bytes = io_bytes, .backend = parse_backend(backend)}, ring_));
+  }
+
+  ~PyRing() {
+    const py::gil_scoped_release release;
+    ring_.reset();
+  }  // buffers_ goes after this, with the GIL
+
+  PyRing(const PyRing&) = delete;
+  PyRing& operator=(const PyRing&) = delete;
+
+  Ticket submit(IoKind kind, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer) {
+    BufferView view(buffer, kind == IoKind::read);
+    Ticket ticket = 0;
+    raise_unless_ok(ring_->submit({.kind = kind,
+                                   .fd = fd,
+                                   .path = std::move(path),
+                                   .offset = offset_bytes,
+                                   .address = view.data(),
+                                   .length = static_cast<std::uint64_t>(view.size())},
+                                  ticket));
+    buffers_.emplace(ticket, std::move(view));
+    return ticket;
+  }
+
+  void wait(Ticket ticket, double timeout_seconds) {
+    // In slices, so that Ctrl-C is answered; the ticket stays waitable then, as after a timeout.
+    const auto start = std::chrono::steady_clock::now();
+    for (double left = timeout_seconds;;) {
+      const double slice = left > kSignalCheckSeconds ? kSignalCheckSeconds : left;
+      Status status;
+      {
+        const py::gil_scoped_release release;
+        status = ring_->wait(ticket, slice);
+      }
+      if (status.code == StatusCode::timed_out && slice < left) {
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+        left = std::max(0.0, timeout_seconds - elapsed.count());
+        continue;
+      }
+      const bool finished = status.ok() || status.code == StatusCode::os_error ||
+                            status.code == StatusCode::end_of_file || status.code == StatusCode::no_progress;
+      if (finished) buffers_.erase(ticket);
+      raise_unless_ok(status);
+      return;
+    }
+  }
+
+  [[nodiscard]] bool done(Ticket ticket) const {
+    bool finished = false;
+    raise_unless_ok(ring_->done(ticket, finished));
+    return finished;
+  }
+
+  void close() {
+    Status status;
+    {
+      const py::gil_scoped_release release;
+      status = ring_->close();
+    }
+    buffers_.clear();
+    raise_unless_ok(status);
+  }
+
+  [[nodiscard]] const IoRing& core() const { return *ring_; }
+
+ private:
+  std::unordered_map<Ticket, BufferView> buffers_;
+  IoRingPtr ring_;
+};
+
+py::dict counters_dict(const PyRing& ring) {
+  const IoCounters counters = ring.core().counters();
+  py::dict dict;
+  dict["bytes_read"] = counters.bytes_read;
+  dict["bytes_written"] = counters.bytes_written;
+  dict["operations"] = counters.operations;
+  dict["requests"] = counters.requests;
+  dict["resubmitted"] = counters.resubmitted;
+  dict["max_in_flight"] = counters.max_in_flight;
+  return dict;
+}
+
+py::tuple io_uring_available() {
+  const Status status = probe_io_uring();
+  return py::make_tuple(status.ok(), status.ok() ? std::string() : status.message());
+}
+
+std::uint32_t checksum(const py::object& buffer, std::uint32_t seed) {
+  const BufferView view(buffer, /*writable=*/false);
+  const std::span<const std::byte> bytes(view.data(), static_cast<std::size_t>(view.size()));
+  if (view.size() < kLargeBuffer) return crc32c(bytes, seed);
+  const py::gil_scoped_release release;
+  return crc32c(bytes, seed);
+}
+
+// Made by a Python class statement in effect, since pybind11 cannot give an exception attributes and a
+// docstring.
+void add_exception(py::module_& m, const char* name, PyObject* base, const char* doc) {
+  const std::string full_name = std::string(kModule) + "." + name;
+  PyObject* type = PyErr_NewExceptionWithDoc(full_name.c_str(), doc, base, nullptr);
+  if (type == nullptr) throw py::error_already_set();
+  m.attr(name) = py::reinterpret_steal<py::object>(type);
+}
+
+}  // namespace
+
+void bind_io(py::module_& m) {
+  using py::arg;
+  add_exception(
+      m, "NativeStorageError", PyExc_OSError,
+      "A read or write failed. errno (0: the kernel reported none), code ('os_error', 'end_of_file' or\n"
+      "'no_progress'), kind ('read' or 'write'), path, offset, wanted and done (bytes, of the operation),\n"
+      "failed_at (the lowest file offset that failed).");
+  add_exception(
+      m, "NativeTimeout", PyExc_TimeoutError,
+      "An operation did not finish in time. It goes on, and its ticket stays waitable. The attributes of\n"
+      "NativeStorageError, and dump: one line per operation that is outstanding.");
+
+  py::class_<PyRing>(m, "Ring", "Asynchronous reads and writes, on io_uring or on a pool of threads.")
+      .def(
+          py::init<unsigned, std::uint32_t, std::string_view>(), arg("depth") = 64, arg("io_bytes") = 1 << 20,
+          arg("backend") = "auto",
+          "At most `depth` requests of at most `io_bytes` bytes are in flight. backend: 'auto', 'io_uring' "
+          "or\n"
+          "'threads'; 'auto' falls back to threads where the kernel refuses, and `fallback_reason` says why.")
+      .def_property_readonly("backend",
+                             [](const PyRing& ring) {
+                               return ring.core().backend() == IoBackend::io_uring ? "io_uring" : "threads";
+                             })
+      .def_property_readonly("fallback_reason",
+                             [](const PyRing& ring) { return ring.core().fallback_reason(); })
+      .def(
+          "read",
+          [](PyRing& ring, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer) {
+            return ring.submit(IoKind::read, fd, std::move(path), offset_bytes, buffer);
+          },
+          arg("fd"), arg("path"), arg("offset_bytes"), arg("buffer"),
+          "Starts filling all of `buffer` from `offset_bytes` on; returns a ticket. The ring holds the "
+          "buffer until\n"
+          "the ticket was waited for; the descriptor must stay open as long. `path` is for messages.")
+      .def(
+          "write",
+          [](PyRing& ring, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer) {
+            return ring.submit(IoKind::write, fd, std::move(path), offset_bytes, buffer);
+          },
+          arg("fd"), arg("path"), arg("offset_bytes"), arg("buffer"),
+          "Starts writing all of `buffer` to `offset_bytes` on; returns a ticket. As read(), and the buffer "
+          "must\n"
+          "not be changed meanwhile. Written is not yet durable: that is fdatasync's part.")
+      .def("wait", &PyRing::wait, arg("ticket"), arg("timeout_seconds"),
+           "Blocks, without the GIL, until the operation has ended; raises NativeStorageError if it failed "
+           "and\n"
+           "NativeTimeout if it has not ended. Ends the ticket, unless it timed out.")
+      .def("done", &PyRing::done, arg("ticket"), "Whether wait() would return or raise at once.")
+      .def("outstanding", [](const PyRing& ring) { return ring.core().outstanding(); })
+      .def("counters", &counters_dict)
+      .def(
+          "close", &PyRing::close,
+          "Waits for all operations, gives their buffers back, and raises the first failure that nobody has\n"
+          "waited for.")
+      .def("__enter__", [](py::object self) { return self; })
+      .def("__exit__", [](PyRing& ring, const py::object& type, const py::object&, const py::object&) {
+        try {
+          ring.close();
+        } catch (const py::error_already_set&) {
+          if (type.is_none()) throw;  // else the exception that is already on its way says more
+        }
+      });
+
+  m.def("io_uring_available", &io_uring_available, "(whether this process may use io_uring, why not).");
+  m.def("crc32c", &checksum, arg("buffer"), arg("seed") = 0,
+        "CRC32C of a contiguous buffer; the result is the seed of the next chunk. Drops the GIL for large "
+        "buffers.");
+  m.def(
+      "isa",
+      [] {
+        py::dict dict;
+        for (const auto& [name, present] : detect_isa()) dict[py::str(std::string(name))] = present;
+        return dict;
+      },
+      "Instruction sets that fast paths are chosen by, and whether this machine has them.");
+}

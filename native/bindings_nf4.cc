@@ -1,0 +1,160 @@
+// NF4 for Python: buffers in, spans out. Every size is checked here, once; the GIL is dropped around the
+// work.
+//
+// Tensors arrive as one-dimensional numpy arrays, the 16-bit types as uint16 with the type's name beside it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "nf4.h"
+
+namespace py = pybind11;
+using namespace offload_rt::nf4;
+
+namespace {
+
+// The buffer's memory, after a check that it is one contiguous dimension of items of T's size. The Python
+// caller keeps the object alive for the length of the call.
+template <typename T>
+std::span<T> span_of(const py::buffer& buffer, const char* name) {
+  const py::buffer_info info = buffer.request(!std::is_const_v<T>);
+  if (info.ndim != 1 || info.itemsize != sizeof(T) ||
+      (info.shape[0] > 1 && info.strides[0] != info.itemsize)) {
+    throw py::value_error(std::string(name) + ": a contiguous one-dimensional array of " +
+                          std::to_string(sizeof(T)) + "-byte items is needed, got " +
+                          std::to_string(info.ndim) + " dimensions of " + std::to_string(info.itemsize) +
+                          "-byte items");
+  }
+  return {static_cast<T*>(info.ptr), static_cast<std::size_t>(info.shape[0])};
+}
+
+void check_size(const char* name, std::size_t size, std::size_t wanted) {
+  if (size == wanted) return;
+  throw py::value_error(std::string(name) + " has " + std::to_string(size) + " items, " +
+                        std::to_string(wanted) + " are needed");
+}
+
+std::size_t ceil_divide(std::size_t left, std::size_t right) { return (left + right - 1) / right; }
+
+Execution execution_of(const std::string& isa, std::size_t num_threads, bool streaming_stores) {
+  const std::vector<Isa> available = available_isas();
+  if (isa == "auto") return {available.back(), num_threads, streaming_stores};
+  std::string allowed = "auto";
+  for (const Isa candidate : available) {
+    if (isa == name_of(candidate)) return {candidate, num_threads, streaming_stores};
+    allowed += ", " + std::string(name_of(candidate));
+  }
+  throw py::value_error("isa is '" + isa + "', this processor allows: " + allowed);
+}
+
+// Calls f.template operator()<T>() with the element type of that name.
+template <typename F>
+auto with_type(const std::string& dtype, F&& f) {
+  if (dtype == "float32") return f.template operator()<float>();
+  if (dtype == "bfloat16") return f.template operator()<BFloat16>();
+  if (dtype == "float16") return f.template operator()<Half>();
+  throw py::value_error("dtype is '" + dtype + "', allowed: float32, bfloat16, float16");
+}
+
+Encoded encoded_of(const py::buffer& codes, const py::buffer& absmax, const py::buffer& nested_absmax,
+                   const py::buffer& nested_offset, const py::buffer& nested_map, std::size_t num_elements) {
+  const auto offset = span_of<const float>(nested_offset, "nested_offset");
+  const auto map = span_of<const float>(nested_map, "nested_map");
+  check_size("nested_offset", offset.size(), 1);
+  check_size("nested_map", map.size(), kNestedMapSize);
+  const Encoded encoded = {span_of<const std::uint8_t>(codes, "codes"),
+                           span_of<const std::uint8_t>(absmax, "absmax"),
+                           span_of<const float>(nested_absmax, "nested_absmax"), offset[0],
+                           std::span<const float, kNestedMapSize>(map)};
+  check_size("codes", encoded.codes.size(), ceil_divide(num_elements, 2));
+  check_size("absmax", encoded.absmax.size(), ceil_divide(num_elements, kQuantBlockSize));
+  check_size("nested_absmax", encoded.nested_absmax.size(),
+             ceil_divide(encoded.absmax.size(), kNestedBlockSize));
+  return encoded;
+}
+
+void bound_decode(const py::buffer& codes, const py::buffer& absmax, const py::buffer& nested_absmax,
+                  const py::buffer& nested_offset, const py::buffer& nested_map, const py::buffer& out,
+                  const std::string& dtype, const std::string& isa, std::size_t num_threads,
+                  bool streaming_stores) {
+  const Execution execution = execution_of(isa, num_threads, streaming_stores);
+  with_type(dtype, [&]<typename T>() {
+    const auto elements = span_of<T>(out, "out");
+    const Encoded encoded =
+        encoded_of(codes, absmax, nested_absmax, nested_offset, nested_map, elements.size());
+    const py::gil_scoped_release unlocked;
+    decode(encoded, elements, execution);
+  });
+}
+
+void bound_decode_transposed(const py::buffer& codes, const py::buffer& absmax,
+                             const py::buffer& nested_absmax, const py::buffer& nested_offset,
+                             const py::buffer& nested_map, std::size_t rows, std::size_t columns,
+                             const py::buffer& out, const std::string& dtype, const std::string& isa,
+                             std::size_t num_threads) {
+  const Execution execution = execution_of(isa, num_threads, false);
+  with_type(dtype, [&]<typename T>() {
+    const auto elements = span_of<T>(out, "out");
+    check_size("out", elements.size(), rows * columns);
+    const Encoded encoded =
+        encoded_of(codes, absmax, nested_absmax, nested_offset, nested_map, elements.size());
+    const py::gil_scoped_release unlocked;
+    decode_transposed(encoded, rows, columns, elements, execution);
+  });
+}
+
+std::optional<std::size_t> bound_encode(const py::buffer& weights, const std::string& dtype,
+                                        const py::buffer& codes, const py::buffer& absmax,
+                                        const std::string& isa, std::size_t num_threads) {
+  const Execution execution = execution_of(isa, num_threads, false);
+  return with_type(dtype, [&]<typename T>() {
+    const auto elements = span_of<const T>(weights, "weights");
+    const auto code_bytes = span_of<std::uint8_t>(codes, "codes");
+    const auto scales = span_of<float>(absmax, "absmax");
+    check_size("codes", code_bytes.size(), ceil_divide(elements.size(), 2));
+    check_size("absmax", scales.size(), ceil_divide(elements.size(), kQuantBlockSize));
+    const py::gil_scoped_release unlocked;
+    return encode(elements, code_bytes, scales, execution);
+  });
+}
+
+void bound_encode_absmax(const py::buffer& absmax, float offset, const py::buffer& rounding,
+                         const py::buffer& absmax_codes, const py::buffer& nested_absmax) {
+  const auto scales = span_of<const float>(absmax, "absmax");
+  const auto steps = span_of<const std::uint8_t>(rounding, "rounding");
+  const auto codes = span_of<std::uint8_t>(absmax_codes, "absmax_codes");
+  const auto nested = span_of<float>(nested_absmax, "nested_absmax");
+  check_size("rounding", steps.size(), kAbsmaxSteps);
+  check_size("absmax_codes", codes.size(), scales.size());
+  check_size("nested_absmax", nested.size(), ceil_divide(scales.size(), kNestedBlockSize));
+  const py::gil_scoped_release unlocked;
+  encode_absmax(scales, offset, std::span<const std::uint8_t, kAbsmaxSteps>(steps), codes, nested);
+}
+
+}  // namespace
+
+void bind_nf4(py::module_& m) {
+  m.def(
+      "nf4_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa isa : available_isas()) names.emplace_back(name_of(isa));
+        return names;
+      },
+      "The instruction sets that NF4 can use on this processor, slowest first; 'auto' is the last.");
+  m.def("nf4_decode", &bound_decode, py::arg("codes"), py::arg("absmax"), py::arg("nested_absmax"),
+        py::arg("nested_offset"), py::arg("nested_map"), py::arg("out"), py::arg("dtype"), py::kw_only(),
+        py::arg("isa") = "auto", py::arg("num_threads") = 1, py::arg("streaming_stores") = false,
+        "Decodes all elements of `out`, in order.");
+  m.def("nf4_decode_transposed", &bound_decode_transposed, py::arg("codes"), py::arg("absmax"),
+        py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("nested_map"), py::arg("rows"),
+        py::arg("columns"), py::arg("out"), py::arg("dtype"), py::kw_only(), py::arg("isa") = "auto",
+        py::arg("num_threads") = 1, "Decodes a (rows, columns) matrix into its transpose.");
+  m.def("nf4_encode", &bound_encode, py::arg("weights"), py::arg("dtype"), py::arg("codes"),
+        py::arg("absmax"), py::kw_only(), py::arg("isa") = "auto", py::arg("num_threads") = 1,
+        "Fills codes and float32 absmax. Returns the index of the first weight that is not finite, or None.");
+  m.def("nf4_encode_absmax", &bound_encode_absmax, py::arg("absmax"), py::arg("offset"), py::arg("rounding"),
+        py::arg("absmax_codes"), py::arg("nested_absmax"),
+        "Rounds absmax - offset to 8 bits and fills the absmax of each nested block.");
+}

@@ -1,0 +1,394 @@
+// The bookkeeping of asynchronous I/O over any kernel: cutting operations into requests, keeping at most
+// `depth` of them in flight, judging results, waking waiters. It makes no I/O system call of its own.
+//
+// [Note: who touches what]
+//   completion thread alone   the kernel's submit and reap, `batch_`, `slots_`
+//   under `mutex_`            operations, the queues, counters
+//   any thread                kernel's wake
+// The lock is not held while the kernel is submitted to: a buffered read that hits the page cache is copied
+// inside that call, and would make submit() block for as long.
+//
+// [Note: operation lifetime] An operation is finished only when no request of it is in flight, also when it
+// failed: until then the kernel may still write into its memory, which the waiter is about to reuse.
+#pragma once
+
+#include <fcntl.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <deque>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "io_kernel.h"
+#include "io_ring.h"
+#include "io_thread.h"
+
+namespace offload_rt {
+
+inline constexpr std::uint32_t kDirectAlignment = 4096;  // at least the sector of any drive
+
+template <IoKernel Kernel>
+class IoRingOf final : public IoRing {
+ public:
+  IoRingOf(std::unique_ptr<Kernel> kernel, const IoRingOptions& options, IoBackend backend,
+           std::string fallback_reason)
+      : IoRing(backend, std::move(fallback_reason)),
+        kernel_(std::move(kernel)),
+        io_bytes_(options.io_bytes),
+        slots_(options.depth),
+        completions_(options.depth) {
+    for (std::uint32_t slot = options.depth; slot > 0; --slot) free_slots_.push_back(slot - 1);
+    batch_.reserve(options.depth);
+    thread_ = start_io_thread("offload-ring", [this] { run(); });
+  }
+
+  ~IoRingOf() override { stop(/*and_forget_queued=*/true); }
+
+  Status submit(const IoOperation& operation, Ticket& ticket) override {
+    if (forked()) return Status::invalid("a ring does not survive fork; open one in the child");
+    constexpr auto kLastOffset = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+    if (operation.offset > kLastOffset || operation.length > kLastOffset - operation.offset)
+      return Status::invalid(operation.path + ": offset plus length is past the largest file");
+    // A descriptor that is not open is found out by the request itself, so that there is one way to fail.
+    const int flags = ::fcntl(operation.fd, F_GETFL);
+    const bool direct = flags >= 0 && (flags & O_DIRECT) != 0;
+    {
+      const std::lock_guard lock(mutex_);
+      if (closing_) {
+        Status status = evidence(operation);
+        status.code = StatusCode::closed;
+        return status;
+      }
+      ticket = next_ticket_++;
+      Progress& progress = operations_[ticket];
+      progress.operation = operation;
+      progress.resume_alignment = direct ? kDirectAlignment : 1;
+      progress.submitted = Clock::now();
+      counters_.operations++;
+      if (operation.length == 0) {
+        progress.finished = true;
+        return {};
+      }
+      queue_.push_back(&progress);
+    }
+    kernel_->wake();
+    return {};
+  }
+
+  Status wait(Ticket ticket, double timeout_seconds) override {
+    if (forked()) return Status::invalid("a ring does not survive fork; its operations are the parent's");
+    if (std::isnan(timeout_seconds) || timeout_seconds < 0)
+      return Status::invalid("timeout_seconds must be 0 or more");
+    // A century: adding more than the clock can hold would wrap around.
+    const auto limit = std::chrono::duration<double>(std::min(timeout_seconds, 3.2e9));
+    const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(limit);
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      // Looked up anew each time: another waiter may have taken the ticket meanwhile.
+      const auto found = operations_.find(ticket);
+      if (found == operations_.end()) return Status::unknown_ticket(ticket);
+      Progress& progress = found->second;
+      if (progress.finished) {
+        Status status = std::move(progress.status);
+        operations_.erase(found);
+        return status;
+      }
+      if (Clock::now() >= deadline) {
+        Status status = evidence(progress.operation);
+        status.code = StatusCode::timed_out;
+        status.done = progress.done;
+        status.detail = describe_outstanding();
+        return status;
+      }
+      finished_.wait_until(lock, deadline);
+    }
+  }
+
+  Status done(Ticket ticket, bool& finished) const override {
+    const std::lock_guard lock(mutex_);
+    const auto found = operations_.find(ticket);
+    if (found == operations_.end()) return Status::unknown_ticket(ticket);
+    finished = found->second.finished;
+    return {};
+  }
+
+  std::string outstanding() const override {
+    const std::lock_guard lock(mutex_);
+    return describe_outstanding();
+  }
+
+  IoCounters counters() const override {
+    const std::lock_guard lock(mutex_);
+    return counters_;
+  }
+
+  Status close() override {
+    if (forked()) return Status::invalid("a ring does not survive fork; the parent closes it");
+    const std::lock_guard only_one(close_mutex_);
+    if (!thread_.joinable()) return {};
+    stop(/*and_forget_queued=*/false);
+    const std::lock_guard lock(mutex_);
+    for (const auto& [ticket, progress] : operations_)
+      if (!progress.status.ok()) return progress.status;
+    return {};
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  struct Progress {
+    IoOperation operation;
+    std::uint64_t cut = 0;   // bytes that have been cut into requests
+    std::uint64_t done = 0;  // bytes that have arrived
+    std::uint32_t resume_alignment = 1;
+    std::uint32_t in_flight = 0;  // requests, those waiting in `again_` and `batch_` included
+    bool finished = false;
+    Status status;
+    Clock::time_point submitted;
+  };
+
+  // One request's worth of an operation, from its cutting until its last byte has arrived.
+  //
+  //     |<-------------- length --------------->|
+  //     |== arrived ==|                         |
+  //     |       ^ resume_from: where the next try starts, `arrived` rounded down as O_DIRECT wants it
+  struct Slot {
+    Progress* owner = nullptr;
+    std::uint64_t begin = 0;  // within the operation
+    std::uint32_t length = 0;
+    std::uint32_t arrived = 0;
+    std::uint32_t resume_from = 0;
+    std::uint32_t refusals = 0;  // in a row
+  };
+
+  // A drive or kernel that keeps saying "not now" is given about a second.
+  static constexpr std::uint32_t kMaxRefusals = 1000;
+  static constexpr std::uint32_t kPatientRefusals = 8;  // at once; from then on with a pause
+  static constexpr auto kPause = std::chrono::milliseconds(1);
+
+  static Status evidence(const IoOperation& operation) {
+    Status status;
+    status.kind = operation.kind;
+    status.path = operation.path;
+    status.offset = operation.offset;
+    status.wanted = operation.length;
+    return status;
+  }
+
+  // ---- completion thread ----
+
+  void run() {
+    while (fill_batch()) {
+      const std::size_t taken = kernel_->submit(batch_);
+      batch_.erase(batch_.begin(), batch_.begin() + static_cast<std::ptrdiff_t>(taken));
+      num_in_kernel_ += taken;
+      bool pause = false;
+      if (num_in_kernel_ == 0 && !batch_.empty()) {
+        // The queue is full of nothing of ours, so no completion will come to try again after.
+        const IoCompletion refused{batch_.front().slot, -EAGAIN};
+        batch_.erase(batch_.begin());
+        pause = settle({&refused, 1});
+      } else {
+        const std::size_t count = kernel_->reap(completions_);
+        num_in_kernel_ -= count;
+        pause = settle({completions_.data(), count});
+      }
+      if (pause) std::this_thread::sleep_for(kPause);
+    }
+  }
+
+  // Puts requests into every free slot, first the rests of earlier ones, then the queue in its order. False
+  // when the ring is to stop and nothing is left.
+  bool fill_batch() {
+    const std::lock_guard lock(mutex_);
+    if (forget_queued_) forget_queued();
+    for (; !again_.empty(); again_.pop_front()) add_to_batch(again_.front());
+    while (!queue_.empty() && !free_slots_.empty()) {
+      Progress& progress = *queue_.front();
+      if (progress.status.ok()) cut_next(progress);
+      if (!progress.status.ok() || progress.cut == progress.operation.length) queue_.pop_front();
+    }
+    const std::size_t in_flight = slots_.size() - free_slots_.size();
+    counters_.max_in_flight = std::max<std::uint64_t>(counters_.max_in_flight, in_flight);
+    return !(closing_ && in_flight == 0 && queue_.empty());
+  }
+
+  void cut_next(Progress& progress) {
+    const std::uint32_t slot = free_slots_.back();
+    free_slots_.pop_back();
+    const std::uint64_t left = progress.operation.length - progress.cut;
+    slots_[slot] = {.owner = &progress,
+                    .begin = progress.cut,
+                    .length = static_cast<std::uint32_t>(std::min<std::uint64_t>(left, io_bytes_))};
+    progress.cut += slots_[slot].length;
+    progress.in_flight++;
+    add_to_batch(slot);
+  }
+
+  void add_to_batch(std::uint32_t index) {
+    const Slot& slot = slots_[index];
+    const IoOperation& operation = slot.owner->operation;
+    const std::uint64_t skip = slot.begin + slot.resume_from;
+    batch_.push_back({.slot = index,
+                      .kind = operation.kind,
+                      .fd = operation.fd,
+                      .offset = operation.offset + skip,
+                      .address = operation.address + skip,
+                      .length = slot.length - slot.resume_from});
+    counters_.requests++;
+  }
+
+  // True if the kernel keeps refusing and wants a pause.
+  bool settle(std::span<const IoCompletion> completions) {
+    const std::lock_guard lock(mutex_);
+    bool pause = false;
+    for (const IoCompletion& completion : completions) {
+      judge(completion);
+      pause |= slots_[completion.slot].refusals > kPatientRefusals;
+    }
+    return pause;
+  }
+
+  // The one place that looks at a result.
+  void judge(const IoCompletion& completion) {
+    Slot& slot = slots_[completion.slot];
+    bool lost = false;
+    if (completion.result < 0) {
+      const int error_number = -completion.result;
+      const bool for_now = error_number == EINTR || error_number == EAGAIN;
+      lost = !for_now || ++slot.refusals > kMaxRefusals;
+      if (lost) fail(slot, StatusCode::os_error, error_number);
+    } else if (const std::uint32_t reached = slot.resume_from + static_cast<std::uint32_t>(completion.result);
+               reached > slot.arrived) {
+      count_bytes(slot, reached - slot.arrived);
+      slot.arrived = reached;
+      slot.refusals = 0;
+    } else {
+      // It repeated, at most, what had arrived before. On a regular file that means the end of it: also for
+      // the unaligned last piece of an O_DIRECT one, which is read again from its aligned start.
+      const bool read = slot.owner->operation.kind == IoKind::read;
+      lost = true;
+      fail(slot, read ? StatusCode::end_of_file : StatusCode::no_progress, 0);
+    }
+    if (lost || slot.arrived == slot.length) {
+      retire(completion.slot);
+    } else {
+      slot.resume_from = slot.arrived - slot.arrived % slot.owner->resume_alignment;
+      counters_.resubmitted++;
+      again_.push_back(completion.slot);
+    }
+  }
+
+  void count_bytes(const Slot& slot, std::uint32_t num_bytes) {
+    slot.owner->done += num_bytes;
+    const bool read = slot.owner->operation.kind == IoKind::read;
+    (read ? counters_.bytes_read : counters_.bytes_written) += num_bytes;
+  }
+
+  // Requests fail in any order. The lowest place is the one that is told, so that the same fault gives the
+  // same message: requests are cut in order, and those in flight are seen to their ends although others have
+  // failed.
+  void fail(const Slot& slot, StatusCode code, int error_number) {
+    Status& told = slot.owner->status;
+    const std::uint64_t here = slot.owner->operation.offset + slot.begin + slot.arrived;
+    if (!told.ok() && told.failed_at <= here) return;
+    told = evidence(slot.owner->operation);
+    told.code = code;
+    told.error_number = error_number;
+    told.failed_at = here;
+  }
+
+  void retire(std::uint32_t index) {
+    Slot& slot = slots_[index];
+    Progress& progress = *slot.owner;
+    slot = {};
+    free_slots_.push_back(index);
+    if (--progress.in_flight > 0) return;  // [Note: operation lifetime]
+    if (progress.status.ok() && progress.done < progress.operation.length) return;
+    finish(progress);
+  }
+
+  void finish(Progress& progress) {
+    if (!progress.status.ok()) {
+      progress.status.done = progress.done;
+      std::erase(queue_, &progress);  // it may not have been cut to its end
+    }
+    progress.finished = true;
+    finished_.notify_all();
+  }
+
+  void forget_queued() {
+    for (Progress* progress : std::exchange(queue_, {})) {
+      progress->status = evidence(progress->operation);
+      progress->status.code = StatusCode::closed;
+      progress->status.failed_at = progress->operation.offset + progress->cut;
+      if (progress->in_flight == 0) finish(*progress);
+    }
+  }
+
+  // ---- the caller's thread ----
+
+  void stop(bool and_forget_queued) {
+    {
+      const std::lock_guard lock(mutex_);
+      closing_ = true;
+      forget_queued_ |= and_forget_queued;
+    }
+    kernel_->wake();
+    if (thread_.joinable()) thread_.join();
+  }
+
+  [[nodiscard]] std::string describe_outstanding() const {
+    std::string text;
+    for (const auto& [ticket, progress] : operations_) {
+      if (progress.finished) continue;
+      const IoOperation& operation = progress.operation;
+      const double age_seconds = std::chrono::duration<double>(Clock::now() - progress.submitted).count();
+      char age[32];
+      std::snprintf(age, sizeof age, "%.3f", age_seconds);
+      if (!text.empty()) text += '\n';
+      text += "ticket " + std::to_string(ticket) + ": " + operation.path + ": " +
+              std::string(name_of(operation.kind)) + " " + std::to_string(progress.done) + " of " +
+              std::to_string(operation.length) + " bytes at offset " + std::to_string(operation.offset) +
+              ", " + std::to_string(progress.in_flight) + " requests in flight, " + age + " s old";
+    }
+    return text;
+  }
+
+  std::unique_ptr<Kernel> kernel_;
+  const std::uint32_t io_bytes_;
+
+  // [Note: who touches what]
+  mutable std::mutex mutex_;
+  std::condition_variable finished_;
+  std::map<Ticket, Progress> operations_;  // pointers to a map's values stay good; the dump is in order
+  Ticket next_ticket_ = 1;
+  std::deque<Progress*> queue_;      // not yet cut to their end, in the order of submission
+  std::deque<std::uint32_t> again_;  // slots whose rest is to be submitted
+  std::vector<std::uint32_t> free_slots_;
+  IoCounters counters_;
+  bool closing_ = false;
+  bool forget_queued_ = false;
+  std::mutex close_mutex_;
+
+  std::vector<Slot> slots_;
+  std::vector<IoRequest> batch_;  // cut, and not yet taken by the kernel
+  std::vector<IoCompletion> completions_;
+  std::size_t num_in_kernel_ = 0;
+  std::thread thread_;  // last: it uses all of the above
+};
+
+}  // namespace offload_rt
