@@ -1,0 +1,184 @@
+"""One fixed region of memory and leases of it that return themselves.
+
+An `Arena` is reserved once, to the byte, page-aligned (what O_DIRECT needs) and advised to use huge pages; nothing in
+a steady step allocates. A `Slot` is a lease of a range of it. The range goes back when the last thing that can see it
+is gone: the slot itself, every tensor made from it, and every I/O operation that holds its buffer.
+
+[Note: slot lifetime]
+A slot's bytes are exposed through one ctypes array. `torch.frombuffer` and the native ring both take a reference to
+that array, so its own reference count is the lease: `weakref.finalize` on it gives the range back. Hence a tensor that
+somebody kept cannot be overwritten by the next block; it shows up as an arena that is short, with the owner's name.
+
+    arena  |-- slot "layers.3" --|-- free --|-- slot "layers.4" --|
+                  |  ctypes array  <- memoryview in flight (ring)
+                  |                <- tensor q_proj.weight, tensor norm.weight
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offload_rt.errors import BudgetExceeded
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from planners.errors import format_bytes
+
+POISON = 0xFF
+"""Every float made of 0xFF bytes is a NaN."""
+
+
+@dataclass(frozen=True)
+class MemoryRange:
+    """The half-open byte range [begin, end) of a named arena."""
+
+    arena: str
+    begin: int
+    end: int
+
+
+class Slot:
+    """A lease of `num_bytes` of an arena, or the part of one. Kept alive by whatever was made from it."""
+
+    def __init__(
+        self,
+        memory: ctypes.Array[ctypes.c_char],
+        arena: str,
+        start_bytes: int,
+        offset_bytes: int,
+        num_bytes: int,
+    ) -> None:
+        self._memory = memory
+        self._arena = arena
+        self._start_bytes = start_bytes
+        self._offset_bytes = offset_bytes
+        self.num_bytes = num_bytes
+
+    @property
+    def range(self) -> MemoryRange:
+        """Which bytes of which arena: what a recorder sees."""
+        begin = self._start_bytes + self._offset_bytes
+        return MemoryRange(self._arena, begin, begin + self.num_bytes)
+
+    def part(self, offset_bytes: int, num_bytes: int) -> Slot:
+        """The half-open range [offset, offset + num_bytes) of this slot, under the same lease."""
+        if offset_bytes < 0 or num_bytes < 0 or offset_bytes + num_bytes > self.num_bytes:
+            raise ValueError(f"slot: range [{offset_bytes}, {offset_bytes + num_bytes}) of {self.num_bytes} bytes")
+        return Slot(self._memory, self._arena, self._start_bytes, self._offset_bytes + offset_bytes, num_bytes)
+
+    def buffer(self) -> memoryview:
+        """The slot's bytes, writable. Holds the lease as long as it lives."""
+        return memoryview(self._memory).cast("B")[self._offset_bytes : self._offset_bytes + self.num_bytes]
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset_bytes: int = 0) -> torch.Tensor:
+        """A contiguous tensor over the bytes from `offset_bytes` on. Holds the lease as long as it lives."""
+        num_elements = 1
+        for size in shape:
+            num_elements *= size
+        if num_elements == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        if offset_bytes + num_elements * dtype.itemsize > self.num_bytes:
+            raise ValueError(f"slot: {tuple(shape)} of {dtype} at {offset_bytes} exceeds {self.num_bytes} bytes")
+        flat = torch.frombuffer(self._memory, dtype=dtype, count=num_elements, offset=self._offset_bytes + offset_bytes)
+        return flat.view(tuple(shape))
+
+
+@dataclass
+class _Lease:
+    owner: str
+    start: int
+    end: int
+
+
+class Arena:
+    """`num_bytes` of memory, leased out first-fit. Thread-safe. `poison` fills what is returned with NaN bytes."""
+
+    def __init__(self, name: str, num_bytes: int, *, poison: bool = False) -> None:
+        self.name = name
+        self.num_bytes = align_up(num_bytes, IO_ALIGNMENT_BYTES)
+        self.peak_bytes = 0
+        self.num_leases = 0
+        """Leases ever given; a steady step's count does not depend on its number."""
+        self._poison = poison
+        self._lock = threading.Lock()
+        self._returned: deque[int] = deque()
+        self._leases: dict[int, _Lease] = {}
+        self._free: list[tuple[int, int]] = [(0, self.num_bytes)] if self.num_bytes else []
+        self._next_lease = 0
+        self._map = mmap.mmap(-1, max(self.num_bytes, mmap.PAGESIZE))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages serve
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        if poison:
+            ctypes.memset(self._base, POISON, self.num_bytes)
+
+    def acquire(self, num_bytes: int, owner: str) -> Slot:
+        """Leases `num_bytes`, 4 KiB aligned. Raises `BudgetExceeded`, naming the holders, when there is no room."""
+        slot = self.try_acquire(num_bytes, owner)
+        if slot is None:
+            with self._lock:
+                held = ", ".join(
+                    f"{lease.owner} {format_bytes(lease.end - lease.start)}" for lease in self._leases.values()
+                )
+            raise BudgetExceeded(
+                f"arena {self.name}: {owner} needs {format_bytes(num_bytes)} of {format_bytes(self.num_bytes)}; "
+                f"held by: {held or 'nobody'}"
+            )
+        return slot
+
+    def try_acquire(self, num_bytes: int, owner: str) -> Slot | None:
+        """As `acquire`, but None when there is no room now."""
+        wanted = max(align_up(num_bytes, IO_ALIGNMENT_BYTES), IO_ALIGNMENT_BYTES)
+        with self._lock:
+            self._collect()
+            for index, (start, end) in enumerate(self._free):
+                if end - start >= wanted:
+                    if end - start == wanted:
+                        del self._free[index]
+                    else:
+                        self._free[index] = (start + wanted, end)
+                    lease = self._next_lease
+                    self._next_lease += 1
+                    self.num_leases += 1
+                    self._leases[lease] = _Lease(owner, start, start + wanted)
+                    self.peak_bytes = max(self.peak_bytes, self._held_bytes())
+                    break
+            else:
+                return None
+        memory = (ctypes.c_char * wanted).from_buffer(self._map, start)
+        # See [Note: slot lifetime]. The finalizer may run inside any allocation, also of a thread that holds the
+        # lock: it only appends to a deque, and the next acquire does the work.
+        weakref.finalize(memory, self._returned.append, lease).atexit = False
+        return Slot(memory, self.name, start, 0, num_bytes)
+
+    def held_bytes(self) -> int:
+        """Bytes under lease now."""
+        with self._lock:
+            self._collect()
+            return self._held_bytes()
+
+    def _held_bytes(self) -> int:
+        return sum(lease.end - lease.start for lease in self._leases.values())
+
+    def _collect(self) -> None:
+        while self._returned:
+            lease = self._leases.pop(self._returned.popleft())
+            if self._poison:
+                ctypes.memset(self._base + lease.start, POISON, lease.end - lease.start)
+            self._free.append((lease.start, lease.end))
+            self._free.sort()
+            merged = [self._free[0]]
+            for start, end in self._free[1:]:
+                if start == merged[-1][1]:
+                    merged[-1] = (merged[-1][0], end)
+                else:
+                    merged.append((start, end))
+            self._free = merged

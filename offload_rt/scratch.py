@@ -1,0 +1,91 @@
+"""Room on NVMe for what lives shorter than a step, such as layer inputs: written, read back, never durable.
+
+One unlinked file per run: the kernel takes it away with the process, however that ends. Ranges are handed out
+first-fit and return themselves with their `ScratchRange`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from offload_rt.arena import Slot
+from offload_rt.errors import StorageError, StorageFull
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.transfer import Links, OpenFile, Transfer
+from planners.errors import format_bytes
+
+
+class ScratchRange:
+    """A lease of [offset_bytes, offset_bytes + num_bytes) of the scratch file."""
+
+    def __init__(self, scratch: Scratch, offset_bytes: int, num_bytes: int) -> None:
+        self._scratch = scratch
+        self.offset_bytes = offset_bytes
+        self.num_bytes = num_bytes
+
+    def write(self, slot: Slot) -> Transfer:
+        return self._scratch.links.write(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
+
+    def read(self, slot: Slot) -> Transfer:
+        return self._scratch.links.read(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
+
+    def __del__(self) -> None:
+        self._scratch.free.append((self.offset_bytes, self.offset_bytes + self.num_bytes))
+
+
+class Scratch:
+    """A file of at most `capacity_bytes` in `folder`. Not thread-safe: one executor uses it."""
+
+    def __init__(self, folder: Path, capacity_bytes: int, links: Links) -> None:
+        self.links = links
+        self.capacity_bytes = align_up(capacity_bytes, IO_ALIGNMENT_BYTES)
+        self.free: list[tuple[int, int]] = [(0, self.capacity_bytes)]
+        fd, path = tempfile.mkstemp(prefix="scratch-", dir=folder)
+        os.close(fd)
+        try:
+            direct = True
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                direct = False
+                fd = os.open(path, os.O_RDWR)
+            try:
+                os.posix_fallocate(fd, 0, self.capacity_bytes)
+            except OSError as error:
+                os.close(fd)
+                if error.errno == errno.ENOSPC:
+                    raise StorageFull(
+                        f"layer inputs need {format_bytes(self.capacity_bytes)}",
+                        path=path,
+                        errno=errno.ENOSPC,
+                    ) from None
+                raise StorageError("cannot preallocate", path=path, errno=error.errno or 0) from None
+        finally:
+            os.unlink(path)
+        self.file = OpenFile(path, fd, direct)
+
+    def acquire(self, num_bytes: int) -> ScratchRange:
+        """A range of `num_bytes`, rounded up to 4 KiB. Raises `StorageFull`."""
+        wanted = align_up(num_bytes, IO_ALIGNMENT_BYTES)
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted(self.free):
+            if merged and merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((start, end))
+        self.free[:] = merged
+        for index, (start, end) in enumerate(self.free):
+            if end - start >= wanted:
+                self.free[index] = (start + wanted, end)
+                return ScratchRange(self, start, wanted)
+        raise StorageFull(
+            f"no room for a layer input of {format_bytes(wanted)}", path=self.file.path, errno=errno.ENOSPC
+        )
+
+    def close(self) -> None:
+        os.close(self.file.fd)

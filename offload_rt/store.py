@@ -1,0 +1,391 @@
+"""Frozen blocks at rest on NVMe: written once, verified, read whole, never written again.
+
+    <drive>/offload_rt-<key>/   OFFLOAD_RT_STORE   the marker: only a folder that carries it is ever deleted
+                                lock               flock-ed by the process that uses the store; says who
+                                weights.bin        one extent per block, 4 KiB aligned
+                                manifest.json      block -> drive, extent, tensors, CRC32C; written last, renamed in
+
+The key is a hash of the source's content and of the settings, so a second start finds the store and encodes nothing.
+Blocks alternate between drives. A store without a manifest is an unfinished one and is built again. Nothing outside
+this module opens these files; reads and writes go through `Links`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload_rt.arena import Arena, Slot
+from offload_rt.checksum import crc32c
+from offload_rt.config import NvmePath
+from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt, StoreInUse
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
+from offload_rt.transfer import Links, OpenFile, Transfer
+from planners.errors import format_bytes
+
+MARKER = "OFFLOAD_RT_STORE"
+STORE_VERSION = 1
+STAGING_BYTES = 4 << 20
+"""Piece in which a block is written; two are in flight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Where a block lies: [offset_bytes, offset_bytes + length_bytes) of one drive's weights file."""
+
+    drive: int
+    offset_bytes: int
+    length_bytes: int
+    crc32c: int
+
+
+def store_folders(drives: Sequence[NvmePath], key: str) -> list[Path]:
+    """The store's folder on each drive. ConfigError where a drive's folder is missing or is a file."""
+    for drive in drives:
+        if not drive.path.is_dir():
+            problem = "is not a folder" if drive.path.exists() else "does not exist"
+            raise ConfigError(f"nvme: {drive.path} {problem}")
+    return [drive.path / f"offload_rt-{key}" for drive in drives]
+
+
+class _Lock:
+    """An exclusive flock on a store's `lock` file, held until closed or until the process is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "lock"
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise StorageError("cannot be locked", path=str(path), errno=error.errno or 0) from None
+            holder = path.read_text().strip() or "unknown"
+            raise StoreInUse(
+                f"{folder} is in use by another run ({holder}); wait for it to end, or give nvme= another folder"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Store:
+    """The frozen blocks of one model on one or more drives. Owns their descriptors and the lock until `close`."""
+
+    def __init__(self, drives: Sequence[NvmePath], key: str, links: Links) -> None:
+        self.key = key
+        self.folders = store_folders(drives, key)
+        self._drives = tuple(drives)
+        self._links = links
+        self._locks: list[_Lock] = []
+        self._files: list[OpenFile] = []
+        self._blocks: dict[str, tuple[BlockSpec, Extent]] = {}
+        self._verified: set[str] = set()
+        self._verify_all = os.environ.get("OFFLOAD_RT_VERIFY") == "all"
+        try:
+            for folder in self.folders:
+                _make_folder(folder)
+                self._locks.append(_Lock(folder))
+            self._read_manifest()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store holds its blocks; otherwise it is to be built."""
+        return bool(self._blocks)
+
+    @property
+    def specs(self) -> list[BlockSpec]:
+        return [spec for spec, _ in self._blocks.values()]
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads bypass the page cache."""
+        return bool(self._files) and all(file.direct for file in self._files)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(extent.length_bytes for _, extent in self._blocks.values())
+
+    def read(self, block: str, slot: Slot) -> Transfer:
+        """Starts reading a whole block into `slot`, whose size is the block's. Does not block."""
+        _, extent = self._blocks[block]
+        return self._links.read(self._files[extent.drive], extent.offset_bytes, slot.part(0, extent.length_bytes))
+
+    def verify(self, block: str, slot: Slot) -> None:
+        """Checks an arrived block against its checksum, on its first read of this run.
+
+        `OFFLOAD_RT_VERIFY=all` in the environment checks every read. Raises `StoreCorrupt`.
+        """
+        _, extent = self._blocks[block]
+        file = self._files[extent.drive]
+        if not file.direct:  # keep the page cache, which the budget does not know, from growing to the model's size
+            os.posix_fadvise(file.fd, extent.offset_bytes, extent.length_bytes, os.POSIX_FADV_DONTNEED)
+        if block in self._verified and not self._verify_all:
+            return
+        found = crc32c(slot.part(0, extent.length_bytes).buffer())
+        if found != extent.crc32c:
+            raise StoreCorrupt(
+                f"{file.path}: block {block} at offset {extent.offset_bytes}, {extent.length_bytes} bytes: checksum "
+                f"{found:08x}, expected {extent.crc32c:08x}. The original checkpoint is untouched: remove this store "
+                f"with `offload-rt clean --nvme {self._drives[extent.drive].path}` and start again"
+            )
+        self._verified.add(block)
+
+    def build(self, specs: Sequence[BlockSpec]) -> StoreBuilder:
+        """Starts building: checks the free space first, then preallocates. Raises `StorageFull`."""
+        return StoreBuilder(self, specs)
+
+    def close(self) -> None:
+        """Closes descriptors and gives the lock back. The files stay."""
+        for file in self._files:
+            os.close(file.fd)
+        for lock in self._locks:
+            lock.close()
+        self._files = []
+        self._locks = []
+
+    def _read_manifest(self) -> None:
+        path = self.folders[0] / "manifest.json"
+        try:
+            data: dict[str, Any] = json.loads(path.read_text())
+            body = data["body"]
+            if data["sha256"] != _digest(body):
+                raise StoreCorrupt(f"{path}: the manifest does not match its own checksum")
+        except FileNotFoundError:
+            return
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise StoreCorrupt(f"{path}: not readable as a manifest ({type(error).__name__}: {error})") from None
+        if body["version"] != STORE_VERSION or body["num_drives"] != len(self.folders):
+            return  # written by another version, or striped over other drives: build again
+        blocks = {
+            entry["spec"]["name"]: (BlockSpec.from_json(entry["spec"]), Extent(**entry["extent"]))
+            for entry in body["blocks"]
+        }
+        for drive, folder in enumerate(self.folders):
+            ends = [e.offset_bytes + e.length_bytes for _, e in blocks.values() if e.drive == drive]
+            weights = folder / "weights.bin"
+            size = weights.stat().st_size if weights.exists() else 0
+            if size < max(ends, default=0):
+                raise StoreCorrupt(f"{weights}: {size} bytes, the manifest needs {max(ends)}")
+            self._files.append(_open(weights, writable=False))
+        self._blocks = blocks
+
+    def _finish(self, blocks: dict[str, tuple[BlockSpec, Extent]]) -> None:
+        body = {
+            "version": STORE_VERSION,
+            "key": self.key,
+            "num_drives": len(self.folders),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "blocks": [{"spec": spec.to_json(), "extent": vars(extent)} for spec, extent in blocks.values()],
+        }
+        write_atomically(
+            self.folders[0] / "manifest.json",
+            json.dumps({"body": body, "sha256": _digest(body)}, indent=1).encode(),
+        )
+        self._read_manifest()
+
+
+class StoreBuilder:
+    """Writes blocks one behind the other, each from one pass over its bytes; memory is two staging pieces."""
+
+    def __init__(self, store: Store, specs: Sequence[BlockSpec]) -> None:
+        self._store = store
+        self._specs = list(specs)
+        self._done: dict[str, tuple[BlockSpec, Extent]] = {}
+        self._files: list[OpenFile] = []
+        self._staging = Arena("ingest staging", 2 * STAGING_BYTES)
+        self._places: dict[str, tuple[int, int]] = {}
+        ends = [0] * len(store.folders)
+        for index, spec in enumerate(self._specs):
+            drive = index % len(store.folders)
+            self._places[spec.name] = (drive, ends[drive])
+            ends[drive] += spec.stored_bytes
+        for folder, drive_path, end in zip(store.folders, store._drives, ends, strict=True):
+            _check_space(folder, drive_path, end)
+        for folder, end in zip(store.folders, ends, strict=True):
+            path = folder / "weights.bin"
+            path.unlink(missing_ok=True)  # of an unfinished build
+            file = _open(path, writable=True)
+            self._files.append(file)
+            if end:
+                _preallocate(file, end)
+
+    def write(self, spec: BlockSpec, pieces: Iterable[tuple[int, torch.Tensor]]) -> None:
+        """Writes one block. `pieces` yields (offset in the block, contiguous tensor), offsets ascending."""
+        drive, offset = self._places[spec.name]
+        writer = _SequentialWriter(self._store._links, self._staging, self._files[drive], offset)
+        for position, tensor in pieces:
+            writer.append(position, tensor)
+        checksum = writer.finish(spec.stored_bytes)
+        extent = Extent(drive=drive, offset_bytes=offset, length_bytes=spec.stored_bytes, crc32c=checksum)
+        self._done[spec.name] = (spec, extent)
+
+    def finish(self) -> None:
+        """Makes the store durable and complete."""
+        missing = [spec.name for spec in self._specs if spec.name not in self._done]
+        if missing:
+            raise ValueError(f"store: blocks never written: {missing}")
+        for file in self._files:
+            os.fdatasync(file.fd)
+        self.close()
+        self._store._finish(self._done)
+
+    def close(self) -> None:
+        """Gives the descriptors back; without `finish`, the store stays incomplete."""
+        for file in self._files:
+            os.close(file.fd)
+        self._files = []
+
+
+class _SequentialWriter:
+    """Collects bytes into aligned staging slots, writes each when full, and runs the checksum over them."""
+
+    def __init__(self, links: Links, staging: Arena, file: OpenFile, offset_bytes: int) -> None:
+        self._links = links
+        self._staging = staging
+        self._file = file
+        self._offset = offset_bytes
+        self._position = 0
+        self._crc = 0
+        self._slot = staging.acquire(STAGING_BYTES, "ingest")
+        self._filled = 0
+        self._in_flight: Transfer | None = None
+
+    def append(self, position: int, tensor: torch.Tensor) -> None:
+        if position < self._position:
+            raise ValueError(f"store: piece at {position} behind {self._position}")
+        self._zeros(position - self._position)
+        self._bytes(tensor.detach().reshape(-1).view(torch.uint8))
+
+    def finish(self, length_bytes: int) -> int:
+        self._zeros(length_bytes - self._position)
+        if self._filled:
+            self._flush()
+        if self._in_flight is not None:
+            self._links.wait(self._in_flight)
+        return self._crc
+
+    def _zeros(self, num_bytes: int) -> None:
+        while num_bytes:
+            step = min(num_bytes, 1 << 20)
+            self._bytes(torch.zeros(step, dtype=torch.uint8))
+            num_bytes -= step
+
+    def _bytes(self, data: torch.Tensor) -> None:
+        done = 0
+        while done < data.numel():
+            take = min(data.numel() - done, STAGING_BYTES - self._filled)
+            self._slot.tensor(torch.uint8, (take,), self._filled).copy_(data[done : done + take])
+            self._filled += take
+            done += take
+            self._position += take
+            if self._filled == STAGING_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        piece = self._slot.part(0, align_up(self._filled, IO_ALIGNMENT_BYTES))
+        self._crc = crc32c(piece.buffer(), self._crc)
+        if self._in_flight is not None:
+            self._links.wait(self._in_flight)
+        self._in_flight = self._links.write(self._file, self._offset, piece)
+        self._offset += piece.num_bytes
+        self._filled = 0
+        del piece
+        self._slot = self._staging.acquire(STAGING_BYTES, "ingest")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path` so that a crash leaves the old or the new content, whole and durable."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _os_error("cannot be written", path, error) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names created in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _os_error(message: str, path: Path, error: OSError) -> StorageError:
+    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return kind(message, path=str(path), errno=error.errno or 0)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+        marker = folder / MARKER
+        if not marker.exists():
+            if any(folder.iterdir()):
+                raise ConfigError(f"nvme: {folder} exists, is not empty and carries no {MARKER}; it is not ours")
+            marker.write_text("A store of offload_rt. Remove it with `offload-rt clean`.\n")
+    except OSError as error:
+        raise _os_error("the store's folder cannot be made (read-only, or no permission?)", folder, error) from None
+
+
+def _check_space(folder: Path, drive: NvmePath, need_bytes: int) -> None:
+    stat = os.statvfs(folder)
+    old = folder / "weights.bin"
+    free = stat.f_bavail * stat.f_frsize + (old.stat().st_blocks * 512 if old.exists() else 0)
+    allowed = free if drive.capacity_bytes is None else min(free, drive.capacity_bytes)
+    if need_bytes > allowed:
+        raise StorageFull(
+            f"the store needs {format_bytes(need_bytes)}, {format_bytes(allowed)} are "
+            f"{'free' if allowed == free else 'allowed by nvme='}; nothing was written",
+            path=str(folder), errno=errno.ENOSPC,
+        )  # fmt: skip
+
+
+def _preallocate(file: OpenFile, num_bytes: int) -> None:
+    try:
+        os.posix_fallocate(file.fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+            os.ftruncate(file.fd, num_bytes)  # a file system that cannot: a full drive shows up in the write
+            return
+        raise _os_error(f"cannot preallocate {format_bytes(num_bytes)}", Path(file.path), error) from None
+
+
+def _open(path: Path, *, writable: bool) -> OpenFile:
+    """Opens with O_DIRECT where the file system takes it, through the page cache where it does not."""
+    flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
+    try:
+        return OpenFile(str(path), os.open(path, flags | os.O_DIRECT, 0o644), True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise _os_error("cannot be opened", path, error) from None
+    try:
+        return OpenFile(str(path), os.open(path, flags, 0o644), False)
+    except OSError as error:
+        raise _os_error("cannot be opened", path, error) from None

@@ -1,0 +1,143 @@
+"""DEVICE, HOST and NVME behind one interface: what each may hold, what it holds, and how a block comes to DEVICE.
+
+Capacities are hard. Every arena is reserved from its tier here, by name, so that the report can say who holds what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from offload_rt.arena import Arena, Slot
+from offload_rt.errors import BudgetExceeded
+from offload_rt.store import Store
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.transfer import Links, Transfer
+from planners.errors import format_bytes
+from planners.plan import Tier
+
+
+@dataclass
+class TierAccount:
+    """What may lie in a tier and what does, by owner, in bytes."""
+
+    tier: Tier
+    capacity_bytes: int | None
+    holdings: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self.holdings.values())
+
+    def reserve(self, owner: str, num_bytes: int) -> None:
+        """Books `num_bytes` for `owner`. Raises `BudgetExceeded`, naming all holders, when they do not fit."""
+        if self.capacity_bytes is not None and self.used_bytes + num_bytes > self.capacity_bytes:
+            held = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.holdings.items())
+            left = self.capacity_bytes - self.used_bytes
+            raise BudgetExceeded(
+                f"{self.tier.value} memory: {owner} needs {format_bytes(num_bytes)}, {format_bytes(left)} of "
+                f"{format_bytes(self.capacity_bytes)} are left; "
+                f"held by: {held or 'nobody'}"
+            )
+        self.holdings[owner] = self.holdings.get(owner, 0) + num_bytes
+
+
+class Tiers:
+    """The accounts of all tiers. Where `unified`, what is asked of HOST is booked in DEVICE."""
+
+    def __init__(
+        self,
+        device_bytes: int | None,
+        host_bytes: int | None,
+        nvme_bytes: int | None,
+        *,
+        unified: bool,
+        poison: bool,
+    ) -> None:
+        self.unified = unified
+        self._poison = poison
+        self.accounts = {
+            Tier.DEVICE: TierAccount(Tier.DEVICE, device_bytes),
+            Tier.HOST: TierAccount(Tier.HOST, host_bytes),
+            Tier.NVME: TierAccount(Tier.NVME, nvme_bytes),
+        }
+
+    def account(self, tier: Tier) -> TierAccount:
+        return self.accounts[Tier.DEVICE if self.unified and tier is Tier.HOST else tier]
+
+    def arena(self, tier: Tier, name: str, num_bytes: int) -> Arena:
+        """Reserves an arena of `num_bytes` in `tier`."""
+        self.account(tier).reserve(name, align_up(num_bytes, IO_ALIGNMENT_BYTES))
+        return Arena(name, num_bytes, poison=self._poison)
+
+
+class Fetch(Protocol):
+    """A block on its way to a DEVICE slot."""
+
+    def wait(self) -> None:
+        """Blocks until it is there and, on its first read, verified. Raises what the transfer raised."""
+
+
+class Residence(Protocol):
+    """Where a streamed block rests."""
+
+    num_bytes: int
+
+    def fetch(self, slot: Slot) -> Fetch:
+        """Starts bringing the block into `slot`. Does not block."""
+
+
+class HostResidence:
+    """A block that rests in HOST memory."""
+
+    def __init__(self, slot: Slot, links: Links) -> None:
+        self.num_bytes = slot.num_bytes
+        self._slot = slot
+        self._links = links
+
+    def fetch(self, slot: Slot) -> Fetch:
+        transfer = self._links.copy(self._slot, slot.part(0, self.num_bytes))
+        return _Arrival(self._links, transfer)
+
+
+class NvmeResidence:
+    """A block that rests in a store. With `staging`, it lands in HOST first and is copied from there."""
+
+    def __init__(self, store: Store, block: str, num_bytes: int, links: Links, staging: Arena | None) -> None:
+        self.num_bytes = num_bytes
+        self._store = store
+        self._block = block
+        self._links = links
+        self._staging = staging
+
+    def fetch(self, slot: Slot) -> Fetch:
+        if self._staging is None:
+            return _Arrival(self._links, self._store.read(self._block, slot), self._store, self._block, slot)
+        stage = self._staging.acquire(self.num_bytes, self._block)
+        read = self._store.read(self._block, stage)
+        copy = self._links.copy(stage, slot.part(0, self.num_bytes), after=read)
+        return _Arrival(self._links, copy, self._store, self._block, slot)
+
+
+class _Arrival:
+    """Waits for the last transfer of a fetch, then lets the store verify what arrived."""
+
+    def __init__(
+        self,
+        links: Links,
+        transfer: Transfer,
+        store: Store | None = None,
+        block: str = "",
+        slot: Slot | None = None,
+    ) -> None:
+        self._links = links
+        self._transfer = transfer
+        self._store = store
+        self._block = block
+        self._slot = slot
+
+    def wait(self) -> None:
+        self._links.wait(self._transfer)
+        if self._store is not None and self._slot is not None:
+            self._store.verify(self._block, self._slot)
+            self._slot = None
