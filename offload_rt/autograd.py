@@ -1,0 +1,387 @@
+"""How a streamed layer takes part in autograd: forward keeps only its input, backward runs the layer again.
+
+`RecomputedLayer` wraps a layer's `forward` in one autograd Function. Its inputs are the layer's tensors and its
+trainable parameters, so that their gradients flow through the graph outside, once each, as if the layer were one
+operation; the recompute has a graph of its own, which dies before the layer's weights leave. With one micro-batch per
+call the bits are those of plain autograd: the same operations on the same operands.
+
+    forward    open block | run, no graph | close block          saved: inputs (or their stash), RNG state, autocast
+    backward   open block | run again with graph | gradients | close block
+
+`StreamedModule` is for blocks outside the layers (embedding, head): its graph is plain autograd's, but the weight is
+saved as a reference to its block, which is fetched again when backward asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from offload_rt.arena import Slot
+from offload_rt.block import Block
+from offload_rt.errors import UnsupportedModule
+from offload_rt.executor import RingExecutor
+from offload_rt.stash import Stash, Stashed
+from planners.schedule import Phase
+
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+"""Keyword arguments that a layer would update: a second time in the recompute."""
+
+
+class Access(Protocol):
+    """Gets at a block's bytes."""
+
+    def acquire(self, phase: Phase, *, training: bool) -> Slot:
+        """The slot that holds them; blocks until they are there."""
+
+    def release(self) -> None:
+        """Ends one `acquire`."""
+
+
+class RingAccess:
+    """Access to a block that streams through a ring."""
+
+    def __init__(self, executor: RingExecutor, index: int) -> None:
+        self._executor = executor
+        self._index = index
+
+    def acquire(self, phase: Phase, *, training: bool) -> Slot:
+        return self._executor.acquire(self._index, phase, training=training)
+
+    def release(self) -> None:
+        self._executor.release(self._index)
+
+
+class ResidentAccess:
+    """Access to a block that never leaves DEVICE memory."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+
+    def acquire(self, phase: Phase, *, training: bool) -> Slot:
+        return self._slot
+
+    def release(self) -> None:
+        pass
+
+    def acquire_forever(self) -> Slot:
+        """The slot, for a block that is never closed."""
+        return self._slot
+
+
+@contextlib.contextmanager
+def opened(block: Block, access: Access, phase: Phase, *, training: bool) -> Iterator[None]:
+    """The block's weights are in place inside. An exception leaves nothing open."""
+    slot = access.acquire(phase, training=training)
+    try:
+        block.open(slot)
+        del slot
+        try:
+            yield
+        finally:
+            block.close()
+    finally:
+        access.release()
+
+
+@dataclass
+class LayerCounters:
+    """How often layers ran since the start."""
+
+    num_forwards: int = 0
+    num_recomputes: int = 0
+
+
+class RecomputedLayer:
+    """Replaces the `forward` of one layer of the user's model while the engine lives."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        block: Block,
+        access: Access,
+        *,
+        stash: Stash | None = None,
+        hold_decoded: bool = False,
+        counters: LayerCounters | None = None,
+    ) -> None:
+        self.layer = layer
+        self.block = block
+        self._access = access
+        self.stash = stash
+        self._hold_decoded = hold_decoded
+        self.counters = counters if counters is not None else LayerCounters()
+        self.trainable = [p for p in layer.parameters() if p.requires_grad]
+        self._forward: Callable[..., Any] = layer.forward
+
+    def attach(self) -> None:
+        self.layer.forward = self
+
+    def detach(self) -> None:
+        # The instance attribute shadowed the class's method (or the instance's own, which a wrapper had set).
+        if getattr(self._forward, "__func__", None) is getattr(type(self.layer), "forward", None):
+            del self.layer.forward
+        else:
+            self.layer.forward = self._forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.counters.num_forwards += 1
+        wants_grad = any(t.requires_grad for t in tensors) or bool(self.trainable)
+        if not (torch.is_grad_enabled() and wants_grad):
+            with opened(self.block, self._access, Phase.FORWARD, training=torch.is_grad_enabled()):
+                return self.run(args, kwargs)
+        # As transformers' own checkpointing does: a cache serves generation, and a recompute would fill it again.
+        args = tuple(None if _is_cache(value) else value for value in args)
+        kwargs = {
+            name: None if name in _CACHE_ARGUMENTS or _is_cache(value) else value for name, value in kwargs.items()
+        }
+        if kwargs.get("use_cache"):
+            kwargs["use_cache"] = False
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        call = _Call(self, leaves, structure)
+        outputs = _Recompute.apply(  # type: ignore[no-untyped-call]
+            call, *call.tensors, *self.trainable
+        )
+        return call.rebuild_output(outputs)
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        """The layer's own forward, without the checkpointing that transformers would wrap around it."""
+        flag = getattr(self.layer, "gradient_checkpointing", None)
+        if flag:
+            self.layer.gradient_checkpointing = False  # type: ignore[assignment]
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            if flag:
+                self.layer.gradient_checkpointing = flag
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """The recompute's graph. It keeps packed weights, or decoded ones where the plan holds those."""
+        decoder = self.block.decoder
+        with torch.enable_grad(), decoder.saved_decoded() if self._hold_decoded else decoder.saved_packed():
+            yield
+
+
+def _is_cache(value: Any) -> bool:
+    return any(
+        kind.__module__ == "transformers.cache_utils" and kind.__name__ == "Cache" for kind in type(value).__mro__
+    )
+
+
+class _Call:
+    """One call of a layer: its arguments taken apart, and what is needed to run it again."""
+
+    def __init__(self, owner: RecomputedLayer, leaves: list[Any], structure: Any) -> None:
+        self.owner = owner
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        self._structure = structure
+        self._output_structure: Any = None
+        self._output_constants: list[Any] = []
+        self.rng_state = torch.get_rng_state()
+        self.autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+        self.autocast_cache = torch.is_autocast_cache_enabled()
+
+    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Runs the layer on `tensors` in place of the call's own; returns the tensors among its outputs."""
+        supply = iter(tensors)
+        leaves = [
+            next(supply) if is_tensor else constant
+            for is_tensor, constant in zip(self._is_tensor, self._constants, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        outputs, self._output_structure = pytree.tree_flatten(self.owner.run(args, kwargs))
+        self._output_constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in outputs]
+        self._output_is_tensor = [isinstance(leaf, torch.Tensor) for leaf in outputs]
+        return [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
+
+    def rebuild_output(self, outputs: tuple[torch.Tensor, ...]) -> Any:
+        supply = iter(outputs)
+        leaves = [
+            next(supply) if is_tensor else constant
+            for is_tensor, constant in zip(self._output_is_tensor, self._output_constants, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self._output_structure)
+
+    def which_to_stash(self) -> int | None:
+        """The hidden states: the first input that requires a gradient, else the first floating-point one."""
+        floating = [index for index, tensor in enumerate(self.tensors) if tensor.is_floating_point()]
+        graded = [index for index in floating if self.tensors[index].requires_grad]
+        return next(iter(graded + floating), None)
+
+    @contextlib.contextmanager
+    def as_in_forward(self) -> Iterator[None]:
+        """Random numbers and autocast as they were in forward."""
+        enabled, dtype = self.autocast
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.autocast("cpu", enabled=enabled, dtype=dtype, cache_enabled=self.autocast_cache),
+        ):
+            torch.set_rng_state(self.rng_state)
+            yield
+
+
+class _Recompute(torch.autograd.Function):
+    """One layer as one operation. Inputs: the call, its tensors, the layer's trainable parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        owner = call.owner
+        inputs = list(tensors[: len(call.tensors)])
+        versions = [tensor._version for tensor in inputs]
+        with opened(owner.block, owner._access, Phase.FORWARD, training=True):
+            outputs = call.run(inputs)
+        if [tensor._version for tensor in inputs] != versions:
+            raise UnsupportedModule(
+                f"{owner.block.name}: the layer changed its input in place, so that it cannot be run again in backward"
+            )
+        ctx.call = call
+        ctx.num_parameters = len(tensors) - len(inputs)
+        ctx.needs = [tensor.requires_grad for tensor in inputs]
+        ctx.stashed = None
+        ctx.stashed_index = None
+        kept = list(inputs)
+        if owner.stash is not None:
+            index = call.which_to_stash()
+            if index is not None:
+                stashed: Stashed = owner.stash.put(inputs[index].detach())
+                ctx.stashed, ctx.stashed_index = stashed, index
+                del kept[index]
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        # The inputs are the context's now: a stashed one must not live on in the call.
+        call.tensors = []
+        ctx.mark_non_differentiable(*[out for out in outputs if not out.is_floating_point()])
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        call: _Call = ctx.call
+        owner = call.owner
+        inputs = list(ctx.saved_tensors)
+        if ctx.stashed is not None:
+            inputs.insert(ctx.stashed_index, ctx.stashed.load())
+            if not _graph_is_kept():
+                ctx.stashed.release()
+        detached = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(inputs, ctx.needs, strict=True)]
+        del inputs
+        owner.counters.num_recomputes += 1
+        wanted = [tensor for tensor in detached if tensor.requires_grad]
+        sources = wanted + owner.trainable
+        with (
+            opened(owner.block, owner._access, Phase.BACKWARD, training=True),
+            _without_hooks(owner.trainable),
+            call.as_in_forward(),
+        ):
+            with owner.recording():
+                outputs = call.run(detached)
+            pairs = [
+                (out, grad)
+                for out, grad in zip(outputs, grad_outputs, strict=True)
+                if grad is not None and out.requires_grad
+            ]
+            del outputs
+            gradients: tuple[torch.Tensor | None, ...]
+            if pairs and sources:
+                gradients = torch.autograd.grad(
+                    [out for out, _ in pairs], sources, [grad for _, grad in pairs], allow_unused=True
+                )
+            else:
+                gradients = (None,) * len(sources)
+            del pairs  # and with it the recompute's graph, before the weights go
+        supply = iter(gradients)
+        of_inputs = [next(supply) if tensor.requires_grad else None for tensor in detached]
+        return (None, *of_inputs, *supply)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass under way was asked to retain its graph. False where torch cannot say."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(ask()) if ask is not None else False
+
+
+@contextlib.contextmanager
+def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Tensor hooks of parameters fire in the graph outside; the recompute's inner pass must not fire them too."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
+
+
+@dataclass(frozen=True)
+class BlockReference:
+    """What autograd keeps instead of a weight of a streamed block: the block, the tensor in it, and the view."""
+
+    owner: StreamedModule
+    offset_bytes: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+class StreamedModule:
+    """Replaces the `forward` of a module outside the layers whose block streams. Its weights are not quantized."""
+
+    def __init__(self, module: nn.Module, block: Block, access: Access) -> None:
+        self.module = module
+        self.block = block
+        self._access = access
+        self._forward: Callable[..., Any] = module.forward
+
+    def attach(self) -> None:
+        self.module.forward = self
+
+    def detach(self) -> None:
+        del self.module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        training = torch.is_grad_enabled()
+        with opened(self.block, self._access, Phase.FORWARD, training=training):
+            slot = self.block.slot
+            if not training or slot is None:
+                return self._forward(*args, **kwargs)
+            start = slot.tensor(torch.uint8, (1,)).data_ptr()
+            end = start + self.block.spec.stored_bytes
+            del slot
+
+            def pack(tensor: torch.Tensor) -> torch.Tensor | BlockReference:
+                address = tensor.data_ptr()
+                if not start <= address < end:
+                    return tensor
+                return BlockReference(self, address - start, tensor.dtype, tensor.size(), tensor.stride())
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+                return self._forward(*args, **kwargs)
+
+    def view(self, reference: BlockReference) -> torch.Tensor:
+        """The saved view again. The tensor holds the slot's lease, so the access ends here."""
+        slot = self._access.acquire(Phase.BACKWARD, training=True)
+        try:
+            num_elements = 1 + sum(
+                (size - 1) * stride for size, stride in zip(reference.size, reference.stride, strict=True)
+            )
+            flat = slot.tensor(reference.dtype, (num_elements,), reference.offset_bytes)
+            return flat.as_strided(reference.size, reference.stride)
+        finally:
+            del slot
+            self._access.release()
+
+
+def _unpack(saved: torch.Tensor | BlockReference) -> torch.Tensor:
+    return saved if isinstance(saved, torch.Tensor) else saved.owner.view(saved)

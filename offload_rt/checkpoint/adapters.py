@@ -1,0 +1,56 @@
+"""peft's part: putting adapters on a model, and writing them so that plain peft reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from offload_rt.errors import CheckpointVerifyError, ConfigError, TargetNotMatched
+
+
+def add_adapters(model: nn.Module, config: Any) -> nn.Module:
+    """`peft.get_peft_model`, with typed errors. The base model's parameters are frozen by it."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("adapters: needs peft; install offload-rt[hf]") from None
+    if not isinstance(config, peft.PeftConfig):
+        raise ConfigError(f"adapters: expected a peft configuration such as LoraConfig, got {type(config).__name__}")
+    if hasattr(model, "peft_config"):
+        raise ConfigError("adapters: the model has adapters already; give one of the two")
+    try:
+        return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
+    except ValueError as error:
+        targets = getattr(config, "target_modules", None)
+        if "arget" in str(error):
+            raise TargetNotMatched(
+                f"adapters: target_modules={targets!r} matches nothing in the model: {error}"
+            ) from None
+        raise
+
+
+def save_adapters(model: Any, folder: Path) -> None:
+    """peft's own files, read back: every tensor there, equal, and not all of `lora_B` zero."""
+    # "auto" would look the base model up on a hub; embeddings are saved where an adapter trains them.
+    embeddings = any("embed" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(folder, save_embedding_layers=embeddings)
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise CheckpointVerifyError(f"{path}: peft wrote no such file")
+    import peft
+
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        if names != set(expected):
+            odd = sorted(names ^ set(expected))
+            raise CheckpointVerifyError(
+                f"{path}: {len(names)} tensors, expected {len(expected)}; first odd one: {odd[0]}"
+            )
+        for name, tensor in expected.items():
+            if not torch.equal(file.get_tensor(name), tensor.detach().cpu()):
+                raise CheckpointVerifyError(f"{path}: {name} does not read back as it was written")

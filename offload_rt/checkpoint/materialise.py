@@ -1,0 +1,116 @@
+"""Makes real, on the CPU, what stays in memory of a model on the meta device.
+
+Frozen leftovers (norms, positions) come from the checkpoint; adapters are initialised as peft would; buffers that no
+checkpoint holds (rotary frequencies) are computed again by the model's own code. A parameter keeps its identity:
+`torch.utils.swap_tensors` changes what is behind it. What is still on meta afterwards is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_rt.block import placeholder
+from offload_rt.checkpoint.base_names import base_module
+from offload_rt.checkpoint.sources import TensorSource, materialise
+from offload_rt.errors import CheckpointError, UnsupportedModule
+
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+"""Ways of initialising LoRA that do not look at the base weight."""
+
+
+def make_real(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Puts `value` behind `parameter`, which may be on meta, without changing its identity or `requires_grad`."""
+    if not parameter.is_meta:
+        parameter.data = value
+        return
+    fresh = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    fresh.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, fresh)  # type: ignore[no-untyped-call]
+
+
+def make_absent(parameter: nn.Parameter) -> None:
+    """Lets go of a parameter's values, keeping identity, shape and dtype."""
+    make_real(parameter, placeholder(parameter.shape, parameter.dtype))
+
+
+def materialise_rest(model: nn.Module, streams: Mapping[str, TensorSource], stored: set[int]) -> None:
+    """Makes every parameter and buffer real that no block stores. `stored` holds the ids of those that one does."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in stored and name in streams and parameter.is_meta:
+            make_real(parameter, materialise(streams[name]).to(parameter.dtype).view(parameter.shape))
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if name in streams and buffer.is_meta:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            owner._buffers[name.rpartition(".")[2]] = materialise(streams[name]).to(buffer.dtype).view(buffer.shape)
+    _rebuild_buffers(model)
+    _initialise_adapters(model)
+
+
+def check_nothing_on_meta(model: nn.Module, where: str) -> None:
+    """Raises `CheckpointError`, naming the first ones, if a tensor of `model` is on the meta device."""
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    left += [name for name, b in model.named_buffers() if b.is_meta]
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        raise CheckpointError(f"{where}: no values for {', '.join(left[:5])}{more}: still on the meta device")
+
+
+def _rebuild_buffers(model: nn.Module) -> None:
+    """Lets a transformers model compute the buffers that no checkpoint holds. Runs while parameters are on meta."""
+    inner: Any = base_module(model)
+    for path, module in model.named_modules():
+        missing = [name for name, b in module._buffers.items() if b is not None and b.is_meta]
+        if not missing:
+            continue
+        for name in missing:
+            meta = module._buffers[name]
+            if meta is None:
+                continue
+            real = torch.empty_like(meta, device="cpu")
+            if real.is_floating_point():
+                real.fill_(float("nan"))
+            module._buffers[name] = real
+        initialise = getattr(inner, "_init_weights", None)
+        if initialise is not None:
+            with torch.no_grad():
+                initialise(module)
+        for name in missing:
+            buffer = module._buffers[name]
+            if initialise is None or (buffer is not None and buffer.is_floating_point() and buffer.isnan().any()):
+                raise UnsupportedModule(
+                    f"{path}.{name}: a buffer on the meta device that the checkpoint does not hold and that "
+                    f"{type(inner).__name__} does not compute again; build the model with real buffers"
+                )
+
+
+def _initialise_adapters(model: nn.Module) -> None:
+    """Gives LoRA weights on meta the values that peft gives them."""
+    on_meta = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p.is_meta}
+    if not on_meta:
+        return
+    try:
+        from peft.tuners.lora.layer import LoraLayer
+    except ImportError:
+        return
+    configs = getattr(model, "peft_config", {})
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in list(module.lora_A):
+            own = [module.lora_A[adapter], module.lora_B[adapter]]
+            if not any(p.is_meta for child in own for p in child.parameters()):
+                continue
+            init = configs[adapter].init_lora_weights if adapter in configs else True
+            if init not in _PLAIN_INITS or configs[adapter].use_dora:
+                raise UnsupportedModule(
+                    f"{path}: adapter {adapter!r} is initialised from the base weight (init_lora_weights={init!r}, "
+                    f"use_dora={configs[adapter].use_dora}), which is not in memory; allowed: {_PLAIN_INITS}"
+                )
+            for child in own:
+                for parameter in child.parameters():
+                    make_real(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype))
+            module.reset_lora_parameters(adapter, init)

@@ -1,0 +1,378 @@
+"""The public class: a model that trains in less memory than it has. Wiring only; see `assembly` and the modules below.
+
+[Note: what an engine does to a model]
+`engine.model` is the user's module. Its frozen parameters keep their identity and are absent between uses; its layers'
+`forward` goes through the engine; nothing else changes. `close` takes all of this out again, except that the frozen
+weights stay absent: they are in the store.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_rt import codec
+from offload_rt.assembly import Runtime, RuntimeOptions, assemble
+from offload_rt.checkpoint.adapters import add_adapters, save_adapters
+from offload_rt.checkpoint.state import load_state, save_state
+from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
+from offload_rt.errors import ConfigError, IntegrityError, UnsupportedModule, nearest
+from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_optimizer
+from offload_rt.profile import peak_resident_bytes, resident_bytes
+from planners.errors import format_bytes
+from planners.plan import Plan, Tier
+
+logger = logging.getLogger("offload_rt")
+
+Progress = Callable[[str, int, int], None]
+OptimizerSpec = type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def engine(model: nn.Module, **arguments: Any) -> Engine:
+    """Wraps `model` so that it trains with its frozen weights resting in HOST memory or on NVME.
+
+    model: nn.Module, materialised or on the meta device; a transformers or peft model works as it is, and so does any
+        module whose layers sit in a ModuleList.
+    checkpoint: safetensors file or folder in Hugging Face layout; streamed, never held whole. None takes the model's
+        own values.
+    bits: 4 stores frozen linears as NF4 with double quantization; None keeps their dtype.
+    adapters: a peft configuration, for a model that has none yet.
+    device: "cpu" or "auto". (The CUDA path is not there yet.)
+    device_memory, host_memory: hard budgets, "22GiB" or bytes; None is what is free. On the CPU device,
+        host_memory=None makes DEVICE and HOST one tier.
+    nvme: a folder, "folder:500GiB", or a list with one per drive; None keeps everything in memory.
+    batch_size, seq_len: the largest batch that will come; larger ones are refused.
+    accumulation_steps, max_grad_norm: as the loop will do them; `step` clips to max_grad_norm.
+    optimizer: None is AdamW; a torch.optim class, or a function of the list of parameters. lr: for the first two.
+    commit_every: steps between checkpoints that the engine writes beside the store; None leaves saving to the caller.
+    plan: "auto" (the fixed streaming rule), a Plan, or the path of a plan file.
+    progress: called with (phase, bytes done, bytes in all) while the store is built.
+
+    Blocks until the store is built, or found. Raises ConfigError for a wrong argument, PlanInfeasible where no plan
+    fits the budgets, CheckpointError for files that are bad or do not fit the model, StoreInUse, StorageFull.
+    """
+    allowed = set(inspect.signature(Engine.__init__).parameters) - {"self", "model", "options"}
+    for name in arguments:
+        if name not in allowed:
+            raise ConfigError(f"engine: unknown argument {name!r}; {nearest(name, allowed)}")
+    return Engine(model, **arguments)
+
+
+class Engine:
+    """See `engine`. A context manager; `close` gives memory, files and hooks back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        checkpoint: str | Path | None = None,
+        bits: int | None = None,
+        adapters: Any = None,
+        device: str = "auto",
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        nvme: str | Path | Sequence[str | Path] | None = None,
+        batch_size: int = 1,
+        seq_len: int = 4096,
+        accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+        optimizer: OptimizerSpec | None = None,
+        lr: float | None = None,
+        commit_every: int | None = None,
+        plan: Plan | str | Path = "auto",
+        emulate: Any = None,
+        progress: Progress | None = None,
+        options: RuntimeOptions | None = None,
+    ) -> None:
+        self._resident_at_start = resident_bytes()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if emulate is not None:
+            raise ConfigError("emulate: throttled links are not offered yet; leave it None")
+        if device not in ("auto", "cpu"):
+            raise ConfigError(f"device: {device!r} is not offered yet; allowed: 'cpu', 'auto'")
+        self.config = EngineConfig(
+            bits=bits,
+            device="cpu",
+            device_memory_bytes=None if device_memory is None else parse_bytes(device_memory, field="device_memory"),
+            host_memory_bytes=None if host_memory is None else parse_bytes(host_memory, field="host_memory"),
+            nvme=parse_nvme(nvme),
+            batch_size=batch_size,
+            seq_len=seq_len,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=max_grad_norm,
+            commit_every=commit_every,
+        )
+        given_plan = _read_plan(plan)
+        self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
+        self.trainable: dict[str, nn.Parameter] = {
+            name: p for name, p in self.model.named_parameters() if p.requires_grad
+        }
+        """What trains, by name. Parameters keep their identity when those on meta become real."""
+        self._runtime: Runtime = assemble(
+            self.model,
+            None if checkpoint is None else Path(checkpoint),
+            self.config,
+            given_plan,
+            options if options is not None else RuntimeOptions(),
+            progress,
+        )
+        try:
+            self.optimizer: torch.optim.Optimizer | None = _make_optimizer(optimizer, lr, list(self.trainable.values()))
+            if self.optimizer is not None:
+                check_optimizer(self.optimizer, self.trainable)
+        except BaseException:
+            self._runtime.close()
+            raise
+        self.step_number = 0
+        self._tracked: dict[str, Any] = {}
+        self._num_backwards = 0
+        self._warned_accumulation = False
+        self._before_forward = self.model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
+        logger.info("%s", self.summary())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model."""
+        return self.model(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """As `loss.backward()`, after checking that the loss is finite. Raises `NonFiniteLoss`."""
+        check_loss(loss, self.step_number + 1)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._num_backwards += 1
+
+    def step(self) -> None:
+        """Clips if `max_grad_norm` was declared, updates, zeroes the gradients, commits if it is time."""
+        if self.optimizer is None:
+            raise ConfigError("step: nothing trains; give adapters=, or leave some parameters requires_grad")
+        if self.step_number < CHECKED_STEPS:
+            check_gradients(self.trainable, self.step_number + 1)
+            before = {name: p.detach().clone() for name, p in self.trainable.items()} if self.step_number == 0 else {}
+            check_optimizer(self.optimizer, self.trainable)
+        else:
+            before = {}
+        declared = self.config.accumulation_steps
+        if self._num_backwards not in (0, declared) and not self._warned_accumulation:
+            self._warned_accumulation = True
+            logger.warning("accumulation_steps=%d was declared, step() came after %d", declared, self._num_backwards)
+        if self.config.max_grad_norm is not None:
+            self.clip_grad_norm_(self.config.max_grad_norm)
+        self.optimizer.step()
+        self._check_moved(before)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._num_backwards = 0
+        self.step_number += 1
+        every = self.config.commit_every
+        if every is not None and self.step_number % every == 0 and self._runtime.store is not None:
+            self.save_checkpoint(self.commit_folder)
+
+    def train_batch(self, batches: Sequence[dict[str, Any]]) -> float:
+        """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
+        if not batches:
+            raise ConfigError("train_batch: needs at least one micro-batch")
+        total = 0.0
+        for batch in batches:
+            loss = self(**batch).loss / len(batches)
+            self.backward(loss)
+            total += float(loss.detach())
+        self._num_backwards = self.config.accumulation_steps
+        self.step()
+        return total
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scales the gradients so that their global norm is at most `max_norm`; returns the norm before. Exact."""
+        return torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), max_norm)
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The gradients that there are, by parameter name."""
+        for name, parameter in self.trainable.items():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+    def track(self, name: str, tracked: Any) -> None:
+        """Makes anything with `state_dict` and `load_state_dict` a part of every checkpoint."""
+        if not hasattr(tracked, "state_dict") or not hasattr(tracked, "load_state_dict"):
+            raise ConfigError(f"track: {name!r} has no state_dict and load_state_dict")
+        self._tracked[name] = tracked
+
+    @property
+    def commit_folder(self) -> Path:
+        """Where `commit_every` writes. ConfigError without nvme=."""
+        if self._runtime.store is None:
+            raise ConfigError("commit_every: commits are written beside the store; give nvme= a folder")
+        return self._runtime.store.folders[0] / "commit"
+
+    def save_checkpoint(self, folder: str | Path) -> None:
+        """Writes parameters that train, optimizer, random numbers and everything tracked. Atomic and durable."""
+        if self.optimizer is None:
+            raise ConfigError("save_checkpoint: nothing trains")
+        extra = {
+            "step": self.step_number,
+            "tracked": {name: tracked.state_dict() for name, tracked in self._tracked.items()},
+        }
+        save_state(Path(folder), self.trainable, self.optimizer, extra)
+
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it."""
+        if self.optimizer is None:
+            raise ConfigError("load_checkpoint: nothing trains")
+        extra = load_state(Path(folder), self.trainable, self.optimizer)
+        unknown = sorted(set(extra["tracked"]) ^ set(self._tracked))
+        if unknown:
+            raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(unknown)}")
+        self.step_number = int(extra["step"])
+        for name, state in extra["tracked"].items():
+            self._tracked[name].load_state_dict(state)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the adapter as peft does, reads it back and compares. Raises `CheckpointVerifyError`."""
+        if not hasattr(self.model, "peft_config"):
+            raise UnsupportedModule(
+                "save_pretrained: writes peft adapters; this model has none. save_checkpoint saves what trains"
+            )
+        save_adapters(self.model, Path(folder))
+
+    def report(self) -> dict[str, Any]:
+        """What moved, what it cost, and who holds memory, since the start. Bytes and seconds."""
+        runtime = self._runtime
+        links = runtime.links.counters
+        executors = [executor.counters for executor in runtime.executors]
+        managed = sum(account.used_bytes for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME)
+        arenas = {
+            tier.value: dict(account.holdings) for tier, account in runtime.tiers.accounts.items() if account.holdings
+        }
+        return {
+            "step": self.step_number,
+            "plan": runtime.plan.planner,
+            "bytes_read": links.bytes_read,
+            "bytes_written": links.bytes_written,
+            "bytes_copied": links.bytes_copied,
+            "stall_seconds": links.stall_seconds,
+            "fetches": sum(c.num_fetches for c in executors),
+            "scheduled_fetches": sum(c.scheduled_fetches for c in executors),
+            "prefetch_hits": sum(c.num_hits for c in executors),
+            "prefetch_misses": sum(c.num_misses for c in executors),
+            "replans": sum(c.num_replans for c in executors),
+            "recomputes": runtime.layer_counters.num_recomputes,
+            "decodes": runtime.decoder.counters.num_decodes,
+            "decoded_elements": runtime.decoder.counters.decoded_elements,
+            "decode_overflow_bytes": runtime.decoder.counters.overflow_bytes,
+            "stored_bytes": sum(block.spec.stored_bytes for block in runtime.blocks),
+            "store_was_cached": runtime.store_was_cached,
+            "direct_io": runtime.store.direct if runtime.store is not None else None,
+            "io": runtime.links.io.name,
+            "nf4": codec.backend(),
+            "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},
+            "holdings": arenas,
+            "managed_bytes": managed,
+            "base_bytes": self._resident_at_start,
+            "peak_resident_bytes": peak_resident_bytes(),
+        }
+
+    def summary(self) -> str:
+        """What is in effect, in a few lines."""
+        runtime = self._runtime
+        plan = runtime.plan
+        lines = [f"plan: {plan.planner}; layer inputs wait in {plan.layer_inputs.value}"]
+        for ring in plan.rings:
+            lines.append(
+                f"{ring.name}: {len(ring.blocks)} blocks rest in {ring.rest.value}, {ring.num_slots} at a time in "
+                f"device memory ({format_bytes(ring.device_bytes)})"
+            )
+        if plan.resident:
+            lines.append(f"resident: {len(plan.resident)} blocks")
+        if self.config.bits == 4:
+            lines.append(str(runtime.coverage))
+        for tier, account in runtime.tiers.accounts.items():
+            if account.holdings:
+                limit = f" of {format_bytes(account.capacity_bytes)}" if account.capacity_bytes else ""
+                lines.append(f"{tier.value} memory: {format_bytes(account.used_bytes)}{limit} planned")
+        direct = "" if runtime.store is None else (" past the page cache" if runtime.store.direct else " (buffered)")
+        lines.append(f"I/O by {runtime.links.io.name}{direct}; NF4 by {codec.backend()}")
+        return "\n".join(lines)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in effect."""
+        return self._runtime.plan
+
+    def close(self) -> None:
+        """Waits for what is under way; gives memory, files and hooks back. May be called twice."""
+        self._before_forward.remove()
+        self._runtime.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _check_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses a batch larger than planned, and outputs whose gradients recomputing would lose."""
+        configured = getattr(getattr(module, "config", None), "output_router_logits", False)
+        if torch.is_grad_enabled() and kwargs.get("output_router_logits", configured):
+            raise UnsupportedModule(
+                "output_router_logits: the auxiliary loss would lose its gradient when layers are recomputed; set "
+                "config.output_router_logits = False"
+            )
+        tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
+            return
+        rows, length = tokens.shape[0], tokens.shape[1]
+        if length > self.config.seq_len:
+            raise ConfigError(
+                f"seq_len: a batch of {length} tokens a row came, the plan was made for {self.config.seq_len}; give "
+                f"engine(seq_len={length}) or cut the rows"
+            )
+        if torch.is_grad_enabled() and rows * length > self.config.batch_size * self.config.seq_len:
+            raise ConfigError(
+                f"batch_size: a batch of {rows} x {length} tokens came, the plan was made for "
+                f"{self.config.batch_size} x {self.config.seq_len}"
+            )
+
+    def _check_moved(self, before: dict[str, torch.Tensor]) -> None:
+        """After the first step: something must have changed, unless the learning rate is still zero."""
+        if not before or self.optimizer is None or not any(group.get("lr", 1) for group in self.optimizer.param_groups):
+            return
+        if all(torch.equal(before[name], p.detach()) for name, p in self.trainable.items()):
+            raise IntegrityError("step 1 changed no parameter: the optimizer does not update this model's parameters")
+
+
+def _read_plan(plan: Plan | str | Path) -> Plan | None:
+    if isinstance(plan, Plan):
+        return plan
+    if plan == "auto":
+        return None
+    try:
+        return Plan.load(Path(plan))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"plan: {error}") from None
+
+
+def _make_optimizer(
+    spec: OptimizerSpec | None, lr: float | None, parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer | None:
+    if not parameters:
+        return None
+    arguments: dict[str, Any] = {} if lr is None else {"lr": lr}
+    if spec is None:
+        return torch.optim.AdamW(parameters, **arguments)
+    if isinstance(spec, type) and issubclass(spec, torch.optim.Optimizer):
+        kind: Any = spec
+        made: torch.optim.Optimizer = kind(parameters, **arguments)
+        return made
+    if not callable(spec):
+        raise ConfigError("optimizer: expected a class or a function of the parameters, got an optimizer that is built")
+    if lr is not None:
+        raise ConfigError("lr: belongs into the function given as optimizer=, which makes the optimizer")
+    factory: Any = spec
+    built = factory(parameters)
+    if not isinstance(built, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer: the function returned {type(built).__name__}, not a torch.optim.Optimizer")
+    return built

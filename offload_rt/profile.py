@@ -1,0 +1,115 @@
+"""What a model and a machine need and have: transient activations, free memory. Estimates say what they rest on.
+
+[Note: activation estimate]
+A layer's recompute keeps, per token, about what goes into and comes out of its linears, twice over for the casts of
+norms and adapters; 2.0 covers what was measured on Llama, Qwen and GPT-2 shapes. The head keeps the logits, their fp32
+copy, its log-softmax and the gradients of both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from offload_rt.discover import BlockDraft
+
+_LAYER_FACTOR = 2.0
+_HEAD_BYTES_PER_LOGIT = 4 + 4 + 4
+"""fp32 copy, log-softmax and its gradient, beside the logits and their gradient in the model's dtype."""
+
+
+def estimate_activation_bytes(model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int) -> int:
+    """Peak bytes of one layer's recompute, or of head and loss, whichever is more. See [Note: activation estimate]."""
+    tokens = batch_size * seq_len
+    layers = [_features(draft) * tokens * _LAYER_FACTOR * _item_bytes(draft) for draft in drafts if draft.is_layer]
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) == "eager":
+        heads = int(getattr(config, "num_attention_heads", 1))
+        layers = [peak + batch_size * heads * seq_len**2 * 10 for peak in layers]
+    heads_bytes = [0]
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and isinstance(weight, torch.Tensor) and _is_head(model, module):
+            heads_bytes.append(tokens * module.out_features * (2 * weight.element_size() + _HEAD_BYTES_PER_LOGIT))
+    return int(max(max(layers, default=0), max(heads_bytes)))
+
+
+def layer_input_bytes(drafts: list[BlockDraft], *, batch_size: int, seq_len: int) -> int:
+    """One layer's input for the largest batch. Its width is the size that most of a layer's tensors share."""
+    largest = 0
+    for draft in drafts:
+        sizes = Counter(size for t in draft.spec.tensors for size in t.shape[-2:])
+        if draft.is_layer and sizes:
+            largest = max(largest, sizes.most_common(1)[0][0] * _item_bytes(draft))
+    return batch_size * seq_len * largest
+
+
+def free_memory_bytes() -> int:
+    """What this process may still take: free RAM or what its cgroup leaves, less a tenth as a reserve."""
+    free = int(psutil.virtual_memory().available)
+    limit, usage = cgroup_memory_bytes()
+    if limit is not None:
+        free = min(free, limit - usage)
+    return free * 9 // 10
+
+
+def cgroup_memory_bytes() -> tuple[int | None, int]:
+    """The limit of this process's memory cgroup (v2 or v1) and what it uses; no limit is None."""
+    places = []
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                base = Path("/sys/fs/cgroup" + path)
+                places.append((base / "memory.max", base / "memory.current"))
+            elif "memory" in controllers.split(","):
+                for root in ("/sys/fs/cgroup/memory" + path, "/sys/fs/cgroup/memory"):
+                    places.append((Path(root) / "memory.limit_in_bytes", Path(root) / "memory.usage_in_bytes"))
+    except OSError:
+        return None, 0
+    for limit_file, usage_file in places:
+        try:
+            text = limit_file.read_text().strip()
+            if text != "max" and int(text) < 1 << 60:
+                return int(text), int(usage_file.read_text())
+        except (OSError, ValueError):
+            continue
+    return None, 0
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory this process has had (VmHWM)."""
+    return _status_bytes("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (VmRSS)."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _features(draft: BlockDraft) -> int:
+    """In and out features of a layer's matrices, those of an expert stack counted once."""
+    return sum(sum(t.shape[-2:]) for t in draft.spec.tensors if len(t.shape) >= 2)
+
+
+def _item_bytes(draft: BlockDraft) -> int:
+    return max(t.compute_bytes // max(1, t.num_elements) for t in draft.spec.tensors)
+
+
+def _is_head(model: nn.Module, module: nn.Linear) -> bool:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    head = getattr(head, "base_layer", head)
+    return module is head

@@ -1,0 +1,156 @@
+"""Where the inputs of layers wait between forward and backward, when that is not DEVICE memory.
+
+A stashed input is copied out right after its layer's forward has begun to use it and fetched back before its layer's
+backward; while one layer is recomputed, the input of the one before it is on its way. In HOST it lies in an arena, on
+NVME in the scratch file, through two staging slots.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import torch
+
+from offload_rt.arena import Arena, Slot
+from offload_rt.scratch import Scratch, ScratchRange
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.transfer import Links, Transfer
+
+
+class Stashed(Protocol):
+    """A tensor that is put away."""
+
+    def load(self) -> torch.Tensor:
+        """The tensor again, in memory of its own. Blocks until it has arrived. May be called more than once."""
+
+    def release(self) -> None:
+        """Gives its place back; it cannot be loaded any more."""
+
+
+class Stash(Protocol):
+    """A place to put tensors away."""
+
+    def put(self, tensor: torch.Tensor) -> Stashed:
+        """Takes a copy of `tensor`; the caller may let go of it."""
+
+
+class HostStash:
+    """Tensors in an arena of HOST memory. Copies are made in place: on the CPU device both ends are RAM."""
+
+    def __init__(self, arena: Arena, links: Links) -> None:
+        self._arena = arena
+        self._links = links
+
+    def put(self, tensor: torch.Tensor) -> Stashed:
+        slot = self._arena.acquire(tensor.numel() * tensor.element_size(), "layer input")
+        slot.tensor(tensor.dtype, tensor.shape).copy_(tensor)
+        self._links.counters.bytes_copied += slot.num_bytes
+        return _HostStashed(slot, tensor.shape, tensor.dtype, self._links)
+
+
+class _HostStashed:
+    def __init__(self, slot: Slot, shape: torch.Size, dtype: torch.dtype, links: Links) -> None:
+        self._slot: Slot | None = slot
+        self._shape = shape
+        self._dtype = dtype
+        self._links = links
+
+    def load(self) -> torch.Tensor:
+        if self._slot is None:
+            raise RuntimeError("stash: loaded after its release")
+        self._links.counters.bytes_copied += self._slot.num_bytes
+        return self._slot.tensor(self._dtype, self._shape).clone()
+
+    def release(self) -> None:
+        self._slot = None
+
+
+class NvmeStash:
+    """Tensors in a scratch file. `staging` must hold four slots: two on their way out, two on their way in."""
+
+    def __init__(self, scratch: Scratch, staging: Arena, links: Links) -> None:
+        self._scratch = scratch
+        self._staging = staging
+        self._links = links
+        self._order: list[weakref.ref[_NvmeStashed]] = []
+        self._writing: list[_NvmeStashed] = []
+
+    def put(self, tensor: torch.Tensor) -> Stashed:
+        num_bytes = align_up(tensor.numel() * tensor.element_size(), IO_ALIGNMENT_BYTES)
+        while len(self._writing) >= 2:
+            self._writing.pop(0).finish_write()
+        slot = self._staging.acquire(num_bytes, "layer input on its way out")
+        slot.tensor(tensor.dtype, tensor.shape).copy_(tensor)
+        if self._links.recorder is not None:
+            self._links.recorder.use("stash", writes=[slot.range])
+        place = self._scratch.acquire(num_bytes)
+        stashed = _NvmeStashed(self, place, place.write(slot), tensor.shape, tensor.dtype)
+        self._writing.append(stashed)
+        self._order = [entry for entry in self._order if (held := entry()) is not None and held.is_held]
+        stashed.index = len(self._order)
+        self._order.append(weakref.ref(stashed))
+        return stashed
+
+    def start_read(self, place: ScratchRange) -> tuple[Slot, Transfer] | None:
+        """Starts reading `place` back, if there is a free slot."""
+        slot = self._staging.try_acquire(place.num_bytes, "layer input on its way in")
+        return None if slot is None else (slot, place.read(slot))
+
+    def start_previous(self, index: int) -> None:
+        """Starts reading the tensor stashed before number `index`: backward will want it next."""
+        for entry in reversed(self._order[:index]):
+            stashed = entry()
+            if stashed is not None and stashed.is_held:
+                stashed.start_read()
+                return
+
+    def wait(self, transfer: Transfer) -> None:
+        self._links.wait(transfer)
+
+
+class _NvmeStashed:
+    def __init__(
+        self, stash: NvmeStash, place: ScratchRange, write: Transfer, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
+        self.index = 0
+        self._stash = stash
+        self._place: ScratchRange | None = place
+        self._write: Transfer | None = write
+        self._read: tuple[Slot, Transfer] | None = None
+        self._shape = shape
+        self._dtype = dtype
+
+    @property
+    def is_held(self) -> bool:
+        return self._place is not None
+
+    def finish_write(self) -> None:
+        if self._write is not None:
+            write, self._write = self._write, None
+            self._stash.wait(write)
+
+    def start_read(self) -> None:
+        self.finish_write()
+        if self._read is None and self._place is not None:
+            self._read = self._stash.start_read(self._place)
+
+    def load(self) -> torch.Tensor:
+        self.start_read()
+        if self._read is None:
+            raise RuntimeError("stash: loaded after its release, or no staging slot for a layer input")
+        slot, read = self._read
+        self._stash.wait(read)
+        tensor = slot.tensor(self._dtype, self._shape).clone()
+        self._read = None
+        del slot, read
+        self._stash.start_previous(self.index)
+        return tensor
+
+    def release(self) -> None:
+        # Transfers own their memory, but the range on the drive must not be reused while one is under way.
+        if self._write is not None:
+            self._write.wait()
+        if self._read is not None:
+            self._read[1].wait()
+        self._place = self._write = self._read = None
