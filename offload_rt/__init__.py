@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offload_rt.engine import Engine as Engine
-    from offload_rt.engine import engine as engine
+    from offload_rt._engine import Engine as Engine
+    from offload_rt._engine import engine as engine
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "Plan", "engine"]
@@ -20,7 +20,7 @@ __all__ = ["Engine", "Plan", "engine"]
 def __getattr__(name: str) -> Any:
     import importlib
 
-    homes = {"engine": "offload_rt.engine", "Engine": "offload_rt.engine", "Plan": "planners.plan"}
+    homes = {"engine": "offload_rt._engine", "Engine": "offload_rt._engine", "Plan": "planners.plan"}
     if name not in homes:
         raise AttributeError(f"module 'offload_rt' has no attribute {name!r}")
     value = getattr(importlib.import_module(homes[name]), name)

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class BnbTensors:
     """One weight as bitsandbytes stores it in 4 bits: raw streams, which the codec converts."""
 
     packed: TensorSource
-    """`X.weight`: two codes to a byte, U8."""
+    """`X.weight`: two codes to a byte, under whatever dtype bitsandbytes stored the bytes."""
     parts: dict[str, TensorSource]
     """By suffix: `absmax`, `quant_map`, and with double quantization `nested_absmax`, `nested_quant_map`."""
     state: dict[str, Any]
@@ -248,11 +249,11 @@ def _bnb_tensors(checkpoint: Checkpoint, key: str, parts: dict[str, str]) -> Bnb
         shape = [int(size) for size in state["shape"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{where}: no JSON with a shape: {error!r}") from error
-    num_elements = torch.Size(shape).numel()
-    if packed.dtype != torch.uint8 or packed.entry.num_bytes != (num_elements + 1) // 2:
+    num_elements = math.prod(shape)
+    if packed.entry.num_bytes != (num_elements + 1) // 2:
         raise CheckpointError(
             f"{where}: says {num_elements} elements {tuple(shape)}, but {key} holds {packed.entry.num_bytes} "
-            f"bytes of {packed.dtype}, not {(num_elements + 1) // 2} of torch.uint8"
+            f"bytes, not {(num_elements + 1) // 2}"
         )
     return BnbTensors(
         packed=packed,

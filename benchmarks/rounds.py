@@ -1,0 +1,55 @@
+"""Comparing things that share a noisy machine: interleaved rounds, and ratios taken within a round.
+
+A drive or a neighbour that slows down for a minute slows all contenders of that round alike, so that their ratio
+holds where their speeds do not. The order within a round rotates, so that nobody is always the one who goes first.
+"""
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+Speeds = dict[str, list[float]]
+
+
+def interleave(contenders: dict[str, Callable[[], float]], num_rounds: int) -> Speeds:
+    """Runs every contender once per round and returns their results, in the order of the rounds.
+
+    One unrecorded round comes first: memory is touched, files are laid out, clocks rise.
+    """
+    names = list(contenders)
+    results: Speeds = {name: [] for name in names}
+    for round_index in range(-1, num_rounds):
+        turn = round_index % len(names)
+        for name in names[turn:] + names[:turn]:
+            result = contenders[name]()
+            if round_index >= 0:
+                results[name].append(result)
+    return results
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median and spread (least and greatest), with the values themselves."""
+    return {"median": median(values), "min": min(values), "max": max(values), "values": list(values)}
+
+
+def ratio(results: Speeds, name: str, reference: str) -> dict[str, Any]:
+    """`name` over `reference`, round by round."""
+    return summary([a / b for a, b in zip(results[name], results[reference], strict=True)])
+
+
+def circumstances() -> dict[str, Any]:
+    """What a reader needs in order to repeat a measurement."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cpu": models[0] if models else platform.machine(),
+        "num_cpus": len(models),
+    }

@@ -1,0 +1,1 @@
+"""The command line. Commands are imported one at a time, when they are run; see `main`."""

@@ -1,0 +1,84 @@
+"""`offload-rt train`: its options. What they do is in `train_run`, imported after they were parsed."""
+
+from __future__ import annotations
+
+import argparse
+
+from offload_rt.config import EngineConfig, parse_adapters, parse_bytes, parse_nvme
+from offload_rt.errors import ConfigError
+from offload_rt.training.options import SCHEDULES
+
+EXAMPLES = """
+example:
+  offload-rt train --model ./Llama-3-8B --data chats.jsonl --bits 4 --adapters lora:r=16 \\
+      --device-memory 8GiB --host-memory 16GiB --nvme /mnt/ssd --out run --epochs 1
+
+A line of FILE has 'messages', or 'prompt' and 'completion', or 'text'. Ctrl-C (or SIGTERM) finishes the
+step, saves, and exits with 128 + the signal's number; --resume continues exactly there.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--model", required=True, metavar="DIR", help="folder with config.json, safetensors and tokenizer"
+    )
+    what.add_argument("--data", required=True, metavar="FILE.jsonl", help="training examples")
+    what.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the adapter")
+    what.add_argument("--bits", type=int, choices=(4,), help="4: frozen weights as NF4; left out: as they are")
+    what.add_argument(
+        "--adapters", metavar="KIND", default="lora:r=16",
+        help="lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj (default: %(default)s)",
+    )  # fmt: skip
+    where = parser.add_argument_group("where")
+    where.add_argument("--device", default="auto", help='"cpu", "cuda" or "auto" (default)')
+    where.add_argument("--device-memory", metavar="SIZE", help="hard budget, such as 8GiB (default: measured)")
+    where.add_argument("--host-memory", metavar="SIZE", help="hard budget of the tier between (default: one tier)")
+    where.add_argument("--nvme", action="append", metavar="DIR[:SIZE]", help="folder for the weights; once per drive")
+    where.add_argument("--plan", default="auto", metavar="FILE", help="a plan file (default: auto)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--seq-len", type=int, help="longest row, in tokens (default: the longest example)")
+    how.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (default: %(default)s)")
+    how.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per step (default: 1)")
+    how.add_argument("--steps", type=int, help="optimizer steps in all (default: one epoch)")
+    how.add_argument("--epochs", type=int, help="passes over the data")
+    how.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
+    how.add_argument("--warmup-ratio", type=float, default=0.03, help="share of the steps (default: %(default)s)")
+    how.add_argument("--schedule", choices=SCHEDULES, default="linear", help="default: %(default)s")
+    how.add_argument("--max-grad-norm", type=float, default=1.0, help="clip to this norm; 0: never (default: 1)")
+    how.add_argument("--seed", type=int, default=0, help="of data order, adapters and dropout (default: 0)")
+    how.add_argument("--packing", action="store_true", help="several examples per row, kept apart by attention")
+    how.add_argument("--raw-prompts", action="store_true", help="prompt + completion without the chat template")
+    how.add_argument("--too-long", choices=("truncate", "error"), default="truncate", help="lines beyond --seq-len")
+    keep = parser.add_argument_group("keep")
+    keep.add_argument("--save-every", type=int, help="steps between checkpoints (default: at the end only)")
+    keep.add_argument("--keep-last", type=int, default=2, help="checkpoints that stay (default: %(default)s)")
+    keep.add_argument("--logdir", metavar="DIR", help="TensorBoard events")
+    keep.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks what can be checked without torch, then trains."""
+    if arguments.steps is None and arguments.epochs is None:
+        arguments.epochs = 1
+    elif arguments.steps is not None and arguments.epochs is not None:
+        raise ConfigError("--steps, --epochs: give one of the two")
+    if arguments.max_grad_norm == 0:
+        arguments.max_grad_norm = None
+    parse_adapters(arguments.adapters)
+    for field in ("device_memory", "host_memory"):
+        if getattr(arguments, field) is not None:
+            parse_bytes(getattr(arguments, field), field=field)
+    EngineConfig(
+        bits=arguments.bits,
+        nvme=parse_nvme(arguments.nvme),
+        batch_size=arguments.batch_size,
+        seq_len=1 if arguments.seq_len is None else arguments.seq_len,
+        accumulation_steps=arguments.accumulation_steps,
+        max_grad_norm=arguments.max_grad_norm,
+    )
+
+    from offload_rt.cli.train_run import train_from_arguments
+
+    return train_from_arguments(arguments)

@@ -1,0 +1,204 @@
+"""What `offload-rt train` does: model and data in, an engine around it, the loop, adapter out. Only wiring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from offload_rt._engine import engine as wrap
+from offload_rt.config import parse_adapters
+from offload_rt.errors import ConfigError
+from offload_rt.training.batches import Batches, check_packing
+from offload_rt.training.data import DataReport, load_examples
+from offload_rt.training.loop import TrainingResult, num_steps, train
+from offload_rt.training.options import TrainingOptions
+from offload_rt.training.run_folder import RunFolder
+from planners.errors import format_bytes
+
+MODEL_FILES = ("config.json",)
+INGEST_SECONDS = 2.0
+"""Between two lines of progress while weights are encoded."""
+
+
+def train_from_arguments(arguments: argparse.Namespace) -> int:
+    """Runs a parsed command line; returns the exit code."""
+    console = Console()
+    options = TrainingOptions(
+        out=Path(arguments.out), steps=arguments.steps, epochs=arguments.epochs, lr=arguments.lr,
+        warmup_ratio=arguments.warmup_ratio, schedule=arguments.schedule,
+        accumulation_steps=arguments.accumulation_steps, save_every=arguments.save_every,
+        keep_last=arguments.keep_last, logdir=arguments.logdir, resume=arguments.resume,
+    )  # fmt: skip
+    settings = {
+        "model": os.path.realpath(arguments.model), "data": os.path.realpath(arguments.data),
+        "bits": arguments.bits, "adapters": arguments.adapters, "max_grad_norm": arguments.max_grad_norm,
+        "seed": arguments.seed,
+    }  # fmt: skip
+    # Everything that can be wrong with the call is found before a weight is read.
+    folder = RunFolder(options.out)
+    if options.resume:
+        folder.require_same(settings)
+    else:
+        folder.require_free()
+    model_folder = _model_folder(arguments.model)
+    tokenizer, model_on_meta, adapters = _load_transformers(model_folder, arguments)
+    examples, data_report = load_examples(
+        arguments.data,
+        tokenizer,
+        seq_len=arguments.seq_len or _longest_row(model_on_meta),
+        too_long=arguments.too_long,
+        prompts="raw" if arguments.raw_prompts else "template",
+    )
+    if arguments.seq_len is None:
+        # Memory is planned for the longest row there is, not for one that never comes.
+        arguments.seq_len = max(len(example) for example in examples)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batches = Batches(
+        examples,
+        batch_size=arguments.batch_size,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+        packing=arguments.packing,
+        pad_token_id=pad_token_id or 0,
+    )
+    _show_settings(console, arguments, data_report, num_steps(options, batches))
+    torch.manual_seed(arguments.seed)
+    with wrap(
+        model_on_meta,
+        checkpoint=model_folder,
+        bits=arguments.bits,
+        adapters=adapters,
+        device=arguments.device,
+        device_memory=arguments.device_memory,
+        host_memory=arguments.host_memory,
+        nvme=arguments.nvme,
+        batch_size=arguments.batch_size,
+        seq_len=arguments.seq_len,
+        accumulation_steps=arguments.accumulation_steps,
+        max_grad_norm=arguments.max_grad_norm,
+        lr=arguments.lr,
+        plan=arguments.plan,
+        progress=_IngestProgress(console),
+    ) as engine:
+        console.print(engine.summary(), markup=False, highlight=False, soft_wrap=True)
+        engine.model.train()
+        if arguments.packing:
+            check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
+        result = train(engine, batches, options, settings=settings, console=console)
+        if result.interrupted is not None:
+            return 128 + result.interrupted
+        adapter_folder = options.out / "adapter"
+        engine.save_pretrained(adapter_folder)
+        tokenizer.save_pretrained(adapter_folder)
+        _show_result(console, result, engine.report(), adapter_folder)
+    return 0
+
+
+def _model_folder(text: str) -> Path:
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"--model: {text} is not a folder; download the model first, nothing is fetched here")
+    for name in MODEL_FILES:
+        if not (folder / name).is_file():
+            raise ConfigError(f"--model: {folder} has no {name}")
+    return folder
+
+
+def _load_transformers(folder: Path, arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Tokenizer, model on the meta device, adapter configuration. Nothing is downloaded."""
+    try:
+        import peft
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"train needs transformers and peft ({error}); pip install 'offload-rt[hf]'") from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--model: {folder}: {error}") from error
+    # A key-value cache would keep every layer's keys and values for a generation that does not happen.
+    config.use_cache = False
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
+    adapters = peft.LoraConfig(task_type="CAUSAL_LM", **parse_adapters(arguments.adapters))
+    return tokenizer, model, adapters
+
+
+def _longest_row(model: Any) -> int:
+    """What the model was made for, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 4096)
+
+
+class _IngestProgress:
+    """The engine's `progress=`: a line now and then while weights are encoded, with speed and remaining time."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._phase = ""
+        self._begin = self._last_line_at = 0.0
+
+    def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._begin, self._last_line_at = phase, now, now
+        if total_bytes <= 0 or (now - self._last_line_at < INGEST_SECONDS and done_bytes < total_bytes):
+            return
+        self._last_line_at = now
+        bytes_per_second = done_bytes / max(now - self._begin, 1e-9)
+        remaining = (total_bytes - done_bytes) / max(bytes_per_second, 1.0)
+        self._console.print(
+            f"{phase}: {format_bytes(done_bytes)} of {format_bytes(total_bytes)}, "
+            f"{bytes_per_second / 1e9:.2f} GB/s, {remaining:.0f} s left",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _show_settings(console: Console, arguments: argparse.Namespace, data_report: DataReport, total_steps: int) -> None:
+    """Every setting as it takes effect, before anything slow happens."""
+    shown: dict[str, object] = {
+        "model": arguments.model,
+        "data": f"{arguments.data}: {data_report}",
+        "weights": "NF4, double quantization" if arguments.bits == 4 else "as in the checkpoint",
+        "adapters": ", ".join(f"{key}={value}" for key, value in parse_adapters(arguments.adapters).items()),
+        "budgets": f"device {arguments.device_memory or 'measured'}, host {arguments.host_memory or 'one tier'}",
+        "nvme": ", ".join(arguments.nvme) if arguments.nvme else "none",
+        "batch": f"{arguments.batch_size} x {arguments.seq_len} tokens"
+        + (", packed" if arguments.packing else "")
+        + f", {arguments.accumulation_steps} micro-batch(es) a step",
+        "steps": total_steps,
+        "learning rate": f"{arguments.lr:g}, {arguments.schedule}, warm-up {arguments.warmup_ratio:g}",
+        "clipping": "none" if arguments.max_grad_norm is None else f"norm {arguments.max_grad_norm:g}",
+        "seed": arguments.seed,
+        "out": arguments.out,
+    }
+    for name, value in shown.items():
+        console.print(f"{name + ':':<15} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_result(console: Console, result: TrainingResult, report: Mapping[str, Any], adapter_folder: Path) -> None:
+    table = Table(show_header=False)
+    rows = {
+        "steps": str(result.step),
+        "last loss": "none: no step was left" if result.loss is None else f"{result.loss:.4f}",
+        "tokens": f"{result.tokens} ({result.tokens / max(result.seconds, 1e-9):.0f} a second)",
+        "read from NVME": format_bytes(report.get("bytes_read", 0)),
+        "waited for it": f"{report.get('stall_seconds', 0.0):.2f} s of {result.seconds:.2f} s",
+        "prefetch misses": str(report.get("prefetch_misses", 0)),
+        **{f"{tier} memory": format_bytes(used) for tier, used in report.get("memory", {}).items()},
+        "adapter": str(adapter_folder),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)

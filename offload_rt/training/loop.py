@@ -1,0 +1,303 @@
+"""The loop behind `offload-rt train`: steps, schedule, metrics, checkpoints, signals, exact resume.
+
+It drives an engine through its public methods only and owns no tensor. What a resumed run needs (engine
+state, the schedule, the place in the data, the step) is saved together by the engine, as tracked objects.
+It is not a trainer to be subclassed: for anything else, write the five lines around `engine.backward` and
+`engine.step` yourself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+
+from offload_rt.errors import ConfigError, NonFiniteLoss
+from offload_rt.training.display import Display, StepNumbers, format_seconds
+from offload_rt.training.options import TrainingOptions, lr_factor
+from offload_rt.training.run_folder import RunFolder
+
+
+class TrainingEngine(Protocol):
+    """What the loop needs of `offload_rt.Engine`."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None: ...
+    def train_batch(self, batches: list[dict[str, Any]], /) -> float: ...
+    def track(self, name: str, tracked: Any, /) -> None: ...
+    def save_checkpoint(self, folder: Any, /) -> object: ...
+    def load_checkpoint(self, folder: Any, /) -> object: ...
+    def report(self) -> Mapping[str, Any]: ...
+
+
+class ResumableBatches(Protocol):
+    """An endless iterator over micro-batches that knows its place, such as `training.batches.Batches`."""
+
+    @property
+    def epoch(self) -> int: ...
+    def num_batches(self, epoch: int, /) -> int: ...
+    def __next__(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """How a run ended."""
+
+    step: int
+    """Steps taken in all."""
+    loss: float | None
+    """Of the last step; None if this call took none."""
+    tokens: int
+    """Seen by this call, padding left out."""
+    seconds: float
+    """Wall time of this call's steps."""
+    interrupted: signal.Signals | None
+    """The signal that ended the run early, after its state was saved."""
+    checkpoint: Path | None
+    """The newest one."""
+
+
+class Progress:
+    """The loop's own tracked state."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
+
+
+def train(
+    engine: TrainingEngine,
+    batches: ResumableBatches,
+    options: TrainingOptions,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> TrainingResult:
+    """Trains until the last step, or until SIGINT or SIGTERM, and saves.
+
+    `settings` are further values (plain JSON) that must not change when the run is resumed. Raises
+    `ConfigError` if `options.out` holds another run, `NonFiniteLoss` at the first loss that is not finite.
+    Signals are watched only when called from the main thread: the first one ends the run after the step it
+    met, with its state saved, the second aborts at once.
+    """
+    optimizer = engine.optimizer
+    if optimizer is None:
+        raise ConfigError("train: nothing trains; give the engine adapters, or leave some parameters trainable")
+    declared = getattr(getattr(engine, "config", None), "accumulation_steps", options.accumulation_steps)
+    if declared != options.accumulation_steps:
+        raise ConfigError(
+            f"accumulation_steps: the engine was made for {declared}, the loop has {options.accumulation_steps}"
+        )
+    folder = RunFolder(options.out)
+    total_steps = num_steps(options, batches)
+    fixed = {
+        "lr": options.lr, "warmup_ratio": options.warmup_ratio, "schedule": options.schedule,
+        "accumulation_steps": options.accumulation_steps, **(settings or {}),
+    }  # fmt: skip
+    if options.resume:
+        folder.require_same(fixed)
+    else:
+        folder.require_free()
+    writer = _tensorboard_writer(options.logdir)
+    progress = Progress()
+    scheduler = _schedule(optimizer, options, total_steps)
+    for name, tracked in (("progress", progress), ("batches", batches), ("scheduler", scheduler)):
+        engine.track(name, tracked)
+
+    checkpoints = folder.checkpoints()
+    saved_at = 0
+    if options.resume and checkpoints:
+        engine.load_checkpoint(checkpoints[-1][1])
+        saved_at = progress.step
+        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+    folder.begin(at_step=progress.step, settings=fixed)
+
+    def save() -> None:
+        nonlocal saved_at
+        engine.save_checkpoint(folder.checkpoint_path(progress.step))
+        saved_at = progress.step
+        folder.prune(keep_last=options.keep_last)
+
+    loss: float | None = None
+    tokens = 0
+    begin = time.monotonic()
+    with (
+        contextlib.closing(folder),
+        contextlib.closing(writer) if writer is not None else contextlib.nullcontext(),
+        Display(
+            console or Console(), total_steps=total_steps, first_step=progress.step
+        ) as display,
+        _stop_on_signal() as stop,
+    ):  # fmt: skip
+        if options.resume:
+            place = f"{checkpoints[-1][1].name}" if checkpoints else "the beginning: there is no checkpoint yet"
+            display.say(f"resuming from {place}")
+        bytes_read = int(engine.report().get("bytes_read", 0))
+        while progress.step < total_steps and stop.signal is None:
+            step_begin = time.monotonic()
+            micro_batches = [next(batches) for _ in range(options.accumulation_steps)]
+            lr = scheduler.get_last_lr()[0]
+            loss = engine.train_batch(micro_batches)
+            if not math.isfinite(loss):
+                newest = folder.checkpoints()
+                raise NonFiniteLoss(
+                    f"step {progress.step + 1}: the loss is {loss}; "
+                    + (f"the last good state is {newest[-1][1]}" if newest else "no checkpoint was saved yet")
+                )
+            _advance(scheduler)
+            progress.step += 1
+            report = engine.report()
+            numbers = StepNumbers(
+                step=progress.step,
+                loss=loss,
+                tokens=sum(map(num_tokens, micro_batches)),
+                seconds=time.monotonic() - step_begin,
+                bytes_read=int(report.get("bytes_read", 0)) - bytes_read,
+                memory={str(tier): int(num_bytes) for tier, num_bytes in report.get("memory", {}).items()},
+            )
+            bytes_read += numbers.bytes_read
+            tokens += numbers.tokens
+            if progress.step % options.log_every == 0 or progress.step == total_steps:
+                metrics = _metrics(numbers, report, lr=float(lr), epoch=batches.epoch)
+                folder.append_metrics(metrics)
+                if writer is not None:
+                    for name, value in metrics.items():
+                        if name not in ("step", "time", "memory"):
+                            writer.add_scalar(f"train/{name}", value, progress.step)
+            display.step(numbers)
+            if options.save_every is not None and progress.step % options.save_every == 0:
+                save()
+        seconds = time.monotonic() - begin
+        if saved_at != progress.step:
+            save()
+        if stop.signal is not None and progress.step < total_steps:
+            display.say(
+                f"{stop.signal.name}: stopped after step {progress.step} of {total_steps}, saved in "
+                f"{folder.checkpoint_path(progress.step)}; continue with --resume"
+            )
+        else:
+            folder.finish(at_step=progress.step)
+            display.say(f"finished at step {progress.step} after {format_seconds(seconds)}")
+        newest = folder.checkpoints()
+        return TrainingResult(
+            step=progress.step,
+            loss=loss,
+            tokens=tokens,
+            seconds=seconds,
+            interrupted=stop.signal if progress.step < total_steps else None,
+            checkpoint=newest[-1][1] if newest else None,
+        )
+
+
+def num_steps(options: TrainingOptions, batches: ResumableBatches) -> int:
+    """Optimizer steps of the whole run."""
+    if options.steps is not None:
+        return options.steps
+    num_batches = sum(batches.num_batches(epoch) for epoch in range(options.epochs or 0))
+    return math.ceil(num_batches / options.accumulation_steps)
+
+
+def num_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens of a micro-batch, padding left out where its mask tells."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, options: TrainingOptions, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    if options.lr is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr
+            group.pop("initial_lr", None)
+
+    def factor(step: int) -> float:
+        return lr_factor(step, total_steps=total_steps, warmup_ratio=options.warmup_ratio, schedule=options.schedule)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _advance(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+    with warnings.catch_warnings():
+        # torch looks whether `optimizer.step` was called; an engine steps each block where its state lies.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        scheduler.step()
+
+
+def _metrics(numbers: StepNumbers, report: Mapping[str, Any], *, lr: float, epoch: int) -> dict[str, Any]:
+    metrics: dict[str, Any] = {
+        "step": numbers.step, "epoch": epoch, "loss": numbers.loss, "lr": lr, "tokens": numbers.tokens,
+        "seconds": round(numbers.seconds, 6), "bytes_read": numbers.bytes_read,
+    }  # fmt: skip
+    for name in ("stall_seconds", "prefetch_misses", "grad_norm"):
+        if isinstance(report.get(name), (int, float)):
+            metrics[name] = report[name]
+    return {**metrics, "memory": dict(numbers.memory), "time": round(time.time(), 3)}
+
+
+def _tensorboard_writer(logdir: Path | None) -> Any:
+    if logdir is None:
+        return None
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"logdir: needs TensorBoard ({error}); pip install 'offload-rt[logging]', or leave it out"
+        ) from error
+    return SummaryWriter(str(logdir))
+
+
+class _Stop:
+    """Which signal asked for an end."""
+
+    signal: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            restore()
+            os.kill(os.getpid(), number)
+            return
+        stop.signal = signal.Signals(number)
+        # Not through the console: the signal may have come in the middle of one of its writes.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{stop.signal.name}: finishing this step, then saving (a second signal aborts)\n".encode())
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        restore()

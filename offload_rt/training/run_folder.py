@@ -1,0 +1,156 @@
+"""What lies in a run's output folder, and which of it can be trusted after a kill. No torch.
+
+    out/run.json            settings that must not change on resume, and the step of the run's end
+    out/metrics.jsonl       one line a logged step, appended; a kill loses at most the line it was writing
+    out/checkpoint-<step>/  complete: engines write elsewhere and rename
+    out/<anything else>     not ours
+
+A checkpoint is removed by renaming it first, so that a folder named checkpoint-<step> is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from offload_rt.errors import CheckpointError, ConfigError, StorageError
+
+
+class RunFolder:
+    """One run's folder. Creating the object only looks; `begin` writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._run_file = self.path / "run.json"
+        self._metrics_file = self.path / "metrics.jsonl"
+        self._metrics: TextIO | None = None
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"out: {self.path} is a file, not a folder")
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Step and folder of every complete checkpoint, oldest first."""
+        found = []
+        if self.path.is_dir():
+            for entry in self.path.iterdir():
+                match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+                if match and entry.is_dir():
+                    found.append((int(match[1]), entry))
+        return sorted(found)
+
+    def finished_at(self) -> int | None:
+        """The step at which the run in this folder came to its end; None if it did not."""
+        finished = self._read_run().get("finished")
+        return finished if isinstance(finished, int) else None
+
+    def require_free(self) -> None:
+        """Raises `ConfigError` if a run's checkpoints are here, which a new run would mix with its own."""
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            return
+        newest = checkpoints[-1][0]
+        finished = self.finished_at()
+        if finished is None:
+            raise ConfigError(
+                f"out: {self.path} holds an unfinished run (newest checkpoint: step {newest}); "
+                "continue it with --resume, or give another folder"
+            )
+        raise ConfigError(
+            f"out: {self.path} holds a run that finished at step {finished}; give another folder, "
+            "or --resume with more steps to continue it"
+        )
+
+    def require_same(self, settings: Mapping[str, Any]) -> None:
+        """Raises `ConfigError` that lists every setting with which this folder's run was not begun."""
+        before = self._read_run().get("settings", {})
+        changed = [
+            f"{key} was {before[key]!r}, is {value!r}"
+            for key, value in settings.items()
+            if key in before and before[key] != value
+        ]
+        if changed:
+            raise ConfigError(f"resume: {self.path} was begun with other settings: {'; '.join(changed)}")
+
+    def begin(self, *, at_step: int, settings: Mapping[str, Any]) -> None:
+        """Makes the folder; drops the metrics of steps after `at_step`, which will be taken again."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for entry in self.path.glob("checkpoint-*.removing"):
+                shutil.rmtree(entry)
+            self._write(
+                self._run_file,
+                json.dumps({"settings": {**self._read_run().get("settings", {}), **settings}}, indent=1),
+            )
+            kept = [line for line in self._metric_lines() if 0 < json.loads(line).get("step", 0) <= at_step]
+            self._write(self._metrics_file, "".join(f"{line}\n" for line in kept))
+            self._metrics = open(self._metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        except OSError as error:
+            raise StorageError(
+                f"cannot be written: {error.strerror}", path=str(self.path), errno=error.errno or 0
+            ) from error
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """One line, handed to the kernel at once: it survives this process."""
+        if self._metrics is None:
+            raise RuntimeError("append_metrics before begin")
+        try:
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise StorageError(
+                f"cannot be written: {error.strerror}", path=str(self._metrics_file), errno=error.errno or 0
+            ) from error
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def prune(self, *, keep_last: int) -> None:
+        """Removes all but the newest `keep_last` checkpoints."""
+        for _, folder in self.checkpoints()[:-keep_last]:
+            removing = folder.with_name(f"{folder.name}.removing")
+            folder.rename(removing)
+            shutil.rmtree(removing)
+
+    def finish(self, *, at_step: int) -> None:
+        self._write(self._run_file, json.dumps({**self._read_run(), "finished": at_step}, indent=1))
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _read_run(self) -> dict[str, Any]:
+        if not self._run_file.exists():
+            return {}
+        try:
+            run = json.loads(self._run_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._run_file}: cannot be read ({error})") from error
+        return run if isinstance(run, dict) else {}
+
+    def _metric_lines(self) -> list[str]:
+        """The lines that are whole; the last one may have been cut by a kill."""
+        if not self._metrics_file.exists():
+            return []
+        whole = []
+        for line in self._metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if isinstance(json.loads(line), dict):
+                    whole.append(line)
+            except ValueError:
+                continue
+        return whole
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        """All of it or nothing, and durable."""
+        temporary = path.with_name(f"{path.name}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)

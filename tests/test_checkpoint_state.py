@@ -1,0 +1,410 @@
+"""Saving and resuming: exact, whole or not at all, and never a checkpoint that cannot be read again."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from offload_rt.checkpoint import state as state_module
+from offload_rt.checkpoint.state import is_complete, load_state, save_state
+from offload_rt.errors import (
+    CheckpointError,
+    CheckpointVerifyError,
+    ConfigError,
+    OffloadError,
+    StorageError,
+    StorageFull,
+)
+from tests.conftest import build_lora, build_plain, language_batch
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ["trainable.safetensors", "optimizer.safetensors", "state.pt"]
+
+
+def some_training(steps=2, dtype=torch.float32, optimizer=torch.optim.AdamW, seed=0):
+    torch.manual_seed(seed)
+    trainable = {name: torch.nn.Parameter(torch.randn(5, 3).to(dtype)) for name in ("a.lora_A", "b.lora_B")}
+    built = optimizer(list(trainable.values()))
+    for step in range(steps):
+        train(trainable, built, step)
+    return trainable, built
+
+
+def train(trainable, optimizer, step):
+    for index, parameter in enumerate(trainable.values()):
+        parameter.grad = torch.full_like(parameter, 0.1 * (step + 1) + index)
+    optimizer.step()
+
+
+def extra(step=2):
+    return {"step": step, "tracked": {}}
+
+
+def values(trainable):
+    return {name: p.detach().clone() for name, p in trainable.items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def names_in(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trainable, optimizer = some_training()
+    save_state(tmp_path / "c", trainable, optimizer, extra())
+    return tmp_path / "c"
+
+
+def test_what_is_saved_loads_into_a_fresh_run_and_goes_on_exactly(saved):
+    old, old_optimizer = some_training()
+    new, new_optimizer = some_training(steps=0, seed=9)
+    assert load_state(saved, new, new_optimizer) == extra()
+    assert equal(values(new), values(old))
+    for step in (2, 3):
+        train(old, old_optimizer, step)
+        train(new, new_optimizer, step)
+    assert equal(values(new), values(old))
+    assert names_in(saved) == sorted([*FILES, "COMPLETE"])
+    assert is_complete(saved)
+
+
+def make_sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+class FloatMoments(torch.optim.Optimizer):
+    """Keeps an fp32 average of bf16 parameters' gradients, as mixed-precision optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p, dtype=torch.float32))
+                average.mul_(0.9).add_(p.grad.float() * 0.1234567)
+                p.add_(-group["lr"] * average.to(p.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, make_sgd, FloatMoments, torch.optim.Adagrad])
+def test_every_optimizers_state_comes_back_bit_for_bit(tmp_path, optimizer, dtype):
+    old, old_optimizer = some_training(dtype=dtype, optimizer=optimizer)
+    save_state(tmp_path / "c", old, old_optimizer, extra())
+    new, new_optimizer = some_training(steps=0, dtype=dtype, optimizer=optimizer, seed=9)
+    load_state(tmp_path / "c", new, new_optimizer)
+    for name in old:
+        before, after = old_optimizer.state[old[name]], new_optimizer.state[new[name]]
+        assert before.keys() == after.keys()
+        for key in before:
+            if isinstance(before[key], torch.Tensor):
+                assert before[key].dtype == after[key].dtype, key
+                assert torch.equal(before[key], after[key]), key
+
+
+def test_an_optimizer_that_has_not_stepped_and_groups_with_their_own_rates(tmp_path):
+    trainable, _ = some_training(steps=0)
+    first, second = trainable.values()
+    groups = [{"params": [second], "lr": 0.5}, {"params": [first], "lr": 0.25}]
+    optimizer = torch.optim.AdamW(groups)
+    save_state(tmp_path / "c", trainable, optimizer, extra())
+    optimizer.param_groups[0]["lr"] = 9.0
+    load_state(tmp_path / "c", trainable, optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+
+
+def test_all_random_numbers_go_on_where_they_were(saved):
+    trainable, optimizer = some_training()
+    save_state(saved, trainable, optimizer, extra())
+    expected = (torch.rand(3), random.random(), np.random.rand(), random.gauss(0, 1), np.random.randn())
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    load_state(saved, trainable, optimizer)
+    found = (torch.rand(3), random.random(), np.random.rand(), random.gauss(0, 1), np.random.randn())
+    assert torch.equal(expected[0], found[0]) and expected[1:] == found[1:]
+
+
+def test_saving_over_an_old_one_replaces_it(saved):
+    trainable, optimizer = some_training(steps=4)
+    save_state(saved, trainable, optimizer, extra(4))
+    new, new_optimizer = some_training(steps=0)
+    assert load_state(saved, new, new_optimizer)["step"] == 4
+    assert equal(values(new), values(trainable))
+    assert names_in(saved.parent) == ["c"]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours runs after it."""
+
+
+SYSTEM_CALLS = ["mkdir", "rename", "replace", "fsync", "rmdir", "unlink"]
+
+
+def count_calls(save, monkeypatch):
+    calls = []
+    with monkeypatch.context() as patch:
+        for name in SYSTEM_CALLS:
+            real = getattr(os, name)
+            patch.setattr(os, name, lambda *a, real=real, name=name, **k: (calls.append(name), real(*a, **k))[1])
+        save()
+    return len(calls)
+
+
+def test_killed_anywhere_in_a_save_a_whole_checkpoint_is_under_its_name(tmp_path, monkeypatch):
+    """A save is cut off before each system call that changes a folder: what loads is the old one or the new one."""
+    old, old_optimizer = some_training(steps=2)
+    new, new_optimizer = some_training(steps=4)
+    folder = tmp_path / "c"
+    save_state(folder, old, old_optimizer, extra(2))
+    total = count_calls(lambda: save_state(folder, new, new_optimizer, extra(4)), monkeypatch)
+    assert total > 4
+    outcomes = []
+    for cut in range(total):
+        save_state(folder, old, old_optimizer, extra(2))
+        left = [cut]
+
+        def dying(*arguments, real, **keywords):
+            if left[0] < 0:
+                raise Killed  # what runs after the kill changes nothing
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return real(*arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            for name in SYSTEM_CALLS:
+                patch.setattr(os, name, lambda *a, real=getattr(os, name), **k: dying(*a, real=real, **k))
+            try:
+                save_state(folder, new, new_optimizer, extra(4))
+            except Killed:
+                pass
+        here, here_optimizer = some_training(steps=0)
+        try:
+            outcomes.append(load_state(folder, here, here_optimizer)["step"])
+        except OffloadError as error:
+            outcomes.append(f"cut at {cut}: {error}")
+    assert set(outcomes) <= {2, 4}, [o for o in outcomes if isinstance(o, str)]
+    assert outcomes == sorted(outcomes)
+    save_state(folder, new, new_optimizer, extra(4))
+
+
+def test_the_next_save_takes_away_what_a_killed_one_left(tmp_path):
+    trainable, optimizer = some_training()
+    left = tmp_path / ".c.partial-999999"
+    left.mkdir()
+    (left / "state.pt").write_bytes(b"x")
+    save_state(tmp_path / "c", trainable, optimizer, extra())
+    assert names_in(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
+def test_damage_to_any_file_is_found_and_changes_nothing(saved, name, damage):
+    path = saved / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    trainable, optimizer = some_training(steps=1, seed=5)
+    before, rng = values(trainable), torch.get_rng_state()
+    with pytest.raises((CheckpointVerifyError, CheckpointError), match=name.split(".")[0]):
+        load_state(saved, trainable, optimizer)
+    assert equal(values(trainable), before) and torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", "5", '{"state.pt": 5}', '{"trainable.safetensors": {}}'])
+def test_a_folder_without_a_good_marker_is_incomplete(saved, text):
+    if text is None:
+        (saved / "COMPLETE").unlink()
+    else:
+        (saved / "COMPLETE").write_text(text)
+    trainable, optimizer = some_training()
+    assert not is_complete(saved)
+    with pytest.raises((CheckpointError, CheckpointVerifyError)):
+        load_state(saved, trainable, optimizer)
+
+
+def test_no_folder_is_named(tmp_path):
+    trainable, optimizer = some_training()
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_state(tmp_path / "nowhere", trainable, optimizer)
+
+
+@pytest.mark.parametrize("change", ["name", "shape", "dtype", "groups"])
+def test_what_does_not_fit_this_run_changes_nothing(saved, change):
+    trainable, optimizer = some_training(steps=1, seed=5)
+    if change == "groups":
+        optimizer = torch.optim.AdamW([{"params": [p]} for p in trainable.values()])
+    else:
+        trainable = {
+            "c.lora_A" if change == "name" and name == "a.lora_A" else name: torch.nn.Parameter(
+                torch.zeros(3, 5) if change == "shape" else p.detach().clone().to(
+                    torch.bfloat16 if change == "dtype" else torch.float32
+                )
+            )
+            for name, p in trainable.items()
+        }
+        optimizer = torch.optim.AdamW(list(trainable.values()))
+    before, rng = values(trainable), torch.get_rng_state()
+    with pytest.raises(CheckpointError):
+        load_state(saved, trainable, optimizer)
+    assert equal(values(trainable), before), "the parameters were changed all the same"
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_too_little_space_is_found_before_the_first_byte(saved, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(saved)
+    monkeypatch.setattr(state_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    trainable, optimizer = some_training(steps=4)
+    with pytest.raises(StorageFull, match="are free"):
+        save_state(saved, trainable, optimizer, extra(4))
+    monkeypatch.undo()
+    assert load_state(saved, trainable, optimizer)["step"] == 2
+    assert names_in(saved.parent) == ["c"]
+
+
+LIMITED = """
+import resource, signal, sys, torch
+from pathlib import Path
+from offload_rt.checkpoint.state import save_state
+from offload_rt.errors import StorageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+p = {"a": torch.nn.Parameter(torch.zeros(int(sys.argv[2])))}
+extra = {"step": 4, "tracked": {"t": torch.zeros(int(sys.argv[3]))}}
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_state(Path(sys.argv[1]), p, torch.optim.AdamW(p.values()), extra)
+except StorageError as error:
+    print("typed", error.errno)
+"""
+
+
+@pytest.mark.parametrize("sizes", [(100_000, 1), (1, 100_000)])
+def test_a_drive_that_is_full_in_the_middle_is_typed_and_leaves_the_old_one(saved, sizes):
+    """A limit on file sizes stands for the full drive: it fails in the middle of a write."""
+    command = [sys.executable, "-c", LIMITED, str(saved), *map(str, sizes)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    trainable, optimizer = some_training()
+    assert load_state(saved, trainable, optimizer)["step"] == 2
+    assert names_in(saved.parent) == ["c"], "a half-written checkpoint was left"
+    assert done.stdout.startswith("typed"), done.stderr[-300:]
+
+
+def test_a_write_error_is_typed(saved, monkeypatch):
+    def broken(path, content):
+        raise StorageError("gone", path=str(path), errno=errno.EIO)
+
+    monkeypatch.setattr(state_module, "write_atomically", broken)
+    trainable, optimizer = some_training()
+    with pytest.raises(StorageError):
+        save_state(saved, trainable, optimizer, extra(9))
+    monkeypatch.undo()
+    assert load_state(saved, trainable, optimizer)["step"] == 2
+    assert names_in(saved.parent) == ["c"]
+
+
+class Tracked:
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+@pytest.mark.parametrize("value", [np.float64(1.5), Path("/x"), np.arange(3), {1, 2}, torch.float32, Tracked(1), lambda: 0])
+def test_what_could_not_be_read_again_is_refused_when_it_is_saved_and_not_when_it_is_needed(make_engine, tmp_path, value):
+    engine = make_engine(build_plain())
+    tracked = Tracked(value)
+    engine.track("thing", tracked)
+    try:
+        engine.save_checkpoint(tmp_path / "c")
+    except OffloadError:
+        assert not is_complete(tmp_path / "c")
+        return
+    engine.load_checkpoint(tmp_path / "c")
+    assert str(tracked.value) == str(value)
+
+
+def run(make_engine, folder, *, save_at=None, load=None, steps=5):
+    """Losses of each step and the parameters at the end; dropout and a schedule make every step depend on the past."""
+    engine = make_engine(build_lora(dropout=0.3), bits=4, nvme=folder, max_grad_norm=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1.0 / (1 + step))
+    engine.track("scheduler", scheduler)
+    torch.manual_seed(42)
+    if load is not None:
+        engine.load_checkpoint(load)
+    losses = []
+    while engine.step_number < steps:
+        ids = torch.randint(3, 64, (2, 12))  # the data come from the generator too
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        scheduler.step()
+        losses.append(loss.item())
+        if engine.step_number == save_at:
+            engine.save_checkpoint(folder / "checkpoint")
+    result = losses, {name: p.detach().clone() for name, p in engine.trainable.items()}
+    engine.close()
+    return result
+
+
+def test_a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted(make_engine, disk_folder):
+    losses, parameters = run(make_engine, disk_folder, save_at=2)
+    resumed_losses, resumed = run(make_engine, disk_folder, load=disk_folder / "checkpoint")
+    assert resumed_losses == losses[2:]
+    assert equal(resumed, parameters)
+
+
+def test_commits_are_written_beside_the_store_as_often_as_asked(make_engine, disk_folder):
+    engine = make_engine(build_lora(dropout=0.0), nvme=disk_folder, commit_every=2)
+    for step in range(3):
+        engine.backward(engine(**language_batch(step)).loss)
+        engine.step()
+        assert is_complete(engine.commit_folder) is (step >= 1)
+    committed = engine.commit_folder
+    engine.load_checkpoint(committed)
+    assert engine.step_number == 2
+
+
+def test_a_checkpoint_that_tracks_other_things_changes_nothing(make_engine, tmp_path):
+    first = make_engine(build_plain())
+    first.save_checkpoint(tmp_path / "c")
+    engine = make_engine(build_plain(seed=3))
+    with torch.no_grad():
+        for parameter in engine.trainable.values():
+            parameter.add_(1.0)
+    engine.track("scheduler", Tracked(1))
+    before = {name: p.detach().clone() for name, p in engine.trainable.items()}
+    with pytest.raises(ConfigError, match="scheduler"):
+        engine.load_checkpoint(tmp_path / "c")
+    assert equal({name: p.detach() for name, p in engine.trainable.items()}, before)
+
+
+def test_the_marker_holds_sizes_and_checksums(saved):
+    marker = json.loads((saved / "COMPLETE").read_text())
+    assert sorted(marker) == sorted(FILES)
+    assert all(marker[name]["bytes"] == (saved / name).stat().st_size for name in FILES)

@@ -1,0 +1,306 @@
+"""The command line: what it imports, how it fails, what `doctor` tries, what `clean` leaves alone, a whole run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_rt.cli import doctor_folder, doctor_machine
+from offload_rt.cli.main import COMMANDS, main
+from offload_rt.errors import StorageError
+from tests.test_data import make_tokenizer
+
+torch.set_num_threads(1)
+
+SOURCE = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": str(SOURCE), **environment},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    code = main(words)
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("offload-rt: error: "), captured.err
+    return code, lines[0]
+
+
+def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
+    ran = python(
+        """
+        import sys
+        from offload_rt.cli.main import main
+        for words in (
+            ["--help"], [], ["--version"], ["trian"], ["--vresion"], ["train", "--help"],
+            ["train", "--modle", "x"], ["train", "--model", "x"], ["clean", "--nvme", sys.argv[1]],
+            ["train", "--model", "x", "--data", "y", "--out", "z", "--device-memory", "3 parsecs"],
+            ["train", "--model", "x", "--data", "y", "--out", "z", "--adapters", "lora:rank=3"],
+        ):
+            try:
+                main(words)
+            except SystemExit:
+                pass
+            heavy = {"torch", "transformers", "peft", "numpy", "rich"} & set(sys.modules)
+            assert not heavy, (words, heavy)
+        """,
+        str(tmp_path),
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "usage: offload-rt COMMAND" in ran.stdout and all(name in ran.stdout for name in COMMANDS)
+    assert "--device-memory" in ran.stdout and re.search(r"offload-rt \d+\.\d+", ran.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["xyz"], "unknown command 'xyz'; allowed: clean, doctor, train"),
+        (["train", "--modle=x"], "unknown option --modle; did you mean '--model'?"),
+        (["train", "--mod", "x"], "unknown option --mod; did you mean '--model'?"),
+        (["train", "--model", "x"], "required: --data, --out (see offload-rt train --help)"),
+        (["doctor", "now"], "unexpected argument 'now'"),
+        (["clean", "--nvme", "/nonexistent"], "--nvme: /nonexistent is not a folder"),
+        (["train", "--model", "x", "--data", "y", "--out", "z", "--bits", "3"], "--bits: invalid choice: 3"),
+        (["train", "--model", "x", "--data", "y", "--out", "z", "--seq-len", "0"], "seq_len: must be"),
+        (["train", "--model", "x", "--data", "y", "--out", "z", "--steps", "1", "--epochs", "1"], "one of the two"),
+        (["train", "--model", "/nonexistent", "--data", "y", "--out", "/nonexistent"], "is not a folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = fails(capsys, *words)
+    assert code == 2 and message in line
+
+
+def test_the_worlds_failure_is_exit_code_1_and_the_traceback_is_there_when_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(arguments: Any) -> int:
+        raise StorageError("cannot be read", path="/drive/weights.bin", offset=4096, wanted=10, done=2, errno=5)
+
+    monkeypatch.setattr("offload_rt.cli.doctor.run", broken)
+    code, line = fails(capsys, "doctor")
+    assert code == 1 and "/drive/weights.bin: cannot be read (2 of 10 bytes at offset 4096) (errno 5, EIO)" in line
+    monkeypatch.setenv("OFFLOAD_RT_TRACEBACK", "1")
+    with pytest.raises(StorageError):
+        main(["doctor"])
+
+
+def test_doctor_reports_every_path_and_probes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--nvme", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for name in ("system", "packages", "cpu", "memory", "ulimit -l", "gpu", "torch", "native core", "io_uring",
+                 "files by", "NF4 by", "GDS", "folder"):  # fmt: skip
+        assert re.search(rf"^{name}: +\S", shown, re.MULTILINE), name
+    assert re.search(r"1 MiB written, read back and equal", shown) and "GB/s" in shown
+    assert "nothing:" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_works_without_native_core_transformers_and_even_torch(tmp_path: Path) -> None:
+    code = """
+        import sys
+        for name in sys.argv[2:]:
+            sys.modules[name] = None
+        from offload_rt.cli.main import main
+        sys.exit(main(["doctor"] + sys.argv[1].split()))
+    """
+    brief = python(code, "--brief", "transformers", "peft", "pynvml", OFFLOAD_RT_NATIVE="0")
+    assert brief.returncode == 0, brief.stderr
+    first, second = brief.stdout.splitlines()
+    assert "NF4 by torch" in first and "files by aiofiles" in first
+    assert "native core not in use (switched off by OFFLOAD_RT_NATIVE=0)" in second
+    full = python(code, "", "torch", "pynvml", "_offload_rt_native")
+    assert full.returncode == 0, full.stderr
+    assert "torch:       cannot be imported" in full.stdout and "gpu:         none seen" in full.stdout
+
+
+def test_a_folder_that_is_missing_or_in_memory_is_named(tmp_path: Path) -> None:
+    assert doctor_folder.folder_lines(tmp_path / "missing") == [f"{tmp_path / 'missing'}: is not a folder"]
+    if doctor_folder.file_system_of(Path("/dev/shm"))[0] == "tmpfs":
+        assert any("in memory, not on a drive" in line for line in doctor_folder.folder_lines(Path("/dev/shm")))
+    assert doctor_folder.file_system_of(Path("/proc/self"))[0] == "proc"
+
+
+def test_the_tightest_cgroup_limit_of_both_versions_is_found(tmp_path: Path) -> None:
+    root, proc = tmp_path / "cgroup", tmp_path / "self"
+
+    def limit(path: str, name: str, value: str) -> None:
+        (root / path).mkdir(parents=True, exist_ok=True)
+        (root / path / name).write_text(value + "\n")
+
+    proc.write_text("0::/outer/inner\n")
+    assert doctor_machine.cgroup_memory_limit(proc=proc, root=root) is None
+    limit("outer/inner", "memory.max", "max")
+    limit("outer", "memory.max", "1048576")
+    assert doctor_machine.cgroup_memory_limit(proc=proc, root=root) == 1 << 20
+    proc.write_text("5:cpu,cpuacct:/x\n4:memory:/outer\n")
+    limit("memory", "memory.limit_in_bytes", "9223372036854771712")
+    assert doctor_machine.cgroup_memory_limit(proc=proc, root=root) is None
+    limit("memory/outer", "memory.limit_in_bytes", "2097152")
+    assert doctor_machine.cgroup_memory_limit(proc=proc, root=root) == 2 << 20
+
+
+def make_store(folder: Path, key: str, *, marker: bool = True, lock: bool = True) -> Path:
+    store = folder / f"offload_rt-{key}"
+    store.mkdir()
+    (store / "manifest.json").write_text("{}")
+    (store / "weights.bin").write_bytes(b"x" * 8192)
+    if lock:
+        (store / "lock").write_text("pid 1 on here\n")
+    if marker:
+        (store / "OFFLOAD_RT_STORE").write_text("")
+    return store
+
+
+def test_clean_removes_unused_stores_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unused = make_store(tmp_path, "0" * 16)
+    used = make_store(tmp_path, "1" * 16)
+    committed = make_store(tmp_path, "2" * 16)
+    (committed / "commit").mkdir()
+    others = [
+        make_store(tmp_path, "3" * 16, marker=False),
+        make_store(tmp_path, "4" * 16, lock=False),
+        make_store(tmp_path, "too-short"),
+    ]
+    elsewhere = make_store(tmp_path, "not-ours")
+    link = tmp_path / f"offload_rt-{'6' * 16}"
+    link.symlink_to(elsewhere)
+    (unused / "outside").symlink_to(used / "weights.bin")
+    with open(used / "lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(["clean", "--nvme", str(tmp_path)]) == 0
+        listed = capsys.readouterr().out
+        assert f"{unused}  unused" in listed and "nothing was removed" in listed and unused.exists()
+        assert f"{used}  stays: in use (pid 1 on here)" in listed
+        assert f"{committed}  stays: it holds the training state" in listed
+        assert f"{others[1]}  stays: it has no lock file" in listed
+        assert len(listed.splitlines()) == 5
+        assert main(["clean", "--nvme", str(tmp_path), "--yes"]) == 0
+        assert "removed 1 of 4, " in capsys.readouterr().out
+    assert not unused.exists() and link.is_symlink()
+    assert all((store / "weights.bin").stat().st_size == 8192 for store in [used, committed, elsewhere, *others])
+    assert main(["clean", "--nvme", str(tmp_path), "--yes"]) == 0
+    assert not used.exists() and committed.exists()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and the letters' tokenizer, as a Hugging Face folder."""
+    from transformers import LlamaConfig
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(model_folder: Path, tmp_path: Path) -> list[str]:
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 8))) for _ in range(40)]
+    lines = [json.dumps({"prompt": word, "completion": word[::-1]}) + "\n" for word in words]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    (tmp_path / "nvme").mkdir()
+    return [
+        "train", "--model", str(model_folder), "--data", str(tmp_path / "data.jsonl"), "--bits", "4",
+        "--adapters", "lora:r=4", "--device-memory", "50MiB", "--host-memory", "50MiB",
+        "--nvme", str(tmp_path / "nvme"), "--seq-len", "32", "--batch-size", "2", "--accumulation-steps", "2",
+        "--schedule", "constant", "--lr", "0.01", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def adapter_bytes(out: Path) -> bytes:
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("packing", [[], ["--packing"]])
+def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
+    arguments: list[str], packing: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    arguments += packing
+    assert main([*arguments, "--out", str(straight), "--steps", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "40 examples" in shown and "NF4" in shown and "finished at step 4" in shown
+    assert {path.name for path in (straight / "adapter").iterdir()} >= {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
+    }  # fmt: skip
+    metrics = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["bytes_read"] > 0 for line in metrics)  # the weights came from the drive in every step
+
+    assert main([*arguments, "--out", str(out), "--steps", "2"]) == 0
+    capsys.readouterr()
+    code, line = fails(capsys, *arguments, "--out", str(out), "--steps", "4")
+    assert code == 2 and "finished at step 2" in line
+    code, line = fails(capsys, *arguments, "--out", str(out), "--steps", "4", "--resume", "--lr", "0.02")
+    assert code == 2 and "lr was 0.01, is 0.02" in line
+    assert main([*arguments, "--out", str(out), "--steps", "4", "--resume"]) == 0
+    assert "resuming from checkpoint-2" in capsys.readouterr().out
+    assert adapter_bytes(out) == adapter_bytes(straight)
+
+
+def test_a_terminated_train_says_how_to_go_on_and_exits_with_the_signals_code(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload_rt._engine import Engine
+
+    take_step = Engine.train_batch
+
+    def step_then_signal(engine: Engine, batches: Any) -> float:
+        loss = take_step(engine, batches)
+        if engine.report()["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(Engine, "train_batch", step_then_signal)
+    out = tmp_path / "out"
+    assert main([*arguments, "--out", str(out), "--epochs", "1"]) == 128 + signal.SIGTERM
+    assert f"SIGTERM: stopped after step 2 of 10, saved in {out / 'checkpoint-2'}" in capsys.readouterr().out
+    assert not (out / "adapter").exists()
+
+
+def test_bad_data_or_model_is_found_before_a_store_is_written(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments += ["--out", str(tmp_path / "out")]
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
+    code, line = fails(capsys, *arguments)
+    assert code == 2 and "data.jsonl:1: has no 'completion'" in line
+    broken = tmp_path / "model"
+    broken.mkdir()
+    code, line = fails(capsys, *arguments, "--model", str(broken))
+    assert code == 2 and "has no config.json" in line
+    (broken / "config.json").write_text("{}")
+    code, line = fails(capsys, *arguments, "--model", str(broken))
+    assert code == 2 and str(broken) in line
+    assert list((tmp_path / "nvme").iterdir()) == [] and not (tmp_path / "out").exists()

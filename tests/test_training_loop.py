@@ -1,0 +1,332 @@
+"""The loop around a stand-in engine: schedule, metrics, checkpoints, exact resume, signals, kills."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from offload_rt.errors import CheckpointError, ConfigError, NonFiniteLoss
+from offload_rt.training.batches import Batches
+from offload_rt.training.data import Example
+from offload_rt.training.display import Display, StepNumbers
+from offload_rt.training.loop import TrainingResult, num_tokens, train
+from offload_rt.training.options import TrainingOptions, lr_factor
+from offload_rt.training.run_folder import RunFolder
+
+torch.set_num_threads(1)
+
+SOURCE = Path(__file__).resolve().parent.parent
+
+
+class FakeEngine:
+    """The contract's methods over one small table; keeps what the loop did."""
+
+    def __init__(self, *, lr: float = 0.1) -> None:
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 16))
+        self.optimizer: torch.optim.Optimizer | None = torch.optim.AdamW([self.weight], lr=lr)
+        self.tracked: dict[str, Any] = {}
+        self.seen: list[list[int]] = []
+        self.lrs: list[float] = []
+        self.events: list[str] = []
+        self.after_step: dict[int, Any] = {}
+        self.poison_at = -1
+
+    def train_batch(self, batches: list[dict[str, Any]]) -> float:
+        assert self.optimizer is not None
+        losses = [(self.weight[batch["input_ids"]] - 0.5).square().mean() for batch in batches]
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        self.lrs.append(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seen.append([int(batch["input_ids"].sum()) for batch in batches])
+        self.events.append("step")
+        self.after_step.get(len(self.seen), lambda: None)()
+        return float("nan") if len(self.seen) == self.poison_at else float(loss.detach())
+
+    def track(self, name: str, tracked: Any) -> None:
+        self.tracked[name] = tracked
+
+    def save_checkpoint(self, folder: Path) -> None:
+        assert self.optimizer is not None
+        self.events.append(f"save {folder.name}")
+        states = {name: tracked.state_dict() for name, tracked in self.tracked.items()}
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        torch.save([self.weight.data, self.optimizer.state_dict(), states], temporary / "state.pt")
+        temporary.rename(folder)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        assert self.optimizer is not None
+        try:
+            weight, optimizer, states = torch.load(folder / "state.pt")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder}: no state.pt") from error
+        self.weight.data.copy_(weight)
+        self.optimizer.load_state_dict(optimizer)
+        for name, state in states.items():
+            self.tracked[name].load_state_dict(state)
+
+    def report(self) -> dict[str, Any]:
+        memory = {"DEVICE": 2 << 20, "HOST": 1 << 20}
+        return {"bytes_read": 100 * len(self.seen), "stall_seconds": 0.5, "prefetch_misses": 1, "memory": memory}
+
+
+def make_batches(seed: int = 0) -> Batches:
+    examples = [Example(ids, ids, at) for at in range(23) for ids in [np.arange(2 + at % 5, dtype=np.int32) + at % 9]]
+    return Batches(examples, batch_size=2, seq_len=8, seed=seed)
+
+
+def run(out: Path, engine: FakeEngine | None = None, **options: Any) -> tuple[FakeEngine, TrainingResult, list[str]]:
+    engine = engine or FakeEngine()
+    text = io.StringIO()
+    console = Console(file=text, width=200)
+    if "epochs" not in options:
+        options.setdefault("steps", 6)
+    result = train(engine, make_batches(), TrainingOptions(out=out, **options), console=console)
+    return engine, result, text.getvalue().splitlines()
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupt(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_run_takes_its_steps_writes_its_metrics_and_saves_at_the_end(tmp_path: Path) -> None:
+    engine, result, lines = run(tmp_path / "out", accumulation_steps=3)
+    assert [len(batches) for batches in engine.seen] == [3] * 6
+    assert (result.step, result.interrupted, result.checkpoint) == (6, None, tmp_path / "out" / "checkpoint-6")
+    metrics = metrics_of(tmp_path / "out")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[-1]["loss"] == result.loss < metrics[0]["loss"]
+    assert all(line["bytes_read"] == 100 and line["memory"]["HOST"] == 1 << 20 for line in metrics)
+    assert result.tokens == sum(line["tokens"] for line in metrics) > 0
+    assert lines[0].startswith("step 1/6  loss ") and "tokens/s" in lines[0] and "DEVICE 2 MiB" in lines[0]
+    assert lines[-1].startswith("finished at step 6")
+
+
+def test_an_epoch_is_all_batches_rounded_up_to_whole_steps(tmp_path: Path) -> None:
+    engine, result, _ = run(tmp_path / "out", epochs=2, accumulation_steps=5)
+    assert result.step == len(engine.seen) == 5  # 12 batches an epoch, 24 in two, 5 a step
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_schedule_rises_then_falls_and_no_step_has_a_zero_rate(schedule: str, tmp_path: Path) -> None:
+    engine, _, _ = run(tmp_path / "out", steps=20, lr=0.5, warmup_ratio=0.2, schedule=schedule)
+    expected = [0.5 * lr_factor(step, total_steps=20, warmup_ratio=0.2, schedule=schedule) for step in range(20)]
+    assert engine.lrs == expected == [line["lr"] for line in metrics_of(tmp_path / "out")]
+    assert engine.lrs[:4] == sorted(engine.lrs[:4]) and engine.lrs[4] == 0.5 and min(engine.lrs) > 0
+    assert (engine.lrs[-1] == 0.5) == (schedule == "constant")
+
+
+def test_lr_left_out_keeps_the_optimizers_own(tmp_path: Path) -> None:
+    engine, _, _ = run(tmp_path / "out", FakeEngine(lr=0.3), schedule="constant")
+    assert set(engine.lrs) == {0.3}
+
+
+def test_checkpoints_come_when_asked_and_the_last_ones_stay(tmp_path: Path) -> None:
+    engine, _, _ = run(tmp_path / "out", steps=7, save_every=2, keep_last=2)
+    saves = [event for event in engine.events if event != "step"]
+    assert saves == ["save checkpoint-2", "save checkpoint-4", "save checkpoint-6", "save checkpoint-7"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoint-6", "checkpoint-7", "metrics.jsonl", "run.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_resume_is_exact(
+    number: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"steps": 30, "accumulation_steps": 2, "lr": 0.2, "warmup_ratio": 0.1, "schedule": "cosine"}
+    straight, _, _ = run(tmp_path / "straight", **options)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    first = FakeEngine()
+    first.after_step[11] = lambda: interrupt(number)
+    _, result, lines = run(tmp_path / "out", first, **options)
+    assert (result.step, result.interrupted) == (11, number)
+    assert f"{number.name}: finishing this step, then saving" in capfd.readouterr().err
+    assert first.events[-2:] == ["step", "save checkpoint-11"]
+    assert any(f"{number.name}: stopped after step 11 of 30" in line and "--resume" in line for line in lines)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+    second, result, lines = run(tmp_path / "out", resume=True, **options)
+    assert lines[0] == "resuming from checkpoint-11" and result.step == 30
+    assert first.seen + second.seen == straight.seen
+    assert first.lrs + second.lrs == straight.lrs
+    assert torch.equal(second.weight, straight.weight)
+    ours, theirs = metrics_of(tmp_path / "out"), metrics_of(tmp_path / "straight")
+    for key in ("step", "loss", "lr", "tokens", "epoch"):
+        assert [line[key] for line in ours] == [line[key] for line in theirs]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.after_step[6] = lambda: interrupt(signal.SIGINT)
+    _, result, lines = run(tmp_path / "out", engine)
+    assert result.interrupted is None and lines[-1].startswith("finished")
+
+
+def test_a_second_signal_aborts_at_once(tmp_path: Path) -> None:
+    engine = FakeEngine()
+
+    def twice() -> None:
+        interrupt(signal.SIGINT)
+        interrupt(signal.SIGINT)
+
+    engine.after_step[3] = twice
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", engine)
+    assert engine.events == ["step"] * 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[2])
+    from tests.test_training_loop import FakeEngine, run
+    engine = FakeEngine()
+    engine.after_step[8] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    run(Path(sys.argv[1]), engine, steps=12, save_every=3)
+"""
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint_and_its_metrics_have_each_step_once(tmp_path: Path) -> None:
+    straight, _, _ = run(tmp_path / "straight", steps=12)
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "out"), str(SOURCE)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6, 7]
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # a line that the kill has cut
+    (tmp_path / "out" / "checkpoint-9.tmp").mkdir()  # a save that the kill has cut
+    (tmp_path / "out" / "checkpoint-1.removing").mkdir()
+    with pytest.raises(ConfigError, match=r"unfinished run \(newest checkpoint: step 6\); continue it with --resume"):
+        run(tmp_path / "out", steps=12, save_every=3)
+    second, result, _ = run(tmp_path / "out", steps=12, save_every=3, resume=True)
+    assert result.step == 12 and second.seen == straight.seen[6:]
+    assert torch.equal(second.weight, straight.weight)
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == list(range(1, 13))
+    assert not (tmp_path / "out" / "checkpoint-1.removing").exists()
+
+
+def test_a_finished_run_is_not_overwritten_and_can_be_continued_by_more_steps(tmp_path: Path) -> None:
+    run(tmp_path / "out", schedule="constant")
+    with pytest.raises(ConfigError, match="finished at step 6"):
+        run(tmp_path / "out", schedule="constant")
+    engine, result, _ = run(tmp_path / "out", schedule="constant", resume=True)
+    assert (engine.seen, result.step, result.loss) == ([], 6, None)
+    engine, result, _ = run(tmp_path / "out", schedule="constant", steps=8, resume=True)
+    assert (len(engine.seen), result.step) == (2, 8)
+
+
+def test_resume_without_a_checkpoint_begins_and_says_so(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.poison_at = 2
+    with pytest.raises(NonFiniteLoss, match="step 2: the loss is nan; no checkpoint was saved yet"):
+        run(tmp_path / "out", engine)
+    _, result, lines = run(tmp_path / "out", resume=True)
+    assert "the beginning" in lines[0] and result.step == 6
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_nan_loss_stops_the_run_and_the_good_state_stays(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.poison_at = 5
+    with pytest.raises(NonFiniteLoss, match=r"step 5: the loss is nan; the last good state is .*checkpoint-4"):
+        run(tmp_path / "out", engine, save_every=2)
+    assert [step for step, _ in RunFolder(tmp_path / "out").checkpoints()] == [2, 4]
+
+
+def test_resume_with_other_settings_lists_every_difference(tmp_path: Path) -> None:
+    run(tmp_path / "out", lr=0.1, schedule="linear")
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path / "out", lr=0.2, schedule="cosine", resume=True)
+    assert "lr was 0.1, is 0.2; schedule was 'linear', is 'cosine'" in str(caught.value)
+
+
+def test_a_mismatch_between_engine_and_loop_is_an_error(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.config = type("Config", (), {"accumulation_steps": 4})()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="made for 4, the loop has 1"):
+        run(tmp_path / "out", engine)
+    engine = FakeEngine()
+    engine.optimizer = None
+    with pytest.raises(ConfigError, match="nothing trains"):
+        run(tmp_path / "out", engine)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of the two"),
+        ({"steps": 1, "epochs": 1}, "give one of the two"),
+        ({"steps": 0}, "steps: must be a whole number"),
+        ({"steps": 1, "keep_last": 0}, "keep_last"),
+        ({"steps": 1, "save_every": True}, "save_every"),
+        ({"steps": 1, "lr": 0.0}, "lr: must be more than zero"),
+        ({"steps": 1, "warmup_ratio": 1.0}, "warmup_ratio"),
+        ({"steps": 1, "schedule": "cosin"}, "did you mean 'cosine'"),
+    ],
+)
+def test_options_are_checked_by_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainingOptions(out=tmp_path, **options)
+
+
+def test_tensorboard_gets_its_numbers(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path / "out", logdir=tmp_path / "events")
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_missing_tensorboard_is_an_error_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(ConfigError, match=r"logdir: needs TensorBoard .*offload-rt\[logging\]"):
+        run(tmp_path / "out", logdir=tmp_path / "events")
+
+
+def test_without_a_terminal_lines_come_every_few_seconds_and_for_the_last_step() -> None:
+    now = 0.0
+    text = io.StringIO()
+    with Display(Console(file=text, width=200), total_steps=20, first_step=0, clock=lambda: now) as display:
+        for step in range(1, 21):
+            display.step(
+                StepNumbers(step=step, loss=1.0, tokens=10, seconds=1.0, bytes_read=2**20, memory={"HOST": 2**30})
+            )
+            now += 1.0
+    shown = text.getvalue().splitlines()
+    assert [line.split()[1] for line in shown] == ["1/20", "6/20", "11/20", "16/20", "20/20"]
+    assert "10 tokens/s  ETA 0:14  read 1 MiB/s  HOST 1 GiB" in shown[1]
+
+
+def test_on_a_terminal_a_bar_is_drawn(tmp_path: Path) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120)
+    train(FakeEngine(), make_batches(), TrainingOptions(out=tmp_path / "out", steps=3), console=console)
+    assert "3/3" in text.getvalue() and "tokens/s" in text.getvalue()
+
+
+def test_tokens_leave_padding_out() -> None:
+    ids = torch.ones(2, 4, dtype=torch.long)
+    assert num_tokens({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])}) == 6
+    assert num_tokens({"input_ids": ids}) == 8
