@@ -6,6 +6,7 @@ do parameters leave the model's memory and hooks go in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from offload_rt.autograd import (
     StreamedModule,
 )
 from offload_rt.block import Binding, Block
-from offload_rt.checkpoint import map_checkpoint, open_checkpoint
+from offload_rt.checkpoint import Checkpoint, map_checkpoint, open_checkpoint
 from offload_rt.checkpoint.ingest import Sources, block_pieces, fill_slot, sources_in_memory, store_key
 from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest
 from offload_rt.checkpoint.sources import TensorSource
@@ -115,6 +116,19 @@ def assemble(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Runtime:
     """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all."""
+    with contextlib.ExitStack() as while_assembling:
+        opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
+        return _assemble(model, opened, config, plan, options, progress)
+
+
+def _assemble(
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    config: EngineConfig,
+    plan: Plan | None,
+    options: RuntimeOptions,
+    progress: Callable[[str, int, int], None] | None,
+) -> Runtime:
     drafts, sources, rest = _find_sources(model, checkpoint, config)
     covered = check_coverage(drafts) if config.bits == 4 else coverage(drafts)
     problem = _problem(model, drafts, config)
@@ -159,7 +173,7 @@ def workload_fingerprint(drafts: list[BlockDraft], config: EngineConfig) -> str:
 
 
 def _find_sources(
-    model: nn.Module, checkpoint: Path | None, config: EngineConfig
+    model: nn.Module, checkpoint: Checkpoint | None, config: EngineConfig
 ) -> tuple[list[BlockDraft], Sources, dict[str, TensorSource]]:
     """Blocks, where their values come from, and where those of the rest of the model do."""
     if checkpoint is None:
@@ -171,19 +185,20 @@ def _find_sources(
                 f"safetensors file or folder, or a model that has its weights"
             )
         return drafts, sources_in_memory(drafts), {}
-    opened = open_checkpoint(checkpoint)
-    mapping = map_checkpoint(model, opened)
+    mapping = map_checkpoint(model, checkpoint)
     drafts = find_blocks(model, bits=config.bits, prequantized=frozenset(mapping.prequantized))
-    if mapping.missing:
+    # What trains and has its values already (adapters written by hand, say) needs none from the checkpoint.
+    ready = {name for name, p in model.named_parameters() if p.requires_grad and not p.is_meta}
+    missing = [name for name in mapping.missing if name not in ready]
+    if missing:
         raise CheckpointError(
-            f"{checkpoint}: has nothing for {len(mapping.missing)} tensors of the model, first: "
-            f"{', '.join(mapping.missing[:5])}"
+            f"{checkpoint.path}: has nothing for {len(missing)} tensors of the model, first: {', '.join(missing[:5])}"
         )
     sources = Sources(
         streams=mapping.sources,
         prequantized=mapping.prequantized,
-        fingerprint=opened.fingerprint(),
-        describe=str(checkpoint),
+        fingerprint=checkpoint.fingerprint(),
+        describe=str(checkpoint.path),
     )
     return drafts, sources, dict(mapping.sources)
 

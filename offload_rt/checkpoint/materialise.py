@@ -38,12 +38,12 @@ def make_absent(parameter: nn.Parameter) -> None:
 
 
 def materialise_rest(model: nn.Module, streams: Mapping[str, TensorSource], stored: set[int]) -> None:
-    """Makes every parameter and buffer real that no block stores. `stored` holds the ids of those that one does."""
+    """Fills every parameter and buffer that no block stores. `stored` holds the ids of those that one does."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in stored and name in streams and parameter.is_meta:
+        if id(parameter) not in stored and name in streams:
             make_real(parameter, materialise(streams[name]).to(parameter.dtype).view(parameter.shape))
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
-        if name in streams and buffer.is_meta:
+        if name in streams:
             owner = model.get_submodule(name.rpartition(".")[0])
             owner._buffers[name.rpartition(".")[2]] = materialise(streams[name]).to(buffer.dtype).view(buffer.shape)
     _rebuild_buffers(model)

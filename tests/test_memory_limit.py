@@ -1,0 +1,139 @@
+"""A kernel memory limit below the size of the stored weights: the run survives in it, and a plain one would not.
+
+The limit is a memory cgroup (v1 or v2), which counts everything the process touches, page cache included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+LIMIT_BYTES = 640 << 20
+WIDTH, INNER, LAYERS = 2048, 8192, 12
+"""12 layers of 64 MiB in bf16: 768 MiB of frozen weights."""
+
+CHILD = """
+import json, os, sys
+from pathlib import Path
+open(sys.argv[1], "w").write(str(os.getpid()))  # into the cgroup, before torch is imported
+import torch
+torch.set_num_threads(1)
+from torch import nn
+import offload_rt
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear({width}, {inner}, bias=False).requires_grad_(False)
+        self.down = nn.Linear({inner}, {width}, bias=False).requires_grad_(False)
+        self.gain = nn.Parameter(torch.ones({width}))
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x))) * self.gain.to(x.dtype)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range({layers})])
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.float().square().mean()
+
+with torch.device("meta"):
+    model = Model().to(torch.bfloat16)
+for layer in model.layers:  # what trains is real
+    layer.gain = nn.Parameter(torch.ones({width}))
+if sys.argv[4] == "offload_rt":
+    engine = offload_rt.engine(
+        model, checkpoint=sys.argv[2], nvme=sys.argv[3], device_memory="320MiB", batch_size=1, seq_len=8, lr=1e-2)
+    losses = []
+    for step in range(2):
+        torch.manual_seed(step)
+        loss = engine(torch.randn(1, 8, {width}, dtype=torch.bfloat16))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    print(json.dumps(dict(losses=losses, report=engine.report()), default=str))
+    engine.close()
+else:
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(1)  # touches every page
+"""
+
+
+@contextlib.contextmanager
+def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
+    """The `cgroup.procs` file of a new memory cgroup, or a skip that says why there is none."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    root, knob = (v1, "memory.limit_in_bytes") if v1.is_dir() else (Path("/sys/fs/cgroup"), "memory.max")
+    group = root / f"offload_rt-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / knob).write_text(str(limit_bytes))
+        with contextlib.suppress(OSError):  # no swap, where it is accounted for
+            (group / ("memory.memsw.limit_in_bytes" if root == v1 else "memory.swap.max")).write_text(
+                str(limit_bytes) if root == v1 else "0"
+            )
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
+def write_checkpoint(path: Path) -> None:
+    """A safetensors file of all layers, written without holding them."""
+    header: dict[str, object] = {}
+    offset = 0
+    for layer in range(LAYERS):
+        for name, shape in (("up", [INNER, WIDTH]), ("down", [WIDTH, INNER])):
+            end = offset + 2 * WIDTH * INNER
+            header[f"layers.{layer}.{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+    text = json.dumps(header).encode()
+    weight = (torch.randn(INNER * WIDTH, generator=torch.Generator().manual_seed(0)) * 0.01).to(torch.bfloat16)
+    raw = weight.view(torch.uint8).numpy().data
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _ in range(2 * LAYERS):
+            file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run_child(procs: Path, checkpoint: Path, nvme: Path, how: str) -> subprocess.CompletedProcess[str]:
+    program = CHILD.format(width=WIDTH, inner=INNER, layers=LAYERS)
+    return subprocess.run(
+        [sys.executable, "-c", program, str(procs), str(checkpoint), str(nvme), how],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+
+
+def test_a_model_larger_than_the_memory_limit_trains_in_it(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model.safetensors"
+    write_checkpoint(checkpoint)
+    (tmp_path / "nvme").mkdir()
+    with memory_cgroup(LIMIT_BYTES) as procs:
+        finished = run_child(procs, checkpoint, tmp_path / "nvme", "offload_rt")
+        assert finished.returncode == 0, finished.stderr[-2000:]
+        found = json.loads(finished.stdout.splitlines()[-1])
+        assert found["report"]["stored_bytes"] > LIMIT_BYTES
+        assert found["report"]["bytes_read"] >= 2 * found["report"]["stored_bytes"]
+        assert all(loss == loss for loss in found["losses"])
+        # The limit is real: holding the weights, as a plain run must, is killed by the kernel.
+        plain = run_child(procs, checkpoint, tmp_path / "nvme", "plain")
+        assert plain.returncode == -9, f"the limit did not hold: {plain.returncode} {plain.stderr[-500:]}"
