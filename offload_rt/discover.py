@@ -205,6 +205,7 @@ def _encoding(entry: StoredParameter, *, bits: int | None, prequantized: bool) -
         return Encoding.NF4
     if is_conv1d:
         return Encoding.NF4_TRANSPOSED
-    if parameter.ndim == 3 and parameter.shape[0] > 1:
+    # A stack of experts is a parameter of a model's own module; torch's own with three dimensions are convolutions.
+    if parameter.ndim == 3 and parameter.shape[0] > 1 and not type(owner).__module__.startswith("torch.nn."):
         return Encoding.NF4_EXPERTS
     return Encoding.RAW
