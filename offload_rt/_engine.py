@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from torch import nn
 
 from offload_rt import codec
 from offload_rt.assembly import Runtime, RuntimeOptions, assemble
-from offload_rt.checkpoint.adapters import add_adapters, save_adapters
+from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.state import load_state, save_state
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
-from offload_rt.errors import ConfigError, IntegrityError, UnsupportedModule, nearest
-from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_optimizer
+from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
+from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
 from offload_rt.profile import peak_resident_bytes, resident_bytes
 from planners.errors import format_bytes
 from planners.plan import Plan, Tier
@@ -110,39 +110,51 @@ class Engine:
             commit_every=commit_every,
         )
         given_plan = _read_plan(plan)
+        flags = {id(p): p.requires_grad for p in model.parameters()}
         self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
-        self.trainable: dict[str, nn.Parameter] = {
-            name: p for name, p in self.model.named_parameters() if p.requires_grad
-        }
-        """What trains, by name. Parameters keep their identity when those on meta become real."""
-        self._runtime: Runtime = assemble(
-            self.model,
-            None if checkpoint is None else Path(checkpoint),
-            self.config,
-            given_plan,
-            options if options is not None else RuntimeOptions(),
-            progress,
-        )
         try:
+            self.trainable: dict[str, nn.Parameter] = {
+                name: p for name, p in self.model.named_parameters() if p.requires_grad
+            }
+            """What trains, by name. Parameters keep their identity when those on meta become real."""
             self.optimizer: torch.optim.Optimizer | None = _make_optimizer(optimizer, lr, list(self.trainable.values()))
             if self.optimizer is not None:
                 check_optimizer(self.optimizer, self.trainable)
+            self._runtime: Runtime = assemble(
+                self.model,
+                None if checkpoint is None else Path(checkpoint),
+                self.config,
+                given_plan,
+                options if options is not None else RuntimeOptions(),
+                progress,
+            )
         except BaseException:
-            self._runtime.close()
+            if adapters is not None:  # so that the same call with other arguments works
+                remove_adapters(self.model, model, flags)
             raise
         self.step_number = 0
+        self._closed = False
         self._tracked: dict[str, Any] = {}
         self._num_backwards = 0
         self._warned_accumulation = False
-        self._before_forward = self.model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
+        self._handles = [
+            self.model.register_forward_pre_hook(self._check_batch, with_kwargs=True),
+            self.model.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                lambda *arguments: self._leave_out_absent(*arguments)  # torch marks the hook: a method takes no marks
+            ),
+        ]
         logger.info("%s", self.summary())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""
+        if self._closed:
+            raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
         return self.model(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """As `loss.backward()`, after checking that the loss is finite. Raises `NonFiniteLoss`."""
+        if not isinstance(loss, torch.Tensor):
+            raise ConfigError(f"backward: expected the loss as a tensor, got {type(loss).__name__}")
         check_loss(loss, self.step_number + 1)
         loss.backward()  # type: ignore[no-untyped-call]
         self._num_backwards += 1
@@ -162,7 +174,7 @@ class Engine:
             self._warned_accumulation = True
             logger.warning("accumulation_steps=%d was declared, step() came after %d", declared, self._num_backwards)
         if self.config.max_grad_norm is not None:
-            self.clip_grad_norm_(self.config.max_grad_norm)
+            check_norm(self.clip_grad_norm_(self.config.max_grad_norm), self.step_number + 1)
         self.optimizer.step()
         self._check_moved(before)
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,10 +189,16 @@ class Engine:
         if not batches:
             raise ConfigError("train_batch: needs at least one micro-batch")
         total = 0.0
-        for batch in batches:
-            loss = self(**batch).loss / len(batches)
-            self.backward(loss)
-            total += float(loss.detach())
+        try:
+            for batch in batches:
+                loss = self(**batch).loss / len(batches)
+                self.backward(loss)
+                total += float(loss.detach())
+        except BaseException:
+            if self.optimizer is not None:  # half a step's gradients must not leak into the next
+                self.optimizer.zero_grad(set_to_none=True)
+            self._num_backwards = 0
+            raise
         self._num_backwards = self.config.accumulation_steps
         self.step()
         return total
@@ -222,10 +240,13 @@ class Engine:
         """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it."""
         if self.optimizer is None:
             raise ConfigError("load_checkpoint: nothing trains")
-        extra = load_state(Path(folder), self.trainable, self.optimizer)
-        unknown = sorted(set(extra["tracked"]) ^ set(self._tracked))
-        if unknown:
-            raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(unknown)}")
+
+        def check(extra: Mapping[str, Any]) -> None:
+            odd = sorted(set(extra["tracked"]) ^ set(self._tracked))
+            if odd:
+                raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(odd)}")
+
+        extra = load_state(Path(folder), self.trainable, self.optimizer, check)
         self.step_number = int(extra["step"])
         for name, state in extra["tracked"].items():
             self._tracked[name].load_state_dict(state)
@@ -259,13 +280,14 @@ class Engine:
             "prefetch_hits": sum(c.num_hits for c in executors),
             "prefetch_misses": sum(c.num_misses for c in executors),
             "replans": sum(c.num_replans for c in executors),
+            "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
             "recomputes": runtime.layer_counters.num_recomputes,
             "decodes": runtime.decoder.counters.num_decodes,
             "decoded_elements": runtime.decoder.counters.decoded_elements,
             "decode_overflow_bytes": runtime.decoder.counters.overflow_bytes,
             "stored_bytes": sum(block.spec.stored_bytes for block in runtime.blocks),
             "store_was_cached": runtime.store_was_cached,
-            "direct_io": runtime.store.direct if runtime.store is not None else None,
+            "direct_io": None if runtime.store is None else runtime.store.direct and runtime.links.io.direct,
             "io": runtime.links.io.name,
             "nf4": codec.backend(),
             "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},
@@ -293,7 +315,9 @@ class Engine:
             if account.holdings:
                 limit = f" of {format_bytes(account.capacity_bytes)}" if account.capacity_bytes else ""
                 lines.append(f"{tier.value} memory: {format_bytes(account.used_bytes)}{limit} planned")
-        direct = "" if runtime.store is None else (" past the page cache" if runtime.store.direct else " (buffered)")
+        direct = "" if runtime.store is None else " (buffered)"
+        if runtime.store is not None and runtime.store.direct and runtime.links.io.direct:
+            direct = " past the page cache"
         lines.append(f"I/O by {runtime.links.io.name}{direct}; NF4 by {codec.backend()}")
         return "\n".join(lines)
 
@@ -304,7 +328,9 @@ class Engine:
 
     def close(self) -> None:
         """Waits for what is under way; gives memory, files and hooks back. May be called twice."""
-        self._before_forward.remove()
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
         self._runtime.close()
 
     def __enter__(self) -> Engine:
@@ -321,7 +347,8 @@ class Engine:
                 "output_router_logits: the auxiliary loss would lose its gradient when layers are recomputed; set "
                 "config.output_router_logits = False"
             )
-        tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+        tokens = next((value for value in candidates if value is not None), None)
         if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
             return
         rows, length = tokens.shape[0], tokens.shape[1]
@@ -336,6 +363,13 @@ class Engine:
                 f"{self.config.batch_size} x {self.config.seq_len}"
             )
 
+    def _leave_out_absent(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """A state_dict has no entry for a weight that is at rest: better missing than NaN. Adapters are all there."""
+        absent = {id(b.parameter) for block in self._runtime.blocks for b in block.bindings if block.is_absent(b)}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) in absent:
+                state.pop(prefix + name, None)
+
     def _check_moved(self, before: dict[str, torch.Tensor]) -> None:
         """After the first step: something must have changed, unless the learning rate is still zero."""
         if not before or self.optimizer is None or not any(group.get("lr", 1) for group in self.optimizer.param_groups):
@@ -349,6 +383,8 @@ def _read_plan(plan: Plan | str | Path) -> Plan | None:
         return plan
     if plan == "auto":
         return None
+    if not isinstance(plan, (str, Path)):
+        raise ConfigError(f"plan: expected 'auto', a Plan or the path of one, got {plan!r}")
     try:
         return Plan.load(Path(plan))
     except (OSError, ValueError) as error:

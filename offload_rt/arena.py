@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import mmap
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from offload_rt.errors import BudgetExceeded
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.errors import format_bytes
 
+_PATIENCE = 50
+"""Milliseconds: a worker thread may hold a buffer an instant longer than the operation that it has finished."""
 POISON = 0xFF
 """Every float made of 0xFF bytes is a NaN."""
 
@@ -84,7 +87,7 @@ class Slot:
             num_elements *= size
         if num_elements == 0:
             return torch.empty(tuple(shape), dtype=dtype)
-        if offset_bytes + num_elements * dtype.itemsize > self.num_bytes:
+        if offset_bytes < 0 or offset_bytes + num_elements * dtype.itemsize > self.num_bytes:
             raise ValueError(f"slot: {tuple(shape)} of {dtype} at {offset_bytes} exceeds {self.num_bytes} bytes")
         flat = torch.frombuffer(self._memory, dtype=dtype, count=num_elements, offset=self._offset_bytes + offset_bytes)
         return flat.view(tuple(shape))
@@ -125,6 +128,11 @@ class Arena:
     def acquire(self, num_bytes: int, owner: str) -> Slot:
         """Leases `num_bytes`, 4 KiB aligned. Raises `BudgetExceeded`, naming the holders, when there is no room."""
         slot = self.try_acquire(num_bytes, owner)
+        for _ in range(_PATIENCE):
+            if slot is not None:
+                break
+            time.sleep(0.001)
+            slot = self.try_acquire(num_bytes, owner)
         if slot is None:
             with self._lock:
                 held = ", ".join(

@@ -37,7 +37,7 @@ from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, lay
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.stash import HostStash, NvmeStash, Stash
-from offload_rt.store import Store
+from offload_rt.store import Store, store_folders, usable_bytes
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import HostResidence, NvmeResidence, Residence, Tiers
 from offload_rt.transfer import Links
@@ -131,13 +131,18 @@ def _assemble(
 ) -> Runtime:
     drafts, sources, rest = _find_sources(model, checkpoint, config)
     covered = check_coverage(drafts) if config.bits == 4 else coverage(drafts)
-    problem = _problem(model, drafts, config)
+    key = store_key(drafts, sources)
+    problem = _problem(model, drafts, config, key)
     chosen = plan if plan is not None else plan_streaming(problem)
     if chosen.fingerprint != problem.fingerprint:
         raise ConfigError(
             f"plan: made for workload {chosen.fingerprint}, this one is {problem.fingerprint} (model, batch_size, "
             f"seq_len or bits differ)"
         )
+    placed = {*chosen.resident, *(name for ring in chosen.rings for name in ring.blocks)}
+    if placed != {draft.name for draft in drafts}:
+        odd = sorted(placed ^ {draft.name for draft in drafts})
+        raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
     chosen = _with_options(chosen, drafts, options)
     unified = problem.unified
     tiers = Tiers(
@@ -150,7 +155,7 @@ def _assemble(
     was_cached = False
     try:
         if config.nvme:
-            store = Store(config.nvme, store_key(drafts, sources), links)
+            store = Store(config.nvme, key, links)
             was_cached = store.complete
             if not was_cached:
                 _build_store(store, drafts, sources, progress)
@@ -203,7 +208,7 @@ def _find_sources(
     return drafts, sources, dict(mapping.sources)
 
 
-def _problem(model: nn.Module, drafts: list[BlockDraft], config: EngineConfig) -> StreamingProblem:
+def _problem(model: nn.Module, drafts: list[BlockDraft], config: EngineConfig, key: str) -> StreamingProblem:
     trainable = [p for p in model.parameters() if p.requires_grad]
     stored = {id(s.parameter) for d in drafts for s in d.parameters}
     leftovers = sum(
@@ -212,13 +217,8 @@ def _problem(model: nn.Module, drafts: list[BlockDraft], config: EngineConfig) -
     unified = config.host_memory_bytes is None
     nvme_capacity = None
     if config.nvme:
-        import shutil
-
-        free = sum(
-            min(shutil.disk_usage(d.path).free, d.capacity_bytes or (1 << 62)) for d in config.nvme if d.path.is_dir()
-        )
-        # A store that is there already has taken its space: what matters then is that it exists.
-        nvme_capacity = max(free, 1) + sum(d.spec.stored_bytes for d in drafts)
+        folders = store_folders(config.nvme, key)
+        nvme_capacity = sum(usable_bytes(folder, drive) for folder, drive in zip(folders, config.nvme, strict=True))
     return StreamingProblem(
         fingerprint=workload_fingerprint(drafts, config),
         layers=tuple(_size(d) for d in drafts if d.is_layer),
@@ -423,13 +423,14 @@ def _stash(
 ) -> tuple[Stash | None, Scratch | None]:
     num_layers = sum(d.is_layer for d in drafts)
     each = align_up(problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
+    if plan.layer_inputs is not Tier.DEVICE and not (plan.layer_inputs is Tier.HOST and tiers.unified):
+        tiers.account(Tier.DEVICE).reserve("layer input in use", each)
     if plan.layer_inputs is Tier.HOST and not tiers.unified:
         return HostStash(tiers.arena(Tier.HOST, "layer inputs", each * num_layers), links), None
     if plan.layer_inputs is Tier.NVME:
         if not config.nvme:
             raise ConfigError("plan: layer inputs wait on NVME, but nvme= gives no folder")
         staging = tiers.arena(Tier.HOST, "staging for layer inputs", 4 * each)
-        # As many again for a second micro-batch whose backward has not begun.
         tiers.account(Tier.NVME).reserve("layer inputs", 2 * each * num_layers)
         scratch = Scratch(config.nvme[0].path, 2 * each * num_layers, links)
         return NvmeStash(scratch, staging, links), scratch

@@ -27,8 +27,11 @@ from offload_rt.arena import Slot
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
 from offload_rt.executor import RingExecutor
-from offload_rt.stash import Stash, Stashed
+from offload_rt.stash import Stash
 from planners.schedule import Phase
+
+CHECKED_CALLS = 2
+"""Calls of each layer whose output is looked at: its first forward and its first recompute."""
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 """Keyword arguments that a layer would update: a second time in the recompute."""
@@ -96,6 +99,8 @@ class LayerCounters:
 
     num_forwards: int = 0
     num_recomputes: int = 0
+    num_not_stashed: int = 0
+    """Layer inputs that stayed in DEVICE memory because the place that the plan gave them was full."""
 
 
 class RecomputedLayer:
@@ -117,24 +122,35 @@ class RecomputedLayer:
         self.stash = stash
         self._hold_decoded = hold_decoded
         self.counters = counters if counters is not None else LayerCounters()
-        self.trainable = [p for p in layer.parameters() if p.requires_grad]
+        stored = {id(binding.parameter) for binding in block.bindings}
+        self._own = [p for p in layer.parameters() if id(p) not in stored]
+        self._bindings = block.bindings
         self._forward: Callable[..., Any] = layer.forward
+        self._had_own_forward = "forward" in layer.__dict__
+        self._num_checks = 0
 
     def attach(self) -> None:
         self.layer.forward = self
 
     def detach(self) -> None:
-        # The instance attribute shadowed the class's method (or the instance's own, which a wrapper had set).
-        if getattr(self._forward, "__func__", None) is getattr(type(self.layer), "forward", None):
-            del self.layer.forward
-        else:
-            self.layer.forward = self._forward
+        _put_back(self.layer, self._forward, had_own=self._had_own_forward)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The layer's parameters that train now; a user may switch adapters on and off."""
+        for binding in self._bindings:
+            if binding.parameter.requires_grad:
+                raise UnsupportedModule(
+                    f"{binding.spec.name} was frozen when the engine was made and requires a gradient now; its values "
+                    f"are at rest and would never change. Make the engine after requires_grad_(True)"
+                )
+        return [p for p in self._own if p.requires_grad]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.counters.num_forwards += 1
-        wants_grad = any(t.requires_grad for t in tensors) or bool(self.trainable)
+        trainable = self.trainable()
+        wants_grad = any(t.requires_grad for t in tensors) or bool(trainable)
         if not (torch.is_grad_enabled() and wants_grad):
             with opened(self.block, self._access, Phase.FORWARD, training=torch.is_grad_enabled()):
                 return self.run(args, kwargs)
@@ -146,9 +162,9 @@ class RecomputedLayer:
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        call = _Call(self, leaves, structure)
+        call = _Call(self, leaves, structure, trainable)
         outputs = _Recompute.apply(  # type: ignore[no-untyped-call]
-            call, *call.tensors, *self.trainable
+            call, *call.tensors, *trainable
         )
         return call.rebuild_output(outputs)
 
@@ -158,10 +174,25 @@ class RecomputedLayer:
         if flag:
             self.layer.gradient_checkpointing = False  # type: ignore[assignment]
         try:
-            return self._forward(*args, **kwargs)
+            with self.block.shown(self.layer):
+                output = self._forward(*args, **kwargs)
+            if self._num_checks < CHECKED_CALLS:
+                self._num_checks += 1
+                self._check_output(args, kwargs, output)
+            return output
         finally:
             if flag:
                 self.layer.gradient_checkpointing = flag
+
+    def _check_output(self, args: Any, kwargs: Any, output: Any) -> None:
+        """Finite inputs that give NaN are, most likely, a weight that was read where no hook shows it."""
+        if not any(binding.spec.is_quantized for binding in self._bindings):
+            return
+        if _has_nan(output) and not _has_nan((args, kwargs)):
+            raise UnsupportedModule(
+                f"{self.block.name} gave NaN for finite inputs. Either the model itself does, or it reads a quantized "
+                f"weight without calling the module that owns it, which bits=4 does not support"
+            )
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -169,6 +200,11 @@ class RecomputedLayer:
         decoder = self.block.decoder
         with torch.enable_grad(), decoder.saved_decoded() if self._hold_decoded else decoder.saved_packed():
             yield
+
+
+def _has_nan(values: Any) -> bool:
+    leaves = pytree.tree_leaves(values)
+    return any(isinstance(t, torch.Tensor) and t.is_floating_point() and bool(t.isnan().any()) for t in leaves)
 
 
 def _is_cache(value: Any) -> bool:
@@ -180,8 +216,11 @@ def _is_cache(value: Any) -> bool:
 class _Call:
     """One call of a layer: its arguments taken apart, and what is needed to run it again."""
 
-    def __init__(self, owner: RecomputedLayer, leaves: list[Any], structure: Any) -> None:
+    def __init__(
+        self, owner: RecomputedLayer, leaves: list[Any], structure: Any, trainable: list[nn.Parameter]
+    ) -> None:
         self.owner = owner
+        self.trainable = trainable
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
@@ -254,9 +293,12 @@ class _Recompute(torch.autograd.Function):
         if owner.stash is not None:
             index = call.which_to_stash()
             if index is not None:
-                stashed: Stashed = owner.stash.put(inputs[index].detach())
-                ctx.stashed, ctx.stashed_index = stashed, index
-                del kept[index]
+                stashed = owner.stash.put(inputs[index].detach())
+                if stashed is None:
+                    owner.counters.num_not_stashed += 1
+                else:
+                    ctx.stashed, ctx.stashed_index = stashed, index
+                    del kept[index]
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         # The inputs are the context's now: a stashed one must not live on in the call.
@@ -278,10 +320,10 @@ class _Recompute(torch.autograd.Function):
         del inputs
         owner.counters.num_recomputes += 1
         wanted = [tensor for tensor in detached if tensor.requires_grad]
-        sources = wanted + owner.trainable
+        sources = wanted + call.trainable
         with (
             opened(owner.block, owner._access, Phase.BACKWARD, training=True),
-            _without_hooks(owner.trainable),
+            _without_hooks(call.trainable),
             call.as_in_forward(),
         ):
             with owner.recording():
@@ -343,12 +385,13 @@ class StreamedModule:
         self.block = block
         self._access = access
         self._forward: Callable[..., Any] = module.forward
+        self._had_own_forward = "forward" in module.__dict__
 
     def attach(self) -> None:
         self.module.forward = self
 
     def detach(self) -> None:
-        del self.module.forward
+        _put_back(self.module, self._forward, had_own=self._had_own_forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         training = torch.is_grad_enabled()
@@ -381,6 +424,14 @@ class StreamedModule:
         finally:
             del slot
             self._access.release()
+
+
+def _put_back(module: nn.Module, forward: Callable[..., Any], *, had_own: bool) -> None:
+    """Undoes `module.forward = ...`: the class's method again, or what a user had put in its place."""
+    if had_own:
+        module.forward = forward
+    else:
+        del module.forward
 
 
 def _unpack(saved: torch.Tensor | BlockReference) -> torch.Tensor:

@@ -11,6 +11,8 @@ cannot go unnoticed.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,22 +52,25 @@ class Block:
     decoder: Decoder
     slot: Slot | None = None
     _num_open: int = 0
-    _decoded: dict[int, list[tuple[nn.Parameter, torch.Tensor]]] = field(default_factory=dict)
+    _of_owner: dict[nn.Module, list[Binding]] = field(default_factory=dict)
+    _shown: dict[nn.Module, _Shown] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
 
     def attach(self) -> None:
-        """Installs the hooks that decode and that catch a use outside `open`. Idempotent per block."""
-        quantized: dict[nn.Module, list[Binding]] = {}
-        owners: dict[nn.Module, None] = {}
+        """Installs the hooks that decode and that catch a use outside `open`, on all modules inside the block's own.
+
+        The block's own modules (a layer) are called by whoever opens the block, who shows theirs with `shown`.
+        """
         for binding in self.bindings:
             for owner in binding.owners:
-                owners[owner] = None
+                self._of_owner.setdefault(owner, [])
                 if binding.spec.is_quantized:
-                    quantized.setdefault(owner, []).append(binding)
-        for owner in owners:
-            bindings = quantized.get(owner, [])
-            self._handles.append(owner.register_forward_pre_hook(self._before(bindings), prepend=True))
-            if bindings:
+                    self._of_owner[owner].append(binding)
+        for owner, quantized in self._of_owner.items():
+            if owner in self.modules:
+                continue
+            self._handles.append(owner.register_forward_pre_hook(self._before, prepend=True))
+            if quantized:
                 self._handles.append(owner.register_forward_hook(self._after, always_call=True))
 
     def detach(self) -> None:
@@ -95,32 +100,66 @@ class Block:
             if not binding.spec.is_quantized:
                 self.hide(binding)
 
+    def is_absent(self, binding: Binding) -> bool:
+        """Whether its parameter shows a placeholder now."""
+        return self.slot is None or binding.spec.is_quantized
+
     @staticmethod
     def hide(binding: Binding) -> None:
         """Makes one parameter absent."""
         binding.parameter.data = placeholder(binding.spec.shape, torch_dtype(binding.spec.dtype))
 
-    def _before(self, bindings: list[Binding]) -> Any:
-        def before(module: nn.Module, args: Any) -> None:
-            if self.slot is None:
-                raise UnsupportedModule(
-                    f"{type(module).__name__} of block {self.name} was called outside the block's own forward, where "
-                    f"its weights are not in memory. Call the layer itself; if the model cannot, this model is not "
-                    f"supported"
-                )
-            shown = self._decoded.setdefault(id(module), [])
-            if shown or not bindings:
-                return  # a module called inside its own call: its weights are there
-            for binding in bindings:
-                weight = PackedWeight(binding.spec, self.slot)
-                tensor = self.decoder.decode(weight)
-                self.decoder.publish(tensor, weight)
-                binding.parameter.data = tensor
-                shown.append((binding.parameter, tensor))
+    @contextlib.contextmanager
+    def shown(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the NF4 weights that `module` itself owns are there, decoded."""
+        self._show(module)
+        try:
+            yield
+        finally:
+            self._unshow(module)
 
-        return before
+    def _before(self, module: nn.Module, args: Any) -> None:
+        self._show(module)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        for parameter, tensor in self._decoded.pop(id(module), []):
+        self._unshow(module)
+
+    def _show(self, module: nn.Module) -> None:
+        if self.slot is None:
+            raise UnsupportedModule(
+                f"{type(module).__name__} of block {self.name} was called outside the block's own forward, where its "
+                f"weights are not in memory. Call the layer itself; if the model cannot, this model is not supported"
+            )
+        quantized = self._of_owner.get(module, [])
+        if not quantized:
+            return
+        shown = self._shown.setdefault(module, _Shown())
+        shown.depth += 1
+        if shown.depth > 1:
+            return  # a module called inside its own call: its weights are there
+        for binding in quantized:
+            weight = PackedWeight(binding.spec, self.slot)
+            tensor = self.decoder.decode(weight)
+            self.decoder.publish(tensor, weight)
+            binding.parameter.data = tensor
+            shown.weights.append((binding, tensor))
+
+    def _unshow(self, module: nn.Module) -> None:
+        shown = self._shown.get(module)
+        if shown is None:
+            return  # an exception came before its weights did
+        shown.depth -= 1
+        if shown.depth:
+            return
+        del self._shown[module]
+        for binding, tensor in shown.weights:
             self.decoder.withdraw(tensor)
-            parameter.data = placeholder(tensor.shape, tensor.dtype)
+            self.hide(binding)
+
+
+@dataclass
+class _Shown:
+    """The decoded weights of a module that is being called, `depth` times inside itself."""
+
+    depth: int = 0
+    weights: list[tuple[Binding, torch.Tensor]] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ def parse_bytes(value: int | str, *, field: str) -> int:
         number, unit = match.groups()
         if unit.lower() not in _UNITS:
             raise ConfigError(f"{field}: unknown unit {unit!r} in {value!r}; {nearest(unit.lower(), _UNITS)}")
-        num_bytes = int(float(number) * _UNITS[unit.lower()])
+        num_bytes = int(Decimal(number) * _UNITS[unit.lower()])
     else:
         num_bytes = value
-    if num_bytes <= 0:
-        raise ConfigError(f"{field}: must be more than zero, got {value!r}")
+    if not 0 < num_bytes < 1 << 64:
+        raise ConfigError(f"{field}: must be more than zero and less than 16 EiB, got {value!r:.60}")
     return num_bytes
 
 
@@ -50,11 +51,15 @@ def parse_nvme(value: str | Path | Sequence[str | Path] | None) -> tuple[NvmePat
     """`"path"`, `"path:500GiB"`, or a sequence of these, one per drive."""
     if value is None:
         return ()
+    if not isinstance(value, (str, Path, Sequence)):
+        raise ConfigError(f"nvme: expected a folder or a list of folders, got {value!r}")
     entries = [value] if isinstance(value, (str, Path)) else list(value)
     if not entries:
         raise ConfigError("nvme: an empty list; give at least one folder, or None")
     drives = []
     for entry in entries:
+        if not isinstance(entry, (str, Path)) or not str(entry):
+            raise ConfigError(f"nvme: expected a folder, got {entry!r}")
         text = str(entry)
         match = re.fullmatch(r"(.+):(\d[\d.]*\s*[A-Za-z]*)", text)
         if match is not None and not Path(text).exists():
@@ -97,11 +102,12 @@ class EngineConfig:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field}: must be a whole number of at least 1, got {value!r}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and not isinstance(norm, bool) and norm > 0):
             raise ConfigError(f"max_grad_norm: must be more than zero, got {self.max_grad_norm!r}")
         if self.commit_every is not None:
-            if self.commit_every < 1:
-                raise ConfigError(f"commit_every: must be at least 1, got {self.commit_every!r}")
+            if isinstance(self.commit_every, bool) or not isinstance(self.commit_every, int) or self.commit_every < 1:
+                raise ConfigError(f"commit_every: must be a whole number of at least 1, got {self.commit_every!r}")
             if not self.nvme:
                 raise ConfigError("commit_every: commits are written beside the store; give nvme= a folder")
 

@@ -201,7 +201,8 @@ def _encoding(entry: StoredParameter, *, bits: int | None, prequantized: bool) -
         return Encoding.NF4_TRANSPOSED if is_conv1d else Encoding.NF4
     if bits is None or parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return Encoding.RAW
-    if isinstance(owner, nn.Linear) and weight:
+    # nn.MultiheadAttention reads the weight of its out_proj without calling it: no hook would decode it.
+    if isinstance(owner, nn.Linear) and weight and type(owner).__name__ != "NonDynamicallyQuantizableLinear":
         return Encoding.NF4
     if is_conv1d:
         return Encoding.NF4_TRANSPOSED

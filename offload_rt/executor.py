@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,8 +175,8 @@ class RingExecutor:
             self._pending.popleft()
 
     def _start(self, index: int, slot: Slot) -> None:
-        self._slots[index] = slot
         self._fetches[index] = self._residences[index].fetch(slot)
+        self._slots[index] = slot
         self.counters.num_fetches += 1
         self.counters.fetched_bytes += self._residences[index].num_bytes
 
@@ -185,9 +186,12 @@ class RingExecutor:
             return
         try:
             fetch.wait()
-        except BaseException:
+        except BaseException as error:
             self._slots.pop(index, None)
             self._fetches.pop(index, None)
+            # Whoever keeps the exception keeps its frames, and must not keep the slot with them.
+            fetch = None
+            traceback.clear_frames(error.__traceback__)
             raise
         del self._fetches[index]
 

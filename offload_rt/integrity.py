@@ -57,3 +57,12 @@ def check_gradients(trainable: Mapping[str, torch.Tensor], step: int) -> None:
         raise IntegrityError(f"step {step}: the gradient of {bad[0]} is not finite ({len(bad)} tensors)")
     if not norms.any():
         raise IntegrityError(f"step {step}: all {len(trainable)} gradients are zero; the loss does not reach them")
+
+
+def check_norm(norm: torch.Tensor, step: int) -> None:
+    """Raises `IntegrityError` where the norm is not finite: clipping by it would make every parameter NaN."""
+    if not bool(torch.isfinite(norm)):
+        raise IntegrityError(
+            f"step {step}: the gradients' norm is not finite ({float(norm)}); nothing was updated. Zero the gradients "
+            f"to skip this batch"
+        )

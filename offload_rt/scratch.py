@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections import deque
 from pathlib import Path
 
 from offload_rt.arena import Slot
@@ -33,7 +34,7 @@ class ScratchRange:
         return self._scratch.links.read(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
 
     def __del__(self) -> None:
-        self._scratch.free.append((self.offset_bytes, self.offset_bytes + self.num_bytes))
+        self._scratch.returned.append((self.offset_bytes, self.offset_bytes + self.num_bytes))
 
 
 class Scratch:
@@ -42,8 +43,12 @@ class Scratch:
     def __init__(self, folder: Path, capacity_bytes: int, links: Links) -> None:
         self.links = links
         self.capacity_bytes = align_up(capacity_bytes, IO_ALIGNMENT_BYTES)
-        self.free: list[tuple[int, int]] = [(0, self.capacity_bytes)]
-        fd, path = tempfile.mkstemp(prefix="scratch-", dir=folder)
+        self.returned: deque[tuple[int, int]] = deque()  # by finalizers, which may run at any time
+        self._free: list[tuple[int, int]] = [(0, self.capacity_bytes)]
+        try:
+            fd, path = tempfile.mkstemp(prefix="scratch-", dir=folder)
+        except OSError as error:
+            raise StorageError("no scratch file can be made", path=str(folder), errno=error.errno or 0) from None
         os.close(fd)
         try:
             direct = True
@@ -73,15 +78,17 @@ class Scratch:
         """A range of `num_bytes`, rounded up to 4 KiB. Raises `StorageFull`."""
         wanted = align_up(num_bytes, IO_ALIGNMENT_BYTES)
         merged: list[tuple[int, int]] = []
-        for start, end in sorted(self.free):
+        while self.returned:
+            self._free.append(self.returned.popleft())
+        for start, end in sorted(self._free):
             if merged and merged[-1][1] == start:
                 merged[-1] = (merged[-1][0], end)
             else:
                 merged.append((start, end))
-        self.free[:] = merged
-        for index, (start, end) in enumerate(self.free):
+        self._free = merged
+        for index, (start, end) in enumerate(merged):
             if end - start >= wanted:
-                self.free[index] = (start + wanted, end)
+                merged[index] = (start + wanted, end)
                 return ScratchRange(self, start, wanted)
         raise StorageFull(
             f"no room for a layer input of {format_bytes(wanted)}", path=self.file.path, errno=errno.ENOSPC

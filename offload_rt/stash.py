@@ -7,12 +7,14 @@ NVME in the scratch file, through two staging slots.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Protocol
 
 import torch
 
 from offload_rt.arena import Arena, Slot
+from offload_rt.errors import OffloadError, StorageFull
 from offload_rt.scratch import Scratch, ScratchRange
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Links, Transfer
@@ -31,8 +33,11 @@ class Stashed(Protocol):
 class Stash(Protocol):
     """A place to put tensors away."""
 
-    def put(self, tensor: torch.Tensor) -> Stashed:
-        """Takes a copy of `tensor`; the caller may let go of it."""
+    def put(self, tensor: torch.Tensor) -> Stashed | None:
+        """Takes a copy of `tensor`, which the caller may then let go of; None where there is no room left.
+
+        Room is planned for one micro-batch. A loop that holds the graphs of several keeps the rest in memory.
+        """
 
 
 class HostStash:
@@ -42,8 +47,10 @@ class HostStash:
         self._arena = arena
         self._links = links
 
-    def put(self, tensor: torch.Tensor) -> Stashed:
-        slot = self._arena.acquire(tensor.numel() * tensor.element_size(), "layer input")
+    def put(self, tensor: torch.Tensor) -> Stashed | None:
+        slot = self._arena.try_acquire(tensor.numel() * tensor.element_size(), "layer input")
+        if slot is None:
+            return None
         slot.tensor(tensor.dtype, tensor.shape).copy_(tensor)
         self._links.counters.bytes_copied += slot.num_bytes
         return _HostStashed(slot, tensor.shape, tensor.dtype, self._links)
@@ -76,15 +83,20 @@ class NvmeStash:
         self._order: list[weakref.ref[_NvmeStashed]] = []
         self._writing: list[_NvmeStashed] = []
 
-    def put(self, tensor: torch.Tensor) -> Stashed:
+    def put(self, tensor: torch.Tensor) -> Stashed | None:
         num_bytes = align_up(tensor.numel() * tensor.element_size(), IO_ALIGNMENT_BYTES)
         while len(self._writing) >= 2:
             self._writing.pop(0).finish_write()
-        slot = self._staging.acquire(num_bytes, "layer input on its way out")
+        slot = self._staging.try_acquire(num_bytes, "layer input on its way out")
+        if slot is None:
+            return None
+        try:
+            place = self._scratch.acquire(num_bytes)
+        except StorageFull:
+            return None
         slot.tensor(tensor.dtype, tensor.shape).copy_(tensor)
         if self._links.recorder is not None:
             self._links.recorder.use("stash", writes=[slot.range])
-        place = self._scratch.acquire(num_bytes)
         stashed = _NvmeStashed(self, place, place.write(slot), tensor.shape, tensor.dtype)
         self._writing.append(stashed)
         self._order = [entry for entry in self._order if (held := entry()) is not None and held.is_held]
@@ -127,8 +139,8 @@ class _NvmeStashed:
 
     def finish_write(self) -> None:
         if self._write is not None:
-            write, self._write = self._write, None
-            self._stash.wait(write)
+            self._stash.wait(self._write)  # raises again, as often as it is asked, if the write failed
+            self._write = None
 
     def start_read(self) -> None:
         self.finish_write()
@@ -148,9 +160,10 @@ class _NvmeStashed:
         return tensor
 
     def release(self) -> None:
-        # Transfers own their memory, but the range on the drive must not be reused while one is under way.
-        if self._write is not None:
-            self._write.wait()
-        if self._read is not None:
-            self._read[1].wait()
+        # Transfers own their memory, but the range on the drive must not be reused while one is under way. An error
+        # of one that nobody will read any more is nobody's.
+        for transfer in (self._write, self._read[1] if self._read is not None else None):
+            with contextlib.suppress(OffloadError):
+                if transfer is not None:
+                    transfer.wait()
         self._place = self._write = self._read = None

@@ -12,6 +12,7 @@ this module opens these files; reads and writes go through `Links`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -29,7 +30,7 @@ import torch
 from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
 from offload_rt.config import NvmePath
-from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt, StoreInUse
+from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
 from offload_rt.transfer import Links, OpenFile, Transfer
 from planners.errors import format_bytes
@@ -56,6 +57,10 @@ def store_folders(drives: Sequence[NvmePath], key: str) -> list[Path]:
         if not drive.path.is_dir():
             problem = "is not a folder" if drive.path.exists() else "does not exist"
             raise ConfigError(f"nvme: {drive.path} {problem}")
+    places = [drive.path.resolve() for drive in drives]
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"nvme: {twice} is given twice; one folder per drive")
     return [drive.path / f"offload_rt-{key}" for drive in drives]
 
 
@@ -64,7 +69,10 @@ class _Lock:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "lock"
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageError("the lock cannot be opened", path=str(path), errno=error.errno or 0) from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -79,6 +87,7 @@ class _Lock:
         os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def close(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold the descriptor too, and the lock with it
         os.close(self._fd)
 
 
@@ -169,7 +178,7 @@ class Store:
                 raise StoreCorrupt(f"{path}: the manifest does not match its own checksum")
         except FileNotFoundError:
             return
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise StoreCorrupt(f"{path}: not readable as a manifest ({type(error).__name__}: {error})") from None
         if body["version"] != STORE_VERSION or body["num_drives"] != len(self.folders):
             return  # written by another version, or striped over other drives: build again
@@ -218,21 +227,32 @@ class StoreBuilder:
             ends[drive] += spec.stored_bytes
         for folder, drive_path, end in zip(store.folders, store._drives, ends, strict=True):
             _check_space(folder, drive_path, end)
-        for folder, end in zip(store.folders, ends, strict=True):
-            path = folder / "weights.bin"
-            path.unlink(missing_ok=True)  # of an unfinished build
-            file = _open(path, writable=True)
-            self._files.append(file)
-            if end:
-                _preallocate(file, end)
+        try:
+            for folder in store.folders:  # a manifest must not outlive the bytes it speaks of
+                (folder / "manifest.json").unlink(missing_ok=True)
+                sync_folder(folder)
+            for folder, end in zip(store.folders, ends, strict=True):
+                path = folder / "weights.bin"
+                path.unlink(missing_ok=True)  # of an unfinished build
+                file = _open(path, writable=True)
+                self._files.append(file)
+                if end:
+                    _preallocate(file, end)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, spec: BlockSpec, pieces: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Writes one block. `pieces` yields (offset in the block, contiguous tensor), offsets ascending."""
         drive, offset = self._places[spec.name]
         writer = _SequentialWriter(self._store._links, self._staging, self._files[drive], offset)
-        for position, tensor in pieces:
-            writer.append(position, tensor)
-        checksum = writer.finish(spec.stored_bytes)
+        try:
+            for position, tensor in pieces:
+                writer.append(position, tensor)
+            checksum = writer.finish(spec.stored_bytes)
+        except BaseException:
+            writer.abort()
+            raise
         extent = Extent(drive=drive, offset_bytes=offset, length_bytes=spec.stored_bytes, crc32c=checksum)
         self._done[spec.name] = (spec, extent)
 
@@ -280,6 +300,12 @@ class _SequentialWriter:
         if self._in_flight is not None:
             self._links.wait(self._in_flight)
         return self._crc
+
+    def abort(self) -> None:
+        """Waits for the write under way, whose descriptor may be closed next, whatever came of it."""
+        if self._in_flight is not None:
+            with contextlib.suppress(OffloadError):
+                self._in_flight.wait()
 
     def _zeros(self, num_bytes: int) -> None:
         while num_bytes:
@@ -354,15 +380,20 @@ def _make_folder(folder: Path) -> None:
         raise _os_error("the store's folder cannot be made (read-only, or no permission?)", folder, error) from None
 
 
-def _check_space(folder: Path, drive: NvmePath, need_bytes: int) -> None:
-    stat = os.statvfs(folder)
+def usable_bytes(folder: Path, drive: NvmePath) -> int:
+    """What a store in `folder` may take: free space, its own old bytes, and no more than `nvme=` allows."""
+    stat = os.statvfs(drive.path)
     old = folder / "weights.bin"
     free = stat.f_bavail * stat.f_frsize + (old.stat().st_blocks * 512 if old.exists() else 0)
-    allowed = free if drive.capacity_bytes is None else min(free, drive.capacity_bytes)
+    return free if drive.capacity_bytes is None else min(free, drive.capacity_bytes)
+
+
+def _check_space(folder: Path, drive: NvmePath, need_bytes: int) -> None:
+    allowed = usable_bytes(folder, drive)
     if need_bytes > allowed:
         raise StorageFull(
             f"the store needs {format_bytes(need_bytes)}, {format_bytes(allowed)} are "
-            f"{'free' if allowed == free else 'allowed by nvme='}; nothing was written",
+            f"{'allowed by nvme=' if allowed == drive.capacity_bytes else 'free'}; nothing was written",
             path=str(folder), errno=errno.ENOSPC,
         )  # fmt: skip
 

@@ -86,6 +86,8 @@ class FileIO(Protocol):
     """Asynchronous file I/O: the native ring, or its plain twin."""
 
     name: str
+    direct: bool
+    """Whether it honours O_DIRECT descriptors."""
 
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
         """Starts a "read" or a "write" of the whole buffer; returns the function that waits for it."""
@@ -99,6 +101,8 @@ class FileIO(Protocol):
 
 class RingIO:
     """File I/O by `_offload_rt_native.Ring`."""
+
+    direct = True
 
     def __init__(self, core: Any, backend: str = "auto") -> None:
         self._core = core
@@ -132,6 +136,7 @@ class AiofilesIO:
     """The plain twin: aiofiles on an event loop of its own, through the page cache, which it drops behind itself."""
 
     name = "aiofiles"
+    direct = False
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -211,8 +216,8 @@ def wait_future(future: Future[None], timeout_seconds: float, outstanding: Calla
     try:
         future.result(timeout_seconds)
     except FutureTimeout:
-        if future.done():
-            raise  # the operation's own error
+        if future.done():  # just now, or with a timeout of its own
+            return future.result()
         raise StorageTimeout(f"not finished after {timeout_seconds:g} s; outstanding: {outstanding()}") from None
 
 
@@ -298,7 +303,11 @@ class Links:
             late = self._delayer.submit(self._start_late, kind, file, offset_bytes, buffer)
 
             def wait(timeout_seconds: float) -> None:
-                late.result(timeout_seconds)(timeout_seconds)
+                try:
+                    started = late.result(timeout_seconds)
+                except FutureTimeout:
+                    raise StorageTimeout(f"{kind} {file.path}: not begun after {timeout_seconds:g} s") from None
+                started(timeout_seconds)
 
         transfer = Transfer(f"{kind} {file.path}", slot.num_bytes, wait, (slot, buffer))
         if kind == "read":

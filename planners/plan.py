@@ -88,7 +88,9 @@ class Plan:
     def from_json(text: str) -> Plan:
         """Reads what `to_json` wrote. ValueError names what is missing or unknown."""
         try:
-            data: dict[str, Any] = json.loads(text)
+            data: Any = json.loads(text)
+            if not isinstance(data, dict):
+                raise ValueError(f"plan: expected an object, got {type(data).__name__}")
             rings = tuple(
                 Ring(**{**ring, "blocks": tuple(ring["blocks"]), "rest": Tier(ring["rest"])})
                 for ring in data.pop("rings")
@@ -102,7 +104,7 @@ class Plan:
                     "decode_scope": DecodeScope(data["decode_scope"]),
                 }
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"plan: malformed: {type(error).__name__}: {error}") from error
 
     @staticmethod

@@ -1,9 +1,10 @@
 """The steps that planner, simulator and executor share, and how a streamed ring of blocks is walked.
 
 A ring is a set of equal slots through which more blocks pass than it has slots. Given the order in which blocks will
-compute, `ring_schedule` says when each is fetched and when it is released. It is Belady's rule with prefetching:
+compute, `ring_schedule` says when each is fetched and when it is released. It is Belady's rule, run ahead of time:
 as soon as a slot can be had, the block that is needed soonest among the absent ones is fetched, and a resident block
-gives way only to one that is needed sooner. For one micro-batch of a training step over blocks 0..4 with 2 slots:
+gives way only to one that is needed sooner. For whole passes that is Belady's optimum; for an arbitrary order,
+fetching early may cost a fetch more. For one micro-batch of a training step over blocks 0..4 with 2 slots:
 
     fetch 0 1 | compute 0, release 0, fetch 2 | compute 1, release 1, fetch 3 | ... forward
     compute 4 backward, release 4, fetch 2 | ... | compute 0            (3 and 4 are still there: nothing is fetched)

@@ -2,15 +2,15 @@
 
 Layers stream through up to three slots from NVME, or from HOST where no drive is given. Whatever else the model has
 (embedding, head, final norm) stays in DEVICE memory if the budget holds it and streams through a slot of its own if
-not. Layer inputs wait in the first of DEVICE, HOST, NVME that holds them. More slots than two hide the latency of one
-slow read; below three the rule gives up slots before it gives up anything else.
+not. Layer inputs wait in the first of DEVICE, HOST, NVME that holds them. A third slot hides the latency of one slow
+read and is given up first; the second one hides every read, and is given up last.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planners.errors import PlanInfeasible, format_bytes
+from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.plan import DecodeScope, Plan, Ring, Tier
 
 MAX_SLOTS = 3
@@ -55,30 +55,27 @@ class StreamingProblem:
 def plan_streaming(problem: StreamingProblem) -> Plan:
     """A plan within the budgets, or `PlanInfeasible` with what is short and what would fit."""
     rest = Tier.HOST if problem.nvme_capacity_bytes is None else Tier.NVME
-    candidates = [
-        attempt
-        for slots in range(min(MAX_SLOTS, max(1, len(problem.layers))), 0, -1)
-        for attempt in _attempts(problem, rest, slots)
-    ]
+    candidates = _attempts(problem, rest)
     for plan in candidates:
-        if _shortage(problem, plan) is None:
+        if not _shortages(problem, plan):
             return plan
-    leanest = min(candidates, key=lambda plan: plan.predicted_bytes(Tier.DEVICE))
-    raise _infeasible(problem, leanest)
+    raise _infeasible(problem, candidates)
 
 
-def _attempts(problem: StreamingProblem, rest: Tier, slots: int) -> list[Plan]:
-    """Plans with `slots` layer slots, the fast ones first."""
-    attempts = []
+def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
+    """All plans of the rule, the fast ones first."""
     homes = [Tier.DEVICE]
     if not problem.unified:
         homes.append(Tier.HOST)
     if problem.nvme_capacity_bytes is not None:
         homes.append(Tier.NVME)
-    for stream_edges in (False, True):
-        for home in homes:
-            attempts.append(_plan(problem, rest, slots, home, stream_edges=stream_edges))
-    return attempts
+    return [
+        _plan(problem, rest, slots, home, stream_edges=stream_edges)
+        for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
+        for stream_edges in (False, True)
+        for home in homes
+        for slots in slot_choices
+    ]
 
 
 def _plan(problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stream_edges: bool) -> Plan:
@@ -94,27 +91,32 @@ def _plan(problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stre
     if in_place:
         resident = (*problem.edges, *problem.layers)
     scratch = 2 * max((block.largest_module_bytes for block in problem.layers), default=0)
-    input_bytes = problem.layer_input_bytes * len(problem.layers)
+    each = _pages(problem.layer_input_bytes)
     device = {
         "resident blocks": sum(block.stored_bytes for block in resident),
         **{f"ring of {ring.name}": ring.device_bytes for ring in rings},
         "decoded weights": scratch,
         "adapters, gradients, optimizer": problem.trainable_bytes,
         "activations": problem.activation_bytes,
-        "layer inputs": input_bytes if home is Tier.DEVICE else 2 * problem.layer_input_bytes,
     }
-    host = {}
-    nvme = {}
+    host: dict[str, int] = {}
+    nvme: dict[str, int] = {}
     if rest is Tier.NVME:
         nvme["weights"] = sum(block.stored_bytes for block in problem.layers + problem.edges)
         if not problem.unified:
             host = {f"staging for {ring.name}": ring.device_bytes for ring in rings}
     elif not in_place:
         host["weights"] = sum(block.stored_bytes for ring in rings for block in _members(problem, ring))
-    if home is Tier.HOST:
-        host["layer inputs"] = input_bytes
-    elif home is Tier.NVME:
-        nvme["layer inputs"] = input_bytes
+    if home is Tier.NVME:
+        # Twice: a second micro-batch may begin before the first one's graph is gone. Staging: two out, two in.
+        nvme["layer inputs"] = 2 * each * len(problem.layers)
+        host["staging for layer inputs"] = 4 * each
+    else:
+        (device if home is Tier.DEVICE else host)["layer inputs"] = each * len(problem.layers)
+    if home is not Tier.DEVICE:
+        device["layer input in use"] = each
+    if problem.unified:
+        device, host = {**device, **host}, {}
     return Plan(
         fingerprint=problem.fingerprint,
         planner="fixed streaming rule",
@@ -140,37 +142,54 @@ def _members(problem: StreamingProblem, ring: Ring) -> list[BlockSize]:
     return [block for block in problem.layers + problem.edges if block.name in ring.blocks]
 
 
-def _shortage(problem: StreamingProblem, plan: Plan) -> tuple[Tier, int, int] | None:
-    """The tier that `plan` overfills, with need and capacity, or None."""
-    capacities = (
-        (Tier.DEVICE, problem.device_capacity_bytes),
-        (Tier.HOST, problem.host_capacity_bytes),
-        (Tier.NVME, problem.nvme_capacity_bytes),
-    )
-    for tier, capacity in capacities:
-        need = plan.predicted_bytes(tier)
-        if capacity is not None and need > capacity:
-            return tier, need, capacity
-    return None
+def _pages(num_bytes: int) -> int:
+    """`num_bytes` as a slot takes them: whole pages of 4 KiB."""
+    return -(-num_bytes // 4096) * 4096
 
 
-def _infeasible(problem: StreamingProblem, leanest: Plan) -> PlanInfeasible:
-    shortage = _shortage(problem, leanest)
-    if shortage is None:  # the leanest in DEVICE memory overfills no tier: it would have been taken
-        raise ValueError("planners.streaming: asked to explain a feasible plan")
-    tier, need, have = shortage
-    items = leanest.peak_bytes[tier.value]
+def _shortages(problem: StreamingProblem, plan: Plan) -> dict[Tier, tuple[int, int]]:
+    """The tiers that `plan` overfills, each with need and capacity."""
+    capacities = {
+        Tier.DEVICE: problem.device_capacity_bytes,
+        Tier.HOST: problem.host_capacity_bytes,
+        Tier.NVME: problem.nvme_capacity_bytes,
+    }
+    return {
+        tier: (plan.predicted_bytes(tier), capacity)
+        for tier, capacity in capacities.items()
+        if capacity is not None and plan.predicted_bytes(tier) > capacity
+    }
+
+
+def _infeasible(problem: StreamingProblem, candidates: list[Plan]) -> PlanInfeasible:
+    """Explains by the plan that lacks least: in the fewest tiers, then in bytes."""
+
+    def lack(plan: Plan) -> tuple[int, int]:
+        short = _shortages(problem, plan)
+        return len(short), sum(need - have for need, have in short.values())
+
+    closest = min(candidates, key=lack)
+    short = _shortages(problem, closest)
+    tier, (need, have) = next(iter(short.items()))
+    items = closest.peak_bytes[tier.value]
     largest = max(items, key=lambda item: items[item])
-    ways = [
-        f"{tier.value}_memory of {format_bytes(need)}"
-        if tier is not Tier.NVME
-        else f"a drive with {format_bytes(need)} free"
+    budgets = [
+        (f"a drive with {format_bytes_up(size)} free" if which is Tier.NVME else "")
+        or f"{which.value}_memory of {format_bytes_up(size)}"
+        for which, (size, _) in short.items()
     ]
-    token_bytes = problem.activation_bytes + items.get("layer inputs", 0)
-    if tier is Tier.DEVICE and token_bytes > need - have:
-        share = 1 - (need - have) / token_bytes
-        ways.append(f"batch_size x seq_len cut to {share:.0%} (activations are {format_bytes(token_bytes)})")
-    if tier is not Tier.NVME and problem.nvme_capacity_bytes is None:
+    ways = [" and ".join(budgets)]
+    by_tokens = sum(items.get(item, 0) for item in ("activations", "layer inputs", "layer input in use"))
+    if set(short) == {Tier.DEVICE} and by_tokens > need - have + 4096 * len(problem.layers):
+        share = 1 - (need - have + 4096 * len(problem.layers)) / by_tokens
+        ways.append(f"batch_size x seq_len cut to {int(share * 100)}% (activations are {format_bytes(by_tokens)})")
+    if problem.nvme_capacity_bytes is None and tier is not Tier.NVME:
         ways.append("nvme= a folder on an SSD, so that weights rest there")
-    phase = f"training step; largest item: {largest}, {format_bytes(items[largest])}"
-    return PlanInfeasible(tier=tier.value, phase=phase, need_bytes=need, have_bytes=have, ways_out=ways)
+    return PlanInfeasible(
+        tier=tier.value,
+        phase=f"training step; largest item: {largest}, {format_bytes(items[largest])}",
+        need_bytes=need,
+        have_bytes=have,
+        ways_out=ways,
+        needs={short_tier.value: bytes_needed for short_tier, (bytes_needed, _) in short.items()},
+    )

@@ -1,11 +1,13 @@
 """Saving and resuming: exact, whole or not at all, and never a checkpoint that cannot be read again."""
 
+import contextlib
 import errno
 import json
 import os
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,10 +175,11 @@ def test_killed_anywhere_in_a_save_a_whole_checkpoint_is_under_its_name(tmp_path
     assert total > 4
     outcomes = []
     for cut in range(total):
+        folder = tmp_path / str(cut) / "c"
         save_state(folder, old, old_optimizer, extra(2))
         left = [cut]
 
-        def dying(*arguments, real, **keywords):
+        def dying(*arguments, real, left=left, **keywords):
             if left[0] < 0:
                 raise Killed  # what runs after the kill changes nothing
             left[0] -= 1
@@ -186,11 +189,9 @@ def test_killed_anywhere_in_a_save_a_whole_checkpoint_is_under_its_name(tmp_path
 
         with monkeypatch.context() as patch:
             for name in SYSTEM_CALLS:
-                patch.setattr(os, name, lambda *a, real=getattr(os, name), **k: dying(*a, real=real, **k))
-            try:
+                patch.setattr(os, name, partial(dying, real=getattr(os, name)))
+            with contextlib.suppress(Killed):
                 save_state(folder, new, new_optimizer, extra(4))
-            except Killed:
-                pass
         here, here_optimizer = some_training(steps=0)
         try:
             outcomes.append(load_state(folder, here, here_optimizer)["step"])
@@ -198,7 +199,26 @@ def test_killed_anywhere_in_a_save_a_whole_checkpoint_is_under_its_name(tmp_path
             outcomes.append(f"cut at {cut}: {error}")
     assert set(outcomes) <= {2, 4}, [o for o in outcomes if isinstance(o, str)]
     assert outcomes == sorted(outcomes)
-    save_state(folder, new, new_optimizer, extra(4))
+
+
+@pytest.mark.parametrize("cut", range(1, 5))
+def test_a_save_that_was_interrupted_does_not_stop_the_next_one(tmp_path, monkeypatch, cut):
+    """Ctrl-C near the end of a save, and the same process saves again."""
+    trainable, optimizer = some_training()
+    for _ in range(3):
+        save_state(tmp_path / "c", trainable, optimizer, extra())
+        calls = []
+
+        def interrupted(*arguments, real, calls=calls):
+            calls.append(arguments)
+            if len(calls) == cut:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "rename", partial(interrupted, real=os.rename))
+            patch.setattr(state_module, "sync_folder", partial(interrupted, real=state_module.sync_folder))
+            save_state(tmp_path / "c", trainable, optimizer, extra())
 
 
 def test_the_next_save_takes_away_what_a_killed_one_left(tmp_path):
@@ -257,9 +277,9 @@ def test_what_does_not_fit_this_run_changes_nothing(saved, change):
     else:
         trainable = {
             "c.lora_A" if change == "name" and name == "a.lora_A" else name: torch.nn.Parameter(
-                torch.zeros(3, 5) if change == "shape" else p.detach().clone().to(
-                    torch.bfloat16 if change == "dtype" else torch.float32
-                )
+                torch.zeros(3, 5)
+                if change == "shape"
+                else p.detach().clone().to(torch.bfloat16 if change == "dtype" else torch.float32)
             )
             for name, p in trainable.items()
         }
@@ -286,6 +306,7 @@ def test_too_little_space_is_found_before_the_first_byte(saved, monkeypatch):
 
 LIMITED = """
 import resource, signal, sys, torch
+from functools import partial
 from pathlib import Path
 from offload_rt.checkpoint.state import save_state
 from offload_rt.errors import StorageError
@@ -335,8 +356,12 @@ class Tracked:
         self.value = state["value"]
 
 
-@pytest.mark.parametrize("value", [np.float64(1.5), Path("/x"), np.arange(3), {1, 2}, torch.float32, Tracked(1), lambda: 0])
-def test_what_could_not_be_read_again_is_refused_when_it_is_saved_and_not_when_it_is_needed(make_engine, tmp_path, value):
+@pytest.mark.parametrize(
+    "value", [np.float64(1.5), Path("/x"), np.arange(3), {1, 2}, torch.float32, Tracked(1), lambda: 0]
+)
+def test_what_could_not_be_read_again_is_refused_when_it_is_saved_and_not_when_it_is_needed(
+    make_engine, tmp_path, value
+):
     engine = make_engine(build_plain())
     tracked = Tracked(value)
     engine.track("thing", tracked)

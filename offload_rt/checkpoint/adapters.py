@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ def add_adapters(model: nn.Module, config: Any) -> nn.Module:
                 f"adapters: target_modules={targets!r} matches nothing in the model: {error}"
             ) from None
         raise
+
+
+def remove_adapters(wrapped: Any, model: nn.Module, flags: Mapping[int, bool]) -> None:
+    """Undoes `add_adapters`: the plain model again, with the `requires_grad` flags it had, by parameter id."""
+    wrapped.unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    for parameter in model.parameters():
+        parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
 
 
 def save_adapters(model: Any, folder: Path) -> None:

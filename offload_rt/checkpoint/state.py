@@ -10,20 +10,25 @@ The folder is made beside its place under another name, synced, and renamed. Not
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import json
 import os
+import pickle
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from offload_rt.checksum import crc32c
-from offload_rt.errors import CheckpointError, CheckpointVerifyError, StorageError, StorageFull
+from offload_rt.errors import CheckpointError, CheckpointVerifyError, OffloadError, StorageError, StorageFull
 from offload_rt.store import sync_folder, write_atomically
 from planners.errors import format_bytes
 
@@ -48,16 +53,16 @@ def save_state(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
         free = shutil.disk_usage(folder.parent).free
         if free < need:
             raise StorageFull(
                 f"a checkpoint needs {format_bytes(need)}, {format_bytes(free)} are free", path=str(folder)
             )
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_file(parameters, partial / _FILES[0])
         save_file(tensors, partial / _FILES[1])
-        torch.save({"version": STATE_VERSION, "optimizer": values, "rng": _rng_state(), **extra}, partial / _FILES[2])
+        _save_values({"version": STATE_VERSION, "optimizer": values, "rng": _rng_state(), **extra}, partial / _FILES[2])
         sums = {}
         for name in _FILES:
             content = (partial / name).read_bytes()
@@ -67,19 +72,26 @@ def save_state(
         write_atomically(partial / "COMPLETE", json.dumps(sums, indent=1).encode())
         sync_folder(partial)
         _put_in_place(partial, folder)
-    except StorageError:
+    except (OffloadError, OSError, RuntimeError, SafetensorError) as error:
+        # safetensors and torch report a full drive in classes of their own.
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kind = StorageFull if error.errno == 28 else StorageError
-        raise kind("the checkpoint could not be written", path=str(folder), errno=error.errno or 0) from None
+        if isinstance(error, OffloadError):
+            raise
+        code = error.errno if isinstance(error, OSError) else None
+        kind = StorageFull if code in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise kind(f"the checkpoint could not be written: {error}", path=str(folder), errno=code or 0) from None
 
 
-def load_state(folder: Path, trainable: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_state(
+    folder: Path,
+    trainable: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    check: Callable[[Mapping[str, Any]], None] = lambda extra: None,
+) -> dict[str, Any]:
     """Puts a checkpoint's values into `trainable` and `optimizer`, restores random numbers, returns what was extra.
 
-    Checks everything before it changes anything. Raises `CheckpointError` or `CheckpointVerifyError`.
+    Everything is checked before anything is changed; `check` may refuse what was extra, by raising. Raises
+    `CheckpointError` or `CheckpointVerifyError`.
     """
     _verify(folder)
     parameters = load_file(folder / _FILES[0])
@@ -96,46 +108,99 @@ def load_state(folder: Path, trainable: Mapping[str, torch.Tensor], optimizer: t
                 f"{folder}: {name} is {tuple(value.shape)} {value.dtype}, here {tuple(trainable[name].shape)} "
                 f"{trainable[name].dtype}"
             )
+    values = state.pop("optimizer")
+    names = {id(parameter): name for name, parameter in trainable.items()}
+    here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    if here != [group["params"] for group in values["groups"]]:
+        raise CheckpointError(f"{folder}: the optimizer's parameter groups are not those of this run")
+    rng = state.pop("rng")
+    check(state)
+
     with torch.no_grad():
         for name, value in parameters.items():
             trainable[name].copy_(value)
-    _restore_optimizer(folder, trainable, optimizer, tensors, state.pop("optimizer"))
-    _restore_rng(state.pop("rng"))
+    _restore_optimizer(trainable, optimizer, tensors, values)
+    _restore_rng(rng)
     return state
 
 
 def is_complete(folder: Path) -> bool:
     """Whether `folder` holds a whole checkpoint, by its marker and the files' sizes."""
     try:
-        sums = json.loads((folder / "COMPLETE").read_text())
-        return all((folder / name).stat().st_size == sums[name]["bytes"] for name in _FILES)
-    except (OSError, ValueError, KeyError):
+        sums = _read_marker(folder)
+        return all((folder / name).stat().st_size == sums[name][0] for name in _FILES)
+    except (OSError, CheckpointError):
         return False
+
+
+def _read_marker(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and CRC32C of each file."""
+    try:
+        data = json.loads((folder / "COMPLETE").read_text())
+        return {name: (int(data[name]["bytes"]), int(data[name]["crc32c"])) for name in _FILES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({type(error).__name__}: {error})") from None
 
 
 def _verify(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint")
-    try:
-        sums = json.loads((folder / "COMPLETE").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a complete checkpoint ({error})") from None
-    for name in _FILES:
+    for name, (num_bytes, checksum) in _read_marker(folder).items():
         try:
             content = (folder / name).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{folder}: {name} cannot be read ({error})") from None
-        if len(content) != sums[name]["bytes"] or crc32c(memoryview(content)) != sums[name]["crc32c"]:
+        if len(content) != num_bytes or crc32c(memoryview(content)) != checksum:
             raise CheckpointVerifyError(f"{folder}/{name}: {len(content)} bytes do not match the checkpoint's checksum")
 
 
+def _save_values(values: Mapping[str, Any], path: Path) -> None:
+    """Writes plain values and tensors, and reads them back: what could not be loaded is refused now."""
+    try:
+        torch.save(dict(values), path)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: something tracked cannot be saved: {error}") from None
+    try:
+        torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]
+        raise CheckpointError(
+            f"{path}: something tracked has a state_dict that is not plain values and tensors: {reason}"
+        ) from None
+
+
+def _tidy(folder: Path) -> None:
+    """Takes away what saves that were cut off left beside `folder`, and puts a checkpoint back that one had moved."""
+    for old in folder.parent.glob(f".{glob.escape(folder.name)}.old-*"):
+        if not folder.exists():
+            os.rename(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _put_in_place(partial: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
+    """Gives `partial` the name `folder`. What had it is whole until then, and gone afterwards."""
+    if not folder.exists():
+        os.rename(partial, folder)
+    elif not _exchange(partial, folder):
+        # A file system that cannot exchange names: for an instant the old one lies beside its place, see _tidy.
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         os.rename(folder, old)
-    os.rename(partial, folder)
+        os.rename(partial, folder)
+        partial = old
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step, by `renameat2`. False where the C library or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_current_folder, exchange = -100, 2
+    done: int = renameat2(at_current_folder, os.fsencode(one), at_current_folder, os.fsencode(other), exchange)
+    return done == 0
 
 
 def _optimizer_state(
@@ -159,26 +224,20 @@ def _optimizer_state(
 
 
 def _restore_optimizer(
-    folder: Path,
     trainable: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, torch.Tensor],
     values: dict[str, Any],
 ) -> None:
-    groups = values["groups"]
-    names = {id(parameter): name for name, parameter in trainable.items()}
-    here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    if here != [group["params"] for group in groups]:
-        raise CheckpointError(f"{folder}: the optimizer's parameter groups are not those of this run")
-    by_name: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in values["state"].items()}
+    """Sets the state itself: `load_state_dict` would cast fp32 moments to the dtype of a bf16 parameter."""
+    optimizer.state.clear()
+    for name, entries in values["state"].items():
+        optimizer.state[trainable[name]].update(entries)
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
-        by_name.setdefault(name, {})[entry] = tensor
-    order = [name for group in here for name in group]
-    positions = {name: index for index, name in enumerate(order)}
-    packed_groups = [{**group, "params": [positions[name] for name in group["params"]]} for group in groups]
-    state = {positions[name]: entries for name, entries in by_name.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": packed_groups})
+        optimizer.state[trainable[name]][entry] = tensor
+    for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
 
 
 def _rng_state() -> dict[str, Any]:

@@ -1,0 +1,234 @@
+"""The floors of the design, held by a machine: a module imports only strictly lower floors.
+
+    11  cli, integrations        |  5  block, discover, integrity
+    10  training                 |  4  tiers, scratch, stash, profile's inputs
+     9  assembly < engine        |  3  store
+     8  checkpoint, profile      |  2  transfer, recording, decoder
+     7  autograd                 |  1  arena, codec, ...
+     6  executor                 |  0  errors, config, ...
+
+Sub-floors (1.5 above 1.0) order what stands on one floor. Inside a folder modules may import each other, in no circle.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOORS = {
+    "offload_rt": 0.0,  # the lazy front door; what it resolves late is exempt, see LAZY
+    "offload_rt.errors": 0.0,
+    "offload_rt.native": 0.0,
+    "offload_rt.nf4_layout": 0.0,
+    "offload_rt.config": 0.5,
+    "offload_rt.tensor_spec": 0.5,
+    "offload_rt.dtypes": 0.5,
+    "offload_rt.nf4_torch": 1.0,
+    "offload_rt.arena": 1.0,
+    "offload_rt.checksum": 1.0,
+    "offload_rt.codec": 1.5,
+    "offload_rt.prequantized": 1.5,
+    "offload_rt.recording": 2.0,
+    "offload_rt.decoder": 2.0,
+    "offload_rt.transfer": 2.5,
+    "offload_rt.store": 3.0,
+    "offload_rt.scratch": 3.0,
+    "offload_rt.tiers": 4.0,
+    "offload_rt.stash": 4.0,
+    "offload_rt.block": 5.0,
+    "offload_rt.discover": 5.0,
+    "offload_rt.integrity": 5.0,
+    "offload_rt.executor": 6.0,
+    "offload_rt.autograd": 7.0,
+    "offload_rt.checkpoint": 8.0,
+    "offload_rt.profile": 8.0,
+    "offload_rt.assembly": 9.0,
+    "offload_rt._engine": 9.5,
+    "offload_rt.training": 10.0,
+    "offload_rt.cli": 11.0,
+}
+"""A folder's floor holds for all modules in it."""
+
+PLANNERS = ["errors", "schedule", "plan", "streaming"]
+"""Each may import those before it."""
+
+LAZY = {"offload_rt"}
+"""`offload_rt/__init__.py` resolves names on first use (`__getattr__`) and imports for type checkers only."""
+
+
+def modules():
+    for package in ("offload_rt", "planners"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), path
+
+
+MODULES = dict(modules())
+
+
+def home(module):
+    """The entry of FLOORS that `module` belongs to: itself, or the folder it lies in."""
+    parts = module.split(".")
+    return next(
+        (".".join(parts[:n]) for n in range(len(parts), 1, -1) if ".".join(parts[:n]) in FLOORS),
+        "offload_rt" if parts == ["offload_rt"] else None,
+    )
+
+
+def imports(source, module, is_package, known):
+    """All modules that `source` imports, wherever the statement stands."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, base] if base else parts)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                found.append((inner if inner in known else base, node.lineno))
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            if name in ("import_module", "__import__"):
+                found.append((str(node.args[0].value), node.lineno))
+    return found
+
+
+def violations(sources):
+    """What is wrong in `sources`: module -> (text, is_package)."""
+    wrong = []
+    for module, (text, is_package) in sources.items():
+        for target, line in imports(text, module, is_package, sources):
+            top = target.split(".")[0]
+            if module.split(".")[0] == "planners":
+                if top in ("torch", "offload_rt", "transformers", "peft"):
+                    wrong.append(f"{module}:{line}: planners imports {target}")
+                elif top == "planners" and target != "planners":
+                    mine, other = module.split(".")[-1], target.split(".")[1]
+                    if mine != "planners" and PLANNERS.index(other) >= PLANNERS.index(mine):
+                        wrong.append(f"{module}:{line}: imports {target}")
+                continue
+            if top != "offload_rt" or module in LAZY or target == "offload_rt":
+                continue
+            mine, other = home(module), home(target)
+            if other is None or mine is None:
+                wrong.append(f"{module}:{line}: {target} has no floor")
+            elif mine != other and FLOORS[other] >= FLOORS[mine]:
+                wrong.append(
+                    f"{module}:{line}: floor {FLOORS[mine]} imports {target}, which is on floor {FLOORS[other]}"
+                )
+    return wrong
+
+
+def circles(sources):
+    """Circles of imports at the head of modules."""
+    edges = {
+        module: {
+            target
+            for target, _ in imports(text, module, is_package, sources)
+            # a folder's __init__ only hands names on; importing the folder means importing what it names
+            if target in sources and target != module and module not in LAZY and target not in LAZY
+        }
+        for module, (text, is_package) in sources.items()
+    }
+    found, done = [], set()
+
+    def visit(module, trail):
+        if module in trail:
+            found.append(" -> ".join([*trail[trail.index(module) :], module]))
+        elif module not in done:
+            for target in sorted(edges[module]):
+                visit(target, [*trail, module])
+            done.add(module)
+
+    for module in edges:
+        visit(module, [])
+    return found
+
+
+SOURCES = {name: (path.read_text(), path.name == "__init__.py") for name, path in MODULES.items()}
+
+
+def test_every_module_stands_on_a_floor():
+    assert [name for name in MODULES if name.startswith("offload_rt") and home(name) is None] == []
+    planners = [name.split(".")[1] for name in MODULES if name.startswith("planners.")]
+    assert sorted(planners) == sorted(set(PLANNERS) & set(planners)), "a planner module is missing from PLANNERS"
+
+
+def test_the_table_names_only_what_exists():
+    assert [name for name in FLOORS if name not in MODULES] == []
+    assert [name for name in PLANNERS if f"planners.{name}" not in MODULES] == []
+
+
+def test_no_module_imports_its_own_floor_or_a_higher_one():
+    assert violations(SOURCES) == []
+
+
+def test_no_imports_run_in_a_circle():
+    assert circles(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    "module, line",
+    [
+        ("offload_rt.arena", "from offload_rt._engine import Engine"),
+        ("offload_rt.arena", "from offload_rt import executor"),
+        ("offload_rt.store", "import offload_rt.scratch"),
+        ("offload_rt.store", "def f():\n    from offload_rt.tiers import Tiers"),
+        ("offload_rt.store", "from .tiers import Tiers"),
+        ("offload_rt.store", "import importlib\nimportlib.import_module('offload_rt.tiers')"),
+        ("offload_rt.checkpoint.state", "from ..engine import Engine"),
+        ("planners.plan", "import torch.nn"),
+        ("planners.plan", "def f():\n    from offload_rt.errors import ConfigError"),
+        ("planners.errors", "from planners.plan import Plan"),
+        ("offload_rt.errors", "from offload_rt.nowhere import x"),
+    ],
+)
+def test_an_import_that_runs_upwards_is_found(module, line):
+    text, is_package = SOURCES[module]
+    assert violations({**SOURCES, module: (text + "\n" + line, is_package)}) != []
+
+
+def test_a_circle_is_found():
+    made_up = {"offload_rt.training.a": ("import offload_rt.training.b", False)}
+    made_up["offload_rt.training.b"] = ("def f():\n    from offload_rt.training import a", False)
+    assert circles(made_up) != []
+
+
+def test_there_is_no_assert_and_no_print_in_the_library():
+    """An `assert` vanishes under -O; a library that prints cannot be silenced. The command line may print."""
+    wrong = []
+    for name, (text, _) in SOURCES.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Assert):
+                wrong.append(f"{name}:{node.lineno}: assert")
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            if called and not name.startswith("offload_rt.cli"):
+                wrong.append(f"{name}:{node.lineno}: print")
+    assert wrong == []
+
+
+def test_planners_and_the_front_door_load_without_torch():
+    import subprocess
+    import sys
+
+    names = [name for name in MODULES if name.startswith("planners")]
+    names += [
+        "offload_rt",
+        "offload_rt.errors",
+        "offload_rt.config",
+        "offload_rt.tensor_spec",
+        "offload_rt.native",
+    ]
+    code = (
+        f"import sys\nfor name in {names!r}: __import__(name)\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

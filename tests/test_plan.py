@@ -1,0 +1,274 @@
+"""The fixed streaming rule and the form of a plan: budgets met to the byte, findings that help, files that read."""
+
+import contextlib
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planners.errors import PlanInfeasible, format_bytes
+from planners.plan import DecodeScope, Plan, Ring, Tier
+from planners.streaming import BlockSize, StreamingProblem, plan_streaming
+
+KIB = 1024
+
+
+def block(name, stored, decoded=0):
+    return BlockSize(
+        name=name, stored_bytes=stored, largest_module_bytes=decoded, decoded_bytes=2 * decoded, streams=True
+    )
+
+
+def problem(**changes):
+    """Six layers of 100 KiB between an embedding and a head of 300 KiB."""
+    fields = {
+        "fingerprint": "f",
+        "layers": tuple(block(f"layers.{i}", 100 * KIB, 50 * KIB) for i in range(6)),
+        "edges": (block("embed", 300 * KIB), block("head", 300 * KIB)),
+        "trainable_bytes": 40 * KIB,
+        "layer_input_bytes": 8 * KIB,
+        "activation_bytes": 64 * KIB,
+        "device_capacity_bytes": None,
+        "host_capacity_bytes": None,
+        "nvme_capacity_bytes": 1 << 40,
+        "unified": True,
+    }
+    return StreamingProblem(**{**fields, **changes})
+
+
+sizes = st.integers(1, 64).map(lambda pages: 4096 * pages)
+
+
+@st.composite
+def problems(draw):
+    unified = draw(st.booleans())
+    return problem(
+        layers=tuple(block(f"l{i}", draw(sizes), draw(sizes)) for i in range(draw(st.integers(1, 5)))),
+        edges=tuple(block(f"e{i}", draw(sizes)) for i in range(draw(st.integers(0, 2)))),
+        trainable_bytes=draw(st.integers(0, 100_000)),
+        layer_input_bytes=draw(st.integers(1, 50_000)),
+        activation_bytes=draw(st.integers(0, 200_000)),
+        device_capacity_bytes=draw(st.none() | st.integers(1, 3_000_000)),
+        host_capacity_bytes=None if unified else draw(st.none() | st.integers(1, 3_000_000)),
+        nvme_capacity_bytes=draw(st.none() | st.integers(1, 3_000_000)),
+        unified=unified,
+    )
+
+
+def capacities(p):
+    return {
+        Tier.DEVICE: p.device_capacity_bytes,
+        Tier.HOST: p.host_capacity_bytes,
+        Tier.NVME: p.nvme_capacity_bytes,
+    }
+
+
+@given(problems())
+@settings(max_examples=300)
+def test_a_plan_fits_every_budget_or_there_is_none(p):
+    try:
+        plan = plan_streaming(p)
+    except PlanInfeasible as error:
+        assert error.need_bytes > error.have_bytes == capacities(p)[Tier(error.tier)]
+        return
+    for tier, capacity in capacities(p).items():
+        assert capacity is None or plan.predicted_bytes(tier) <= capacity
+    placed = [*plan.resident, *(name for ring in plan.rings for name in ring.blocks)]
+    assert sorted(placed) == sorted(b.name for b in p.layers + p.edges)
+
+
+def test_without_limits_three_slots_stream_and_the_edges_stay():
+    plan = plan_streaming(problem())
+    assert [(r.name, r.num_slots, r.slot_bytes, r.rest) for r in plan.rings] == [("layers", 3, 100 * KIB, Tier.NVME)]
+    assert plan.resident == ("embed", "head")
+    assert plan.layer_inputs is Tier.DEVICE
+
+
+def test_a_smaller_budget_gives_up_one_thing_after_the_other():
+    """Whatever the budget, each step of leanness is met exactly: the plan of its own prediction, and one byte under."""
+    seen = []
+    capacity = plan_streaming(problem()).predicted_bytes(Tier.DEVICE)
+    while True:
+        try:
+            plan = plan_streaming(problem(device_capacity_bytes=capacity))
+        except PlanInfeasible as error:
+            assert error.have_bytes == capacity
+            break
+        assert plan.predicted_bytes(Tier.DEVICE) <= capacity
+        seen.append((plan.rings[0].num_slots, len(plan.resident), plan.layer_inputs))
+        capacity = plan.predicted_bytes(Tier.DEVICE) - 1
+    assert seen[0] == (3, 2, Tier.DEVICE)
+    assert seen[-1] == (1, 0, Tier.NVME)
+    # The second slot, which hides every read, is given up last.
+    assert sorted(seen, key=lambda plan: plan[0] == 1) == seen
+
+
+def leanest_device_bytes():
+    try:
+        plan_streaming(problem(device_capacity_bytes=1))
+    except PlanInfeasible as error:
+        return error.need_bytes
+    raise ValueError("one byte was enough")
+
+
+def test_the_budget_met_to_the_byte_is_enough_and_one_byte_under_is_not():
+    need = leanest_device_bytes()
+    assert plan_streaming(problem(device_capacity_bytes=need)).predicted_bytes(Tier.DEVICE) == need
+    with pytest.raises(PlanInfeasible) as raised:
+        plan_streaming(problem(device_capacity_bytes=need - 1))
+    error = raised.value
+    assert (error.tier, error.need_bytes, error.have_bytes) == ("device", need, need - 1)
+    assert error.ways_out
+    for evidence in ("device", "short by 1 B", "training step", "largest item"):
+        assert evidence in str(error)
+
+
+def read_bytes(text):
+    """The size in "device_memory of 601.9 KiB", as a user would pass it on."""
+    number, unit = text.rsplit(" ", 2)[-2:]
+    return int(float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit])
+
+
+@given(st.integers(0, 5000))
+def test_the_memory_that_would_fit_does_fit_when_it_is_passed_on_as_it_was_printed(extra):
+    p = problem(trainable_bytes=2_000_000 + extra, device_capacity_bytes=500_000)
+    with pytest.raises(PlanInfeasible) as raised:
+        plan_streaming(p)
+    way = next(way for way in raised.value.ways_out if way.startswith("device_memory of "))
+    plan_streaming(replace(p, device_capacity_bytes=read_bytes(way)))
+
+
+@given(problems())
+@settings(max_examples=300)
+def test_what_the_finding_says_would_fit_does(p):
+    """At least one way out, followed, ends in a plan: the tier that is short gets what it needs."""
+    try:
+        plan_streaming(p)
+    except PlanInfeasible as error:
+        assert error.ways_out
+        field = {
+            "device": "device_capacity_bytes",
+            "host": "host_capacity_bytes",
+            "nvme": "nvme_capacity_bytes",
+        }
+        plan_streaming(replace(p, **{field[tier]: need_bytes for tier, need_bytes in error.needs.items()}))
+
+
+def test_a_smaller_batch_that_is_offered_as_a_way_out_fits():
+    p = problem(activation_bytes=4_000_000, layer_input_bytes=100_000, device_capacity_bytes=2_000_000)
+    with pytest.raises(PlanInfeasible) as raised:
+        plan_streaming(p)
+    way = next(way for way in raised.value.ways_out if "batch_size x seq_len" in way)
+    share = int(way.split("cut to ")[1].split("%")[0]) / 100
+    plan_streaming(
+        replace(
+            p,
+            activation_bytes=int(p.activation_bytes * share),
+            layer_input_bytes=int(p.layer_input_bytes * share),
+        )
+    )
+
+
+def test_without_a_drive_nothing_rests_on_one():
+    plan = plan_streaming(problem(nvme_capacity_bytes=None, unified=False))
+    assert {ring.rest for ring in plan.rings} == {Tier.HOST}
+    assert plan.predicted_bytes(Tier.NVME) == 0
+    assert plan.peak_bytes["host"]["weights"] == 600 * KIB
+
+
+def test_where_host_is_device_and_there_is_no_drive_nothing_streams():
+    plan = plan_streaming(problem(nvme_capacity_bytes=None))
+    assert plan.rings == ()
+    assert sorted(plan.resident) == sorted(["embed", "head", *(f"layers.{i}" for i in range(6))])
+
+
+def test_one_layer_gets_one_slot():
+    plan = plan_streaming(problem(layers=(block("layers.0", 4096),)))
+    assert [ring.num_slots for ring in plan.rings] == [1]
+
+
+def test_a_plan_is_deterministic():
+    assert plan_streaming(problem()) == plan_streaming(problem())
+
+
+@given(problems())
+def test_a_plan_reads_back_as_it_was_written(p):
+    try:
+        plan = plan_streaming(p)
+    except PlanInfeasible:
+        return
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_file_that_is_not_one_names_its_path(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="plan.json"):
+        Plan.load(path)
+    with pytest.raises(OSError):
+        Plan.load(tmp_path / "nowhere.json")
+
+
+def some_plan(**changes):
+    ring = Ring(name="layers", blocks=("a", "b"), num_slots=1, slot_bytes=4096, rest=Tier.NVME)
+    fields = {"fingerprint": "f", "planner": "p", "resident": (), "rings": (ring,)}
+    return Plan(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("rings"),
+        lambda d: d.pop("fingerprint"),
+        lambda d: d.update(rings=5),
+        lambda d: d.update(rings=[5]),
+        lambda d: d.update(resident=5),
+        lambda d: d.update(unheard_of=1),
+        lambda d: d.update(version=99),
+        lambda d: d.update(layer_inputs="tape"),
+        lambda d: d.update(decode_scope="word"),
+        lambda d: d["rings"][0].update(num_slots=0),
+        lambda d: d["rings"][0].update(num_slots="1"),
+        lambda d: d["rings"][0].update(rest="device"),
+        lambda d: d["rings"][0].pop("rest"),
+        lambda d: d["rings"][0].update(colour="red"),
+    ],
+)
+def test_a_malformed_plan_is_a_value_error(change):
+    data = json.loads(some_plan(decode_scope=DecodeScope.LAYER).to_json())
+    change(data)
+    with pytest.raises(ValueError, match="plan|not a valid"):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "5", '"plan"', "\x00", "{}", "[" * 20, "{" + '"a":' * 3])
+def test_what_is_no_plan_at_all_is_a_value_error(text):
+    with pytest.raises(ValueError, match="plan"):
+        Plan.from_json(text)
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_a_damaged_plan_is_read_or_refused_and_nothing_else(data):
+    text = list(some_plan().to_json())
+    for _ in range(data.draw(st.integers(1, 4))):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.characters(codec="ascii"))
+    with contextlib.suppress(ValueError):
+        Plan.from_json("".join(text))
+
+
+@pytest.mark.parametrize(
+    "num_bytes, text",
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (22 * 2**30, "22 GiB"),
+        (-2048, "-2 KiB"),
+    ],
+)
+def test_sizes_read_as_a_person_would_write_them(num_bytes, text):
+    assert format_bytes(num_bytes) == text

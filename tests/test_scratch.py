@@ -1,0 +1,102 @@
+"""Room on NVMe for the length of a step: exact, never shared, gone with the process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_rt.arena import Arena
+from offload_rt.errors import StorageError, StorageFull
+from offload_rt.scratch import Scratch
+from offload_rt.transfer import AiofilesIO, Links
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = 4096
+
+
+@pytest.fixture
+def links():
+    links = Links(io=AiofilesIO())
+    yield links
+    links.close()
+
+
+@pytest.fixture
+def scratch(disk_folder, links):
+    scratch = Scratch(disk_folder, 4 * PAGE, links)
+    yield scratch
+    scratch.close()
+
+
+def test_ranges_keep_their_own_bytes(scratch, links):
+    arena = Arena("a", 4 * PAGE)
+    ranges = [scratch.acquire(PAGE) for _ in range(4)]
+    for number, place in enumerate(ranges):
+        slot = arena.acquire(PAGE, "x")
+        slot.tensor(torch.uint8, (PAGE,)).fill_(number)
+        links.wait(place.write(slot))
+    for number, place in reversed(list(enumerate(ranges))):
+        slot = arena.acquire(PAGE, "x")
+        links.wait(place.read(slot))
+        assert bytes(slot.buffer()) == bytes([number]) * PAGE
+    assert (links.counters.bytes_written, links.counters.bytes_read) == (4 * PAGE, 4 * PAGE)
+
+
+def test_the_file_has_no_name(scratch, disk_folder):
+    assert list(disk_folder.iterdir()) == []
+
+
+def test_it_is_gone_when_the_process_is_killed(disk_folder):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from offload_rt.scratch import Scratch; "
+        "from offload_rt.transfer import Links; s = Scratch(Path(sys.argv[1]), 1 << 20, Links()); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(disk_folder)], cwd=ROOT, timeout=60)
+    assert list(disk_folder.iterdir()) == []
+
+
+def test_the_capacity_met_exactly_is_enough_and_one_byte_more_is_not(scratch):
+    whole = scratch.acquire(4 * PAGE)
+    with pytest.raises(StorageFull, match="no room"):
+        scratch.acquire(1)
+    del whole
+    with pytest.raises(StorageFull):
+        scratch.acquire(4 * PAGE + 1)
+    scratch.acquire(4 * PAGE)
+
+
+def test_ranges_come_back_and_join(scratch):
+    ranges = [scratch.acquire(PAGE) for _ in range(4)]
+    for index in (1, 3, 2):
+        ranges[index] = None
+    assert scratch.acquire(3 * PAGE).offset_bytes == PAGE
+
+
+def test_many_steps_do_not_wear_it_out(scratch):
+    for _ in range(500):
+        held = [scratch.acquire(size) for size in (1, PAGE, PAGE + 1)]
+        del held
+    assert scratch.acquire(4 * PAGE).num_bytes == 4 * PAGE
+
+
+def test_a_full_drive_is_reported_and_leaves_nothing(disk_folder, links, monkeypatch):
+    import errno
+
+    def full(fd, offset, length):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(StorageFull):
+        Scratch(disk_folder, PAGE, links)
+    assert list(disk_folder.iterdir()) == []
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_that_is_gone_is_a_storage_error(disk_folder, links):
+    with pytest.raises(StorageError):
+        Scratch(disk_folder / "nowhere", PAGE, links)

@@ -1,0 +1,162 @@
+"""Layer inputs that wait in HOST or on NVMe come back bit for bit, as often as they are asked for, or raise."""
+
+import gc
+
+import pytest
+import torch
+
+from offload_rt.arena import Arena
+from offload_rt.errors import StorageError
+from offload_rt.recording import Recorder
+from offload_rt.scratch import Scratch
+from offload_rt.stash import HostStash, NvmeStash
+from offload_rt.transfer import AiofilesIO, Links
+
+PAGE = 4096
+
+
+class Parts:
+    def __init__(self, disk_folder, kind, places=8):
+        self.recorder = Recorder()
+        self.links = Links(io=AiofilesIO(), recorder=self.recorder, delay_seconds=0.002)
+        self.arena = Arena("stash", (4 if kind == "nvme" else places) * PAGE, poison=True)
+        self.scratch = Scratch(disk_folder, places * PAGE, self.links) if kind == "nvme" else None
+        self.stash = (
+            NvmeStash(self.scratch, self.arena, self.links) if kind == "nvme" else HostStash(self.arena, self.links)
+        )
+
+    def close(self):
+        self.links.close()
+        if self.scratch is not None:
+            self.scratch.close()
+
+
+@pytest.fixture(params=["host", "nvme"])
+def parts(request, disk_folder):
+    parts = Parts(disk_folder, request.param)
+    parts.kind = request.param
+    yield parts
+    parts.close()
+
+
+def tensor(number, dtype=torch.float32):
+    return (torch.arange(PAGE // dtype.itemsize) * 0.1 + number).to(dtype)
+
+
+def test_what_is_put_away_comes_back_in_reverse_order(parts):
+    held = [parts.stash.put(tensor(i)) for i in range(8)]
+    for number in reversed(range(8)):
+        assert torch.equal(held[number].load(), tensor(number))
+        held[number].release()
+    assert parts.recorder.check() == []
+    if parts.kind == "nvme":
+        assert parts.links.counters.bytes_written == 8 * PAGE
+        assert parts.links.counters.bytes_read == 8 * PAGE, "read more than once, or not at all"
+    else:
+        assert parts.links.counters.bytes_copied == 16 * PAGE
+
+
+def test_the_next_one_is_on_its_way_while_one_is_used(parts):
+    if parts.kind == "host":
+        pytest.skip("HOST has nothing to read ahead")
+    held = [parts.stash.put(tensor(i)) for i in range(3)]
+    held[2].load()
+    assert parts.links.counters.bytes_read == 2 * PAGE
+
+
+def test_any_order_works(parts):
+    held = [parts.stash.put(tensor(i)) for i in range(6)]
+    for number in (3, 0, 5, 5, 1, 4, 2, 3):
+        assert torch.equal(held[number].load(), tensor(number))
+
+
+def test_what_comes_back_is_the_callers_own(parts):
+    held = parts.stash.put(tensor(1))
+    held.load().fill_(9)
+    assert torch.equal(held.load(), tensor(1))
+
+
+def test_the_caller_may_change_what_was_put_away(parts):
+    mine = tensor(1)
+    held = parts.stash.put(mine)
+    mine.fill_(9)
+    assert torch.equal(held.load(), tensor(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_dtypes_and_shapes_are_kept(parts, dtype):
+    source = (torch.arange(24).reshape(2, 3, 4) % 2).to(dtype)
+    for view in (source, source.transpose(0, 2), source[:, 1:, ::2], source[0, 0, 0]):
+        back = parts.stash.put(view).load()
+        assert back.dtype == dtype and torch.equal(back, view)
+
+
+def test_places_come_back_after_release(parts):
+    for _ in range(5):
+        held = [parts.stash.put(tensor(i)) for i in range(8)]
+        for one in held:
+            one.release()
+        del held, one
+    gc.collect()
+
+
+def test_released_is_gone(parts):
+    held = parts.stash.put(tensor(1))
+    held.release()
+    held.release()
+    with pytest.raises(RuntimeError, match="after its release"):
+        held.load()
+
+
+@pytest.mark.parametrize("kind", ["host", "nvme"])
+def test_more_than_was_planned_is_not_taken_and_harms_nothing(disk_folder, kind):
+    parts = Parts(disk_folder, kind, places=2)
+    held = [parts.stash.put(tensor(i)) for i in range(2)]
+    assert parts.stash.put(tensor(2)) is None
+    for number in (1, 0):
+        assert torch.equal(held[number].load(), tensor(number))
+        held[number].release()
+    del held
+    assert torch.equal(parts.stash.put(tensor(3)).load(), tensor(3))
+    parts.close()
+
+
+def test_two_graphs_at_once_do_not_mix(parts):
+    first = [parts.stash.put(tensor(i)) for i in range(4)]
+    second = [parts.stash.put(tensor(10 + i)) for i in range(4)]
+    for number in reversed(range(4)):
+        assert torch.equal(second[number].load(), tensor(10 + number))
+        second[number].release()
+        assert torch.equal(first[number].load(), tensor(number))
+        first[number].release()
+
+
+def test_a_graph_that_is_dropped_half_way_leaves_room_for_the_next(parts):
+    for _ in range(6):
+        held = [parts.stash.put(tensor(i)) for i in range(8)]
+        held[7].load()
+        held[6].load()
+        for one in held:
+            one.release()
+        del held, one
+
+
+def test_a_write_that_failed_never_reads_back_as_if_it_had_not(disk_folder):
+    parts = Parts(disk_folder, "nvme")
+    start = parts.links.io.start
+
+    def failing(kind, file, offset_bytes, buffer):
+        wait = start(kind, file, offset_bytes, buffer)
+
+        def fail(timeout_seconds):
+            wait(timeout_seconds)
+            raise StorageError("write failed", path=file.path, errno=5)
+
+        return fail if kind == "write" else wait
+
+    parts.links.io.start = failing
+    held = parts.stash.put(tensor(1))
+    for _ in range(3):
+        with pytest.raises(StorageError, match="write failed"):
+            held.load()
+    parts.close()
