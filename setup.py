@@ -16,6 +16,8 @@ SOURCES = sorted(str(path) for path in Path("native").glob("*.cc"))
 class OptionalBuildExt(build_ext):
     """`build_ext` that turns a failed compilation into one clear line."""
 
+    gave_up = False
+
     def run(self) -> None:
         try:
             super().run()
@@ -29,11 +31,12 @@ class OptionalBuildExt(build_ext):
             self._give_up(error)
 
     def copy_extensions_to_source(self) -> None:
-        # Called for editable installs; there is nothing to copy when the build gave up.
-        self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
-        super().copy_extensions_to_source()
+        # Called for editable installs; after a failed build there is nothing to copy.
+        if not self.gave_up:
+            super().copy_extensions_to_source()
 
     def _give_up(self, error: Exception) -> None:
+        self.gave_up = True
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         print(
             f"offload-rt: native core not built ({reason}); plain torch NF4 and aiofiles I/O will serve, slower",
