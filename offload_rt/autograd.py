@@ -8,8 +8,7 @@ call the bits are those of plain autograd: the same operations on the same opera
     forward    open block | run, no graph | close block          saved: inputs (or their stash), RNG state, autocast
     backward   open block | run again with graph | gradients | close block
 
-`StreamedModule` is for blocks outside the layers (embedding, head): its graph is plain autograd's, but the weight is
-saved as a reference to its block, which is fetched again when backward asks.
+Modules outside the layers are in `edge`.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt.arena import Slot
+from offload_rt.access import Access, opened, put_forward_back
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
-from offload_rt.executor import RingExecutor
 from offload_rt.stash import Stash
 from planners.schedule import Phase
 
@@ -35,62 +33,6 @@ CHECKED_CALLS = 2
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 """Keyword arguments that a layer would update: a second time in the recompute."""
-
-
-class Access(Protocol):
-    """Gets at a block's bytes."""
-
-    def acquire(self, phase: Phase, *, training: bool) -> Slot:
-        """The slot that holds them; blocks until they are there."""
-
-    def release(self) -> None:
-        """Ends one `acquire`."""
-
-
-class RingAccess:
-    """Access to a block that streams through a ring."""
-
-    def __init__(self, executor: RingExecutor, index: int) -> None:
-        self._executor = executor
-        self._index = index
-
-    def acquire(self, phase: Phase, *, training: bool) -> Slot:
-        return self._executor.acquire(self._index, phase, training=training)
-
-    def release(self) -> None:
-        self._executor.release(self._index)
-
-
-class ResidentAccess:
-    """Access to a block that never leaves DEVICE memory."""
-
-    def __init__(self, slot: Slot) -> None:
-        self._slot = slot
-
-    def acquire(self, phase: Phase, *, training: bool) -> Slot:
-        return self._slot
-
-    def release(self) -> None:
-        pass
-
-    def acquire_forever(self) -> Slot:
-        """The slot, for a block that is never closed."""
-        return self._slot
-
-
-@contextlib.contextmanager
-def opened(block: Block, access: Access, phase: Phase, *, training: bool) -> Iterator[None]:
-    """The block's weights are in place inside. An exception leaves nothing open."""
-    slot = access.acquire(phase, training=training)
-    try:
-        block.open(slot)
-        del slot
-        try:
-            yield
-        finally:
-            block.close()
-    finally:
-        access.release()
 
 
 @dataclass
@@ -133,7 +75,7 @@ class RecomputedLayer:
         self.layer.forward = self
 
     def detach(self) -> None:
-        _put_back(self.layer, self._forward, had_own=self._had_own_forward)
+        put_forward_back(self.layer, self._forward, had_own=self._had_own_forward)
 
     def trainable(self) -> list[nn.Parameter]:
         """The layer's parameters that train now; a user may switch adapters on and off."""
@@ -364,75 +306,3 @@ def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, hooks in hooked:
             parameter._backward_hooks = hooks
-
-
-@dataclass(frozen=True)
-class BlockReference:
-    """What autograd keeps instead of a weight of a streamed block: the block, the tensor in it, and the view."""
-
-    owner: StreamedModule
-    offset_bytes: int
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-
-
-class StreamedModule:
-    """Replaces the `forward` of a module outside the layers whose block streams. Its weights are not quantized."""
-
-    def __init__(self, module: nn.Module, block: Block, access: Access) -> None:
-        self.module = module
-        self.block = block
-        self._access = access
-        self._forward: Callable[..., Any] = module.forward
-        self._had_own_forward = "forward" in module.__dict__
-
-    def attach(self) -> None:
-        self.module.forward = self
-
-    def detach(self) -> None:
-        _put_back(self.module, self._forward, had_own=self._had_own_forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        training = torch.is_grad_enabled()
-        with opened(self.block, self._access, Phase.FORWARD, training=training):
-            slot = self.block.slot
-            if not training or slot is None:
-                return self._forward(*args, **kwargs)
-            start = slot.tensor(torch.uint8, (1,)).data_ptr()
-            end = start + self.block.spec.stored_bytes
-            del slot
-
-            def pack(tensor: torch.Tensor) -> torch.Tensor | BlockReference:
-                address = tensor.data_ptr()
-                if not start <= address < end:
-                    return tensor
-                return BlockReference(self, address - start, tensor.dtype, tensor.size(), tensor.stride())
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-                return self._forward(*args, **kwargs)
-
-    def view(self, reference: BlockReference) -> torch.Tensor:
-        """The saved view again. The tensor holds the slot's lease, so the access ends here."""
-        slot = self._access.acquire(Phase.BACKWARD, training=True)
-        try:
-            num_elements = 1 + sum(
-                (size - 1) * stride for size, stride in zip(reference.size, reference.stride, strict=True)
-            )
-            flat = slot.tensor(reference.dtype, (num_elements,), reference.offset_bytes)
-            return flat.as_strided(reference.size, reference.stride)
-        finally:
-            del slot
-            self._access.release()
-
-
-def _put_back(module: nn.Module, forward: Callable[..., Any], *, had_own: bool) -> None:
-    """Undoes `module.forward = ...`: the class's method again, or what a user had put in its place."""
-    if had_own:
-        module.forward = forward
-    else:
-        del module.forward
-
-
-def _unpack(saved: torch.Tensor | BlockReference) -> torch.Tensor:
-    return saved if isinstance(saved, torch.Tensor) else saved.owner.view(saved)

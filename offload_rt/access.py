@@ -1,0 +1,74 @@
+"""How whoever runs a block gets at its bytes, and hands them back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from offload_rt.arena import Slot
+from offload_rt.block import Block
+from offload_rt.executor import RingExecutor
+from planners.schedule import Phase
+
+
+class Access(Protocol):
+    """Gets at a block's bytes."""
+
+    def acquire(self, phase: Phase, *, training: bool) -> Slot:
+        """The slot that holds them; blocks until they are there."""
+
+    def release(self) -> None:
+        """Ends one `acquire`."""
+
+
+class RingAccess:
+    """Access to a block that streams through a ring."""
+
+    def __init__(self, executor: RingExecutor, index: int) -> None:
+        self._executor = executor
+        self._index = index
+
+    def acquire(self, phase: Phase, *, training: bool) -> Slot:
+        return self._executor.acquire(self._index, phase, training=training)
+
+    def release(self) -> None:
+        self._executor.release(self._index)
+
+
+class ResidentAccess:
+    """Access to a block that never leaves DEVICE memory."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def acquire(self, phase: Phase, *, training: bool) -> Slot:
+        return self.slot
+
+    def release(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def opened(block: Block, access: Access, phase: Phase, *, training: bool) -> Iterator[None]:
+    """The block's weights are in place inside. An exception leaves nothing open."""
+    slot = access.acquire(phase, training=training)
+    try:
+        block.open(slot)
+        del slot
+        try:
+            yield
+        finally:
+            block.close()
+    finally:
+        access.release()
+
+
+def put_forward_back(module: nn.Module, forward: Callable[..., Any], *, had_own: bool) -> None:
+    """Undoes `module.forward = ...`: the class's method again, or what a user had put in its place."""
+    if had_own:
+        module.forward = forward
+    else:
+        del module.forward

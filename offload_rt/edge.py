@@ -1,0 +1,82 @@
+"""A module outside the layers (embedding, head) whose block streams: plain autograd, but its weight is not kept.
+
+Where autograd would save the weight, it is given a reference to the block; when backward asks, the block is fetched
+again, and the tensor handed out holds the slot's lease for as long as backward needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_rt.access import Access, opened, put_forward_back
+from offload_rt.block import Block
+from planners.schedule import Phase
+
+
+@dataclass(frozen=True)
+class BlockReference:
+    """What autograd keeps instead of a weight of a streamed block: the block, the tensor in it, and the view."""
+
+    owner: StreamedModule
+    offset_bytes: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+class StreamedModule:
+    """Replaces the `forward` of a module outside the layers whose block streams. Its weights are not quantized."""
+
+    def __init__(self, module: nn.Module, block: Block, access: Access) -> None:
+        self.module = module
+        self.block = block
+        self._access = access
+        self._forward: Callable[..., Any] = module.forward
+        self._had_own_forward = "forward" in module.__dict__
+
+    def attach(self) -> None:
+        self.module.forward = self
+
+    def detach(self) -> None:
+        put_forward_back(self.module, self._forward, had_own=self._had_own_forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        training = torch.is_grad_enabled()
+        with opened(self.block, self._access, Phase.FORWARD, training=training):
+            slot = self.block.slot
+            if not training or slot is None:
+                return self._forward(*args, **kwargs)
+            start = slot.tensor(torch.uint8, (1,)).data_ptr()
+            end = start + self.block.spec.stored_bytes
+            del slot
+
+            def pack(tensor: torch.Tensor) -> torch.Tensor | BlockReference:
+                address = tensor.data_ptr()
+                if not start <= address < end:
+                    return tensor
+                return BlockReference(self, address - start, tensor.dtype, tensor.size(), tensor.stride())
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+                return self._forward(*args, **kwargs)
+
+    def view(self, reference: BlockReference) -> torch.Tensor:
+        """The saved view again. The tensor holds the slot's lease, so the access ends here."""
+        slot = self._access.acquire(Phase.BACKWARD, training=True)
+        try:
+            num_elements = 1 + sum(
+                (size - 1) * stride for size, stride in zip(reference.size, reference.stride, strict=True)
+            )
+            flat = slot.tensor(reference.dtype, (num_elements,), reference.offset_bytes)
+            return flat.as_strided(reference.size, reference.stride)
+        finally:
+            del slot
+            self._access.release()
+
+
+def _unpack(saved: torch.Tensor | BlockReference) -> torch.Tensor:
+    return saved if isinstance(saved, torch.Tensor) else saved.owner.view(saved)

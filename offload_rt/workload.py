@@ -1,0 +1,195 @@
+"""What is to be run: a model's blocks, where their values come from, and the question that the planner is asked.
+
+Reads headers and shapes only; nothing of the model, the drive or memory is changed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from offload_rt.checkpoint import Checkpoint, map_checkpoint
+from offload_rt.checkpoint.ingest import Sources, sources_in_memory, store_key
+from offload_rt.checkpoint.sources import TensorSource
+from offload_rt.config import EngineConfig
+from offload_rt.discover import BlockDraft, find_blocks
+from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, layer_input_bytes
+from offload_rt.store import store_folders, usable_bytes
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from planners.plan import DecodeScope, Plan, Ring, Tier
+from planners.streaming import BlockSize, StreamingProblem
+
+OPTIMIZER_BYTES_PER_ELEMENT = 8
+"""AdamW's two fp32 moments, which is the most that the usual optimizers keep for an adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """Switches that tests and the stress mode turn; none changes a number that training gives."""
+
+    record: bool = False
+    """Keep every transfer and use for the happens-before check."""
+    poison: bool = False
+    """Fill memory with NaN before it is leased and after it is returned."""
+    delay_seconds: float = 0.0
+    """Start every transfer late by a random time up to this."""
+    num_slots: int | None = None
+    """Slots of the layer ring, in place of the plan's."""
+    stream_edges: bool | None = None
+    """Stream embedding and head although the budget would hold them."""
+    layer_inputs: Tier | None = None
+    """Where layer inputs wait, in place of the plan's choice."""
+    decode_scope: DecodeScope | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model taken apart, before anything of it is anywhere."""
+
+    model: nn.Module
+    config: EngineConfig
+    drafts: list[BlockDraft]
+    sources: Sources
+    """Of the blocks' parameters."""
+    rest: dict[str, TensorSource]
+    """Of everything that the checkpoint holds, blocks or not; empty for a model that has its values."""
+    key: str
+    """Names the store."""
+
+    @property
+    def layers(self) -> list[BlockDraft]:
+        return [draft for draft in self.drafts if draft.is_layer]
+
+    def draft(self, name: str) -> BlockDraft:
+        return next(draft for draft in self.drafts if draft.name == name)
+
+
+def find_workload(model: nn.Module, checkpoint: Checkpoint | None, config: EngineConfig) -> Workload:
+    """Takes `model` apart. Raises `ConfigError`, `CheckpointError` and `UnsupportedModule`."""
+    drafts, sources, rest = _find_sources(model, checkpoint, config)
+    return Workload(
+        model=model, config=config, drafts=drafts, sources=sources, rest=rest, key=store_key(drafts, sources)
+    )
+
+
+def streaming_problem(workload: Workload) -> StreamingProblem:
+    """The planner's question: sizes of this workload, capacities of this machine within the budgets."""
+    model, config, drafts = workload.model, workload.config, workload.drafts
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    stored = {id(s.parameter) for d in drafts for s in d.parameters}
+    leftovers = sum(
+        p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad and id(p) not in stored
+    )
+    unified = config.host_memory_bytes is None
+    nvme_capacity = None
+    if config.nvme:
+        folders = store_folders(config.nvme, workload.key)
+        nvme_capacity = sum(usable_bytes(folder, drive) for folder, drive in zip(folders, config.nvme, strict=True))
+    return StreamingProblem(
+        fingerprint=_fingerprint(drafts, config),
+        layers=tuple(_size(d) for d in drafts if d.is_layer),
+        edges=tuple(_size(d) for d in drafts if not d.is_layer),
+        trainable_bytes=leftovers
+        + sum(p.numel() * (2 * p.element_size() + OPTIMIZER_BYTES_PER_ELEMENT) for p in trainable),
+        layer_input_bytes=layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len),
+        activation_bytes=estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len),
+        device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(),
+        host_capacity_bytes=config.host_memory_bytes,
+        nvme_capacity_bytes=nvme_capacity,
+        unified=unified,
+    )
+
+
+def _size(draft: BlockDraft) -> BlockSize:
+    by_module: dict[str, int] = {}
+    for tensor in draft.spec.tensors:
+        if tensor.is_quantized:
+            module = tensor.name.rpartition(".")[0]
+            by_module[module] = by_module.get(module, 0) + align_up(tensor.compute_bytes, IO_ALIGNMENT_BYTES)
+    return BlockSize(
+        name=draft.name,
+        stored_bytes=draft.spec.stored_bytes,
+        largest_module_bytes=max(by_module.values(), default=0),
+        decoded_bytes=sum(by_module.values()),
+        streams=True,
+    )
+
+
+def check_plan(plan: Plan, problem: StreamingProblem, drafts: list[BlockDraft]) -> None:
+    """Raises `ConfigError` unless `plan` was made for this workload and places each of its blocks."""
+    if plan.fingerprint != problem.fingerprint:
+        raise ConfigError(
+            f"plan: made for workload {plan.fingerprint}, this one is {problem.fingerprint} (model, batch_size, "
+            f"seq_len or bits differ)"
+        )
+    placed = {*plan.resident, *(name for ring in plan.rings for name in ring.blocks)}
+    if placed != {draft.name for draft in drafts}:
+        odd = sorted(placed ^ {draft.name for draft in drafts})
+        raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
+
+
+def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) -> Plan:
+    """The plan with what the options override."""
+    if options.layer_inputs is not None:
+        plan = replace(plan, layer_inputs=options.layer_inputs)
+    if options.decode_scope is not None:
+        plan = replace(plan, decode_scope=options.decode_scope)
+    if options.num_slots is not None:
+        rings = tuple(
+            replace(ring, num_slots=min(options.num_slots, len(ring.blocks))) if ring.name == "layers" else ring
+            for ring in plan.rings
+        )
+        plan = replace(plan, rings=rings)
+    edges = [d for d in drafts if not d.is_layer and d.name in plan.resident]
+    if options.stream_edges and edges and plan.rings:
+        ring = Ring(
+            name="edges",
+            blocks=tuple(d.name for d in edges),
+            num_slots=1,
+            slot_bytes=max(d.spec.stored_bytes for d in edges),
+            rest=plan.rings[0].rest,
+        )
+        resident = tuple(name for name in plan.resident if name not in ring.blocks)
+        plan = replace(plan, resident=resident, rings=(*plan.rings, ring))
+    return plan
+
+
+def _fingerprint(drafts: list[BlockDraft], config: EngineConfig) -> str:
+    """What a plan is made for: the blocks' layout and the shape of the batch."""
+    text = json.dumps([[d.spec.to_json() for d in drafts], config.batch_size, config.seq_len, config.bits])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _find_sources(
+    model: nn.Module, checkpoint: Checkpoint | None, config: EngineConfig
+) -> tuple[list[BlockDraft], Sources, dict[str, TensorSource]]:
+    """Blocks, where their values come from, and where those of the rest of the model do."""
+    if checkpoint is None:
+        drafts = find_blocks(model, bits=config.bits)
+        on_meta = [s.name for d in drafts for s in d.parameters if s.parameter.is_meta]
+        if on_meta:
+            raise ConfigError(
+                f"model: {len(on_meta)} parameters are on the meta device (first: {on_meta[0]}); give checkpoint= a "
+                f"safetensors file or folder, or a model that has its weights"
+            )
+        return drafts, sources_in_memory(drafts), {}
+    mapping = map_checkpoint(model, checkpoint)
+    drafts = find_blocks(model, bits=config.bits, prequantized=frozenset(mapping.prequantized))
+    # What trains and has its values already (adapters written by hand, say) needs none from the checkpoint.
+    ready = {name for name, p in model.named_parameters() if p.requires_grad and not p.is_meta}
+    missing = [name for name in mapping.missing if name not in ready]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: has nothing for {len(missing)} tensors of the model, first: {', '.join(missing[:5])}"
+        )
+    sources = Sources(
+        streams=mapping.sources,
+        prequantized=mapping.prequantized,
+        fingerprint=checkpoint.fingerprint(),
+        describe=str(checkpoint.path),
+    )
+    return drafts, sources, dict(mapping.sources)
