@@ -16,9 +16,7 @@ TINY = "--layers 2 --tokens 64 --rounds 1 --hidden 128 --intermediate 256 --head
 
 
 def test_the_qlora_benchmark_runs_end_to_end_and_writes_json(disk_folder):
-    names = ["ours+num_slots=1+stream_edges=1", "bf16"]
-    if importlib.util.find_spec("bitsandbytes"):
-        names.append("bnb")
+    names = ["ours+num_slots=1+stream_edges=1", "bnb" if importlib.util.find_spec("bitsandbytes") else "bf16"]
     out = disk_folder / "out.json"
     command = [sys.executable, str(SCRIPT), *TINY.split(), "--threads", "1", "--contenders", ",".join(names)]
     command += ["--nvme", str(disk_folder), "--json", str(out)]
@@ -46,13 +44,13 @@ def test_the_qlora_benchmark_runs_end_to_end_and_writes_json(disk_folder):
     ours = rows[names[0]]
     counted = ours["breakdown"]["timed"]["counted"]
     assert counted["decodes"] > 0
-    assert counted["bytes_read"] > ours["report"]["stored_bytes"]
+    assert counted["bytes_read"] == ours["report"]["stored_bytes"]  # of two layers, backward finds the last one there
     assert ours["breakdown"]["timed"]["parts"]["  of which NF4 decode"] > 0
     assert any(line.startswith("read under way") for line in ours["breakdown"]["timeline"])
     if "bnb" in rows:
         assert ours["losses"][0] == pytest.approx(rows["bnb"]["losses"][0], abs=2e-3)
-    assert f"{names[0]} / bf16" in found["ratios"]
-    assert f"{names[0]}" in done.stdout
+    assert f"{names[0]} / {names[1]}" in found["ratios"]
+    assert names[0] in done.stdout
 
 
 def test_an_unknown_switch_ends_with_its_name(disk_folder):

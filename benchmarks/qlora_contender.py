@@ -1,0 +1,222 @@
+"""One contender of qlora.py: holds its model and does what it is told on standard input, one word a line.
+
+    (imports)  -> {}            build -> seconds, peak memory      step -> seconds, loss, rusage
+    memory     -> peak memory   breakdown -> see qlora_trace.py    close
+
+Replies are JSON lines on the standard output that this process was given; whatever libraries print goes to stderr.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, BitsAndBytesConfig, LlamaForCausalLM, logging
+
+LEARNING_RATE = 1e-4
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def forget_peak() -> None:
+    """Lets VmHWM start again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+class InMemory:
+    """transformers + peft, with bf16 weights or bitsandbytes' NF4 ones; every layer is recomputed."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        quantization = None
+        if settings["kind"] == "bnb":
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        base = LlamaForCausalLM.from_pretrained(
+            settings["checkpoint"], dtype=torch.bfloat16, quantization_config=quantization, device_map="cpu"
+        )
+        self.model = get_peft_model(base, LoraConfig(r=settings["rank"], target_modules=TARGETS))
+        self.model.enable_input_require_grads()
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=True)
+
+    def step(self, ids: torch.Tensor) -> float:
+        loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+
+class Ours:
+    """offload_rt, the model on meta, its weights streamed from NVMe."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from offload_rt import codec
+        from offload_rt._engine import Engine
+        from offload_rt.assembly import RuntimeOptions
+        from planners.plan import DecodeScope
+
+        switches = {name: value for name, value in settings["switches"].items() if name != "trim"}
+        arguments: dict[str, Any] = {}
+        if switches.pop("fused", None):
+            arguments["optimizer"] = lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+        else:
+            arguments["lr"] = LEARNING_RATE
+        if "device_memory" in switches:
+            arguments["device_memory"] = switches.pop("device_memory")
+        num_threads = switches.pop("decode_threads", None)
+        if num_threads is not None:
+            codec._threads = lambda requested: int(num_threads)
+        read = {"decode_scope": DecodeScope, "num_slots": int, "stream_edges": lambda text: text == "1"}
+        options = RuntimeOptions(**{name: read[name](value) for name, value in switches.items()})
+        nvme = Path(settings["store"])
+        nvme.mkdir(parents=True, exist_ok=True)
+        config = AutoConfig.from_pretrained(settings["checkpoint"])
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).to(torch.bfloat16)
+        self.engine = Engine(
+            model,
+            checkpoint=settings["checkpoint"],
+            bits=4,
+            adapters=LoraConfig(r=settings["rank"], target_modules=TARGETS),
+            nvme=nvme,
+            seq_len=settings["tokens"],
+            options=options,
+            **arguments,
+        )
+        self.model = self.engine.model.train()
+
+    def step(self, ids: torch.Tensor) -> float:
+        loss = self.engine(input_ids=ids, labels=ids).loss
+        self.engine.backward(loss)
+        self.engine.step()
+        return float(loss.detach())
+
+    def report(self) -> dict[str, Any]:
+        return {"report": self.engine.report(), "summary": self.engine.summary().splitlines()}
+
+
+class Server:
+    """Answers requests about one contender."""
+
+    def __init__(self, settings: dict[str, Any], base_bytes: int) -> None:
+        self.settings = settings
+        self.base_bytes = base_bytes
+        self.contender: InMemory | Ours | None = None
+
+    def _step(self) -> float:
+        if self.contender is None:
+            raise RuntimeError("step before build")
+        return self.contender.step(self.ids)
+
+    def build(self) -> dict[str, Any]:
+        torch.manual_seed(0)
+        begin = time.perf_counter()
+        self.contender = (Ours if self.settings["kind"] == "ours" else InMemory)(self.settings)
+        if "trim" in self.settings["switches"]:
+            trim = ctypes.CDLL(None).malloc_trim
+            norm = self.contender.model.get_base_model().model.norm
+            norm.register_forward_pre_hook(lambda *_: trim(0) and None)
+        seconds = time.perf_counter() - begin
+        vocabulary = self.contender.model.get_input_embeddings().num_embeddings
+        self.ids = torch.randint(
+            0, vocabulary, (1, self.settings["tokens"]), generator=torch.Generator().manual_seed(1)
+        )
+        reply = {"seconds": seconds, "peak_bytes": status_bytes("VmHWM") - self.base_bytes}
+        forget_peak()
+        return reply
+
+    def step(self) -> dict[str, Any]:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        begin = time.perf_counter()
+        loss = self._step()
+        seconds = time.perf_counter() - begin
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "seconds": seconds,
+            "loss": loss,
+            "user_seconds": after.ru_utime - usage.ru_utime,
+            "system_seconds": after.ru_stime - usage.ru_stime,
+            "page_faults": after.ru_minflt - usage.ru_minflt,
+            "preemptions": after.ru_nivcsw - usage.ru_nivcsw,
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """Of the steps so far: the profiled one comes after this."""
+        if self.contender is None:
+            raise RuntimeError("memory before build")
+        return {
+            "base_bytes": self.base_bytes,
+            "peak_bytes": status_bytes("VmHWM") - self.base_bytes,
+            "resident_bytes": status_bytes("VmRSS") - self.base_bytes,
+            "threads": torch.get_num_threads(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            **self.contender.report(),
+        }
+
+    def breakdown(self) -> dict[str, Any]:
+        import qlora_trace
+
+        engine = self.contender.engine if isinstance(self.contender, Ours) else None
+        optimizer = engine.optimizer if engine is not None else getattr(self.contender, "optimizer", None)
+        model = self.contender.model if self.contender is not None else None
+        return qlora_trace.breakdown(model, optimizer, engine, self._step)
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    settings = json.loads(sys.argv[1])
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    if settings["kind"] == "bnb":
+        import bitsandbytes  # noqa: F401 - belongs to the imports, whose memory is not counted
+    if settings["kind"] == "ours":
+        import offload_rt._engine  # noqa: F401
+
+    def reply(answer: dict[str, Any]) -> None:
+        channel.write(json.dumps(answer) + "\n")
+        channel.flush()
+
+    server = Server(settings, status_bytes("VmRSS"))
+    forget_peak()
+    reply({})
+    for line in sys.stdin:
+        request = line.strip()
+        if request == "close":
+            break
+        try:
+            reply(getattr(server, request)())
+        except Exception:  # noqa: BLE001 - the parent raises it
+            reply({"error": traceback.format_exc()})
+            break
+    if isinstance(server.contender, Ours):
+        server.contender.engine.close()
+
+
+if __name__ == "__main__":
+    main()
