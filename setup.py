@@ -38,6 +38,8 @@ class OptionalBuildExt(build_ext):
     def _give_up(self, error: Exception) -> None:
         self.gave_up = True
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.lower().startswith("command"):  # the whole command line of the compiler
+            reason = "the C++ compiler is missing or failed"
         print(
             f"offload-rt: native core not built ({reason}); plain torch NF4 and aiofiles I/O will serve, slower",
             file=sys.stderr,

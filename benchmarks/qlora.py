@@ -10,8 +10,9 @@ A Llama of TinyLlama's shape with random weights gets LoRA on every linear. A st
 
 Each contender lives in a process of its own (qlora_contender.py) that does one step when told to, so that a round holds
 one step of each and a slow minute of the machine hits all alike. Ratios are taken within a round. Processor seconds
-(user and system, all threads) stand beside the clock's: others on the machine disturb them less. Peak memory is VmHWM
-above what was resident after the imports, for the steps and, apart, for everything before the first step.
+(user and system, all threads) stand beside the clock's: others on the machine disturb them less; "others" is the share
+of the machine's processors that went to them in the median step. Peak memory is VmHWM above what was resident after the
+imports, for the steps and, apart, for everything before the first step.
 
 Switches of `ours`, joined by "+": decode_scope=layer, num_slots=N, stream_edges=1 (fields of RuntimeOptions),
 device_memory=SIZE, decode_threads=N, fused=1 (torch's fused AdamW). Of any contender: trim=1 gives the C library's free
@@ -160,7 +161,7 @@ def measure(num_tokens: int, folder: Path, arguments: argparse.Namespace) -> dic
                 "processor_seconds": rounds.summary(processor[contender.name]),
                 **{
                     key: [reply[key] for reply in contender.replies[1:]]
-                    for key in ("user_seconds", "system_seconds", "page_faults", "preemptions")
+                    for key in ("others_share", "user_seconds", "system_seconds", "page_faults", "preemptions")
                 },
                 "losses": [reply["loss"] for reply in contender.replies],
                 "build": built[contender.name],
@@ -182,19 +183,21 @@ def show(found: dict[str, Any]) -> None:
     first, last = found["load_average"]
     print(f"\n{found['tokens']} tokens (load average {first:.1f} before, {last:.1f} after)")
     width = max(map(len, found["contenders"]))
-    print(f"  {'':{width}}  s/step   (min    max)  cpu s/step   tok/s    peak  before step 1     base     loss")
+    print(f"  {'':{width}}  s/step   (min    max)  cpu s/step   tok/s    peak  before step 1     base     loss  others")
     for name, row in found["contenders"].items():
         s = row["seconds"]
         print(
             f"  {name:{width}}  {s['median']:6.2f}  ({s['min']:5.2f}  {s['max']:5.2f})"
             f"  {row['processor_seconds']['median']:10.2f}  {row['tokens_per_second']:6.0f}"
             f"  {row['peak_bytes'] / GIB:5.2f}G  {row['build']['peak_bytes'] / GIB:12.2f}G"
-            f"  {row['base_bytes'] / GIB:6.2f}G  {row['losses'][-1]:7.3f}"
+            f"  {row['base_bytes'] / GIB:6.2f}G  {row['losses'][-1]:7.3f}  {median(row['others_share']):6.0%}"
         )
     for name, ratio in found["ratios"].items():
         s = ratio["seconds"]
+        p = ratio["processor_seconds"]
         print(
-            f"  {name}: {s['median']:.3f}x seconds ({s['min']:.3f} to {s['max']:.3f}), {ratio['peak_bytes']:.3f}x peak"
+            f"  {name}: {s['median']:.3f}x seconds ({s['min']:.3f} to {s['max']:.3f}), {p['median']:.3f}x processor "
+            f"seconds ({p['min']:.3f} to {p['max']:.3f}), {ratio['peak_bytes']:.3f}x peak"
         )
     for name, row in found["contenders"].items():
         if row["breakdown"]:

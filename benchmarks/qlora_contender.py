@@ -31,6 +31,14 @@ def status_bytes(key: str) -> int:
     raise KeyError(key)
 
 
+def busy_seconds() -> float:
+    """Processor time that everyone on this machine has used since it started."""
+    user, nice, system, _, _, interrupt, soft_interrupt, *_ = map(
+        int, Path("/proc/stat").read_text(encoding="utf-8").split()[1:11]
+    )
+    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
+
+
 def forget_peak() -> None:
     """Lets VmHWM start again from what is resident now."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -149,16 +157,18 @@ class Server:
         return reply
 
     def step(self) -> dict[str, Any]:
-        usage = resource.getrusage(resource.RUSAGE_SELF)
+        usage, busy = resource.getrusage(resource.RUSAGE_SELF), busy_seconds()
         begin = time.perf_counter()
         loss = self._step()
         seconds = time.perf_counter() - begin
         after = resource.getrusage(resource.RUSAGE_SELF)
+        user, system = after.ru_utime - usage.ru_utime, after.ru_stime - usage.ru_stime
         return {
             "seconds": seconds,
             "loss": loss,
-            "user_seconds": after.ru_utime - usage.ru_utime,
-            "system_seconds": after.ru_stime - usage.ru_stime,
+            "user_seconds": user,
+            "system_seconds": system,
+            "others_share": max(0.0, busy_seconds() - busy - user - system) / seconds / (os.cpu_count() or 1),
             "page_faults": after.ru_minflt - usage.ru_minflt,
             "preemptions": after.ru_nivcsw - usage.ru_nivcsw,
         }

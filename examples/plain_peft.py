@@ -1,9 +1,11 @@
 """The demo's counterpart in plain transformers and peft, in a process of its own. Prints one JSON object.
 
-    python plain_peft.py train RUN [--recompute]    a few steps of the same training, for its speed and peak memory
-    python plain_peft.py check RUN                  does the adapter give the same outputs without offload_rt?
+    python plain_peft.py RUN plain              a few steps of the same training, for its speed and peak memory
+    python plain_peft.py RUN plain_recompute    the same with gradient checkpointing
+    python plain_peft.py RUN same_outputs       does the adapter give the same outputs without offload_rt?
 
-RUN is the folder that `smollm2_qlora.py` wrote: recipe.json, train.jsonl, adapter/, outputs.safetensors.
+Each of the first two wants a process of its own, whose memory is fresh; the third may follow one of them. RUN is the
+folder that `smollm2_qlora.py` wrote: recipe.json, train.jsonl, adapter/, outputs.safetensors.
 """
 
 from __future__ import annotations
@@ -93,16 +95,17 @@ def check(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "check"))
     parser.add_argument("run", type=Path)
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("what", nargs="+", choices=("plain", "plain_recompute", "same_outputs"))
     arguments = parser.parse_args()
     recipe = json.loads((arguments.run / "recipe.json").read_text())
-    if arguments.what == "check":
-        answer = check(arguments.run, recipe)
-    else:
-        answer = train(arguments.run, recipe, recompute=arguments.recompute)
-    print(json.dumps(answer))
+    found = {}
+    for what in arguments.what:
+        if what == "same_outputs":
+            found[what] = check(arguments.run, recipe)
+        else:
+            found[what] = train(arguments.run, recipe, recompute=what == "plain_recompute")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -63,12 +63,11 @@ class Meter:
 def run_child(script: str, *words: str | Path) -> dict[str, Any]:
     """Runs one of the demo's scripts to its end; returns the JSON object it printed, if it printed one."""
     path = Path(__file__).with_name(script)
-    begin = time.monotonic()
     ran = subprocess.run([sys.executable, path, *words], stdout=subprocess.PIPE, text=True, check=False)
     if ran.returncode != 0:
         raise SystemExit(f"{script} {' '.join(map(str, words))} ended with exit code {ran.returncode}")
     answer: dict[str, Any] = json.loads(ran.stdout) if ran.stdout.strip() else {}
-    return {**answer, "process_seconds": time.monotonic() - begin}
+    return answer
 
 
 def cpu_seconds_of_all() -> float:

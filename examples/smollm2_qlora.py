@@ -62,11 +62,9 @@ def main() -> int:
 
     facts: dict[str, Any] = {"seed": arguments.seed, "quick": arguments.quick, "run": str(run)}
     facts |= train_with_engine(arguments, model_folder, run, console)
-    console.print("now a few steps of the same in plain transformers and peft, weights in memory")
-    facts["plain"] = run_child("plain_peft.py", "train", run)
-    facts["plain_recompute"] = run_child("plain_peft.py", "train", run, "--recompute")
-    console.print("now the adapter in plain peft")
-    facts["same_outputs"] = run_child("plain_peft.py", "check", run)
+    console.print("now a few steps of the same in plain transformers and peft, and the adapter in plain peft")
+    facts |= run_child("plain_peft.py", run, "plain", "same_outputs")
+    facts |= run_child("plain_peft.py", run, "plain_recompute")
 
     facts["wall_seconds"] = time.monotonic() - begin
     facts["cpu_seconds"] = cpu_seconds_of_all()
