@@ -17,8 +17,8 @@ from torch import Tensor
 from offload_rt import nf4_torch
 from offload_rt.errors import OffloadError
 from offload_rt.native import native_core, why_not
-from offload_rt.nf4_layout import QUANT_BLOCK_SIZE, nf4_layout
-from offload_rt.nf4_torch import sections_of, tables, zero_gaps
+from offload_rt.nf4_layout import QUANT_BLOCK_SIZE, SECTION_ALIGNMENT_BYTES, nf4_layout
+from offload_rt.nf4_torch import Sections, sections_of, tables, zero_gaps
 
 Backend = Literal["auto", "native", "torch"]
 
@@ -121,7 +121,7 @@ class StreamEncoder:
         if not flat.numel():
             return
         begin, end = self._num_encoded, self._num_encoded + flat.numel()
-        codes = self._sections.codes[begin // 2 : -(-end // 2)]
+        codes = self._codes(begin // 2, -(-end // 2))
         absmax = self._absmax[begin // QUANT_BLOCK_SIZE : -(-end // QUANT_BLOCK_SIZE)]
         if self._native is None:
             bad = nf4_torch.encode_blocks(flat, codes, absmax)
@@ -138,6 +138,10 @@ class StreamEncoder:
             message = f"weight {element} of {self._layout.num_elements} is {flat[bad].item()}"
             raise NonFiniteWeight(message, element=element)
         self._num_encoded = end
+
+    def _codes(self, begin: int, end: int) -> Tensor:
+        """Where bytes [begin, end) of the codes go."""
+        return self._sections.codes[begin:end]
 
     def _encode_absmax(self) -> None:
         # torch's own mean, because its order of summation is what bitsandbytes' offset has. Of nothing it
@@ -159,6 +163,49 @@ class StreamEncoder:
                 sections.absmax.numpy(),
                 sections.nested_absmax.numpy(),
             )
+
+
+class PieceEncoder(StreamEncoder):
+    """A `StreamEncoder` without a blob: it hands the bytes out as they come, so that no size of tensor fills memory.
+
+    `feed` is followed by `take_codes`, `finish` by `take_codes` and `scales`; the pieces in this order are the blob,
+    but for the gap of zeros before the scales. Memory: the codes of one slab, and 5 bytes for each quant block.
+    """
+
+    def __init__(self, num_elements: int, *, backend: Backend = "auto", num_threads: int | None = None) -> None:
+        self._layout = layout = nf4_layout(num_elements)
+        self.scales_offset_bytes = layout.absmax.begin_bytes
+        """Where the scales begin in the blob."""
+        self.scales = aligned_bytes(layout.total_bytes - self.scales_offset_bytes)
+        """Everything behind the codes; complete after `finish`."""
+        self.scales.zero_()
+        parts = [
+            self.scales[part.begin_bytes - self.scales_offset_bytes : part.end_bytes - self.scales_offset_bytes]
+            for part in layout.sections[1:]
+        ]
+        self._sections = Sections(self.scales[:0], parts[0], *(part.view(torch.float32) for part in parts[1:]))
+        self._native = _native(backend, self.scales)
+        self._num_threads = _threads(num_threads)
+        self._absmax = torch.empty(layout.num_quant_blocks, dtype=torch.float32)
+        self._num_encoded = 0
+        self._carry = None
+        self._pieces: list[Tensor] = []
+
+    def take_codes(self) -> list[Tensor]:
+        """The codes encoded since the last call, in order; the caller's from now on."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _codes(self, begin: int, end: int) -> Tensor:
+        piece = torch.empty(end - begin, dtype=torch.uint8)
+        self._pieces.append(piece)
+        return piece
+
+
+def aligned_bytes(num_bytes: int) -> Tensor:
+    """Uninitialised memory that begins where a section of a blob may."""
+    raw = torch.empty(num_bytes + SECTION_ALIGNMENT_BYTES, dtype=torch.uint8)
+    return raw[-raw.data_ptr() % SECTION_ALIGNMENT_BYTES :][:num_bytes]
 
 
 def decode(

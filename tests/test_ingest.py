@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from offload_rt._engine import Engine
+from offload_rt.checkpoint import ingest
 from offload_rt.errors import CheckpointError, QuantCoverageError
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, TARGETS, decode_in_place, micro_batch
 
@@ -153,6 +154,22 @@ class Convolutional(nn.Module):
 def test_bits_4_that_leaves_most_bytes_in_16_bits_is_an_error() -> None:
     with pytest.raises(QuantCoverageError, match=r"95%|9\d%"):
         Engine(Convolutional(), bits=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "moe"])
+def test_slabs_of_any_size_give_the_same_store(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small slabs, as a 70B model has them, against one per tensor."""
+    model = saved_model(family, tmp_path / "model")
+    weights = []
+    for slab_bytes in (ingest.SLAB_BYTES, 1024):
+        monkeypatch.setattr(ingest, "SLAB_BYTES", slab_bytes)
+        nvme = tmp_path / str(slab_bytes)
+        nvme.mkdir()
+        Engine(
+            on_meta(model), checkpoint=tmp_path / "model", adapters=lora(family), bits=4, nvme=nvme, seq_len=SEQ_LEN
+        ).close()
+        weights.append(next(nvme.glob("*/weights.bin")).read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_two_drives_share_the_blocks(tmp_path: Path) -> None:

@@ -327,3 +327,24 @@ def test_a_stream_refuses_too_many_too_few_and_mixed_dtypes() -> None:
         started.finish()
     with pytest.raises(ValueError, match="the slabs before it were torch.float32"):
         started.feed(torch.ones(30, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("num_elements", [0, 1, 63, 64, 65, 4096, 4097, 70_001])
+def test_pieces_are_the_blob_and_hold_one_slab_of_codes(num_elements: int) -> None:
+    weight = torch.randn(num_elements, generator=torch.Generator().manual_seed(num_elements)).to(torch.bfloat16)
+    whole = codec.encode(weight)
+    blob = torch.zeros_like(whole)
+    encoder = codec.PieceEncoder(num_elements)
+    position, largest = 0, 0
+    for slab in [*weight.split(1000), None]:
+        if slab is None:
+            encoder.finish()
+        else:
+            encoder.feed(slab)
+        for codes in encoder.take_codes():
+            blob[position : position + codes.numel()] = codes
+            position += codes.numel()
+            largest = max(largest, codes.untyped_storage().nbytes())
+    blob[encoder.scales_offset_bytes :] = encoder.scales
+    assert torch.equal(blob, whole)
+    assert largest <= 1064 // 2

@@ -1,8 +1,8 @@
 """From a model's tensors to a block's bytes: cast, quantized and laid out on the way, slab by slab.
 
 Where the tensors come from, memory or a checkpoint, is a `TensorSource`'s business; where the bytes go, a store or a
-slot, is the caller's. What this module holds at any time is one slab, the codes of one NF4 matrix or expert, and, for
-tensors that a checkpoint stores in a way that cannot be streamed, that tensor.
+slot, is the caller's. What this module holds at any time is one slab with its codes, the scales of one NF4 matrix or
+expert, and, for tensors that a checkpoint stores in a way that cannot be streamed, that tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from offload_rt.checkpoint.sources import MemorySource, TensorSource, Transposed
 from offload_rt.discover import BlockDraft
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError
-from offload_rt.nf4_layout import QUANT_BLOCK_SIZE, nf4_layout
+from offload_rt.nf4_layout import QUANT_BLOCK_SIZE
 from offload_rt.prequantized import from_bitsandbytes
 from offload_rt.tensor_spec import Encoding, TensorSpec
 
@@ -108,12 +108,11 @@ def _encode(
     per_expert = spec.num_elements // experts
     if spec.encoding is Encoding.NF4_TRANSPOSED:
         source = TransposedSource(source)
-    blob = torch.empty(nf4_layout(per_expert).total_bytes + 64, dtype=torch.uint8)
-    blob = blob[-blob.data_ptr() % 64 :][: nf4_layout(per_expert).total_bytes]
     slabs = source.slabs(SLAB_BYTES, QUANT_BLOCK_SIZE, boundary=per_expert)
     for expert in range(experts):
-        encoder = codec.StreamEncoder(per_expert, blob)
-        fed = 0
+        start = spec.offset_bytes + (expert * spec.expert_stride_bytes if experts > 1 else 0)
+        encoder = codec.PieceEncoder(per_expert)
+        position, fed = start, 0
         try:
             while fed < per_expert:
                 slab = next(slabs)
@@ -121,16 +120,17 @@ def _encode(
                 encoder.feed(slab.to(torch_dtype(spec.dtype)))
                 fed += slab.numel()
                 _report(progress, slab)
-            encoder.finish()
+                if fed == per_expert:
+                    encoder.finish()
+                for codes in encoder.take_codes():
+                    yield position, codes
+                    position += codes.numel()
         except codec.NonFiniteWeight as error:
             raise CheckpointError(
                 f"{sources.describe}: {spec.name} cannot be quantized: {error}"
                 + (f" (expert {expert})" if experts > 1 else "")
             ) from None
-        yield (
-            spec.offset_bytes + expert * spec.expert_stride_bytes if experts > 1 else spec.offset_bytes,
-            blob,
-        )
+        yield start + encoder.scales_offset_bytes, encoder.scales
 
 
 def _convert_bnb(spec: TensorSpec, tensors: BnbTensors, sources: Sources) -> torch.Tensor:
