@@ -48,7 +48,7 @@ LORA = {
 RECIPE = {"lr": 1e-3, "weight_decay": 0.0, "warmup_ratio": 0.1, "max_grad_norm": 1.0, "batch_size": 8, "lora": LORA}
 NUM_TRAIN, NUM_TEST = 400, 160
 COMPARED_STEPS = 5
-"""What plain peft takes for the comparison: the first batch is the largest, and its peak hardly rises any more."""
+"""What plain peft takes for the comparison of memory and speed. The first batch is the largest of the run."""
 QUICK = {"num_train": 24, "num_test": 12, "steps": 3}
 
 
