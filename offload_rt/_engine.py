@@ -54,6 +54,8 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
     plan: "auto" (the fixed streaming rule), a Plan, or the path of a plan file.
     progress: called with (phase, bytes done, bytes in all) while the store is built.
 
+    Outputs of a call with labels have no `logits`: the loss is taken in tiles of tokens. Call without labels for them.
+
     Blocks until the store is built, or found. Raises ConfigError for a wrong argument, PlanInfeasible where no plan
     fits the budgets, CheckpointError for files that are bad or do not fit the model, StoreInUse, StorageFull.
     """
@@ -281,6 +283,7 @@ class Engine:
             "prefetch_misses": sum(c.num_misses for c in executors),
             "replans": sum(c.num_replans for c in executors),
             "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
+            "loss_head": None if runtime.loss_head is None else runtime.loss_head.report(),
             "recomputes": runtime.layer_counters.num_recomputes,
             "decodes": runtime.decoder.counters.num_decodes,
             "decoded_elements": runtime.decoder.counters.decoded_elements,
@@ -309,6 +312,8 @@ class Engine:
             )
         if plan.resident:
             lines.append(f"resident: {len(plan.resident)} blocks")
+        if plan.head_chunk_tokens is not None:
+            lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
         if self.config.bits == 4:
             lines.append(str(runtime.coverage))
         for tier, account in runtime.tiers.accounts.items():

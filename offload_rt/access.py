@@ -72,3 +72,16 @@ def put_forward_back(module: nn.Module, forward: Callable[..., Any], *, had_own:
         module.forward = forward
     else:
         del module.forward
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Tensor hooks of parameters fire in the graph outside; an inner pass must not fire them too."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +27,7 @@ from offload_rt.discover import Coverage, check_coverage, coverage
 from offload_rt.edge import StreamedModule
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
+from offload_rt.loss_head import LossHead, find_causal_model
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.stash import HostStash, NvmeStash, Stash
@@ -53,6 +55,7 @@ class Runtime:
     executors: list[RingExecutor]
     layers: list[RecomputedLayer]
     streamed: list[StreamedModule]
+    loss_head: LossHead | None
     layer_counters: LayerCounters
     coverage: Coverage
     store: Store | None
@@ -70,6 +73,8 @@ class Runtime:
             layer.detach()
         for module in self.streamed:
             module.detach()
+        if self.loss_head is not None:
+            self.loss_head.detach()
         for block in self.blocks:
             block.detach()
         for executor in self.executors:
@@ -96,8 +101,8 @@ def assemble(
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         problem = streaming_problem(workload)
         chosen = plan if plan is not None else plan_streaming(problem)
-        check_plan(chosen, problem, workload.drafts)
         chosen = with_options(chosen, workload.drafts, options)
+        check_plan(chosen, problem, workload.drafts)
         with _Assembly(workload, problem, chosen, options, progress) as assembly:
             return assembly.run(covered)
 
@@ -236,7 +241,7 @@ class _Assembly:
         return HostResidence(slot, self.links)
 
     def _visited_in_backward(self, ring: Ring) -> frozenset[int]:
-        """The hint for the ring's schedule: layers from the first one that trains on; the head, not the embedding."""
+        """The hint for the ring's schedule: layers from the first one that trains on; the head, if anything."""
         modules = [self.workload.draft(name).modules for name in ring.blocks]
         if ring.name == "layers":
             training = (
@@ -245,6 +250,8 @@ class _Assembly:
                 if any(p.requires_grad for module in owners for p in module.parameters())
             )
             return frozenset(range(next(training, 0), len(modules)))
+        if self.plan.head_chunk_tokens is not None:
+            return frozenset()  # the gradients of tiles are taken in forward
         return frozenset(i for i, owners in enumerate(modules) if any(isinstance(m, nn.Linear) for m in owners))
 
     def _stash(self) -> Stash | None:
@@ -272,7 +279,7 @@ class _Assembly:
         workload = self.workload
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], executors=self.executors,
-            layers=[], streamed=[], layer_counters=LayerCounters(), coverage=covered, store=self.store,
+            layers=[], streamed=[], loss_head=None, layer_counters=LayerCounters(), coverage=covered, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder,
         )  # fmt: skip
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
@@ -303,7 +310,22 @@ class _Assembly:
             layer.attach()
         for module in runtime.streamed:
             module.attach()
+        runtime.loss_head = self._loss_head(runtime.streamed)
         return runtime
+
+    def _loss_head(self, streamed: list[StreamedModule]) -> LossHead | None:
+        """Puts the loss into tiles, if the plan says so."""
+        chunk_tokens = self.plan.head_chunk_tokens
+        if chunk_tokens is None:
+            return None
+        causal = find_causal_model(self.workload.model)
+        if causal is None:
+            raise ConfigError("plan: takes the loss in tiles, but the model has no loss that can be")
+        output: Any = getattr(causal, "get_output_embeddings", lambda: None)()
+        behind = [module.held for module in streamed if output is not None and module.module in output.modules()]
+        head = LossHead(causal, chunk_tokens, *behind[:1])
+        head.attach()
+        return head
 
     def _stored_bytes(self, names: tuple[str, ...]) -> int:
         return sum(align_up(self.workload.draft(name).spec.stored_bytes, IO_ALIGNMENT_BYTES) for name in names)

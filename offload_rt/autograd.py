@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt.access import Access, opened, put_forward_back
+from offload_rt.access import Access, opened, put_forward_back, without_hooks
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
 from offload_rt.stash import Stash
@@ -265,7 +265,7 @@ class _Recompute(torch.autograd.Function):
         sources = wanted + call.trainable
         with (
             opened(owner.block, owner._access, Phase.BACKWARD, training=True),
-            _without_hooks(call.trainable),
+            without_hooks(call.trainable),
             call.as_in_forward(),
         ):
             with owner.recording():
@@ -293,16 +293,3 @@ def _graph_is_kept() -> bool:
     """Whether the backward pass under way was asked to retain its graph. False where torch cannot say."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return bool(ask()) if ask is not None else False
-
-
-@contextlib.contextmanager
-def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Tensor hooks of parameters fire in the graph outside; the recompute's inner pass must not fire them too."""
-    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    for parameter, _ in hooked:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, hooks in hooked:
-            parameter._backward_hooks = hooks

@@ -79,6 +79,11 @@ class Block:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its bytes are in memory, shown to the modules."""
+        return self.slot is not None
+
     def open(self, slot: Slot) -> None:
         """Shows the block's bytes in `slot` to the modules. May nest; each `open` needs a `close`."""
         self._num_open += 1

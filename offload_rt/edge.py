@@ -6,7 +6,8 @@ again, and the tensor handed out holds the slot's lease for as long as backward 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,15 @@ class StreamedModule:
     def detach(self) -> None:
         put_forward_back(self.module, self._forward, had_own=self._had_own_forward)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the weight is in memory: calls neither fetch it nor let go of it, and backward passes find it."""
+        with opened(self.block, self._access, Phase.FORWARD, training=torch.is_grad_enabled()):
+            yield
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.block.is_open:
+            return self._forward(*args, **kwargs)
         training = torch.is_grad_enabled()
         with opened(self.block, self._access, Phase.FORWARD, training=training):
             slot = self.block.slot

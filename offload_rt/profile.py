@@ -2,8 +2,8 @@
 
 [Note: activation estimate]
 A layer's recompute keeps, per token, about what goes into and comes out of its linears, twice over for the casts of
-norms and adapters; 2.0 covers what was measured on Llama, Qwen and GPT-2 shapes. The head keeps the logits, their fp32
-copy, its log-softmax and the gradients of both.
+norms and adapters; 2.0 covers what was measured on Llama, Qwen and GPT-2 shapes. The head keeps, per token that is at
+work, the logits, their fp32 copy, its log-softmax and the gradients of both.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from offload_rt.discover import BlockDraft
+from offload_rt.loss_head import find_causal_model
+from planners.streaming import LossHeadSize
 
 _LAYER_FACTOR = 2.0
 _HEAD_BYTES_PER_LOGIT = 4 + 4 + 4
@@ -24,19 +26,29 @@ _HEAD_BYTES_PER_LOGIT = 4 + 4 + 4
 
 
 def estimate_activation_bytes(model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int) -> int:
-    """Peak bytes of one layer's recompute, or of head and loss, whichever is more. See [Note: activation estimate]."""
+    """Peak bytes of one layer's recompute. See [Note: activation estimate]."""
     tokens = batch_size * seq_len
     layers = [_features(draft) * tokens * _LAYER_FACTOR * _item_bytes(draft) for draft in drafts if draft.is_layer]
     config: Any = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) == "eager":
         heads = int(getattr(config, "num_attention_heads", 1))
         layers = [peak + batch_size * heads * seq_len**2 * 10 for peak in layers]
-    heads_bytes = [0]
+    return int(max(layers, default=0))
+
+
+def loss_head_size(model: nn.Module, *, batch_size: int, seq_len: int) -> LossHeadSize | None:
+    """What head and loss need per token, and whether they can run in tiles; None where no head is found."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and isinstance(weight, torch.Tensor) and _is_head(model, module):
-            heads_bytes.append(tokens * module.out_features * (2 * weight.element_size() + _HEAD_BYTES_PER_LOGIT))
-    return int(max(max(layers, default=0), max(heads_bytes)))
+            item_bytes = weight.element_size()
+            return LossHeadSize(
+                num_tokens=batch_size * seq_len,
+                bytes_per_token=module.out_features * (2 * item_bytes + _HEAD_BYTES_PER_LOGIT),
+                hidden_bytes_per_token=2 * module.in_features * item_bytes,
+                tiles=find_causal_model(model) is not None,
+            )
+    return None
 
 
 def layer_input_bytes(drafts: list[BlockDraft], *, batch_size: int, seq_len: int) -> int:

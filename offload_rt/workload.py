@@ -17,7 +17,7 @@ from offload_rt.checkpoint.sources import TensorSource
 from offload_rt.config import EngineConfig
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, layer_input_bytes
+from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, layer_input_bytes, loss_head_size
 from offload_rt.store import store_folders, usable_bytes
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.plan import DecodeScope, Plan, Ring, Tier
@@ -44,6 +44,8 @@ class RuntimeOptions:
     layer_inputs: Tier | None = None
     """Where layer inputs wait, in place of the plan's choice."""
     decode_scope: DecodeScope | None = None
+    head_chunk_tokens: int | None = None
+    """Rows of a tile of the loss head, in place of the plan's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         + sum(p.numel() * (2 * p.element_size() + OPTIMIZER_BYTES_PER_ELEMENT) for p in trainable),
         layer_input_bytes=layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len),
         activation_bytes=estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len),
+        loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
         device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(),
         host_capacity_bytes=config.host_memory_bytes,
         nvme_capacity_bytes=nvme_capacity,
@@ -126,6 +129,8 @@ def check_plan(plan: Plan, problem: StreamingProblem, drafts: list[BlockDraft]) 
             f"plan: made for workload {plan.fingerprint}, this one is {problem.fingerprint} (model, batch_size, "
             f"seq_len or bits differ)"
         )
+    if plan.head_chunk_tokens is not None and not (problem.loss_head is not None and problem.loss_head.tiles):
+        raise ConfigError("plan: head_chunk_tokens is for causal language models of transformers; set it to null")
     placed = {*plan.resident, *(name for ring in plan.rings for name in ring.blocks)}
     if placed != {draft.name for draft in drafts}:
         odd = sorted(placed ^ {draft.name for draft in drafts})
@@ -138,6 +143,8 @@ def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) 
         plan = replace(plan, layer_inputs=options.layer_inputs)
     if options.decode_scope is not None:
         plan = replace(plan, decode_scope=options.decode_scope)
+    if options.head_chunk_tokens is not None:
+        plan = replace(plan, head_chunk_tokens=options.head_chunk_tokens)
     if options.num_slots is not None:
         rings = tuple(
             replace(ring, num_slots=min(options.num_slots, len(ring.blocks))) if ring.name == "layers" else ring

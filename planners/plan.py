@@ -64,6 +64,8 @@ class Plan:
     layer_inputs: Tier = Tier.DEVICE
     """Where the input of each layer waits until its backward recomputes it."""
     decode_scope: DecodeScope = DecodeScope.LINEAR
+    head_chunk_tokens: int | None = None
+    """Hidden states that go through final norm, head and loss at a time; None takes all at once. A cut."""
     peak_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Predicted peak by tier, itemised."""
     version: int = PLAN_VERSION
@@ -71,6 +73,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.version != PLAN_VERSION:
             raise ValueError(f"plan: version {self.version} is not readable here, which reads {PLAN_VERSION}")
+        if self.head_chunk_tokens is not None and self.head_chunk_tokens < 1:
+            raise ValueError(f"plan: head_chunk_tokens is {self.head_chunk_tokens}; at least 1, or null")
         for ring in self.rings:
             if ring.num_slots < 1:
                 raise ValueError(f"plan: ring {ring.name!r} has {ring.num_slots} slots; at least 1")

@@ -3,7 +3,8 @@
 Layers stream through up to three slots from NVME, or from HOST where no drive is given. Whatever else the model has
 (embedding, head, final norm) stays in DEVICE memory if the budget holds it and streams through a slot of its own if
 not. Layer inputs wait in the first of DEVICE, HOST, NVME that holds them. A third slot hides the latency of one slow
-read and is given up first; the second one hides every read, and is given up last.
+read and is given up first; the second one hides every read, and is given up last. The loss is taken in tiles that need
+no more memory than a layer's recompute, but of no fewer than `MIN_CHUNK_TOKENS`, which a product needs to be efficient.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.plan import DecodeScope, Plan, Ring, Tier
 
 MAX_SLOTS = 3
+MIN_CHUNK_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,26 @@ class BlockSize:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossHeadSize:
+    """Final norm, head and loss as the planner sees them."""
+
+    num_tokens: int
+    """Of the largest batch."""
+    bytes_per_token: int
+    """Logits, their gradients and what the loss makes of them, for one token."""
+    hidden_bytes_per_token: int
+    """Of a hidden state. Tiling holds the gradients of all, besides a tile's logits."""
+    tiles: bool
+    """False: the model takes its loss in a way that the runtime cannot cut."""
+
+    def peak_bytes(self, chunk_tokens: int | None) -> int:
+        """Transient memory for tiles of `chunk_tokens`, for all tokens at once where it is None."""
+        if chunk_tokens is None or chunk_tokens >= self.num_tokens:
+            return self.num_tokens * self.bytes_per_token
+        return chunk_tokens * self.bytes_per_token + self.num_tokens * self.hidden_bytes_per_token
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamingProblem:
     """What the rule decides from. Bytes; None as a capacity means that the tier is not limited."""
 
@@ -43,7 +65,9 @@ class StreamingProblem:
     layer_input_bytes: int
     """One layer's input for the largest batch."""
     activation_bytes: int
-    """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more."""
+    """Peak of transient activations of one layer's recompute."""
+    loss_head: LossHeadSize | None = None
+    """None where the model has no head that could be found."""
     device_capacity_bytes: int | None
     host_capacity_bytes: int | None
     nvme_capacity_bytes: int | None
@@ -92,12 +116,14 @@ def _plan(problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stre
         resident = (*problem.edges, *problem.layers)
     scratch = 2 * max((block.largest_module_bytes for block in problem.layers), default=0)
     each = _pages(problem.layer_input_bytes)
+    chunk_tokens = _head_chunk_tokens(problem)
+    head_bytes = problem.loss_head.peak_bytes(chunk_tokens) if problem.loss_head is not None else 0
     device = {
         "resident blocks": sum(block.stored_bytes for block in resident),
         **{f"ring of {ring.name}": ring.device_bytes for ring in rings},
         "decoded weights": scratch,
         "adapters, gradients, optimizer": problem.trainable_bytes,
-        "activations": problem.activation_bytes,
+        "activations": max(problem.activation_bytes, head_bytes),
     }
     host: dict[str, int] = {}
     nvme: dict[str, int] = {}
@@ -124,8 +150,20 @@ def _plan(problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stre
         rings=tuple(rings),
         layer_inputs=home,
         decode_scope=DecodeScope.LINEAR,
+        head_chunk_tokens=chunk_tokens,
         peak_bytes={"device": device, "host": host, "nvme": nvme},
     )
+
+
+def _head_chunk_tokens(problem: StreamingProblem) -> int | None:
+    """The largest tile, halving from the whole batch, that needs no more memory than a layer does; None: the whole."""
+    head = problem.loss_head
+    if head is None or not head.tiles:
+        return None
+    chunk = head.num_tokens
+    while chunk > MIN_CHUNK_TOKENS and head.peak_bytes(chunk) > problem.activation_bytes:
+        chunk = -(-chunk // 2)
+    return chunk if chunk < head.num_tokens else None
 
 
 def _ring(name: str, blocks: tuple[BlockSize, ...], slots: int, rest: Tier) -> Ring:

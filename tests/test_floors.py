@@ -44,6 +44,7 @@ FLOORS = {
     "offload_rt.access": 6.5,
     "offload_rt.autograd": 7.0,
     "offload_rt.edge": 7.0,
+    "offload_rt.loss_head": 7.0,
     "offload_rt.checkpoint": 8.0,
     "offload_rt.profile": 8.0,
     "offload_rt.workload": 8.5,

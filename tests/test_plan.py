@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from planners.errors import PlanInfeasible, format_bytes
 from planners.plan import DecodeScope, Plan, Ring, Tier
-from planners.streaming import BlockSize, StreamingProblem, plan_streaming
+from planners.streaming import MIN_CHUNK_TOKENS, BlockSize, LossHeadSize, StreamingProblem, plan_streaming
 
 KIB = 1024
 
@@ -272,3 +272,32 @@ def test_a_damaged_plan_is_read_or_refused_and_nothing_else(data):
 )
 def test_sizes_read_as_a_person_would_write_them(num_bytes, text):
     assert format_bytes(num_bytes) == text
+
+
+def head(num_tokens=1024, tiles=True):
+    return LossHeadSize(num_tokens=num_tokens, bytes_per_token=KIB, hidden_bytes_per_token=16, tiles=tiles)
+
+
+def test_the_loss_is_taken_in_the_largest_tiles_that_need_no_more_than_a_layer():
+    plan = plan_streaming(problem(loss_head=head(), activation_bytes=300 * KIB))
+    assert plan.head_chunk_tokens == 256
+    assert plan.peak_bytes["device"]["activations"] == 300 * KIB
+    assert head().peak_bytes(512) > 300 * KIB >= head().peak_bytes(256)
+
+
+def test_tiles_do_not_shrink_below_what_a_product_needs():
+    plan = plan_streaming(problem(loss_head=head(), activation_bytes=1))
+    assert plan.head_chunk_tokens == MIN_CHUNK_TOKENS
+    assert plan.peak_bytes["device"]["activations"] == head().peak_bytes(MIN_CHUNK_TOKENS)
+
+
+@pytest.mark.parametrize("whole", [None, head(num_tokens=32), head(tiles=False)])
+def test_a_loss_that_cannot_or_need_not_be_tiled_is_taken_whole(whole):
+    plan = plan_streaming(problem(loss_head=whole, activation_bytes=64 * KIB))
+    assert plan.head_chunk_tokens is None
+    assert plan.peak_bytes["device"]["activations"] == max(64 * KIB, whole.peak_bytes(None) if whole else 0)
+
+
+def test_tiles_of_no_tokens_are_no_plan():
+    with pytest.raises(ValueError, match="head_chunk_tokens"):
+        replace(plan_streaming(problem()), head_chunk_tokens=0)
