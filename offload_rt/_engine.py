@@ -92,7 +92,7 @@ class Engine:
         progress: Progress | None = None,
         options: RuntimeOptions | None = None,
     ) -> None:
-        self._resident_at_start = resident_bytes()
+        resident_at_start = resident_bytes()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
         if emulate is not None:
@@ -112,6 +112,9 @@ class Engine:
             commit_every=commit_every,
         )
         given_plan = _read_plan(plan)
+        # What the model holds already is the plan's to account for.
+        held = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
+        self._base_bytes = max(0, resident_at_start - held)
         flags = {id(p): p.requires_grad for p in model.parameters()}
         self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
         try:
@@ -129,6 +132,7 @@ class Engine:
                 given_plan,
                 options if options is not None else RuntimeOptions(),
                 progress,
+                base_bytes=self._base_bytes,
             )
         except BaseException:
             if adapters is not None:  # so that the same call with other arguments works
@@ -262,11 +266,19 @@ class Engine:
         save_adapters(self.model, Path(folder))
 
     def report(self) -> dict[str, Any]:
-        """What moved, what it cost, and who holds memory, since the start. Bytes and seconds."""
+        """What moved, what it cost, and who holds memory, since the start. Bytes and seconds.
+
+        Of the process's memory, `base_bytes` were there before the engine; `managed_bytes` are booked against the
+        budgets: `arena_bytes` of them lie in our arenas, the rest is left to PyTorch's allocator, whose own entry says
+        what it was planned to take and what it took, by the resident memory seen between layers.
+        """
         runtime = self._runtime
         links = runtime.links.counters
         executors = [executor.counters for executor in runtime.executors]
-        managed = sum(account.used_bytes for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME)
+        memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
+        managed, in_arenas = sum(a.used_bytes for a in memory), sum(a.arena_bytes for a in memory)
+        outside = self._base_bytes + in_arenas
+        heap = runtime.heap
         arenas = {
             tier.value: dict(account.holdings) for tier, account in runtime.tiers.accounts.items() if account.holdings
         }
@@ -295,8 +307,16 @@ class Engine:
             "nf4": codec.backend(),
             "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},
             "holdings": arenas,
+            "base_bytes": self._base_bytes,
             "managed_bytes": managed,
-            "base_bytes": self._resident_at_start,
+            "arena_bytes": in_arenas,
+            "allocator": {
+                "planned_bytes": managed - in_arenas,
+                "bytes": max(0, resident_bytes() - outside),
+                "peak_bytes": max(0, heap.counters.peak_bytes - outside),
+                "trims": heap.counters.num_trims,
+                "trimmed_bytes": heap.counters.returned_bytes,
+            },
             "peak_resident_bytes": peak_resident_bytes(),
         }
 

@@ -27,6 +27,7 @@ from offload_rt.discover import Coverage, check_coverage, coverage
 from offload_rt.edge import StreamedModule
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
+from offload_rt.heap import HeapGuard
 from offload_rt.loss_head import LossHead, find_causal_model
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
@@ -56,6 +57,7 @@ class Runtime:
     layers: list[RecomputedLayer]
     streamed: list[StreamedModule]
     loss_head: LossHead | None
+    heap: HeapGuard
     layer_counters: LayerCounters
     coverage: Coverage
     store: Store | None
@@ -80,6 +82,7 @@ class Runtime:
         for executor in self.executors:
             executor.drain()
         self.links.close()
+        self.heap.close()
         if self.scratch is not None:
             self.scratch.close()
         if self.store is not None:
@@ -93,8 +96,13 @@ def assemble(
     plan: Plan | None,
     options: RuntimeOptions,
     progress: Progress | None = None,
+    *,
+    base_bytes: int = 0,
 ) -> Runtime:
-    """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all."""
+    """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all.
+
+    base_bytes: resident memory of the process without what the plan accounts for.
+    """
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
         workload = find_workload(model, opened, config)
@@ -103,7 +111,7 @@ def assemble(
         chosen = plan if plan is not None else plan_streaming(problem)
         chosen = with_options(chosen, workload.drafts, options)
         check_plan(chosen, problem, workload.drafts)
-        with _Assembly(workload, problem, chosen, options, progress) as assembly:
+        with _Assembly(workload, problem, chosen, options, progress, base_bytes) as assembly:
             return assembly.run(covered)
 
 
@@ -117,7 +125,9 @@ class _Assembly:
         plan: Plan,
         options: RuntimeOptions,
         progress: Progress | None,
+        base_bytes: int,
     ) -> None:
+        self.base_bytes = base_bytes
         self.workload = workload
         self.problem = problem
         self.plan = plan
@@ -152,7 +162,8 @@ class _Assembly:
         decoder = self._decoder()
         device = self.tiers.account(Tier.DEVICE)
         device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
-        device.reserve("activations (estimate)", self.problem.activation_bytes)
+        device.reserve("activations", self.problem.transient_bytes(self.plan.head_chunk_tokens))
+        device.reserve("freed, held back by the allocator", self.problem.allocator_slack_bytes)
         accesses = self._resident()
         for ring in self.plan.rings:
             accesses.update(self._ring(ring))
@@ -276,10 +287,13 @@ class _Assembly:
 
     def _attach(self, decoder: Decoder, accesses: dict[str, Access], stash: Stash | None, covered: Coverage) -> Runtime:
         """Takes the weights out of the model and puts the hooks in. Nothing before this changed the model."""
+        memory = (self.tiers.account(Tier.DEVICE), self.tiers.account(Tier.HOST))
+        heap = HeapGuard(self.base_bytes + sum({account.tier: account.used_bytes for account in memory}.values()))
         workload = self.workload
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], executors=self.executors,
-            layers=[], streamed=[], loss_head=None, layer_counters=LayerCounters(), coverage=covered, store=self.store,
+            layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), coverage=covered,
+            store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder,
         )  # fmt: skip
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
@@ -299,7 +313,7 @@ class _Assembly:
             if draft.is_layer:
                 layer = RecomputedLayer(
                     draft.modules[0], block, access, stash=stash, hold_decoded=self._holds_decoded,
-                    counters=runtime.layer_counters,
+                    counters=runtime.layer_counters, between=heap.check,
                 )  # fmt: skip
                 runtime.layers.append(layer)
             elif not isinstance(access, ResidentAccess):

@@ -57,6 +57,7 @@ class RecomputedLayer:
         stash: Stash | None = None,
         hold_decoded: bool = False,
         counters: LayerCounters | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self.layer = layer
         self.block = block
@@ -64,6 +65,8 @@ class RecomputedLayer:
         self.stash = stash
         self._hold_decoded = hold_decoded
         self.counters = counters if counters is not None else LayerCounters()
+        self.between = between
+        """Called when the layer has run and its memory is free again: after each forward and each backward."""
         stored = {id(binding.parameter) for binding in block.bindings}
         self._own = [p for p in layer.parameters() if id(p) not in stored]
         self._bindings = block.bindings
@@ -108,6 +111,7 @@ class RecomputedLayer:
         outputs = _Recompute.apply(  # type: ignore[no-untyped-call]
             call, *call.tensors, *trainable
         )
+        self.between()
         return call.rebuild_output(outputs)
 
     def run(self, args: Any, kwargs: Any) -> Any:
@@ -284,6 +288,7 @@ class _Recompute(torch.autograd.Function):
             else:
                 gradients = (None,) * len(sources)
             del pairs  # and with it the recompute's graph, before the weights go
+        owner.between()
         supply = iter(gradients)
         of_inputs = [next(supply) if tensor.requires_grad else None for tensor in detached]
         return (None, *of_inputs, *supply)

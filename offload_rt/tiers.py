@@ -24,6 +24,8 @@ class TierAccount:
     tier: Tier
     capacity_bytes: int | None
     holdings: dict[str, int] = field(default_factory=dict)
+    arena_bytes: int = 0
+    """Of these, in arenas; the rest is left to PyTorch's allocator."""
 
     @property
     def used_bytes(self) -> int:
@@ -67,7 +69,9 @@ class Tiers:
 
     def arena(self, tier: Tier, name: str, num_bytes: int) -> Arena:
         """Reserves an arena of `num_bytes` in `tier`."""
-        self.account(tier).reserve(name, align_up(num_bytes, IO_ALIGNMENT_BYTES))
+        account, num_bytes = self.account(tier), align_up(num_bytes, IO_ALIGNMENT_BYTES)
+        account.reserve(name, num_bytes)
+        account.arena_bytes += num_bytes
         return Arena(name, num_bytes, poison=self._poison)
 
 

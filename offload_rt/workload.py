@@ -26,6 +26,9 @@ from planners.streaming import BlockSize, StreamingProblem
 OPTIMIZER_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments, which is the most that the usual optimizers keep for an adapter."""
 
+MAX_ALLOCATOR_SLACK_BYTES = 64 << 20
+"""What the C library may hold back of freed memory; see `heap`. Small workloads are allowed less."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions:
@@ -86,6 +89,10 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     leftovers = sum(
         p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad and id(p) not in stored
     )
+    trainable_bytes = leftovers + sum(
+        p.numel() * (2 * p.element_size() + OPTIMIZER_BYTES_PER_ELEMENT) for p in trainable
+    )
+    activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     unified = config.host_memory_bytes is None
     nvme_capacity = None
     if config.nvme:
@@ -95,10 +102,10 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         fingerprint=_fingerprint(drafts, config),
         layers=tuple(_size(d) for d in drafts if d.is_layer),
         edges=tuple(_size(d) for d in drafts if not d.is_layer),
-        trainable_bytes=leftovers
-        + sum(p.numel() * (2 * p.element_size() + OPTIMIZER_BYTES_PER_ELEMENT) for p in trainable),
+        trainable_bytes=trainable_bytes,
         layer_input_bytes=layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len),
-        activation_bytes=estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len),
+        activation_bytes=activation_bytes,
+        allocator_slack_bytes=min(MAX_ALLOCATOR_SLACK_BYTES, trainable_bytes + activation_bytes),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
         device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(),
         host_capacity_bytes=config.host_memory_bytes,

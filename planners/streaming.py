@@ -66,6 +66,8 @@ class StreamingProblem:
     """One layer's input for the largest batch."""
     activation_bytes: int
     """Peak of transient activations of one layer's recompute."""
+    allocator_slack_bytes: int = 0
+    """Memory that was freed and that the allocator may hold back, besides what is in use."""
     loss_head: LossHeadSize | None = None
     """None where the model has no head that could be found."""
     device_capacity_bytes: int | None
@@ -74,6 +76,11 @@ class StreamingProblem:
     """None here means that there is no drive."""
     unified: bool
     """DEVICE and HOST are one tier (the CPU device without `host_memory`)."""
+
+    def transient_bytes(self, head_chunk_tokens: int | None) -> int:
+        """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more."""
+        head = 0 if self.loss_head is None else self.loss_head.peak_bytes(head_chunk_tokens)
+        return max(self.activation_bytes, head)
 
 
 def plan_streaming(problem: StreamingProblem) -> Plan:
@@ -117,13 +124,13 @@ def _plan(problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stre
     scratch = 2 * max((block.largest_module_bytes for block in problem.layers), default=0)
     each = _pages(problem.layer_input_bytes)
     chunk_tokens = _head_chunk_tokens(problem)
-    head_bytes = problem.loss_head.peak_bytes(chunk_tokens) if problem.loss_head is not None else 0
     device = {
         "resident blocks": sum(block.stored_bytes for block in resident),
         **{f"ring of {ring.name}": ring.device_bytes for ring in rings},
         "decoded weights": scratch,
         "adapters, gradients, optimizer": problem.trainable_bytes,
-        "activations": max(problem.activation_bytes, head_bytes),
+        "activations": problem.transient_bytes(chunk_tokens),
+        "freed, held back by the allocator": problem.allocator_slack_bytes,
     }
     host: dict[str, int] = {}
     nvme: dict[str, int] = {}
@@ -162,7 +169,7 @@ def _head_chunk_tokens(problem: StreamingProblem) -> int | None:
         return None
     chunk = head.num_tokens
     while chunk > MIN_CHUNK_TOKENS and head.peak_bytes(chunk) > problem.activation_bytes:
-        chunk = -(-chunk // 2)
+        chunk = max(MIN_CHUNK_TOKENS, -(-chunk // 2))
     return chunk if chunk < head.num_tokens else None
 
 

@@ -208,7 +208,7 @@ def test_every_example_comes_once_an_epoch_in_a_seeded_order(packing: bool) -> N
 
 
 def test_batches_of_similar_length_cut_padding_and_the_largest_comes_first() -> None:
-    batches = Batches(MANY, batch_size=4, seq_len=32)
+    batches = Batches(MANY, batch_size=4, seq_len=32, pad_to_multiple_of=1)
     masks = [next(batches)["attention_mask"] for _ in range(batches.num_batches(0))]
     assert sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks) > 0.9
     assert masks[0].numel() == max(mask.numel() for mask in masks)
@@ -235,8 +235,16 @@ def test_a_restored_iterator_continues_exactly_even_across_epochs(packing: bool)
         other.load_state_dict(straight.state_dict())
 
 
+def test_rows_have_few_widths_and_none_beyond_seq_len() -> None:
+    batches = Batches(MANY, batch_size=1, seq_len=22)
+    widths = {next(batches)["input_ids"].shape[1] for _ in MANY}
+    assert widths == {8, 16, 22}
+    with pytest.raises(ConfigError, match="pad_to_multiple_of"):
+        Batches(MANY, batch_size=1, seq_len=22, pad_to_multiple_of=0)
+
+
 def test_padding_is_on_the_right_and_not_learned() -> None:
-    batch = padded_batch(lengths(2, 4), pad_token_id=9)
+    batch = padded_batch(lengths(2, 4), pad_token_id=9, width=4)
     assert batch["input_ids"].tolist() == [[1, 1, 9, 9], [2, 2, 2, 2]]
     assert batch["labels"].tolist() == [[1, 1, -100, -100], [2, 2, 2, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]

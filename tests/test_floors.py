@@ -28,6 +28,7 @@ FLOORS = {
     "offload_rt.nf4_torch": 1.0,
     "offload_rt.arena": 1.0,
     "offload_rt.checksum": 1.0,
+    "offload_rt.heap": 1.0,
     "offload_rt.codec": 1.5,
     "offload_rt.prequantized": 1.5,
     "offload_rt.recording": 2.0,

@@ -46,11 +46,15 @@ class Batches:
         seed: int = 0,
         packing: bool = False,
         pad_token_id: int = 0,
+        pad_to_multiple_of: int = 8,
     ) -> None:
+        """`pad_to_multiple_of`: tokens a row. oneDNN keeps compiled kernels, megabytes, for every width it met."""
         if not examples:
             raise DataError("no examples to make batches of")
         if batch_size < 1:
             raise ConfigError(f"batch_size: must be at least 1, got {batch_size}")
+        if pad_to_multiple_of < 1:
+            raise ConfigError(f"pad_to_multiple_of: must be at least 1, got {pad_to_multiple_of}")
         longest = max(map(len, examples))
         if longest > seq_len:
             raise DataError(f"an example has {longest} tokens, more than seq_len={seq_len}")
@@ -60,12 +64,13 @@ class Batches:
         self._seed = seed
         self._packing = packing
         self._pad_token_id = pad_token_id
+        self._pad_to_multiple_of = pad_to_multiple_of
         checksum = 0
         for example in examples:
             checksum = zlib.crc32(example.labels.tobytes(), zlib.crc32(example.input_ids.tobytes(), checksum))
         self._fingerprint = {
             "examples": len(examples), "checksum": checksum, "batch_size": batch_size,
-            "seq_len": seq_len, "seed": seed, "packing": packing,
+            "seq_len": seq_len, "seed": seed, "packing": packing, "pad_to_multiple_of": pad_to_multiple_of,
         }  # fmt: skip
         self.epoch = 0
         """Of the next batch, from 0."""
@@ -88,7 +93,10 @@ class Batches:
         documents = [[self._examples[index] for index in row] for row in rows]
         if self._packing:
             return packed_batch(documents, pad_token_id=self._pad_token_id)
-        return padded_batch([row[0] for row in documents], pad_token_id=self._pad_token_id)
+        examples = [row[0] for row in documents]
+        multiple = self._pad_to_multiple_of
+        width = min(self._seq_len, -(-max(map(len, examples)) // multiple) * multiple)
+        return padded_batch(examples, pad_token_id=self._pad_token_id, width=width)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "data": dict(self._fingerprint)}
@@ -153,9 +161,8 @@ class Batches:
         return rows
 
 
-def padded_batch(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
-    """`input_ids`, `attention_mask`, `labels`, each (batch, longest), padded on the right."""
-    width = max(map(len, examples))
+def padded_batch(examples: Sequence[Example], *, pad_token_id: int, width: int) -> Batch:
+    """`input_ids`, `attention_mask`, `labels`, each (batch, width), padded on the right."""
     ids = np.full((len(examples), width), pad_token_id, np.int64)
     labels = np.full((len(examples), width), IGNORED_LABEL, np.int64)
     mask = np.zeros((len(examples), width), np.int64)

@@ -1,0 +1,132 @@
+"""The heap's holes go back to the system, and the process stays within base, arenas and what the plan gives PyTorch."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from offload_rt.heap import HeapGuard
+
+MIB = 1 << 20
+
+
+class Libc:
+    """malloc as PyTorch uses it, so that a test can make holes without PyTorch's help."""
+
+    def __init__(self):
+        self.c = ctypes.CDLL(None)
+        self.c.malloc.restype = ctypes.c_void_p
+        self.c.malloc.argtypes = [ctypes.c_size_t]
+        self.c.free.argtypes = [ctypes.c_void_p]
+
+    def make_holes(self, num_bytes):
+        """Takes and frees `num_bytes` in pieces below the size that is mapped, each held down by a small one."""
+        piece = 64 << 10
+        pieces, pins = [], []
+        for _ in range(num_bytes // piece):
+            pieces.append(self.c.malloc(piece))
+            ctypes.memset(pieces[-1], 1, piece)
+            pins.append(self.c.malloc(2048))
+        for address in pieces:
+            self.c.free(address)
+        return pins
+
+
+needs_trim = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library has no malloc_trim"
+)
+
+
+@needs_trim
+def test_holes_are_given_back_once_the_process_has_outgrown_its_limit():
+    libc = Libc()
+    before = HeapGuard(0).resident_bytes()
+    guard = HeapGuard(before + 64 * MIB, margin_bytes=8 * MIB)
+    pins = libc.make_holes(32 * MIB)
+    guard.check()
+    assert guard.counters.num_trims == 0, "32 MiB of holes are allowed here"
+    pins += libc.make_holes(128 * MIB)
+    assert guard.resident_bytes() > before + 64 * MIB
+    guard.check()
+    assert guard.counters.num_trims == 1
+    assert guard.counters.returned_bytes > 64 * MIB
+    assert guard.resident_bytes() < before + 64 * MIB
+    assert guard.counters.peak_bytes > before + 64 * MIB
+    for pin in pins:
+        libc.c.free(pin)
+    guard.close()
+
+
+@needs_trim
+def test_a_process_that_is_over_its_limit_for_good_is_not_trimmed_at_every_check():
+    guard = HeapGuard(1, margin_bytes=64 * MIB)
+    for _ in range(10):
+        guard.check()
+    assert guard.counters.num_trims == 1
+    guard.close()
+
+
+def test_without_malloc_trim_it_only_watches(monkeypatch):
+    guard = HeapGuard(1)
+    monkeypatch.setattr(guard, "_malloc_trim", None)
+    guard.check()
+    assert guard.counters.num_trims == 0
+    assert guard.counters.peak_bytes == pytest.approx(guard.resident_bytes(), rel=0.5)
+    guard.close()
+
+
+CHILD = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+import peft, transformers
+import offload_rt
+from offload_rt import heap
+if sys.argv[2] == "without the guard":
+    heap.HeapGuard.check = lambda guard: setattr(
+        guard.counters, "peak_bytes", max(guard.counters.peak_bytes, guard.resident_bytes()))
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=4096, hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6,
+    num_key_value_heads=2)
+model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+with offload_rt.engine(
+    model, bits=4, adapters=lora, nvme=sys.argv[1], batch_size=2, seq_len=256, lr=1e-3,
+) as engine:
+    for step in range(3):
+        ids = torch.randint(0, 4096, (2, 256 - 64 * (step % 2)))
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    print(json.dumps(engine.report(), default=str))
+"""
+
+FIRST_USE_BYTES = 64 * MIB
+"""Not the plan's: code that torch loads, and kernels that oneDNN compiles, when they are first used."""
+
+
+def run_child(folder, how):
+    folder.mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), how], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@needs_trim
+def test_the_process_stays_within_base_arenas_and_what_was_planned_for_the_allocator(disk_folder):
+    report = run_child(disk_folder / "guarded", "guarded")
+    allocator = report["allocator"]
+    assert 0 < report["arena_bytes"] < report["managed_bytes"]
+    assert allocator["planned_bytes"] == report["managed_bytes"] - report["arena_bytes"]
+    assert report["base_bytes"] > 100 * MIB
+    assert allocator["peak_bytes"] <= allocator["planned_bytes"] + FIRST_USE_BYTES
+    assert allocator["trims"] > 0
+    loose = run_child(disk_folder / "loose", "without the guard")["allocator"]
+    assert loose["trims"] == 0
+    assert loose["peak_bytes"] > allocator["peak_bytes"]
