@@ -325,6 +325,7 @@ class _Assembly:
         for module in runtime.streamed:
             module.attach()
         runtime.loss_head = self._loss_head(runtime.streamed)
+        heap.trim()  # of what the weights and their encoding have left
         return runtime
 
     def _loss_head(self, streamed: list[StreamedModule]) -> LossHead | None:

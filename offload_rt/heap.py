@@ -43,8 +43,14 @@ class HeapGuard:
         """Takes some microseconds, unless it is time to trim."""
         resident = self.resident_bytes()
         self.counters.peak_bytes = max(self.counters.peak_bytes, resident)
-        if resident <= self._trim_at or self._malloc_trim is None:
+        if resident > self._trim_at:
+            self.trim()
+
+    def trim(self) -> None:
+        """Gives all holes back, whatever the limit."""
+        if self._malloc_trim is None:
             return
+        resident = self.resident_bytes()
         self._malloc_trim(0)
         left = self.resident_bytes()
         self.counters.num_trims += 1

@@ -102,8 +102,8 @@ with offload_rt.engine(
     print(json.dumps(engine.report(), default=str))
 """
 
-FIRST_USE_BYTES = 64 * MIB
-"""Not the plan's: code that torch loads, and kernels that oneDNN compiles, when they are first used."""
+BESIDES_BYTES = 96 * MIB
+"""Not the plan's: code that torch loads, kernels that oneDNN compiles at first use, holes made between two checks."""
 
 
 def run_child(folder, how):
@@ -123,8 +123,9 @@ def test_the_process_stays_within_base_arenas_and_what_was_planned_for_the_alloc
     assert 0 < report["arena_bytes"] < report["managed_bytes"]
     assert allocator["planned_bytes"] == report["managed_bytes"] - report["arena_bytes"]
     assert report["base_bytes"] > 100 * MIB
-    assert allocator["peak_bytes"] <= allocator["planned_bytes"] + FIRST_USE_BYTES
-    assert allocator["trims"] > 0
+    assert allocator["peak_bytes"] <= allocator["planned_bytes"] + BESIDES_BYTES
+    assert allocator["trims"] > 1
+    # The engine gives back once what building it has left; only that is done here.
     loose = run_child(disk_folder / "loose", "without the guard")["allocator"]
-    assert loose["trims"] == 0
+    assert loose["trims"] == 1
     assert loose["peak_bytes"] > allocator["peak_bytes"]
