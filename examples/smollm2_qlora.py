@@ -28,7 +28,7 @@ import peft
 import torch
 import transformers
 from demo_table import checks, show
-from evaluation import answers, keep_head_input_contiguous, prompt_ids, sample_outputs
+from evaluation import answers, prompt_ids, sample_outputs
 from processes import Meter, cpu_seconds_of_all, run_child
 from rich.console import Console
 from safetensors.torch import save_file
@@ -144,8 +144,6 @@ def train_with_engine(arguments: argparse.Namespace, model_folder: Path, run: Pa
         console.print(engine.summary(), markup=False, highlight=False, soft_wrap=True)
         if not engine.report()["direct_io"]:
             console.print(f"note: {nvme} is on a file system without O_DIRECT: reads go through the page cache")
-        keep_head_input_contiguous(engine.model)
-
         engine.model.eval()
         with meter.phase("evaluation before"):
             answers_before = answers(engine.model, tokenizer, test_set)

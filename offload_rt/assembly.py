@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from offload_rt.access import Access, ResidentAccess, RingAccess
 from offload_rt.arena import Arena
@@ -24,7 +25,7 @@ from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent
 from offload_rt.config import EngineConfig
 from offload_rt.decoder import Decoder
 from offload_rt.discover import Coverage, check_coverage, coverage
-from offload_rt.edge import StreamedModule
+from offload_rt.edge import StreamedModule, keep_head_input_contiguous
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import HeapGuard
@@ -58,6 +59,7 @@ class Runtime:
     streamed: list[StreamedModule]
     loss_head: LossHead | None
     heap: HeapGuard
+    contiguous_head: RemovableHandle | None
     layer_counters: LayerCounters
     coverage: Coverage
     store: Store | None
@@ -77,6 +79,8 @@ class Runtime:
             module.detach()
         if self.loss_head is not None:
             self.loss_head.detach()
+        if self.contiguous_head is not None:
+            self.contiguous_head.remove()
         for block in self.blocks:
             block.detach()
         for executor in self.executors:
@@ -293,7 +297,7 @@ class _Assembly:
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], executors=self.executors,
             layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), coverage=covered,
-            store=self.store,
+            contiguous_head=None, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder,
         )  # fmt: skip
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
@@ -324,6 +328,7 @@ class _Assembly:
             layer.attach()
         for module in runtime.streamed:
             module.attach()
+        runtime.contiguous_head = keep_head_input_contiguous(workload.model)
         runtime.loss_head = self._loss_head(runtime.streamed)
         heap.trim()  # of what the weights and their encoding have left
         return runtime

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from offload_rt.access import Access, opened, put_forward_back
 from offload_rt.block import Block
@@ -85,6 +86,25 @@ class StreamedModule:
         finally:
             del slot
             self._access.release()
+
+
+def keep_head_input_contiguous(model: nn.Module) -> RemovableHandle | None:
+    """Makes generation take no more memory than its activations; returns how to undo it, None without a head.
+
+    When it generates, transformers gives the head the last position's hidden states, a slice of a batch. torch
+    multiplies a slice row by row, with a copy of the weight for each: gigabytes with a large vocabulary.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if not isinstance(head, nn.Module):
+        return None
+
+    def contiguous(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if torch.is_grad_enabled() or not inputs or not isinstance(inputs[0], torch.Tensor):
+            return None
+        return (inputs[0].contiguous(), *inputs[1:])
+
+    return head.register_forward_pre_hook(contiguous)
 
 
 def _unpack(saved: torch.Tensor | BlockReference) -> torch.Tensor:

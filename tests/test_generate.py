@@ -114,3 +114,16 @@ def test_a_state_dict_holds_no_placeholder_and_every_adapter(make_engine, disk_f
     assert not any(t.isnan().any() for t in state.values() if t.is_floating_point())
     assert set(engine.trainable) <= set(state)
     assert not any(name.endswith("base_layer.weight") for name in state)
+
+
+def test_the_head_is_given_whole_rows_so_that_torch_does_not_copy_its_weight(make_engine):
+    engine = make_engine(build_lora("llama"), seq_len=32)
+    seen = []
+    head = engine.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    batch = {name: tensor.repeat(3, 1) for name, tensor in prompt().items()}
+    engine.model.eval().generate(**batch, max_new_tokens=2, do_sample=False)
+    assert seen and all(seen)
+    engine.close()
+    handle.remove()
+    assert not head._forward_pre_hooks
