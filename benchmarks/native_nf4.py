@@ -69,7 +69,7 @@ def decode_contenders(weight: torch.Tensor) -> dict[str, Callable[[], float]]:
     for num_threads in NUM_THREADS:
         copy = with_torch_threads(num_threads, lambda: out.copy_(weight))
         contenders[f"memcpy x{num_threads}"] = giga_elements_per_second(num_elements, REPEATS, copy)
-        for isa in native.nf4_isas():
+        for isa in native.kernel_isas():
             for stream in (False, True):
 
                 def work(isa: str = isa, num_threads: int = num_threads, stream: bool = stream) -> None:
@@ -112,7 +112,7 @@ def encode_contenders(weight: torch.Tensor) -> dict[str, Callable[[], float]]:
     dtype = str(weight.dtype).removeprefix("torch.")
     contenders: dict[str, Callable[[], float]] = {}
     for num_threads in NUM_THREADS:
-        for isa in native.nf4_isas():
+        for isa in native.kernel_isas():
 
             def work(isa: str = isa, num_threads: int = num_threads) -> None:
                 native.nf4_encode(array, dtype, codes, absmax, isa=isa, num_threads=num_threads)

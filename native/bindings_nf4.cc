@@ -7,46 +7,14 @@
 
 #include <string>
 
+#include "bindings_buffers.h"
 #include "nf4.h"
 
 namespace py = pybind11;
+using namespace offload_rt;
 using namespace offload_rt::nf4;
 
 namespace {
-
-// The buffer's memory, after a check that it is one contiguous dimension of items of T's size. The Python
-// caller keeps the object alive for the length of the call.
-template <typename T>
-std::span<T> span_of(const py::buffer& buffer, const char* name) {
-  const py::buffer_info info = buffer.request(!std::is_const_v<T>);
-  if (info.ndim != 1 || info.itemsize != sizeof(T) ||
-      (info.shape[0] > 1 && info.strides[0] != info.itemsize)) {
-    throw py::value_error(std::string(name) + ": a contiguous one-dimensional array of " +
-                          std::to_string(sizeof(T)) + "-byte items is needed, got " +
-                          std::to_string(info.ndim) + " dimensions of " + std::to_string(info.itemsize) +
-                          "-byte items");
-  }
-  return {static_cast<T*>(info.ptr), static_cast<std::size_t>(info.shape[0])};
-}
-
-void check_size(const char* name, std::size_t size, std::size_t wanted) {
-  if (size == wanted) return;
-  throw py::value_error(std::string(name) + " has " + std::to_string(size) + " items, " +
-                        std::to_string(wanted) + " are needed");
-}
-
-std::size_t ceil_divide(std::size_t left, std::size_t right) { return (left + right - 1) / right; }
-
-Execution execution_of(const std::string& isa, std::size_t num_threads, bool streaming_stores) {
-  const std::vector<Isa> available = available_isas();
-  if (isa == "auto") return {available.back(), num_threads, streaming_stores};
-  std::string allowed = "auto";
-  for (const Isa candidate : available) {
-    if (isa == name_of(candidate)) return {candidate, num_threads, streaming_stores};
-    allowed += ", " + std::string(name_of(candidate));
-  }
-  throw py::value_error("isa is '" + isa + "', this processor allows: " + allowed);
-}
 
 // Calls f.template operator()<T>() with the element type of that name.
 template <typename F>
@@ -135,14 +103,6 @@ void bound_encode_absmax(const py::buffer& absmax, float offset, const py::buffe
 }  // namespace
 
 void bind_nf4(py::module_& m) {
-  m.def(
-      "nf4_isas",
-      [] {
-        std::vector<std::string> names;
-        for (const Isa isa : available_isas()) names.emplace_back(name_of(isa));
-        return names;
-      },
-      "The instruction sets that NF4 can use on this processor, slowest first; 'auto' is the last.");
   m.def("nf4_decode", &bound_decode, py::arg("codes"), py::arg("absmax"), py::arg("nested_absmax"),
         py::arg("nested_offset"), py::arg("nested_map"), py::arg("out"), py::arg("dtype"), py::kw_only(),
         py::arg("isa") = "auto", py::arg("num_threads") = 1, py::arg("streaming_stores") = false,

@@ -32,4 +32,28 @@ std::vector<std::pair<std::string_view, bool>> detect_isa() {
 #endif
 }
 
+std::string_view name_of(Isa isa) {
+  switch (isa) {
+    case Isa::plain:
+      return "plain";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas = {Isa::plain};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    isas.push_back(Isa::avx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    isas.push_back(Isa::avx512);
+#endif
+  return isas;
+}
+
 }  // namespace offload_rt

@@ -1,12 +1,9 @@
 // NF4 over whole tensors: shares quant blocks out to threads, decodes their absmax, serves the last block.
-//
-// Threads are started for each call. That costs some 20 us a thread, which the smallest share hides, and it
-// leaves neither idle threads nor state behind. A call below two shares runs on the caller's thread alone.
 #include "nf4.h"
 
 #include <algorithm>
 #include <cmath>
-#include <thread>
+#include <vector>
 
 #include "nf4_kernels.h"
 
@@ -27,19 +24,6 @@ Kernels<T> kernels_for(Isa isa) {
 #endif
   static_cast<void>(isa);
   return plain_kernels<T>();
-}
-
-// Calls work(part, begin, end) for contiguous shares of [0, num_units), the first on this thread; it must not
-// throw.
-template <typename Work>
-void in_parallel(std::size_t num_units, std::size_t num_parts, const Work& work) {
-  const auto begin_of = [&](std::size_t part) { return num_units * part / num_parts; };
-  std::vector<std::jthread> threads;
-  threads.reserve(num_parts - 1);
-  for (std::size_t part = 1; part < num_parts; ++part) {
-    threads.emplace_back([&, part] { work(part, begin_of(part), begin_of(part + 1)); });
-  }
-  work(0, 0, begin_of(1));
 }
 
 std::size_t num_parts(std::size_t num_blocks, std::size_t num_threads) {
@@ -104,35 +88,7 @@ std::optional<std::size_t> encode_partial_block(std::span<const T> weights, std:
   return std::nullopt;
 }
 
-template <typename T>
-bool is_aligned_for_streaming(const T* out) {
-  return reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
-}
-
 }  // namespace
-
-std::string_view name_of(Isa isa) {
-  switch (isa) {
-    case Isa::plain:
-      return "plain";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-  }
-  return "unknown";
-}
-
-std::vector<Isa> available_isas() {
-  std::vector<Isa> isas = {Isa::plain};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) isas.push_back(Isa::avx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    isas.push_back(Isa::avx512);
-#endif
-  return isas;
-}
 
 template <typename T>
 void decode(const Encoded& encoded, std::span<T> out, const Execution& execution) {

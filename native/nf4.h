@@ -13,8 +13,9 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <string_view>
-#include <vector>
+
+#include "execution.h"
+#include "float16.h"
 
 namespace offload_rt::nf4 {
 
@@ -42,34 +43,12 @@ inline constexpr std::array<float, 16> kTable = {
     1.0f,
 };
 
-// A bfloat16 or half as its 16 bits: distinct types, so that one cannot be taken for the other.
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Half {
-  std::uint16_t bits;
-};
-
-enum class Isa : std::uint8_t { plain, avx2, avx512 };
-
-[[nodiscard]] std::string_view name_of(Isa isa);
-
-// What this processor can run, slowest first.
-[[nodiscard]] std::vector<Isa> available_isas();
-
 struct Encoded {
   std::span<const std::uint8_t> codes;   // ceil(elements / 2)
   std::span<const std::uint8_t> absmax;  // ceil(elements / 64)
   std::span<const float> nested_absmax;  // ceil(absmax / 256)
   float nested_offset;
   std::span<const float, kNestedMapSize> nested_map;
-};
-
-struct Execution {
-  Isa isa;
-  std::size_t num_threads;  // an upper bound: small tensors use fewer
-  // Write around the caches: faster for an output that nothing reads soon, slower for one that is read next.
-  bool streaming_stores = false;
 };
 
 // Decodes out.size() elements, from the first. The spans' sizes must fit each other; the bindings check that.

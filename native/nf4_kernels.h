@@ -14,7 +14,6 @@
 namespace offload_rt::nf4 {
 
 inline constexpr std::size_t kCodesPerBlock = kQuantBlockSize / 2;  // bytes
-inline constexpr std::uint32_t kInfinityBits = 0x7f800000;
 inline constexpr float kSmallestAbsmax = 1e-38f;  // what bitsandbytes clamps to before it divides
 
 // kMidpoints[i] separates code i from i + 1; a weight that lies on it takes the lower code.
@@ -47,16 +46,6 @@ template <typename T>
 template <typename T>
 [[nodiscard]] Kernels<T> avx512_kernels();
 #endif
-
-// Conversions, round to nearest even, denormals kept. A NaN becomes a quiet NaN.
-[[nodiscard]] inline float to_float(float value) { return value; }
-[[nodiscard]] inline float to_float(BFloat16 value) {
-  return std::bit_cast<float>(std::uint32_t{value.bits} << 16);
-}
-[[nodiscard]] float to_float(Half value);
-
-template <typename T>
-[[nodiscard]] T from_float(float value);
 
 // The code of a weight that was divided by its absmax: how many midpoints lie below it.
 [[nodiscard]] inline std::uint8_t code_of(float scaled) {

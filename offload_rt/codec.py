@@ -43,7 +43,7 @@ def backend(requested: Backend = "auto") -> str:
     cannot be had raises `OffloadError` with the reason.
     """
     native = _native(requested)
-    return "torch" if native is None else f"native {native.nf4_isas()[-1]}"
+    return "torch" if native is None else f"native {native.kernel_isas()[-1]}"
 
 
 def encode(weight: Tensor, *, backend: Backend = "auto", num_threads: int | None = None) -> Tensor:

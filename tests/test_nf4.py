@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 2, 63, 64, 65, 4095, 4096, 4097, 16383, 16385, 100_003, 3 * 524_288 + 65)
 SCALES = (1.0, 0.02, 3e4, 1e-5, 1e-37, 1e-40, 1e30, 0.0)
 CORE = native_core()
-ISAS = tuple(CORE.nf4_isas()) if CORE is not None else ()
+ISAS = tuple(CORE.kernel_isas()) if CORE is not None else ()
 needs_native = pytest.mark.skipif(CORE is None, reason=f"native core not built: {why_not()}")
 
 

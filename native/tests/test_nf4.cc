@@ -11,6 +11,7 @@
 #include "check.h"
 #include "nf4.h"
 
+using namespace offload_rt;
 using namespace offload_rt::nf4;
 using namespace offload_rt::testing;
 
