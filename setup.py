@@ -61,7 +61,7 @@ def extensions() -> list[Extension]:
             extra_compile_args=[
                 "-std=c++20",
                 "-O3",
-                "-ffp-contract=off",  # a multiply and an add become one operation where the source says so, nowhere else
+                "-ffp-contract=off",  # multiply and add are fused where the source says so, nowhere else
                 "-g0",
                 "-fvisibility=hidden",
                 "-Wall",

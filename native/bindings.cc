@@ -6,11 +6,12 @@
 
 #include "isa.h"
 
+void bind_cpu_adam(pybind11::module_& m);
 void bind_io(pybind11::module_& m);
 void bind_nf4(pybind11::module_& m);
 
 PYBIND11_MODULE(_offload_rt_native, m) {
-  m.doc() = "Native core of offload_rt: asynchronous file I/O, checksums, NF4.";
+  m.doc() = "Native core of offload_rt: asynchronous file I/O, checksums, NF4, AdamW.";
   m.def(
       "kernel_isas",
       [] {
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_offload_rt_native, m) {
         return names;
       },
       "The instruction sets that kernels can use on this processor, slowest first; 'auto' is the last.");
+  bind_cpu_adam(m);
   bind_io(m);
   bind_nf4(m);
 }

@@ -1,0 +1,78 @@
+// The AdamW kernel for AVX2 with FMA: eight lanes.
+#include "cpu_adam_kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+
+// Templates and lambdas take their target from the region that they are written in.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace offload_rt::adam {
+
+namespace {
+
+struct Lanes {
+  using Floats = __m256;
+  static constexpr std::size_t kWidth = 8;
+
+  static Floats load(const float* from) { return _mm256_loadu_ps(from); }
+  static Floats load(const BFloat16* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
+  static void store(BFloat16* to, Floats values) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), round_to_bfloat16(values));
+  }
+  static void stream(float* to, Floats values) { _mm256_stream_ps(to, values); }
+  static void stream(BFloat16* to, Floats values) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), round_to_bfloat16(values));
+  }
+  static Floats broadcast(float value) { return _mm256_set1_ps(value); }
+  static Floats add(Floats left, Floats right) { return _mm256_add_ps(left, right); }
+  static Floats subtract(Floats left, Floats right) { return _mm256_sub_ps(left, right); }
+  static Floats multiply(Floats left, Floats right) { return _mm256_mul_ps(left, right); }
+  static Floats divide(Floats left, Floats right) { return _mm256_div_ps(left, right); }
+  static Floats square_root(Floats values) { return _mm256_sqrt_ps(values); }
+  static Floats multiply_add(Floats left, Floats right, Floats addend) {
+    return _mm256_fmadd_ps(left, right, addend);
+  }
+
+  static __m128i round_to_bfloat16(Floats values) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  }
+};
+
+#include "cpu_adam_lanes.h"
+
+}  // namespace
+
+void step_avx2(const Parameter& parameter, const Step& step, bool streaming_stores) {
+  step_lanes_of(parameter, step, streaming_stores);
+  if (streaming_stores) _mm_sfence();  // streamed data becomes visible to whoever waits for this thread
+}
+
+}  // namespace offload_rt::adam
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,82 @@
+// The AdamW kernel for AVX-512 (F, BW, DQ, VL): sixteen lanes.
+#include "cpu_adam_kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+
+// Templates and lambdas take their target from the region that they are written in.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+// GCC 12's own intrinsics initialise their ignored operands from themselves (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+namespace offload_rt::adam {
+
+namespace {
+
+struct Lanes {
+  using Floats = __m512;
+  static constexpr std::size_t kWidth = 16;
+
+  static Floats load(const float* from) { return _mm512_loadu_ps(from); }
+  static Floats load(const BFloat16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
+  static void store(BFloat16* to, Floats values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round_to_bfloat16(values));
+  }
+  static void stream(float* to, Floats values) { _mm512_stream_ps(to, values); }
+  static void stream(BFloat16* to, Floats values) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), round_to_bfloat16(values));
+  }
+  static Floats broadcast(float value) { return _mm512_set1_ps(value); }
+  static Floats add(Floats left, Floats right) { return _mm512_add_ps(left, right); }
+  static Floats subtract(Floats left, Floats right) { return _mm512_sub_ps(left, right); }
+  static Floats multiply(Floats left, Floats right) { return _mm512_mul_ps(left, right); }
+  static Floats divide(Floats left, Floats right) { return _mm512_div_ps(left, right); }
+  static Floats square_root(Floats values) { return _mm512_sqrt_ps(values); }
+  static Floats multiply_add(Floats left, Floats right, Floats addend) {
+    return _mm512_fmadd_ps(left, right, addend);
+  }
+
+  // AVX512-BF16's own conversion flushes denormals to zero.
+  static __m256i round_to_bfloat16(Floats values) {
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_srli_epi32(rounded, 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  }
+};
+
+#include "cpu_adam_lanes.h"
+
+}  // namespace
+
+void step_avx512(const Parameter& parameter, const Step& step, bool streaming_stores) {
+  step_lanes_of(parameter, step, streaming_stores);
+  if (streaming_stores) _mm_sfence();  // streamed data becomes visible to whoever waits for this thread
+}
+
+}  // namespace offload_rt::adam
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,125 @@
+// The AdamW step, written once over lanes. Each cpu_adam_<isa>.cc defines its `Lanes` and then includes this
+// file in its unnamed namespace and target region, so that the same text is compiled for its instructions.
+// The file has no guard and includes nothing: it is a part of whoever includes it.
+//
+// Lanes has `Floats`, a register of kWidth float32; load, store, stream and broadcast; add, subtract,
+// multiply, divide and square_root, each rounded once; and multiply_add(a, b, c), a * b + c rounded once.
+
+// The scalars of a step in registers, and what they do to kWidth elements.
+struct Update {
+  using Floats = Lanes::Floats;
+
+  explicit Update(const Step& step)
+      : starts_from_grad(step.exp_avg_weight >= 0.5f),
+        grad_scale(Lanes::broadcast(step.grad_scale)),
+        decay(Lanes::broadcast(step.decay)),
+        exp_avg_weight(Lanes::broadcast(starts_from_grad ? step.exp_avg_weight - 1 : step.exp_avg_weight)),
+        exp_avg_sq_decay(Lanes::broadcast(step.exp_avg_sq_decay)),
+        exp_avg_sq_weight(Lanes::broadcast(step.exp_avg_sq_weight)),
+        bias_correction2_sqrt(Lanes::broadcast(step.bias_correction2_sqrt)),
+        eps(Lanes::broadcast(step.eps)),
+        step_size(Lanes::broadcast(step.step_size)) {}
+
+  void operator()(Floats grad, Floats& master, Floats& exp_avg, Floats& exp_avg_sq) const {
+    grad = Lanes::multiply(grad, grad_scale);
+    const Floats nearer = starts_from_grad ? grad : exp_avg;  // where torch.lerp starts
+    exp_avg = Lanes::multiply_add(exp_avg_weight, Lanes::subtract(grad, exp_avg), nearer);
+    exp_avg_sq = Lanes::multiply_add(Lanes::multiply(exp_avg_sq_weight, grad), grad,
+                                     Lanes::multiply(exp_avg_sq, exp_avg_sq_decay));
+    const Floats root = Lanes::square_root(exp_avg_sq);
+    const Floats denominator = Lanes::add(Lanes::divide(root, bias_correction2_sqrt), eps);
+    const Floats change = Lanes::divide(Lanes::multiply(step_size, exp_avg), denominator);
+    master = Lanes::add(Lanes::multiply(master, decay), change);
+  }
+
+  bool starts_from_grad;
+  Floats grad_scale, decay, exp_avg_weight, exp_avg_sq_decay, exp_avg_sq_weight, bias_correction2_sqrt, eps,
+      step_size;
+};
+
+// Where a parameter's next elements lie; Weight is void where the master alone is wanted.
+template <typename Grad, typename Moment, typename Weight>
+struct Position {
+  const Grad* grad;
+  float* master;
+  Moment* exp_avg;
+  Moment* exp_avg_sq;
+  Weight* weight;
+
+  void advance(std::size_t count) {
+    grad += count;
+    master += count;
+    exp_avg += count;
+    exp_avg_sq += count;
+    if constexpr (!std::is_void_v<Weight>) weight += count;
+  }
+};
+
+template <typename Grad, typename Moment, typename Weight>
+inline void step_lanes(const Update& update, const Position<Grad, Moment, Weight>& at,
+                       bool streaming_stores) {
+  Lanes::Floats master = Lanes::load(at.master);
+  Lanes::Floats exp_avg = Lanes::load(at.exp_avg);
+  Lanes::Floats exp_avg_sq = Lanes::load(at.exp_avg_sq);
+  update(Lanes::load(at.grad), master, exp_avg, exp_avg_sq);
+  Lanes::store(at.master, master);
+  Lanes::store(at.exp_avg, exp_avg);
+  Lanes::store(at.exp_avg_sq, exp_avg_sq);
+  if constexpr (!std::is_void_v<Weight>) {
+    if (streaming_stores) {
+      Lanes::stream(at.weight, master);
+    } else {
+      Lanes::store(at.weight, master);
+    }
+  }
+}
+
+// Fewer than kWidth elements go through a vector of their own, filled up with zeros.
+template <typename Grad, typename Moment, typename Weight>
+void step_rest(const Update& update, const Position<Grad, Moment, Weight>& at, std::size_t count) {
+  std::array<Grad, Lanes::kWidth> grad{};
+  std::array<float, Lanes::kWidth> master{};
+  std::array<Moment, Lanes::kWidth> exp_avg{}, exp_avg_sq{};
+  std::array<std::conditional_t<std::is_void_v<Weight>, char, Weight>, Lanes::kWidth> weight{};
+  std::copy_n(at.grad, count, grad.begin());
+  std::copy_n(at.master, count, master.begin());
+  std::copy_n(at.exp_avg, count, exp_avg.begin());
+  std::copy_n(at.exp_avg_sq, count, exp_avg_sq.begin());
+  step_lanes<Grad, Moment, Weight>(
+      update, {grad.data(), master.data(), exp_avg.data(), exp_avg_sq.data(), weight.data()}, false);
+  std::copy_n(master.begin(), count, at.master);
+  std::copy_n(exp_avg.begin(), count, at.exp_avg);
+  std::copy_n(exp_avg_sq.begin(), count, at.exp_avg_sq);
+  if constexpr (!std::is_void_v<Weight>) std::copy_n(weight.begin(), count, at.weight);
+}
+
+template <typename Grad, typename Moment, typename Weight>
+void step_span(const Update& update, Position<Grad, Moment, Weight> at, std::size_t count,
+               bool streaming_stores) {
+  for (; count >= Lanes::kWidth; count -= Lanes::kWidth) {
+    step_lanes(update, at, streaming_stores);
+    at.advance(Lanes::kWidth);
+  }
+  if (count > 0) step_rest(update, at, count);
+}
+
+void step_lanes_of(const Parameter& parameter, const Step& step, bool streaming_stores) {
+  const Update update(step);
+  std::visit(
+      [&]<typename Grad, typename Moment, typename Weight>(
+          std::span<Grad> grad, const Moments<Moment>& moments, const Weight& weight) {
+        const auto run = [&](auto* weight_data) {
+          step_span(update,
+                    Position<std::remove_const_t<Grad>, Moment, std::remove_pointer_t<decltype(weight_data)>>{
+                        grad.data(), parameter.master.data(), moments.exp_avg.data(),
+                        moments.exp_avg_sq.data(), weight_data},
+                    grad.size(), streaming_stores);
+        };
+        if constexpr (std::is_same_v<Weight, std::monostate>) {
+          run(static_cast<void*>(nullptr));
+        } else {
+          run(weight.data());
+        }
+      },
+      parameter.grad, parameter.moments, parameter.weight);
+}

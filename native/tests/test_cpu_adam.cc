@@ -1,0 +1,103 @@
+// AdamW under the sanitizers: every instruction set gives the plain one's bits, on any number of threads,
+// from any alignment, within bounds. What the plain one must give is tested from Python, against torch.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "cpu_adam.h"
+
+using namespace offload_rt;
+using namespace offload_rt::adam;
+using namespace offload_rt::testing;
+
+namespace {
+
+// Deterministic, heavy-tailed, some denormal.
+float number(std::uint32_t& state) {
+  state = state * 1664525u + 1013904223u;
+  const float uniform = static_cast<float>(state >> 8) * 0x1p-23f - 1.0f;
+  return uniform * uniform * uniform * (state % 64 == 0 ? 0x1p-128f : 1.0f);
+}
+
+// The vectors have exactly the sizes needed, so that a byte too far is found; the first `offset` elements are
+// left out.
+template <typename Grad, typename Moment, typename Weight>
+struct State {
+  State(std::size_t count, std::size_t skipped)
+      : offset(skipped),
+        grad(count + offset),
+        weight(count + offset),
+        master(count + offset),
+        exp_avg(count + offset),
+        exp_avg_sq(count + offset) {
+    std::uint32_t state = 1;
+    for (std::size_t i = offset; i < grad.size(); ++i) {
+      grad[i] = from_float<Grad>(number(state));
+      master[i] = number(state);
+      exp_avg[i] = from_float<Moment>(number(state));
+      const float root = number(state);
+      exp_avg_sq[i] = from_float<Moment>(root * root);
+    }
+  }
+
+  void update(const Execution& execution, bool with_weight) {
+    Parameter parameter;
+    parameter.grad = std::span<const Grad>(grad).subspan(offset);
+    parameter.master = std::span(master).subspan(offset);
+    parameter.moments =
+        Moments<Moment>{std::span(exp_avg).subspan(offset), std::span(exp_avg_sq).subspan(offset)};
+    if (with_weight) parameter.weight = std::span(weight).subspan(offset);
+    step(parameter, {0.7f, 0.999f, 0.1f, 0.99f, 0.01f, 0.3f, 1e-8f, -1e-3f}, execution);
+  }
+
+  template <typename T>
+  [[nodiscard]] bool same_bytes(const std::vector<T>& left, std::size_t left_offset,
+                                const std::vector<T>& right) const {
+    const std::size_t count = right.size() - offset;
+    return count == 0 ||
+           std::memcmp(left.data() + left_offset, right.data() + offset, count * sizeof(T)) == 0;
+  }
+
+  [[nodiscard]] bool same_as(const State& other) const {
+    return same_bytes(other.master, other.offset, master) &&
+           same_bytes(other.exp_avg, other.offset, exp_avg) &&
+           same_bytes(other.exp_avg_sq, other.offset, exp_avg_sq) &&
+           same_bytes(other.weight, other.offset, weight);
+  }
+
+  std::size_t offset;
+  std::vector<Grad> grad;
+  std::vector<Weight> weight;
+  std::vector<float> master;
+  std::vector<Moment> exp_avg, exp_avg_sq;
+};
+
+constexpr std::size_t kShare = 32768;  // what cpu_adam.cc gives a thread at least
+
+template <typename Grad, typename Moment, typename Weight>
+void every_isa_gives_the_plain_bits() {
+  for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{15}, std::size_t{16},
+                                  std::size_t{17}, std::size_t{4097}, 3 * kShare + 65})
+    for (const bool with_weight : {false, true}) {
+      State<Grad, Moment, Weight> expected(count, 0);
+      expected.update({Isa::plain, 1}, with_weight);
+      for (const Isa isa : available_isas())
+        for (const std::size_t num_threads : {0, 3})
+          for (const std::size_t offset : {0, 1}) {
+            State<Grad, Moment, Weight> state(count, offset);
+            state.update({isa, num_threads, offset == 0}, with_weight);
+            CHECK(state.same_as(expected));
+          }
+    }
+}
+
+}  // namespace
+
+int main() {
+  Suite suite;
+  suite.run("bfloat16 in and out", every_isa_gives_the_plain_bits<BFloat16, float, BFloat16>);
+  suite.run("float32 in and out", every_isa_gives_the_plain_bits<float, float, float>);
+  suite.run("bfloat16 moments", every_isa_gives_the_plain_bits<BFloat16, BFloat16, BFloat16>);
+  return suite.finish("cpu_adam");
+}

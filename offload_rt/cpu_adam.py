@@ -1,0 +1,203 @@
+"""AdamW where the state lies: one pass over gradient, master and moments, by the native core or by its torch twin.
+
+The arithmetic is written in `cpu_adam_torch`; both paths give the same bits, so the choice between them is never
+visible in a result. Memory is the caller's; nothing is kept between calls. Nothing here knows modules, param groups of
+a whole optimizer, blocks or tiers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from offload_rt import cpu_adam_torch
+from offload_rt.cpu_adam_torch import Scalars
+from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.native import native_core, why_not
+
+Backend = Literal["auto", "native", "torch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """The numbers of torch.optim.AdamW, checked."""
+
+    lr: float = 1e-3
+    """Learning rate, 0 or more."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment, each in [0, 1)."""
+    eps: float = 1e-8
+    """Added to the denominator, 0 or more."""
+    weight_decay: float = 1e-2
+    """Decoupled: the master is multiplied by 1 - lr * weight_decay."""
+
+    def __post_init__(self) -> None:
+        for name, value, holds in (
+            ("lr", self.lr, self.lr >= 0),
+            ("betas[0]", self.betas[0], 0 <= self.betas[0] < 1),
+            ("betas[1]", self.betas[1], 0 <= self.betas[1] < 1),
+            ("eps", self.eps, self.eps >= 0),
+            ("weight_decay", self.weight_decay, self.weight_decay >= 0),
+        ):
+            if not (holds and math.isfinite(value)):
+                allowed = "0 <= beta < 1" if name.startswith("betas") else "0 or more, finite"
+                raise ConfigError(f"{name} is {value}, allowed: {allowed}")
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> AdamW:
+        """The numbers in a param group of torch.optim.AdamW; ConfigError for an option that has no twin here."""
+        for name in ("amsgrad", "maximize", "differentiable", "capturable", "fused"):
+            if group.get(name):
+                raise ConfigError(f"{name} is {group[name]!r}: the streamed AdamW does without it, allowed: False")
+        if not group.get("decoupled_weight_decay", True):
+            raise ConfigError("decoupled_weight_decay is False: the streamed AdamW decouples it, as torch's AdamW does")
+        beta1, beta2 = group["betas"]
+        return cls(
+            lr=float(group["lr"]),
+            betas=(float(beta1), float(beta2)),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+        )
+
+    def scalars(self, step: int, grad_scale: float = 1.0) -> Scalars:
+        """What step number `step` (the first is 1) multiplies and adds, computed in float64 as torch does it."""
+        if step < 1:
+            raise ConfigError(f"step is {step}, allowed: 1 or more")
+        beta1, beta2 = self.betas
+        exact = Scalars(
+            grad_scale=grad_scale,
+            decay=1 - self.lr * self.weight_decay,
+            exp_avg_weight=1 - beta1,
+            exp_avg_sq_decay=beta2,
+            exp_avg_sq_weight=1 - beta2,
+            bias_correction2_sqrt=(1 - beta2 ** float(step)) ** 0.5,
+            eps=self.eps,
+            step_size=-(self.lr / (1 - beta1 ** float(step))),
+        )
+        return Scalars(*(ctypes.c_float(value).value for value in exact))
+
+
+def backend(requested: Backend = "auto") -> str:
+    """What serves: `"native avx512"`, `"native avx2"`, `"native plain"` or `"torch"`.
+
+    `OFFLOAD_RT_NATIVE=0` in the environment turns the native core off. Asking for `"native"` where it cannot be had
+    raises `OffloadError` with the reason.
+    """
+    native = _native(requested)
+    return "torch" if native is None else f"native {native.kernel_isas()[-1]}"
+
+
+def update(
+    grad: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor | None = None,
+    *,
+    step: int,
+    numbers: AdamW,
+    grad_scale: float = 1.0,
+    backend: Backend = "auto",
+    num_threads: int | None = None,
+    streaming_stores: bool = False,
+) -> None:
+    """One AdamW step in place. Blocks until done; allocates nothing on the native path.
+
+    All tensors are contiguous, on the CPU, of one size, and share no memory. `grad` is bfloat16 or float32 and is only
+    read; `master` is float32; the moments are both float32, or both bfloat16: then the update uses the moments before
+    they are rounded. `weight`, bfloat16 or float32, receives the new master rounded to it.
+
+    `step` counts from 1. `grad_scale` multiplies the gradient in float32, see `clip_scale`. `num_threads` bounds the
+    threads, None for torch's number. With `streaming_stores` the weight is written around the caches, which suits a
+    weight that is not read next; the bits are the same. Raises `ValueError` for wrong dtypes, sizes or strides before
+    anything is written.
+    """
+    tensors = {"grad": grad, "master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    if weight is not None:
+        tensors["weight"] = weight
+    for name, tensor in tensors.items():
+        _check(name, tensor, master.numel())
+    if master.dtype != torch.float32:
+        raise ValueError(f"master.dtype is {master.dtype}, allowed: torch.float32")
+    _check_disjoint(tensors)
+    if exp_avg.dtype != exp_avg_sq.dtype:
+        raise ValueError(f"exp_avg_sq.dtype is {exp_avg_sq.dtype}, exp_avg.dtype is {exp_avg.dtype}: they must be one")
+    scalars, native, num_threads = numbers.scalars(step, grad_scale), _native(backend), _threads(num_threads)
+    flat = [tensor.detach().view(-1) for tensor in tensors.values()]
+    if native is None:
+        cpu_adam_torch.step(scalars, flat[0], flat[1], flat[2], flat[3], flat[4] if weight is not None else None)
+        return
+    buffers = [_buffer(tensor) for tensor in flat]
+    native.adamw_step(
+        *buffers[:4],
+        buffers[4] if weight is not None else None,
+        scalars,
+        num_threads=num_threads,
+        streaming_stores=streaming_stores,
+    )
+
+
+def gradient_norm(grad: Tensor) -> Tensor:
+    """The 2-norm of one whole parameter's gradient in float32, in the order of torch's sum: a float32 scalar tensor."""
+    norm: Tensor = torch.linalg.vector_norm(grad.detach().float())
+    return norm
+
+
+def clip_scale(norms: Iterable[Tensor], max_norm: float) -> tuple[float, float]:
+    """The norm of all gradients, and the `grad_scale` that clips them to `max_norm`, as `clip_grad_norm_` computes it.
+
+    `norms` are `gradient_norm` of each parameter, in the order of the parameters.
+    """
+    norms = list(norms)
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
+    return total.item(), torch.clamp(max_norm / (total + 1e-6), max=1.0).item()
+
+
+def _check(name: str, tensor: Tensor, size: int) -> None:
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{name}.dtype is {tensor.dtype}, allowed: torch.float32, torch.bfloat16")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}, it must be on the CPU")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
+    if tensor.numel() != size:
+        raise ValueError(f"{name} has {tensor.numel()} elements, master has {size}")
+
+
+def _check_disjoint(tensors: Mapping[str, Tensor]) -> None:
+    """What shares memory would be read after it was written."""
+    ranges = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name) for name, tensor in tensors.items())
+    for (_, end, name), (begin, _, next_name) in pairwise(ranges):
+        if begin < end:
+            raise ValueError(f"{name} and {next_name} share memory")
+
+
+def _native(requested: Backend) -> ModuleType | None:
+    """The native core, or None where the twin serves."""
+    if requested not in ("auto", "native", "torch"):
+        raise ValueError(f"backend is {requested!r}, allowed: 'auto', 'native', 'torch'")
+    core = native_core()
+    if requested == "native" and core is None:
+        raise OffloadError(f"the native AdamW was asked for, but it cannot serve: {why_not()}")
+    return None if requested == "torch" else core
+
+
+def _buffer(flat: Tensor) -> object:
+    """The tensor's memory as a numpy array; bfloat16 as uint16, because numpy has no bfloat16."""
+    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+
+
+def _threads(num_threads: int | None) -> int:
+    if num_threads is None:
+        return torch.get_num_threads()
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}, allowed: 1 or more")
+    return num_threads
