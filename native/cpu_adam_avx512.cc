@@ -41,6 +41,9 @@ struct Lanes {
   static void stream(BFloat16* to, Floats values) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to), round_to_bfloat16(values));
   }
+  static void prefetch(std::uintptr_t address) {
+    _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
+  }
   static Floats broadcast(float value) { return _mm512_set1_ps(value); }
   static Floats add(Floats left, Floats right) { return _mm512_add_ps(left, right); }
   static Floats subtract(Floats left, Floats right) { return _mm512_sub_ps(left, right); }

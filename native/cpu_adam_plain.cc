@@ -26,6 +26,7 @@ struct Lanes {
   static void stream(T* to, float value) {
     store(to, value);
   }
+  static void prefetch(std::uintptr_t) {}
   static float broadcast(float value) { return value; }
   static float add(float left, float right) { return left + right; }
   static float subtract(float left, float right) { return left - right; }
