@@ -1,4 +1,4 @@
-"""Speed of the native core against the best that is commonly used: python benchmarks/native.py io|nf4|all.
+"""Speed of the native core against the best that is commonly used: python benchmarks/native.py io|nf4|adam|all.
 
 Each section is a module beside this one with `add_arguments(parser)` and `run(arguments)`, which prints a table and
 returns what goes into the JSON file. Speeds are never asserted here; they are read.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import rounds
 
-SECTIONS = {"io": "native_io", "nf4": "native_nf4"}
+SECTIONS = {"io": "native_io", "nf4": "native_nf4", "adam": "native_adam"}
 
 
 def main() -> None:
