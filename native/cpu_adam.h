@@ -9,9 +9,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <variant>
 
+#include "dynamic_map.h"
 #include "execution.h"
 #include "float16.h"
 
@@ -34,11 +36,25 @@ struct Moments {
   std::span<T> exp_avg, exp_avg_sq;
 };
 
+// Moments of 8 bits, `kQuantBlockSize` elements to an absmax; the map of exp_avg is signed, that of
+// exp_avg_sq is not. The weight is updated with the float32 moments; they are rounded afterwards. A quant
+// block with a moment that is NaN or infinite gets that for its absmax.
+inline constexpr std::size_t kQuantBlockSize = 256;
+
+struct QuantizedMoment {
+  std::span<std::uint8_t> codes;
+  std::span<float> absmax;  // ceil(codes / kQuantBlockSize)
+  const DynamicMap* map;
+};
+struct QuantizedMoments {
+  QuantizedMoment exp_avg, exp_avg_sq;
+};
+
 // The spans have one size, which the bindings check, and share no byte.
 struct Parameter {
   std::variant<std::span<const float>, std::span<const BFloat16>> grad;
   std::span<float> master;
-  std::variant<Moments<float>, Moments<BFloat16>> moments;
+  std::variant<Moments<float>, Moments<BFloat16>, QuantizedMoments> moments;
   std::variant<std::monostate, std::span<float>, std::span<BFloat16>> weight;  // the master, rounded
 };
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <type_traits>
 
 // Templates and lambdas take their target from the region that they are written in.
@@ -23,6 +24,7 @@ namespace {
 
 struct Lanes {
   using Floats = __m256;
+  using Ints = __m256i;
   static constexpr std::size_t kWidth = 8;
 
   static Floats load(const float* from) { return _mm256_loadu_ps(from); }
@@ -49,6 +51,39 @@ struct Lanes {
   static Floats square_root(Floats values) { return _mm256_sqrt_ps(values); }
   static Floats multiply_add(Floats left, Floats right, Floats addend) {
     return _mm256_fmadd_ps(left, right, addend);
+  }
+
+  static Ints load_codes(const std::uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+  static void store_codes(std::uint8_t* to, Ints codes) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+  }
+  static Floats lookup(const DynamicMap& map, Ints codes) {
+    return _mm256_i32gather_ps(map.values(), codes, 4);
+  }
+  static Ints codes_of(const DynamicMap& map, Floats scaled) {
+    const Ints smallest = _mm256_set1_epi32(DynamicMap::kSmallestCut);
+    const Ints magnitude = _mm256_max_epi32(_mm256_srli_epi32(magnitude_bits(scaled), 16), smallest);
+    const Ints negative = _mm256_srai_epi32(_mm256_castps_si256(scaled), 31);
+    const Ints cut = _mm256_add_epi32(_mm256_sub_epi32(magnitude, smallest),
+                                      _mm256_and_si256(negative, _mm256_set1_epi32(DynamicMap::kNumCuts)));
+    const auto* first_codes = reinterpret_cast<const int*>(map.first_codes());
+    const Ints codes = _mm256_and_si256(_mm256_i32gather_epi32(first_codes, cut, 1), _mm256_set1_epi32(0xff));
+    const Floats midpoints = _mm256_i32gather_ps(map.midpoints(), codes, 4);
+    const Ints above = _mm256_castps_si256(_mm256_cmp_ps(scaled, midpoints, _CMP_GT_OQ));
+    return _mm256_sub_epi32(codes, above);
+  }
+  static Ints magnitude_bits(Floats values) {
+    return _mm256_and_si256(_mm256_castps_si256(values), _mm256_set1_epi32(0x7fffffff));
+  }
+  static Ints maximum(Ints left, Ints right) { return _mm256_max_epi32(left, right); }
+  static std::uint32_t largest_of(Ints values) {
+    __m128i largest = _mm_max_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+    largest = _mm_max_epi32(largest, _mm_shuffle_epi32(largest, 0b01'00'11'10));
+    largest = _mm_max_epi32(largest, _mm_shuffle_epi32(largest, 0b10'11'00'01));
+    return static_cast<std::uint32_t>(_mm_cvtsi128_si32(largest));
   }
 
   static __m128i round_to_bfloat16(Floats values) {

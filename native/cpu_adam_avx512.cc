@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <type_traits>
 
 // Templates and lambdas take their target from the region that they are written in.
@@ -16,6 +17,7 @@
 #else
 // GCC 12's own intrinsics initialise their ignored operands from themselves (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
 #endif
@@ -26,6 +28,7 @@ namespace {
 
 struct Lanes {
   using Floats = __m512;
+  using Ints = __m512i;
   static constexpr std::size_t kWidth = 16;
 
   static Floats load(const float* from) { return _mm512_loadu_ps(from); }
@@ -52,6 +55,36 @@ struct Lanes {
   static Floats square_root(Floats values) { return _mm512_sqrt_ps(values); }
   static Floats multiply_add(Floats left, Floats right, Floats addend) {
     return _mm512_fmadd_ps(left, right, addend);
+  }
+
+  static Ints load_codes(const std::uint8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static void store_codes(std::uint8_t* to, Ints codes) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes));
+  }
+  static Floats lookup(const DynamicMap& map, Ints codes) {
+    return _mm512_i32gather_ps(codes, map.values(), 4);
+  }
+  static Ints codes_of(const DynamicMap& map, Floats scaled) {
+    const Ints smallest = _mm512_set1_epi32(DynamicMap::kSmallestCut);
+    const Ints magnitude = _mm512_max_epi32(_mm512_srli_epi32(magnitude_bits(scaled), 16), smallest);
+    const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(scaled));
+    const Ints positive_cut = _mm512_sub_epi32(magnitude, smallest);
+    const Ints cut =
+        _mm512_mask_add_epi32(positive_cut, negative, positive_cut, _mm512_set1_epi32(DynamicMap::kNumCuts));
+    const Ints codes =
+        _mm512_and_si512(_mm512_i32gather_epi32(cut, map.first_codes(), 1), _mm512_set1_epi32(0xff));
+    const __mmask16 above =
+        _mm512_cmp_ps_mask(scaled, _mm512_i32gather_ps(codes, map.midpoints(), 4), _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(codes, above, codes, _mm512_set1_epi32(1));
+  }
+  static Ints magnitude_bits(Floats values) {
+    return _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff));
+  }
+  static Ints maximum(Ints left, Ints right) { return _mm512_max_epi32(left, right); }
+  static std::uint32_t largest_of(Ints values) {
+    return static_cast<std::uint32_t>(_mm512_reduce_max_epi32(values));
   }
 
   // AVX512-BF16's own conversion flushes denormals to zero.

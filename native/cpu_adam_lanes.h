@@ -128,17 +128,84 @@ void step_span(const Update update, Position<Grad, Moment, Weight> at, std::size
   if (count > 0) step_rest(update, at, count);
 }
 
+// A quant block of moments as float32, filled up with zeros.
+using BlockOfMoments = std::array<float, kQuantBlockSize>;
+
+inline void decode_block(const DynamicMap& map, const std::uint8_t* codes, std::size_t count, float absmax,
+                         BlockOfMoments& values) {
+  std::array<std::uint8_t, kQuantBlockSize> padded;
+  if (count < kQuantBlockSize) {
+    std::copy_n(codes, count, padded.begin());
+    std::fill(padded.begin() + static_cast<std::ptrdiff_t>(count), padded.end(), std::uint8_t{0});
+    codes = padded.data();
+  }
+  const Lanes::Floats scale = Lanes::broadcast(absmax);
+  for (std::size_t i = 0; i < kQuantBlockSize; i += Lanes::kWidth) {
+    const Lanes::Floats scaled = Lanes::lookup(map, Lanes::load_codes(codes + i));
+    Lanes::store(values.data() + i, Lanes::multiply(scaled, scale));
+  }
+  std::fill(values.begin() + static_cast<std::ptrdiff_t>(count), values.end(), 0.0f);
+}
+
+// Returns the absmax.
+inline float encode_block(const DynamicMap& map, const BlockOfMoments& values, std::uint8_t* codes,
+                          std::size_t count) {
+  Lanes::Ints largest = Lanes::magnitude_bits(Lanes::load(values.data()));
+  for (std::size_t i = Lanes::kWidth; i < kQuantBlockSize; i += Lanes::kWidth)
+    largest = Lanes::maximum(largest, Lanes::magnitude_bits(Lanes::load(values.data() + i)));
+  const std::uint32_t largest_bits = Lanes::largest_of(largest);  // NaN has the largest
+  const float absmax = std::bit_cast<float>(largest_bits);
+  if (largest_bits >= kInfinityBits) {
+    std::fill_n(codes, count, static_cast<std::uint8_t>(DynamicMap::kSize - 1));  // 1 times that
+    return absmax;
+  }
+  std::array<std::uint8_t, kQuantBlockSize> padded;
+  std::uint8_t* const out = count < kQuantBlockSize ? padded.data() : codes;
+  const Lanes::Floats scale = Lanes::broadcast(absmax == 0.0f ? 1.0f : absmax);
+  for (std::size_t i = 0; i < kQuantBlockSize; i += Lanes::kWidth) {
+    const Lanes::Floats scaled = Lanes::divide(Lanes::load(values.data() + i), scale);
+    Lanes::store_codes(out + i, Lanes::codes_of(map, scaled));  // [Note: one comparison]
+  }
+  if (count < kQuantBlockSize) std::copy_n(padded.begin(), count, codes);
+  return absmax;
+}
+
+template <typename Grad, typename Weight>
+void step_quantized(const Update& update, Position<Grad, float, Weight> at, std::size_t count,
+                    const QuantizedMoment& exp_avg, const QuantizedMoment& exp_avg_sq,
+                    bool streaming_stores) {
+  BlockOfMoments first, second;
+  for (std::size_t block = 0; block < exp_avg.absmax.size(); ++block) {
+    const std::size_t begin = block * kQuantBlockSize;
+    const std::size_t block_count = std::min(count - begin, kQuantBlockSize);
+    std::uint8_t* const first_codes = exp_avg.codes.data() + begin;
+    std::uint8_t* const second_codes = exp_avg_sq.codes.data() + begin;
+    decode_block(*exp_avg.map, first_codes, block_count, exp_avg.absmax[block], first);
+    decode_block(*exp_avg_sq.map, second_codes, block_count, exp_avg_sq.absmax[block], second);
+    at.exp_avg = first.data();
+    at.exp_avg_sq = second.data();
+    step_span(update, at, block_count, streaming_stores);
+    exp_avg.absmax[block] = encode_block(*exp_avg.map, first, first_codes, block_count);
+    exp_avg_sq.absmax[block] = encode_block(*exp_avg_sq.map, second, second_codes, block_count);
+    at.advance(block_count);
+  }
+}
+
 void step_lanes_of(const Parameter& parameter, const Step& step, bool streaming_stores) {
   const Update update(step);
   std::visit(
-      [&]<typename Grad, typename Moment, typename Weight>(
-          std::span<Grad> grad, const Moments<Moment>& moments, const Weight& weight) {
-        const auto run = [&](auto* weight_data) {
-          step_span(update,
-                    Position<std::remove_const_t<Grad>, Moment, std::remove_pointer_t<decltype(weight_data)>>{
-                        grad.data(), parameter.master.data(), moments.exp_avg.data(),
-                        moments.exp_avg_sq.data(), weight_data},
-                    grad.size(), streaming_stores);
+      [&]<typename Grad, typename Kind, typename Weight>(std::span<const Grad> grad, const Kind& moments,
+                                                         const Weight& weight) {
+        const auto run = [&]<typename Out>(Out* out) {
+          float* const master = parameter.master.data();
+          if constexpr (std::is_same_v<Kind, QuantizedMoments>) {
+            step_quantized(update, Position<Grad, float, Out>{grad.data(), master, nullptr, nullptr, out},
+                           grad.size(), moments.exp_avg, moments.exp_avg_sq, streaming_stores);
+          } else {
+            step_span(update,
+                      Position{grad.data(), master, moments.exp_avg.data(), moments.exp_avg_sq.data(), out},
+                      grad.size(), streaming_stores);
+          }
         };
         if constexpr (std::is_same_v<Weight, std::monostate>) {
           run(static_cast<void*>(nullptr));

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, Literal
@@ -18,12 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from offload_rt import cpu_adam_torch
+from offload_rt import blockwise, cpu_adam_torch
+from offload_rt.blockwise import QUANT_BLOCK_SIZE, Quantized
 from offload_rt.cpu_adam_torch import Scalars
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.native import native_core, why_not
 
 Backend = Literal["auto", "native", "torch"]
+_FLOATS = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,8 @@ def backend(requested: Backend = "auto") -> str:
 def update(
     grad: Tensor,
     master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Tensor | Quantized,
+    exp_avg_sq: Tensor | Quantized,
     weight: Tensor | None = None,
     *,
     step: int,
@@ -107,38 +110,46 @@ def update(
     grad_scale: float = 1.0,
     backend: Backend = "auto",
     num_threads: int | None = None,
-    streaming_stores: bool = False,
+    streaming_stores: bool = True,
 ) -> None:
     """One AdamW step in place. Blocks until done; allocates nothing on the native path.
 
     All tensors are contiguous, on the CPU, of one size, and share no memory. `grad` is bfloat16 or float32 and is only
-    read; `master` is float32; the moments are both float32, or both bfloat16: then the update uses the moments before
-    they are rounded. `weight`, bfloat16 or float32, receives the new master rounded to it.
+    read; `master` is float32; `weight`, bfloat16 or float32, receives the new master rounded to it. The moments are
+    both float32; or, as declared variants with other results, both bfloat16, or both `Quantized` to 8 bits: then the
+    master is updated with the float32 moments, and these are rounded behind it.
 
     `step` counts from 1. `grad_scale` multiplies the gradient in float32, see `clip_scale`. `num_threads` bounds the
     threads, None for torch's number. With `streaming_stores` the weight is written around the caches, which suits a
-    weight that is not read next; the bits are the same. Raises `ValueError` for wrong dtypes, sizes or strides before
-    anything is written.
+    weight that is not the next thing to be read; the bits are the same. Raises `ValueError` for wrong dtypes, sizes or
+    strides before anything is written.
     """
-    tensors = {"grad": grad, "master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    size, num_blocks = master.numel(), -(-master.numel() // QUANT_BLOCK_SIZE)
+    checked = [("master", master, size, (torch.float32,)), ("grad", grad, size, _FLOATS)]
+    if isinstance(exp_avg, Quantized) and isinstance(exp_avg_sq, Quantized):
+        for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            checked.append((f"{name}.codes", moment.codes, size, (torch.uint8,)))
+            checked.append((f"{name}.absmax", moment.absmax, num_blocks, (torch.float32,)))
+    elif isinstance(exp_avg, Quantized) or isinstance(exp_avg_sq, Quantized):
+        raise ValueError("exp_avg and exp_avg_sq must both be Quantized, or neither")
+    else:
+        checked += [("exp_avg", exp_avg, size, _FLOATS), ("exp_avg_sq", exp_avg_sq, size, (exp_avg.dtype,))]
     if weight is not None:
-        tensors["weight"] = weight
-    for name, tensor in tensors.items():
-        _check(name, tensor, master.numel())
-    if master.dtype != torch.float32:
-        raise ValueError(f"master.dtype is {master.dtype}, allowed: torch.float32")
-    _check_disjoint(tensors)
-    if exp_avg.dtype != exp_avg_sq.dtype:
-        raise ValueError(f"exp_avg_sq.dtype is {exp_avg_sq.dtype}, exp_avg.dtype is {exp_avg.dtype}: they must be one")
+        checked.append(("weight", weight, size, _FLOATS))
+    for each in checked:
+        _check(*each)
+    _check_disjoint({name: tensor for name, tensor, _, _ in checked})
     scalars, native, num_threads = numbers.scalars(step, grad_scale), _native(backend), _threads(num_threads)
-    flat = [tensor.detach().view(-1) for tensor in tensors.values()]
+    grad, master, weight = _flat(grad), _flat(master), None if weight is None else _flat(weight)
     if native is None:
-        cpu_adam_torch.step(scalars, flat[0], flat[1], flat[2], flat[3], flat[4] if weight is not None else None)
+        cpu_adam_torch.step(scalars, grad, master, _flat_moment(exp_avg), _flat_moment(exp_avg_sq), weight)
         return
-    buffers = [_buffer(tensor) for tensor in flat]
     native.adamw_step(
-        *buffers[:4],
-        buffers[4] if weight is not None else None,
+        _buffer(grad),
+        _buffer(master),
+        _native_moment(native, exp_avg, signed=True),
+        _native_moment(native, exp_avg_sq, signed=False),
+        None if weight is None else _buffer(weight),
         scalars,
         num_threads=num_threads,
         streaming_stores=streaming_stores,
@@ -161,15 +172,15 @@ def clip_scale(norms: Iterable[Tensor], max_norm: float) -> tuple[float, float]:
     return total.item(), torch.clamp(max_norm / (total + 1e-6), max=1.0).item()
 
 
-def _check(name: str, tensor: Tensor, size: int) -> None:
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{name}.dtype is {tensor.dtype}, allowed: torch.float32, torch.bfloat16")
+def _check(name: str, tensor: Tensor, size: int, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}.dtype is {tensor.dtype}, allowed: {', '.join(map(str, dtypes))}")
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is on {tensor.device}, it must be on the CPU")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
     if tensor.numel() != size:
-        raise ValueError(f"{name} has {tensor.numel()} elements, master has {size}")
+        raise ValueError(f"{name} has {tensor.numel()} elements, {size} are needed")
 
 
 def _check_disjoint(tensors: Mapping[str, Tensor]) -> None:
@@ -188,6 +199,26 @@ def _native(requested: Backend) -> ModuleType | None:
     if requested == "native" and core is None:
         raise OffloadError(f"the native AdamW was asked for, but it cannot serve: {why_not()}")
     return None if requested == "torch" else core
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(-1)
+
+
+def _flat_moment(moment: Tensor | Quantized) -> Tensor | Quantized:
+    return Quantized(*map(_flat, moment)) if isinstance(moment, Quantized) else _flat(moment)
+
+
+def _native_moment(native: ModuleType, moment: Tensor | Quantized, *, signed: bool) -> object:
+    if not isinstance(moment, Quantized):
+        return _buffer(_flat(moment))
+    codes, absmax = map(_flat, moment)
+    return codes.numpy(), absmax.numpy(), _native_map(native, signed=signed)
+
+
+@cache
+def _native_map(native: ModuleType, *, signed: bool) -> object:
+    return native.DynamicMap(blockwise.map_of(signed=signed).numpy())
 
 
 def _buffer(flat: Tensor) -> object:

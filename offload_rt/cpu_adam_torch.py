@@ -31,6 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offload_rt import blockwise
+from offload_rt.blockwise import Quantized
+
 _CHUNK_ELEMENTS = 1 << 16
 """Keeps the float64 temporaries in the caches."""
 
@@ -49,9 +52,21 @@ class Scalars(NamedTuple):
 
 
 def step(
-    scalars: Scalars, grad: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None
+    scalars: Scalars,
+    grad: Tensor,
+    master: Tensor,
+    exp_avg: Tensor | Quantized,
+    exp_avg_sq: Tensor | Quantized,
+    weight: Tensor | None,
 ) -> None:
-    """Updates flat `master` (float32), `exp_avg` and `exp_avg_sq` in place and fills `weight`."""
+    """Updates flat `master` (float32) and both moments in place and fills `weight`."""
+    if isinstance(exp_avg, Quantized) or isinstance(exp_avg_sq, Quantized):
+        first = blockwise.decode(Quantized(*exp_avg), signed=True)
+        second = blockwise.decode(Quantized(*exp_avg_sq), signed=False)
+        step(scalars, grad, master, first, second, weight)
+        blockwise.encode_into(first, Quantized(*exp_avg), signed=True)
+        blockwise.encode_into(second, Quantized(*exp_avg_sq), signed=False)
+        return
     for begin in range(0, master.numel(), _CHUNK_ELEMENTS):
         chunk = slice(begin, begin + _CHUNK_ELEMENTS)
         weight_chunk = None if weight is None else weight[chunk]

@@ -140,18 +140,18 @@ def nf4_layout(num_elements: int) -> NF4Layout:
     )
 
 
-def dynamic_map() -> tuple[float, ...]:
+def dynamic_map(*, signed: bool = True) -> tuple[float, ...]:
     """The 256 values, sorted, to which an encoder here rounds the scaled absmax.
 
     bitsandbytes' `create_dynamic_map()` on a CPU with fused multiply-add, to the bit. Seven decades
     from 1e-6 to 1; decade `i` is cut into `2**i` equal intervals of [0.1, 1], whose midpoints, with
     either sign, are its values. 0 and 1 fill the two places left, so the map is not symmetric: its
-    lowest value is -0.9930.
+    lowest value is -0.9930. Without a sign there are twice as many intervals.
     """
     start, stop = _round_to_float32(0.1), 1.0
     values = [0.0, 1.0]
     for exponent in range(7):
-        num_intervals = 2**exponent
+        num_intervals = 2**exponent if signed else 2 ** (exponent + 1)
         step = _round_to_float32(_round_to_float32(stop - start) / num_intervals)
         # linspace walks from the nearer end, with one rounding for each boundary.
         boundaries = [
@@ -164,7 +164,7 @@ def dynamic_map() -> tuple[float, ...]:
         for lower, upper in zip(boundaries, boundaries[1:], strict=False):
             mean = _round_to_float32(lower + upper) / 2
             value = _round_to_float32(scale * mean)
-            values += [value, -value]
+            values += [value, -value] if signed else [value]
     return tuple(sorted(values))
 
 

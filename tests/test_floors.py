@@ -30,6 +30,8 @@ FLOORS = {
     "offload_rt.checksum": 1.0,
     "offload_rt.heap": 1.0,
     "offload_rt.cpu_adam_torch": 1.0,
+    "offload_rt.blockwise": 1.0,
+    "offload_rt.cpu_adam_torch": 1.2,
     "offload_rt.codec": 1.5,
     "offload_rt.cpu_adam": 1.5,
     "offload_rt.prequantized": 1.5,

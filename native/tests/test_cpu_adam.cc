@@ -1,5 +1,7 @@
 // AdamW under the sanitizers: every instruction set gives the plain one's bits, on any number of threads,
 // from any alignment, within bounds. What the plain one must give is tested from Python, against torch.
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -92,6 +94,78 @@ void every_isa_gives_the_plain_bits() {
     }
 }
 
+// 256 ascending values, denser towards 0, with both signs or one.
+DynamicMap map_of(bool is_signed) {
+  std::array<float, DynamicMap::kSize> values;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const float linear =
+        is_signed ? (static_cast<float>(i) - 127.0f) / 128.0f : static_cast<float>(i) / 255.0f;
+    values[i] = linear * std::fabs(linear);
+  }
+  const auto map = DynamicMap::of(values);
+  CHECK(map.has_value());
+  return *map;
+}
+
+struct QuantizedState {
+  explicit QuantizedState(std::size_t count)
+      : grad(count),
+        master(count),
+        weight(count),
+        codes(2, std::vector<std::uint8_t>(count)),
+        absmax(2, std::vector<float>((count + kQuantBlockSize - 1) / kQuantBlockSize)) {
+    std::uint32_t state = 1;
+    for (std::size_t i = 0; i < count; ++i) {
+      grad[i] = from_float<BFloat16>(number(state));
+      master[i] = number(state);
+      for (auto& moment : codes) moment[i] = static_cast<std::uint8_t>(state >> (8 + i % 16));
+    }
+    for (auto& moment : absmax)
+      for (float& value : moment) value = std::fabs(number(state));
+  }
+
+  void update(const Execution& execution) {
+    static const DynamicMap first = map_of(true), second = map_of(false);
+    const Parameter parameter = {
+        std::span<const BFloat16>(grad), master,
+        QuantizedMoments{{codes[0], absmax[0], &first}, {codes[1], absmax[1], &second}}, std::span(weight)};
+    step(parameter, {0.7f, 0.999f, 0.1f, 0.99f, 0.01f, 0.3f, 1e-8f, -1e-3f}, execution);
+  }
+
+  [[nodiscard]] bool same_as(const QuantizedState& other) const {
+    return master == other.master && codes == other.codes && absmax == other.absmax &&
+           std::memcmp(weight.data(), other.weight.data(), weight.size() * sizeof(BFloat16)) == 0;
+  }
+
+  std::vector<BFloat16> grad;
+  std::vector<float> master;
+  std::vector<BFloat16> weight;
+  std::vector<std::vector<std::uint8_t>> codes;
+  std::vector<std::vector<float>> absmax;
+};
+
+void every_isa_gives_the_plain_codes() {
+  for (const std::size_t count :
+       {std::size_t{1}, std::size_t{255}, std::size_t{256}, std::size_t{257}, 3 * kShare + 65}) {
+    QuantizedState expected(count);
+    expected.update({Isa::plain, 1});
+    for (const Isa isa : available_isas())
+      for (const std::size_t num_threads : {0, 3}) {
+        QuantizedState state(count);
+        state.update({isa, num_threads, true});
+        CHECK(state.same_as(expected));
+      }
+  }
+}
+
+void a_map_that_is_too_dense_is_refused() {
+  std::array<float, DynamicMap::kSize> values;
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = 0.5f + static_cast<float>(i) * 0x1p-10f;
+  CHECK(!DynamicMap::of(values));
+  values.fill(0.0f);
+  CHECK(!DynamicMap::of(values));
+}
+
 }  // namespace
 
 int main() {
@@ -99,5 +173,7 @@ int main() {
   suite.run("bfloat16 in and out", every_isa_gives_the_plain_bits<BFloat16, float, BFloat16>);
   suite.run("float32 in and out", every_isa_gives_the_plain_bits<float, float, float>);
   suite.run("bfloat16 moments", every_isa_gives_the_plain_bits<BFloat16, BFloat16, BFloat16>);
+  suite.run("8-bit moments", every_isa_gives_the_plain_codes);
+  suite.run("a map that is too dense is refused", a_map_that_is_too_dense_is_refused);
   return suite.finish("cpu_adam");
 }
