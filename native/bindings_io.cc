@@ -95,9 +95,10 @@ IoBackend parse_backend(std::string_view name) {
 
 class PyRing {
  public:
-  PyRing(unsigned depth, std::uint32_t io_bytes, std::string_view backend) {
-    raise_unless_ok(
-        open_io_ring({.depth = depth, .io_bytes = io_bytes, .backend = parse_backend(backend)}, ring_));
+  PyRing(unsigned depth, std::uint32_t io_bytes, std::string_view backend, std::uint32_t piece_bytes) {
+    raise_unless_ok(open_io_ring(
+        {.depth = depth, .io_bytes = io_bytes, .backend = parse_backend(backend), .piece_bytes = piece_bytes},
+        ring_));
   }
 
   ~PyRing() {
@@ -162,9 +163,30 @@ class PyRing {
     raise_unless_ok(status);
   }
 
+  // These block for as long as pinning takes, and touch no Python object.
+  void register_memory(const py::object& memory) {
+    const BufferView view(memory, /*writable=*/true);
+    const std::span<std::byte> bytes(view.data(), static_cast<std::size_t>(view.size()));
+    raise_unless_ok(without_gil([&] { return ring_->register_memory(bytes); }));
+  }
+  void forget_memory(std::uintptr_t address) {
+    raise_unless_ok(without_gil([&] { return ring_->forget_memory(reinterpret_cast<std::byte*>(address)); }));
+  }
+  void register_file(int fd) { raise_unless_ok(ring_->register_file(fd)); }
+  void forget_file(int fd) { raise_unless_ok(ring_->forget_file(fd)); }
+  void tune(int fd, unsigned depth, std::uint32_t io_bytes) {
+    raise_unless_ok(ring_->tune(fd, depth, io_bytes));
+  }
+
   [[nodiscard]] const IoRing& core() const { return *ring_; }
 
  private:
+  template <class Call>
+  static Status without_gil(Call&& call) {
+    const py::gil_scoped_release release;
+    return call();
+  }
+
   std::unordered_map<Ticket, BufferView> buffers_;
   IoRingPtr ring_;
 };
@@ -178,6 +200,8 @@ py::dict counters_dict(const PyRing& ring) {
   dict["requests"] = counters.requests;
   dict["resubmitted"] = counters.resubmitted;
   dict["max_in_flight"] = counters.max_in_flight;
+  dict["fixed_memory_requests"] = counters.fixed_memory_requests;
+  dict["fixed_file_requests"] = counters.fixed_file_requests;
   return dict;
 }
 
@@ -219,11 +243,12 @@ void bind_io(py::module_& m) {
 
   py::class_<PyRing>(m, "Ring", "Asynchronous reads and writes, on io_uring or on a pool of threads.")
       .def(
-          py::init<unsigned, std::uint32_t, std::string_view>(), arg("depth") = 64, arg("io_bytes") = 1 << 20,
-          arg("backend") = "auto",
-          "At most `depth` requests of at most `io_bytes` bytes are in flight. backend: 'auto', 'io_uring' "
-          "or\n"
-          "'threads'; 'auto' falls back to threads where the kernel refuses, and `fallback_reason` says why.")
+          py::init<unsigned, std::uint32_t, std::string_view, std::uint32_t>(), arg("depth") = 64,
+          arg("io_bytes") = 1 << 20, arg("backend") = "auto", arg("piece_bytes") = 1 << 30,
+          "At most `depth` requests of at most `io_bytes` bytes are in flight at a device. backend: 'auto',\n"
+          "'io_uring' or 'threads'; 'auto' falls back to threads where the kernel refuses, and "
+          "`fallback_reason`\n"
+          "says why. Memory is registered in pieces of `piece_bytes`.")
       .def_property_readonly("backend",
                              [](const PyRing& ring) {
                                return ring.core().backend() == IoBackend::io_uring ? "io_uring" : "threads";
@@ -253,6 +278,18 @@ void bind_io(py::module_& m) {
            "and\n"
            "NativeTimeout if it has not ended. Ends the ticket, unless it timed out.")
       .def("done", &PyRing::done, arg("ticket"), "Whether wait() would return or raise at once.")
+      .def("tune", &PyRing::tune, arg("fd"), arg("depth"), arg("io_bytes"),
+           "Sets depth and request length for the device that `fd` lies on.")
+      .def("register_memory", &PyRing::register_memory, arg("memory"),
+           "Pins the pages of a page-aligned buffer once, instead of with every request. NativeStorageError "
+           "where\n"
+           "that is refused (EOPNOTSUPP: no io_uring; ENOMEM: RLIMIT_MEMLOCK): all works as before. The ring "
+           "does\n"
+           "not hold the buffer: forget it before it goes, when no operation on it is unfinished.")
+      .def("forget_memory", &PyRing::forget_memory, arg("address"), "Undoes register_memory.")
+      .def("register_file", &PyRing::register_file, arg("fd"),
+           "Spares the kernel looking up an open file with every request. Forget it before closing `fd`.")
+      .def("forget_file", &PyRing::forget_file, arg("fd"), "Undoes register_file.")
       .def("outstanding", [](const PyRing& ring) { return ring.core().outstanding(); })
       .def("counters", &counters_dict)
       .def(

@@ -1,8 +1,7 @@
 // What a ring asks of whatever performs its requests: the seam between bookkeeping and the operating system.
 //
 // Three things satisfy it: UringKernel, ThreadKernel, and, in the tests alone, FaultyKernel. A ring takes its
-// kernel as a template parameter, so that the seam costs production code nothing. Registered buffers or files
-// would add an index to IoRequest and a call to IoKernel, and change nothing above it.
+// kernel as a template parameter, so that the seam costs production code nothing.
 #pragma once
 
 #include <concepts>
@@ -10,6 +9,7 @@
 #include <cstdint>
 #include <span>
 
+#include "io_registry.h"
 #include "status.h"
 
 namespace offload_rt {
@@ -21,6 +21,8 @@ struct IoRequest {
   std::uint64_t offset = 0;
   std::byte* address = nullptr;
   std::uint32_t length = 0;
+  FixedIndex buffer = kNotFixed;  // all of [address, address + length) lies in this registered piece
+  FixedIndex file = kNotFixed;    // `fd` is this registered file
 };
 
 struct IoCompletion {
@@ -32,14 +34,19 @@ struct IoCompletion {
 // now);
 //         the ring offers the rest again. A lasting failure comes back as a completion of each request taken.
 // reap:   blocks until a completion or a wake() is there, then moves completions out, perhaps none.
-// wake:   makes the current or the next reap return. Any thread may call it; the other two belong to one
-// thread.
+// wake:   makes the current or the next reap return.
+// set_buffer, set_file: put memory or a descriptor into a place of the kernel's tables; empty memory and -1
+//         clear it.
+// Submit and reap belong to one thread. Any thread may call wake, and one at a time the other two.
 template <class Kernel>
 concept IoKernel =
-    requires(Kernel kernel, std::span<const IoRequest> requests, std::span<IoCompletion> completions) {
+    requires(Kernel kernel, std::span<const IoRequest> requests, std::span<IoCompletion> completions,
+             FixedIndex index, std::span<std::byte> memory, int fd) {
       { kernel.submit(requests) } -> std::same_as<std::size_t>;
       { kernel.reap(completions) } -> std::same_as<std::size_t>;
       { kernel.wake() } -> std::same_as<void>;
+      { kernel.set_buffer(index, memory) } -> std::same_as<Status>;
+      { kernel.set_file(index, fd) } -> std::same_as<Status>;
     };
 
 }  // namespace offload_rt

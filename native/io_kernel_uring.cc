@@ -2,9 +2,11 @@
 
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <utility>
@@ -97,7 +99,45 @@ Status UringKernel::set_up(unsigned depth) {
   const int event_fd = event_.get();
   if (::syscall(abi::kSysRegister, ring_.get(), abi::kRegisterEventFd, &event_fd, 1) != 0)
     return Status::from_errno(errno, "io_uring_register(eventfd)");
+
+  // Places to be filled later. A kernel without them serves all the same.
+  std::array<iovec, kMaxFixedBuffers> no_memory{};
+  no_buffers_ = make_table(abi::kRegisterBuffers, no_memory.data(), kMaxFixedBuffers);
+  std::array<std::int32_t, kMaxFixedFiles> no_file;
+  no_file.fill(-1);
+  no_files_ = make_table(abi::kRegisterFiles, no_file.data(), kMaxFixedFiles);
   return {};
+}
+
+Status UringKernel::make_table(unsigned what, const void* entries, FixedIndex num_entries) {
+  abi::TableRegister table{};
+  table.num_entries = static_cast<std::uint32_t>(num_entries);
+  table.entries = reinterpret_cast<std::uint64_t>(entries);
+  if (::syscall(abi::kSysRegister, ring_.get(), what, &table, sizeof table) == 0) return {};
+  return Status::from_errno(errno, "io_uring_register(table)");
+}
+
+Status UringKernel::set_entry(unsigned what, FixedIndex index, const void* entry) {
+  abi::TableUpdate update{};
+  update.first = static_cast<std::uint32_t>(index);
+  update.entries = reinterpret_cast<std::uint64_t>(entry);
+  update.num_entries = 1;
+  long done;
+  do done = ::syscall(abi::kSysRegister, ring_.get(), what, &update, sizeof update);
+  while (done < 0 && errno == EINTR);
+  return done == 1 ? Status() : Status::from_errno(done < 0 ? errno : EINVAL, "io_uring_register");
+}
+
+Status UringKernel::set_buffer(FixedIndex index, std::span<std::byte> memory) {
+  if (!no_buffers_.ok()) return no_buffers_;
+  const iovec entry{memory.data(), memory.size()};
+  return set_entry(abi::kUpdateBuffers, index, &entry);
+}
+
+Status UringKernel::set_file(FixedIndex index, int fd) {
+  if (!no_files_.ok()) return no_files_;
+  const std::int32_t entry = fd;
+  return set_entry(abi::kUpdateFiles, index, &entry);
 }
 
 std::size_t UringKernel::submit(std::span<const IoRequest> requests) {
@@ -108,8 +148,15 @@ std::size_t UringKernel::submit(std::span<const IoRequest> requests) {
     const std::uint32_t index = (start + static_cast<std::uint32_t>(i)) & sq_mask_;
     abi::Sqe& sqe = sqes_[index];
     sqe = {};
-    sqe.opcode = request.kind == IoKind::read ? abi::kOpRead : abi::kOpWrite;
+    const bool fixed = request.buffer != kNotFixed;
+    sqe.opcode = request.kind == IoKind::read ? (fixed ? abi::kOpReadFixed : abi::kOpRead)
+                                              : (fixed ? abi::kOpWriteFixed : abi::kOpWrite);
+    if (fixed) sqe.buf_index = static_cast<std::uint16_t>(request.buffer);
     sqe.fd = request.fd;
+    if (request.file != kNotFixed) {
+      sqe.fd = request.file;
+      sqe.flags = abi::kSqeFixedFile;
+    }
     sqe.off = request.offset;
     sqe.addr = reinterpret_cast<std::uint64_t>(request.address);
     sqe.len = request.length;

@@ -13,19 +13,16 @@ namespace offload_rt {
 namespace {
 
 Status check(const IoRingOptions& options) {
-  if (options.depth < 1 || options.depth > 4096)
-    return Status::invalid("depth must be in [1, 4096], not " + std::to_string(options.depth));
-  if (options.io_bytes == 0 || options.io_bytes % kDirectAlignment != 0 || options.io_bytes > 1U << 30)
-    return Status::invalid("io_bytes must be a multiple of 4096, at most 1 GiB, not " +
-                           std::to_string(options.io_bytes));
-  return {};
+  if (Status status = check_depth(options.depth); !status.ok()) return status;
+  if (Status status = check_length("io_bytes", options.io_bytes); !status.ok()) return status;
+  return check_length("piece_bytes", options.piece_bytes);
 }
 
 template <class Kernel>
 Status open_with(const IoRingOptions& options, IoBackend backend, std::string fallback_reason,
                  IoRingPtr& ring) {
   std::unique_ptr<Kernel> kernel;
-  if (Status status = Kernel::open(options.depth, kernel); !status.ok()) return status;
+  if (Status status = Kernel::open(options.num_slots(), kernel); !status.ok()) return status;
   try {
     ring.reset(new IoRingOf<Kernel>(std::move(kernel), options, backend, std::move(fallback_reason)));
   } catch (const std::system_error& error) {

@@ -9,7 +9,7 @@
 //
 //   caller                completion thread                                  kernel
 //   ------                -----------------                                  ------
-//   submit ──▶ queue ──▶  cut   [ 1 MiB ][ 1 MiB ][.5 ]  ──submit──▶  at most `depth` requests in flight
+//   submit ──▶ queue ──▶  cut   [ 1 MiB ][ 1 MiB ][.5 ]  ──submit──▶  at most `depth` in flight at a device
 //     │ ticket                    ▲                                            │
 //     │                           └── the rest of a short one ◀─┐              │
 //     │                         the one place that looks ───────┴── result ◀───┘
@@ -20,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "status.h"
@@ -40,18 +41,24 @@ struct IoOperation {
 struct IoCounters {
   std::uint64_t bytes_read = 0;  // each byte once, however often it was asked for
   std::uint64_t bytes_written = 0;
-  std::uint64_t operations = 0;     // submitted
-  std::uint64_t requests = 0;       // handed to the kernel, resubmitted ones included
-  std::uint64_t resubmitted = 0;    // rests of short ones, and ones the kernel refused for the moment
-  std::uint64_t max_in_flight = 0;  // requests at once
+  std::uint64_t operations = 0;             // submitted
+  std::uint64_t requests = 0;               // handed to the kernel, resubmitted ones included
+  std::uint64_t resubmitted = 0;            // rests of short ones, and ones the kernel refused for the moment
+  std::uint64_t max_in_flight = 0;          // requests at once
+  std::uint64_t fixed_memory_requests = 0;  // of `requests`, those into registered memory
+  std::uint64_t fixed_file_requests = 0;    // of `requests`, those of registered files
 };
 
 enum class IoBackend : std::uint8_t { automatic, io_uring, threads };
 
 struct IoRingOptions {
-  unsigned depth = 64;                // requests in flight, [1, 4096]
+  unsigned depth = 64;                // requests in flight at one device, [1, 1024]
   std::uint32_t io_bytes = 1U << 20;  // longest request; a multiple of 4096, at most 1 GiB
   IoBackend backend = IoBackend::automatic;
+  std::uint32_t piece_bytes = 1U << 30;  // in which memory is registered; as io_bytes, and 1 GiB but in tests
+
+  // Requests in flight at all devices: room for four that are busy at once.
+  [[nodiscard]] unsigned num_slots() const { return 4 * depth; }
 };
 
 // All members may be called from any thread. Destruction forgets what is queued and waits for what is in
@@ -70,6 +77,23 @@ class IoRing {
   virtual Status wait(Ticket ticket, double timeout_seconds) = 0;
 
   virtual Status done(Ticket ticket, bool& finished) const = 0;
+
+  // Depth, at most the ring's, and request length for the device that the open file `fd` lies on. Not for
+  // what is cut already.
+  virtual Status tune(int fd, unsigned depth, std::uint32_t io_bytes) = 0;
+
+  // Tells the kernel of page-aligned `memory` in advance: it pins and describes the pages once instead of
+  // with every request. Blocks while it does, and the pages stay in memory. Refused without io_uring
+  // (EOPNOTSUPP), to ordinary users beyond RLIMIT_MEMLOCK (ENOMEM), and where the table is full (ENOSPC):
+  // everything works as before, then. The memory must be forgotten before it is unmapped, when no operation
+  // on it is unfinished.
+  virtual Status register_memory(std::span<std::byte> memory) = 0;
+  virtual Status forget_memory(std::byte* start) = 0;
+
+  // Tells the kernel of an open file, which it then need not look up with every request. To be forgotten
+  // before `fd` is closed: the kernel keeps the file open until then.
+  virtual Status register_file(int fd) = 0;
+  virtual Status forget_file(int fd) = 0;
 
   // One line per unfinished operation: ticket, kind, path, offset, bytes, requests in flight, age.
   [[nodiscard]] virtual std::string outstanding() const = 0;

@@ -1,9 +1,10 @@
-// The bookkeeping of asynchronous I/O over any kernel: cutting operations into requests, keeping at most
-// `depth` of them in flight, judging results, waking waiters. It makes no I/O system call of its own.
+// The bookkeeping of asynchronous I/O over any kernel: cutting operations into requests, keeping every device
+// busy, judging results, waking waiters. It makes no I/O system call of its own.
 //
 // [Note: who touches what]
 //   completion thread alone   the kernel's submit and reap, `batch_`, `slots_`
 //   under `mutex_`            operations, the queues, counters
+//   registry_, any thread     the kernel's set_buffer and set_file
 //   any thread                kernel's wake
 // The lock is not held while the kernel is submitted to: a buffered read that hits the page cache is copied
 // inside that call, and would make submit() block for as long.
@@ -20,7 +21,6 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdio>
 #include <deque>
 #include <limits>
 #include <map>
@@ -32,13 +32,14 @@
 #include <utility>
 #include <vector>
 
+#include "io_devices.h"
 #include "io_kernel.h"
+#include "io_operation.h"
+#include "io_registry.h"
 #include "io_ring.h"
 #include "io_thread.h"
 
 namespace offload_rt {
-
-inline constexpr std::uint32_t kDirectAlignment = 4096;  // at least the sector of any drive
 
 template <IoKernel Kernel>
 class IoRingOf final : public IoRing {
@@ -47,11 +48,12 @@ class IoRingOf final : public IoRing {
            std::string fallback_reason)
       : IoRing(backend, std::move(fallback_reason)),
         kernel_(std::move(kernel)),
-        io_bytes_(options.io_bytes),
-        slots_(options.depth),
-        completions_(options.depth) {
-    for (std::uint32_t slot = options.depth; slot > 0; --slot) free_slots_.push_back(slot - 1);
-    batch_.reserve(options.depth);
+        registry_(*kernel_, options.piece_bytes),
+        devices_(options.depth, options.io_bytes),
+        slots_(options.num_slots()),
+        completions_(options.num_slots()) {
+    for (std::uint32_t slot = options.num_slots(); slot > 0; --slot) free_slots_.push_back(slot - 1);
+    batch_.reserve(options.num_slots());
     thread_ = start_io_thread("offload-ring", [this] { run(); });
   }
 
@@ -63,8 +65,8 @@ class IoRingOf final : public IoRing {
     if (operation.offset > kLastOffset || operation.length > kLastOffset - operation.offset)
       return Status::invalid(operation.path + ": offset plus length is past the largest file");
     // A descriptor that is not open is found out by the request itself, so that there is one way to fail.
-    const int flags = ::fcntl(operation.fd, F_GETFL);
-    const bool direct = flags >= 0 && (flags & O_DIRECT) != 0;
+    FileIdentity file;
+    const bool direct = identify(operation.fd, file).ok() && (file.flags & O_DIRECT) != 0;
     {
       const std::lock_guard lock(mutex_);
       if (closing_) {
@@ -75,6 +77,8 @@ class IoRingOf final : public IoRing {
       ticket = next_ticket_++;
       Progress& progress = operations_[ticket];
       progress.operation = operation;
+      progress.device = &devices_.of(file.device);
+      progress.file = registry_.find_file(operation.fd, file);
       progress.resume_alignment = direct ? kDirectAlignment : 1;
       progress.submitted = Clock::now();
       counters_.operations++;
@@ -82,11 +86,36 @@ class IoRingOf final : public IoRing {
         progress.finished = true;
         return {};
       }
-      queue_.push_back(&progress);
+      progress.device->queue.push_back(&progress);
     }
     kernel_->wake();
     return {};
   }
+
+  Status tune(int fd, unsigned depth, std::uint32_t io_bytes) override {
+    if (Status status = check_depth(depth, devices_.depth()); !status.ok()) return status;
+    if (Status status = check_length("io_bytes", io_bytes); !status.ok()) return status;
+    FileIdentity file;
+    if (Status status = identify(fd, file); !status.ok()) return status;
+    const std::lock_guard lock(mutex_);
+    IoDevice<Progress>& device = devices_.of(file.device);
+    device.depth = depth;
+    device.io_bytes = io_bytes;
+    return {};
+  }
+
+  Status register_memory(std::span<std::byte> memory) override {
+    if (forked()) return Status::invalid("a ring does not survive fork; register with one of the child's");
+    return registry_.add_memory(memory);
+  }
+  Status forget_memory(std::byte* start) override {
+    return forked() ? Status() : registry_.drop_memory(start);  // in a child: the parent's to drop
+  }
+  Status register_file(int fd) override {
+    if (forked()) return Status::invalid("a ring does not survive fork; register with one of the child's");
+    return registry_.add_file(fd);
+  }
+  Status forget_file(int fd) override { return forked() ? Status() : registry_.drop_file(fd); }
 
   Status wait(Ticket ticket, double timeout_seconds) override {
     if (forked()) return Status::invalid("a ring does not survive fork; its operations are the parent's");
@@ -149,44 +178,10 @@ class IoRingOf final : public IoRing {
  private:
   using Clock = std::chrono::steady_clock;
 
-  struct Progress {
-    IoOperation operation;
-    std::uint64_t cut = 0;   // bytes that have been cut into requests
-    std::uint64_t done = 0;  // bytes that have arrived
-    std::uint32_t resume_alignment = 1;
-    std::uint32_t in_flight = 0;  // requests, those waiting in `again_` and `batch_` included
-    bool finished = false;
-    Status status;
-    Clock::time_point submitted;
-  };
-
-  // One request's worth of an operation, from its cutting until its last byte has arrived.
-  //
-  //     |<-------------- length --------------->|
-  //     |== arrived ==|                         |
-  //     |       ^ resume_from: where the next try starts, `arrived` rounded down as O_DIRECT wants it
-  struct Slot {
-    Progress* owner = nullptr;
-    std::uint64_t begin = 0;  // within the operation
-    std::uint32_t length = 0;
-    std::uint32_t arrived = 0;
-    std::uint32_t resume_from = 0;
-    std::uint32_t refusals = 0;  // in a row
-  };
-
   // A drive or kernel that keeps saying "not now" is given about a second.
   static constexpr std::uint32_t kMaxRefusals = 1000;
   static constexpr std::uint32_t kPatientRefusals = 8;  // at once; from then on with a pause
   static constexpr auto kPause = std::chrono::milliseconds(1);
-
-  static Status evidence(const IoOperation& operation) {
-    Status status;
-    status.kind = operation.kind;
-    status.path = operation.path;
-    status.offset = operation.offset;
-    status.wanted = operation.length;
-    return status;
-  }
 
   // ---- completion thread ----
 
@@ -210,31 +205,41 @@ class IoRingOf final : public IoRing {
     }
   }
 
-  // Puts requests into every free slot, first the rests of earlier ones, then the queue in its order. False
-  // when the ring is to stop and nothing is left.
+  // Puts requests into the slots that devices have room for, first the rests of earlier ones, then each queue
+  // in its order. False when the ring is to stop and nothing is left.
   bool fill_batch() {
     const std::lock_guard lock(mutex_);
     if (forget_queued_) forget_queued();
     for (; !again_.empty(); again_.pop_front()) add_to_batch(again_.front());
-    while (!queue_.empty() && !free_slots_.empty()) {
-      Progress& progress = *queue_.front();
+    while (!free_slots_.empty()) {
+      IoDevice<Progress>* device = devices_.next();
+      if (device == nullptr) break;
+      Progress& progress = *device->queue.front();
       if (progress.status.ok()) cut_next(progress);
-      if (!progress.status.ok() || progress.cut == progress.operation.length) queue_.pop_front();
+      if (!progress.status.ok() || progress.cut == progress.operation.length) device->queue.pop_front();
     }
     const std::size_t in_flight = slots_.size() - free_slots_.size();
     counters_.max_in_flight = std::max<std::uint64_t>(counters_.max_in_flight, in_flight);
-    return !(closing_ && in_flight == 0 && queue_.empty());
+    return !(closing_ && in_flight == 0 && devices_.idle());
   }
 
   void cut_next(Progress& progress) {
     const std::uint32_t slot = free_slots_.back();
     free_slots_.pop_back();
-    const std::uint64_t left = progress.operation.length - progress.cut;
+    std::uint64_t length =
+        std::min<std::uint64_t>(progress.operation.length - progress.cut, progress.device->io_bytes);
+    std::byte* const address = progress.operation.address + progress.cut;
+    const MemoryPiece piece = registry_.find_memory(address);
+    if (piece.index != kNotFixed)
+      length = std::min<std::uint64_t>(
+          length, static_cast<std::uint64_t>(piece.bytes.data() + piece.bytes.size() - address));
     slots_[slot] = {.owner = &progress,
                     .begin = progress.cut,
-                    .length = static_cast<std::uint32_t>(std::min<std::uint64_t>(left, io_bytes_))};
-    progress.cut += slots_[slot].length;
+                    .length = static_cast<std::uint32_t>(length),
+                    .buffer = piece.index};
+    progress.cut += length;
     progress.in_flight++;
+    progress.device->in_flight++;
     add_to_batch(slot);
   }
 
@@ -247,8 +252,12 @@ class IoRingOf final : public IoRing {
                       .fd = operation.fd,
                       .offset = operation.offset + skip,
                       .address = operation.address + skip,
-                      .length = slot.length - slot.resume_from});
+                      .length = slot.length - slot.resume_from,
+                      .buffer = slot.buffer,
+                      .file = slot.owner->file});
     counters_.requests++;
+    if (slot.buffer != kNotFixed) counters_.fixed_memory_requests++;
+    if (slot.owner->file != kNotFixed) counters_.fixed_file_requests++;
   }
 
   // True if the kernel keeps refusing and wants a pause.
@@ -316,6 +325,7 @@ class IoRingOf final : public IoRing {
     Progress& progress = *slot.owner;
     slot = {};
     free_slots_.push_back(index);
+    progress.device->in_flight--;
     if (--progress.in_flight > 0) return;  // [Note: operation lifetime]
     if (progress.status.ok() && progress.done < progress.operation.length) return;
     finish(progress);
@@ -324,14 +334,14 @@ class IoRingOf final : public IoRing {
   void finish(Progress& progress) {
     if (!progress.status.ok()) {
       progress.status.done = progress.done;
-      std::erase(queue_, &progress);  // it may not have been cut to its end
+      std::erase(progress.device->queue, &progress);  // it may not have been cut to its end
     }
     progress.finished = true;
     finished_.notify_all();
   }
 
   void forget_queued() {
-    for (Progress* progress : std::exchange(queue_, {})) {
+    for (Progress* progress : devices_.drain()) {
       progress->status = evidence(progress->operation);
       progress->status.code = StatusCode::closed;
       progress->status.failed_at = progress->operation.offset + progress->cut;
@@ -355,28 +365,21 @@ class IoRingOf final : public IoRing {
     std::string text;
     for (const auto& [ticket, progress] : operations_) {
       if (progress.finished) continue;
-      const IoOperation& operation = progress.operation;
-      const double age_seconds = std::chrono::duration<double>(Clock::now() - progress.submitted).count();
-      char age[32];
-      std::snprintf(age, sizeof age, "%.3f", age_seconds);
       if (!text.empty()) text += '\n';
-      text += "ticket " + std::to_string(ticket) + ": " + operation.path + ": " +
-              std::string(name_of(operation.kind)) + " " + std::to_string(progress.done) + " of " +
-              std::to_string(operation.length) + " bytes at offset " + std::to_string(operation.offset) +
-              ", " + std::to_string(progress.in_flight) + " requests in flight, " + age + " s old";
+      text += describe(ticket, progress);
     }
     return text;
   }
 
   std::unique_ptr<Kernel> kernel_;
-  const std::uint32_t io_bytes_;
+  IoRegistry<Kernel> registry_;
 
   // [Note: who touches what]
   mutable std::mutex mutex_;
   std::condition_variable finished_;
   std::map<Ticket, Progress> operations_;  // pointers to a map's values stay good; the dump is in order
   Ticket next_ticket_ = 1;
-  std::deque<Progress*> queue_;      // not yet cut to their end, in the order of submission
+  IoDevices<Progress> devices_;
   std::deque<std::uint32_t> again_;  // slots whose rest is to be submitted
   std::vector<std::uint32_t> free_slots_;
   IoCounters counters_;

@@ -15,10 +15,19 @@ inline constexpr long kSysSetup = 425;
 inline constexpr long kSysEnter = 426;
 inline constexpr long kSysRegister = 427;
 
+inline constexpr std::uint8_t kOpReadFixed = 4;
+inline constexpr std::uint8_t kOpWriteFixed = 5;
 inline constexpr std::uint8_t kOpRead = 22;
 inline constexpr std::uint8_t kOpWrite = 23;
 
+inline constexpr std::uint8_t kSqeFixedFile = 1U << 0;
+
 inline constexpr unsigned kRegisterEventFd = 4;
+// Tables whose places can be filled one at a time, without waiting for the ring to be idle (Linux 5.13).
+inline constexpr unsigned kRegisterFiles = 13;    // "FILES2"
+inline constexpr unsigned kUpdateFiles = 14;      // "FILES_UPDATE2"
+inline constexpr unsigned kRegisterBuffers = 15;  // "BUFFERS2"
+inline constexpr unsigned kUpdateBuffers = 16;    // "BUFFERS_UPDATE"
 
 inline constexpr std::uint32_t kSetupClamp = 1U << 4;
 inline constexpr std::uint32_t kFeatureSingleMmap = 1U << 0;
@@ -52,6 +61,19 @@ struct Cqe {  // completion queue entry
   std::uint32_t flags;
 };
 static_assert(sizeof(Cqe) == 16);
+
+struct TableRegister {  // "io_uring_rsrc_register"
+  std::uint32_t num_entries, flags;
+  std::uint64_t reserved, entries, tags;
+};
+static_assert(sizeof(TableRegister) == 32);
+
+struct TableUpdate {  // "io_uring_rsrc_update2"
+  std::uint32_t first, reserved;
+  std::uint64_t entries, tags;
+  std::uint32_t num_entries, reserved2;
+};
+static_assert(sizeof(TableUpdate) == 32);
 
 struct SqOffsets {
   std::uint32_t head, tail, ring_mask, ring_entries, flags, dropped, array, reserved;

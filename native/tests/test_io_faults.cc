@@ -27,14 +27,12 @@ struct Rig {
   explicit Rig(FaultPlan plan, int extra_flags = 0)
       : file(extra_flags), out(16 * kIoBytes, 1), in(16 * kIoBytes, 2) {
     CHECK_EQUAL(::pwrite(file.fd(), out.data(), out.size(), 0), static_cast<ssize_t>(out.size()));
-    constexpr unsigned kDepth = 4;
+    const IoRingOptions options{.depth = 4, .io_bytes = kIoBytes, .backend = IoBackend::threads};
     std::unique_ptr<Inner> inner;
-    CHECK(Inner::open(kDepth, inner).ok());
+    CHECK(Inner::open(options.num_slots(), inner).ok());
     auto faulty = std::make_unique<FaultyKernel<Inner>>(std::move(inner), std::move(plan));
     kernel = faulty.get();
-    ring.reset(new IoRingOf<FaultyKernel<Inner>>(
-        std::move(faulty), {.depth = kDepth, .io_bytes = kIoBytes, .backend = IoBackend::threads},
-        IoBackend::threads, ""));
+    ring.reset(new IoRingOf<FaultyKernel<Inner>>(std::move(faulty), options, IoBackend::threads, ""));
   }
 
   Ticket submit(IoKind kind, const Buffer& buffer) {
