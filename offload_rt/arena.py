@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,32 @@ _PATIENCE = 50
 """Milliseconds: a worker thread may hold a buffer an instant longer than the operation that it has finished."""
 POISON = 0xFF
 """Every float made of 0xFF bytes is a NaN."""
+
+
+class Region(mmap.mmap):
+    """The memory of an arena. Unmapped when nothing sees it any more, after `before_unmap` was called.
+
+    Whoever has the kernel or a driver keep these pages (see [Note: registration] in `file_io`) leaves there how to undo
+    that: a weak reference would be cleared after the unmapping, when the address may be another arena's already.
+    """
+
+    before_unmap: list[Callable[[int], None]]
+    """Each is called with the address, from whichever thread lets go last. None may raise."""
+    address: int
+
+    def __new__(cls, num_bytes: int) -> Region:
+        # Private: Python's default, a shared mapping, gets no huge pages, and direct reads were 1.6 times slower.
+        region = super().__new__(cls, -1, max(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region.address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+        region.before_unmap = []
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages serve
+                region.madvise(mmap.MADV_HUGEPAGE)
+        return region
+
+    def __del__(self) -> None:
+        for undo in self.before_unmap:
+            undo(self.address)
 
 
 @dataclass(frozen=True)
@@ -53,12 +79,14 @@ class Slot:
     def __init__(
         self,
         memory: ctypes.Array[ctypes.c_char],
+        region: Region,
         arena: str,
         start_bytes: int,
         offset_bytes: int,
         num_bytes: int,
     ) -> None:
         self._memory = memory
+        self.region = region
         self._arena = arena
         self._start_bytes = start_bytes
         self._offset_bytes = offset_bytes
@@ -74,7 +102,9 @@ class Slot:
         """The half-open range [offset, offset + num_bytes) of this slot, under the same lease."""
         if offset_bytes < 0 or num_bytes < 0 or offset_bytes + num_bytes > self.num_bytes:
             raise ValueError(f"slot: range [{offset_bytes}, {offset_bytes + num_bytes}) of {self.num_bytes} bytes")
-        return Slot(self._memory, self._arena, self._start_bytes, self._offset_bytes + offset_bytes, num_bytes)
+        return Slot(
+            self._memory, self.region, self._arena, self._start_bytes, self._offset_bytes + offset_bytes, num_bytes
+        )
 
     def buffer(self) -> memoryview:
         """The slot's bytes, writable. Holds the lease as long as it lives."""
@@ -115,15 +145,9 @@ class Arena:
         self._leases: dict[int, _Lease] = {}
         self._free: list[tuple[int, int]] = [(0, self.num_bytes)] if self.num_bytes else []
         self._next_lease = 0
-        # Private: Python's default, a shared mapping, gets no huge pages, and direct reads were 1.6 times slower.
-        size = max(self.num_bytes, mmap.PAGESIZE)
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages serve
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.region = Region(self.num_bytes)
         if poison:
-            ctypes.memset(self._base, POISON, self.num_bytes)
+            ctypes.memset(self.region.address, POISON, self.num_bytes)
 
     def acquire(self, num_bytes: int, owner: str) -> Slot:
         """Leases `num_bytes`, 4 KiB aligned. Raises `BudgetExceeded`, naming the holders, when there is no room."""
@@ -163,11 +187,11 @@ class Arena:
                     break
             else:
                 return None
-        memory = (ctypes.c_char * wanted).from_buffer(self._map, start)
+        memory = (ctypes.c_char * wanted).from_buffer(self.region, start)
         # See [Note: slot lifetime]. The finalizer may run inside any allocation, also of a thread that holds the
         # lock: it only appends to a deque, and the next acquire does the work.
         weakref.finalize(memory, self._returned.append, lease).atexit = False
-        return Slot(memory, self.name, start, 0, num_bytes)
+        return Slot(memory, self.region, self.name, start, 0, num_bytes)
 
     def held_bytes(self) -> int:
         """Bytes under lease now."""
@@ -182,7 +206,7 @@ class Arena:
         while self._returned:
             lease = self._leases.pop(self._returned.popleft())
             if self._poison:
-                ctypes.memset(self._base + lease.start, POISON, lease.end - lease.start)
+                ctypes.memset(self.region.address + lease.start, POISON, lease.end - lease.start)
             self._free.append((lease.start, lease.end))
             self._free.sort()
             merged = [self._free[0]]

@@ -143,8 +143,6 @@ class Store:
         """
         _, extent = self._blocks[block]
         file = self._files[extent.drive]
-        if not file.direct:  # keep the page cache, which the budget does not know, from growing to the model's size
-            os.posix_fadvise(file.fd, extent.offset_bytes, extent.length_bytes, os.POSIX_FADV_DONTNEED)
         if block in self._verified and not self._verify_all:
             return
         found = crc32c(slot.part(0, extent.length_bytes).buffer())

@@ -1,40 +1,28 @@
 """The only asynchronous copies there are: drive to memory, memory to drive, memory to memory.
 
-Start and wait are two calls; the `Transfer` between them owns both ends. Reads and writes go through the native ring
-(io_uring, or its thread pool where the kernel refuses), or through aiofiles where the native core is not built. Copies
-between HOST and DEVICE run on a thread of their own. What is known of files is a descriptor and a path: opening and
-locking them is the store's business.
+Start and wait are two calls; the `Transfer` between them owns both ends. Reads and writes go through `file_io`. Copies
+between HOST and DEVICE run on a thread of their own.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import os
 import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from offload_rt.arena import Slot
-from offload_rt.errors import StorageError, StorageFull, StorageTimeout
-from offload_rt.native import native_core
+from offload_rt.errors import StorageTimeout
+from offload_rt.file_io import FileIO, file_io, wait_future
+from offload_rt.file_io import OpenFile as OpenFile
 from offload_rt.recording import Recorder
 
 WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
-
-
-@dataclass(frozen=True)
-class OpenFile:
-    """A file that the store has open. `direct` says that its descriptor was opened with O_DIRECT."""
-
-    path: str
-    fd: int
-    direct: bool
 
 
 @dataclass(kw_only=True)
@@ -80,145 +68,6 @@ class Transfer:
                 self._owned = None
                 raise
             self._owned = None
-
-
-class FileIO(Protocol):
-    """Asynchronous file I/O: the native ring, or its plain twin."""
-
-    name: str
-    direct: bool
-    """Whether it honours O_DIRECT descriptors."""
-
-    def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
-        """Starts a "read" or a "write" of the whole buffer; returns the function that waits for it."""
-
-    def outstanding(self) -> str:
-        """What is under way, for the message of a timeout."""
-
-    def close(self) -> None:
-        """Waits for what is under way."""
-
-
-class RingIO:
-    """File I/O by `_offload_rt_native.Ring`."""
-
-    direct = True
-
-    def __init__(self, core: Any, backend: str = "auto") -> None:
-        self._core = core
-        self._ring = core.Ring(backend=backend)
-        self.name = self._ring.backend
-
-    def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
-        ticket = getattr(self._ring, kind)(file.fd, file.path, offset_bytes, buffer)
-
-        def wait(timeout_seconds: float) -> None:
-            try:
-                self._ring.wait(ticket, timeout_seconds)
-            except self._core.NativeTimeout as error:
-                raise StorageTimeout(f"{file.path}: {kind} not finished after {timeout_seconds:g} s; {error}") from None
-            except self._core.NativeStorageError as error:
-                raise storage_error(
-                    f"{kind} failed", path=file.path, offset=error.offset, wanted=error.wanted, done=error.done,
-                    errno=error.errno or 0,
-                ) from None  # fmt: skip
-
-        return wait
-
-    def outstanding(self) -> str:
-        return str(self._ring.outstanding())
-
-    def close(self) -> None:
-        self._ring.close()
-
-
-class AiofilesIO:
-    """The plain twin: aiofiles on an event loop of its own, through the page cache, which it drops behind itself."""
-
-    name = "aiofiles"
-    direct = False
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._names: dict[int, str] = {}
-        self._thread = threading.Thread(target=self._loop.run_forever, name="offload_rt-aiofiles", daemon=True)
-        self._thread.start()
-
-    def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
-        future = asyncio.run_coroutine_threadsafe(self._run(kind, file, offset_bytes, buffer), self._loop)
-        self._names[id(future)] = f"{kind} {file.path} at {offset_bytes}, {len(buffer)} bytes"
-        future.add_done_callback(lambda done: self._names.pop(id(done), None))
-        return lambda timeout_seconds: wait_future(future, timeout_seconds, self.outstanding)
-
-    async def _run(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> None:
-        import aiofiles  # only where the native core is missing
-
-        done = 0
-        try:
-            # Through /proc, so that each operation has a position of its own and an unlinked file can be reached.
-            path = f"/proc/self/fd/{file.fd}"
-            async with aiofiles.open(path, "rb" if kind == "read" else "r+b", buffering=0) as stream:
-                await stream.seek(offset_bytes)
-                while done < len(buffer):
-                    moved = await (stream.readinto if kind == "read" else stream.write)(buffer[done:])
-                    if not moved:
-                        raise storage_error(
-                            "end of file",
-                            path=file.path,
-                            offset=offset_bytes,
-                            wanted=len(buffer),
-                            done=done,
-                            errno=0,
-                        )
-                    done += moved
-                os.posix_fadvise(stream.fileno(), offset_bytes, len(buffer), os.POSIX_FADV_DONTNEED)
-        except StorageError:
-            raise
-        except OSError as error:
-            raise storage_error(
-                f"{kind} failed", path=file.path, offset=offset_bytes, wanted=len(buffer), done=done,
-                errno=error.errno or 0,
-            ) from None  # fmt: skip
-
-    def outstanding(self) -> str:
-        return "; ".join(list(self._names.values())) or "nothing"
-
-    def close(self) -> None:
-        async def drain() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        if self._loop.is_running():
-            asyncio.run_coroutine_threadsafe(drain(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-
-
-def file_io(backend: str = "auto") -> FileIO:
-    """The best file I/O there is; `backend` is "auto", "io_uring", "threads" or "aiofiles"."""
-    core = native_core()
-    if backend == "aiofiles" or core is None:
-        return AiofilesIO()
-    return RingIO(core, backend)
-
-
-def storage_error(message: str, *, path: str, offset: int, wanted: int, done: int, errno: int) -> StorageError:
-    """A `StorageError`, or `StorageFull` where the drive or a quota is."""
-    import errno as names
-
-    kind = StorageFull if errno in (names.ENOSPC, names.EDQUOT) else StorageError
-    return kind(message, path=path, offset=offset, wanted=wanted, done=done, errno=errno)
-
-
-def wait_future(future: Future[None], timeout_seconds: float, outstanding: Callable[[], str]) -> None:
-    """Waits for `future`; a timeout says what was outstanding."""
-    try:
-        future.result(timeout_seconds)
-    except FutureTimeout:
-        if future.done():  # just now, or with a timeout of its own
-            return future.result()
-        raise StorageTimeout(f"not finished after {timeout_seconds:g} s; outstanding: {outstanding()}") from None
 
 
 class Links:
@@ -296,6 +145,7 @@ class Links:
         self.io.close()
 
     def _file(self, kind: str, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
+        self.io.adopt(file, slot.region)
         buffer = slot.buffer()
         if self._delayer is None:
             wait = self.io.start(kind, file, offset_bytes, buffer)

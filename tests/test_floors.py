@@ -37,6 +37,7 @@ FLOORS = {
     "offload_rt.prequantized": 1.5,
     "offload_rt.recording": 2.0,
     "offload_rt.decoder": 2.0,
+    "offload_rt.file_io": 2.0,
     "offload_rt.transfer": 2.5,
     "offload_rt.store": 3.0,
     "offload_rt.scratch": 3.0,

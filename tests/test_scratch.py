@@ -10,8 +10,9 @@ import torch
 
 from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageFull
+from offload_rt.file_io import AiofilesIO
 from offload_rt.scratch import Scratch
-from offload_rt.transfer import AiofilesIO, Links
+from offload_rt.transfer import Links
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096

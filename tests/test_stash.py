@@ -7,10 +7,11 @@ import torch
 
 from offload_rt.arena import Arena
 from offload_rt.errors import StorageError
+from offload_rt.file_io import AiofilesIO
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.stash import HostStash, NvmeStash
-from offload_rt.transfer import AiofilesIO, Links
+from offload_rt.transfer import Links
 
 PAGE = 4096
 

@@ -20,9 +20,10 @@ import offload_rt.store as store_module
 from offload_rt.arena import Arena
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
+from offload_rt.file_io import AiofilesIO
 from offload_rt.store import MARKER, Store, write_atomically
 from offload_rt.tensor_spec import TensorSpec, layout_block
-from offload_rt.transfer import AiofilesIO, Links
+from offload_rt.transfer import Links
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096

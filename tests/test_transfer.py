@@ -13,8 +13,9 @@ import torch
 
 from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
+from offload_rt.file_io import AiofilesIO, OpenFile, file_io, storage_error
 from offload_rt.native import native_core
-from offload_rt.transfer import AiofilesIO, Links, OpenFile, file_io, storage_error
+from offload_rt.transfer import Links
 
 PAGE = 4096
 
@@ -67,6 +68,9 @@ class StuckIO:
             buffer[:1] = b"\x01"
 
         return wait
+
+    def adopt(self, file, region):
+        pass
 
     def outstanding(self):
         return ""

@@ -10,6 +10,7 @@ Torch is imported to say what it can do; transformers is not.
 from __future__ import annotations
 
 import argparse
+import mmap
 import platform
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from offload_rt.cli import doctor_folder, doctor_machine
 from offload_rt.config import parse_nvme
 from offload_rt.errors import OffloadError
 from offload_rt.native import native_core, why_not
+from planners.errors import format_bytes
+
+_TRIED_BYTES = 64 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +60,7 @@ def full_lines() -> list[str]:
         *_section("native core", [native_state()]),
         *_section("io_uring", [doctor_machine.io_uring_refusal() or "allowed"]),
         *_section("files by", [io_in_use()]),
+        *_section("arenas", [registered_memory()]),
         *_section("NF4 by", [nf4_in_use()]),
         *_section("GDS", ["not needed: reads land in host memory"]),
     ]
@@ -84,6 +89,20 @@ def io_in_use() -> str:
     if page != Path(__file__).read_bytes()[: len(page)]:
         return "nothing: the ring reads wrong bytes"
     return "io_uring" if backend == "io_uring" else f"a pool of threads (no io_uring: {reason})"
+
+
+def registered_memory() -> str:
+    """Tried on as much as a small arena has."""
+    core = native_core()
+    if core is None:
+        return "not registered with the kernel (no native core)"
+    memory = mmap.mmap(-1, _TRIED_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with core.Ring(depth=1) as ring:
+        try:
+            ring.register_memory(memory)
+        except OSError as error:
+            return f"not registered with the kernel ({error}): reads work, at a little more processor time"
+    return f"registered with the kernel: tried with {format_bytes(_TRIED_BYTES)}"
 
 
 def nf4_in_use() -> str:

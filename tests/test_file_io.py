@@ -1,0 +1,195 @@
+"""File I/O under the transfers: registered memory fires and changes nothing, and every refusal leaves it working."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload_rt.arena import Arena, Region
+from offload_rt.file_io import AiofilesIO, OpenFile, RingIO, file_io
+from offload_rt.native import native_core
+from offload_rt.transfer import Links
+
+PAGE = 4096
+NUM_BYTES = 300 * PAGE
+
+
+def needs_io_uring():
+    core = native_core()
+    if core is None:
+        pytest.skip("the native extension is not built")
+    if not core.io_uring_available()[0]:
+        pytest.skip(f"no io_uring here: {core.io_uring_available()[1]}")
+    return core
+
+
+@pytest.fixture
+def file(disk_folder):
+    path = disk_folder / "data"
+    path.write_bytes(bytes(i % 251 for i in range(NUM_BYTES)))
+    try:
+        file = OpenFile(str(path), os.open(path, os.O_RDWR | os.O_DIRECT), True)
+    except OSError:
+        file = OpenFile(str(path), os.open(path, os.O_RDWR), False)
+    yield file
+    os.close(file.fd)
+
+
+def read_twice(io, file):
+    """The file's bytes by two reads into one arena, and the ring's counters."""
+    links = Links(io=io)
+    slot = Arena("a", NUM_BYTES).acquire(NUM_BYTES, "x")
+    for _ in range(2):
+        links.wait(links.read(file, 0, slot))
+    content = bytes(slot.buffer())
+    counters = io.counters()
+    del slot
+    links.close()
+    return content, counters
+
+
+def test_registered_memory_is_used_and_reads_the_same(file):
+    core = needs_io_uring()
+    registered, used = read_twice(RingIO(core, register=True), file)
+    plain, unused = read_twice(RingIO(core, register=False), file)
+    assert registered == plain == Path(file.path).read_bytes()
+    assert used["fixed_memory_requests"] == used["requests"] == unused["requests"] > 0
+    assert unused["fixed_memory_requests"] == 0
+
+
+def test_registration_is_switched_off_by_the_environment(monkeypatch):
+    core = needs_io_uring()
+    for value, refusal in [("0", "switched off"), ("1", "")]:
+        monkeypatch.setenv("OFFLOAD_RT_IO_REGISTER", value)
+        io = RingIO(core)
+        assert io.refusal == refusal
+        io.close()
+
+
+def test_threads_serve_unregistered_and_say_so(file):
+    if native_core() is None:
+        pytest.skip("the native extension is not built")
+    io = RingIO(native_core(), "threads")
+    assert "io_uring only" in io.refusal
+    content, counters = read_twice(io, file)
+    assert content == Path(file.path).read_bytes()
+    assert counters["fixed_memory_requests"] == 0
+
+
+def test_the_memory_of_an_arena_is_forgotten_with_it(file):
+    """More arenas than the kernel's table has places, one after the other: each finds a place."""
+    io = RingIO(needs_io_uring(), register=True)
+    links = Links(io=io)
+    for _ in range(1100):
+        slot = Arena("a", PAGE).acquire(PAGE, "x")
+        links.wait(links.read(file, 0, slot))
+        del slot
+    assert io.refusal == ""
+    assert io.counters()["fixed_memory_requests"] == 1100
+    links.close()
+
+
+def test_memory_is_still_mapped_when_it_is_to_be_forgotten():
+    """Afterwards its address may be another arena's."""
+    seen = []
+
+    def look(address):
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+        seen.append(any(begin <= address < end for begin, end in ranges))
+
+    arena = Arena("a", PAGE)
+    arena.region.before_unmap.append(look)
+    slot = arena.acquire(PAGE, "x")
+    del arena
+    assert seen == [], "a lease sees the memory still"
+    del slot
+    assert seen == [True]
+
+
+def test_a_ring_may_go_before_the_arenas_that_it_knew(file):
+    links = Links(io=RingIO(needs_io_uring(), register=True))
+    arena = Arena("a", PAGE)
+    links.wait(links.read(file, 0, arena.acquire(PAGE, "x")))
+    links.close()
+    del links
+    assert len(arena.region.before_unmap) == 1
+    del arena
+
+
+ORDINARY_USER = """
+import os, resource, sys
+from offload_rt.arena import Arena
+from offload_rt.file_io import OpenFile, RingIO
+from offload_rt.native import native_core
+from offload_rt.transfer import Links
+fd, direct, num_bytes = int(sys.argv[1]), sys.argv[2] == "True", int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+links = Links(io=RingIO(native_core(), "io_uring", register=True))
+slot = Arena("a", num_bytes).acquire(num_bytes, "x")
+links.wait(links.read(OpenFile("data", fd, direct), 0, slot))
+print("ENOMEM" in links.io.refusal, links.io.counters()["fixed_memory_requests"], sum(slot.buffer()))
+links.close()
+"""
+
+
+def test_an_ordinary_user_reads_without_registration_beyond_the_limit(file):
+    """RLIMIT_MEMLOCK counts registered memory for ordinary users, and not for root."""
+    needs_io_uring()
+    done = subprocess.run(
+        [sys.executable, "-c", ORDINARY_USER, str(file.fd), str(file.direct), str(NUM_BYTES)],
+        capture_output=True, text=True, timeout=60, pass_fds=[file.fd],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "0", str(sum(Path(file.path).read_bytes()))], done.stderr
+
+
+@pytest.mark.parametrize("backend", ["io_uring", "threads", "aiofiles"])
+def test_what_went_through_the_page_cache_is_dropped_from_it(backend, file, monkeypatch):
+    if backend == "io_uring":
+        needs_io_uring()
+    elif backend == "threads" and native_core() is None:
+        pytest.skip("the native extension is not built")
+    dropped = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, offset, length, advice: dropped.append((offset, length, advice))
+    )
+    links = Links(io=file_io(backend))
+    fd = os.open(file.path, os.O_RDWR)
+    slot = Arena("a", 2 * PAGE).acquire(2 * PAGE, "x")
+    links.wait(links.read(OpenFile(file.path, fd, False), PAGE, slot))
+    links.wait(links.write(OpenFile(file.path, fd, False), PAGE, slot))
+    assert dropped == [(PAGE, 2 * PAGE, os.POSIX_FADV_DONTNEED)] * 2
+    if backend != "aiofiles" and file.direct:
+        links.wait(links.read(file, 0, slot))
+        assert len(dropped) == 2, "there was nothing in the page cache"
+    links.close()
+    os.close(fd)
+
+
+def test_tuning_sets_the_length_of_requests(file):
+    io = RingIO(needs_io_uring(), register=False)
+    io.tune(file, 2, 16 * PAGE)
+    content, counters = read_twice(io, file)
+    assert content == Path(file.path).read_bytes()
+    assert counters["requests"] == 2 * -(-NUM_BYTES // (16 * PAGE))
+    assert counters["max_in_flight"] == 2
+
+
+def test_a_region_is_private_and_page_aligned():
+    region = Region(3 * PAGE)
+    assert region.address % PAGE == 0
+    assert len(region) == 3 * PAGE
+    assert len(Region(0)) == resource.getpagesize()
+
+
+def test_aiofiles_takes_what_only_the_ring_uses(file):
+    io = AiofilesIO()
+    io.adopt(file, Region(PAGE))
+    io.tune(file, 1, PAGE)
+    io.close()
