@@ -30,6 +30,7 @@ import torch
 from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
 from offload_rt.config import NvmePath
+from offload_rt.drives import drive_profile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
 from offload_rt.transfer import Links, OpenFile, Transfer
@@ -108,6 +109,7 @@ class Store:
             for folder in self.folders:
                 _make_folder(folder)
                 self._locks.append(_Lock(folder))
+            self.profiles = [drive_profile(folder, links.io) for folder in self.folders]
             self._read_manifest()
         except BaseException:
             self.close()
@@ -167,6 +169,12 @@ class Store:
         self._files = []
         self._locks = []
 
+    def open_on(self, drive: int, path: Path, *, writable: bool) -> OpenFile:
+        """Opens a file on one of the drives, to be asked as its profile says. The caller closes it."""
+        file = _open(path, writable=writable)
+        self._links.io.tune(file, self.profiles[drive].depth, self.profiles[drive].io_bytes)
+        return file
+
     def _read_manifest(self) -> None:
         path = self.folders[0] / "manifest.json"
         try:
@@ -190,7 +198,7 @@ class Store:
             size = weights.stat().st_size if weights.exists() else 0
             if size < max(ends, default=0):
                 raise StoreCorrupt(f"{weights}: {size} bytes, the manifest needs {max(ends)}")
-            self._files.append(_open(weights, writable=False))
+            self._files.append(self.open_on(drive, weights, writable=False))
         self._blocks = blocks
 
     def _finish(self, blocks: dict[str, tuple[BlockSpec, Extent]]) -> None:
@@ -229,10 +237,10 @@ class StoreBuilder:
             for folder in store.folders:  # a manifest must not outlive the bytes it speaks of
                 (folder / "manifest.json").unlink(missing_ok=True)
                 sync_folder(folder)
-            for folder, end in zip(store.folders, ends, strict=True):
+            for index, (folder, end) in enumerate(zip(store.folders, ends, strict=True)):
                 path = folder / "weights.bin"
                 path.unlink(missing_ok=True)  # of an unfinished build
-                file = _open(path, writable=True)
+                file = store.open_on(index, path, writable=True)
                 self._files.append(file)
                 if end:
                     _preallocate(file, end)

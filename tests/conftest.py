@@ -32,6 +32,12 @@ def _takes_direct_io(folder):
     return True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_drives(tmp_path_factory):
+    """A run of the tests probes each drive once, and leaves the user's cache alone."""
+    os.environ["OFFLOAD_RT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def disk_folder():
     """A folder on a disk that takes O_DIRECT, where there is one; otherwise any (reads then go through the cache)."""

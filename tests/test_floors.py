@@ -21,6 +21,7 @@ FLOORS = {
     "offload_rt": 0.0,  # the lazy front door; what it resolves late is exempt, see LAZY
     "offload_rt.errors": 0.0,
     "offload_rt.native": 0.0,
+    "offload_rt.mounts": 0.0,
     "offload_rt.nf4_layout": 0.0,
     "offload_rt.config": 0.5,
     "offload_rt.tensor_spec": 0.5,
@@ -39,6 +40,7 @@ FLOORS = {
     "offload_rt.decoder": 2.0,
     "offload_rt.file_io": 2.0,
     "offload_rt.transfer": 2.5,
+    "offload_rt.drives": 2.7,
     "offload_rt.store": 3.0,
     "offload_rt.scratch": 3.0,
     "offload_rt.tiers": 4.0,

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from offload_rt.mounts import file_system_of
+from offload_rt.native import native_core
 from planners.errors import format_bytes
 
 COMPARED_BYTES = 1 << 20
@@ -42,23 +44,11 @@ def folder_lines(folder: Path) -> list[str]:
             direct = _try_direct(file.fileno(), lines)
             lines.append(_compare(file.fileno(), direct=direct))
             lines.append(_speed(file.fileno(), direct=direct))
+        if direct:
+            lines.append(_profile(folder))
     except OSError as error:
         lines.append(f"reading and writing failed: {error.strerror} (errno {error.errno})")
     return lines
-
-
-def file_system_of(folder: Path) -> tuple[str, str]:
-    """Type and device of the file system that `folder` lies in."""
-    wanted = str(folder.resolve())
-    best, found = -1, ("unknown file system", "an unknown device")
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")
-        inside = wanted == point or wanted.startswith(point.rstrip("/") + "/")
-        # A later mount on the same point hides the earlier one.
-        if inside and len(point) >= best:
-            best, found = len(point), (after.split()[0], after.split()[1])
-    return found
 
 
 def _try_direct(fd: int, lines: list[str]) -> bool:
@@ -114,6 +104,26 @@ def _speed(fd: int, *, direct: bool) -> str:
     return (
         f"short probe, one request of {format_bytes(REQUEST_BYTES)} at a time: "
         f"read {read_bytes / read_seconds / 1e9:.2f} GB/s, write {written_bytes / write_seconds / 1e9:.2f} GB/s"
+    )
+
+
+def _profile(folder: Path) -> str:
+    """Measured now, whatever the cache says."""
+    try:
+        from offload_rt.drives import probe
+    except ImportError as error:  # torch, which the rest of this report does without
+        return f"many requests at a time: not tried ({error})"
+    core = native_core()
+    if core is None:
+        return "many requests at a time: not tried (no native core)"
+    with core.Ring(depth=1) as ring:
+        backend = ring.backend
+    profile = probe(folder, backend)
+    if not profile.read_bytes_per_second:
+        return "many requests at a time: could not be tried"
+    return (
+        f"by {backend}, {profile.depth} requests of {format_bytes(profile.io_bytes)} at a time keep it busy: read "
+        f"{profile.read_bytes_per_second / 1e9:.2f} GB/s, write {profile.write_bytes_per_second / 1e9:.2f} GB/s"
     )
 
 

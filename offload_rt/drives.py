@@ -1,0 +1,212 @@
+"""What keeps a drive busy, and how fast it is: a short probe on first use, remembered for the user.
+
+The probe writes an unnamed file of at most 32 MiB into the folder and reads it in a few ways, within half a second.
+It is an indication on a machine that may be doing other things: good enough to choose request sizes and to weigh
+unequal drives, not a measurement to report. What was found is kept in the user's cache folder under the drive's
+identity and measured again after a month, or when what is kept does not fit or cannot be read. A drive that cannot be
+probed gets the defaults: it fails with its evidence when it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from offload_rt.arena import Arena
+from offload_rt.errors import OffloadError
+from offload_rt.file_io import RING_DEPTH, FileIO, OpenFile, RingIO
+from offload_rt.mounts import file_system_of
+from offload_rt.native import native_core
+from offload_rt.transfer import Links
+
+FILE_BYTES = 32 << 20
+OPERATION_BYTES = 8 << 20
+WRITE_SECONDS = 0.15
+READ_SECONDS = 0.4
+"""Bounds on a slow drive; a fast one is done sooner."""
+NUM_PASSES = 2
+CLOSE_ENOUGH = 0.95
+"""Of the best speed; within it, fewer bytes in flight win, since what is needed at once waits behind them."""
+MAX_AGE_SECONDS = 30 * 24 * 3600.0
+MIB = 1 << 20
+CANDIDATES = ((RING_DEPTH, MIB), (32, MIB), (16, MIB), (8, MIB), (8, 4 * MIB), (32, MIB // 2))
+"""Requests in flight, and bytes of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriveProfile:
+    """How to ask one drive, and what it gave."""
+
+    depth: int = RING_DEPTH
+    """Requests in flight."""
+    io_bytes: int = MIB
+    """Length of one."""
+    read_bytes_per_second: float = 0.0
+    """Zero where it is not known."""
+    write_bytes_per_second: float = 0.0
+
+    @classmethod
+    def from_json(cls, data: dict[str, object]) -> DriveProfile:
+        """Raises `ValueError` for anything that `asdict` would not have made."""
+        values: dict[str, int | float] = {}
+        for field in fields(cls):
+            value = data.get(field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e15:
+                raise ValueError(f"{field.name}: {value!r}")
+            values[field.name] = value
+        profile = cls(**values)  # type: ignore[arg-type]
+        if (profile.depth, profile.io_bytes) not in CANDIDATES:
+            raise ValueError(f"{profile.depth} requests of {profile.io_bytes} bytes")
+        return profile
+
+
+def drive_profile(folder: Path, io: FileIO) -> DriveProfile:
+    """The profile of the drive that `folder` lies on, from the cache or by a probe, which blocks for half a second."""
+    if not isinstance(io, RingIO):
+        return DriveProfile()
+    identity = drive_identity(folder, io.name)
+    place = _cache_folder() / f"drive-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
+    profile = _remembered(place, identity)
+    if profile is None:
+        profile = probe(folder, io.name)
+        if profile.read_bytes_per_second:
+            _remember(place, identity, profile)
+    return profile
+
+
+def drive_identity(folder: Path, backend: str) -> dict[str, str]:
+    """What a profile is good for: the drive, its file system, the kernel, and how files are read."""
+    number = os.stat(folder).st_dev
+    device = Path("/sys/dev/block") / f"{os.major(number)}:{os.minor(number)}"
+    with contextlib.suppress(OSError):
+        device = device.resolve(strict=True)
+    whole = device.parent if (device / "partition").exists() else device
+    found = {
+        name: _text(whole / name) for name in ("size", "serial", "wwid", "device/model", "device/serial", "device/wwid")
+    }
+    file_system, source = file_system_of(folder)
+    return {
+        **{name: text for name, text in found.items() if text},
+        "number": f"{os.major(number)}:{os.minor(number)}",
+        "file_system": file_system,
+        "source": source,
+        "kernel": platform.release(),
+        "backend": backend,
+    }
+
+
+def probe(folder: Path, backend: str) -> DriveProfile:
+    """Measures. The defaults, without speeds, where the drive is full, fails, or refuses O_DIRECT."""
+    links: Links | None = None
+    try:
+        space = os.statvfs(folder)
+        if space.f_bavail * space.f_frsize < 4 * FILE_BYTES:
+            return DriveProfile()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+            fcntl.fcntl(file.fileno(), fcntl.F_SETFL, fcntl.fcntl(file.fileno(), fcntl.F_GETFL) | os.O_DIRECT)
+            links = Links(io=RingIO(native_core(), backend))
+            try:
+                return _measure(links, OpenFile(f"probe in {folder}", file.fileno(), True))
+            finally:
+                links.close()
+    except (OSError, OffloadError):
+        return DriveProfile()
+
+
+def _measure(links: Links, file: OpenFile) -> DriveProfile:
+    arena = Arena("drive probe", 2 * OPERATION_BYTES)
+    slots = [arena.acquire(OPERATION_BYTES, "drive probe") for _ in range(2)]
+    noise = os.urandom(MIB)  # zeros would flatter a drive that compresses
+    for slot in slots:
+        slot.buffer()[:] = noise * (OPERATION_BYTES // MIB)
+
+    written, begin = 0, time.perf_counter()
+    while written < FILE_BYTES and (written == 0 or time.perf_counter() - begin < WRITE_SECONDS):
+        transfers = [links.write(file, written + i * OPERATION_BYTES, slot) for i, slot in enumerate(slots)]
+        for transfer in transfers:
+            transfer.wait()
+        written += len(slots) * OPERATION_BYTES
+    os.fdatasync(file.fd)
+    write_speed = written / (time.perf_counter() - begin)
+
+    speeds: dict[tuple[int, int], float] = {}
+    begin = time.perf_counter()
+    for _ in range(NUM_PASSES):
+        for candidate in CANDIDATES:
+            if speeds and time.perf_counter() - begin > READ_SECONDS:
+                break
+            links.io.tune(file, *candidate)
+            start = time.perf_counter()
+            # Several reads land in one slot at once: nobody looks at what comes.
+            offsets = range(0, written, OPERATION_BYTES)
+            for transfer in [links.read(file, at, slots[n % 2]) for n, at in enumerate(offsets)]:
+                transfer.wait()
+            speed = written / (time.perf_counter() - start)
+            speeds[candidate] = max(speed, speeds.get(candidate, 0.0))
+    depth, io_bytes = choose(speeds)
+    return DriveProfile(
+        depth=depth, io_bytes=io_bytes, read_bytes_per_second=speeds[depth, io_bytes],
+        write_bytes_per_second=write_speed,
+    )  # fmt: skip
+
+
+def choose(speeds: dict[tuple[int, int], float]) -> tuple[int, int]:
+    """Of the candidates that are close to the best: the fewest bytes in flight, then the longest requests."""
+    enough = CLOSE_ENOUGH * max(speeds.values())
+    return min(
+        (candidate for candidate, speed in speeds.items() if speed >= enough),
+        key=lambda candidate: (candidate[0] * candidate[1], -candidate[1]),
+    )
+
+
+def _cache_folder() -> Path:
+    """`$OFFLOAD_RT_CACHE`, or `offload_rt` in the user's cache folder."""
+    if chosen := os.environ.get("OFFLOAD_RT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "offload_rt"
+
+
+def _remembered(place: Path, identity: dict[str, str]) -> DriveProfile | None:
+    try:
+        data = json.loads(place.read_text(encoding="utf-8"))
+        age = time.time() - float(data["measured"])
+        if data["identity"] != identity or not 0 <= age <= MAX_AGE_SECONDS:
+            return None
+        return DriveProfile.from_json(data["profile"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _remember(place: Path, identity: dict[str, str], profile: DriveProfile) -> None:
+    text = json.dumps({"identity": identity, "measured": time.time(), "profile": asdict(profile)}, indent=1)
+    with contextlib.suppress(OSError):  # a home that cannot be written: it is measured each time
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_suffix(f".{os.getpid()}")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, place)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def weights(profiles: Sequence[DriveProfile]) -> list[float]:
+    """By how much each drive should hold more than another; equal where any speed is unknown."""
+    speeds = [profile.read_bytes_per_second for profile in profiles]
+    return speeds if all(speeds) else [1.0] * len(speeds)
