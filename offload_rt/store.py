@@ -2,12 +2,13 @@
 
     <drive>/offload_rt-<key>/   OFFLOAD_RT_STORE   the marker: only a folder that carries it is ever deleted
                                 lock               flock-ed by the process that uses the store; says who
-                                weights.bin        one extent per block, 4 KiB aligned
-                                manifest.json      block -> drive, extent, tensors, CRC32C; written last, renamed in
+                                weights.bin        one stripe per block, 4 KiB aligned
+                                manifest.json      block -> stripes, tensors, CRC32C; written last, renamed in
 
 The key is a hash of the source's content and of the settings, so a second start finds the store and encodes nothing.
-Blocks alternate between drives. A store without a manifest is an unfinished one and is built again. Nothing outside
-this module opens these files; reads and writes go through `Links`.
+A block is one extent, in stripes over the drives by their speed when the store was built. A store without a manifest
+is an unfinished one and is built again. Nothing outside this module opens these files; reads and writes go through
+`Links`.
 """
 
 from __future__ import annotations
@@ -30,26 +31,36 @@ import torch
 from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
 from offload_rt.config import NvmePath
-from offload_rt.drives import drive_profile
+from offload_rt.drives import drive_profile, weights
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
+from offload_rt.stripes import Stripe, parts, stripe_all
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
 from offload_rt.transfer import Links, OpenFile, Transfer
 from planners.errors import format_bytes
 
 MARKER = "OFFLOAD_RT_STORE"
-STORE_VERSION = 1
+STORE_VERSION = 2
 STAGING_BYTES = 4 << 20
 """Piece in which a block is written; two are in flight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """Where a block lies: [offset_bytes, offset_bytes + length_bytes) of one drive's weights file."""
+    """Where a block lies: its stripes, in order."""
 
-    drive: int
-    offset_bytes: int
-    length_bytes: int
+    stripes: tuple[Stripe, ...]
     crc32c: int
+
+    @property
+    def length_bytes(self) -> int:
+        return sum(stripe.length_bytes for stripe in self.stripes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"stripes": [vars(stripe) for stripe in self.stripes], "crc32c": self.crc32c}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Extent:
+        return cls(stripes=tuple(Stripe(**stripe) for stripe in data["stripes"]), crc32c=data["crc32c"])
 
 
 def store_folders(drives: Sequence[NvmePath], key: str) -> list[Path]:
@@ -136,7 +147,11 @@ class Store:
     def read(self, block: str, slot: Slot) -> Transfer:
         """Starts reading a whole block into `slot`, whose size is the block's. Does not block."""
         _, extent = self._blocks[block]
-        return self._links.read(self._files[extent.drive], extent.offset_bytes, slot.part(0, extent.length_bytes))
+        reads = [
+            self._links.read(self._files[part.drive], part.offset_bytes, slot.part(part.begin_bytes, part.length_bytes))
+            for part in parts(extent.stripes, 0, extent.length_bytes)
+        ]
+        return reads[0] if len(reads) == 1 else self._links.join(f"read {block}", reads)
 
     def verify(self, block: str, slot: Slot) -> None:
         """Checks an arrived block against its checksum, on its first read of this run.
@@ -144,15 +159,18 @@ class Store:
         `OFFLOAD_RT_VERIFY=all` in the environment checks every read. Raises `StoreCorrupt`.
         """
         _, extent = self._blocks[block]
-        file = self._files[extent.drive]
         if block in self._verified and not self._verify_all:
             return
         found = crc32c(slot.part(0, extent.length_bytes).buffer())
         if found != extent.crc32c:
+            places = " and ".join(
+                f"{self._files[stripe.drive].path} at offset {stripe.offset_bytes}, {stripe.length_bytes} bytes"
+                for stripe in extent.stripes
+            )
+            folders = " ".join(f"--nvme {drive.path}" for drive in self._drives)
             raise StoreCorrupt(
-                f"{file.path}: block {block} at offset {extent.offset_bytes}, {extent.length_bytes} bytes: checksum "
-                f"{found:08x}, expected {extent.crc32c:08x}. The original checkpoint is untouched: remove this store "
-                f"with `offload-rt clean --nvme {self._drives[extent.drive].path}` and start again"
+                f"{places}: block {block}: checksum {found:08x}, expected {extent.crc32c:08x}. The original checkpoint "
+                f"is untouched: remove this store with `offload-rt clean {folders}` and start again"
             )
         self._verified.add(block)
 
@@ -189,11 +207,12 @@ class Store:
         if body["version"] != STORE_VERSION or body["num_drives"] != len(self.folders):
             return  # written by another version, or striped over other drives: build again
         blocks = {
-            entry["spec"]["name"]: (BlockSpec.from_json(entry["spec"]), Extent(**entry["extent"]))
+            entry["spec"]["name"]: (BlockSpec.from_json(entry["spec"]), Extent.from_json(entry["extent"]))
             for entry in body["blocks"]
         }
         for drive, folder in enumerate(self.folders):
-            ends = [e.offset_bytes + e.length_bytes for _, e in blocks.values() if e.drive == drive]
+            stripes = [s for _, extent in blocks.values() for s in extent.stripes if s.drive == drive]
+            ends = [stripe.offset_bytes + stripe.length_bytes for stripe in stripes]
             weights = folder / "weights.bin"
             size = weights.stat().st_size if weights.exists() else 0
             if size < max(ends, default=0):
@@ -207,7 +226,7 @@ class Store:
             "key": self.key,
             "num_drives": len(self.folders),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "blocks": [{"spec": spec.to_json(), "extent": vars(extent)} for spec, extent in blocks.values()],
+            "blocks": [{"spec": spec.to_json(), "extent": extent.to_json()} for spec, extent in blocks.values()],
         }
         write_atomically(
             self.folders[0] / "manifest.json",
@@ -225,12 +244,15 @@ class StoreBuilder:
         self._done: dict[str, tuple[BlockSpec, Extent]] = {}
         self._files: list[OpenFile] = []
         self._staging = Arena("ingest staging", 2 * STAGING_BYTES)
-        self._places: dict[str, tuple[int, int]] = {}
+        places = stripe_all(
+            [spec.stored_bytes for spec in self._specs],
+            weights(store.profiles),
+            [usable_bytes(folder, drive) for folder, drive in zip(store.folders, store._drives, strict=True)],
+        )
+        self._places = {spec.name: stripes for spec, stripes in zip(self._specs, places, strict=True)}
         ends = [0] * len(store.folders)
-        for index, spec in enumerate(self._specs):
-            drive = index % len(store.folders)
-            self._places[spec.name] = (drive, ends[drive])
-            ends[drive] += spec.stored_bytes
+        for stripe in (stripe for stripes in places for stripe in stripes):
+            ends[stripe.drive] += stripe.length_bytes
         for folder, drive_path, end in zip(store.folders, store._drives, ends, strict=True):
             _check_space(folder, drive_path, end)
         try:
@@ -250,8 +272,8 @@ class StoreBuilder:
 
     def write(self, spec: BlockSpec, pieces: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Writes one block. `pieces` yields (offset in the block, contiguous tensor), offsets ascending."""
-        drive, offset = self._places[spec.name]
-        writer = _SequentialWriter(self._store._links, self._staging, self._files[drive], offset)
+        stripes = self._places[spec.name]
+        writer = _SequentialWriter(self._store._links, self._staging, self._files, stripes)
         try:
             for position, tensor in pieces:
                 writer.append(position, tensor)
@@ -259,8 +281,7 @@ class StoreBuilder:
         except BaseException:
             writer.abort()
             raise
-        extent = Extent(drive=drive, offset_bytes=offset, length_bytes=spec.stored_bytes, crc32c=checksum)
-        self._done[spec.name] = (spec, extent)
+        self._done[spec.name] = (spec, Extent(stripes=stripes, crc32c=checksum))
 
     def finish(self) -> None:
         """Makes the store durable and complete."""
@@ -282,11 +303,12 @@ class StoreBuilder:
 class _SequentialWriter:
     """Collects bytes into aligned staging slots, writes each when full, and runs the checksum over them."""
 
-    def __init__(self, links: Links, staging: Arena, file: OpenFile, offset_bytes: int) -> None:
+    def __init__(self, links: Links, staging: Arena, files: Sequence[OpenFile], stripes: Sequence[Stripe]) -> None:
         self._links = links
         self._staging = staging
-        self._file = file
-        self._offset = offset_bytes
+        self._files = files
+        self._stripes = stripes
+        self._flushed = 0
         self._position = 0
         self._crc = 0
         self._slot = staging.acquire(STAGING_BYTES, "ingest")
@@ -335,8 +357,14 @@ class _SequentialWriter:
         self._crc = crc32c(piece.buffer(), self._crc)
         if self._in_flight is not None:
             self._links.wait(self._in_flight)
-        self._in_flight = self._links.write(self._file, self._offset, piece)
-        self._offset += piece.num_bytes
+        writes = [
+            self._links.write(
+                self._files[part.drive], part.offset_bytes, piece.part(part.begin_bytes, part.length_bytes)
+            )
+            for part in parts(self._stripes, self._flushed, piece.num_bytes)
+        ]
+        self._in_flight = self._links.join("write of a piece", writes)
+        self._flushed += piece.num_bytes
         self._filled = 0
         del piece
         self._slot = self._staging.acquire(STAGING_BYTES, "ingest")

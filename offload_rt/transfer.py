@@ -11,13 +11,13 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
 from offload_rt.arena import Slot
-from offload_rt.errors import StorageTimeout
+from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.file_io import FileIO, file_io, wait_future
 from offload_rt.file_io import OpenFile as OpenFile
 from offload_rt.recording import Recorder
@@ -129,6 +129,30 @@ class Links:
             (source, destination),
         )  # fmt: skip
         return self._recorded(transfer, reads=source, writes=destination, after=after)
+
+    def join(self, name: str, transfers: Sequence[Transfer]) -> Transfer:
+        """Several transfers as one, which has arrived when all have. If some fail, the first error is told when none is
+        under way any more: their memory is then free.
+        """
+
+        def wait(timeout_seconds: float) -> None:
+            deadline = time.monotonic() + timeout_seconds
+            failure: OffloadError | None = None
+            for transfer in transfers:
+                try:
+                    transfer.wait(max(0.0, deadline - time.monotonic()))
+                except StorageTimeout:
+                    raise
+                except OffloadError as error:
+                    failure = failure or error
+            if failure is not None:
+                raise failure
+
+        joined = Transfer(name, sum(transfer.num_bytes for transfer in transfers), wait, tuple(transfers))
+        if self.recorder is not None:
+            before = [transfer.operation for transfer in transfers if transfer.operation is not None]
+            joined.operation = self.recorder.submit(name, after=before)
+        return joined
 
     def wait(self, transfer: Transfer) -> None:
         """Blocks until `transfer` has arrived, counts the stall, and orders the caller after it."""

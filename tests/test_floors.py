@@ -41,6 +41,7 @@ FLOORS = {
     "offload_rt.file_io": 2.0,
     "offload_rt.transfer": 2.5,
     "offload_rt.drives": 2.7,
+    "offload_rt.stripes": 2.7,
     "offload_rt.store": 3.0,
     "offload_rt.scratch": 3.0,
     "offload_rt.tiers": 4.0,

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 import offload_rt.store as store_module
 from offload_rt.arena import Arena
 from offload_rt.config import NvmePath
+from offload_rt.drives import DriveProfile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
-from offload_rt.file_io import AiofilesIO
+from offload_rt.file_io import AiofilesIO, file_io
+from offload_rt.native import native_core
 from offload_rt.store import MARKER, Store, write_atomically
 from offload_rt.tensor_spec import TensorSpec, layout_block
 from offload_rt.transfer import Links
@@ -296,6 +298,132 @@ def test_blocks_alternate_between_two_drives(disk_folder, links):
     store.close()
 
 
+LARGE = [4 << 20, 100, (5 << 20) + 5]
+
+
+@pytest.fixture
+def unequal(disk_folder, monkeypatch):
+    """Two drives, the first three times as fast; the profiles can be changed."""
+    drives = [NvmePath(path=disk_folder / name) for name in ("fast", "slow")]
+    for drive in drives:
+        drive.path.mkdir()
+    speeds = {"fast": 3e9, "slow": 1e9}
+    monkeypatch.setattr(
+        store_module, "drive_profile",
+        lambda folder, io: DriveProfile(read_bytes_per_second=speeds[folder.parent.name]),
+    )  # fmt: skip
+    return drives, speeds
+
+
+def weights_files(drives):
+    return [drive.path / "offload_rt-key" / "weights.bin" for drive in drives]
+
+
+@pytest.mark.parametrize("io", ["auto", "aiofiles"])
+def test_a_block_lies_on_drives_by_their_speed_and_reads_the_same(unequal, io):
+    drives, speeds = unequal
+    links = Links(io=file_io(io))
+    store = Store(drives, "key", links)
+    fill(store, LARGE)
+    check_content(store, links, LARGE)
+    fast, slow = (path.stat().st_size for path in weights_files(drives))
+    assert fast / slow == pytest.approx(3, rel=0.05)
+    before = links.counters.num_transfers
+    read(store, links, "b0")
+    assert links.counters.num_transfers - before == 2, "not read from both"
+    read(store, links, "b1")
+    assert links.counters.num_transfers - before == 3
+    store.close()
+    # Whatever the drives measure later, the store says where its bytes are.
+    speeds.update(fast=1e9, slow=7e9)
+    again = Store(drives, "key", links)
+    assert again.complete
+    check_content(again, links, LARGE)
+    again.close()
+    links.close()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_wrong_byte_in_any_stripe_is_found(unequal, links, which):
+    drives, _ = unequal
+    store = Store(drives, "key", links)
+    fill(store, LARGE)
+    store.close()
+    path = weights_files(drives)[which]
+    with open(path, "r+b") as file:
+        file.seek(12345)
+        byte = file.read(1)[0]
+        file.seek(12345)
+        file.write(bytes([byte ^ 1]))
+    again = Store(drives, "key", links)
+    with pytest.raises(StoreCorrupt, match=f"{path}.*block b0.*offload-rt clean.*fast.*slow"):
+        read(again, links, "b0")
+    again.close()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_stripe_that_is_cut_short_is_found_when_opening(unequal, links, which):
+    drives, _ = unequal
+    store = Store(drives, "key", links)
+    fill(store, LARGE)
+    store.close()
+    path = weights_files(drives)[which]
+    os.truncate(path, path.stat().st_size - PAGE)
+    with pytest.raises(StoreCorrupt, match=str(path)):
+        Store(drives, "key", links)
+
+
+def test_a_small_drive_takes_what_it_may_and_the_other_the_rest(unequal, links):
+    drives, _ = unequal
+    small = NvmePath(path=drives[0].path, capacity_bytes=4 << 20)
+    store = Store([small, drives[1]], "key", links)
+    fill(store, LARGE)
+    check_content(store, links, LARGE)
+    fast, slow = (path.stat().st_size for path in weights_files(drives))
+    assert 2 << 20 < fast <= 4 << 20
+    assert fast + slow >= sum(LARGE)
+    store.close()
+
+
+def test_drives_that_are_too_small_together_are_full_before_anything_is_written(unequal, links):
+    drives, _ = unequal
+    small = [NvmePath(path=drive.path, capacity_bytes=4 << 20) for drive in drives]
+    store = Store(small, "key", links)
+    with pytest.raises(StorageFull, match="nothing was written"):
+        store.build(specs(LARGE))
+    assert [path.exists() for path in weights_files(drives)] == [False, False]
+    store.close()
+
+
+def test_a_store_of_the_version_before_is_built_again(drive, links, monkeypatch):
+    monkeypatch.setattr(store_module, "STORE_VERSION", store_module.STORE_VERSION - 1)
+    store = Store([drive], "key", links)
+    fill(store)
+    store.close()
+    monkeypatch.undo()
+    again = Store([drive], "key", links)
+    assert not again.complete
+    fill(again)
+    check_content(again, links)
+    again.close()
+
+
+def test_the_store_asks_a_drive_as_its_profile_says(drive, monkeypatch):
+    if native_core() is None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setattr(store_module, "drive_profile", lambda folder, io: DriveProfile(depth=3, io_bytes=16 * PAGE))
+    links = Links(io=file_io())
+    store = Store([drive], "key", links)
+    fill(store, [64 * PAGE])
+    before = links.io.counters()["requests"]
+    read(store, links, "b0")
+    counters = links.io.counters()
+    assert counters["requests"] - before == 4
+    assert counters["max_in_flight"] <= 3
+    store.close()
+    links.close()
+
+
 def test_the_same_folder_twice_is_a_mistake_of_the_caller(drive, links):
     with pytest.raises(ConfigError, match="nvme"):
         Store([drive, drive], "key", links).close()
@@ -311,6 +439,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from offload_rt.config import NvmePath
+from offload_rt.drives import DriveProfile
 from offload_rt.store import Store
 from offload_rt.transfer import Links
 store = Store([NvmePath(path=Path(sys.argv[1]))], "key", Links())

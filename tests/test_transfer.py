@@ -15,6 +15,7 @@ from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
 from offload_rt.file_io import AiofilesIO, OpenFile, file_io, storage_error
 from offload_rt.native import native_core
+from offload_rt.recording import Recorder
 from offload_rt.transfer import Links
 
 PAGE = 4096
@@ -295,6 +296,70 @@ def test_closing_waits_for_what_is_under_way(io, arena, file):
     links.close()
     del transfers
     links.io.close()  # twice is once
+
+
+def test_joined_transfers_have_arrived_when_all_have(io, arena, file):
+    links = Links(io=io)
+    slot = arena.acquire(4 * PAGE, "x")
+    reads = [links.read(file, (3 - i) * PAGE, slot.part(i * PAGE, PAGE)) for i in range(4)]
+    joined = links.join("four", reads)
+    links.wait(joined)
+    joined.wait()
+    expected = b"".join(Path(file.path).read_bytes()[(3 - i) * PAGE : (4 - i) * PAGE] for i in range(4))
+    assert bytes(slot.buffer()) == expected
+    assert joined.num_bytes == 4 * PAGE
+
+
+def test_a_failed_part_is_told_when_no_other_is_under_way(io, arena, file):
+    stuck = StuckIO()
+    slow = Links(io=stuck).read(file, 0, arena.acquire(PAGE, "slow"))
+    links = Links(io=io)
+    bad = links.read(file, 16 * PAGE, arena.acquire(PAGE, "bad"))
+    joined = links.join("both", [bad, slow])
+    with pytest.raises(StorageTimeout):
+        joined.wait(0.05)  # the error waits: the other end is still written to
+    stuck.go.set()
+    for _ in range(2):
+        with pytest.raises(StorageError, match="data"):
+            joined.wait()
+
+
+class Part:
+    """A transfer that arrives after `seconds` on a clock of its own."""
+
+    num_bytes = 1
+    operation = None
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds, self.allowed = clock, seconds, None
+
+    def wait(self, timeout_seconds):
+        self.allowed = timeout_seconds
+        self.clock[0] += self.seconds
+
+
+def test_joined_transfers_share_one_deadline(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("offload_rt.transfer.time.monotonic", lambda: clock[0])
+    links = Links(io=StuckIO())
+    parts = [Part(clock, 3.0) for _ in range(4)]
+    links.join("four", parts).wait(7.0)
+    assert [part.allowed for part in parts] == [7.0, 4.0, 1.0, 0.0]
+    links.close()
+
+
+def test_who_waits_for_a_joined_transfer_is_ordered_after_all_its_parts(io, arena, file):
+    recorder = Recorder()
+    links = Links(io=io, recorder=recorder)
+    slot = arena.acquire(2 * PAGE, "x")
+    joined = links.join("two", [links.read(file, 0, slot.part(0, PAGE)), links.read(file, 0, slot.part(PAGE, PAGE))])
+    links.wait(joined)
+    recorder.use("afterwards", reads=[slot.range])
+    assert recorder.check() == []
+    late = links.join("two", [links.read(file, 0, slot.part(0, PAGE)), links.read(file, 0, slot.part(PAGE, PAGE))])
+    recorder.use("too early", reads=[slot.range])
+    assert len(recorder.check()) == 2
+    links.wait(late)
 
 
 def test_no_thread_is_left_behind(file, arena):
