@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from offload_rt.arena import Arena
+from offload_rt.cache import recall, remember
 from offload_rt.errors import OffloadError
 from offload_rt.file_io import RING_DEPTH, FileIO, OpenFile, RingIO
 from offload_rt.mounts import file_system_of
@@ -74,12 +75,12 @@ def drive_profile(folder: Path, io: FileIO) -> DriveProfile:
     if not isinstance(io, RingIO):
         return DriveProfile()
     identity = drive_identity(folder, io.name)
-    place = _cache_folder() / f"drive-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
-    profile = _remembered(place, identity)
+    name = f"drive-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
+    profile = _remembered(name, identity)
     if profile is None:
         profile = probe(folder, io.name)
         if profile.read_bytes_per_second:
-            _remember(place, identity, profile)
+            remember(name, {"identity": identity, "measured": time.time(), "profile": asdict(profile)})
     return profile
 
 
@@ -169,34 +170,14 @@ def choose(speeds: dict[tuple[int, int], float]) -> tuple[int, int]:
     )
 
 
-def _cache_folder() -> Path:
-    """`$OFFLOAD_RT_CACHE`, or `offload_rt` in the user's cache folder."""
-    if chosen := os.environ.get("OFFLOAD_RT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "offload_rt"
-
-
-def _remembered(place: Path, identity: dict[str, str]) -> DriveProfile | None:
+def _remembered(name: str, identity: dict[str, str]) -> DriveProfile | None:
+    data = recall(name)
     try:
-        data = json.loads(place.read_text(encoding="utf-8"))
-        age = time.time() - float(data["measured"])
-        if data["identity"] != identity or not 0 <= age <= MAX_AGE_SECONDS:
+        if data is None or data["identity"] != identity or not 0 <= time.time() - data["measured"] <= MAX_AGE_SECONDS:
             return None
         return DriveProfile.from_json(data["profile"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _remember(place: Path, identity: dict[str, str], profile: DriveProfile) -> None:
-    text = json.dumps({"identity": identity, "measured": time.time(), "profile": asdict(profile)}, indent=1)
-    with contextlib.suppress(OSError):  # a home that cannot be written: it is measured each time
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_suffix(f".{os.getpid()}")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, place)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _text(path: Path) -> str:

@@ -72,6 +72,14 @@ class BudgetExceeded(OffloadError, MemoryError):
     """A managed memory budget would be exceeded; the message says by whom it is held."""
 
 
+class PinningRefused(OffloadError):
+    """The GPU's driver would not lock host memory. Carries the driver's `code`."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        self.code = code
+        super().__init__(message)
+
+
 class UnsupportedModule(OffloadError):
     """A module does something that cannot be streamed correctly; the message names it."""
 

@@ -1,0 +1,301 @@
+"""Locked host memory against a made-up CUDA runtime, compiled here: it counts what it locks, and refuses.
+
+pageable arena   |....|....|....|....|....|
+locked ring           [ 0 ][ 1 ][ 2 ]
+device memory            |....|....|....|
+"""
+
+import gc
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from offload_rt import cudart, pinning
+from offload_rt.arena import Arena, Region
+from offload_rt.cudart import CudaRuntime, find_cuda_runtime, measure_ceiling
+from offload_rt.errors import PinningRefused, StorageError
+from offload_rt.pinning import Ceiling, PinnedRing, Pinning, pin, pin_ceiling, pinning_plan
+
+PAGE = 4096
+MIB = 1 << 20
+
+# Like the real one under WSL2: a refusal stays the answer to everything until the error was read.
+FAKE = r"""
+#include <stdlib.h>
+#include <string.h>
+static struct { void* address; size_t size; } held[1024];
+static size_t num_held, held_bytes; static int sticky, num_calls;
+static size_t ceiling(void) {
+  const char* text = getenv("FAKE_CUDA_CEILING");
+  return text ? strtoull(text, 0, 10) : (size_t)-1;
+}
+int cudaHostRegister(void* address, size_t size, unsigned flags) {
+  ++num_calls;
+  if (getenv("FAKE_CUDA_CRASH")) abort();
+  if (sticky) return sticky;
+  if (flags != 1 || size == 0 || (size_t)address % 4096) return sticky = 1;
+  for (size_t i = 0; i < num_held; ++i)
+    if ((char*)address < (char*)held[i].address + held[i].size && (char*)held[i].address < (char*)address + size)
+      return sticky = 712;
+  if (held_bytes + size > ceiling()) return sticky = 2;
+  memset(address, 1, 1); ((char*)address)[size - 1] = 1;  /* it must be there */
+  held[num_held].address = address; held[num_held++].size = size; held_bytes += size;
+  return 0;
+}
+int cudaHostUnregister(void* address) {
+  for (size_t i = 0; i < num_held; ++i)
+    if (held[i].address == address) {
+      held_bytes -= held[i].size; held[i] = held[--num_held];
+      return 0;
+    }
+  return sticky = 713;
+}
+int cudaGetLastError(void) { int code = sticky; sticky = 0; return code; }
+const char* cudaGetErrorString(int code) { return code == 2 ? "out of memory" : "another error"; }
+size_t fake_held_bytes(void) { return held_bytes; }
+int fake_num_calls(void) { return num_calls; }
+"""
+
+
+@pytest.fixture(scope="module")
+def fake_library(tmp_path_factory):
+    compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("cudart")
+    (folder / "fake.c").write_text(FAKE)
+    library = folder / "libcudart.so.99"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(folder / "fake.c")], check=True)
+    return str(library)
+
+
+@pytest.fixture
+def runtime(fake_library, monkeypatch, tmp_path):
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FAKE_CUDA_CEILING", raising=False)
+    runtime = CudaRuntime(fake_library)
+    gc.collect()
+    assert held(runtime) == 0
+    yield runtime
+    gc.collect()
+    assert held(runtime) == 0, "something stayed locked"
+
+
+def held(runtime):
+    import ctypes
+
+    library = ctypes.CDLL(runtime.path)
+    library.fake_held_bytes.restype = ctypes.c_size_t
+    return library.fake_held_bytes()
+
+
+# ---- finding it ----
+
+
+def test_the_runtime_that_the_process_has_loaded_is_found(runtime, monkeypatch):
+    monkeypatch.delenv("OFFLOAD_RT_CUDART", raising=False)
+    assert runtime.path in cudart._loaded()
+    assert find_cuda_runtime() is not None
+
+
+def test_a_process_without_one_has_none(monkeypatch):
+    code = (
+        "import os; os.environ.pop('OFFLOAD_RT_CUDART', None)\n"
+        "from offload_rt import cudart; cudart._NAMES = ('libcudart.so.none',)\n"
+        "import sys; print(cudart.find_cuda_runtime(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["None", "False"], done.stderr
+
+
+def test_the_environment_names_one_or_none(runtime, monkeypatch):
+    monkeypatch.setenv("OFFLOAD_RT_CUDART", runtime.path)
+    assert find_cuda_runtime().path == runtime.path
+    monkeypatch.setenv("OFFLOAD_RT_CUDART", "")
+    assert find_cuda_runtime() is None
+
+
+# ---- locking ----
+
+
+@pytest.mark.parametrize("num_bytes", [1, PAGE, 5 * MIB + PAGE])
+def test_an_arena_is_locked_to_the_byte_until_its_last_view_is_gone(runtime, num_bytes):
+    arena = Arena("a", num_bytes)
+    pin(arena.region, runtime)
+    assert held(runtime) == arena.num_bytes
+    slot = arena.acquire(num_bytes, "x")
+    del arena
+    gc.collect()
+    assert held(runtime) > 0, "unlocked under a lease"
+    del slot
+    gc.collect()
+    assert held(runtime) == 0
+
+
+def test_a_refusal_is_typed_and_spoils_nothing_after_it(runtime, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CEILING", str(MIB))
+    large, small = Region(2 * MIB), Region(MIB)
+    with pytest.raises(PinningRefused, match="2097152 bytes: CUDA error 2 .out of memory.") as raised:
+        pin(large, runtime)
+    assert raised.value.code == 2
+    assert large.before_unmap == []
+    pin(small, runtime)  # the error was read
+    assert held(runtime) == MIB
+    with pytest.raises(PinningRefused, match="712"):
+        runtime.register(small.address, PAGE)
+
+
+@pytest.mark.filterwarnings("error")  # also of what a finalizer raises
+def test_a_driver_that_is_gone_before_the_memory_is_no_error(runtime):
+    region = Region(PAGE)
+    pin(region, runtime)
+    runtime.unregister(region.address)
+    del region
+
+
+# ---- the ceiling ----
+
+
+@pytest.mark.parametrize(
+    "limit, ceiling, expected",
+    [(8, None, 8), (8, 8, 8), (8, 5, 5), (8, 0, 0), (7, None, 7), (0, None, 0)],
+)
+def test_the_ceiling_is_found_and_everything_given_back(runtime, monkeypatch, limit, ceiling, expected):
+    if ceiling is not None:
+        monkeypatch.setenv("FAKE_CUDA_CEILING", str(ceiling * MIB + 5000))
+    found, reason = measure_ceiling(runtime, limit * MIB, MIB)
+    assert found == expected * MIB
+    assert ("out of memory" in reason) == (expected < limit)
+
+
+def test_the_ceiling_is_tried_in_a_child_once_per_boot(runtime, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CEILING", str(5 * MIB))
+    found = pin_ceiling(runtime, 8 * MIB, step_bytes=MIB)
+    assert found.ceiling_bytes == 5 * MIB
+    assert "out of memory" in found.reason
+    monkeypatch.setattr(pinning, "_ask_child", None)  # not asked again
+    assert pin_ceiling(runtime, 100 * MIB, step_bytes=MIB) == found
+    assert pin_ceiling(runtime, 2 * MIB).ceiling_bytes == 2 * MIB
+
+
+def test_a_search_without_refusal_says_nothing_about_more(runtime, monkeypatch):
+    asked = []
+
+    def ask(library, limit_bytes, step_bytes):
+        asked.append(limit_bytes)
+        return Ceiling(ceiling_bytes=limit_bytes)
+
+    monkeypatch.setattr(pinning, "_ask_child", ask)
+    for limit in (4, 4, 3, 8, 8):
+        assert pin_ceiling(runtime, limit * MIB).ceiling_bytes == limit * MIB
+    assert asked == [4 * MIB, 8 * MIB]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"boot": 1}', '{"boot": "BOOT", "library": "LIBRARY"}'])
+def test_an_unreadable_cache_is_measured_again(runtime, monkeypatch, tmp_path, content):
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    (tmp_path / "cache").mkdir()
+    place = tmp_path / "cache" / "pinning.json"
+    place.write_text(content.replace("BOOT", boot).replace("LIBRARY", runtime.path))
+    monkeypatch.setattr(pinning, "_ask_child", lambda *rest: Ceiling(ceiling_bytes=7))
+    assert pin_ceiling(runtime, 10).ceiling_bytes == 7
+
+
+def test_a_child_that_dies_or_hangs_is_a_ceiling_of_zero(runtime, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CRASH", "1")
+    found = pinning._ask_child(runtime.path, MIB, MIB)
+    assert found.ceiling_bytes == 0
+    assert "ended with -6" in found.reason
+    monkeypatch.setattr(pinning, "CHILD_SECONDS", 0.001)
+    assert "did not end" in pinning._ask_child(runtime.path, MIB, MIB).reason
+
+
+def test_what_is_locked_never_exceeds_the_ceiling():
+    refused = "CUDA error 2"
+    for ceiling_bytes in (0, MIB, 31 * MIB, 32 * MIB, 800 * MIB, 2 << 30, 1 << 40):
+        plan = pinning_plan(1 << 30, Ceiling(ceiling_bytes=ceiling_bytes, reason=refused))
+        assert plan.locked_bytes <= ceiling_bytes
+        assert (plan.pinning is Pinning.ARENA) == (ceiling_bytes >= 1 << 30)
+        assert (plan.pinning is Pinning.NONE) == (ceiling_bytes < 32 * MIB)
+        assert (refused in plan.reason) == (plan.pinning is not Pinning.ARENA)
+
+
+# ---- the ring over pageable memory ----
+
+
+class Device:
+    """Memory that copies on threads of its own, late and in any order; `fail_at` is an offset that fails."""
+
+    def __init__(self, num_bytes, seed=0, fail_at=None):
+        self.memory = bytearray(num_bytes)
+        self.random = random.Random(seed)
+        self.fail_at = fail_at
+        self.under_way = self.most_under_way = 0
+
+    def _start(self, at, copy):
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        delay = self.random.uniform(0, 0.003)
+        thread = threading.Timer(delay, copy)
+        thread.start()
+
+        def wait():
+            thread.join()
+            self.under_way -= 1
+            if at == self.fail_at:
+                raise StorageError("gone", path="device")
+
+        return wait
+
+    def put(self, piece, at):
+        def copy():
+            self.memory[at : at + piece.num_bytes] = piece.buffer()
+
+        return self._start(at, copy)
+
+    def get(self, piece, at):
+        def copy():
+            piece.buffer()[:] = self.memory[at : at + piece.num_bytes]
+
+        return self._start(at, copy)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, 10 * PAGE + 7])
+@pytest.mark.parametrize("num_pieces", [1, 2, 3])
+def test_bytes_go_to_the_device_and_come_back(runtime, num_bytes, num_pieces):
+    content = random.Random(num_bytes).randbytes(num_bytes)
+    ring = PinnedRing(num_pieces * PAGE, num_pieces, runtime)
+    assert held(runtime) == num_pieces * PAGE
+    device = Device(num_bytes)
+    ring.send(memoryview(content), device.put)
+    assert device.memory == content
+    back = bytearray(num_bytes)
+    ring.receive(memoryview(back), device.get)
+    assert back == content
+    assert device.most_under_way == min(num_pieces, -(-num_bytes // PAGE))
+    del ring
+
+
+@pytest.mark.parametrize("way", ["send", "receive"])
+@pytest.mark.parametrize("fail_at", [0, 3 * PAGE, 9 * PAGE])
+def test_a_failure_is_told_when_nothing_is_under_way(runtime, way, fail_at):
+    ring = PinnedRing(3 * PAGE, 3, runtime)
+    device = Device(10 * PAGE, fail_at=fail_at)
+    memory = memoryview(bytearray(10 * PAGE))
+    with pytest.raises(StorageError, match="gone"):
+        getattr(ring, way)(memory, device.put if way == "send" else device.get)
+    assert device.under_way == 0
+    device.fail_at = None
+    getattr(ring, way)(memory, device.put if way == "send" else device.get)  # it can be used again
+    del ring
+
+
+def test_a_ring_beyond_the_ceiling_is_refused(runtime, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CEILING", str(PAGE))
+    with pytest.raises(PinningRefused):
+        PinnedRing(4 * PAGE, 2, runtime)
