@@ -286,11 +286,11 @@ class IoRingOf final : public IoRing {
       slot.arrived = reached;
       slot.refusals = 0;
     } else {
-      // It repeated, at most, what had arrived before. On a regular file that means the end of it: also for
-      // the unaligned last piece of an O_DIRECT one, which is read again from its aligned start.
+      // It repeated, at most, what had arrived before, since O_DIRECT went back to an aligned start. That is
+      // the end of a file that is not aligned, if it stays so; a drive that is short twice gets on.
       const bool read = slot.owner->operation.kind == IoKind::read;
-      lost = true;
-      fail(slot, read ? StatusCode::end_of_file : StatusCode::no_progress, 0);
+      lost = completion.result == 0 || ++slot.refusals > kPatientRefusals;
+      if (lost) fail(slot, read ? StatusCode::end_of_file : StatusCode::no_progress, 0);
     }
     if (lost || slot.arrived == slot.length) {
       retire(completion.slot);

@@ -16,6 +16,8 @@ import weakref
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 native = pytest.importorskip("_offload_rt_native", reason="the native extension is not built")
 
@@ -172,6 +174,47 @@ def test_wait_drops_the_gil(ring, fd):
     finally:
         stop.set()
         thread.join()
+
+
+@st.composite
+def batches(draw):
+    """Reads and writes of ranges that do not overlap."""
+    at, operations = 0, []
+    for _ in range(draw(st.integers(1, 8))):
+        at += draw(st.integers(0, 3 * PAGE))
+        length = draw(st.integers(0, 12 * PAGE))
+        operations.append((draw(st.sampled_from(["read", "write"])), at, length))
+        at += length
+    return operations
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(batches(), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 6), st.integers(0, 20), st.data())
+def test_it_does_what_pread_and_pwrite_do(backend, tmp_path, rounds, depth, io_pages, registered_pages, data):
+    """The same operations, one after the other, by the system calls, on a file and memory of their own."""
+    memory, expected = aligned(8 * 15 * PAGE), bytearray(8 * 15 * PAGE)
+    plain_fd, fd = (os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in ("plain", "ring"))
+    for descriptor in (plain_fd, fd):
+        os.pwrite(descriptor, pattern(len(memory)).tobytes(), 0)
+    with native.Ring(depth, io_pages * PAGE, backend, piece_bytes=2 * PAGE) as ring:
+        if backend == "io_uring" and registered_pages:
+            ring.register_memory(memory[: registered_pages * PAGE])
+            ring.register_file(fd)
+        for seed, operations in enumerate(rounds, start=1):
+            memory[:] = pattern(len(memory), seed)
+            expected[:] = memory.tobytes()
+            tickets = [getattr(ring, kind)(fd, "ring", at, memory[at : at + n]) for kind, at, n in operations]
+            for ticket in data.draw(st.permutations(tickets)):
+                ring.wait(ticket, PATIENCE_SECONDS)
+            for kind, at, length in operations:
+                if kind == "write":
+                    os.pwrite(plain_fd, expected[at : at + length], at)
+                else:
+                    expected[at : at + length] = os.pread(plain_fd, length, at)
+            assert memory.tobytes() == expected
+            assert os.pread(fd, len(memory), 0) == os.pread(plain_fd, len(memory), 0)
+    os.close(fd)
+    os.close(plain_fd)
 
 
 # ---- it owns the buffers until they are waited for ----

@@ -104,6 +104,25 @@ void an_unaligned_short_direct_read_goes_on_from_an_aligned_place() {
   CHECK_EQUAL(rig.ring->counters().bytes_read, rig.in.size());  // the repeated 1024 are not counted twice
 }
 
+// As above, and the second try stops before the place that the first one had reached: not the end of the
+// file.
+template <class Inner>
+void a_direct_request_that_is_short_twice_in_one_page_gets_on() {
+  for (const IoKind kind : {IoKind::read, IoKind::write}) {
+    int num_short = 0;
+    Rig<Inner> rig(
+        [&](const IoRequest& request, std::uint64_t) {
+          const bool again = request.offset == 4096;
+          if (request.offset == 0 && request.length == kIoBytes) return short_of(5120);
+          return again && num_short++ < 3 ? short_of(512) : nothing();
+        },
+        O_DIRECT);
+    expect_ok(kind == IoKind::read ? rig.read() : rig.write());
+    if (kind == IoKind::read) CHECK(rig.in == rig.out);
+    CHECK_EQUAL(rig.ring->counters().resubmitted, 4U);
+  }
+}
+
 // ---- lasting errors reach the waiter with their evidence ----
 
 template <class Inner>
@@ -245,6 +264,7 @@ void run_all(Suite& suite, const std::string& name) {
   RUN(short_reads_are_resubmitted);
   RUN(short_writes_are_resubmitted);
   RUN(an_unaligned_short_direct_read_goes_on_from_an_aligned_place);
+  RUN(a_direct_request_that_is_short_twice_in_one_page_gets_on);
   RUN(an_error_in_the_middle_is_told_with_its_place);
   RUN(of_several_failures_the_lowest_is_told);
   RUN(no_bytes_is_an_error_for_both_kinds);
