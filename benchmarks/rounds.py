@@ -52,4 +52,14 @@ def circumstances() -> dict[str, Any]:
         "kernel": platform.release(),
         "cpu": models[0] if models else platform.machine(),
         "num_cpus": len(models),
+        "isa": instruction_sets(),
     }
+
+
+def instruction_sets() -> list[str]:
+    """Those that the native core's fast paths are chosen by and that this machine has; empty without the core."""
+    try:
+        import _offload_rt_native as native
+    except ImportError:
+        return []
+    return [name for name, present in native.isa().items() if present]
