@@ -231,11 +231,12 @@ void add_exception(py::module_& m, const char* name, PyObject* base, const char*
 
 void bind_io(py::module_& m) {
   using py::arg;
-  add_exception(
-      m, "NativeStorageError", PyExc_OSError,
-      "A read or write failed. errno (0: the kernel reported none), code ('os_error', 'end_of_file' or\n"
-      "'no_progress'), kind ('read' or 'write'), path, offset, wanted and done (bytes, of the operation),\n"
-      "failed_at (the lowest file offset that failed).");
+  add_exception(m, "NativeStorageError", PyExc_OSError,
+                "A read, write or fdatasync failed. errno (0: the kernel reported none), code ('os_error', "
+                "'end_of_file' or\n"
+                "'no_progress'), kind ('read', 'write' or 'fdatasync'), path, offset, wanted and done "
+                "(bytes, of the operation),\n"
+                "failed_at (the lowest file offset that failed).");
   add_exception(
       m, "NativeTimeout", PyExc_TimeoutError,
       "An operation did not finish in time. It goes on, and its ticket stays waitable. The attributes of\n"
@@ -272,7 +273,15 @@ void bind_io(py::module_& m) {
           arg("fd"), arg("path"), arg("offset_bytes"), arg("buffer"),
           "Starts writing all of `buffer` to `offset_bytes` on; returns a ticket. As read(), and the buffer "
           "must\n"
-          "not be changed meanwhile. Written is not yet durable: that is fdatasync's part.")
+          "not be changed meanwhile. Written is not yet durable: that is sync's part.")
+      .def(
+          "sync",
+          [](PyRing& ring, int fd, std::string path) {
+            return ring.submit(IoKind::sync, fd, std::move(path), 0, py::bytes());
+          },
+          arg("fd"), arg("path"),
+          "Starts fdatasync; returns a ticket. It covers what was waited for before this call, and nothing\n"
+          "that is still under way.")
       .def("wait", &PyRing::wait, arg("ticket"), arg("timeout_seconds"),
            "Blocks, without the GIL, until the operation has ended; raises NativeStorageError if it failed "
            "and\n"

@@ -15,9 +15,18 @@ constexpr unsigned kMaxWorkers = 32;
 
 IoCompletion perform(const IoRequest& request) {
   const auto offset = static_cast<off_t>(request.offset);
-  const ssize_t result = request.kind == IoKind::read
-                             ? ::pread(request.fd, request.address, request.length, offset)
-                             : ::pwrite(request.fd, request.address, request.length, offset);
+  ssize_t result = 0;
+  switch (request.kind) {
+    case IoKind::read:
+      result = ::pread(request.fd, request.address, request.length, offset);
+      break;
+    case IoKind::write:
+      result = ::pwrite(request.fd, request.address, request.length, offset);
+      break;
+    case IoKind::sync:
+      result = ::fdatasync(request.fd);
+      break;
+  }
   return {request.slot, static_cast<std::int32_t>(result < 0 ? -errno : result)};
 }
 

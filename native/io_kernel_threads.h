@@ -1,4 +1,5 @@
-// Requests by pread and pwrite on a pool of threads: for kernels and containers that refuse io_uring.
+// Requests by pread, pwrite and fdatasync on a pool of threads: for kernels and containers that refuse
+// io_uring.
 //
 // A pool of its own, not the ring's bookkeeping: a worker performs one request at a time and reports the
 // result as io_uring would, so that everything above cannot tell the difference.

@@ -25,6 +25,12 @@ void store_release(std::uint32_t& index, std::uint32_t value) {
   std::atomic_ref<std::uint32_t>(index).store(value, std::memory_order_release);
 }
 
+std::uint8_t opcode_of(IoKind kind, bool fixed_memory) {
+  if (kind == IoKind::sync) return abi::kOpFsync;
+  if (kind == IoKind::read) return fixed_memory ? abi::kOpReadFixed : abi::kOpRead;
+  return fixed_memory ? abi::kOpWriteFixed : abi::kOpWrite;
+}
+
 }  // namespace
 
 OwnedFd::OwnedFd(OwnedFd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
@@ -149,17 +155,20 @@ std::size_t UringKernel::submit(std::span<const IoRequest> requests) {
     abi::Sqe& sqe = sqes_[index];
     sqe = {};
     const bool fixed = request.buffer != kNotFixed;
-    sqe.opcode = request.kind == IoKind::read ? (fixed ? abi::kOpReadFixed : abi::kOpRead)
-                                              : (fixed ? abi::kOpWriteFixed : abi::kOpWrite);
+    sqe.opcode = opcode_of(request.kind, fixed);
     if (fixed) sqe.buf_index = static_cast<std::uint16_t>(request.buffer);
     sqe.fd = request.fd;
     if (request.file != kNotFixed) {
       sqe.fd = request.file;
       sqe.flags = abi::kSqeFixedFile;
     }
-    sqe.off = request.offset;
-    sqe.addr = reinterpret_cast<std::uint64_t>(request.address);
-    sqe.len = request.length;
+    if (request.kind == IoKind::sync) {
+      sqe.rw_flags = abi::kFsyncDatasync;  // of the whole file: an address is refused, a range not needed
+    } else {
+      sqe.off = request.offset;
+      sqe.addr = reinterpret_cast<std::uint64_t>(request.address);
+      sqe.len = request.length;
+    }
     sqe.user_data = request.slot;
     sq_array_[index] = index;
   }

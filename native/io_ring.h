@@ -5,6 +5,9 @@
 // offset, address and length in the drive's sectors) are the caller's, who keeps all three until the
 // operation was waited for.
 //
+// A sync (fdatasync) covers what was waited for before it was submitted: operations are not ordered among
+// themselves, and one in flight beside a sync may or may not be covered.
+//
 // The life of an operation, here 2.5 MiB read in requests of 1 MiB:
 //
 //   caller                completion thread                                  kernel

@@ -82,7 +82,7 @@ class IoRingOf final : public IoRing {
       progress.resume_alignment = direct ? kDirectAlignment : 1;
       progress.submitted = Clock::now();
       counters_.operations++;
-      if (operation.length == 0) {
+      if (operation.length == 0 && operation.kind != IoKind::sync) {
         progress.finished = true;
         return {};
       }
@@ -274,25 +274,28 @@ class IoRingOf final : public IoRing {
   // The one place that looks at a result.
   void judge(const IoCompletion& completion) {
     Slot& slot = slots_[completion.slot];
-    bool lost = false;
+    bool over = false;  // this request needs no further try
     if (completion.result < 0) {
       const int error_number = -completion.result;
       const bool for_now = error_number == EINTR || error_number == EAGAIN;
-      lost = !for_now || ++slot.refusals > kMaxRefusals;
-      if (lost) fail(slot, StatusCode::os_error, error_number);
+      over = !for_now || ++slot.refusals > kMaxRefusals;
+      if (over) fail(slot, StatusCode::os_error, error_number);
+    } else if (slot.owner->operation.kind == IoKind::sync) {
+      over = true;
     } else if (const std::uint32_t reached = slot.resume_from + static_cast<std::uint32_t>(completion.result);
                reached > slot.arrived) {
       count_bytes(slot, reached - slot.arrived);
       slot.arrived = reached;
       slot.refusals = 0;
+      over = slot.arrived == slot.length;
     } else {
       // It repeated, at most, what had arrived before, since O_DIRECT went back to an aligned start. That is
       // the end of a file that is not aligned, if it stays so; a drive that is short twice gets on.
       const bool read = slot.owner->operation.kind == IoKind::read;
-      lost = completion.result == 0 || ++slot.refusals > kPatientRefusals;
-      if (lost) fail(slot, read ? StatusCode::end_of_file : StatusCode::no_progress, 0);
+      over = completion.result == 0 || ++slot.refusals > kPatientRefusals;
+      if (over) fail(slot, read ? StatusCode::end_of_file : StatusCode::no_progress, 0);
     }
-    if (lost || slot.arrived == slot.length) {
+    if (over) {
       retire(completion.slot);
     } else {
       slot.resume_from = slot.arrived - slot.arrived % slot.owner->resume_alignment;

@@ -15,12 +15,14 @@ inline constexpr long kSysSetup = 425;
 inline constexpr long kSysEnter = 426;
 inline constexpr long kSysRegister = 427;
 
+inline constexpr std::uint8_t kOpFsync = 3;
 inline constexpr std::uint8_t kOpReadFixed = 4;
 inline constexpr std::uint8_t kOpWriteFixed = 5;
 inline constexpr std::uint8_t kOpRead = 22;
 inline constexpr std::uint8_t kOpWrite = 23;
 
 inline constexpr std::uint8_t kSqeFixedFile = 1U << 0;
+inline constexpr std::uint32_t kFsyncDatasync = 1U << 0;  // of an Sqe's rw_flags
 
 inline constexpr unsigned kRegisterEventFd = 4;
 // Tables whose places can be filled one at a time, without waiting for the ring to be idle (Linux 5.13).

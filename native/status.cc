@@ -29,7 +29,17 @@ std::string_view name_of(StatusCode code) {
   return "unknown";
 }
 
-std::string_view name_of(IoKind kind) { return kind == IoKind::read ? "read" : "write"; }
+std::string_view name_of(IoKind kind) {
+  switch (kind) {
+    case IoKind::read:
+      return "read";
+    case IoKind::write:
+      return "write";
+    case IoKind::sync:
+      return "fdatasync";
+  }
+  return "unknown";
+}
 
 // strerrorname_np would do this, but only from glibc 2.32 on.
 std::string describe_errno(int error_number) {

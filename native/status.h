@@ -21,7 +21,7 @@ enum class StatusCode : std::uint8_t {
   invalid,         // the caller's mistake; `detail` names it
 };
 
-enum class IoKind : std::uint8_t { read, write };
+enum class IoKind : std::uint8_t { read, write, sync };  // sync: fdatasync, which moves no bytes
 
 [[nodiscard]] std::string_view name_of(StatusCode code);
 [[nodiscard]] std::string_view name_of(IoKind kind);

@@ -319,6 +319,18 @@ def test_a_full_disk_raises_with_evidence(ring):
     assert (caught.value.errno, caught.value.kind, caught.value.done) == (errno.ENOSPC, "write", 0)
 
 
+def test_a_sync_ends_and_its_failure_has_evidence(ring, fd):
+    ring.wait(ring.write(fd, "file.bin", 0, b"x" * PAGE), PATIENCE_SECONDS)
+    ring.wait(ring.sync(fd, "file.bin"), PATIENCE_SECONDS)
+    assert ring.counters()["requests"] == 2
+    ends = os.pipe()  # has nothing to sync: the kernel was asked
+    with pytest.raises(native.NativeStorageError) as raised:
+        ring.wait(ring.sync(ends[1], "pipe"), PATIENCE_SECONDS)
+    assert (raised.value.errno, raised.value.kind, raised.value.path) == (errno.EINVAL, "fdatasync", "pipe")
+    for end in ends:
+        os.close(end)
+
+
 def test_a_file_size_limit_raises_after_what_still_fitted(backend, tmp_path):
     """A real short write in the middle: the kernel takes what fits below the limit, then refuses."""
     program = f"""

@@ -258,6 +258,22 @@ void destruction_waits_for_slow_requests_and_forgets_the_queue() {
   CHECK(num_offered < 32);
 }
 
+// ---- syncs ----
+
+template <class Inner>
+void a_sync_is_retried_when_interrupted_and_told_when_it_fails() {
+  Rig<Inner> rig([](const IoRequest& request, std::uint64_t number) {
+    CHECK(request.kind == IoKind::sync);
+    return number < 3 ? error(EINTR) : number < 4 ? nothing() : error(EIO);
+  });
+  const Buffer none(0);
+  expect_ok(rig.ring->wait(rig.submit(IoKind::sync, none), kPatience));
+  CHECK_EQUAL(rig.ring->counters().requests, 4U);
+  const Status status = rig.ring->wait(rig.submit(IoKind::sync, none), kPatience);
+  CHECK(status.code == StatusCode::os_error);
+  CHECK_EQUAL(status.error_number, EIO);
+}
+
 template <class Inner>
 void run_all(Suite& suite, const std::string& name) {
 #define RUN(test) suite.run(name + ": " #test, test<Inner>)
@@ -271,6 +287,7 @@ void run_all(Suite& suite, const std::string& name) {
   RUN(an_error_of_one_operation_leaves_the_others_alone);
   RUN(interruptions_are_retried);
   RUN(an_endless_refusal_ends_as_an_error);
+  RUN(a_sync_is_retried_when_interrupted_and_told_when_it_fails);
   RUN(a_full_queue_delays_and_loses_nothing);
   RUN(a_failed_operation_is_not_over_while_a_request_is_in_flight);
   RUN(a_timeout_dumps_what_is_outstanding_and_leaves_the_ticket);

@@ -125,6 +125,28 @@ void many_threads_with_many_operations_each(IoBackend backend) {
   CHECK_EQUAL(ring->counters().operations, 2 * kThreads * kOperations);
 }
 
+void a_sync_is_a_request_of_its_own_and_moves_nothing(IoBackend backend) {
+  const IoRingPtr ring = open_ring(backend);
+  const ScratchFile file;
+  const Buffer out(100);
+  expect_ok(ring->wait(submit(*ring, IoKind::write, file.fd(), 0, out.span()), kPatience));
+  expect_ok(ring->wait(submit(*ring, IoKind::sync, file.fd(), 0, {}), kPatience));
+  CHECK_EQUAL(ring->counters().requests, 2U);
+  CHECK_EQUAL(ring->counters().bytes_written, 100U);
+}
+
+void a_sync_reports_what_the_kernel_says(IoBackend backend) {
+  const IoRingPtr ring = open_ring(backend);
+  std::array<int, 2> ends{};
+  CHECK_EQUAL(::pipe2(ends.data(), O_CLOEXEC), 0);  // a pipe has nothing to sync
+  const Status status = ring->wait(submit(*ring, IoKind::sync, ends[1], 0, {}), kPatience);
+  for (const int end : ends) ::close(end);
+  CHECK(status.code == StatusCode::os_error);
+  CHECK_EQUAL(status.error_number, EINVAL);
+  CHECK_EQUAL(status.message(),
+              "scratch: fdatasync 0 of 0 bytes at offset 0 (errno 22, EINVAL, failed at offset 0)");
+}
+
 void a_closed_descriptor_is_an_error_with_evidence(IoBackend backend) {
   const IoRingPtr ring = open_ring(backend);
   const Buffer buffer(100);
@@ -252,6 +274,8 @@ void run_all(Suite& suite, const std::string& name, IoBackend backend) {
   RUN(end_of_a_direct_file_is_an_error_also_when_it_is_not_aligned);
   RUN(depth_bounds_the_requests_in_flight_and_is_reached);
   RUN(many_threads_with_many_operations_each);
+  RUN(a_sync_is_a_request_of_its_own_and_moves_nothing);
+  RUN(a_sync_reports_what_the_kernel_says);
   RUN(a_closed_descriptor_is_an_error_with_evidence);
   RUN(a_full_device_is_an_error);
   RUN(a_ticket_is_waited_for_once);
