@@ -43,7 +43,10 @@ class FileIO(Protocol):
     """Whether it honours O_DIRECT descriptors."""
 
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
-        """Starts a "read" or a "write" of the whole buffer; returns the function that waits for it."""
+        """Starts a "read" or a "write" of the whole buffer; returns the function that waits for it.
+
+        A "sync" is fdatasync; it covers what was waited for before it was started, and its buffer is empty.
+        """
 
     def adopt(self, file: OpenFile, region: Region) -> None:
         """Prepares for operations between the two, where that saves work. Blocks the first time; never fails."""
@@ -106,7 +109,8 @@ class RingIO:
         return dict(self._ring.counters())
 
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
-        ticket = getattr(self._ring, kind)(file.fd, file.path, offset_bytes, buffer)
+        place = () if kind == "sync" else (offset_bytes, buffer)
+        ticket = getattr(self._ring, kind)(file.fd, file.path, *place)
         num_bytes = len(buffer)
 
         def wait(timeout_seconds: float) -> None:
@@ -119,7 +123,7 @@ class RingIO:
                     f"{kind} failed", path=file.path, offset=error.offset, wanted=error.wanted, done=error.done,
                     errno=error.errno or 0,
                 ) from None  # fmt: skip
-            if not file.direct:
+            if not file.direct and kind != "sync":
                 _drop_cached(file.fd, offset_bytes, num_bytes)
 
         return wait
@@ -160,6 +164,8 @@ class AiofilesIO:
 
         done = 0
         try:
+            if kind == "sync":
+                return await asyncio.to_thread(os.fdatasync, file.fd)
             # Through /proc, so that each operation has a position of its own and an unlinked file can be reached.
             path = f"/proc/self/fd/{file.fd}"
             async with aiofiles.open(path, "rb" if kind == "read" else "r+b", buffering=0) as stream:

@@ -103,6 +103,10 @@ class Links:
         self.counters.bytes_written += slot.num_bytes
         return self._file("write", file, offset_bytes, slot)
 
+    def sync(self, file: OpenFile) -> Transfer:
+        """Starts fdatasync: when it has been waited for, every write that was waited for before it is durable."""
+        return Transfer(f"sync {file.path}", 0, self._start("sync", file, 0, memoryview(b"")), ())
+
     def copy(self, source: Slot, destination: Slot, *, after: Transfer | None = None) -> Transfer:
         """Starts copying `source` to `destination` (equal sizes), once `after` has arrived. Does not block."""
         if source.num_bytes != destination.num_bytes:
@@ -171,22 +175,25 @@ class Links:
     def _file(self, kind: str, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
         self.io.adopt(file, slot.region)
         buffer = slot.buffer()
-        if self._delayer is None:
-            wait = self.io.start(kind, file, offset_bytes, buffer)
-        else:
-            late = self._delayer.submit(self._start_late, kind, file, offset_bytes, buffer)
-
-            def wait(timeout_seconds: float) -> None:
-                try:
-                    started = late.result(timeout_seconds)
-                except FutureTimeout:
-                    raise StorageTimeout(f"{kind} {file.path}: not begun after {timeout_seconds:g} s") from None
-                started(timeout_seconds)
-
+        wait = self._start(kind, file, offset_bytes, buffer)
         transfer = Transfer(f"{kind} {file.path}", slot.num_bytes, wait, (slot, buffer))
         if kind == "read":
             return self._recorded(transfer, writes=slot)
         return self._recorded(transfer, reads=slot)
+
+    def _start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
+        if self._delayer is None:
+            return self.io.start(kind, file, offset_bytes, buffer)
+        late = self._delayer.submit(self._start_late, kind, file, offset_bytes, buffer)
+
+        def wait(timeout_seconds: float) -> None:
+            try:
+                started = late.result(timeout_seconds)
+            except FutureTimeout:
+                raise StorageTimeout(f"{kind} {file.path}: not begun after {timeout_seconds:g} s") from None
+            started(timeout_seconds)
+
+        return wait
 
     def _start_late(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
         self._sleep()

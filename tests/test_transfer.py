@@ -111,6 +111,18 @@ def test_many_at_once_each_land_in_their_own_slot(io, arena, file):
         assert bytes(slot.buffer()) == bytes(i % 251 for i in range(index * PAGE, (index + 1) * PAGE))
 
 
+def test_a_sync_asks_the_kernel_and_reports_what_it_says(io, arena, file):
+    links = Links(io=io)
+    links.wait(links.write(file, 0, arena.acquire(PAGE, "x")))
+    links.sync(file).wait()
+    ends = os.pipe()  # has nothing to sync
+    with pytest.raises(StorageError) as raised:
+        links.sync(OpenFile("pipe", ends[1], False)).wait()
+    assert (raised.value.path, raised.value.errno) == ("pipe", errno.EINVAL)
+    for end in ends:
+        os.close(end)
+
+
 def test_waiting_twice_is_waiting_once(io, arena, file):
     transfer = Links(io=io).read(file, 0, arena.acquire(PAGE, "x"))
     transfer.wait()
