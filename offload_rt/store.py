@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import os
-import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,14 +28,22 @@ import torch
 from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
 from offload_rt.config import NvmePath
+from offload_rt.drive_files import (
+    FolderLock,
+    digest,
+    make_folder,
+    open_file,
+    preallocate,
+    sync_folder,
+    write_atomically,
+)
 from offload_rt.drives import drive_profile, weights
-from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
+from offload_rt.errors import ConfigError, OffloadError, StorageFull, StoreCorrupt
 from offload_rt.stripes import Stripe, parts, stripe_all
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
 from offload_rt.transfer import Links, OpenFile, Transfer
 from planners.errors import format_bytes
 
-MARKER = "OFFLOAD_RT_STORE"
 STORE_VERSION = 2
 STAGING_BYTES = 4 << 20
 """Piece in which a block is written; two are in flight."""
@@ -76,33 +81,6 @@ def store_folders(drives: Sequence[NvmePath], key: str) -> list[Path]:
     return [drive.path / f"offload_rt-{key}" for drive in drives]
 
 
-class _Lock:
-    """An exclusive flock on a store's `lock` file, held until closed or until the process is gone."""
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / "lock"
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise StorageError("the lock cannot be opened", path=str(path), errno=error.errno or 0) from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise StorageError("cannot be locked", path=str(path), errno=error.errno or 0) from None
-            holder = path.read_text().strip() or "unknown"
-            raise StoreInUse(
-                f"{folder} is in use by another run ({holder}); wait for it to end, or give nvme= another folder"
-            ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def close(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold the descriptor too, and the lock with it
-        os.close(self._fd)
-
-
 class Store:
     """The frozen blocks of one model on one or more drives. Owns their descriptors and the lock until `close`."""
 
@@ -111,15 +89,15 @@ class Store:
         self.folders = store_folders(drives, key)
         self._drives = tuple(drives)
         self._links = links
-        self._locks: list[_Lock] = []
+        self._locks: list[FolderLock] = []
         self._files: list[OpenFile] = []
         self._blocks: dict[str, tuple[BlockSpec, Extent]] = {}
         self._verified: set[str] = set()
         self._verify_all = os.environ.get("OFFLOAD_RT_VERIFY") == "all"
         try:
             for folder in self.folders:
-                _make_folder(folder)
-                self._locks.append(_Lock(folder))
+                make_folder(folder)
+                self._locks.append(FolderLock(folder))
             self.profiles = [drive_profile(folder, links.io) for folder in self.folders]
             self._read_manifest()
         except BaseException:
@@ -189,7 +167,7 @@ class Store:
 
     def open_on(self, drive: int, path: Path, *, writable: bool) -> OpenFile:
         """Opens a file on one of the drives, to be asked as its profile says. The caller closes it."""
-        file = _open(path, writable=writable)
+        file = open_file(path, writable=writable)
         self._links.io.tune(file, self.profiles[drive].depth, self.profiles[drive].io_bytes)
         return file
 
@@ -198,7 +176,7 @@ class Store:
         try:
             data: dict[str, Any] = json.loads(path.read_text())
             body = data["body"]
-            if data["sha256"] != _digest(body):
+            if data["sha256"] != digest(body):
                 raise StoreCorrupt(f"{path}: the manifest does not match its own checksum")
         except FileNotFoundError:
             return
@@ -230,7 +208,7 @@ class Store:
         }
         write_atomically(
             self.folders[0] / "manifest.json",
-            json.dumps({"body": body, "sha256": _digest(body)}, indent=1).encode(),
+            json.dumps({"body": body, "sha256": digest(body)}, indent=1).encode(),
         )
         self._read_manifest()
 
@@ -265,7 +243,7 @@ class StoreBuilder:
                 file = store.open_on(index, path, writable=True)
                 self._files.append(file)
                 if end:
-                    _preallocate(file, end)
+                    preallocate(file, end)
         except BaseException:
             self.close()
             raise
@@ -370,50 +348,6 @@ class _SequentialWriter:
         self._slot = self._staging.acquire(STAGING_BYTES, "ingest")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` so that a crash leaves the old or the new content, whole and durable."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise _os_error("cannot be written", path, error) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names created in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _os_error(message: str, path: Path, error: OSError) -> StorageError:
-    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-    return kind(message, path=str(path), errno=error.errno or 0)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-        marker = folder / MARKER
-        if not marker.exists():
-            if any(folder.iterdir()):
-                raise ConfigError(f"nvme: {folder} exists, is not empty and carries no {MARKER}; it is not ours")
-            marker.write_text("A store of offload_rt. Remove it with `offload-rt clean`.\n")
-    except OSError as error:
-        raise _os_error("the store's folder cannot be made (read-only, or no permission?)", folder, error) from None
-
-
 def usable_bytes(folder: Path, drive: NvmePath) -> int:
     """What a store in `folder` may take: free space, its own old bytes, and no more than `nvme=` allows."""
     stat = os.statvfs(drive.path)
@@ -430,27 +364,3 @@ def _check_space(folder: Path, drive: NvmePath, need_bytes: int) -> None:
             f"{'allowed by nvme=' if allowed == drive.capacity_bytes else 'free'}; nothing was written",
             path=str(folder), errno=errno.ENOSPC,
         )  # fmt: skip
-
-
-def _preallocate(file: OpenFile, num_bytes: int) -> None:
-    try:
-        os.posix_fallocate(file.fd, 0, num_bytes)
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-            os.ftruncate(file.fd, num_bytes)  # a file system that cannot: a full drive shows up in the write
-            return
-        raise _os_error(f"cannot preallocate {format_bytes(num_bytes)}", Path(file.path), error) from None
-
-
-def _open(path: Path, *, writable: bool) -> OpenFile:
-    """Opens with O_DIRECT where the file system takes it, through the page cache where it does not."""
-    flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
-    try:
-        return OpenFile(str(path), os.open(path, flags | os.O_DIRECT, 0o644), True)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise _os_error("cannot be opened", path, error) from None
-    try:
-        return OpenFile(str(path), os.open(path, flags, 0o644), False)
-    except OSError as error:
-        raise _os_error("cannot be opened", path, error) from None

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 import offload_rt.store as store_module
 from offload_rt.arena import Arena
 from offload_rt.config import NvmePath
+from offload_rt.drive_files import MARKER, write_atomically
 from offload_rt.drives import DriveProfile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
 from offload_rt.file_io import AiofilesIO, file_io
 from offload_rt.native import native_core
-from offload_rt.store import MARKER, Store, write_atomically
+from offload_rt.store import Store
 from offload_rt.tensor_spec import TensorSpec, layout_block
 from offload_rt.transfer import Links
 

@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from offload_rt.checksum import crc32c
+from offload_rt.drive_files import sync_folder, write_atomically
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, OffloadError, StorageError, StorageFull
-from offload_rt.store import sync_folder, write_atomically
 from planners.errors import format_bytes
 
 STATE_VERSION = 1

@@ -1,0 +1,120 @@
+"""Files and folders on a drive: made, opened, locked and replaced, for the store and for the commit log.
+
+Nothing here reads or writes a tensor; that goes through `Links`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreInUse
+from offload_rt.transfer import OpenFile
+from planners.errors import format_bytes
+
+MARKER = "OFFLOAD_RT_STORE"
+
+
+class FolderLock:
+    """An exclusive flock on a store's `lock` file, held until closed or until the process is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "lock"
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageError("the lock cannot be opened", path=str(path), errno=error.errno or 0) from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise StorageError("cannot be locked", path=str(path), errno=error.errno or 0) from None
+            holder = path.read_text().strip() or "unknown"
+            raise StoreInUse(
+                f"{folder} is in use by another run ({holder}); wait for it to end, or give nvme= another folder"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def close(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold the descriptor too, and the lock with it
+        os.close(self._fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes `folder` ours by a marker. ConfigError where it holds something and carries no marker."""
+    try:
+        folder.mkdir(exist_ok=True)
+        marker = folder / MARKER
+        if not marker.exists():
+            if any(folder.iterdir()):
+                raise ConfigError(f"nvme: {folder} exists, is not empty and carries no {MARKER}; it is not ours")
+            marker.write_text("A store of offload_rt. Remove it with `offload-rt clean`.\n")
+    except OSError as error:
+        raise os_error("the store's folder cannot be made (read-only, or no permission?)", folder, error) from None
+
+
+def preallocate(file: OpenFile, num_bytes: int) -> None:
+    """Reserves the first `num_bytes` of `file`. Raises `StorageFull`."""
+    try:
+        os.posix_fallocate(file.fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+            os.ftruncate(file.fd, num_bytes)  # a file system that cannot: a full drive shows up in the write
+            return
+        raise os_error(f"cannot preallocate {format_bytes(num_bytes)}", Path(file.path), error) from None
+
+
+def open_file(path: Path, *, writable: bool) -> OpenFile:
+    """Opens with O_DIRECT where the file system takes it, through the page cache where it does not."""
+    flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
+    try:
+        return OpenFile(str(path), os.open(path, flags | os.O_DIRECT, 0o644), True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise os_error("cannot be opened", path, error) from None
+    try:
+        return OpenFile(str(path), os.open(path, flags, 0o644), False)
+    except OSError as error:
+        raise os_error("cannot be opened", path, error) from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path` so that a crash leaves the old or the new content, whole and durable."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise os_error("cannot be written", path, error) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names created in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def digest(body: dict[str, Any]) -> str:
+    """SHA-256 of plain values, the same for the same values."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def os_error(message: str, path: Path, error: OSError) -> StorageError:
+    """`error` as one of ours: `StorageFull` where the drive or a quota is."""
+    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return kind(message, path=str(path), errno=error.errno or 0)
