@@ -1,0 +1,310 @@
+"""Where a commit log's bytes lie, how its files are made, and how they are opened when nobody can write to them.
+
+    <folder>/OFFLOAD_RT_STORE  lock     as a store's
+             state.bin                  home drive  [record 0][record 1][body 0][body 1][ extents ... ]
+                                        others      [ extents ... ]
+                                        an extent   [ slot 0 ][ slot 1 ], each of its length
+             log.json                   the layout; the same on every drive but for the drive's number
+
+The home drive is the first. A log is complete when its home has a `log.json`, which is written last. Every byte was
+written once by then, as zeros, and synced: an extent that is merely reserved becomes durable only with the file
+system's next journal commit, which costs the first step, and may still be refused by a full drive.
+
+[Note: lock lifetime]
+io_uring does not take a killed process's direct writes back, and its end does not wait for them: a `lock` file is free
+while the drive still writes (10 to 40 ms were seen for 64 MiB in flight). A request holds the open file that it writes
+to, though, and an flock belongs to that open file, not to the process. So each `state.bin` is locked itself, through
+the descriptor that is written through: whoever has got that lock knows that no earlier write is under way.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from offload_rt.arena import Arena
+from offload_rt.checksum import crc32c
+from offload_rt.commit_record import RECORD_BYTES, Record, Version, body_bytes, pack_body
+from offload_rt.config import NvmePath
+from offload_rt.drive_files import (
+    FolderLock,
+    digest,
+    make_folder,
+    open_file,
+    os_error,
+    preallocate,
+    sync_folder,
+    write_atomically,
+)
+from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt, StoreInUse
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.transfer import Links, OpenFile, Transfer
+from planners.errors import format_bytes
+
+LOG_VERSION = 1
+PAYLOAD_BYTES = 1 << 20
+"""Default room for a payload: random number generators take 30 KB, schedulers and positions little."""
+_FILL_BYTES = 4 << 20
+_FILLS_IN_FLIGHT = 4
+_POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class MutableExtent:
+    """State that is read and written whole: two slots of `length_bytes` on one drive."""
+
+    name: str
+    length_bytes: int
+    """A multiple of 4096."""
+    drive: int = 0
+    offset_bytes: int = 0
+    """Of slot 0 in the drive's file; slot 1 follows. Given by the layout."""
+
+    def slot_offset(self, slot: int) -> int:
+        return self.offset_bytes + slot * self.length_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All places of a log. Never changes once the log is made."""
+
+    log_id: str
+    """32 hexadecimal digits."""
+    num_drives: int
+    body_capacity_bytes: int
+    extents: tuple[MutableExtent, ...]
+
+    def record_offset(self, place: int) -> int:
+        """Of record 0 or 1 in the home drive's file."""
+        return place * RECORD_BYTES
+
+    def body_offset(self, place: int) -> int:
+        return 2 * RECORD_BYTES + place * self.body_capacity_bytes
+
+    def file_bytes(self) -> list[int]:
+        """Length of each drive's file."""
+        ends = [2 * (RECORD_BYTES + self.body_capacity_bytes)] + [0] * (self.num_drives - 1)
+        for extent in self.extents:
+            ends[extent.drive] = max(ends[extent.drive], extent.slot_offset(2))
+        return ends
+
+    @classmethod
+    def of(cls, extents: Sequence[MutableExtent], *, num_drives: int, payload_bytes: int) -> Layout:
+        """Lays the extents one behind the other on their drives. ConfigError names what cannot be laid."""
+        names: set[str] = set()
+        for extent in extents:
+            if extent.length_bytes <= 0 or extent.length_bytes % IO_ALIGNMENT_BYTES:
+                raise ConfigError(f"extent {extent.name}: {extent.length_bytes} bytes is no multiple of 4096")
+            if not 0 <= extent.drive < num_drives:
+                raise ConfigError(f"extent {extent.name}: drive {extent.drive} of {num_drives}")
+            if extent.name in names:
+                raise ConfigError(f"extent {extent.name}: given twice")
+            names.add(extent.name)
+        capacity = align_up(max(body_bytes(len(extents), payload_bytes), 1), IO_ALIGNMENT_BYTES)
+        empty = cls(log_id=secrets.token_hex(16), num_drives=num_drives, body_capacity_bytes=capacity, extents=())
+        ends, laid = empty.file_bytes(), []
+        for extent in extents:
+            laid.append(replace(extent, offset_bytes=ends[extent.drive]))
+            ends[extent.drive] = laid[-1].slot_offset(2)
+        return replace(empty, extents=tuple(laid))
+
+
+def make_log(
+    drives: Sequence[NvmePath], extents: Sequence[MutableExtent], links: Links, *, payload_bytes: int = PAYLOAD_BYTES
+) -> None:
+    """Makes a log whose extents are zero, committed as step 0 with an empty payload. Blocks until it is durable.
+
+    `drives` are the log's own folders, made if missing; `capacity_bytes` bounds each. `payload_bytes` is the most that
+    a commit can carry besides. Raises `StorageFull` before the first byte, and ConfigError where a folder already holds
+    a log, which is never overwritten. What a killed run left of making one is made again.
+    """
+    if not drives:
+        raise ConfigError("a commit log needs at least one folder")
+    layout = Layout.of(extents, num_drives=len(drives), payload_bytes=payload_bytes)
+    folders = [drive.path for drive in drives]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError(f"a commit log wants one folder per drive, got {', '.join(map(str, folders))}")
+    locks: list[FolderLock] = []
+    files: list[OpenFile] = []
+    try:
+        for folder in folders:
+            make_folder(folder)
+            locks.append(FolderLock(folder))
+        for folder in folders:
+            if (folder / "log.json").exists():
+                raise ConfigError(f"{folder} holds training state; remove it, or give another folder")
+        for drive, need_bytes in zip(drives, layout.file_bytes(), strict=True):
+            (drive.path / "state.bin").unlink(missing_ok=True)  # a file that nothing in flight can reach, then
+            _check_space(drive, need_bytes)
+        for folder, file_bytes in zip(folders, layout.file_bytes(), strict=True):
+            files.append(open_fenced(folder / "state.bin", 0.0))
+            if file_bytes:
+                preallocate(files[-1], file_bytes)
+        _fill(layout, files, links)
+        for folder in folders:
+            sync_folder(folder)
+            sync_folder(folder.parent)
+        for number in reversed(range(len(folders))):
+            _write_layout(layout, number, folders[number])
+    finally:
+        for file in files:
+            close_fenced(file)
+        for lock in locks:
+            lock.close()
+
+
+def read_layout(folders: Sequence[Path]) -> tuple[Layout, list[Path]] | None:
+    """A log's layout, and its folders in the order of its drives. None where none of them holds a log.
+
+    Raises `StoreCorrupt` where a part is missing, damaged, or belongs to another log.
+    """
+    found: dict[int, tuple[Layout, Path]] = {}
+    for folder in folders:
+        path = folder / "log.json"
+        try:
+            data: dict[str, Any] = json.loads(path.read_text())
+            body = data["body"]
+            if data["sha256"] != digest(body):
+                raise StoreCorrupt(f"{path}: does not match its own checksum")
+            if body["version"] != LOG_VERSION:
+                raise StoreCorrupt(f"{path}: written by another version of offload_rt ({body['version']})")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise os_error("cannot be read", path, error) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreCorrupt(f"{path}: not readable as a layout ({type(error).__name__}: {error})") from None
+        extents = tuple(MutableExtent(**extent) for extent in body["layout"]["extents"])
+        found[body["drive"]] = (Layout(**{**body["layout"], "extents": extents}), folder)
+    if not found:
+        return None
+    layout = found[min(found)][0]
+    for other, folder in found.values():
+        if other != layout:
+            raise StoreCorrupt(f"{folder}: belongs to log {other.log_id}, not {layout.log_id}")
+    missing = [drive for drive in range(layout.num_drives) if drive not in found]
+    if missing or len(folders) != layout.num_drives:
+        raise StoreCorrupt(
+            f"{', '.join(map(str, folders))}: log {layout.log_id} lies on {layout.num_drives} drives; "
+            f"{f'missing: {missing}' if missing else f'{len(folders)} folders were given'}"
+        )
+    return layout, [found[drive][1] for drive in range(layout.num_drives)]
+
+
+def open_fenced(path: Path, patience_seconds: float) -> OpenFile:
+    """Opens `path` for writing once no write of an earlier process is under way. See [Note: lock lifetime].
+
+    Blocks at most `patience_seconds`, then raises `StoreInUse`.
+    """
+    file = open_file(path, writable=True)
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(file.fd)
+                raise os_error("cannot be locked", path, error) from None
+        if time.monotonic() >= deadline:
+            os.close(file.fd)
+            raise StoreInUse(
+                f"{path}: a process that is gone left writes under way, or a child that has the file open; "
+                f"not free after {patience_seconds:g} s"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def close_fenced(file: OpenFile) -> None:
+    """Gives the lock back, also where a forked child has the descriptor. Nothing may be in flight."""
+    fcntl.flock(file.fd, fcntl.LOCK_UN)
+    os.close(file.fd)
+
+
+def _fill(layout: Layout, files: Sequence[OpenFile], links: Links) -> None:
+    """Writes every byte: zeros, and on the home drive the first record, which nobody believes before `log.json`."""
+    zeros = Arena("commit log zeros", _FILL_BYTES).acquire(_FILL_BYTES, "zeros")
+    in_flight: deque[Transfer] = deque()
+    try:
+        for file, file_bytes in zip(files, layout.file_bytes(), strict=True):
+            for offset in range(0, file_bytes, _FILL_BYTES):
+                if len(in_flight) == _FILLS_IN_FLIGHT:
+                    links.wait(in_flight.popleft())
+                piece = zeros.part(0, min(_FILL_BYTES, file_bytes - offset))
+                in_flight.append(links.write(file, offset, piece))
+        while in_flight:
+            links.wait(in_flight.popleft())
+    finally:
+        settle(in_flight)
+    checksums = {length: _zeros_crc32c(length, zeros.buffer()) for length in {e.length_bytes for e in layout.extents}}
+    body = pack_body([Version(slot=0, crc32c=checksums[extent.length_bytes]) for extent in layout.extents], b"")
+    record = Record(
+        log_id=bytes.fromhex(layout.log_id), sequence=0, step=0, num_extents=len(layout.extents),
+        body_bytes=len(body), body_crc32c=crc32c(memoryview(body)),
+    )  # fmt: skip
+    pages = Arena("commit log pages", layout.body_capacity_bytes + RECORD_BYTES)
+    for offset, data in ((layout.body_offset(0), body), (layout.record_offset(0), record.pack())):
+        put(links, files[0], offset, data, pages)
+    barrier(links, files)
+
+
+def put(links: Links, file: OpenFile, offset_bytes: int, data: bytes, arena: Arena) -> None:
+    """Writes `data`, filled up to whole pages with zeros, and waits for it."""
+    if data:
+        slot = arena.acquire(align_up(len(data), IO_ALIGNMENT_BYTES), "commit")
+        slot.buffer()[:] = data.ljust(slot.num_bytes, b"\0")
+        links.wait(links.write(file, offset_bytes, slot))
+
+
+def barrier(links: Links, files: Sequence[OpenFile]) -> None:
+    """Makes durable what was waited for: fdatasync on every file, all at once. Blocks."""
+    syncs = deque(links.sync(file) for file in files)
+    try:
+        for sync in syncs:
+            links.wait(sync)
+    finally:
+        settle(syncs)
+
+
+def settle(transfers: deque[Transfer]) -> None:
+    """Waits for transfers whose outcome no longer matters, but whose memory and file do."""
+    while transfers:
+        transfer = transfers[0]
+        with suppress(StorageError):
+            transfer.wait()
+        with suppress(ValueError):  # whoever waited for it as well took it away
+            transfers.remove(transfer)
+
+
+def _zeros_crc32c(num_bytes: int, zeros: memoryview) -> int:
+    checksum = 0
+    for offset in range(0, num_bytes, len(zeros)):
+        checksum = crc32c(zeros[: min(len(zeros), num_bytes - offset)], checksum)
+    return checksum
+
+
+def _write_layout(layout: Layout, drive: int, folder: Path) -> None:
+    body = {"version": LOG_VERSION, "drive": drive, "layout": asdict(layout)}
+    write_atomically(folder / "log.json", json.dumps({"body": body, "sha256": digest(body)}, indent=1).encode())
+
+
+def _check_space(drive: NvmePath, need_bytes: int) -> None:
+    stat = os.statvfs(drive.path)
+    free = stat.f_bavail * stat.f_frsize
+    allowed = free if drive.capacity_bytes is None else min(free, drive.capacity_bytes)
+    if need_bytes > allowed:
+        raise StorageFull(
+            f"training state needs {format_bytes(need_bytes)}, {format_bytes(allowed)} are "
+            f"{'free' if allowed == free else 'allowed by nvme='}; nothing was written",
+            path=str(drive.path), errno=errno.ENOSPC,
+        )  # fmt: skip

@@ -1,0 +1,295 @@
+"""After a power loss at any moment, opening gives a committed step, whole, and not before the last acknowledged one.
+
+write a, write b     body      sync sync    record     sync
+---------------------------------------------------------------> the power may go at every |
+|   |    |   |   |   |    |    |  |  |  |   |     |    |   |     and each write not yet synced may be
+                                                                 there, lost or torn
+"""
+
+import hashlib
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import offload_rt.commit_log as commit_log_module
+from offload_rt.arena import Arena
+from offload_rt.commit_layout import MutableExtent, make_log
+from offload_rt.commit_log import CommitLog
+from offload_rt.config import NvmePath
+from offload_rt.errors import StoreCorrupt
+from offload_rt.transfer import Links
+from tests.power_loss import Killed, PlainIO, RecordingIO, every_outcome, random_outcome
+
+PAGE = 4096
+EXTENTS = [
+    MutableExtent(name="a", length_bytes=PAGE),
+    MutableExtent(name="b", length_bytes=2 * PAGE, drive=1),
+    MutableExtent(name="c", length_bytes=PAGE, drive=1),
+]
+ARENA = Arena("test", 64 * PAGE)
+
+
+@pytest.fixture
+def folder():
+    """In memory where there is such a folder: nothing here depends on a real drive."""
+    home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="offload_rt-test-", dir=home) as folder:
+        yield Path(folder)
+
+
+def content(value, num_bytes):
+    return random.Random(value).randbytes(num_bytes)
+
+
+class Run:
+    """A run on recorded drives, and what it was told: the states it committed, and when."""
+
+    def __init__(self, folder):
+        self.folders = [folder / "one", folder / "two"]
+        make_log([NvmePath(path=f) for f in self.folders], EXTENTS, Links(io=PlainIO()), payload_bytes=64)
+        self.state = {extent.name: bytes(extent.length_bytes) for extent in EXTENTS}
+        self.states = {0: (b"", dict(self.state))}
+        self.begun, self.acknowledged = [(0, 0)], [(0, 0)]  # (moment, step)
+        self.io = RecordingIO([f / "state.bin" for f in self.folders])
+        self.links = Links(io=self.io)
+        self.log = None
+        self.open()
+
+    def open(self):
+        self.log = CommitLog(self.folders, self.links)
+        step = self.log.committed.step
+        self.state = dict(self.states[step][1])
+        self.acknowledged.append((self.io.tick(), step))
+
+    def write(self, name, value):
+        length = len(self.state[name])
+        slot = ARENA.acquire(length, name)
+        self.state[name] = content(value, length)
+        slot.buffer()[:] = self.state[name]
+        self.log.write(name, slot)
+
+    def drop(self):
+        self.log.drop()
+        self.state = dict(self.states[self.log.committed.step][1])
+
+    def commit(self):
+        step = max(self.states) + 1
+        payload = f"step {step}".encode()
+        self.states[step] = payload, dict(self.state)
+        self.begun.append((self.io.tick(), step))
+        self.log.commit(step, payload)
+        self.acknowledged.append((self.io.tick(), step))
+
+    def kill(self):
+        self.io.finish()
+        self.log.close()
+
+    def allowed(self, moment):
+        """The steps that opening may give after a crash at `moment`."""
+        acknowledged = [step for when, step in self.acknowledged if when <= moment][-1]
+        begun = max(step for when, step in self.begun if when <= moment)
+        return {step for step in self.states if acknowledged <= step <= begun}
+
+    def close(self):
+        self.log.close()
+
+
+class Judge:
+    """Opens what a crash left and says what is wrong with it, if anything."""
+
+    def __init__(self, run):
+        self.run = run
+        self.links = Links(io=PlainIO())
+        self.seen = set()
+        self.num_opened = 0
+
+    def verdict(self, images, moment):
+        allowed = self.run.allowed(moment)
+        key = (hashlib.sha256(b"".join(images.values())).digest(), frozenset(allowed))
+        if key in self.seen:
+            return None
+        self.seen.add(key)
+        self.num_opened += 1
+        for path, image in images.items():
+            Path(path).write_bytes(image)
+        try:
+            log = CommitLog(self.run.folders, self.links)
+        except StoreCorrupt as error:
+            return f"at {moment}: does not open: {error}"
+        try:
+            if log.committed.step not in allowed:
+                return f"at {moment}: opens at step {log.committed.step}, allowed: {sorted(allowed)}"
+            payload, state = self.run.states[log.committed.step]
+            found = {}
+            for extent in EXTENTS:
+                slot = ARENA.acquire(extent.length_bytes, "judge")
+                log.read(extent.name, slot).wait()
+                found[extent.name] = bytes(slot.buffer())
+            if (log.committed.payload, found) != (payload, state):
+                return f"at {moment}: a mix, under the name of step {log.committed.step}"
+        except StoreCorrupt as error:
+            return f"at {moment}: {error}"
+        finally:
+            log.close()
+        return None
+
+
+def lose_power_everywhere(run, since=0):
+    """All complaints about crashes at every moment from `since` on. Stops at the third."""
+    judge, complaints = Judge(run), []
+    for moment in range(since, run.io.now + 1):
+        for images in every_outcome(*run.io.at(moment)):
+            complaint = judge.verdict(images, moment)
+            if complaint:
+                complaints.append(complaint)
+                if len(complaints) == 3:
+                    return complaints, judge.num_opened
+    return complaints, judge.num_opened
+
+
+def some_steps(run):
+    """Commits of everything, of one extent, of nothing; a step that was dropped and one that was done again."""
+    run.write("a", 1), run.write("b", 2), run.write("c", 3)
+    run.commit()
+    run.write("b", 4)
+    run.commit()
+    run.write("a", 5), run.write("b", 6)
+    run.drop()
+    run.write("a", 7), run.write("b", 8)
+    run.write("b", 9)
+    run.commit()
+    run.commit()
+    run.write("c", 10)
+    run.commit()
+
+
+def test_a_power_loss_at_any_moment_leaves_a_committed_step_whole(folder):
+    run = Run(folder)
+    some_steps(run)
+    run.close()
+    complaints, num_opened = lose_power_everywhere(run)
+    assert complaints == []
+    assert num_opened > 500
+
+
+def skip_barrier(which):
+    """Breaks the protocol: every commit leaves out one of its two barriers."""
+    calls, real = [0], commit_log_module.barrier
+
+    def barrier(links, files):
+        calls[0] += 1
+        if calls[0] % 2 != which:
+            real(links, files)
+
+    return barrier
+
+
+@pytest.mark.parametrize("which", [1, 0], ids=["after the data", "after the record"])
+def test_without_either_barrier_a_power_loss_is_noticed(folder, monkeypatch, which):
+    monkeypatch.setattr(commit_log_module, "barrier", skip_barrier(which))
+    run = Run(folder)
+    some_steps(run)
+    run.close()
+    assert lose_power_everywhere(run)[0]
+
+
+def test_without_the_barrier_of_the_second_drive_a_power_loss_is_noticed(folder, monkeypatch):
+    real = commit_log_module.barrier
+    monkeypatch.setattr(commit_log_module, "barrier", lambda links, files: real(links, files[:1]))
+    run = Run(folder)
+    some_steps(run)
+    run.close()
+    assert lose_power_everywhere(run)[0]
+
+
+def test_a_commit_that_does_not_wait_for_its_writes_is_noticed(folder, monkeypatch):
+    run = Run(folder)
+    wait = run.links.wait
+    monkeypatch.setattr(run.links, "wait", lambda transfer: wait(transfer) if transfer.num_bytes <= PAGE else None)
+    run.write("b", 1)
+    run.commit()
+    monkeypatch.undo()
+    run.close()
+    assert lose_power_everywhere(run)[0]
+
+
+NUM_OPERATIONS_OF_A_COMMIT = 9  # writes: 3 extents, body, record; syncs: 2 files, then 1; and one past the end
+
+
+def killed_then_lost(folder, kill_at):
+    """Killed in a commit, opened again, two more steps, and power losses anywhere in that second life."""
+    run = Run(folder)
+    some_steps(run)
+    since = run.io.now
+    run.io.kill_at = kill_at
+    try:
+        run.write("a", 20), run.write("b", 21), run.write("c", 22)
+        run.commit()
+    except Killed:
+        pass
+    run.kill()
+    run.open()
+    for value in (30, 40):
+        run.write("a", value), run.write("c", value + 2)
+        run.commit()
+    run.close()
+    return lose_power_everywhere(run, since)
+
+
+@pytest.mark.parametrize("kill_at", range(NUM_OPERATIONS_OF_A_COMMIT))
+def test_killed_in_a_commit_and_then_a_power_loss(folder, kill_at):
+    complaints, num_opened = killed_then_lost(folder, kill_at)
+    assert complaints == []
+    assert num_opened > 50
+
+
+def test_building_on_a_record_that_was_not_synced_is_noticed(folder, monkeypatch):
+    """What opening would be without [Note: opening syncs]."""
+    reopen = Run.open
+
+    def open_without_syncing(run):
+        with monkeypatch.context() as patch:
+            patch.setattr(commit_log_module, "barrier", lambda links, files: None)
+            reopen(run)
+
+    monkeypatch.setattr(Run, "open", open_without_syncing)
+    assert killed_then_lost(folder, kill_at=7)[0]
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("write"), st.sampled_from("abc"), st.integers(100, 1000)),
+    st.tuples(st.just("commit")),
+    st.tuples(st.just("drop")),
+    st.tuples(st.just("killed in"), st.integers(0, 12)),
+)
+
+
+@given(st.lists(ACTIONS, min_size=3, max_size=25), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_run_with_any_kills_survives_a_power_loss(folder, actions, random):
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        run = Run(Path(home))
+        for action in actions:
+            try:
+                if action[0] == "write":
+                    run.write(*action[1:])
+                elif action[0] == "commit":
+                    run.commit()
+                elif action[0] == "drop":
+                    run.drop()
+                else:
+                    run.io.kill_at = action[1]
+            except Killed:
+                run.kill()
+                run.open()
+        run.io.kill_at = None
+        run.close()
+        judge = Judge(run)
+        for _ in range(40):
+            moment = random.randint(0, run.io.now)
+            assert judge.verdict(random_outcome(*run.io.at(moment), random), moment) is None
