@@ -115,6 +115,11 @@ class CommitLog:
         """The committed version of an extent."""
         return self._extent(name).committed
 
+    def committed_place(self, name: str) -> tuple[OpenFile, int]:
+        """The file and offset that the committed content of an extent is at until the next commit, for cloning it."""
+        extent = self._extent(name)
+        return extent.file, extent.place.slot_offset(extent.committed.slot)
+
     def read(self, name: str, slot: Slot, *, committed: bool = False) -> Transfer:
         """Starts reading an extent into `slot`; waiting for it also verifies it, and may raise `StoreCorrupt`.
 
@@ -130,8 +135,7 @@ class CommitLog:
         reads = extent.reads[version.slot]
         reads.append(arriving)
 
-        unverified = [part]
-        del part  # a transfer that has been waited for holds no memory
+        unverified = [part]  # emptied by the wait: a transfer that was waited for holds no memory
 
         def wait(timeout_seconds: float) -> None:
             arriving.wait(timeout_seconds)
@@ -216,7 +220,6 @@ class CommitLog:
             if extent.newest != extent.committed:
                 self._forget_cached(extent, extent.newest)
                 extent.committed = extent.newest
-                extent.writes[extent.committed.slot].clear()
 
     def _recover(self) -> None:
         home = self._files[0]

@@ -1,0 +1,197 @@
+"""A commit in a folder of its own: by extent name, free of drives and plans, so that a run resumes from it anywhere.
+
+    <folder>/state.bin       the committed extents, one behind the other
+             payload.bin     what was committed with them
+             manifest.json   step; per extent name, offset, length, CRC32C; written last
+
+A log's file is written in place, so a hard link to it would change under the snapshot. Where the file system can clone
+ranges (FICLONERANGE: XFS, btrfs, bcachefs) the extents are cloned, which takes neither room nor time; elsewhere they
+are copied, through two slots of the largest one's size. The folder is made under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import json
+import os
+import shutil
+import struct
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from offload_rt.arena import Arena
+from offload_rt.checksum import crc32c
+from offload_rt.commit_layout import barrier, settle
+from offload_rt.commit_log import CommitLog
+from offload_rt.drive_files import digest, open_file, os_error, sync_folder, write_atomically
+from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageError, StorageFull
+from offload_rt.transfer import Links, OpenFile, Transfer
+from planners.errors import format_bytes
+
+SNAPSHOT_VERSION = 1
+_MARGIN_BYTES = 1 << 20
+_FICLONERANGE = 0x4020940D
+_CANNOT_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
+
+
+def save_snapshot(log: CommitLog, folder: Path, links: Links) -> int:
+    """Saves what `log` has committed to `folder`, which must not exist. Blocks until it is durable.
+
+    Returns how many bytes were copied; the others were cloned. What was written since the commit is not part of it,
+    and nothing may be committed meanwhile. Raises `StorageFull` before the first byte, and `StoreCorrupt` where an
+    extent that is copied does not match its checksum (one that is cloned is verified when it is loaded).
+    """
+    folder = folder.absolute()
+    if folder.exists():
+        raise ConfigError(f"{folder} exists; a snapshot is not written over anything")
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):  # of a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        copied_bytes = _save(log, partial, links)
+        os.rename(partial, folder)
+        sync_folder(folder.parent)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise os_error("cannot be written", folder, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return copied_bytes
+
+
+def load_snapshot(folder: Path, log: CommitLog, links: Links) -> None:
+    """Writes the snapshot in `folder` into `log` and commits it. Blocks.
+
+    The log holds the same extents, by name and length, wherever they lie. Until the commit it is what it was. Raises
+    `CheckpointError` where something is missing or does not fit, `CheckpointVerifyError` where bytes have changed.
+    """
+    body = _read_manifest(folder)
+    saved = {extent["name"]: extent for extent in body["extents"]}
+    here = {extent.name: extent.length_bytes for extent in log.layout.extents}
+    odd = {(name, extent["length_bytes"]) for name, extent in saved.items()} ^ set(here.items())
+    if odd:
+        raise CheckpointError(f"{folder}: holds other extents than this run, first: {min(odd)} ({len(odd)} differ)")
+    try:
+        payload = (folder / "payload.bin").read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: payload.bin cannot be read ({error})") from None
+    _verify(folder / "payload.bin", memoryview(payload), body["payload_crc32c"])
+    log.drop()
+    if not (folder / "state.bin").is_file():
+        raise CheckpointError(f"{folder}: state.bin is missing")
+    file = open_file(folder / "state.bin", writable=False)
+    arena = Arena("snapshot", 2 * max(here.values(), default=0))
+    writes: deque[Transfer] = deque()
+    try:
+        for name, extent in saved.items():
+            slot = arena.acquire(here[name], name)
+            links.wait(links.read(file, extent["offset_bytes"], slot))
+            _verify(folder / "state.bin", slot.buffer(), extent["crc32c"])
+            while writes:
+                links.wait(writes.popleft())
+            writes.append(log.write(name, slot))
+            del slot
+        log.commit(body["step"], payload)
+    except BaseException:
+        settle(writes)
+        log.drop()
+        raise
+    finally:
+        os.close(file.fd)
+
+
+def _save(log: CommitLog, folder: Path, links: Links) -> int:
+    extents: list[dict[str, Any]] = []
+    offset = 0
+    for extent in log.layout.extents:
+        version = log.version(extent.name)
+        extents.append(
+            {
+                "name": extent.name, "offset_bytes": offset, "length_bytes": extent.length_bytes,
+                "crc32c": version.crc32c,
+            }
+        )  # fmt: skip
+        offset += extent.length_bytes
+    file = open_file(folder / "state.bin", writable=True)
+    try:
+        copied = [extent for extent in extents if not _clone(log, extent, file)]
+        copied_bytes = sum(int(extent["length_bytes"]) for extent in copied)
+        _check_space(folder, copied_bytes + len(log.committed.payload) + _MARGIN_BYTES)
+        _copy(log, copied, file, links)
+        barrier(links, [file])
+    finally:
+        os.close(file.fd)
+    body = {
+        "version": SNAPSHOT_VERSION, "step": log.committed.step, "extents": extents,
+        "payload_crc32c": crc32c(memoryview(log.committed.payload)),
+    }  # fmt: skip
+    write_atomically(folder / "payload.bin", log.committed.payload)
+    write_atomically(folder / "manifest.json", json.dumps({"body": body, "sha256": digest(body)}, indent=1).encode())
+    return copied_bytes
+
+
+def _clone(log: CommitLog, extent: dict[str, Any], file: OpenFile) -> bool:
+    """Shares an extent's bytes with the snapshot. False where the file system, or the pair of them, cannot."""
+    source, offset = log.committed_place(extent["name"])
+    request = struct.pack("=qQQQ", source.fd, offset, extent["length_bytes"], extent["offset_bytes"])
+    try:
+        fcntl.ioctl(file.fd, _FICLONERANGE, request)
+    except OSError as error:
+        if error.errno in _CANNOT_CLONE:
+            return False
+        raise os_error("cannot be cloned", Path(file.path), error) from None
+    return True
+
+
+def _copy(log: CommitLog, extents: list[dict[str, Any]], file: OpenFile, links: Links) -> None:
+    """Copies through two slots: one extent is read while the one before it is written."""
+    arena = Arena("snapshot", 2 * max((extent["length_bytes"] for extent in extents), default=0))
+    writes: deque[Transfer] = deque()
+    try:
+        for extent in extents:
+            slot = arena.acquire(extent["length_bytes"], extent["name"])
+            links.wait(log.read(extent["name"], slot, committed=True))
+            while writes:
+                links.wait(writes.popleft())
+            writes.append(links.write(file, extent["offset_bytes"], slot))
+            del slot
+        while writes:
+            links.wait(writes.popleft())
+    finally:
+        settle(writes)
+
+
+def _check_space(folder: Path, need_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise StorageFull(
+            f"a snapshot needs {format_bytes(need_bytes)}, {format_bytes(free)} are free; nothing was written",
+            path=str(folder), errno=errno.ENOSPC,
+        )  # fmt: skip
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        body: dict[str, Any] = data["body"]
+        if data["sha256"] != digest(body):
+            raise CheckpointVerifyError(f"{path}: does not match its own checksum")
+        if body["version"] != SNAPSHOT_VERSION:
+            raise CheckpointError(f"{path}: written by another version of offload_rt ({body['version']})")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: there is no snapshot ({error})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not readable as a manifest ({type(error).__name__}: {error})") from None
+    return body
+
+
+def _verify(path: Path, data: memoryview, expected: int) -> None:
+    found = crc32c(data)
+    if found != expected:
+        raise CheckpointVerifyError(f"{path}: {len(data)} bytes with checksum {found:08x}, expected {expected:08x}")
