@@ -1,4 +1,4 @@
-"""Where a commit log's bytes lie, how its files are made, and how they are opened when nobody can write to them.
+"""Where a commit log's bytes lie, and how its files are made.
 
     <folder>/OFFLOAD_RT_STORE  lock     as a store's
              state.bin                  home drive  [record 0][record 1][body 0][body 1][ extents ... ]
@@ -9,22 +9,14 @@
 The home drive is the first. A log is complete when its home has a `log.json`, which is written last. Every byte was
 written once by then, as zeros, and synced: an extent that is merely reserved becomes durable only with the file
 system's next journal commit, which costs the first step, and may still be refused by a full drive.
-
-[Note: lock lifetime]
-io_uring does not take a killed process's direct writes back, and its end does not wait for them: a `lock` file is free
-while the drive still writes (10 to 40 ms were seen for 64 MiB in flight). A request holds the open file that it writes
-to, though, and an flock belongs to that open file, not to the process. So each `state.bin` is locked itself, through
-the descriptor that is written through: whoever has got that lock knows that no earlier write is under way.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import secrets
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -38,15 +30,16 @@ from offload_rt.commit_record import RECORD_BYTES, Record, Version, body_bytes, 
 from offload_rt.config import NvmePath
 from offload_rt.drive_files import (
     FolderLock,
+    close_fenced,
     digest,
     make_folder,
-    open_file,
+    open_fenced,
     os_error,
     preallocate,
     sync_folder,
     write_atomically,
 )
-from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt, StoreInUse
+from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Links, OpenFile, Transfer
 from planners.errors import format_bytes
@@ -56,7 +49,6 @@ PAYLOAD_BYTES = 1 << 20
 """Default room for a payload: random number generators take 30 KB, schedulers and positions little."""
 _FILL_BYTES = 4 << 20
 _FILLS_IN_FLIGHT = 4
-_POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +132,11 @@ def make_log(
         for folder in folders:
             make_folder(folder)
             locks.append(FolderLock(folder))
-        for folder in folders:
-            if (folder / "log.json").exists():
-                raise ConfigError(f"{folder} holds training state; remove it, or give another folder")
+        if read_layout(folders) is not None:
+            raise ConfigError(f"{folders[0]} holds training state; remove it, or give another folder")
+        for folder in folders:  # what a make that was cut off has left
+            (folder / "log.json").unlink(missing_ok=True)
+            sync_folder(folder)
         for drive, need_bytes in zip(drives, layout.file_bytes(), strict=True):
             (drive.path / "state.bin").unlink(missing_ok=True)  # a file that nothing in flight can reach, then
             _check_space(drive, need_bytes)
@@ -164,71 +158,47 @@ def make_log(
 
 
 def read_layout(folders: Sequence[Path]) -> tuple[Layout, list[Path]] | None:
-    """A log's layout, and its folders in the order of its drives. None where none of them holds a log.
+    """A log's layout, and its folders in the order of its drives. None where they hold none, or an unfinished one.
 
     Raises `StoreCorrupt` where a part is missing, damaged, or belongs to another log.
     """
-    found: dict[int, tuple[Layout, Path]] = {}
-    for folder in folders:
-        path = folder / "log.json"
-        try:
-            data: dict[str, Any] = json.loads(path.read_text())
-            body = data["body"]
-            if data["sha256"] != digest(body):
-                raise StoreCorrupt(f"{path}: does not match its own checksum")
-            if body["version"] != LOG_VERSION:
-                raise StoreCorrupt(f"{path}: written by another version of offload_rt ({body['version']})")
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise os_error("cannot be read", path, error) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreCorrupt(f"{path}: not readable as a layout ({type(error).__name__}: {error})") from None
-        extents = tuple(MutableExtent(**extent) for extent in body["layout"]["extents"])
-        found[body["drive"]] = (Layout(**{**body["layout"], "extents": extents}), folder)
-    if not found:
+    parts = {part[0]: (part[1], folder) for folder in folders if (part := _read_part(folder)) is not None}
+    if not parts:
         return None
-    layout = found[min(found)][0]
-    for other, folder in found.values():
+    layout = parts[min(parts)][0]
+    for other, folder in parts.values():
         if other != layout:
             raise StoreCorrupt(f"{folder}: belongs to log {other.log_id}, not {layout.log_id}")
-    missing = [drive for drive in range(layout.num_drives) if drive not in found]
+    in_order = [parts[drive][1] for drive in sorted(parts)]
+    missing = [drive for drive in range(layout.num_drives) if drive not in parts]
+    if missing == [0] and in_order == list(folders[1:]) and (folders[0] / "state.bin").exists():
+        return None  # cut off before the home's part, which is written last
     if missing or len(folders) != layout.num_drives:
         raise StoreCorrupt(
             f"{', '.join(map(str, folders))}: log {layout.log_id} lies on {layout.num_drives} drives; "
             f"{f'missing: {missing}' if missing else f'{len(folders)} folders were given'}"
         )
-    return layout, [found[drive][1] for drive in range(layout.num_drives)]
+    return layout, in_order
 
 
-def open_fenced(path: Path, patience_seconds: float) -> OpenFile:
-    """Opens `path` for writing once no write of an earlier process is under way. See [Note: lock lifetime].
-
-    Blocks at most `patience_seconds`, then raises `StoreInUse`.
-    """
-    file = open_file(path, writable=True)
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(file.fd)
-                raise os_error("cannot be locked", path, error) from None
-        if time.monotonic() >= deadline:
-            os.close(file.fd)
-            raise StoreInUse(
-                f"{path}: a process that is gone left writes under way, or a child that has the file open; "
-                f"not free after {patience_seconds:g} s"
-            )
-        time.sleep(_POLL_SECONDS)
-
-
-def close_fenced(file: OpenFile) -> None:
-    """Gives the lock back, also where a forked child has the descriptor. Nothing may be in flight."""
-    fcntl.flock(file.fd, fcntl.LOCK_UN)
-    os.close(file.fd)
+def _read_part(folder: Path) -> tuple[int, Layout] | None:
+    """Which drive of which log a folder is; None where it has no `log.json`."""
+    path = folder / "log.json"
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        body = data["body"]
+        if data["sha256"] != digest(body):
+            raise StoreCorrupt(f"{path}: does not match its own checksum")
+        if body["version"] != LOG_VERSION:
+            raise StoreCorrupt(f"{path}: written by another version of offload_rt ({body['version']})")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise os_error("cannot be read", path, error) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreCorrupt(f"{path}: not readable as a layout ({type(error).__name__}: {error})") from None
+    extents = tuple(MutableExtent(**extent) for extent in body["layout"]["extents"])
+    return body["drive"], Layout(**{**body["layout"], "extents": extents})
 
 
 def _fill(layout: Layout, files: Sequence[OpenFile], links: Links) -> None:

@@ -31,9 +31,9 @@ from pathlib import Path
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
-from offload_rt.commit_layout import Layout, MutableExtent, barrier, close_fenced, open_fenced, put, read_layout, settle
+from offload_rt.commit_layout import Layout, MutableExtent, barrier, put, read_layout, settle
 from offload_rt.commit_record import RECORD_BYTES, Record, RecordInvalid, Version, body_bytes, pack_body, unpack_body
-from offload_rt.drive_files import FolderLock
+from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.errors import ConfigError, StorageError, StoreCorrupt, nearest
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import WAIT_SECONDS, Links, OpenFile, Transfer
