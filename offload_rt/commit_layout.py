@@ -128,6 +128,7 @@ def make_log(
         raise ConfigError(f"a commit log wants one folder per drive, got {', '.join(map(str, folders))}")
     locks: list[FolderLock] = []
     files: list[OpenFile] = []
+    in_flight: deque[Transfer] = deque()
     try:
         for folder in folders:
             make_folder(folder)
@@ -144,13 +145,14 @@ def make_log(
             files.append(open_fenced(folder / "state.bin", 0.0))
             if file_bytes:
                 preallocate(files[-1], file_bytes)
-        _fill(layout, files, links)
+        _fill(layout, files, links, in_flight)
         for folder in folders:
             sync_folder(folder)
             sync_folder(folder.parent)
         for number in reversed(range(len(folders))):
             _write_layout(layout, number, folders[number])
     finally:
+        settle(in_flight)
         for file in files:
             close_fenced(file)
         for lock in locks:
@@ -201,21 +203,17 @@ def _read_part(folder: Path) -> tuple[int, Layout] | None:
     return body["drive"], Layout(**{**body["layout"], "extents": extents})
 
 
-def _fill(layout: Layout, files: Sequence[OpenFile], links: Links) -> None:
+def _fill(layout: Layout, files: Sequence[OpenFile], links: Links, in_flight: deque[Transfer]) -> None:
     """Writes every byte: zeros, and on the home drive the first record, which nobody believes before `log.json`."""
     zeros = Arena("commit log zeros", _FILL_BYTES).acquire(_FILL_BYTES, "zeros")
-    in_flight: deque[Transfer] = deque()
-    try:
-        for file, file_bytes in zip(files, layout.file_bytes(), strict=True):
-            for offset in range(0, file_bytes, _FILL_BYTES):
-                if len(in_flight) == _FILLS_IN_FLIGHT:
-                    links.wait(in_flight.popleft())
-                piece = zeros.part(0, min(_FILL_BYTES, file_bytes - offset))
-                in_flight.append(links.write(file, offset, piece))
-        while in_flight:
-            links.wait(in_flight.popleft())
-    finally:
-        settle(in_flight)
+    for file, file_bytes in zip(files, layout.file_bytes(), strict=True):
+        for offset in range(0, file_bytes, _FILL_BYTES):
+            if len(in_flight) == _FILLS_IN_FLIGHT:
+                links.wait(in_flight[0])
+                in_flight.popleft()
+            piece = zeros.part(0, min(_FILL_BYTES, file_bytes - offset))
+            in_flight.append(links.write(file, offset, piece))
+    finish(links, in_flight)
     checksums = {length: _zeros_crc32c(length, zeros.buffer()) for length in {e.length_bytes for e in layout.extents}}
     body = pack_body([Version(slot=0, crc32c=checksums[extent.length_bytes]) for extent in layout.extents], b"")
     record = Record(
@@ -224,36 +222,44 @@ def _fill(layout: Layout, files: Sequence[OpenFile], links: Links) -> None:
     )  # fmt: skip
     pages = Arena("commit log pages", layout.body_capacity_bytes + RECORD_BYTES)
     for offset, data in ((layout.body_offset(0), body), (layout.record_offset(0), record.pack())):
-        put(links, files[0], offset, data, pages)
-    barrier(links, files)
+        put(links, files[0], offset, data, pages, in_flight)
+    barrier(links, files, in_flight)
 
 
-def put(links: Links, file: OpenFile, offset_bytes: int, data: bytes, arena: Arena) -> None:
-    """Writes `data`, filled up to whole pages with zeros, and waits for it."""
+def put(links: Links, file: OpenFile, offset_bytes: int, data: bytes, arena: Arena, in_flight: deque[Transfer]) -> None:
+    """Writes `data`, filled up to whole pages with zeros, and waits for it. See `finish` for `in_flight`."""
     if data:
         slot = arena.acquire(align_up(len(data), IO_ALIGNMENT_BYTES), "commit")
         slot.buffer()[:] = data.ljust(slot.num_bytes, b"\0")
-        links.wait(links.write(file, offset_bytes, slot))
+        in_flight.append(links.write(file, offset_bytes, slot))
+        finish(links, in_flight)
 
 
-def barrier(links: Links, files: Sequence[OpenFile]) -> None:
+def barrier(links: Links, files: Sequence[OpenFile], in_flight: deque[Transfer]) -> None:
     """Makes durable what was waited for: fdatasync on every file, all at once. Blocks."""
-    syncs = deque(links.sync(file) for file in files)
-    try:
-        for sync in syncs:
-            links.wait(sync)
-    finally:
-        settle(syncs)
+    in_flight.extend(links.sync(file) for file in files)
+    finish(links, in_flight)
 
 
-def settle(transfers: deque[Transfer]) -> None:
-    """Waits for transfers whose outcome no longer matters, but whose memory and file do."""
-    while transfers:
-        transfer = transfers[0]
+def finish(links: Links, in_flight: deque[Transfer]) -> None:
+    """Waits for all of `in_flight`, in order. What failed or is late stays in it, with those behind it.
+
+    So whoever owns the file settles `in_flight` before closing it: a write in flight goes to a descriptor's number, and
+    once that is closed it is the next file's number.
+    """
+    while in_flight:
+        links.wait(in_flight[0])
+        in_flight.popleft()
+
+
+def settle(in_flight: deque[Transfer]) -> None:
+    """Waits for transfers whose outcome no longer matters. Raises `StorageTimeout` where one is still under way."""
+    while in_flight:
+        transfer = in_flight[0]
         with suppress(StorageError):
             transfer.wait()
         with suppress(ValueError):  # whoever waited for it as well took it away
-            transfers.remove(transfer)
+            in_flight.remove(transfer)
 
 
 def _zeros_crc32c(num_bytes: int, zeros: memoryview) -> int:

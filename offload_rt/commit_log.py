@@ -31,7 +31,7 @@ from pathlib import Path
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
-from offload_rt.commit_layout import Layout, MutableExtent, barrier, put, read_layout, settle
+from offload_rt.commit_layout import Layout, MutableExtent, barrier, finish, put, read_layout, settle
 from offload_rt.commit_record import RECORD_BYTES, Record, RecordInvalid, Version, body_bytes, pack_body, unpack_body
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.errors import ConfigError, StorageError, StoreCorrupt, nearest
@@ -82,6 +82,7 @@ class CommitLog:
         self._locks: list[FolderLock] = []
         self._files: list[OpenFile] = []
         self._extents: dict[str, _Extent] = {}
+        self._in_flight: deque[Transfer] = deque()  # records, bodies and syncs
         self._refusal: str | None = None
         self._place = 0  # of the newest record
         found = read_layout(folders)
@@ -192,7 +193,11 @@ class CommitLog:
         self._refusal = None
 
     def close(self) -> None:
-        """Waits for what is under way, then closes the files and gives the locks back. Nothing is committed."""
+        """Waits for what is under way, then closes the files and gives the locks back. Nothing is committed.
+
+        Raises `StorageTimeout` where something is still under way; then all stays as it is.
+        """
+        settle(self._in_flight)
         for extent in self._extents.values():
             for transfers in (*extent.writes, *extent.reads):
                 settle(transfers)
@@ -210,10 +215,10 @@ class CommitLog:
             log_id=bytes.fromhex(self.layout.log_id), sequence=commit.sequence, step=commit.step,
             num_extents=len(self._extents), body_bytes=len(body), body_crc32c=crc32c(memoryview(body)),
         )  # fmt: skip
-        put(self._links, home, self.layout.body_offset(place), body, self._arena)
-        barrier(self._links, self._files)
-        put(self._links, home, self.layout.record_offset(place), record.pack(), self._arena)
-        barrier(self._links, [home])
+        put(self._links, home, self.layout.body_offset(place), body, self._arena, self._in_flight)
+        barrier(self._links, self._files, self._in_flight)
+        put(self._links, home, self.layout.record_offset(place), record.pack(), self._arena, self._in_flight)
+        barrier(self._links, [home], self._in_flight)
         self._place = place
         self.committed = commit
         for extent in self._extents.values():
@@ -223,7 +228,7 @@ class CommitLog:
 
     def _recover(self) -> None:
         home = self._files[0]
-        barrier(self._links, [home])  # [Note: opening syncs]
+        barrier(self._links, [home], self._in_flight)  # [Note: opening syncs]
         os.posix_fadvise(home.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         found: dict[int, tuple[Record, list[Version], bytes]] = {}
         wrong: dict[int, str] = {}
@@ -232,6 +237,7 @@ class CommitLog:
                 found[place] = self._read_record(place)
             except (RecordInvalid, StorageError) as error:
                 wrong[place] = f"record {place}: {error}"
+                settle(self._in_flight)
         if not found:
             raise StoreCorrupt(
                 f"{home.path}: neither of the two commit records is valid: {'; '.join(wrong.values())}. "
@@ -261,7 +267,8 @@ class CommitLog:
 
     def _get(self, offset_bytes: int, num_bytes: int) -> bytes:
         slot = self._arena.acquire(align_up(num_bytes, IO_ALIGNMENT_BYTES), "commit")
-        self._links.wait(self._links.read(self._files[0], offset_bytes, slot))
+        self._in_flight.append(self._links.read(self._files[0], offset_bytes, slot))
+        finish(self._links, self._in_flight)
         return bytes(slot.buffer()[:num_bytes])
 
     def _extent(self, name: str) -> _Extent:

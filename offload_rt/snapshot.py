@@ -24,7 +24,7 @@ from typing import Any
 
 from offload_rt.arena import Arena
 from offload_rt.checksum import crc32c
-from offload_rt.commit_layout import barrier, settle
+from offload_rt.commit_layout import barrier, finish, settle
 from offload_rt.commit_log import CommitLog
 from offload_rt.drive_files import digest, open_file, os_error, sync_folder, write_atomically
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageError, StorageFull
@@ -86,22 +86,23 @@ def load_snapshot(folder: Path, log: CommitLog, links: Links) -> None:
         raise CheckpointError(f"{folder}: state.bin is missing")
     file = open_file(folder / "state.bin", writable=False)
     arena = Arena("snapshot", 2 * max(here.values(), default=0))
-    writes: deque[Transfer] = deque()
+    reads: deque[Transfer] = deque()
+    writes: deque[Transfer] = deque()  # the log owns them too
     try:
         for name, extent in saved.items():
             slot = arena.acquire(here[name], name)
-            links.wait(links.read(file, extent["offset_bytes"], slot))
+            reads.append(links.read(file, extent["offset_bytes"], slot))
+            finish(links, reads)
             _verify(folder / "state.bin", slot.buffer(), extent["crc32c"])
-            while writes:
-                links.wait(writes.popleft())
+            finish(links, writes)
             writes.append(log.write(name, slot))
             del slot
         log.commit(body["step"], payload)
     except BaseException:
-        settle(writes)
         log.drop()
         raise
     finally:
+        settle(reads)
         os.close(file.fd)
 
 
@@ -118,13 +119,15 @@ def _save(log: CommitLog, folder: Path, links: Links) -> int:
         )  # fmt: skip
         offset += extent.length_bytes
     file = open_file(folder / "state.bin", writable=True)
+    in_flight: deque[Transfer] = deque()
     try:
         copied = [extent for extent in extents if not _clone(log, extent, file)]
         copied_bytes = sum(int(extent["length_bytes"]) for extent in copied)
         _check_space(folder, copied_bytes + len(log.committed.payload) + _MARGIN_BYTES)
-        _copy(log, copied, file, links)
-        barrier(links, [file])
+        _copy(log, copied, file, links, in_flight)
+        barrier(links, [file], in_flight)
     finally:
+        settle(in_flight)
         os.close(file.fd)
     body = {
         "version": SNAPSHOT_VERSION, "step": log.committed.step, "extents": extents,
@@ -148,22 +151,18 @@ def _clone(log: CommitLog, extent: dict[str, Any], file: OpenFile) -> bool:
     return True
 
 
-def _copy(log: CommitLog, extents: list[dict[str, Any]], file: OpenFile, links: Links) -> None:
+def _copy(
+    log: CommitLog, extents: list[dict[str, Any]], file: OpenFile, links: Links, in_flight: deque[Transfer]
+) -> None:
     """Copies through two slots: one extent is read while the one before it is written."""
     arena = Arena("snapshot", 2 * max((extent["length_bytes"] for extent in extents), default=0))
-    writes: deque[Transfer] = deque()
-    try:
-        for extent in extents:
-            slot = arena.acquire(extent["length_bytes"], extent["name"])
-            links.wait(log.read(extent["name"], slot, committed=True))
-            while writes:
-                links.wait(writes.popleft())
-            writes.append(links.write(file, extent["offset_bytes"], slot))
-            del slot
-        while writes:
-            links.wait(writes.popleft())
-    finally:
-        settle(writes)
+    for extent in extents:
+        slot = arena.acquire(extent["length_bytes"], extent["name"])
+        links.wait(log.read(extent["name"], slot, committed=True))
+        finish(links, in_flight)
+        in_flight.append(links.write(file, extent["offset_bytes"], slot))
+        del slot
+    finish(links, in_flight)
 
 
 def _check_space(folder: Path, need_bytes: int) -> None:

@@ -699,24 +699,28 @@ def test_a_fence_that_is_free_is_passed_at_once(disk_folder):
 
 def test_closing_waits_for_what_is_under_way_and_keeps_the_file_where_it_cannot(folders, links, arena):
     log = make(folders, links)
-    stuck = [True]
+    stuck = set()
     start = links.io.start
 
     def slow(kind, file, offset, buffer):
         start(kind, file, offset, buffer)
 
         def wait(seconds):
-            if stuck[0]:
+            if kind in stuck:
                 raise StorageTimeout("still under way")
 
         return wait
 
     links.io.start = slow
     write(log, arena, "a", 1)
-    with pytest.raises(StorageTimeout):
-        log.close()
-    with pytest.raises(StoreInUse):
-        CommitLog(folders, links)
-    stuck[0] = False
+    for kind in ("write", "sync"):
+        stuck.add(kind)
+        with pytest.raises(StorageTimeout):
+            log.close() if kind == "write" else log.commit(1)
+        with pytest.raises(StorageTimeout):
+            log.close()
+        with pytest.raises(StoreInUse):
+            CommitLog(folders, Links(io=PlainIO()))
+        stuck.clear()
     log.close()
     assert read_layout(folders) is not None

@@ -181,10 +181,10 @@ def skip_barrier(which):
     """Breaks the protocol: every commit leaves out one of its two barriers."""
     calls, real = [0], commit_log_module.barrier
 
-    def barrier(links, files):
+    def barrier(links, files, in_flight):
         calls[0] += 1
         if calls[0] % 2 != which:
-            real(links, files)
+            real(links, files, in_flight)
 
     return barrier
 
@@ -200,7 +200,7 @@ def test_without_either_barrier_a_power_loss_is_noticed(folder, monkeypatch, whi
 
 def test_without_the_barrier_of_the_second_drive_a_power_loss_is_noticed(folder, monkeypatch):
     real = commit_log_module.barrier
-    monkeypatch.setattr(commit_log_module, "barrier", lambda links, files: real(links, files[:1]))
+    monkeypatch.setattr(commit_log_module, "barrier", lambda links, files, rest: real(links, files[:1], rest))
     run = Run(folder)
     some_steps(run)
     run.close()
@@ -254,7 +254,7 @@ def test_building_on_a_record_that_was_not_synced_is_noticed(folder, monkeypatch
 
     def open_without_syncing(run):
         with monkeypatch.context() as patch:
-            patch.setattr(commit_log_module, "barrier", lambda links, files: None)
+            patch.setattr(commit_log_module, "barrier", lambda *_: None)
             reopen(run)
 
     monkeypatch.setattr(Run, "open", open_without_syncing)
