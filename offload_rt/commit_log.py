@@ -66,7 +66,7 @@ class CommitLog:
     """A log that `make_log` made, opened by one process. Owns its files and their locks until `close`.
 
     Reads and writes of different extents may come from different threads; `commit`, `drop` and `close` while no other
-    call runs. Two pages and one body of memory are its own.
+    call runs. Its own memory is a page and a body (eight bytes an extent, and the payload's room).
     """
 
     def __init__(self, folders: Sequence[Path], links: Links, *, patience_seconds: float = WAIT_SECONDS) -> None:
