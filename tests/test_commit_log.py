@@ -19,7 +19,7 @@ from offload_rt.arena import Arena
 from offload_rt.checksum import crc32c
 from offload_rt.commit_layout import MutableExtent, make_log, read_layout
 from offload_rt.commit_log import CommitLog
-from offload_rt.commit_record import Record, RecordInvalid
+from offload_rt.commit_record import Record, RecordInvalid, Version, pack_body
 from offload_rt.config import NvmePath
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.errors import ConfigError, StorageError, StorageFull, StorageTimeout, StoreCorrupt, StoreInUse
@@ -31,7 +31,6 @@ from tests.power_loss import PlainIO
 
 PAGE = 4096
 SIZES = {"a": PAGE, "b": 5 * PAGE, "c": 300 * PAGE}
-RECORDS = 0, PAGE
 
 
 def extents(num_drives=1):
@@ -541,6 +540,30 @@ def test_a_record_of_another_log_is_none_of_ours(folders, links, arena, disk_fol
         CommitLog([folders[1]], links)
     with pytest.raises(StoreCorrupt, match="3 folders were given"):
         CommitLog([*folders, disk_folder], links)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"body_bytes": 1 << 50}, "a body of"),
+        ({"body_bytes": 8}, "a body of"),
+        ({"num_extents": 2}, "with 2 extents"),
+        ({}, "in a slot that there is not"),
+    ],
+)
+def test_a_record_that_cannot_be_is_ignored(folders, links, arena, change, reason):
+    """With the right checksum: what another version, or a mistake, might write."""
+    layout = two_commits(folders, links, arena)
+    body = pack_body([Version(slot=2, crc32c=0)] * len(SIZES), b"")
+    fields = {"num_extents": len(SIZES), "body_bytes": len(body), "body_crc32c": crc32c(memoryview(body)), **change}
+    record = Record(log_id=bytes.fromhex(layout.log_id), sequence=9, step=9, **fields)
+    with open(folders[0] / "state.bin", "r+b") as file:
+        for offset, data in ((layout.body_offset(0), body), (layout.record_offset(0), record.pack())):
+            file.seek(offset)
+            file.write(data)
+    log = CommitLog(folders, links)
+    assert log.committed.step == 1 and reason in log.ignored
+    log.close()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "5", '{"body": 5}', '{"body": {}, "sha256": ""}', "\x00"])
