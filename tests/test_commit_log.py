@@ -721,6 +721,7 @@ def test_a_fence_that_is_free_is_passed_at_once(disk_folder):
 
 
 def test_closing_waits_for_what_is_under_way_and_keeps_the_file_where_it_cannot(folders, links, arena):
+    folders = folders[:1]  # so that there is one sync, and it must not get lost
     log = make(folders, links)
     stuck = set()
     start = links.io.start

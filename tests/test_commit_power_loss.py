@@ -269,9 +269,8 @@ ACTIONS = st.one_of(
 )
 
 
-@given(st.lists(ACTIONS, min_size=3, max_size=25), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_run_with_any_kills_survives_a_power_loss(folder, actions, random):
+def any_run(folder, actions, random):
+    """Does what it is told, loses power at random moments, and gives the first complaint."""
     with tempfile.TemporaryDirectory(dir=folder) as home:
         run = Run(Path(home))
         for action in actions:
@@ -292,4 +291,24 @@ def test_any_run_with_any_kills_survives_a_power_loss(folder, actions, random):
         judge = Judge(run)
         for _ in range(40):
             moment = random.randint(0, run.io.now)
-            assert judge.verdict(random_outcome(*run.io.at(moment), random), moment) is None
+            complaint = judge.verdict(random_outcome(*run.io.at(moment), random), moment)
+            if complaint:
+                return complaint
+    return None
+
+
+RUNS = given(st.lists(ACTIONS, min_size=3, max_size=25), st.randoms(use_true_random=False))
+HEALTH = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@RUNS
+@settings(max_examples=60, **HEALTH)
+def test_any_run_with_any_kills_survives_a_power_loss(folder, actions, random):
+    assert any_run(folder, actions, random) is None
+
+
+@pytest.mark.full
+@RUNS
+@settings(max_examples=2000, **HEALTH)
+def test_two_thousand_runs_with_kills_survive_a_power_loss(folder, actions, random):
+    assert any_run(folder, actions, random) is None
