@@ -167,6 +167,34 @@ def test_a_write_waits_for_reads_of_the_slot_that_a_commit_set_free(folders, are
     log.close()
 
 
+def test_in_a_steady_step_neither_reads_nor_writes_block(folders, arena, links):
+    """Reads ahead, writes behind, one commit a step: what an optimizer beside the backward pass does."""
+    log = make(folders, links)
+    waits = []
+    start = links.io.start
+
+    def watched(kind, file, offset, buffer):
+        start(kind, file, offset, buffer)
+        return lambda seconds: waits.append(kind)
+
+    links.io.start = watched
+    for step in range(1, 4):
+        waits.clear()
+        slots = {name: arena.acquire(SIZES[name], name) for name in SIZES}
+        reads = [log.read(name, slot) for name, slot in slots.items()]
+        assert waits == []
+        for read_ahead in reads:
+            links.wait(read_ahead)
+        assert waits == ["read"] * 3
+        for name, slot in slots.items():
+            log.write(name, slot)  # not waited for: the commit does
+        assert waits == ["read"] * 3
+        log.commit(step)
+        assert waits == ["read"] * 3 + ["write"] * 4 + ["sync"] * 2 + ["write", "sync"]
+        del slots, slot
+    log.close()
+
+
 def test_transfers_hold_their_memory_until_they_are_waited_for(every_io, folders, arena):
     log = make(folders, every_io)
     transfer = write(log, arena, "c", 1)
