@@ -1,0 +1,40 @@
+"""Small commit logs for tests: three extents, whose content a number stands for."""
+
+from offload_rt.commit_layout import MutableExtent, make_log
+from offload_rt.commit_log import CommitLog
+from offload_rt.config import NvmePath
+
+PAGE = 4096
+SIZES = {"a": PAGE, "b": 5 * PAGE, "c": 300 * PAGE}
+
+
+def extents(num_drives=1):
+    return [
+        MutableExtent(name=name, length_bytes=size, drive=index % num_drives)
+        for index, (name, size) in enumerate(SIZES.items())
+    ]
+
+
+def make(folders, links, **options):
+    make_log([NvmePath(path=folder) for folder in folders], extents(len(folders)), links, **options)
+    return CommitLog(folders, links)
+
+
+def content(name, value):
+    return bytes((value * 7 + i) % 251 for i in range(251)) * (SIZES[name] // 251 + 1)
+
+
+def write(log, arena, name, value):
+    slot = arena.acquire(SIZES[name], name)
+    slot.buffer()[:] = content(name, value)[: SIZES[name]]
+    return log.write(name, slot)
+
+
+def read(log, arena, name, **options):
+    slot = arena.acquire(SIZES[name], name)
+    log._links.wait(log.read(name, slot, **options))
+    return bytes(slot.buffer())
+
+
+def holds(log, arena, values):
+    return all(read(log, arena, name) == content(name, value)[: SIZES[name]] for name, value in values.items())
