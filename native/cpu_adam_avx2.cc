@@ -1,44 +1,41 @@
-// The AdamW kernel for AVX2 with FMA: eight lanes.
+// The AdamW kernel for AVX2: eight lanes.
 #include "cpu_adam_kernels.h"
 
 #if defined(__x86_64__)
-
-#include <immintrin.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <type_traits>
 
-// Templates and lambdas take their target from the region that they are written in.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#include "floats_avx2.h"
+#include "target_avx2.h"
 
 namespace offload_rt::adam {
 
 namespace {
+
+// The low halves of eight 32-bit numbers below 2^16.
+inline __m128i words_of(__m256i values) {
+  return _mm_packus_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+}
 
 struct Lanes {
   using Floats = __m256;
   using Ints = __m256i;
   static constexpr std::size_t kWidth = 8;
 
-  static Floats load(const float* from) { return _mm256_loadu_ps(from); }
-  static Floats load(const BFloat16* from) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  template <typename T>
+  static Floats load(const T* from) {
+    return load_8(from);
   }
   static void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
   static void store(BFloat16* to, Floats values) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), round_to_bfloat16(values));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words_of(round_to_bfloat16(values)));
   }
   static void stream(float* to, Floats values) { _mm256_stream_ps(to, values); }
   static void stream(BFloat16* to, Floats values) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), round_to_bfloat16(values));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), words_of(round_to_bfloat16(values)));
   }
   static void prefetch(std::uintptr_t address) {
     _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
@@ -57,7 +54,7 @@ struct Lanes {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
   }
   static void store_codes(std::uint8_t* to, Ints codes) {
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    const __m128i words = words_of(codes);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
   }
   static Floats lookup(const DynamicMap& map, Ints codes) {
@@ -75,25 +72,7 @@ struct Lanes {
     const Ints above = _mm256_castps_si256(_mm256_cmp_ps(scaled, midpoints, _CMP_GT_OQ));
     return _mm256_sub_epi32(codes, above);
   }
-  static Ints magnitude_bits(Floats values) {
-    return _mm256_and_si256(_mm256_castps_si256(values), _mm256_set1_epi32(0x7fffffff));
-  }
   static Ints maximum(Ints left, Ints right) { return _mm256_max_epi32(left, right); }
-  static std::uint32_t largest_of(Ints values) {
-    __m128i largest = _mm_max_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
-    largest = _mm_max_epi32(largest, _mm_shuffle_epi32(largest, 0b01'00'11'10));
-    largest = _mm_max_epi32(largest, _mm_shuffle_epi32(largest, 0b10'11'00'01));
-    return static_cast<std::uint32_t>(_mm_cvtsi128_si32(largest));
-  }
-
-  static __m128i round_to_bfloat16(Floats values) {
-    const __m256i bits = _mm256_castps_si256(values);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-  }
 };
 
 #include "cpu_adam_lanes.h"
@@ -107,10 +86,6 @@ void step_avx2(const Parameter& parameter, const Step& step, bool streaming_stor
 
 }  // namespace offload_rt::adam
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

@@ -1,26 +1,15 @@
-// The AdamW kernel for AVX-512 (F, BW, DQ, VL): sixteen lanes.
+// The AdamW kernel for AVX-512: sixteen lanes.
 #include "cpu_adam_kernels.h"
 
 #if defined(__x86_64__)
-
-#include <immintrin.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <type_traits>
 
-// Templates and lambdas take their target from the region that they are written in.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-// GCC 12's own intrinsics initialise their ignored operands from themselves (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
-#endif
+#include "floats_avx512.h"
+#include "target_avx512.h"
 
 namespace offload_rt::adam {
 
@@ -31,10 +20,9 @@ struct Lanes {
   using Ints = __m512i;
   static constexpr std::size_t kWidth = 16;
 
-  static Floats load(const float* from) { return _mm512_loadu_ps(from); }
-  static Floats load(const BFloat16* from) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  template <typename T>
+  static Floats load(const T* from) {
+    return load_16(from);
   }
   static void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
   static void store(BFloat16* to, Floats values) {
@@ -79,23 +67,7 @@ struct Lanes {
         _mm512_cmp_ps_mask(scaled, _mm512_i32gather_ps(codes, map.midpoints(), 4), _CMP_GT_OQ);
     return _mm512_mask_add_epi32(codes, above, codes, _mm512_set1_epi32(1));
   }
-  static Ints magnitude_bits(Floats values) {
-    return _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff));
-  }
   static Ints maximum(Ints left, Ints right) { return _mm512_max_epi32(left, right); }
-  static std::uint32_t largest_of(Ints values) {
-    return static_cast<std::uint32_t>(_mm512_reduce_max_epi32(values));
-  }
-
-  // AVX512-BF16's own conversion flushes denormals to zero.
-  static __m256i round_to_bfloat16(Floats values) {
-    const __m512i bits = _mm512_castps_si512(values);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    rounded = _mm512_srli_epi32(rounded, 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
-  }
 };
 
 #include "cpu_adam_lanes.h"
@@ -109,10 +81,6 @@ void step_avx512(const Parameter& parameter, const Step& step, bool streaming_st
 
 }  // namespace offload_rt::adam
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

@@ -2,8 +2,10 @@
 // file in its unnamed namespace and target region, so that the same text is compiled for its instructions.
 // The file has no guard and includes nothing: it is a part of whoever includes it.
 //
-// Lanes has `Floats`, a register of kWidth float32; load, store, stream and broadcast; add, subtract,
-// multiply, divide and square_root, each rounded once; and multiply_add(a, b, c), a * b + c rounded once.
+// Lanes has `Floats`, a register of kWidth float32; load, store, stream, broadcast and prefetch; add,
+// subtract, multiply, divide and square_root, each rounded once; and multiply_add(a, b, c), a * b + c rounded
+// once. For 8-bit moments it has `Ints`, as many 32-bit integers: load_codes, store_codes and maximum; lookup
+// in a DynamicMap, and codes_of, its inverse for numbers in [-1, 1]. magnitude_bits and largest_of are free.
 
 // The scalars of a step in registers, and what they do to kWidth elements.
 struct Update {
@@ -150,10 +152,10 @@ inline void decode_block(const DynamicMap& map, const std::uint8_t* codes, std::
 // Returns the absmax.
 inline float encode_block(const DynamicMap& map, const BlockOfMoments& values, std::uint8_t* codes,
                           std::size_t count) {
-  Lanes::Ints largest = Lanes::magnitude_bits(Lanes::load(values.data()));
+  Lanes::Ints largest = magnitude_bits(Lanes::load(values.data()));
   for (std::size_t i = Lanes::kWidth; i < kQuantBlockSize; i += Lanes::kWidth)
-    largest = Lanes::maximum(largest, Lanes::magnitude_bits(Lanes::load(values.data() + i)));
-  const std::uint32_t largest_bits = Lanes::largest_of(largest);  // NaN has the largest
+    largest = Lanes::maximum(largest, magnitude_bits(Lanes::load(values.data() + i)));
+  const std::uint32_t largest_bits = largest_of(largest);  // NaN has the largest
   const float absmax = std::bit_cast<float>(largest_bits);
   if (largest_bits >= kInfinityBits) {
     std::fill_n(codes, count, static_cast<std::uint8_t>(DynamicMap::kSize - 1));  // 1 times that

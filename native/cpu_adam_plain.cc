@@ -11,6 +11,9 @@ namespace offload_rt::adam {
 
 namespace {
 
+std::uint32_t magnitude_bits(float value) { return std::bit_cast<std::uint32_t>(value) & 0x7fffffff; }
+std::uint32_t largest_of(std::uint32_t value) { return value; }
+
 struct Lanes {
   using Floats = float;
   using Ints = std::uint32_t;
@@ -46,9 +49,7 @@ struct Lanes {
     const Ints code = map.first_codes()[cut - DynamicMap::kSmallestCut + sign];
     return code + (scaled > map.midpoints()[code] ? 1 : 0);
   }
-  static Ints magnitude_bits(float value) { return std::bit_cast<std::uint32_t>(value) & 0x7fffffff; }
   static Ints maximum(Ints left, Ints right) { return std::max(left, right); }
-  static std::uint32_t largest_of(Ints value) { return value; }
 };
 
 #include "cpu_adam_lanes.h"

@@ -1,19 +1,12 @@
-// NF4 kernels for AVX2 (with F16C). The bits are those of nf4_plain.cc.
+// NF4 kernels for AVX2. The bits are those of nf4_plain.cc.
 #include "nf4_kernels.h"
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
 #include <cstring>
 
-// Templates and lambdas take their target from the region that they are written in.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-#endif
+#include "floats_avx2.h"
+#include "target_avx2.h"
 
 namespace offload_rt::nf4 {
 
@@ -25,15 +18,6 @@ inline void store(void* out, __m256i value, bool streaming_stores) {
   } else {
     _mm256_storeu_si256(static_cast<__m256i*>(out), value);
   }
-}
-
-// Eight products rounded to bfloat16, each in the low half of its 32 bits.
-inline __m256i round_to_bfloat16(__m256 products) {
-  const __m256i bits = _mm256_castps_si256(products);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(products, products, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
 }
 
 template <typename T>
@@ -119,24 +103,6 @@ void decode_blocks(const std::uint8_t* codes, std::span<const float> absmax, T* 
   if (streaming_stores) _mm_sfence();  // streamed data becomes visible to whoever waits for this thread
 }
 
-inline __m256 load_8(const float* weights) { return _mm256_loadu_ps(weights); }
-
-inline __m256 load_8(const BFloat16* weights) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-inline __m256 load_8(const Half* weights) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)));
-}
-
-inline std::uint32_t largest_of(__m256i values) {
-  __m128i largest = _mm_max_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
-  largest = _mm_max_epi32(largest, _mm_shuffle_epi32(largest, 0b01'00'11'10));
-  largest = _mm_max_epi32(largest, _mm_shuffle_epi32(largest, 0b10'11'00'01));
-  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(largest));
-}
-
 // How many of the 15 midpoints lie below, by binary search: midpoints 7; 3 or 11; 1, 5, 9 or 13; 0, 2, ..
 // or 14. At each step the candidates fit one register of eight, and the code so far says which of them to
 // compare with.
@@ -176,9 +142,7 @@ std::size_t encode_blocks(const T* weights, std::uint8_t* codes, std::span<float
     __m256i largest = _mm256_setzero_si256();
     for (std::size_t i = 0; i < 8; ++i) {
       values[i] = load_8(weights + 8 * i);
-      const __m256i magnitude =
-          _mm256_and_si256(_mm256_castps_si256(values[i]), _mm256_set1_epi32(0x7fffffff));
-      largest = _mm256_max_epi32(largest, magnitude);
+      largest = _mm256_max_epi32(largest, magnitude_bits(values[i]));
     }
     const std::uint32_t largest_bits = largest_of(largest);
     if (largest_bits >= kInfinityBits) return block;
@@ -205,10 +169,6 @@ template Kernels<Half> avx2_kernels<Half>();
 
 }  // namespace offload_rt::nf4
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

@@ -1,23 +1,10 @@
-// NF4 kernels for AVX-512 (F, BW, DQ, VL). The bits are those of nf4_plain.cc.
-//
-// AVX512-BF16's conversion is not used: it flushes denormals to zero. Rounding 16 products for 64 weights
-// costs little anyway ([Note: sixteen products]).
+// NF4 kernels for AVX-512. The bits are those of nf4_plain.cc.
 #include "nf4_kernels.h"
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
-// Templates and lambdas take their target from the region that they are written in.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-// GCC 12's own intrinsics initialise their ignored operands from themselves (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
-#endif
+#include "floats_avx512.h"
+#include "target_avx512.h"
 
 namespace offload_rt::nf4 {
 
@@ -40,12 +27,7 @@ inline __m256i round_products(__m512 products);
 
 template <>
 inline __m256i round_products<BFloat16>(__m512 products) {
-  const __m512i bits = _mm512_castps_si512(products);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  rounded = _mm512_srli_epi32(rounded, 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(products, products, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  return round_to_bfloat16(products);
 }
 
 template <>
@@ -112,17 +94,6 @@ void decode_blocks(const std::uint8_t* codes, std::span<const float> absmax, T* 
   if (streaming_stores) _mm_sfence();  // streamed data becomes visible to whoever waits for this thread
 }
 
-inline __m512 load_16(const float* weights) { return _mm512_loadu_ps(weights); }
-
-inline __m512 load_16(const BFloat16* weights) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-inline __m512 load_16(const Half* weights) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights)));
-}
-
 // How many of the 15 midpoints lie below, by binary search in four lookups.
 inline __m512i codes_of(__m512 scaled) {
   const auto* midpoints = kMidpoints.data();
@@ -149,11 +120,9 @@ std::size_t encode_blocks(const T* weights, std::uint8_t* codes, std::span<float
     __m512i largest = _mm512_setzero_si512();
     for (std::size_t i = 0; i < 4; ++i) {
       values[i] = load_16(weights + 16 * i);
-      const __m512i magnitude =
-          _mm512_and_si512(_mm512_castps_si512(values[i]), _mm512_set1_epi32(0x7fffffff));
-      largest = _mm512_max_epi32(largest, magnitude);
+      largest = _mm512_max_epi32(largest, magnitude_bits(values[i]));
     }
-    const auto largest_bits = static_cast<std::uint32_t>(_mm512_reduce_max_epi32(largest));
+    const std::uint32_t largest_bits = largest_of(largest);
     if (largest_bits >= kInfinityBits) return block;
     absmax[block] = std::bit_cast<float>(largest_bits);
     const __m512 inverse = _mm512_set1_ps(1.0f / std::max(absmax[block], kSmallestAbsmax));
@@ -181,10 +150,6 @@ template Kernels<Half> avx512_kernels<Half>();
 
 }  // namespace offload_rt::nf4
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif
