@@ -158,7 +158,7 @@ def update(
 
 def gradient_norm(grad: Tensor) -> Tensor:
     """The 2-norm of one whole parameter's gradient in float32, in the order of torch's sum: a float32 scalar tensor."""
-    norm: Tensor = torch.linalg.vector_norm(grad.detach().float())
+    norm: Tensor = torch.linalg.vector_norm(grad.detach(), dtype=torch.float32)
     return norm
 
 

@@ -327,13 +327,14 @@ def test_without_the_native_core_the_twin_serves(monkeypatch: pytest.MonkeyPatch
 # Clipping.
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_clipping_is_torchs(max_norm: float) -> None:
+def test_clipping_is_torchs_of_gradients_in_float32(max_norm: float, dtype: torch.dtype) -> None:
     sizes = (1, 17, 4097, 70_001)
-    grads = [gradients(size, 1, FLOAT32)[0] for size in sizes]
+    grads = [gradients(size, 1, dtype)[0] for size in sizes]
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad.clone()
+        parameter.grad = grad.float() if dtype == BFLOAT16 else grad.clone()
     expected = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     total, scale = cpu_adam.clip_scale([cpu_adam.gradient_norm(grad) for grad in grads], max_norm)
     assert total == expected.item()
