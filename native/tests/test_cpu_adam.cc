@@ -1,9 +1,15 @@
 // AdamW under the sanitizers: every instruction set gives the plain one's bits, on any number of threads,
 // from any alignment, within bounds. What the plain one must give is tested from Python, against torch.
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -166,6 +172,33 @@ void a_map_that_is_too_dense_is_refused() {
   CHECK(!DynamicMap::of(values));
 }
 
+// In a child that may not start a thread: not as root, whom the limit does not bind.
+void a_share_without_a_thread_is_done_all_the_same() {
+  constexpr std::size_t count = 3 * kShare + 65;
+  const pid_t child = fork();
+  CHECK(child >= 0);
+  if (child == 0) {
+    const rlimit none = {1, 1};
+    if (setrlimit(RLIMIT_NPROC, &none) != 0 || (getuid() == 0 && setuid(65534) != 0)) _exit(2);
+    try {
+      std::thread([] {}).join();
+      _exit(3);
+    } catch (const std::system_error&) {
+    }
+    State<BFloat16, float, BFloat16> expected(count, 0), state(count, 0);
+    expected.update({available_isas().back(), 1}, true);
+    state.update({available_isas().back(), 3}, true);
+    _exit(state.same_as(expected) ? 0 : 1);
+  }
+  int status = 0;
+  CHECK(waitpid(child, &status, 0) == child);
+  if (WIFEXITED(status) && WEXITSTATUS(status) >= 2) {
+    std::printf("skipped: threads cannot be forbidden here (%d)\n", WEXITSTATUS(status));
+    return;
+  }
+  CHECK_EQUAL(status, 0);
+}
+
 }  // namespace
 
 int main() {
@@ -175,5 +208,6 @@ int main() {
   suite.run("bfloat16 moments", every_isa_gives_the_plain_bits<BFloat16, BFloat16, BFloat16>);
   suite.run("8-bit moments", every_isa_gives_the_plain_codes);
   suite.run("a map that is too dense is refused", a_map_that_is_too_dense_is_refused);
+  suite.run("a share without a thread is done all the same", a_share_without_a_thread_is_done_all_the_same);
   return suite.finish("cpu_adam");
 }
