@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import sys
 import threading
 import time
 import weakref
@@ -59,7 +60,9 @@ class Region(mmap.mmap):
                 region.madvise(mmap.MADV_HUGEPAGE)
         return region
 
-    def __del__(self) -> None:
+    def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        if at_exit():  # everything goes with the process, and modules are already gone
+            return
         for undo in self.before_unmap:
             undo(self.address)
 

@@ -36,7 +36,9 @@ READ_SECONDS = 0.4
 """Bounds on a slow drive; a fast one is done sooner."""
 NUM_PASSES = 2
 CLOSE_ENOUGH = 0.95
-"""Of the best speed; within it, fewer bytes in flight win, since what is needed at once waits behind them."""
+"""Of the best speed: less may be chance."""
+DRAIN_SECONDS = 0.05
+"""What is needed at once waits behind what is in flight; within that, more of it wakes the ring less often."""
 MAX_AGE_SECONDS = 30 * 24 * 3600.0
 MIB = 1 << 20
 CANDIDATES = ((RING_DEPTH, MIB), (32, MIB), (16, MIB), (8, MIB), (8, 4 * MIB), (32, MIB // 2))
@@ -162,12 +164,15 @@ def _measure(links: Links, file: OpenFile) -> DriveProfile:
 
 
 def choose(speeds: dict[tuple[int, int], float]) -> tuple[int, int]:
-    """Of the candidates that are close to the best: the fewest bytes in flight, then the longest requests."""
-    enough = CLOSE_ENOUGH * max(speeds.values())
-    return min(
-        (candidate for candidate, speed in speeds.items() if speed >= enough),
-        key=lambda candidate: (candidate[0] * candidate[1], -candidate[1]),
-    )
+    """Of the candidates that are close to the best: the most bytes in flight that are read within `DRAIN_SECONDS`, or
+    the fewest where none is; of equals the longest requests.
+    """
+    best = max(speeds.values())
+    enough = [candidate for candidate, speed in speeds.items() if speed >= CLOSE_ENOUGH * best]
+    quick = [candidate for candidate in enough if candidate[0] * candidate[1] <= DRAIN_SECONDS * best]
+    if quick:
+        return max(quick, key=lambda candidate: (candidate[0] * candidate[1], candidate[1]))
+    return min(enough, key=lambda candidate: (candidate[0] * candidate[1], -candidate[1]))
 
 
 def _remembered(name: str, identity: dict[str, str]) -> DriveProfile | None:

@@ -188,10 +188,11 @@ class ModelDrive:
 @pytest.mark.parametrize(
     "latency, bandwidth, expected",
     [
-        (100e-6, 2e9, (8, MIB)),  # a quick drive needs little in flight
-        (10e-3, 2e9, (32, MIB)),  # far away: 20 MB must be under way, and 8 requests of 4 MiB are as many bytes
-        (30e-3, 2e9, (64, MIB)),
-        (100e-6, 500e6, (8, MIB)),
+        (100e-6, 2e9, (64, MIB)),  # a quick drive: much in flight is soon there
+        (100e-6, 800e6, (32, MIB)),  # a slower one: 64 MiB would be in the way for 80 ms
+        (100e-6, 450e6, (16, MIB)),
+        (30e-3, 800e6, (32, MIB)),  # far away: less would not keep it busy
+        (60e-3, 800e6, (64, MIB)),
     ],
 )
 def test_the_choice_fits_the_drive(monkeypatch, tmp_path, latency, bandwidth, expected):
@@ -215,10 +216,14 @@ def test_a_slow_drive_bounds_the_probe(monkeypatch, tmp_path):
     assert model.moved == {"write": least, "read": least}
 
 
-def test_close_to_the_best_the_fewest_bytes_in_flight_win():
-    assert choose({(64, MIB): 100.0, (8, MIB): 95.0}) == (8, MIB)
-    assert choose({(64, MIB): 100.0, (8, MIB): 94.9}) == (64, MIB)
-    assert choose({(32, MIB // 2): 1.0, (16, MIB): 1.0}) == (16, MIB)
+def test_the_choice_is_deep_where_that_is_quick_and_shallow_where_it_is_not():
+    fast = {(64, MIB): 2.0e9, (8, MIB): 2.1e9}
+    assert choose(fast) == (64, MIB)
+    assert choose({**fast, (64, MIB): 1.9e9}) == (8, MIB), "more than chance"
+    assert choose({(64, MIB): 1e8, (8, MIB): 0.96e8}) == (8, MIB)
+    assert choose({(64, MIB): 1e8, (8, MIB): 0.94e8}) == (64, MIB)
+    assert choose({(32, MIB // 2): 1e9, (16, MIB): 1e9}) == (16, MIB)
+    assert choose({(32, MIB // 2): 1e6, (16, MIB): 1e6}) == (16, MIB)
 
 
 def test_unknown_speeds_weigh_the_same():

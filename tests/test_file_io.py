@@ -120,6 +120,34 @@ def test_a_ring_may_go_before_the_arenas_that_it_knew(file):
     del arena
 
 
+LEFT_OPEN = """
+import os, sys
+from offload_rt.arena import Arena
+from offload_rt.file_io import OpenFile, RingIO
+from offload_rt.native import native_core
+from offload_rt.transfer import Links
+links = Links(io=RingIO(native_core(), "io_uring", register=True))
+arena = Arena("a", 4096)
+links.wait(links.read(OpenFile("data", int(sys.argv[1]), False), 0, arena.acquire(4096, "x")))
+import offload_rt.errors
+offload_rt.errors.kept = arena  # outlives the modules that it would need
+"""
+
+
+def run_child(code, file, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, str(file.fd), *arguments],
+        capture_output=True, text=True, timeout=60, pass_fds=[file.fd],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )  # fmt: skip
+
+
+def test_what_is_left_open_at_the_end_of_a_process_is_no_noise(file):
+    needs_io_uring()
+    done = run_child(LEFT_OPEN, file)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 ORDINARY_USER = """
 import os, resource, sys
 from offload_rt.arena import Arena
@@ -141,11 +169,7 @@ links.close()
 def test_an_ordinary_user_reads_without_registration_beyond_the_limit(file):
     """RLIMIT_MEMLOCK counts registered memory for ordinary users, and not for root."""
     needs_io_uring()
-    done = subprocess.run(
-        [sys.executable, "-c", ORDINARY_USER, str(file.fd), str(file.direct), str(NUM_BYTES)],
-        capture_output=True, text=True, timeout=60, pass_fds=[file.fd],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )  # fmt: skip
+    done = run_child(ORDINARY_USER, file, str(file.direct), str(NUM_BYTES))
     assert done.stdout.split() == ["True", "0", str(sum(Path(file.path).read_bytes()))], done.stderr
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from offload_rt import cudart, pinning
 from offload_rt.arena import Arena, Region
+from offload_rt.cli import doctor
 from offload_rt.cudart import CudaRuntime, find_cuda_runtime, measure_ceiling
 from offload_rt.errors import PinningRefused, StorageError
 from offload_rt.pinning import Ceiling, PinnedRing, Pinning, pin, pin_ceiling, pinning_plan
@@ -223,6 +224,20 @@ def test_what_is_locked_never_exceeds_the_ceiling():
         assert (plan.pinning is Pinning.ARENA) == (ceiling_bytes >= 1 << 30)
         assert (plan.pinning is Pinning.NONE) == (ceiling_bytes < 32 * MIB)
         assert (refused in plan.reason) == (plan.pinning is not Pinning.ARENA)
+
+
+@pytest.mark.parametrize("ceiling, said", [(None, "at least 1 GiB can"), (600 * MIB, "only 512 MiB can")])
+def test_doctor_says_how_much_can_be_locked(runtime, monkeypatch, ceiling, said):
+    if ceiling is not None:
+        monkeypatch.setenv("FAKE_CUDA_CEILING", str(ceiling))
+    monkeypatch.setenv("OFFLOAD_RT_CUDART", runtime.path)
+    line = doctor.pinnable_memory()
+    assert said in line
+    assert ("out of memory" in line) == (ceiling is not None)
+    monkeypatch.setenv("OFFLOAD_RT_CUDART", "/none.so")
+    assert "is no CUDA runtime" in doctor.pinnable_memory()
+    monkeypatch.setenv("OFFLOAD_RT_CUDART", "")
+    assert doctor.pinnable_memory() == "no CUDA runtime: host memory is not locked"
 
 
 # ---- the ring over pageable memory ----

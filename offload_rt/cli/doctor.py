@@ -23,6 +23,7 @@ from offload_rt.native import native_core, why_not
 from planners.errors import format_bytes
 
 _TRIED_BYTES = 64 << 20
+_PINNED_BYTES = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,7 @@ def full_lines() -> list[str]:
         *_section("files by", [io_in_use()]),
         *_section("arenas", [registered_memory()]),
         *_section("NF4 by", [nf4_in_use()]),
+        *_section("pinning", [pinnable_memory()]),
         *_section("GDS", ["not needed: reads land in host memory"]),
     ]
 
@@ -103,6 +105,23 @@ def registered_memory() -> str:
         except OSError as error:
             return f"not registered with the kernel ({error}): reads work, at a little more processor time"
     return f"registered with the kernel: tried with {format_bytes(_TRIED_BYTES)}"
+
+
+def pinnable_memory() -> str:
+    """How much host memory the GPU's driver locks, tried in a child process up to 1 GiB."""
+    try:
+        from offload_rt import cudart, pinning
+    except ImportError as error:
+        return f"not tried: {error}"
+    try:
+        runtime = cudart.find_cuda_runtime()
+    except (OSError, AttributeError) as error:
+        return f"OFFLOAD_RT_CUDART is no CUDA runtime ({error})"
+    if runtime is None:
+        return "no CUDA runtime: host memory is not locked"
+    ceiling = pinning.pin_ceiling(runtime, _PINNED_BYTES)
+    found = f"{format_bytes(ceiling.ceiling_bytes)} can be locked by {runtime.path}"
+    return f"only {found}: {ceiling.reason}" if ceiling.reason else f"at least {found}"
 
 
 def nf4_in_use() -> str:
