@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from offload_rt import file_io
 from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreInUse
-from offload_rt.transfer import OpenFile
+from offload_rt.file_io import OpenFile
 from planners.errors import format_bytes
 
 MARKER = "OFFLOAD_RT_STORE"
@@ -81,15 +82,9 @@ def preallocate(file: OpenFile, num_bytes: int) -> None:
 
 
 def open_file(path: Path, *, writable: bool) -> OpenFile:
-    """Opens with O_DIRECT where the file system takes it, through the page cache where it does not."""
-    flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
+    """As `file_io.open_file`, with an error that says what failed."""
     try:
-        return OpenFile(str(path), os.open(path, flags | os.O_DIRECT, 0o644), True)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise os_error("cannot be opened", path, error) from None
-    try:
-        return OpenFile(str(path), os.open(path, flags, 0o644), False)
+        return file_io.open_file(path, writable=writable)
     except OSError as error:
         raise os_error("cannot be opened", path, error) from None
 

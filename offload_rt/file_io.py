@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno as errno_names
+import mmap
 import os
 import threading
 import weakref
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from offload_rt.arena import Region
@@ -33,6 +35,29 @@ class OpenFile:
     path: str
     fd: int
     direct: bool
+
+
+def open_file(path: str | Path, *, writable: bool) -> OpenFile:
+    """Opens (and, if writable, makes) a file, past the page cache where its file system lets us, which is tried: some
+    take the flag and refuse the first transfer. The caller closes it. Raises `OSError`.
+    """
+    flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
+    fd = -1
+    try:
+        fd = os.open(path, flags | os.O_DIRECT, 0o644)
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:
+            if writable and os.fstat(fd).st_size == 0:  # reading nothing is no trial
+                os.pwrite(fd, page, 0)
+                os.ftruncate(fd, 0)
+            else:
+                os.preadv(fd, [page], 0)
+        return OpenFile(str(path), fd, True)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        if error.errno not in (errno_names.EINVAL, errno_names.EOPNOTSUPP):
+            raise
+    return OpenFile(str(path), os.open(path, flags, 0o644), False)
 
 
 class FileIO(Protocol):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from offload_rt.arena import Slot
 from offload_rt.errors import StorageError, StorageFull
+from offload_rt.file_io import open_file, storage_error
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links, OpenFile, Transfer
+from offload_rt.transfer import Links, Transfer
 from planners.errors import format_bytes
 
 
@@ -51,18 +52,16 @@ class Scratch:
             raise StorageError("no scratch file can be made", path=str(folder), errno=error.errno or 0) from None
         os.close(fd)
         try:
-            direct = True
             try:
-                fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+                self.file = open_file(path, writable=True)
             except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                direct = False
-                fd = os.open(path, os.O_RDWR)
+                raise storage_error(
+                    "cannot be opened", path=path, offset=0, wanted=0, done=0, errno=error.errno or 0
+                ) from None
             try:
-                os.posix_fallocate(fd, 0, self.capacity_bytes)
+                os.posix_fallocate(self.file.fd, 0, self.capacity_bytes)
             except OSError as error:
-                os.close(fd)
+                os.close(self.file.fd)
                 if error.errno == errno.ENOSPC:
                     raise StorageFull(
                         f"layer inputs need {format_bytes(self.capacity_bytes)}",
@@ -72,7 +71,6 @@ class Scratch:
                 raise StorageError("cannot preallocate", path=path, errno=error.errno or 0) from None
         finally:
             os.unlink(path)
-        self.file = OpenFile(path, fd, direct)
 
     def acquire(self, num_bytes: int) -> ScratchRange:
         """A range of `num_bytes`, rounded up to 4 KiB. Raises `StorageFull`."""

@@ -1,5 +1,6 @@
 """File I/O under the transfers: registered memory fires and changes nothing, and every refusal leaves it working."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from offload_rt.arena import Arena, Region
-from offload_rt.file_io import AiofilesIO, OpenFile, RingIO, file_io
+from offload_rt.file_io import AiofilesIO, OpenFile, RingIO, file_io, open_file
 from offload_rt.native import native_core
 from offload_rt.transfer import Links
 
@@ -194,6 +195,67 @@ def test_what_went_through_the_page_cache_is_dropped_from_it(backend, file, monk
         assert len(dropped) == 2, "there was nothing in the page cache"
     links.close()
     os.close(fd)
+
+
+def no_flag(monkeypatch):
+    """A file system that does not know O_DIRECT."""
+    plain = os.open
+
+    def open_(path, flags, *mode):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "refused")
+        return plain(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", open_)
+
+
+def no_transfer(monkeypatch):
+    """One that takes the flag and refuses the first transfer."""
+
+    def refused(*arguments):
+        raise OSError(errno.EINVAL, "refused")
+
+    monkeypatch.setattr(os, "pwrite", refused)
+    monkeypatch.setattr(os, "preadv", refused)
+
+
+@pytest.mark.parametrize("refuse", [no_flag, no_transfer])
+@pytest.mark.parametrize("backend", ["auto", "aiofiles"])
+def test_where_direct_io_is_refused_the_page_cache_serves(refuse, backend, disk_folder, monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        refuse(patch)
+        files = [open_file(disk_folder / "data", writable=True), open_file(disk_folder / "data", writable=False)]
+    assert [file.direct for file in files] == [False, False]
+    assert len(os.listdir("/proc/self/fd")) == before + 2, "the refused descriptor was left open"
+    links = Links(io=file_io(backend))
+    slots = [Arena("a", PAGE).acquire(PAGE, "x") for _ in range(2)]
+    slots[0].buffer()[:] = bytes(range(256)) * 16
+    links.wait(links.write(files[0], PAGE, slots[0]))
+    links.wait(links.read(files[1], PAGE, slots[1]))
+    assert slots[1].buffer() == slots[0].buffer()
+    links.close()
+    for file in files:
+        os.close(file.fd)
+
+
+def test_a_file_is_opened_past_the_page_cache_and_left_as_it_was(disk_folder):
+    path = disk_folder / "data"
+    made = open_file(path, writable=True)
+    assert path.stat().st_size == 0
+    path.write_bytes(b"content")
+    again, read = open_file(path, writable=True), open_file(path, writable=False)
+    assert path.read_bytes() == b"content"
+    assert len({file.direct for file in (made, again, read)}) == 1
+    for file in (made, again, read):
+        os.close(file.fd)
+
+
+def test_what_cannot_be_opened_is_no_matter_of_direct_io(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        open_file(tmp_path / "missing", writable=False)
+    with pytest.raises(IsADirectoryError):
+        open_file(tmp_path, writable=True)
 
 
 def test_tuning_sets_the_length_of_requests(file):
