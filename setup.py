@@ -68,8 +68,15 @@ def extensions() -> list[Extension]:
                 "-Wextra",
                 "-Werror",
             ],
-            # The C++ runtime is linked in, so that a wheel does not depend on the user's.
-            extra_link_args=["-static-libstdc++", "-static-libgcc", "-pthread"],
+            # The C++ runtime is linked in, so that a wheel does not depend on the user's; hidden, so that it does not
+            # serve others, and without the parts that nobody calls, some of which want a newer C library.
+            extra_link_args=[
+                "-static-libstdc++",
+                "-static-libgcc",
+                "-Wl,--exclude-libs,ALL",
+                "-Wl,--gc-sections",
+                "-pthread",
+            ],
         )
     ]
 
