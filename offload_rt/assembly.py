@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from offload_rt.access import Access, ResidentAccess, RingAccess
 from offload_rt.arena import Arena
 from offload_rt.autograd import LayerCounters, RecomputedLayer
+from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
 from offload_rt.checkpoint import open_checkpoint
 from offload_rt.checkpoint.ingest import block_pieces, fill_slot
@@ -29,7 +30,7 @@ from offload_rt.edge import StreamedModule, keep_head_input_contiguous
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import HeapGuard
-from offload_rt.loss_head import LossHead, find_causal_model
+from offload_rt.loss_head import LossHead
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.stash import HostStash, NvmeStash, Stash

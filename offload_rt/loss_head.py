@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from offload_rt.access import put_forward_back, without_hooks
+from offload_rt.backbone import Backbone, with_hidden
 
 logger = logging.getLogger("offload_rt")
 
@@ -48,20 +49,6 @@ class LossHeadCounters:
     """Hidden states that went through the head in tiles."""
     num_whole: int = 0
     """Calls with labels that ran whole: short ones, and those that tiling does not serve."""
-
-
-def find_causal_model(model: nn.Module) -> nn.Module | None:
-    """The module inside `model` whose forward is backbone, head and transformers' causal loss; None where none is."""
-    for module in model.modules():
-        backbone = getattr(type(module), "base_model_prefix", "")
-        if (
-            isinstance(backbone, str)
-            and isinstance(module._modules.get(backbone), nn.Module)
-            and "labels" in inspect.signature(module.forward).parameters
-            and getattr(getattr(module, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
-        ):
-            return module
-    return None
 
 
 class LossHead:
@@ -85,8 +72,7 @@ class LossHead:
         self._had_own_forward = "forward" in causal.__dict__
         # transformers looks at the parameters of a model's forward
         self.__signature__ = inspect.signature(causal.forward)
-        self._backbone_name = str(getattr(type(causal), "base_model_prefix", ""))
-        self._norm: nn.Module | None = None
+        self.backbone = Backbone(causal)
         self.refusal: str | None = None
         """Why this model's loss is not taken by tiles after all; None where it is."""
         self._is_checked = False
@@ -142,61 +128,24 @@ class LossHead:
         reached: list[_Reached] = []
 
         def run(backbone: nn.Module, args: Any, kwargs: Any) -> Any:
-            with self._final_norm(backbone) as final:
+            with self.backbone.without_norm(backbone) as final:
                 outputs = backbone(*args, **kwargs)
             last = getattr(outputs, "last_hidden_state", None)
             if last is None or last.dim() < 2 or last.numel() // last.shape[-1] != arguments["labels"].numel():
                 self._refuse("the backbone does not give one hidden state for each label")
                 return outputs
-            hidden, self._norm = final.before(last)
-            reached.append(_Reached(_with_hidden(outputs, hidden), hidden.reshape(-1, hidden.shape[-1])))
+            hidden, self.backbone.norm = final.before(last)
+            reached.append(_Reached(with_hidden(outputs, hidden), hidden.reshape(-1, hidden.shape[-1])))
             raise _Stop
 
         try:
-            with self._instead_of_backbone(run):
+            with self.backbone.replaced(run):
                 output = self._forward(**arguments)
         except _Stop:
             return reached.pop()
         if self.refusal is None:
             self._refuse("the model's forward does not call its backbone")
         return _Refused(output)
-
-    @contextlib.contextmanager
-    def _final_norm(self, backbone: nn.Module) -> Iterator[_FinalNorm]:
-        """Finds the module that the hidden states come from, at the first call; leaves it out at later ones."""
-        final = _FinalNorm(self._norm)
-        if self._norm is not None:
-            forward, had_own = self._norm.forward, "forward" in self._norm.__dict__
-            self._norm.forward = lambda hidden: hidden
-            try:
-                yield final
-            finally:
-                put_forward_back(self._norm, forward, had_own=had_own)
-            return
-        weights = [(module, getattr(module, "weight", None)) for module in backbone.modules()]
-        norms = [module for module, weight in weights if isinstance(weight, torch.Tensor) and weight.dim() == 1]
-        handles = [norm.register_forward_hook(final.saw) for norm in norms]
-        try:
-            yield final
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
-    def _instead_of_backbone(self, run: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
-        """Inside, the model's calls of its backbone, or of the decoder in it, go to `run`."""
-        backbone = self.causal.get_submodule(self._backbone_name)
-        places = [(self.causal, self._backbone_name)]
-        if isinstance(getattr(backbone, "decoder", None), nn.Module):
-            places.append((backbone, "decoder"))
-        real = [(owner, name, owner.get_submodule(name)) for owner, name in places]
-        for owner, name, module in reversed(real):
-            owner._modules[name] = _StandIn(module, run)
-        try:
-            yield
-        finally:
-            for owner, name, module in real:
-                owner._modules[name] = module
 
     def _finish(self, reached: _Reached, arguments: dict[str, Any]) -> Any:
         targets_N = _targets(arguments)
@@ -212,27 +161,17 @@ class LossHead:
             rows_M = (targets_N != tail.ignore_index).nonzero().flatten()
             if not rows_M.numel():  # the model's own loss of nothing
                 rows_M = rows_M.new_zeros(1)
-            parameters = self._trainable()
+            parameters = self.backbone.trainable_behind()
             loss = _Tiles.apply(tail, reached.hidden_ND, targets_N, rows_M, *parameters)  # type: ignore[no-untyped-call]
         return self._without_logits(tail.output, loss)
 
     def _finish_whole(self, reached: _Reached, arguments: dict[str, Any]) -> Any:
         """The rest of the forward as it would have been."""
         last = reached.outputs.last_hidden_state
-        if self._norm is not None:
-            last = self._norm(reached.hidden_ND.view(last.shape))
-        with self._instead_of_backbone(lambda *_: _with_hidden(reached.outputs, last)):
+        if self.backbone.norm is not None:
+            last = self.backbone.norm(reached.hidden_ND.view(last.shape))
+        with self.backbone.replaced(lambda *_: with_hidden(reached.outputs, last)):
             return self._without_logits(self._forward(**arguments))
-
-    def _trainable(self) -> list[nn.Parameter]:
-        """What trains behind the backbone."""
-        backbone = self.causal.get_submodule(self._backbone_name)
-        behind = [child for child in self.causal.children() if child is not backbone]
-        if self._norm is not None:
-            behind.append(self._norm)
-        own = list(self.causal.parameters(recurse=False))
-        found = {id(p): p for p in own + [p for module in behind for p in module.parameters()] if p.requires_grad}
-        return list(found.values())
 
     @staticmethod
     def _without_logits(output: Any, loss: torch.Tensor | None = None) -> Any:
@@ -262,43 +201,6 @@ class _Refused:
     """A forward that ran to its end."""
 
     output: Any
-
-
-class _FinalNorm:
-    """Sees which module gave the last hidden states, and what went into it."""
-
-    def __init__(self, left_out: nn.Module | None) -> None:
-        self._left_out = left_out
-        self._seen: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
-
-    def saw(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if len(args) == 1 and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-            self._seen = (module, args[0], output)
-
-    def before(self, last: torch.Tensor) -> tuple[torch.Tensor, nn.Module | None]:
-        """The hidden states before the norm and that norm; `last` and None if they come from elsewhere."""
-        if self._left_out is not None:
-            return last, self._left_out
-        if self._seen is not None:
-            module, hidden, output = self._seen
-            if output.data_ptr() == last.data_ptr() and output.numel() == last.numel() == hidden.numel():
-                return hidden, module
-        return last, None
-
-
-class _StandIn(nn.Module):
-    """Stands where the backbone stood; looks like it to code that only looks."""
-
-    def __init__(self, real: nn.Module, run: Callable[[nn.Module, Any, Any], Any]) -> None:
-        super().__init__()
-        object.__setattr__(self, "_real", real)  # not a submodule
-        self._run = run
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self._real, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_real"), name)
 
 
 class _Tail:
@@ -350,7 +252,7 @@ class _Tail:
         self, hidden_CD: torch.Tensor, targets_C: torch.Tensor, num_items: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and logits of these tokens, by the model's own forward."""
-        causal, norm = self._head.causal, self._head._norm
+        causal, norm = self._head.causal, self._head.backbone.norm
         hidden_1CD = hidden_CD.unsqueeze(0)
         if norm is not None:
             hidden_1CD = norm(hidden_1CD)
@@ -365,10 +267,10 @@ class _Tail:
 
         own = causal.__dict__.get("_loss_function")
         causal._loss_function = loss_function  # type: ignore[assignment]
-        outputs = _with_hidden(self._outputs, hidden_1CD)
+        outputs = with_hidden(self._outputs, hidden_1CD)
         arguments = {**self._arguments, "labels": targets_C.unsqueeze(0), "return_dict": True}
         try:
-            with self._head._instead_of_backbone(lambda *_: outputs):
+            with self._head.backbone.replaced(lambda *_: outputs):
                 output = self._head._forward(**arguments)
         finally:
             if own is None:
@@ -446,8 +348,3 @@ def _targets(arguments: dict[str, Any]) -> torch.Tensor:
         ignore_index = int(arguments.get("ignore_index", IGNORED))
         shifted = nn.functional.pad(arguments["labels"], (0, 1), value=ignore_index)[..., 1:]
     return shifted.reshape(-1)
-
-
-def _with_hidden(outputs: Any, hidden: torch.Tensor) -> Any:
-    """The backbone's output with other hidden states."""
-    return type(outputs)(**{**outputs, "last_hidden_state": hidden})

@@ -16,8 +16,8 @@ import psutil
 import torch
 from torch import nn
 
+from offload_rt.backbone import find_causal_model
 from offload_rt.discover import BlockDraft
-from offload_rt.loss_head import find_causal_model
 from planners.streaming import LossHeadSize
 
 _LAYER_FACTOR = 2.0

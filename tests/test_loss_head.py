@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from offload_rt.backbone import find_causal_model
 from offload_rt.errors import ConfigError, NonFiniteLoss
-from offload_rt.loss_head import LossHead, find_causal_model
+from offload_rt.loss_head import LossHead
 from tests.conftest import VOCABULARY, build_base, build_lora, language_batch
 
 CHUNK = 7
@@ -23,6 +24,25 @@ FAMILIES = {
     "cohere": {"logit_scale": 0.25},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},  # calls the decoder in its backbone
 }
+OTHERS = [
+    "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "cohere2", "phi", "phi3", "olmo2", "starcoder2",
+    "stablelm", "glm", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "exaone4", "nemotron",
+    "gpt_neox", "smollm3", "gpt_oss", "bloom", "mpt", "gpt_bigcode", "xglm", "minimax", "lfm2", "mamba", "olmoe",
+]  # fmt: skip
+FAMILIES_IN_FULL: dict[str, dict] = {
+    **{family: {} for family in OTHERS},
+    "deepseek_v3": {
+        "head_dim": 8, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
+EXPERTS = {
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1,
+}  # fmt: skip
+WITHOUT_DROPOUT = dict.fromkeys(
+    ["dropout", "attention_dropout", "activation_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"], 0.0
+)
 
 
 def build(family="llama", dtype=torch.float32, **changes):
@@ -36,7 +56,8 @@ def build(family="llama", dtype=torch.float32, **changes):
             "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
             "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "dropout": 0.0, "pad_token_id": 0,
         }  # fmt: skip
-        config = transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES[family], **changes})
+        own = {**EXPERTS, **FAMILIES_IN_FULL[family]} if family in FAMILIES_IN_FULL else FAMILIES[family]
+        config = transformers.AutoConfig.for_model(family, **{**sizes, **own, **changes})
         model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,7 +98,9 @@ def assert_close(ours, theirs, tolerance=2e-6):
         assert error < tolerance, (name, float(error))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.full) for family in FAMILIES_IN_FULL)]
+)
 def test_tiles_give_the_models_loss_and_every_gradient(family):
     model, inputs = build(family), batch()
     plain = model(**inputs).loss
