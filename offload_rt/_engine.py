@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,8 @@ class Engine:
             "store_was_cached": runtime.store_was_cached,
             "direct_io": None if runtime.store is None else runtime.store.direct and runtime.links.io.direct,
             "io": runtime.links.io.name,
+            "io_memory_not_registered": getattr(runtime.links.io, "refusal", None) or None,
+            "drives": [] if runtime.store is None else [asdict(profile) for profile in runtime.store.profiles],
             "nf4": codec.backend(),
             "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},
             "holdings": arenas,
