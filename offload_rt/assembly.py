@@ -168,7 +168,7 @@ class _Assembly:
         device = self.tiers.account(Tier.DEVICE)
         device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
         device.reserve("activations", self.problem.transient_bytes(self.plan.head_chunk_tokens))
-        device.reserve("freed, held back by the allocator", self.problem.allocator_slack_bytes)
+        device.reserve("freed, held back by the allocator", self.plan.allocator_slack_bytes)
         accesses = self._resident()
         for ring in self.plan.rings:
             accesses.update(self._ring(ring))

@@ -31,7 +31,7 @@ class HeapCounters:
 class HeapGuard:
     """Called between layers. `limit_bytes`: resident memory of the process from which on holes are given back."""
 
-    def __init__(self, limit_bytes: int, *, margin_bytes: int = 32 << 20) -> None:
+    def __init__(self, limit_bytes: int, *, margin_bytes: int = 64 << 20) -> None:
         self.counters = HeapCounters()
         self._margin_bytes = margin_bytes
         self._limit_bytes = self._trim_at = limit_bytes

@@ -26,8 +26,9 @@ from planners.streaming import BlockSize, StreamingProblem
 OPTIMIZER_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments, which is the most that the usual optimizers keep for an adapter."""
 
-MAX_ALLOCATOR_SLACK_BYTES = 64 << 20
-"""What the C library may hold back of freed memory; see `heap`. Small workloads are allowed less."""
+MAX_ALLOCATOR_SLACK_BYTES = 256 << 20
+"""What the C library may hold back of freed memory, see `heap`; at most twice what is in use. Measured on 6 layers of
+TinyLlama's shape, 512 tokens: with 64 MiB a step took 10% more processor time than without a bound, with 192 none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         trainable_bytes=trainable_bytes,
         layer_input_bytes=layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len),
         activation_bytes=activation_bytes,
-        allocator_slack_bytes=min(MAX_ALLOCATOR_SLACK_BYTES, trainable_bytes + activation_bytes),
+        allocator_slack_bytes=min(MAX_ALLOCATOR_SLACK_BYTES, 2 * (trainable_bytes + activation_bytes)),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
         device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(),
         host_capacity_bytes=config.host_memory_bytes,

@@ -66,6 +66,8 @@ class Plan:
     decode_scope: DecodeScope = DecodeScope.LINEAR
     head_chunk_tokens: int | None = None
     """Hidden states that go through final norm, head and loss at a time; None takes all at once. A cut."""
+    allocator_slack_bytes: int = 0
+    """Freed memory that the allocator may hold back before it is told to give it back. Costs time where it is small."""
     peak_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Predicted peak by tier, itemised."""
     version: int = PLAN_VERSION

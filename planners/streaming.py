@@ -67,7 +67,7 @@ class StreamingProblem:
     activation_bytes: int
     """Peak of transient activations of one layer's recompute."""
     allocator_slack_bytes: int = 0
-    """Memory that was freed and that the allocator may hold back, besides what is in use."""
+    """Freed memory that the allocator should be able to hold back; a tight plan grants a quarter of it."""
     loss_head: LossHeadSize | None = None
     """None where the model has no head that could be found."""
     device_capacity_bytes: int | None
@@ -101,15 +101,18 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
     if problem.nvme_capacity_bytes is not None:
         homes.append(Tier.NVME)
     return [
-        _plan(problem, rest, slots, home, stream_edges=stream_edges)
+        _plan(problem, rest, slots, home, stream_edges=stream_edges, slack_bytes=slack_bytes)
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for stream_edges in (False, True)
         for home in homes
         for slots in slot_choices
+        for slack_bytes in (problem.allocator_slack_bytes, problem.allocator_slack_bytes // 4)
     ]
 
 
-def _plan(problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stream_edges: bool) -> Plan:
+def _plan(
+    problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stream_edges: bool, slack_bytes: int
+) -> Plan:
     streamed_edges = tuple(block for block in problem.edges if stream_edges and block.streams)
     resident = tuple(block for block in problem.edges if block not in streamed_edges)
     # Where HOST is DEVICE, a layer that rests in HOST is already where it is used.
@@ -130,7 +133,7 @@ def _plan(problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stre
         "decoded weights": scratch,
         "adapters, gradients, optimizer": problem.trainable_bytes,
         "activations": problem.transient_bytes(chunk_tokens),
-        "freed, held back by the allocator": problem.allocator_slack_bytes,
+        "freed, held back by the allocator": slack_bytes,
     }
     host: dict[str, int] = {}
     nvme: dict[str, int] = {}
@@ -158,6 +161,7 @@ def _plan(problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stre
         layer_inputs=home,
         decode_scope=DecodeScope.LINEAR,
         head_chunk_tokens=chunk_tokens,
+        allocator_slack_bytes=slack_bytes,
         peak_bytes={"device": device, "host": host, "nvme": nvme},
     )
 

@@ -301,3 +301,14 @@ def test_a_loss_that_cannot_or_need_not_be_tiled_is_taken_whole(whole):
 def test_tiles_of_no_tokens_are_no_plan():
     with pytest.raises(ValueError, match="head_chunk_tokens"):
         replace(plan_streaming(problem()), head_chunk_tokens=0)
+
+
+def test_a_tight_budget_leaves_the_allocator_less_to_hold_back():
+    wanted = 1000 * KIB
+    roomy = plan_streaming(problem(allocator_slack_bytes=wanted))
+    assert roomy.allocator_slack_bytes == roomy.peak_bytes["device"]["freed, held back by the allocator"] == wanted
+    enough = roomy.predicted_bytes(Tier.DEVICE)
+    assert plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=enough)) == roomy
+    tight = plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=enough - 1))
+    assert tight.allocator_slack_bytes == wanted // 4
+    assert tight.rings == roomy.rings
