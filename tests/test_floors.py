@@ -72,7 +72,7 @@ FLOORS = {
 }
 """A folder's floor holds for all modules in it."""
 
-PLANNERS = ["errors", "schedule", "plan", "streaming"]
+PLANNERS = ["errors", "units", "schedule", "plan", "streaming", "hardware", "model", "architectures"]
 """Each may import those before it."""
 
 LAZY = {"offload_rt"}
