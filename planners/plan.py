@@ -1,35 +1,33 @@
 """What a plan says: where each block rests, through how many slots it streams, where layer inputs wait for backward.
 
-Data only, frozen, with a versioned JSON form. The same plan runs on a fake device and on a real one; two plans never
-differ in the numbers that training gives.
+Data only, frozen, with a versioned JSON form. The same plan runs on a fake device and on a real one; two plans with the
+same cuts never differ in the numbers that training gives.
+
+A plan of whole blocks says all in `resident`, `rings` and `layer_inputs`. A plan of byte fractions has `classes`
+besides, which then are the truth about where bytes rest; `rings` still say who streams, and through how many slots.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-PLAN_VERSION = 1
+from planners.placement import (
+    Buffers,
+    ClassPlan,
+    Cuts,
+    Split,
+    TokenSplit,
+    Update,
+    UpdateMode,
+    UpdatePlace,
+)
+from planners.placement import DecodeScope as DecodeScope
+from planners.placement import Tier as Tier
 
-
-class Tier(str, Enum):
-    """Where bytes are. On the CPU device without `host_memory`, DEVICE and HOST are one."""
-
-    DEVICE = "device"
-    HOST = "host"
-    NVME = "nvme"
-
-
-class DecodeScope(str, Enum):
-    """How much of a block's NF4 weights is decoded at once. A choice of speed against memory, not of numbers."""
-
-    LINEAR = "linear"
-    """One module's weights at a time; decoded again for its backward product."""
-    LAYER = "layer"
-    """Linear by linear in forward; in backward each is decoded once and held until the layer is done."""
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +39,9 @@ class Ring:
     """In the order in which forward visits them."""
     num_slots: int
     slot_bytes: int
-    """The largest block's stored bytes."""
+    """The most that a block streams: its stored bytes, less what of it stays in DEVICE memory."""
     rest: Tier
-    """Where the blocks lie when they are in no slot: HOST or NVME."""
+    """Where the blocks lie when they are in no slot: HOST or NVME. Where `Plan.classes` splits them, the lower one."""
 
     @property
     def device_bytes(self) -> int:
@@ -70,6 +68,18 @@ class Plan:
     """Freed memory that the allocator may hold back before it is told to give it back. Costs time where it is small."""
     peak_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Predicted peak by tier, itemised."""
+    machine: str = ""
+    """Fingerprint of the hardware that the plan was made for; empty: any with the memory."""
+    classes: tuple[ClassPlan, ...] = ()
+    """Byte fractions, activation policy and updates by class of equal blocks; empty: whole blocks, as above."""
+    buffers: Buffers = field(default_factory=Buffers)
+    cuts: Cuts | None = None
+    """None: a batch goes through whole."""
+    update_mode: UpdateMode = UpdateMode.AFTER
+    boundary: Tier = Tier.DEVICE
+    """Where the activations between two layers lie: DEVICE, or HOST, chunk by chunk, where a batch is too long."""
+    predicted: dict[str, Any] = field(default_factory=dict)
+    """What the planner expects of a steady step; see docs/planner.md."""
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -82,6 +92,18 @@ class Plan:
                 raise ValueError(f"plan: ring {ring.name!r} has {ring.num_slots} slots; at least 1")
             if ring.rest is Tier.DEVICE:
                 raise ValueError(f"plan: ring {ring.name!r} rests in DEVICE; list its blocks as resident")
+        if self.boundary is Tier.NVME:
+            raise ValueError("plan: boundary: activations between layers lie in DEVICE or HOST")
+        deferred = any(update.deferred for entry in self.classes for update in entry.updates)
+        if deferred and self.update_mode is not UpdateMode.DEFERRED:
+            raise ValueError(f"plan: a deferred update in update mode {self.update_mode.value!r}")
+
+    def entry(self, name: str) -> ClassPlan:
+        """The class `name`. KeyError if the plan has none."""
+        for entry in self.classes:
+            if entry.name == name:
+                return entry
+        raise KeyError(f"plan: no class {name!r}")
 
     def predicted_bytes(self, tier: Tier) -> int:
         """Predicted peak of managed bytes in `tier`."""
@@ -97,10 +119,15 @@ class Plan:
             data: Any = json.loads(text)
             if not isinstance(data, dict):
                 raise ValueError(f"plan: expected an object, got {type(data).__name__}")
+            if data.get("version") != PLAN_VERSION:
+                raise ValueError(
+                    f"plan: version {data.get('version')} is not readable here, which reads {PLAN_VERSION}"
+                )
             rings = tuple(
                 Ring(**{**ring, "blocks": tuple(ring["blocks"]), "rest": Tier(ring["rest"])})
                 for ring in data.pop("rings")
             )
+            cuts = data["cuts"]
             return Plan(
                 **{
                     **data,
@@ -108,6 +135,11 @@ class Plan:
                     "resident": tuple(data["resident"]),
                     "layer_inputs": Tier(data["layer_inputs"]),
                     "decode_scope": DecodeScope(data["decode_scope"]),
+                    "classes": tuple(_class_plan(entry) for entry in data["classes"]),
+                    "buffers": Buffers(**data["buffers"]),
+                    "cuts": None if cuts is None else Cuts(**cuts),
+                    "update_mode": UpdateMode(data["update_mode"]),
+                    "boundary": Tier(data["boundary"]),
                 }
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -120,3 +152,16 @@ class Plan:
             return Plan.from_json(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _class_plan(data: dict[str, Any]) -> ClassPlan:
+    return ClassPlan(
+        name=data["name"],
+        blocks=tuple(data["blocks"]),
+        weights=Split(**data["weights"]),
+        tokens=tuple(TokenSplit(**tokens) for tokens in data["tokens"]),
+        updates=tuple(
+            Update(**{**update, "tier": Tier(update["tier"]), "place": UpdatePlace(update["place"])})
+            for update in data["updates"]
+        ),
+    )

@@ -72,7 +72,9 @@ FLOORS = {
 }
 """A folder's floor holds for all modules in it."""
 
-PLANNERS = ["errors", "units", "schedule", "plan", "streaming", "hardware", "model", "architectures"]
+PLANNERS = [
+    "errors", "units", "schedule", "placement", "plan", "streaming", "hardware", "model", "architectures",
+]  # fmt: skip
 """Each may import those before it."""
 
 LAZY = {"offload_rt"}
