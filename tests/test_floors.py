@@ -74,6 +74,7 @@ FLOORS = {
 
 PLANNERS = [
     "errors", "units", "schedule", "placement", "plan", "streaming", "hardware", "model", "architectures",
+    "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy",
 ]  # fmt: skip
 """Each may import those before it."""
 

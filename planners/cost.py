@@ -1,0 +1,294 @@
+"""What one operation takes, and what lies in memory all the time. Shared by simulator, optimiser and validator.
+
+Seconds are work over rate: products and attention at the device's matmul rate, element-wise operations at its memory
+rate, NF4 decoding at its own, bytes at the links' and drives' rates. Nothing here knows how operations overlap.
+
+[Note: chunks]
+`Cuts.chunk_tokens` cuts a batch inside each block: into micro-batches of whole sequences, or, when it is less than a
+sequence, into parts of one. Either way a block's weights are fetched once for all chunks. A part of a sequence needs
+the sequence's keys and values; see `Cuts.attention_groups`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from planners.placement import Buffers, ClassPlan, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plan import Plan
+from planners.problem import ITEM_BYTES, BlockClass, Problem
+from planners.schedule import Phase, Step, StepKind, ring_schedule, walk
+
+FLASH_BACKWARD = 2.5
+"""FLOPs of attention's backward over its forward, with scores computed again as flash attention does."""
+EDGE_SLOTS = 1
+BUCKET_PARAMS = 64 * 10**6
+MAX_BUCKETS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """The discrete choices of a plan; what they leave open is continuous."""
+
+    update_mode: UpdateMode
+    slots: int
+    """Of the ring of layers."""
+    cuts: Cuts
+    boundary: Tier = Tier.DEVICE
+    decode_scope: DecodeScope = DecodeScope.LINEAR
+    buffers: Buffers = Buffers()
+
+
+def knobs_of(plan: Plan) -> Knobs:
+    """The discrete choices that `plan` made. ValueError if it does not say them."""
+    if plan.cuts is None:
+        raise ValueError("plan: says no cuts; only a plan with classes can be simulated")
+    layers = next((ring for ring in plan.rings if ring.name == "layers"), None)
+    return Knobs(
+        update_mode=plan.update_mode,
+        slots=layers.num_slots if layers else 1,
+        cuts=plan.cuts,
+        boundary=plan.boundary,
+        decode_scope=plan.decode_scope,
+        buffers=plan.buffers,
+    )
+
+
+@lru_cache(maxsize=512)
+def steady_ring(num_blocks: int, slots: int, backward: frozenset[int], mutable: bool) -> tuple[Step, ...]:
+    """What a ring does in one step of a steady state.
+
+    Frozen blocks stay in their slots over the end of a step; blocks that were updated are stale and fetched anew.
+    """
+    visits = walk(num_blocks, training=True, backward=backward)
+    slots = min(slots, num_blocks)
+    resident: frozenset[int] = frozenset()
+    steps = ring_schedule(visits, slots, resident)
+    while not mutable:
+        here = set(resident)
+        for step in steps:
+            if step.kind is StepKind.FETCH:
+                here.add(step.block)
+            elif step.kind is StepKind.RELEASE:
+                here.discard(step.block)
+        if frozenset(here) == resident:
+            break
+        resident = frozenset(here)
+        steps = ring_schedule(visits, slots, resident)
+    return steps
+
+
+@dataclass(frozen=True)
+class RingWalk:
+    """One ring of a workload: whose blocks, in which order, and its steady step."""
+
+    name: str
+    members: tuple[tuple[int, int], ...]
+    """For each block of the ring, in order: class, and number within the class."""
+    steps: tuple[Step, ...]
+
+
+def ring_walks(problem: Problem, slots: int) -> tuple[RingWalk, ...]:
+    """The rings: layers through `slots` slots, embedding and head through one."""
+    classes = problem.workload.classes
+    rings = []
+    for name, is_layer, num_slots in (("layers", True, slots), ("edges", False, EDGE_SLOTS)):
+        members = sorted(
+            (position, c, k)
+            for c, entry in enumerate(classes)
+            for k, position in enumerate(entry.positions)
+            if entry.is_layer is is_layer and entry.stored_bytes
+        )
+        if members:
+            backward = frozenset(i for i, (_, c, _) in enumerate(members) if classes[c].visits_backward)
+            steps = steady_ring(len(members), num_slots, backward, problem.workload.mutable)
+            rings.append(RingWalk(name, tuple((c, k) for _, c, k in members), steps))
+    return tuple(rings)
+
+
+def fetch_counts(problem: Problem, slots: int) -> list[tuple[int, int]]:
+    """For each class, how many fetches of its blocks a steady step makes for forward and for backward visits."""
+    counts = [[0, 0] for _ in problem.workload.classes]
+    for ring in ring_walks(problem, slots):
+        for index, step in enumerate(ring.steps):
+            if step.kind is StepKind.FETCH:
+                use = next(s for s in ring.steps[index:] if s.kind is StepKind.COMPUTE and s.block == step.block)
+                counts[ring.members[step.block][0]][use.phase is Phase.BACKWARD] += 1
+    return [(forward, backward) for forward, backward in counts]
+
+
+def num_chunks(problem: Problem, cuts: Cuts) -> int:
+    return -(-problem.workload.tokens // cuts.chunk_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCost:
+    """Seconds on the device for one block of a class and all tokens of a step."""
+
+    forward_seconds: float
+    backward_seconds: float
+    """Without recomputation."""
+    forward_attention_seconds: float
+    """Part of `forward_seconds`."""
+    backward_attention_seconds: float
+    recompute_seconds: tuple[float, ...]
+    """For each saved tensor, if all of its tokens are computed again."""
+    spill_bytes: tuple[float, float]
+    """What attention in groups moves each way between DEVICE and HOST, in forward and in backward."""
+
+
+@lru_cache(maxsize=64)
+def class_costs(problem: Problem, cuts: Cuts, decode_scope: DecodeScope) -> tuple[ClassCost, ...]:
+    """The costs of every class under these cuts."""
+    return tuple(_class_cost(problem, entry, cuts, decode_scope) for entry in problem.workload.classes)
+
+
+def _class_cost(problem: Problem, entry: BlockClass, cuts: Cuts, decode_scope: DecodeScope) -> ClassCost:
+    device, tokens, chunks = problem.hardware.device, problem.workload.tokens, num_chunks(problem, cuts)
+    matmul, memory = device.matmul_flops_per_second, device.memory_bytes_per_second
+    attention = tokens * entry.attention_flops / matmul
+    attention_forward = attention / device.attention_forward_efficiency
+    attention_backward = FLASH_BACKWARD * attention / device.attention_backward_efficiency
+    decode = entry.decoded_bytes / device.nf4_decode_bytes_per_second
+    # LINEAR decodes for every product of every chunk, and once more for what is computed again.
+    decodes = (1, 1) if decode_scope is DecodeScope.LAYER else (chunks, 2 * chunks)
+    fixed = chunks * device.operation_seconds
+    spill = (0.0, 0.0)
+    if cuts.attention_groups > 1 and entry.attention_bytes:
+        spill = (tokens * entry.attention_bytes, 2 * tokens * entry.attention_bytes)
+    backward = 0.0
+    if entry.visits_backward or entry.trainable_params:
+        backward = tokens * (entry.backward_flops / matmul + 2 * entry.moved_bytes / memory)
+        backward += attention_backward + decodes[1] * decode + fixed
+    return ClassCost(
+        forward_seconds=tokens * (entry.forward_flops / matmul + entry.moved_bytes / memory)
+        + attention_forward
+        + decodes[0] * decode
+        + fixed,
+        backward_seconds=backward,
+        forward_attention_seconds=attention_forward,
+        backward_attention_seconds=attention_backward,
+        recompute_seconds=tuple(
+            tokens * (saved.flops_per_token / matmul + saved.moved_bytes_per_token / memory)
+            + (attention_forward if saved.is_attention else 0.0)
+            for saved in entry.saved
+        ),
+        spill_bytes=spill,
+    )
+
+
+def buckets(entry: BlockClass) -> int:
+    """Pieces in which a block's optimizer state moves."""
+    return max(1, min(MAX_BUCKETS, -(-entry.trainable_params // BUCKET_PARAMS)))
+
+
+def state_bytes(problem: Problem, entry: ClassPlan, tier: Tier) -> int:
+    """Optimizer state of one block that rests in `tier`; one copy."""
+    return problem.workload.state_bytes_per_param * sum(u.params for u in entry.updates if u.tier is tier)
+
+
+def fixed_device_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
+    """What lies in DEVICE memory whatever the fractions are, itemised."""
+    workload, cuts = problem.workload, knobs.cuts
+    chunk = min(cuts.chunk_tokens, workload.tokens)
+    classes = workload.classes
+    items = {
+        "transient activations": max(
+            chunk * max(c.forward_workspace_bytes, c.backward_workspace_bytes) + c.tile_bytes for c in classes
+        ),
+        "activations between layers": float(workload.boundary_bytes)
+        if knobs.boundary is Tier.DEVICE
+        else 2.0 * ITEM_BYTES * workload.hidden * chunk,
+        "decoded weights": 2.0 * max(c.largest_linear_bytes for c in classes),
+    }
+    if knobs.decode_scope is DecodeScope.LAYER:
+        items["decoded weights"] += max(c.decoded_bytes for c in classes)
+    if cuts.chunk_tokens < workload.seq_len:
+        # Keys, values and queries of a sequence with their gradients, one group of heads at a time.
+        whole = workload.seq_len * max(c.attention_bytes for c in classes)
+        items["attention of a sequence"] = 2.0 * whole / cuts.attention_groups
+    trains = max(c.trainable_params for c in classes)
+    if workload.pinned:
+        each = workload.weight_bytes_per_param + workload.gradient_bytes_per_param
+        items["adapters and their gradients"] = float(each * workload.trainable_params)
+    else:
+        items["gradients"] = float(knobs.buffers.gradient_slots * workload.gradient_bytes_per_param * trains)
+        if num_chunks(problem, cuts) > 1:  # summed over chunks in fp32
+            items["gradients"] += 4.0 * trains
+    return items
+
+
+def fixed_host_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
+    """What lies in HOST memory whatever the fractions are, itemised."""
+    workload = problem.workload
+    items: dict[str, float] = {}
+    if problem.hardware.unified:
+        return items
+    if knobs.boundary is Tier.HOST:
+        items["activations between layers"] = float(workload.boundary_bytes)
+    if knobs.cuts.attention_groups > 1:
+        items["attention of a sequence"] = 3.0 * workload.seq_len * max(c.attention_bytes for c in workload.classes)
+    return items
+
+
+def ring_slot_bytes(plan: Plan, problem: Problem) -> dict[str, int]:
+    """The most that a block of each ring streams."""
+    found = {"layers": 0, "edges": 0}
+    for entry in problem.workload.classes:
+        name = "layers" if entry.is_layer else "edges"
+        found[name] = max(found[name], plan.entry(entry.name).weights.streamed_bytes)
+    return found
+
+
+def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
+    """What lies in each tier during a whole step, itemised; activations in flight come on top (see `simulate`)."""
+    workload, knobs, unified = problem.workload, knobs_of(plan), problem.hardware.unified
+    device, host = fixed_device_bytes(problem, knobs), fixed_host_bytes(problem, knobs)
+    nvme: dict[str, float] = {}
+    entries = [(entry, plan.entry(entry.name)) for entry in workload.classes]
+    slots = ring_slot_bytes(plan, problem)
+
+    def add(items: dict[str, float], name: str, num_bytes: float) -> None:
+        if num_bytes:
+            items[name] = items.get(name, 0.0) + num_bytes
+
+    add(device, "ring of layers", knobs.slots * slots["layers"])
+    add(device, "ring of edges", EDGE_SLOTS * slots["edges"])
+    staged = {
+        is_layer: max((p.weights.nvme_bytes for e, p in entries if e.is_layer is is_layer), default=0)
+        for is_layer in (True, False)
+    }
+    copies = 2 if plan.update_mode is UpdateMode.SPECULATIVE else 1
+    on_device = 0.0
+    for entry, placed in entries:
+        add(device, "resident weights", entry.count * placed.weights.device_bytes)
+        add(host, "weights", entry.count * placed.weights.host_bytes)
+        # What changes has two slots on the drive, so that a commit never overwrites the last one.
+        add(nvme, "weights", entry.count * placed.weights.nvme_bytes * (2 if workload.mutable else 1))
+        states = {tier: entry.count * state_bytes(problem, placed, tier) for tier in Tier}
+        add(device, "optimizer state", copies * states[Tier.DEVICE])
+        add(host, "optimizer state", copies * states[Tier.HOST])
+        committed = sum(states.values()) if workload.commit_every else states[Tier.NVME]
+        add(nvme, "optimizer state", 2 * committed)
+        if workload.commit_every and workload.pinned:
+            add(nvme, "adapters", 2 * entry.count * entry.trainable_params * workload.weight_bytes_per_param)
+        for saved, split in zip(entry.saved, placed.tokens, strict=True):
+            add(nvme, "activations", entry.count * saved.bytes_per_token * workload.batch_size * split.nvme_tokens)
+        moved = sum(u.params for u in placed.updates if u.place is UpdatePlace.DEVICE and u.tier is not Tier.DEVICE)
+        piece = workload.state_bytes_per_param * moved / plan.buffers.buckets_per_block
+        on_device = max(on_device, 2 * piece)
+    add(device, "state updated on the device", on_device)
+    if unified:
+        return {"device": {**device, **{f"{k} (staging)": v for k, v in host.items()}}, "host": {}, "nvme": nvme}
+    add(host, "staging of weights", plan.buffers.host_slots * staged[True] + EDGE_SLOTS * staged[False])
+    return {"device": device, "host": host, "nvme": nvme}
+
+
+def capacities(problem: Problem) -> dict[str, int]:
+    """Bytes that a plan may use of each tier."""
+    hardware = problem.hardware
+    return {
+        "device": hardware.device.memory_bytes - hardware.device.reserve_bytes,
+        "host": hardware.host.memory_bytes,
+        "nvme": hardware.nvme_bytes,
+    }

@@ -1,0 +1,164 @@
+"""From fractions of classes and discrete knobs to a `Plan` in whole bytes, tokens and parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from planners.cost import EDGE_SLOTS, Knobs, buckets, static_bytes
+from planners.placement import ClassPlan, Split, Tier, TokenSplit, Update, UpdatePlace
+from planners.plan import Plan, Ring
+from planners.problem import BlockClass, Problem
+from planners.simulate import Simulation
+
+UpdateKey = tuple[Tier, UpdatePlace, bool]
+"""Where state rests, who steps it, and whether in the next forward."""
+NEGLIGIBLE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fractions:
+    """The continuous choices for one class. Each tuple and the values of `updates` sum to one."""
+
+    weights: tuple[float, float, float]
+    """DEVICE, HOST, NVME."""
+    tokens: tuple[tuple[float, float, float, float], ...]
+    """For each saved tensor: recomputed, NVME, HOST, DEVICE."""
+    updates: dict[UpdateKey, float]
+
+
+def whole_numbers(total: int, fractions: tuple[float, ...]) -> list[int]:
+    """`total` split as `fractions` say; the largest share takes what rounding leaves."""
+    kept = [f if f > NEGLIGIBLE else 0.0 for f in fractions]
+    scale = sum(kept) or 1.0
+    parts = [int(total * f / scale) for f in kept]
+    parts[max(range(len(kept)), key=lambda i: kept[i])] += total - sum(parts)
+    return parts
+
+
+def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planner: str) -> Plan:
+    """A plan that says what the fractions say. Its prediction is added by `with_prediction`."""
+    workload = problem.workload
+    knobs = replace(knobs, buffers=replace(knobs.buffers, buckets_per_block=max(map(buckets, workload.classes))))
+    classes = tuple(_expand(problem, e, f) for e, f in zip(workload.classes, fractions, strict=True))
+    rings = []
+    for name, is_layer, slots in (("layers", True, knobs.slots), ("edges", False, EDGE_SLOTS)):
+        placed = dict(zip((e.name for e in workload.classes), classes, strict=True))
+        members = [e for e in workload.classes if e.is_layer is is_layer and placed[e.name].weights.streamed_bytes]
+        if members:
+            order = sorted((p, b) for e in members for p, b in zip(e.positions, e.blocks, strict=True))
+            rests = [placed[e.name].weights for e in members]
+            rings.append(
+                Ring(
+                    name=name,
+                    blocks=tuple(block for _, block in order),
+                    num_slots=min(slots, len(order)),
+                    slot_bytes=max(rest.streamed_bytes for rest in rests),
+                    rest=Tier.NVME if any(rest.nvme_bytes for rest in rests) else Tier.HOST,
+                )
+            )
+    streamed = {block for ring in rings for block in ring.blocks}
+    inputs = [t for entry in classes for t in entry.tokens if t.name == "input"]
+    home = Tier.DEVICE
+    if any(t.nvme_tokens for t in inputs):
+        home = Tier.NVME
+    elif any(t.host_tokens for t in inputs):
+        home = Tier.HOST
+    return Plan(
+        fingerprint=workload.fingerprint,
+        machine=problem.machine,
+        planner=planner,
+        resident=tuple(block for entry in classes for block in entry.blocks if block not in streamed),
+        rings=tuple(rings),
+        layer_inputs=home,
+        decode_scope=knobs.decode_scope,
+        classes=classes,
+        buffers=knobs.buffers,
+        cuts=knobs.cuts,
+        update_mode=knobs.update_mode,
+        boundary=knobs.boundary,
+    )
+
+
+def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassPlan:
+    device, host, nvme = whole_numbers(entry.stored_bytes, fractions.weights)
+    tokens = []
+    for saved, split in zip(entry.saved, fractions.tokens, strict=True):
+        parts = whole_numbers(problem.workload.seq_len, split)
+        again, low, middle, kept = parts
+        tokens.append(
+            TokenSplit(name=saved.name, recompute_tokens=again, nvme_tokens=low, host_tokens=middle, device_tokens=kept)
+        )
+    updates: list[Update] = []
+    if entry.trainable_params:
+        keys = list(fractions.updates)
+        counts = whole_numbers(entry.trainable_params, tuple(fractions.updates[key] for key in keys))
+        updates = [
+            Update(params=count, tier=tier, place=place, deferred=deferred)
+            for (tier, place, deferred), count in zip(keys, counts, strict=True)
+            if count
+        ]
+    return ClassPlan(
+        name=entry.name,
+        blocks=entry.blocks,
+        weights=Split(device_bytes=device, host_bytes=host, nvme_bytes=nvme),
+        tokens=tuple(tokens),
+        updates=tuple(updates),
+    )
+
+
+def with_prediction(
+    problem: Problem, plan: Plan, simulation: Simulation, *, bound_seconds: float | None = None, **more: object
+) -> Plan:
+    """`plan` with what the simulator expects of it. Without a bound there is no gap."""
+    workload, hardware = problem.workload, problem.hardware
+    seconds = simulation.step_seconds
+    written = simulation.busy_seconds["ssd_write"] * hardware.write_bytes_per_second if hardware.drives else 0.0
+    predicted: dict[str, object] = {
+        "step_seconds": seconds,
+        "tokens_per_second": workload.tokens / seconds,
+        "flops_per_second": workload.useful_flops / seconds,
+        "lower_bound_seconds": bound_seconds,
+        "gap": None if bound_seconds is None else max(0.0, 1 - bound_seconds / seconds),
+        "busy_seconds": simulation.busy_seconds,
+        "peak_bytes": {tier: round(size) for tier, size in simulation.peak_bytes.items()},
+        "phase_peak_bytes": phase_peaks(problem, plan, simulation),
+        "ssd_bytes_written_per_step": round(written),
+        "days_to_endurance": None,
+        **more,
+    }
+    if written and hardware.endurance_bytes:
+        predicted["days_to_endurance"] = hardware.endurance_bytes / (written / seconds) / 86400
+    items = {
+        tier: {name: round(size) for name, size in sizes.items()} for tier, sizes in static_bytes(problem, plan).items()
+    }
+    for tier in ("device", "host"):
+        moving = round(simulation.peak_bytes[tier]) - sum(items[tier].values())
+        if moving > 0:
+            items[tier]["activations, gradients and state in flight"] = moving
+    return replace(plan, predicted=predicted, peak_bytes=items)
+
+
+INGEST_SLAB_BYTES = 32 * 2**20
+
+
+def phase_peaks(problem: Problem, plan: Plan, simulation: Simulation) -> dict[str, dict[str, int]]:
+    """Peak bytes by tier in every phase of a run. Reading a model in and saving it go through slabs."""
+    static = static_bytes(problem, plan)
+    weights = {tier: static[tier].get("weights", 0.0) + static[tier].get("optimizer state", 0.0) for tier in static}
+    weights["device"] += static["device"].get("resident weights", 0.0)
+    weights["device"] += static["device"].get("adapters and their gradients", 0.0)
+    slabs = {"device": 0, "host": 2 * INGEST_SLAB_BYTES, "nvme": 0}
+    if problem.hardware.unified:
+        slabs = {"device": 2 * INGEST_SLAB_BYTES, "host": 0, "nvme": 0}
+    everything = {tier: sum(items.values()) for tier, items in static.items()}
+    phases = {}
+    for tier in ("device", "host", "nvme"):
+        at_rest = round(weights[tier]) + slabs[tier]
+        own = simulation.phase_peak_bytes.get(tier, {})
+        phases[tier] = {
+            "ingest": at_rest,
+            **{phase: round(own.get(phase, everything[tier])) for phase in ("forward", "backward", "update")},
+            "save": round(everything[tier]) + slabs[tier],
+            "resume": at_rest,
+        }
+    return phases

@@ -1,0 +1,206 @@
+"""A legal plan without a solver: what is used soonest rests highest, everything else is recomputed.
+
+Layer inputs come first (nothing can make them again), then weights, then optimizer state, each in the highest tier that
+has room, by byte fractions. It is the fallback where HiGHS is missing, the optimiser's first legal plan, and the
+yardstick that the optimiser must beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from planners.cost import EDGE_SLOTS, Knobs, capacities, fixed_device_bytes, fixed_host_bytes, num_chunks
+from planners.errors import PlanInfeasible, format_bytes_up
+from planners.expand import Fractions, expand, with_prediction
+from planners.placement import Buffers, Cuts, Tier, UpdateMode, UpdatePlace
+from planners.plan import Plan
+from planners.problem import Problem
+from planners.simulate import Simulation, simulate
+
+MIN_CHUNK_TOKENS = 512
+SLACK_BYTES = 2**20
+ATTEMPTS = 4
+"""Times that a tier which came out too full is filled less."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A plan that does not fit: by how much, where."""
+
+    tier: str
+    need_bytes: float
+    have_bytes: float
+    phase: str
+
+
+def chunk_choices(problem: Problem) -> list[Cuts]:
+    """Cuts that make sense, the coarse ones first: whole sequences, then halves of one."""
+    workload = problem.workload
+    sizes, rows = [], workload.batch_size
+    while rows >= 1:
+        sizes.append(rows * workload.seq_len)
+        rows //= 2
+    size = workload.seq_len // 2
+    while size >= MIN_CHUNK_TOKENS and problem.capabilities.token_chunks:
+        sizes.append(size)
+        size //= 2
+    groups = max(entry.attention_groups for entry in workload.classes)
+    cuts = []
+    for size in sizes:
+        cuts.append(Cuts(chunk_tokens=size))
+        if size < workload.seq_len and groups > 1 and not problem.hardware.unified:
+            cuts.append(Cuts(chunk_tokens=size, attention_groups=groups))
+    return cuts
+
+
+def boundaries(problem: Problem, cuts: Cuts) -> list[Tier]:
+    """Where activations between layers may lie."""
+    one = num_chunks(problem, cuts) == 1 or problem.hardware.unified
+    return [Tier.DEVICE] if one else [Tier.DEVICE, Tier.HOST]
+
+
+def default_mode(problem: Problem) -> UpdateMode:
+    """The simplest mode that the runtime has and clipping allows."""
+    allowed = problem.capabilities.update_modes
+    if UpdateMode.BACKWARD in allowed and not problem.workload.clips:
+        return UpdateMode.BACKWARD
+    for mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE, UpdateMode.DEFERRED):
+        if mode in allowed:
+            return mode
+    raise ValueError("capabilities: no update mode is left that this workload can use")
+
+
+def plan_greedy(problem: Problem) -> Plan:
+    """The first plan that fits, going from fast to frugal. `PlanInfeasible` where none does."""
+    closest: tuple[tuple[int, float], list[Shortage]] | None = None
+    room = {tier: float(size) for tier, size in capacities(problem).items()}
+    for knobs in _attempts(problem):
+        left = room_left(problem, knobs, room)
+        short = [Shortage(t, room[t] - size, room[t], "backward") for t, size in left.items() if size < 0]
+        if not short:
+            plan, simulation, short = fill(problem, knobs)
+        if not short:
+            return with_prediction(problem, plan, simulation)
+        lack = (len(short), sum(s.need_bytes - s.have_bytes for s in short))
+        if closest is None or lack < closest[0]:
+            closest = (lack, short)
+    if closest is None:
+        raise ValueError("no cut of the batch is allowed")
+    raise infeasible(closest[1])
+
+
+def _attempts(problem: Problem) -> Iterator[Knobs]:
+    mode = default_mode(problem)
+    for slots, gradients in ((3, 2), (2, 2), (2, 1), (1, 1)):
+        buffers = Buffers(gradient_slots=gradients)
+        for cuts in chunk_choices(problem):
+            for boundary in boundaries(problem, cuts):
+                yield Knobs(update_mode=mode, slots=slots, cuts=cuts, boundary=boundary, buffers=buffers)
+
+
+def fill(problem: Problem, knobs: Knobs) -> tuple[Plan, Simulation, list[Shortage]]:
+    """Fills the tiers under `knobs`; less each time that the simulation finds one too full."""
+    room = {tier: float(size) for tier, size in capacities(problem).items()}
+    for attempt in range(ATTEMPTS):
+        plan = expand(problem, knobs, _fractions(problem, knobs, room), planner="greedy")
+        simulation = simulate(problem, plan)
+        short = shortages(problem, simulation)
+        if not short or attempt == ATTEMPTS - 1:
+            break
+        for shortage in short:
+            room[shortage.tier] -= 1.02 * (shortage.need_bytes - shortage.have_bytes) + SLACK_BYTES
+    return plan, simulation, short
+
+
+def room_left(problem: Problem, knobs: Knobs, room: dict[str, float]) -> dict[str, float]:
+    """What DEVICE and HOST have beyond what every plan under `knobs` needs if all blocks stream."""
+    workload = problem.workload
+    classes = workload.classes
+    slot = max(e.stored_bytes for e in classes if e.is_layer)
+    edge = max(e.stored_bytes for e in classes if not e.is_layer)
+    saved = max(sum(s.bytes_per_token for s in e.saved) for e in classes)
+    again = saved * workload.tokens / num_chunks(problem, knobs.cuts)
+    device = room["device"] - sum(fixed_device_bytes(problem, knobs).values())
+    device -= knobs.slots * slot + EDGE_SLOTS * edge + again
+    host = room["host"] - sum(fixed_host_bytes(problem, knobs).values())
+    if room["nvme"] > 0 and not problem.hardware.unified:
+        host -= knobs.buffers.host_slots * slot + EDGE_SLOTS * edge
+    return {"device": device, "host": host}
+
+
+def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[Fractions]:
+    """Shares of each class, from the bytes that each tier has to give."""
+    workload, unified = problem.workload, problem.hardware.unified
+    classes = workload.classes
+    left = room_left(problem, knobs, room)
+    device, host = left["device"], left["host"]
+    total_inputs = sum(e.count * e.saved[0].bytes_per_token for e in classes if e.saved) * workload.tokens
+    total_weights = float(sum(e.count * e.stored_bytes for e in classes))
+    total_state = float(workload.state_bytes_per_param * workload.trainable_params)
+
+    def share(available: float, wanted: float) -> float:
+        return max(0.0, min(1.0, available / wanted)) if wanted else 1.0
+
+    inputs_device = 1.0 if device >= total_inputs else 0.0
+    device -= inputs_device * total_inputs
+    inputs_host = 0.0 if unified else (1 - inputs_device) * share(host, total_inputs)
+    host -= inputs_host * total_inputs
+    weights_device = share(device, total_weights)
+    device -= weights_device * total_weights
+    weights_host = 0.0 if unified else min(1 - weights_device, share(host, total_weights))
+    host -= weights_host * total_weights
+    state_device = share(device, total_state) if unified or not total_state else 0.0
+    # Without a drive, what does not fit above has to be in HOST (or DEVICE), and the shortage is found there.
+    drives = room["nvme"] > 0
+    if not drives:
+        weights_host, inputs_host = (0.0, 0.0) if unified else (1 - weights_device, 1 - inputs_device)
+        weights_device, inputs_device = (1.0, 1.0) if unified else (weights_device, inputs_device)
+    state_host = 0.0 if unified else (share(host, total_state) if drives else 1.0)
+    state_device = 1.0 if unified and not drives else state_device
+    inputs = (0.0, max(0.0, 1 - inputs_device - inputs_host), inputs_host, inputs_device)
+    place = UpdatePlace.DEVICE if unified else UpdatePlace.CPU
+    deferred = knobs.update_mode is UpdateMode.DEFERRED
+    updates = {
+        (Tier.NVME, place, deferred): max(0.0, 1 - state_host - state_device),
+        (Tier.HOST, place, deferred): state_host,
+        (Tier.DEVICE, UpdatePlace.DEVICE, deferred): state_device,
+    }
+    return [
+        Fractions(
+            weights=(weights_device, weights_host, max(0.0, 1 - weights_device - weights_host)),
+            tokens=tuple((1.0, 0.0, 0.0, 0.0) if s.recomputable else inputs for s in e.saved),
+            updates=updates,
+        )
+        for e in classes
+    ]
+
+
+def shortages(problem: Problem, simulation: Simulation) -> list[Shortage]:
+    """Tiers that the simulation overfills, with the phase of the peak."""
+    found = []
+    for tier, have in capacities(problem).items():
+        need = simulation.peak_bytes[tier]
+        if need > have:
+            phases = simulation.phase_peak_bytes.get(tier, {"step": need})
+            found.append(Shortage(tier, need, have, max(phases, key=lambda phase: phases[phase])))
+    return found
+
+
+def infeasible(short: list[Shortage], ways_out: list[str] | None = None) -> PlanInfeasible:
+    """The error for the plan that came closest."""
+    worst = max(short, key=lambda s: s.need_bytes / max(1.0, s.have_bytes))
+    budgets = " and ".join(
+        f"a drive with {format_bytes_up(round(s.need_bytes))} free"
+        if s.tier == "nvme"
+        else f"{s.tier}_memory of {format_bytes_up(round(s.need_bytes))}"
+        for s in short
+    )
+    return PlanInfeasible(
+        tier=worst.tier,
+        phase=worst.phase,
+        need_bytes=round(worst.need_bytes),
+        have_bytes=round(worst.have_bytes),
+        ways_out=[budgets] if ways_out is None else ways_out,
+        needs={s.tier: round(s.need_bytes) for s in short},
+    )

@@ -1,0 +1,377 @@
+"""The planner's question: a machine, a workload in classes of equal blocks, and what the runtime can do.
+
+    Problem = Hardware + Workload + Capabilities
+
+A workload says per token and block what must be computed, what backward needs again, and what trains. It is made here
+from a model's shape; sizes are exact, FLOPs count products and causal attention, other operations count the bytes
+they move.
+
+[Note: trains in DEVICE]
+Adapters are small. Their weights and gradients stay in DEVICE memory; their optimizer state rests where the plan says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from enum import Enum
+
+from planners.hardware import Hardware
+from planners.model import Layer, Linear, ModelShape, stored_bytes
+from planners.placement import UpdateMode
+from planners.units import ProblemError, nearest
+
+ITEM_BYTES = 2
+"""Of activations and unquantized weights: 16 bit."""
+HEAD_TILE_TOKENS = 1024
+"""The loss is computed over so many tokens at a time, so that logits never exist whole."""
+MAX_TOKENS = 1 << 34
+
+
+class Training(str, Enum):
+    """What trains."""
+
+    FULL = "full"
+    ADAPTERS = "adapters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """One thing that a block's backward needs again: kept, put away, or computed once more."""
+
+    name: str
+    bytes_per_token: float
+    flops_per_token: float = 0.0
+    """Of the products that make it again, from what is saved before it."""
+    is_attention: bool = False
+    """Made again by the block's attention."""
+    moved_bytes_per_token: float = 0.0
+    """By the element-wise operations that make it again."""
+    recomputable: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockClass:
+    """Equal blocks. All rates are per token and block."""
+
+    name: str
+    blocks: tuple[str, ...]
+    positions: tuple[int, ...]
+    """Of the blocks, in the order in which forward visits all blocks of the model."""
+    is_layer: bool
+    stored_bytes: int
+    """Of the weights, as they rest and stream."""
+    decoded_bytes: int
+    """16-bit bytes of the quantized weights; 0 where nothing is."""
+    largest_linear_bytes: int
+    """The most that one module decodes; 0 where nothing is quantized."""
+    trainable_params: int
+    forward_flops: float
+    backward_flops: float
+    attention_flops: float
+    """Forward, the mean over a sequence."""
+    moved_bytes: float
+    """By the element-wise operations of forward."""
+    saved: tuple[Saved, ...]
+    attention_bytes: float
+    """Queries, keys, values and attention's result; 0 without attention."""
+    attention_groups: int
+    """Into how many groups attention can be cut (key heads)."""
+    forward_workspace_bytes: float
+    """Transient, per token of a chunk."""
+    backward_workspace_bytes: float
+    tile_bytes: int = 0
+    """Transient, whatever the chunk (a tile of logits)."""
+    visits_backward: bool = True
+    """Its weights are needed in backward."""
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one step computes."""
+
+    name: str
+    training: Training
+    classes: tuple[BlockClass, ...]
+    hidden: int
+    batch_size: int
+    seq_len: int
+    state_bytes_per_param: int
+    """Master weight (where it is not the weight itself) and moments."""
+    gradient_bytes_per_param: int
+    weight_bytes_per_param: int
+    """Of a parameter that trains."""
+    clips: bool = False
+    """A global norm is asked for."""
+    redo_probability: float = 0.02
+    """That a speculative step has to be done again."""
+    commit_every: int | None = None
+    """Steps between durable commits; None: none."""
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(entry.count for entry in self.classes)
+
+    @property
+    def trainable_params(self) -> int:
+        return sum(entry.count * entry.trainable_params for entry in self.classes)
+
+    @property
+    def pinned(self) -> bool:
+        """What trains stays in DEVICE memory. See [Note: trains in DEVICE]."""
+        return self.training is Training.ADAPTERS
+
+    @property
+    def mutable(self) -> bool:
+        """The streamed weights themselves change."""
+        return self.training is Training.FULL
+
+    @property
+    def boundary_bytes(self) -> int:
+        """Activations between two layers, of the whole batch."""
+        return ITEM_BYTES * self.hidden * self.tokens
+
+    @property
+    def useful_flops(self) -> float:
+        """Of one step, nothing counted twice: what recomputation costs is not useful."""
+        return self.tokens * sum(
+            entry.count * (entry.forward_flops + entry.backward_flops + 3 * entry.attention_flops)
+            for entry in self.classes
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What the runtime that will run the plan can do. The default is all that a plan can say."""
+
+    update_modes: tuple[UpdateMode, ...] = tuple(UpdateMode)
+    device_updates: bool = True
+    """Optimizer states can be stepped on the device, wherever they rest."""
+    token_chunks: bool = True
+    """A sequence can go through a block in chunks."""
+    token_policy: bool = True
+    """Saved tensors other than layer inputs can be kept and swapped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The whole question."""
+
+    hardware: Hardware
+    workload: Workload
+    capabilities: Capabilities = Capabilities()
+    max_written_bytes: int | None = None
+    """To the drives, per step. None: wear has a small price, and no limit."""
+
+    @property
+    def machine(self) -> str:
+        """Fingerprint of the hardware."""
+        return _fingerprint(self.hardware)
+
+
+def _fingerprint(record: Hardware | Workload) -> str:
+    text = json.dumps(asdict(record), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_STATE_BYTES = {"adamw": 8, "sgd-momentum": 4, "sgd": 0}
+"""Moments per parameter, fp32."""
+
+
+def make_workload(
+    shape: ModelShape,
+    *,
+    batch_size: int,
+    seq_len: int,
+    bits: int | None = None,
+    rank: int | None = 16,
+    targets: tuple[str, ...] = (),
+    optimizer: str = "adamw",
+    clips: bool = False,
+    commit_every: int | None = None,
+) -> Workload:
+    """What training `shape` takes. `rank=None` trains everything; otherwise adapters of that rank do.
+
+    `targets` names the linears that get adapters, all (but for experts and routers) when empty. Raises `ProblemError`.
+    """
+    for field, value, high in (("batch_size", batch_size, 1 << 24), ("seq_len", seq_len, 1 << 28)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise ProblemError(f"{field}: must be a whole number between 1 and {high}, got {value!r}")
+    if batch_size * seq_len > MAX_TOKENS:
+        raise ProblemError(f"batch_size x seq_len: {batch_size * seq_len} tokens a step is more than {MAX_TOKENS}")
+    if bits not in (None, 4):
+        raise ProblemError(f"bits: {bits!r} is not offered; allowed: 4, none")
+    if bits is not None and rank is None:
+        raise ProblemError("bits: 4-bit weights are frozen; full fine-tuning trains them: give one of the two")
+    if rank is not None and not 1 <= rank <= 65536:
+        raise ProblemError(f"adapters: r must be between 1 and 65536, got {rank}")
+    if optimizer not in _STATE_BYTES:
+        raise ProblemError(f"optimizer: unknown {optimizer!r}; {nearest(optimizer, _STATE_BYTES)}")
+    names = {linear.name.rpartition(".")[2] for layer in shape.layers for linear in layer.linears}
+    for target in targets:
+        if target not in names:
+            raise ProblemError(f"adapters: no linear is called {target!r}; {nearest(target, names)}")
+    maker = _Maker(shape, seq_len=seq_len, bits=bits, rank=rank, targets=targets)
+    full = rank is None
+    return Workload(
+        name=shape.name,
+        training=Training.FULL if full else Training.ADAPTERS,
+        classes=maker.classes(),
+        hidden=shape.hidden,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        # Full: 16-bit weights with an fp32 master. Adapters are fp32 themselves.
+        state_bytes_per_param=_STATE_BYTES[optimizer] + (4 if full else 0),
+        gradient_bytes_per_param=2 if full else 4,
+        weight_bytes_per_param=2 if full else 4,
+        clips=clips,
+        commit_every=commit_every,
+    )
+
+
+class _Maker:
+    """Turns layers into classes."""
+
+    def __init__(
+        self, shape: ModelShape, *, seq_len: int, bits: int | None, rank: int | None, targets: tuple[str, ...]
+    ) -> None:
+        self.shape = shape
+        self.seq_len = seq_len
+        self.bits = bits
+        self.rank = rank
+        self.targets = targets
+
+    def classes(self) -> tuple[BlockClass, ...]:
+        """Embedding, one class for each kind of layer, head."""
+        shape = self.shape
+        kinds = list(dict.fromkeys(shape.layers))
+        layers = []
+        for number, kind in enumerate(kinds):
+            indices = [index for index, layer in enumerate(shape.layers) if layer == kind]
+            name = "layer" if len(kinds) == 1 else f"layer {number}"
+            blocks = tuple(f"{shape.layer_prefix}.{index}" for index in indices)
+            layers.append(self._layer(kind, name, blocks, tuple(index + 1 for index in indices)))
+        return (self._embedding(), *layers, self._head(len(shape.layers) + 1))
+
+    def _adapter(self, linear: Linear) -> int:
+        """Parameters of a linear's adapter."""
+        stacked = linear.count > 1 or linear.stage == "router"
+        named = not self.targets or linear.name.rpartition(".")[2] in self.targets
+        if self.rank is None or stacked or not named:
+            return 0
+        return self.rank * (linear.in_features + linear.out_features)
+
+    def _layer(self, layer: Layer, name: str, blocks: tuple[str, ...], positions: tuple[int, ...]) -> BlockClass:
+        linears, hidden = layer.linears, layer.hidden
+        quantized = [
+            linear for linear in linears if self.bits is not None and linear.stage != "router"
+        ]  # bitsandbytes leaves routers alone
+        stored = sum(stored_bytes(linear, self.bits if linear in quantized else None) for linear in linears)
+        adapters = sum(map(self._adapter, linears))
+        products = float(sum(linear.flops_per_token for linear in linears))
+        full = self.rank is None
+        saved = self._saved(layer)
+        return BlockClass(
+            name=name,
+            blocks=blocks,
+            positions=positions,
+            is_layer=True,
+            stored_bytes=stored + ITEM_BYTES * layer.other_params,
+            decoded_bytes=sum(ITEM_BYTES * linear.weights for linear in quantized),
+            largest_linear_bytes=max((ITEM_BYTES * linear.weights for linear in quantized), default=0),
+            trainable_params=layer.params if full else adapters,
+            forward_flops=products + 2 * adapters,
+            # Gradients of inputs, and of whatever trains.
+            backward_flops=2 * products if full else products + 4 * adapters,
+            attention_flops=layer.attention.flops_per_token(self.seq_len),
+            moved_bytes=ITEM_BYTES * (12 * hidden + 2 * layer.mlp_features),
+            saved=saved,
+            attention_bytes=sum(s.bytes_per_token for s in saved if s.name in ("qkv", "attention")),
+            attention_groups=layer.attention.kv_heads,
+            forward_workspace_bytes=ITEM_BYTES * (4 * hidden + layer.mlp_features),
+            backward_workspace_bytes=ITEM_BYTES * (8 * hidden + 2.5 * layer.mlp_features),
+        )
+
+    def _saved(self, layer: Layer) -> tuple[Saved, ...]:
+        """What autograd saves of a pre-norm layer, in the order in which it is made."""
+        hidden, attention = layer.hidden, layer.attention
+        row = ITEM_BYTES * hidden
+
+        def products(*stages: str) -> float:
+            return float(
+                sum(
+                    linear.flops_per_token + 2 * self._adapter(linear)
+                    for linear in layer.linears
+                    if linear.stage in stages
+                )
+            )
+
+        inner = sum(linear.active * linear.in_features for linear in layer.linears if linear.stage == "down")
+        heads_bytes = 4 * attention.kv_heads  # log-sum-exp, fp32, at least one for a key head
+        qkv = attention.query_features + attention.key_features + attention.value_features
+        return (
+            Saved(name="input", bytes_per_token=row, recomputable=False),
+            Saved(name="norm 1", bytes_per_token=row, moved_bytes_per_token=2 * row),
+            Saved(name="qkv", bytes_per_token=ITEM_BYTES * qkv, flops_per_token=products("qkv")),
+            Saved(
+                name="attention",
+                bytes_per_token=ITEM_BYTES * attention.output_features + heads_bytes,
+                is_attention=True,
+            ),
+            Saved(name="residual", bytes_per_token=row, flops_per_token=products("output")),
+            Saved(name="norm 2", bytes_per_token=row, moved_bytes_per_token=2 * row),
+            Saved(
+                name="up",
+                bytes_per_token=ITEM_BYTES * layer.mlp_features,
+                flops_per_token=products("up", "router"),
+            ),
+            Saved(
+                name="product",
+                bytes_per_token=ITEM_BYTES * inner,
+                moved_bytes_per_token=ITEM_BYTES * (layer.mlp_features + inner),
+            ),
+        )
+
+    def _embedding(self) -> BlockClass:
+        shape = self.shape
+        # A tied table is the head's: it is fetched for the product, and its rows are looked up where it lies.
+        params = 0 if shape.head_params < shape.vocabulary * shape.hidden else shape.embedding_params
+        row = ITEM_BYTES * shape.hidden
+        return BlockClass(
+            name="embedding", blocks=(shape.embedding_name,), positions=(0,), is_layer=False,
+            stored_bytes=ITEM_BYTES * params, decoded_bytes=0, largest_linear_bytes=0,
+            trainable_params=params if self.rank is None else 0, forward_flops=0.0, backward_flops=0.0,
+            attention_flops=0.0, moved_bytes=2 * row, saved=(), attention_bytes=0.0, attention_groups=1,
+            forward_workspace_bytes=row, backward_workspace_bytes=row, visits_backward=False,
+        )  # fmt: skip
+
+    def _head(self, position: int) -> BlockClass:
+        shape = self.shape
+        tied = shape.head_params < shape.vocabulary * shape.hidden
+        params = shape.head_params + shape.final_params + (shape.embedding_params if tied else 0)
+        full = self.rank is None
+        products = 2.0 * shape.vocabulary * shape.hidden
+        row = ITEM_BYTES * shape.hidden
+        return BlockClass(
+            name="head", blocks=(shape.head_name,), positions=(position,), is_layer=False,
+            stored_bytes=ITEM_BYTES * params, decoded_bytes=0, largest_linear_bytes=0,
+            trainable_params=params if full else 0, forward_flops=products,
+            backward_flops=2 * products if full else products, attention_flops=0.0, moved_bytes=4 * row,
+            saved=(Saved(name="input", bytes_per_token=row, recomputable=False),), attention_bytes=0.0,
+            attention_groups=1, forward_workspace_bytes=row, backward_workspace_bytes=2 * row,
+            # Logits in 16 and 32 bit, log-softmax, and the gradients of both.
+            tile_bytes=HEAD_TILE_TOKENS * shape.vocabulary * (2 * ITEM_BYTES + 12),
+        )  # fmt: skip

@@ -1,0 +1,266 @@
+"""Checks a plan the slow, obvious way. Shares sizes of blocks with the planners, but none of their reasoning.
+
+`check` raises `InvalidPlan` for the first thing that is wrong: a byte placed twice or nowhere, a mode that the runtime
+does not have, a tier that overflows, a replay that uses what has not arrived. `busy_seconds` sums a step's work by
+hand, `floor_seconds` is a lower bound that no plan can beat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from planners.cost import capacities, class_costs, fetch_counts, knobs_of
+from planners.errors import format_bytes
+from planners.placement import Tier, UpdateMode, UpdatePlace
+from planners.plan import Plan
+from planners.problem import Problem
+from planners.simulate import Event, Simulation, simulate
+from planners.timeline import Resource
+
+TOLERANCE = 1e-6
+
+
+class InvalidPlan(ValueError):
+    """The plan does not do what a plan must do."""
+
+
+def check(problem: Problem, plan: Plan) -> Simulation:
+    """Everything. Returns the replay, so that what was checked is what is reported."""
+    check_fingerprints(problem, plan)
+    check_placement(problem, plan)
+    check_modes(problem, plan)
+    replay = simulate(problem, plan, keep_events=True)
+    check_capacity(problem, replay)
+    check_busy(problem, plan, replay)
+    check_replay(problem, plan, replay)
+    floor = floor_seconds(problem)
+    if replay.step_seconds < floor * (1 - TOLERANCE):
+        raise InvalidPlan(f"takes {replay.step_seconds:.6g} s a step; no plan can take less than {floor:.6g} s")
+    return replay
+
+
+def check_fingerprints(problem: Problem, plan: Plan) -> None:
+    """The plan is for this workload, and for this machine if it names one."""
+    if plan.fingerprint != problem.workload.fingerprint:
+        raise InvalidPlan(f"made for workload {plan.fingerprint}, this one is {problem.workload.fingerprint}")
+    if plan.machine and plan.machine != problem.machine:
+        raise InvalidPlan(f"made for machine {plan.machine}, this one is {problem.machine}")
+
+
+def check_placement(problem: Problem, plan: Plan) -> None:
+    """Each byte, token and parameter has exactly one place."""
+    workload = problem.workload
+    names = [entry.name for entry in plan.classes]
+    if names != [entry.name for entry in workload.classes]:
+        raise InvalidPlan(f"has classes {names}, the workload {[entry.name for entry in workload.classes]}")
+    in_rings: dict[str, str] = {}
+    for ring in plan.rings:
+        for block in ring.blocks:
+            if block in in_rings:
+                raise InvalidPlan(f"block {block!r} is in rings {in_rings[block]!r} and {ring.name!r}")
+            in_rings[block] = ring.name
+    for entry, placed in zip(workload.classes, plan.classes, strict=True):
+        if placed.blocks != entry.blocks:
+            raise InvalidPlan(f"class {entry.name!r} has other blocks than the workload's")
+        if placed.weights.total_bytes != entry.stored_bytes:
+            raise InvalidPlan(
+                f"class {entry.name!r} places {placed.weights.total_bytes} bytes of weights, a block has "
+                f"{entry.stored_bytes}"
+            )
+        if [split.name for split in placed.tokens] != [saved.name for saved in entry.saved]:
+            raise InvalidPlan(f"class {entry.name!r}: its saved tensors are not the workload's")
+        for saved, split in zip(entry.saved, placed.tokens, strict=True):
+            if split.total_tokens != workload.seq_len:
+                raise InvalidPlan(f"{entry.name!r}, {saved.name!r}: {split.total_tokens} of {workload.seq_len} tokens")
+            if split.recompute_tokens and not saved.recomputable:
+                raise InvalidPlan(f"{entry.name!r}, {saved.name!r}: cannot be recomputed, nothing precedes it")
+        if sum(update.params for update in placed.updates) != entry.trainable_params:
+            raise InvalidPlan(f"class {entry.name!r}: updates do not cover its {entry.trainable_params} parameters")
+        streams = placed.weights.streamed_bytes > 0
+        for block in entry.blocks:
+            if streams and (block not in in_rings or block in plan.resident):
+                raise InvalidPlan(f"block {block!r} streams, and must be in a ring and not resident")
+            if not streams and (block in in_rings or block not in plan.resident):
+                raise InvalidPlan(f"block {block!r} stays in DEVICE memory, and must be resident and in no ring")
+    for ring in plan.rings:
+        most = max(
+            placed.weights.streamed_bytes
+            for entry, placed in zip(workload.classes, plan.classes, strict=True)
+            if set(entry.blocks) & set(ring.blocks)
+        )
+        if ring.slot_bytes < most:
+            raise InvalidPlan(f"ring {ring.name!r}: a block streams {most} bytes into slots of {ring.slot_bytes}")
+
+
+def check_modes(problem: Problem, plan: Plan) -> None:
+    """Only what the runtime declares, and what the workload and the machine allow."""
+    workload, can, unified = problem.workload, problem.capabilities, problem.hardware.unified
+    mode = plan.update_mode
+    if mode not in can.update_modes:
+        raise InvalidPlan(f"update mode {mode.value!r} is not among the runtime's")
+    updates = [(entry.name, update) for entry in plan.classes for update in entry.updates if update.params]
+    if workload.clips and mode is UpdateMode.BACKWARD:
+        raise InvalidPlan("updates during backward, before the global norm is known that clipping needs")
+    if workload.clips and any(not update.deferred for _, update in updates) and mode is UpdateMode.DEFERRED:
+        raise InvalidPlan("updates a share during backward, before the global norm is known that clipping needs")
+    on_device = any(u.place is UpdatePlace.DEVICE and u.tier is not Tier.DEVICE for _, u in updates)
+    if on_device and not can.device_updates and not unified:
+        raise InvalidPlan("steps state on the device, which the runtime cannot")
+    cuts = knobs_of(plan).cuts
+    if cuts.chunk_tokens < workload.seq_len and not can.token_chunks:
+        raise InvalidPlan("cuts sequences into chunks, which the runtime cannot")
+    if cuts.chunk_tokens > workload.seq_len and cuts.chunk_tokens % workload.seq_len:
+        raise InvalidPlan(f"chunks of {cuts.chunk_tokens} tokens are no whole sequences of {workload.seq_len}")
+    for entry in plan.classes:
+        for split in entry.tokens:
+            if split.name != "input" and not can.token_policy and split.recompute_tokens != workload.seq_len:
+                raise InvalidPlan(f"{entry.name!r}, {split.name!r}: is not recomputed whole, which the runtime cannot")
+        on_host = entry.weights.host_bytes or any(s.host_tokens for s in entry.tokens)
+        on_host = on_host or any(u.tier is Tier.HOST or u.place is UpdatePlace.CPU for u in entry.updates if u.params)
+        if unified and on_host:
+            raise InvalidPlan(f"class {entry.name!r} uses HOST, which is DEVICE on this machine")
+
+
+def check_capacity(problem: Problem, replay: Simulation) -> None:
+    """No tier holds more than it may, in any phase."""
+    for tier, capacity in capacities(problem).items():
+        need = replay.peak_bytes[tier]
+        if need > capacity:
+            short = format_bytes(need - capacity)
+            raise InvalidPlan(
+                f"needs {format_bytes(need)} of {tier}, which has {format_bytes(capacity)}: short {short}"
+            )
+
+
+def check_busy(problem: Problem, plan: Plan, replay: Simulation) -> None:
+    """The replay did the work that the plan says, no less and no more."""
+    for resource, seconds in busy_seconds(problem, plan).items():
+        done = replay.busy_seconds[resource]
+        if not math.isclose(seconds, done, rel_tol=1e-6, abs_tol=1e-9):
+            raise InvalidPlan(f"{resource} works {done:.9g} s in the replay, and {seconds:.9g} s by the plan")
+    if problem.max_written_bytes is not None:
+        written = written_bytes(problem, plan)
+        if written > problem.max_written_bytes * (1 + TOLERANCE) + 1:
+            limit = format_bytes(problem.max_written_bytes)
+            raise InvalidPlan(f"writes {format_bytes(written)} a step, {limit} are allowed")
+
+
+def check_replay(problem: Problem, plan: Plan, replay: Simulation) -> None:
+    """Each resource does one thing at a time, and every block computes after it arrived."""
+    for resource in Resource:
+        if resource is Resource.NONE:
+            continue
+        own = sorted((e for e in replay.events if e.resource is resource), key=lambda e: e.start_seconds)
+        for first, second in zip(own, own[1:], strict=False):
+            if second.start_seconds < first.finish_seconds - 1e-9:
+                raise InvalidPlan(f"{resource.name}: {second.label} begins before {first.label} is done")
+    _check_order(replay.events)
+
+
+def _check_order(events: Sequence[Event]) -> None:
+    """A block's swapped activations come back after they left, and before its backward."""
+    done = {event.label: event.finish_seconds for event in events}
+    for event in events:
+        kind, position, chunk = event.label
+        if kind == "backward":
+            forward = done.get(("forward", position, chunk))
+            if forward is None or event.start_seconds < forward - 1e-9:
+                raise InvalidPlan(f"block {position}, chunk {chunk}: backward before forward")
+        if kind == "write state" and event.start_seconds < done[("update", position, chunk)] - 1e-9:
+            raise InvalidPlan(f"block {position}: writes state that is not updated yet")
+
+
+def written_bytes(problem: Problem, plan: Plan) -> float:
+    """To the drives, in one step."""
+    return busy_seconds(problem, plan)["ssd_write"] * max(1.0, problem.hardware.write_bytes_per_second)
+
+
+def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
+    """Work of one step by resource, at full rate, summed up class by class."""
+    workload, hardware, knobs = problem.workload, problem.hardware, knobs_of(plan)
+    counts = fetch_counts(problem, knobs.slots)
+    costs = class_costs(problem, knobs.cuts, knobs.decode_scope)
+    compute = cpu = down = up = read = write = 0.0
+    for c, (entry, placed) in enumerate(zip(workload.classes, plan.classes, strict=True)):
+        n, weights = entry.count, placed.weights
+        compute += n * (costs[c].forward_seconds + costs[c].backward_seconds)
+        down += sum(counts[c]) * weights.streamed_bytes
+        read += sum(counts[c]) * weights.nvme_bytes
+        trains = entry.visits_backward or entry.trainable_params
+        up += n * (costs[c].spill_bytes[0] + (costs[c].spill_bytes[1] if trains else 0))
+        down += n * (costs[c].spill_bytes[0] + (costs[c].spill_bytes[1] if trains else 0))
+        if knobs.boundary is Tier.HOST and entry.is_layer:
+            up += n * workload.boundary_bytes
+            down += n * workload.boundary_bytes
+        for j, (saved, split) in enumerate(zip(entry.saved, placed.tokens, strict=True)):
+            each = saved.bytes_per_token * workload.batch_size
+            swapped = n * each * (split.host_tokens + split.nvme_tokens)
+            compute += n * costs[c].recompute_seconds[j] * split.recompute_tokens / workload.seq_len
+            up += swapped
+            down += swapped
+            if knobs.boundary is Tier.HOST and saved.name == "input":
+                down += swapped
+            write += n * each * split.nvme_tokens
+            read += n * each * split.nvme_tokens
+        on_device = resting = 0
+        for update in placed.updates:
+            state = workload.state_bytes_per_param * update.params
+            if update.place is UpdatePlace.CPU:
+                cpu += n * update.params / hardware.host.adamw_params_per_second
+                up += n * workload.gradient_bytes_per_param * update.params
+            else:
+                compute += n * update.params / hardware.device.adamw_params_per_second
+                on_device += update.params
+                if update.tier is not Tier.DEVICE:
+                    up += n * state
+                    down += n * state
+            if update.tier is Tier.NVME:
+                read += n * state
+                write += n * state
+            else:
+                resting += state
+        new = workload.weight_bytes_per_param * on_device
+        all_new = workload.weight_bytes_per_param * entry.trainable_params
+        resident = all_new if workload.pinned else (weights.device_bytes if entry.trainable_params else 0)
+        down += n * max(0, resident - new)
+        up += n * max(0, new - resident)
+        if workload.mutable:
+            write += n * weights.nvme_bytes
+        if workload.commit_every and hardware.drives and entry.trainable_params:
+            device_state = sum(u.params for u in placed.updates if u.tier is Tier.DEVICE)
+            device_state *= workload.state_bytes_per_param
+            adapters = all_new if workload.pinned else 0
+            write += n * (resting + adapters) / workload.commit_every
+            up += n * (device_state + adapters) / workload.commit_every
+    links = hardware.links
+    return {
+        "compute": compute,
+        "host_to_device": 0.0 if hardware.unified else down / links.host_to_device_bytes_per_second,
+        "device_to_host": 0.0 if hardware.unified else up / links.device_to_host_bytes_per_second,
+        "ssd_read": read / hardware.read_bytes_per_second if read else 0.0,
+        "ssd_write": write / hardware.write_bytes_per_second if write else 0.0,
+        "cpu": cpu,
+    }
+
+
+def floor_seconds(problem: Problem) -> float:
+    """No plan whatever takes less: all products and attention once, and what memory cannot hold fetched twice."""
+    workload, hardware = problem.workload, problem.hardware
+    device = hardware.device
+    products = sum(e.count * (e.forward_flops + e.backward_flops) for e in workload.classes) * workload.tokens
+    attention = sum(e.count * e.attention_flops for e in workload.classes) * workload.tokens
+    seconds = products / device.matmul_flops_per_second
+    # Backward of attention is at least twice its forward.
+    forward = attention / (device.matmul_flops_per_second * device.attention_forward_efficiency)
+    backward = 2 * attention / (device.matmul_flops_per_second * device.attention_backward_efficiency)
+    compute = seconds + forward + backward
+    layers = sum(e.count * e.stored_bytes for e in workload.classes if e.is_layer)
+    above = capacities(problem)["device"]
+    link = hardware.links.host_to_device_bytes_per_second
+    fetched = 0.0 if hardware.unified else 2 * max(0, layers - above) / link
+    drives = 0.0
+    beyond = layers - above - capacities(problem)["host"]
+    if beyond > 0 and hardware.drives:
+        drives = 2 * beyond / hardware.read_bytes_per_second
+    return max(compute, fetched, drives)

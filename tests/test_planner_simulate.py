@@ -1,0 +1,252 @@
+"""The simulator: small timelines by hand, and what holds for every plan: work as planned, no time gained."""
+
+from dataclasses import replace
+
+import pytest
+
+from planners.cost import class_costs, static_bytes, steady_ring
+from planners.hardware import named_hardware
+from planners.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.problem import Capabilities
+from planners.schedule import StepKind, num_fetches
+from planners.simulate import Deadlock, _Run, simulate
+from planners.timeline import DEVICE, Resource, Timeline, build_timeline
+from planners.validate import InvalidPlan, busy_seconds, check_busy, check_replay
+from tests.planner_cases import machine, matrix, plan_of, problem
+
+
+def timeline(*ops, pools=(), span=100.0):
+    """Operations as (resource, seconds, key, deps, more)."""
+    t = Timeline(span=span, pools=list(pools))
+    for resource, seconds, key, deps, more in ops:
+        t.resource.append(resource)
+        t.seconds.append(seconds)
+        t.key.append(key)
+        t.deps.append(list(deps))
+        t.at_start.append(more.get("at_start"))
+        t.at_finish.append(list(more.get("at_finish", ())))
+        t.acquire.append(more.get("acquire"))
+        t.release.append(more.get("release"))
+        t.phase.append(0)
+        t.label.append(("op", len(t.label), 0))
+    t.end = len(t) - 1
+    return t
+
+
+def run(t, *, num_steps=2, link=1.0, drive=1.0):
+    result = _Run(t, num_steps=num_steps, link_rate=link, drive_rate=drive, keep_events=True)
+    result.run()
+    return result
+
+
+def test_a_fetch_hides_behind_computation():
+    """fetch A  |  fetch B
+    |  compute A  |  compute B        1 + max(2, 3) + 3
+    """
+    t = timeline(
+        (Resource.HOST_TO_DEVICE, 1.0, 0, [], {}),
+        (Resource.HOST_TO_DEVICE, 2.0, 1, [(0, 0)], {}),
+        (Resource.COMPUTE, 3.0, 0, [(0, 0)], {}),
+        (Resource.COMPUTE, 3.0, 1, [(1, 0), (2, 0)], {}),
+    )
+    assert run(t, num_steps=1).ends == [7.0]
+
+
+def test_the_least_key_runs_first_and_nothing_is_interrupted():
+    t = timeline(
+        (Resource.COMPUTE, 1.0, 5, [], {}), (Resource.COMPUTE, 1.0, 1, [], {}), (Resource.COMPUTE, 1.0, 3, [(1, 0)], {})
+    )
+    order = [op for op, _, _ in sorted(run(t, num_steps=1).events, key=lambda e: e[1])]
+    assert order == [1, 2, 0]
+
+
+def test_both_directions_of_a_link_share_it():
+    """2 s and 1 s of work at half rate each: 2 s together, then 1 s alone."""
+    t = timeline(
+        (Resource.HOST_TO_DEVICE, 2.0, 0, [], {}),
+        (Resource.DEVICE_TO_HOST, 1.0, 0, [], {}),
+        (Resource.NONE, 0.0, 0, [(0, 0), (1, 0)], {}),
+    )
+    assert run(t, num_steps=1, link=0.5).ends == [3.0]
+    assert run(t, num_steps=1, link=1.0).ends == [2.0]
+
+
+def test_a_drive_that_reads_and_writes_is_slower():
+    t = timeline(
+        (Resource.SSD_READ, 1.0, 0, [], {}),
+        (Resource.SSD_WRITE, 1.0, 0, [], {}),
+        (Resource.NONE, 0.0, 0, [(0, 0), (1, 0)], {}),
+    )
+    assert run(t, num_steps=1, drive=0.8).ends == [pytest.approx(1.25)]
+
+
+def test_a_credit_holds_back_what_has_none():
+    """One bucket: the second read waits until the first one's write gives the bucket back, at 3."""
+    one = {"acquire": (0, 1.0)}
+    back = {"release": (0, 1.0)}
+    t = timeline(
+        (Resource.SSD_READ, 1.0, 0, [], one),
+        (Resource.SSD_WRITE, 2.0, 0, [(0, 0)], back),
+        (Resource.SSD_READ, 1.0, 1, [], one),
+        (Resource.SSD_WRITE, 2.0, 1, [(2, 0)], back),
+        pools=(1.0,),
+    )
+    assert run(t, num_steps=1).ends == [6.0]
+    assert run(replace(t, pools=[2.0]), num_steps=1).ends == [5.0]
+
+
+def test_a_lag_waits_for_the_step_before():
+    t = timeline((Resource.COMPUTE, 1.0, 0, [(1, 1)], {}), (Resource.SSD_WRITE, 2.0, 0, [(0, 0)], {}))
+    assert run(t, num_steps=3).ends == [3.0, 6.0, 9.0]
+
+
+def test_memory_peaks_while_two_things_are_there():
+    held = {"at_start": (DEVICE, 5.0), "at_finish": [(DEVICE, -5.0)]}
+    t = timeline((Resource.COMPUTE, 2.0, 0, [], held), (Resource.SSD_READ, 1.0, 0, [], held))
+    assert max(run(t, num_steps=1).peaks[DEVICE]) == 10.0
+    t = timeline((Resource.COMPUTE, 2.0, 0, [], held), (Resource.SSD_READ, 1.0, 0, [(0, 0)], held))
+    assert max(run(t, num_steps=1).peaks[DEVICE]) == 5.0
+
+
+def test_a_circle_of_credits_is_a_deadlock_with_names():
+    """Each holds what the other wants."""
+    t = timeline(
+        (Resource.SSD_READ, 1.0, 0, [], {"acquire": (0, 1.0)}),
+        (Resource.CPU, 1.0, 0, [], {"acquire": (1, 1.0)}),
+        (Resource.CPU, 1.0, 1, [(0, 0)], {"acquire": (1, 1.0), "release": (0, 1.0)}),
+        (Resource.SSD_READ, 1.0, 1, [(1, 0)], {"acquire": (0, 1.0), "release": (1, 1.0)}),
+        pools=(1.0, 1.0),
+    )
+    with pytest.raises(Deadlock, match="2 of 4 operations never run"):
+        run(t, num_steps=1)
+
+
+CASES = list(matrix())
+
+
+@pytest.mark.parametrize("full, mode, boundary, weights, commit", CASES)
+def test_work_is_what_the_plan_says_and_no_resource_does_two_things(full, mode, boundary, weights, commit):
+    p = problem(full=full, commit_every=commit)
+    plan = plan_of(p, mode=mode, boundary=boundary, weights=weights, groups=2)
+    replay = simulate(p, plan, keep_events=True)
+    check_busy(p, plan, replay)
+    check_replay(p, plan, replay)
+    links = p.hardware.links
+    busy = replay.busy_seconds
+    least = max(
+        busy["compute"], busy["cpu"], (busy["host_to_device"] + busy["device_to_host"]) / (1 + links.duplex),
+        (busy["ssd_read"] + busy["ssd_write"]) / (1 + p.hardware.drive_mix),
+    )  # fmt: skip
+    if mode is not UpdateMode.DEFERRED:  # whose last step may leave work to the next
+        assert replay.step_seconds >= least * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("name, limit", [("compute", 0.05), ("host_to_device", 0.05), ("ssd_read", 0.1)])
+def test_a_step_takes_little_more_than_what_binds(name, limit):
+    """One resource slowed down a thousandfold: the rest hides behind it."""
+    slow = machine()
+    if name == "compute":
+        slow = replace(slow, device=replace(slow.device, matmul_flops_per_second=1e10))
+    elif name == "host_to_device":
+        slow = replace(slow, links=replace(slow.links, host_to_device_bytes_per_second=2e7))
+    else:
+        slow = replace(slow, drives=tuple(replace(d, read_bytes_per_second=1e6) for d in slow.drives))
+    p = problem(machine_=slow)
+    replay = simulate(p, plan_of(p, weights=(0, 0, 1), slots=3))
+    assert max(replay.busy_seconds, key=replay.busy_seconds.get) == name
+    assert replay.step_seconds <= replay.busy_seconds[name] * (1 + limit)
+
+
+def test_fetches_are_the_schedules():
+    """As many, in the same order, as the steps that the executor takes in a steady state."""
+    p = problem()
+    plan = plan_of(p, weights=(0, 0, 1))
+    t = build_timeline(p, plan)
+    steps = steady_ring(6, 2, frozenset(range(6)), False)
+    fetched = [position - 1 for kind, position, _ in t.label if kind == "fetch" and 1 <= position <= 6]
+    assert fetched == [step.block for step in steps if step.kind is StepKind.FETCH]
+    assert num_fetches(steps) == 2 * (6 - 2)
+
+
+def test_updated_blocks_are_fetched_anew_and_frozen_ones_stay():
+    frozen = steady_ring(6, 2, frozenset(range(6)), False)
+    assert num_fetches(steady_ring(6, 2, frozenset(range(6)), True)) == num_fetches(frozen) + 2
+    assert num_fetches(steady_ring(3, 4, frozenset(range(3)), False)) == 0
+    assert num_fetches(steady_ring(3, 4, frozenset(range(3)), True)) == 3
+
+
+def test_later_chunks_of_a_sequence_attend_to_more():
+    p = problem(batch_size=1, seq_len=1024)
+    t = build_timeline(p, plan_of(p, chunk=256))
+    forward = [
+        s for s, (kind, position, _) in zip(t.seconds, t.label, strict=True) if (kind, position) == ("forward", 1)
+    ]
+    cost = class_costs(p, Cuts(chunk_tokens=256), DecodeScope.LINEAR)[1]
+    assert sum(forward) == pytest.approx(cost.forward_seconds)
+    assert forward[1] - forward[0] == pytest.approx(cost.forward_attention_seconds * 2 / 16)
+    rows = problem(batch_size=4, seq_len=256)
+    t = build_timeline(rows, plan_of(rows, chunk=256))
+    forward = {
+        s for s, (kind, position, _) in zip(t.seconds, t.label, strict=True) if (kind, position) == ("forward", 1)
+    }
+    assert len(forward) == 1
+
+
+def test_updates_hide_behind_backward_and_not_after_it():
+    """Enough memory that only the order differs."""
+    p = problem(full=True, batch_size=64)
+    modes = {
+        mode: simulate(p, plan_of(p, mode=mode, updates={(Tier.NVME, UpdatePlace.CPU): 1.0})).step_seconds
+        for mode in (UpdateMode.BACKWARD, UpdateMode.AFTER)
+    }
+    assert modes[UpdateMode.BACKWARD] < modes[UpdateMode.AFTER]
+
+
+def test_gradients_stay_until_the_commit_where_the_norm_is_not_known():
+    p = problem(full=True)
+    grads = 2 * p.workload.trainable_params
+    held = {}
+    for mode in (UpdateMode.SPECULATIVE, UpdateMode.AFTER, UpdateMode.BACKWARD):
+        plan = plan_of(p, mode=mode, tokens=(1.0, 0, 0, 0), updates={(Tier.NVME, UpdatePlace.CPU): 1.0})
+        held[mode] = simulate(p, plan).peak_bytes["host"] - sum(static_bytes(p, plan)["host"].values())
+    assert held[UpdateMode.SPECULATIVE] >= grads
+    assert held[UpdateMode.AFTER] >= grads
+    staged = 4 * 12 * max(entry.trainable_params for entry in p.workload.classes)
+    assert held[UpdateMode.BACKWARD] < held[UpdateMode.SPECULATIVE] <= grads + staged + 4 * p.workload.boundary_bytes
+
+
+def test_decoding_a_layer_at_once_costs_memory_and_saves_time():
+    p = problem(bits=4)
+    linear, layer = (
+        simulate(p, plan_of(p, scope=scope, weights=(0, 1, 0), updates={(Tier.HOST, UpdatePlace.CPU): 1.0}))
+        for scope in (DecodeScope.LINEAR, DecodeScope.LAYER)
+    )
+    assert layer.peak_bytes["device"] > linear.peak_bytes["device"]
+    assert layer.busy_seconds["compute"] < linear.busy_seconds["compute"]
+
+
+def test_without_a_gpu_nothing_crosses_a_link():
+    p = replace(problem(machine_=machine(name="cpu")), capabilities=Capabilities())
+    plan = plan_of(
+        p, weights=(0.5, 0, 0.5), tokens=(0.5, 0.25, 0.0, 0.25), updates={(Tier.DEVICE, UpdatePlace.DEVICE): 1.0}
+    )
+    replay = simulate(p, plan)
+    check_busy(p, plan, replay)
+    assert replay.busy_seconds["host_to_device"] == replay.busy_seconds["device_to_host"] == 0.0
+    assert replay.busy_seconds["ssd_read"] > 0 and replay.peak_bytes["host"] == 0
+
+
+def test_a_replay_that_did_less_work_is_found():
+    """The check itself fires: a replay of other fractions is not this plan's."""
+    p = problem()
+    plan, other = plan_of(p), plan_of(p, weights=(0.25, 0.0, 0.75))
+    with pytest.raises(InvalidPlan, match="ssd_read works"):
+        check_busy(p, plan, simulate(p, other))
+    assert busy_seconds(p, plan) != busy_seconds(p, other)
+
+
+def test_it_is_deterministic():
+    p = problem(full=True)
+    plan = plan_of(p, mode=UpdateMode.DEFERRED)
+    assert simulate(p, plan) == simulate(p, plan)
+    assert named_hardware("h100") == named_hardware("h100")
