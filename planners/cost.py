@@ -22,8 +22,8 @@ from planners.schedule import Phase, Step, StepKind, ring_schedule, walk
 FLASH_BACKWARD = 2.5
 """FLOPs of attention's backward over its forward, with scores computed again as flash attention does."""
 EDGE_SLOTS = 1
-BUCKET_PARAMS = 64 * 10**6
-MAX_BUCKETS = 16
+BUCKET_PARAMS = 128 * 10**6
+MAX_BUCKETS = 8
 
 
 @dataclass(frozen=True, kw_only=True)

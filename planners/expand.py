@@ -90,7 +90,8 @@ def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassP
         )
     updates: list[Update] = []
     if entry.trainable_params:
-        keys = list(fractions.updates)
+        # What is stepped on the device comes first: gradients there are the scarcer ones.
+        keys = sorted(fractions.updates, key=lambda key: key[1] is UpdatePlace.CPU)
         counts = whole_numbers(entry.trainable_params, tuple(fractions.updates[key] for key in keys))
         updates = [
             Update(params=count, tier=tier, place=place, deferred=deferred)

@@ -3,7 +3,7 @@
 The plain twin of what the executor does with the same schedule. Each resource does one thing at a time; among the
 operations that are ready, the one with the least key runs. Reading and writing share the drives, and both directions
 share the link, as the hardware's `drive_mix` and `duplex` say: two that run together each run at (1 + share) / 2 of
-their rate. A step is built once (`timeline`) and repeated until it is steady.
+their rate; what computes on the device shares it. A step is built once (`timeline`) and repeated until it is steady.
 """
 
 from __future__ import annotations
@@ -53,8 +53,17 @@ class Simulation:
     """By tier: times and bytes, where events were asked for."""
 
 
-def simulate(problem: Problem, plan: Plan, *, keep_events: bool = False) -> Simulation:
-    """Runs `plan`. Raises `Deadlock`, and what `build_timeline` raises."""
+class Abandoned(RuntimeError):
+    """The simulation was to stop when a step takes longer than somebody cares about."""
+
+
+def simulate(
+    problem: Problem, plan: Plan, *, keep_events: bool = False, abandon_seconds: float = float("inf")
+) -> Simulation:
+    """Runs `plan`. Raises `Deadlock`, and what `build_timeline` raises.
+
+    `Abandoned` as soon as the measured step has taken `abandon_seconds`.
+    """
     timeline = build_timeline(problem, plan)
     hardware = problem.hardware
     run = _Run(
@@ -63,6 +72,7 @@ def simulate(problem: Problem, plan: Plan, *, keep_events: bool = False) -> Simu
         link_rate=(1 + hardware.links.duplex) / 2,
         drive_rate=(1 + hardware.drive_mix) / 2,
         keep_events=keep_events,
+        abandon_seconds=abandon_seconds,
     )
     run.run()
     static = {tier: sum(items.values()) for tier, items in static_bytes(problem, plan).items()}
@@ -102,12 +112,20 @@ class _Run:
     """The event loop over a repeated timeline. Operation `op` of step `s` is number `s * len(timeline) + op`."""
 
     def __init__(
-        self, timeline: Timeline, *, num_steps: int, link_rate: float, drive_rate: float, keep_events: bool
+        self,
+        timeline: Timeline,
+        *,
+        num_steps: int,
+        link_rate: float,
+        drive_rate: float,
+        keep_events: bool = False,
+        abandon_seconds: float = float("inf"),
     ) -> None:
         self.timeline = timeline
         self.num_steps = num_steps
         self.link_rate, self.drive_rate = link_rate, drive_rate
         self.keep_events = keep_events
+        self.abandon_seconds = abandon_seconds
         self.ends = [0.0] * num_steps
         self.peaks = [[0.0] * len(PHASES) for _ in range(2)]
         self.events: list[tuple[int, float, float]] = []
@@ -196,6 +214,7 @@ class _Run:
         left = [0.0] * none
         link_in, link_out = int(Resource.HOST_TO_DEVICE), int(Resource.DEVICE_TO_HOST)
         read, write = int(Resource.SSD_READ), int(Resource.SSD_WRITE)
+        compute, update = int(Resource.COMPUTE), int(Resource.DEVICE_UPDATE)
         rate = [1.0] * none
         while True:
             busy = False
@@ -224,11 +243,15 @@ class _Run:
                 break
             both = active[link_in] >= 0 and active[link_out] >= 0
             rate[link_in] = rate[link_out] = self.link_rate if both else 1.0
+            both = active[compute] >= 0 and active[update] >= 0
+            rate[compute] = rate[update] = 0.5 if both else 1.0
             both = active[read] >= 0 and active[write] >= 0
             rate[read] = rate[write] = self.drive_rate if both else 1.0
             passed = min(left[r] / rate[r] for r in range(none) if active[r] >= 0)
             now += passed
             self.num_events += 1
+            if num_steps > 1 and self.ends[-2] and now - self.ends[-2] > self.abandon_seconds:
+                raise Abandoned(f"a step takes more than {self.abandon_seconds:.6g} s")
             ended = []
             for r in range(none):
                 if active[r] >= 0:

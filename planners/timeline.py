@@ -14,6 +14,9 @@ is built once and repeated.
 [Note: order of credits]
 Whatever is bounded and not held by a dependency is a pool: gradients in HOST, buckets of state in HOST, state in
 DEVICE. They are always acquired in that order, and whoever holds one waits for no earlier one: no circle can close.
+The exception keeps another order. Where every block is updated during its own step's backward, the state of a block is
+read while its backward computes, before its gradients hold their credit. All pools then serve blocks in the order of
+backward, so that the first block that is not done always has what it waits for.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ class Resource(IntEnum):
     SSD_READ = 3
     SSD_WRITE = 4
     CPU = 5
-    NONE = 6
+    DEVICE_UPDATE = 6
+    """Optimizer steps on the device: a stream of high priority, whose kernels run between those of COMPUTE."""
+    NONE = 7
     """Takes no time: a point where several things have happened."""
 
 
@@ -390,7 +395,7 @@ class _Builder:
                 plain += redone
         through_host = self.workload.boundary_bytes if self.knobs.boundary is Tier.HOST and entry.is_layer else 0
         extra = cost.spill_bytes[1] + through_host
-        first = True
+        first, before = True, self.computes[-1]
         for k in reversed(range(n)):
             linear, attention = self._share(k)
             key = turn + (n - 1 - k) / n
@@ -415,7 +420,7 @@ class _Builder:
         if entry.visits_backward:
             self._computed(position)
         if entry.trainable_params:
-            self._update(position, self.computes[-1], float(turn))
+            self._update(position, self.computes[-1], before, float(turn))
 
     def _swap_in(self, position: int, k: int, host: float, nvme: float, extra: float, key: float) -> int:
         n, real, slots = self.chunks, self.real_chunks, self.knobs.buffers.swap_slots
@@ -441,8 +446,8 @@ class _Builder:
             at_finish=((self.host, -moved / n),),
         )  # fmt: skip
 
-    def _update(self, position: int, computed: int, key: float) -> None:
-        """Gradients out, state in, step, everything back."""
+    def _update(self, position: int, computed: int, before: int, key: float) -> None:
+        """Gradients out, state in, step, everything back. `before` is the computation before this backward."""
         c = self.class_at[position]
         entry, placed, workload = self.workload.classes[c], self.placed[c], self.workload
         mode = self.plan.update_mode
@@ -455,8 +460,8 @@ class _Builder:
             )
             self.timeline.acquire[gradient] = (GRADIENTS, each * on_cpu)
         waits: list[tuple[int, int]] = []
-        if mode is UpdateMode.AFTER:
-            waits = [(-1, 0)]  # the end of backward; see _finish
+        if mode is UpdateMode.AFTER or (mode is UpdateMode.DEFERRED and workload.clips):
+            waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
         parts: list[int] = []
         on_device: list[int] = []
         writes: list[int] = []
@@ -470,7 +475,7 @@ class _Builder:
                     self.retained.append((DEVICE, held))
             pieces = self.knobs.buffers.buckets_per_block
             for bucket in range(which * pieces, (which + 1) * pieces):
-                done, wrote = self._bucket(position, update, bucket, gradient, computed, waits, key)
+                done, wrote = self._bucket(position, update, bucket, gradient, computed, before, waits, key)
                 parts.append(done)
                 if update.place is UpdatePlace.DEVICE and not update.deferred:
                     on_device.append(done)
@@ -484,7 +489,7 @@ class _Builder:
             self.gradients_gone.append(self._join(holders, key, ("gradient gone", position, 0)))
 
     def _bucket(
-        self, position: int, update: Update, bucket: int, gradient: int | None, computed: int,
+        self, position: int, update: Update, bucket: int, gradient: int | None, computed: int, before: int,
         waits: list[tuple[int, int]], key: float,
     ) -> tuple[int, int | None]:  # fmt: skip
         """One bucket of a block's update; what makes the new weights, and the write of its state."""
@@ -492,7 +497,7 @@ class _Builder:
         params = update.params / self.knobs.buffers.buckets_per_block
         state = workload.state_bytes_per_param * params
         each = workload.gradient_bytes_per_param * params
-        phase = 2 if waits else (0 if update.deferred else 1)
+        phase = 0 if update.deferred else (2 if waits else 1)
         if update.deferred:
             key = self.timeline.span + position  # its deadline: the next forward
         key += 0.2 + bucket * 1e-4
@@ -501,9 +506,11 @@ class _Builder:
         holder = gradient if update.place is UpdatePlace.CPU and gradient is not None else computed
         source: list[tuple[int, int]] = [(holder, 0), *waits]
         if staged:
+            # See [Note: order of credits]: where updates keep the order of backward, state may come before gradients.
+            ahead = not waits and self.barrier
             read = self.op(
-                Resource.SSD_READ, state, key, list(source), phase, ("read state", position, bucket),
-                at_start=(self.host, state), acquire=(STATES, 1.0),
+                Resource.SSD_READ, state, key, [(before, 0)] if ahead else list(source), phase,
+                ("read state", position, bucket), at_start=(self.host, state), acquire=(STATES, 1.0),
             )  # fmt: skip
             source = [(read, 0), *source]
         speculative = self.plan.update_mode is UpdateMode.SPECULATIVE
@@ -519,7 +526,9 @@ class _Builder:
             moves = update.tier is not Tier.DEVICE and not hardware.unified and state > 0
             if moves:
                 source.append((self._state_in(position, bucket, state, source, key, phase), 0))
-            done = self.op(Resource.COMPUTE, params / device.adamw_params_per_second, key - 0.3, source, phase, label)
+            done = self.op(
+                Resource.DEVICE_UPDATE, params / device.adamw_params_per_second, key - 0.3, source, phase, label
+            )
             if moves:
                 done = self._link_out(position, bucket, state, key, [(done, 0)], phase)
                 self.timeline.release[done] = (DEVICE_STATES, 1.0)

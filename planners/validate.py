@@ -181,7 +181,7 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
     workload, hardware, knobs = problem.workload, problem.hardware, knobs_of(plan)
     counts = fetch_counts(problem, knobs.slots)
     costs = class_costs(problem, knobs.cuts, knobs.decode_scope)
-    compute = cpu = down = up = read = write = 0.0
+    compute = stepped = cpu = down = up = read = write = 0.0
     for c, (entry, placed) in enumerate(zip(workload.classes, plan.classes, strict=True)):
         n, weights = entry.count, placed.weights
         compute += n * (costs[c].forward_seconds + costs[c].backward_seconds)
@@ -210,7 +210,7 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
                 cpu += n * update.params / hardware.host.adamw_params_per_second
                 up += n * workload.gradient_bytes_per_param * update.params
             else:
-                compute += n * update.params / hardware.device.adamw_params_per_second
+                stepped += n * update.params / hardware.device.adamw_params_per_second
                 on_device += update.params
                 if update.tier is not Tier.DEVICE:
                     up += n * state
@@ -241,6 +241,7 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
         "ssd_read": read / hardware.read_bytes_per_second if read else 0.0,
         "ssd_write": write / hardware.write_bytes_per_second if write else 0.0,
         "cpu": cpu,
+        "device_update": stepped,
     }
 
 

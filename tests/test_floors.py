@@ -74,7 +74,7 @@ FLOORS = {
 
 PLANNERS = [
     "errors", "units", "schedule", "placement", "plan", "streaming", "hardware", "model", "architectures",
-    "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy",
+    "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy", "program", "steady", "mip",
 ]  # fmt: skip
 """Each may import those before it."""
 

@@ -134,7 +134,9 @@ def test_work_is_what_the_plan_says_and_no_resource_does_two_things(full, mode, 
     links = p.hardware.links
     busy = replay.busy_seconds
     least = max(
-        busy["compute"], busy["cpu"], (busy["host_to_device"] + busy["device_to_host"]) / (1 + links.duplex),
+        busy["compute"] + busy["device_update"],
+        busy["cpu"],
+        (busy["host_to_device"] + busy["device_to_host"]) / (1 + links.duplex),
         (busy["ssd_read"] + busy["ssd_write"]) / (1 + p.hardware.drive_mix),
     )  # fmt: skip
     if mode is not UpdateMode.DEFERRED:  # whose last step may leave work to the next

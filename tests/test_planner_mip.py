@@ -1,0 +1,187 @@
+"""The optimiser: its programs agree with simulator and checker, its bound is a bound, and it beats the greedy rule."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from planners.cost import capacities
+from planners.errors import PlanInfeasible
+from planners.expand import expand
+from planners.greedy import plan_greedy
+from planners.mip import combinations, plan_optimal
+from planners.placement import UpdateMode, UpdatePlace
+from planners.plan import Plan
+from planners.problem import Capabilities
+from planners.program import Program, SolverFailed, SolverMissing
+from planners.simulate import simulate
+from planners.steady import Freedoms, solve_steady
+from planners.validate import InvalidPlan, busy_seconds, check, floor_seconds
+from tests.planner_cases import MIB, machine, problem
+
+TIGHT = {"device": 24 * MIB, "host": 28 * MIB}
+PROBLEMS = {
+    "adapters": lambda: problem(machine_=machine(**TIGHT)),
+    "adapters in 4 bit": lambda: problem(machine_=machine(**TIGHT), bits=4),
+    "one long sequence": lambda: problem(batch_size=1, seq_len=4096, machine_=machine(device=40 * MIB, host=64 * MIB)),
+    "full": lambda: problem(full=True, machine_=machine(device=40 * MIB, host=48 * MIB)),
+    "full, committed": lambda: problem(full=True, machine_=machine(device=40 * MIB, host=48 * MIB), commit_every=10),
+    "full, clipped": lambda: problem(full=True, clips=True, machine_=machine(device=40 * MIB, host=64 * MIB)),
+    "roomy": lambda: problem(full=True, machine_=machine(device=1 << 33, host=1 << 33)),
+    "no drive": lambda: problem(full=True, machine_=machine(device=40 * MIB, host=1 << 30, nvme=0)),
+    "cpu": lambda: problem(machine_=machine(device=64 * MIB, name="cpu")),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_an_optimal_plan_passes_every_check_and_beats_greedy(name):
+    p = PROBLEMS[name]()
+    plan = plan_optimal(p)
+    replay = check(p, plan)
+    predicted = plan.predicted
+    assert predicted["step_seconds"] == replay.step_seconds
+    assert floor_seconds(p) <= predicted["lower_bound_seconds"] * (1 + 1e-3)
+    assert predicted["lower_bound_seconds"] <= predicted["step_seconds"]
+    assert predicted["step_seconds"] <= plan_greedy(p).predicted["step_seconds"] * 1.02
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan_optimal(p) == plan, "the same problem, another plan"
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_programs_simulator_and_checker_agree(name):
+    """What a program thinks a plan needs and takes is what the simulator finds, for every combination.
+
+    Time: never less than the program's. Work: the checker's sum by hand is the simulator's.
+    """
+    p = PROBLEMS[name]()
+    solved = 0
+    for knobs in combinations(p)[::5]:
+        steady = solve_steady(p, knobs, unit_seconds=floor_seconds(p))
+        if steady is None:
+            continue
+        solved += 1
+        plan = expand(p, knobs, steady.fractions, planner="test")
+        replay = simulate(p, plan)
+        busy = busy_seconds(p, plan)
+        assert all(math.isclose(busy[r], s, rel_tol=1e-6, abs_tol=1e-9) for r, s in replay.busy_seconds.items())
+        assert replay.step_seconds >= steady.bound_seconds * (1 - 1e-3)
+        assert steady.bound_seconds <= steady.step_seconds * (1 + 1e-6)
+        assert max(busy["cpu"], busy["compute"] + busy["device_update"]) <= steady.step_seconds * (1 + 1e-3)
+    assert solved
+
+
+def test_a_certificate_needs_no_trust_in_the_solver():
+    """Minimise x + 2y, x + y >= 3, x <= 2: optimum 4 at (2, 1). Any duals give a bound, the right ones this one."""
+    p = Program()
+    x, y = p.variable(0, 2, 1.0), p.variable(0, 10, 2.0)
+    p.row([(x, 1.0), (y, 1.0)], 3.0, math.inf, "sum")
+    solution = p.solve()
+    assert solution is not None and solution.objective == pytest.approx(4.0)
+    assert p.certified_bound(solution.duals) == pytest.approx(4.0)
+    for dual in (-1.0, 0.0, 0.5, 1.5, 2.0, 3.0):
+        assert p.certified_bound([dual]) <= 4.0 + 1e-12
+
+
+def test_rows_in_bytes_are_still_solved():
+    p = Program()
+    x = p.variable(0, 1, 1.0)
+    p.row([(x, 4e14)], 1e14, math.inf)
+    solution = p.solve()
+    assert solution is not None and solution.values[x] == pytest.approx(0.25)
+
+
+def test_infeasible_time_limit_and_malformed_are_three_things():
+    p = Program()
+    x = p.variable(0, 1, 1.0)
+    p.row([(x, 1.0)], 2.0, math.inf)
+    assert p.solve() is None
+    q = Program()
+    for _ in range(30):
+        q.variable(0, 1, -1.0)
+    for i in range(29):
+        q.row([(i, 1.0), (i + 1, 1.7)], 0.0, 1.3)
+    with pytest.raises(SolverFailed, match="[Tt]ime limit"):
+        q.solve(time_limit_seconds=0.0)
+    with pytest.raises(ValueError, match="finite bounds"):
+        Program().variable(0, math.inf)
+
+
+def test_without_a_solver_it_says_so(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    with pytest.raises(SolverMissing, match="pip install"):
+        plan_optimal(PROBLEMS["adapters"]())
+
+
+def test_infeasible_names_tier_need_and_have():
+    with pytest.raises(PlanInfeasible) as caught:
+        plan_optimal(problem(machine_=machine(device=4 * MIB)))
+    assert caught.value.tier == "device" and caught.value.need_bytes > caught.value.have_bytes == 4 * MIB
+    with pytest.raises(PlanInfeasible):
+        plan_optimal(problem(full=True, machine_=machine(nvme=0, device=20 * MIB, host=12 * MIB)))
+
+
+def test_more_of_anything_never_takes_longer():
+    base = problem(full=True, machine_=machine(device=40 * MIB, host=48 * MIB))
+    bounds = {"base": plan_optimal(base).predicted["lower_bound_seconds"]}
+    for tier in ("device", "host"):
+        more = {"device": 40 * MIB, "host": 48 * MIB}
+        more[tier] *= 2
+        bounds[tier] = plan_optimal(replace(base, hardware=machine(**more))).predicted["lower_bound_seconds"]
+        assert bounds[tier] <= bounds["base"] * (1 + 1e-6)
+
+
+def test_a_freedom_taken_away_is_not_used():
+    p = problem(full=True, machine_=machine(device=40 * MIB, host=48 * MIB))
+    plan = plan_optimal(p, freedoms=Freedoms(nvme_activations=False, device_updates=False, swaps=False))
+    for entry in plan.classes:
+        for split in entry.tokens:
+            assert split.name == "input" or split.recompute_tokens == 256
+        assert all(update.place is UpdatePlace.CPU for update in entry.updates)
+
+
+def test_only_modes_of_the_runtime_are_emitted():
+    p = problem(full=True, machine_=machine(device=48 * MIB, host=96 * MIB))
+    for mode in UpdateMode:
+        q = replace(p, capabilities=Capabilities(update_modes=(mode,), token_chunks=False, device_updates=False))
+        plan = plan_optimal(q)
+        check(q, plan)
+        assert plan.update_mode is mode
+
+
+def test_a_limit_on_writes_is_kept_and_costs_time():
+    p = problem(full=True, machine_=machine(device=40 * MIB, host=48 * MIB))
+    free = plan_optimal(p)
+    written = free.predicted["ssd_bytes_written_per_step"]
+    assert written > 0
+    limited = replace(p, max_written_bytes=int(written * 0.9))
+    try:
+        plan = plan_optimal(limited)
+    except PlanInfeasible:
+        return
+    check(limited, plan)
+    assert plan.predicted["ssd_bytes_written_per_step"] <= written * 0.9 + 1
+
+
+def test_a_plan_that_leaves_its_machine_is_caught():
+    """The checker does not take the optimiser's word: the same plan on a smaller machine."""
+    p = PROBLEMS["full"]()
+    plan = replace(plan_optimal(p), machine="")
+    need = plan.predicted["peak_bytes"]["host"]
+    assert need <= capacities(p)["host"]
+    with pytest.raises(InvalidPlan, match="of host"):
+        check(replace(p, hardware=machine(device=40 * MIB, host=need - MIB)), plan)
+
+
+def test_layers_decide_by_cost():
+    """Slow products make swapping worth while, a slow link makes recomputing worth while."""
+    base = machine(device=24 * MIB, host=1 << 30)
+    slow = replace(base, device=replace(base.device, matmul_flops_per_second=1e11))
+    fast = replace(base, links=replace(base.links, host_to_device_bytes_per_second=1e8))
+    shares = {}
+    for name, hardware in (("slow products", slow), ("slow link", fast)):
+        plan = plan_optimal(problem(batch_size=16, machine_=hardware))
+        tokens = {t.name: t for t in plan.entry("layer").tokens}
+        shares[name] = tokens["up"].recompute_tokens
+    assert shares["slow products"] < 100 and shares["slow link"] > 200
