@@ -7,8 +7,9 @@ Grid: at least 32k tokens a step; the RTX 4090 with 256 GiB, the H100 with 1500 
 write 14 GB/s. Every plan is replayed by the checker.
 
 Anchor: step times that the authors of LoHan publish beside their code (fp16 full fine-tuning, sequence 1024, CPU Adam,
-two Xeon Gold 5320, 768 GB, twelve D7-P5510 in RAID-0). The profile below is set by hand, to these five and to nothing else. Their
-policy is ours with weights and states on NVMe, updates on the CPU during backward, and activations as the LP likes.
+two Xeon Gold 5320, 768 GB, twelve D7-P5510 in RAID-0). The profile below is set by hand, to these five and to nothing
+else. Their policy is ours with weights and states on NVMe, updates on the CPU during backward, and activations as the
+program likes.
 """
 
 import argparse
@@ -135,9 +136,7 @@ def main() -> None:
     result = grid() if arguments.what == "grid" else anchor()
     print(json.dumps(result["summary"], indent=1))
     if arguments.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         head = {
             "commit": asked.stdout.strip(), "command": " ".join(["python -m benchmarks.planner", *sys.argv[1:]]),
             "python": platform.python_version(), "what": "model results; only plan_seconds are measured times",

@@ -16,6 +16,7 @@ from pathlib import Path
 from planners.units import MAX_BYTES, JsonFile, ProblemError, nearest, parse_rate, parse_size
 
 HARDWARE_SCHEMA = "offload-hardware/1"
+MIN_BUDGET_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +301,9 @@ def with_budgets(
     A device budget is of managed bytes, so that nothing of it is reserved.
     """
     device, host = hardware.device, hardware.host
+    for field, size in (("device_memory", device_memory_bytes), ("host_memory", host_memory_bytes)):
+        if size is not None and size < MIN_BUDGET_BYTES:
+            raise ProblemError(f"{field}: {size} bytes is no budget; is the unit missing, as in '{size}GiB'?")
     if device_memory_bytes is not None:
         if device_memory_bytes > device.memory_bytes:
             raise ProblemError(

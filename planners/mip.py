@@ -21,7 +21,8 @@ from planners.placement import Buffers, Cuts, DecodeScope, UpdateMode
 from planners.plan import Plan
 from planners.problem import Problem
 from planners.simulate import Abandoned, Simulation, simulate
-from planners.steady import Freedoms, Steady, solve_steady
+from planners.steady import LOW_PRICE, Freedoms, Steady, solve_steady
+from planners.units import ProblemError
 from planners.validate import floor_seconds
 
 MAX_SIMULATIONS = 10
@@ -29,6 +30,10 @@ MAX_CUTS = 3
 TIGHTENINGS = 4
 GOOD_ENOUGH = 0.002
 """Gap at which the search ends."""
+WEAR_PRICES = (1.0, 0.3, 0.1, 0.03, 0.01)
+WEAR_SLOWDOWN = 0.02
+WEAR_LESS = 0.75
+"""A plan may be so much slower than the fastest if it writes at most this share of what that writes."""
 
 
 @dataclass
@@ -60,6 +65,20 @@ def plan_optimal(problem: Problem, *, freedoms: Freedoms | None = None) -> Plan:
     )  # fmt: skip
 
 
+def plan_any(problem: Problem) -> Plan | None:
+    """The first plan of the enumeration that fits, or None: whether there is one, at the least expense."""
+    unit = floor_seconds(problem)
+    for knobs in combinations(problem):
+        steady = solve_steady(problem, knobs, unit_seconds=unit)
+        if steady is None:
+            continue
+        found = Search()
+        _try(problem, steady, unit, None, found)
+        if found.plan is not None:
+            return found.plan
+    return None
+
+
 def search(problem: Problem, *, freedoms: Freedoms | None = None) -> Search:
     """Enumerates, solves, simulates. The result has no plan where nothing fits."""
     found = Search()
@@ -78,7 +97,35 @@ def search(problem: Problem, *, freedoms: Freedoms | None = None) -> Search:
             break
         if steady.bound_seconds < best * (1 - GOOD_ENOUGH):
             _try(problem, steady, unit, freedoms, found)
+    if found.simulation is not None and found.simulation.busy_seconds["ssd_write"]:
+        _spare_drives(problem, unit, freedoms, found)
     return found
+
+
+def _spare_drives(problem: Problem, unit: float, freedoms: Freedoms | None, found: Search) -> None:
+    """Takes a plan that writes a good deal less, where that costs next to no time: drives wear."""
+    fastest, steady = found.simulation, found.steady
+    if fastest is None or steady is None:
+        return
+    for price in WEAR_PRICES:
+        frugal = solve_steady(problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price)
+        found.num_programs += 1
+        if frugal is None:
+            return
+        slow = frugal.step_seconds > (1 + WEAR_SLOWDOWN) * fastest.step_seconds
+        if slow or frugal.write_seconds > WEAR_LESS * fastest.busy_seconds["ssd_write"]:
+            continue
+        other = Search()
+        _try(problem, frugal, unit, freedoms, other, price=price)
+        found.num_simulations += other.num_simulations
+        spared = other.simulation
+        if (
+            spared is not None
+            and spared.step_seconds <= (1 + WEAR_SLOWDOWN) * fastest.step_seconds
+            and spared.busy_seconds["ssd_write"] <= WEAR_LESS * fastest.busy_seconds["ssd_write"]
+        ):
+            found.plan, found.simulation, found.steady = other.plan, spared, other.steady
+            return
 
 
 def _in_turn(candidates: list[Steady]) -> list[Steady]:
@@ -90,7 +137,9 @@ def _in_turn(candidates: list[Steady]) -> list[Steady]:
     return [steady for turn in rounds for steady in turn if steady is not None]
 
 
-def _try(problem: Problem, steady: Steady, unit: float, freedoms: Freedoms | None, found: Search) -> None:
+def _try(
+    problem: Problem, steady: Steady, unit: float, freedoms: Freedoms | None, found: Search, price: float = LOW_PRICE
+) -> None:
     """Simulates a candidate, tightening what overflows; keeps it if it is the best so far."""
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     current: Steady | None = steady
@@ -112,7 +161,7 @@ def _try(problem: Problem, steady: Steady, unit: float, freedoms: Freedoms | Non
         found.short = found.short or short
         for shortage in short:
             room[shortage.tier] -= 1.05 * (shortage.need_bytes - shortage.have_bytes) + SLACK_BYTES
-        current = solve_steady(problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room)
+        current = solve_steady(problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price)
         found.num_programs += 1
 
 
@@ -185,17 +234,15 @@ def smallest_shortage(problem: Problem) -> list[Shortage]:
             knobs = Knobs(
                 update_mode=_modes(problem)[0], slots=1, cuts=cuts, boundary=boundary, buffers=Buffers(gradient_slots=1)
             )
-            left = room_left(problem, knobs, room)
-            short = [Shortage(t, room[t] - size, room[t], "backward") for t, size in left.items() if size < 0]
-            lack = sum(s.need_bytes - s.have_bytes for s in short)
-            if short and (best is None or lack < best[0]):
-                best = (lack, short)
-    if best is not None:
-        return best[1]
-    # The fixed part fits; what rests does not: all tiers together are too small.
-    workload = problem.workload
-    need = float(sum(e.count * e.stored_bytes for e in workload.classes))
-    need += workload.state_bytes_per_param * workload.trainable_params * (2 if workload.commit_every else 1)
-    need += sum(e.count * e.saved[0].bytes_per_token for e in workload.classes if e.saved) * workload.tokens
-    tier = "nvme" if problem.hardware.drives else ("device" if problem.hardware.unified else "host")
-    return [Shortage(tier, max(need, room[tier] + 1), room[tier], "step")]
+            closest = solve_steady(problem, knobs, unit_seconds=floor_seconds(problem), elastic=True)
+            if closest is None:
+                continue  # a limit on writes that cannot be kept here
+            missing = closest.short_bytes
+            short = [Shortage(tier, room[tier] + size, room[tier], "backward") for tier, size in missing.items()]
+            if short and (best is None or sum(missing.values()) < best[0]):
+                best = (sum(missing.values()), short)
+    if best is None:
+        raise ProblemError(
+            f"max_written: no plan writes as little as {problem.max_written_bytes} bytes a step, whatever the memory"
+        )
+    return best[1]

@@ -38,6 +38,9 @@ RESOURCES = ("compute", "host_to_device", "device_to_host", "ssd_read", "ssd_wri
 PRICES = {"compute": 1.0, "host_to_device": 1.0, "device_to_host": 1.0, "ssd_read": 2.0, "ssd_write": 4.0}
 """What a second of work costs beside time, in units of `price`: ties go to the plan that moves less."""
 PRICE_SUM = sum(PRICES.values())
+LOW_PRICE = 1e-4
+SHORTAGE_PRICE = 1e4
+"""Of a missing GB, in units of time: fitting comes before being fast."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,28 @@ class Steady:
     fractions: list[Fractions]
     seconds_per_gb: dict[str, float]
     """By tier: what one GB more would save."""
+    write_seconds: float
+    """That the drives write in a step, at full rate."""
+    short_bytes: dict[str, float]
+    """By tier: what is missing, where a shortage was allowed at a price (`elastic`)."""
 
 
 class _Builder:
     """Lays out the program for one set of knobs."""
 
     def __init__(
-        self, problem: Problem, knobs: Knobs, freedoms: Freedoms, room: dict[str, float], unit: float, price: float
+        self,
+        problem: Problem,
+        knobs: Knobs,
+        freedoms: Freedoms,
+        room: dict[str, float],
+        unit: float,
+        price: float,
+        elastic: bool,
     ) -> None:
         self.problem, self.knobs, self.freedoms, self.room = problem, knobs, freedoms, room
-        self.unit, self.price = unit, price
+        self.unit, self.price, self.elastic = unit, price, elastic
+        self.missing: dict[str, int] = {}
         self.workload, self.hardware = problem.workload, problem.hardware
         self.unified = problem.hardware.unified
         self.program = Program()
@@ -385,6 +400,9 @@ class _Builder:
             fixed["nvme"] = 2.0 * workload.trainable_params * workload.weight_bytes_per_param
         for tier, terms in self.held.items():
             room = self.room[tier] * (1 - 1e-6) - fixed[tier]
+            if self.elastic:
+                self.missing[tier] = program.variable(0.0, 1e6, SHORTAGE_PRICE)
+                terms = [*terms, (self.missing[tier], -1.0)]
             if terms or room < 0:
                 program.at_most(terms, room / GB, tier)
         if self.problem.max_written_bytes is not None:
@@ -399,16 +417,19 @@ def solve_steady(
     knobs: Knobs,
     *,
     unit_seconds: float,
-    price: float = 1e-4,
+    price: float = LOW_PRICE,
     freedoms: Freedoms | None = None,
     room: dict[str, float] | None = None,
+    elastic: bool = False,
 ) -> Steady | None:
     """The best fractions for `knobs`; None if nothing fits. `unit_seconds` scales time, about a step.
+
+    `elastic` lets tiers overflow, as little as possible, and says by how much.
 
     `room` replaces the capacities, bytes by tier. Raises what `Program.solve` raises.
     """
     space = room or {tier: float(size) for tier, size in capacities(problem).items()}
-    builder = _Builder(problem, knobs, freedoms or Freedoms(), space, unit_seconds, price)
+    builder = _Builder(problem, knobs, freedoms or Freedoms(), space, unit_seconds, price, elastic)
     columns = builder.build()
     solution = builder.program.solve()
     if solution is None:
@@ -435,4 +456,10 @@ def _read(builder: _Builder, columns: list[ClassVariables], solution: Solution) 
         bound_seconds=bound * unit,
         fractions=fractions,
         seconds_per_gb={tier: dual * unit for tier, dual in duals.items()},
+        write_seconds=unit
+        * sum(
+            builder.fixed[phase, "ssd_write"] + sum(x[v] * s for v, s in builder.busy[phase, "ssd_write"])
+            for phase in builder.phases
+        ),
+        short_bytes={tier: x[v] * GB for tier, v in builder.missing.items() if x[v] * GB > 1},
     )

@@ -75,6 +75,7 @@ FLOORS = {
 PLANNERS = [
     "errors", "units", "schedule", "placement", "plan", "streaming", "hardware", "model", "architectures",
     "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy", "program", "steady", "mip",
+    "policies", "explain", "render", "command", "__main__",
 ]  # fmt: skip
 """Each may import those before it."""
 

@@ -9,13 +9,14 @@ from planners.cost import capacities
 from planners.errors import PlanInfeasible
 from planners.expand import expand
 from planners.greedy import plan_greedy
-from planners.mip import combinations, plan_optimal
+from planners.mip import combinations, plan_any, plan_optimal
 from planners.placement import UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Capabilities
 from planners.program import Program, SolverFailed, SolverMissing
 from planners.simulate import simulate
 from planners.steady import Freedoms, solve_steady
+from planners.units import ProblemError
 from planners.validate import InvalidPlan, busy_seconds, check, floor_seconds
 from tests.planner_cases import MIB, machine, problem
 
@@ -150,18 +151,31 @@ def test_only_modes_of_the_runtime_are_emitted():
         assert plan.update_mode is mode
 
 
-def test_a_limit_on_writes_is_kept_and_costs_time():
-    p = problem(full=True, machine_=machine(device=40 * MIB, host=48 * MIB))
+def test_a_limit_on_writes_is_kept_or_refused():
+    """Eight times the host memory would need no writes at all: what is written here is what memory lacks."""
+    p = problem(full=True, batch_size=16, machine_=machine(device=44 * MIB, host=32 * MIB))
     free = plan_optimal(p)
     written = free.predicted["ssd_bytes_written_per_step"]
     assert written > 0
-    limited = replace(p, max_written_bytes=int(written * 0.9))
-    try:
-        plan = plan_optimal(limited)
-    except PlanInfeasible:
-        return
+    limited = replace(p, max_written_bytes=int(written * 1.01))
+    plan = plan_optimal(limited)
     check(limited, plan)
-    assert plan.predicted["ssd_bytes_written_per_step"] <= written * 0.9 + 1
+    assert plan.predicted["ssd_bytes_written_per_step"] <= written * 1.01
+    with pytest.raises((PlanInfeasible, ProblemError)):
+        plan_optimal(replace(p, max_written_bytes=1))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_reported_short_would_be_enough(full):
+    """The shortage is the least: with it, and a little for what the programs do not see, a plan is found."""
+    small = {"device": (26 if full else 18) * MIB, "host": 4 * MIB}
+    p = problem(full=full, machine_=machine(**small))
+    with pytest.raises(PlanInfeasible) as caught:
+        plan_optimal(p)
+    needs = caught.value.needs
+    assert needs and all(need > capacities(p)[tier] for tier, need in needs.items())
+    enough = {**small, **{tier: int(need * 1.15) for tier, need in needs.items() if tier != "nvme"}}
+    assert plan_any(replace(p, hardware=machine(**enough))) is not None
 
 
 def test_a_plan_that_leaves_its_machine_is_caught():

@@ -20,6 +20,7 @@ from typing import NoReturn, Protocol, cast
 from offload_rt.errors import ConfigError, DataError, OffloadError, PlanInfeasible, nearest
 
 COMMANDS = {
+    "plan": "what would happen, before anything does: no GPU, no weights, no torch",
     "train": "fine-tune a model on your data",
     "doctor": "what this machine offers, tried out; paste it into an issue",
     "clean": "list, and with --yes remove, weight stores that no run uses",

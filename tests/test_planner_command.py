@@ -1,0 +1,181 @@
+"""`offload-rt plan`: a page, files, errors that help; without torch."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload_rt.cli.main import main
+from planners.explain import advise, ways_out
+from planners.hardware import named_hardware
+from planners.plan import Plan
+from planners.policies import NAMES, plan_by_policy
+from planners.units import ProblemError
+from planners.validate import check
+from tests.planner_cases import MIB, TINY, machine, problem
+
+QLORA = ["plan", "--model", "llama3-8b", "--gpu", "rtx4060ti", "--bits", "4", "--nvme", "1TB@7.0r/5.0w", "--no-advice"]
+
+
+def test_the_page_answers_what_rests_where_and_how_long(capsys):
+    assert main([*QLORA, "--seq-len", "2048"]) == 0
+    text = capsys.readouterr().out
+    for said in ("tokens/s", "lower bound", "what binds", "memory at its peak", "where things rest", "peak by phase"):
+        assert said in text
+    assert text.startswith("llama3-8b, adapters, 1 x 2048 tokens a step, on rtx4060ti: 15 GiB device")
+
+
+def test_files_hold_the_plan_the_page_and_the_trace(tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("plan.json", "plan.html", "plan.trace")}
+    argv = ["--json", str(files["plan.json"]), "--html", str(files["plan.html"]), "--trace", str(files["plan.trace"])]
+    assert main([*QLORA, *argv]) == 0
+    report = json.loads(files["plan.json"].read_text())
+    predicted = report["predicted"]
+    for key in ("step_seconds", "tokens_per_second", "flops_per_second", "lower_bound_seconds", "gap",
+                "ssd_bytes_written_per_step"):  # fmt: skip
+        assert isinstance(predicted[key], (int, float)), key
+    assert set(predicted["peak_bytes"]) == {"device", "host", "nvme"}
+    assert set(predicted["busy_seconds"]) >= {"compute", "host_to_device", "device_to_host", "ssd_read", "cpu"}
+    assert set(predicted["phase_peak_bytes"]["device"]) == {"ingest", "forward", "backward", "update", "save", "resume"}
+    assert Plan.from_json(json.dumps(report["plan"])).predicted == predicted
+    page = files["plan.html"].read_text()
+    assert page.count("<svg") >= 2 and not re.search(r"(src|href)=|https?://", page)
+    events = json.loads(files["plan.trace"].read_text())["traceEvents"]
+    compute = [e for e in events if e["ph"] == "X" and e["tid"] == 0]
+    assert sum(e["dur"] for e in compute) / 1e6 == pytest.approx(predicted["busy_seconds"]["compute"], rel=1e-6)
+
+
+def test_json_on_standard_output_is_only_json(capsys):
+    assert main([*QLORA, "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["schema"] == "offload-plan-report/1" and "tokens/s" in err
+
+
+def test_a_sweep_is_a_table_and_names_what_does_not_fit(tmp_path, capsys):
+    argv = ["plan", "--model", "llama3-8b", "--gpu", "rtx3060", "--nvme", "none", "--no-advice"]
+    path = tmp_path / "sweep.json"
+    assert main([*argv, "--sweep", "host-memory=4GiB,64GiB", "--json", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "4GiB  does not fit" in text and re.search(r"64GiB +[\d.]+ s", text)
+    rows = json.loads(path.read_text())["sweep"]
+    assert "infeasible" in rows[0] and rows[1]["tokens_per_second"] > 0
+
+
+def test_infeasible_says_what_is_short_and_ways_out_that_work(capsys):
+    argv = [
+        "plan",
+        "--model",
+        "llama3-70b",
+        "--gpu",
+        "rtx4090",
+        "--host-memory",
+        "8GiB",
+        "--nvme",
+        "none",
+        "--bits",
+        "4",
+    ]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert "short by" in error and "What would fit: " in error and "2 TB of NVMe" in error
+
+
+def test_every_way_out_was_planned():
+    from planners.errors import PlanInfeasible
+    from planners.mip import plan_optimal
+
+    p = problem(machine_=machine(device=4 * MIB))
+    with pytest.raises(PlanInfeasible) as caught:
+        plan_optimal(p)
+    assert 1 <= len(ways_out(p, caught.value)) <= 3
+
+
+def test_advice_is_what_planning_again_gives():
+    from dataclasses import replace
+
+    from planners.mip import plan_optimal
+
+    p = problem(full=True, machine_=machine(device=40 * MIB, host=48 * MIB))
+    plan = plan_optimal(p)
+    advice = {a.change: a for a in advise(p, plan)}
+    more = replace(p, hardware=replace(p.hardware, drives=p.hardware.drives * 2))
+    again = plan_optimal(more).predicted
+    assert advice["one more SSD"].step_seconds == again["step_seconds"]
+    assert advice["one more SSD"].gain == again["tokens_per_second"] / plan.predicted["tokens_per_second"] - 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_policy_is_a_plan_like_any_other(name):
+    p = problem(full=True, machine_=machine(device=40 * MIB, host=1 << 30))
+    plan = plan_by_policy(p, name)
+    check(p, plan)
+    if name == "zero-infinity":
+        assert all(entry.weights.nvme_bytes == entry.weights.total_bytes for entry in plan.classes)
+    best = plan_by_policy(p, "optimal").predicted["step_seconds"]
+    assert plan.predicted["step_seconds"] >= best * 0.98
+
+
+def test_an_unknown_policy_gets_the_nearest():
+    with pytest.raises(ProblemError, match="did you mean 'zero-infinity'"):
+        plan_by_policy(problem(), "zero-infinty")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--model", "llama3-80b"], "did you mean 'llama3-8"),
+        (["--model", "llama3-8b", "--gpu", "rtx9090"], "gpu: unknown"),
+        (["--model", "llama3-8b", "--gpu", "h100", "--hardware", "x"], "give one of the two"),
+        (["--model", "llama3-8b", "--hardware", "nowhere.json"], "nowhere.json: No such file"),
+        (["--model", "llama3-8b", "--full", "--bits", "4"], "4-bit weights are frozen"),
+        (["--model", "llama3-8b", "--full", "--adapters", "lora:r=8"], "give one of the two"),
+        (["--model", "llama3-8b", "--adapters", "lora:q=8"], "cannot read 'q=8'"),
+        (["--model", "llama3-8b", "--adapters", "lora:r=0"], "between 1 and"),
+        (["--model", "llama3-8b", "--adapters", "dora:r=8"], "unknown kind"),
+        (["--model", "llama3-8b", "--host-memory", "64"], "is the unit missing, as in '64GiB'"),
+        (["--model", "llama3-8b", "--host-memory", "64GX"], "unknown unit"),
+        (["--model", "llama3-8b", "--device-memory", "48GiB"], "more than rtx4090 has"),
+        (["--model", "llama3-8b", "--nvme", "2TB@7/5"], "cannot read the rates"),
+        (["--model", "llama3-8b", "--batch-size", "0"], "batch_size"),
+        (["--model", "llama3-8b", "--commit-every", "-1"], "commit_every"),
+        (["--model", "llama3-8b", "--policy", "magic"], "policy: unknown"),
+        (["--model", "llama3-8b", "--sweep", "colour=red"], "sweep: cannot read"),
+        (["--model", "llama3-8b", "--sweep", "seq-len=x"], "not a whole number"),
+        (["--model", "llama3-8b", "--sequence-len", "1"], "unknown option"),
+        (["--model", "llama3-8b", "--json", "/nowhere/x", "--no-advice"], "/nowhere/x: cannot be written"),
+    ],
+)
+def test_a_wrong_call_is_one_line(argv, message, capsys):
+    code = main(["plan", *argv])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_configuration_and_a_profile_from_files(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "machine.json").write_text(named_hardware("laptop").to_json())
+    argv = ["plan", "--model", str(tmp_path), "--hardware", str(tmp_path / "machine.json"), "--no-advice"]
+    assert main(argv) == 0
+    assert "on laptop" in capsys.readouterr().out
+
+
+def test_planning_imports_no_torch_and_the_package_runs_alone():
+    root = Path(__file__).resolve().parents[1]
+    code = (
+        "import sys; from offload_rt.cli.main import main\n"
+        f"assert main({QLORA!r}) == 0\n"
+        "print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    alone = subprocess.run(
+        [sys.executable, "-m", "planners", *QLORA[1:]], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert alone.returncode == 0 and "tokens/s" in alone.stdout
+    wrong = subprocess.run(
+        [sys.executable, "-m", "planners", "--model", "x"], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert wrong.returncode == 2 and "planners: error: model: unknown" in wrong.stderr
