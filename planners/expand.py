@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from planners.cost import EDGE_SLOTS, Knobs, buckets, static_bytes
-from planners.placement import ClassPlan, Split, Tier, TokenSplit, Update, UpdatePlace
+from planners.placement import ClassPlan, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
 from planners.plan import Plan, Ring
 from planners.problem import BlockClass, Problem
 from planners.simulate import Simulation
@@ -125,6 +125,7 @@ def with_prediction(
         "phase_peak_bytes": phase_peaks(problem, plan, simulation),
         "ssd_bytes_written_per_step": round(written),
         "days_to_endurance": None,
+        "expected_redo_seconds": expected_redo_seconds(problem, plan),
         **more,
     }
     if written and hardware.endurance_bytes:
@@ -137,6 +138,30 @@ def with_prediction(
         if moving > 0:
             items[tier]["activations, gradients and state in flight"] = moving
     return replace(plan, predicted=predicted, peak_bytes=items)
+
+
+def expected_redo_seconds(problem: Problem, plan: Plan) -> float:
+    """What doing speculative updates again costs a step on average; not part of `step_seconds`.
+
+    All updates once more, as fast as their slowest resource, in one step of `1 / redo_probability`.
+    """
+    if plan.update_mode is not UpdateMode.SPECULATIVE:
+        return 0.0
+    workload, hardware = problem.workload, problem.hardware
+    cpu = device = state = 0.0
+    for entry, placed in zip(workload.classes, plan.classes, strict=True):
+        for update in placed.updates:
+            params = entry.count * update.params
+            if update.place is UpdatePlace.CPU:
+                cpu += params / hardware.host.adamw_params_per_second
+            else:
+                device += params / hardware.device.adamw_params_per_second
+            state += workload.state_bytes_per_param * params if update.tier is Tier.NVME else 0
+    drives = 0.0
+    if state:
+        both = state / hardware.read_bytes_per_second + state / hardware.write_bytes_per_second
+        drives = both / (1 + hardware.drive_mix)
+    return workload.redo_probability * max(cpu, device, drives)
 
 
 INGEST_SLAB_BYTES = 32 * 2**20

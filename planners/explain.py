@@ -41,7 +41,7 @@ def _upgrades(problem: Problem, plan: Plan) -> Iterator[tuple[str, Problem, Free
     double = replace(workload, batch_size=2 * workload.batch_size)
     larger = f"batch {double.batch_size} instead of {workload.batch_size}"
     yield larger, replace(problem, workload=double), Freedoms()
-    if any(split.nvme_tokens for entry in plan.classes for split in entry.tokens):
+    if any(split.nvme_tokens for entry in plan.classes for split in entry.tokens if split.name != "input"):
         yield "no activations on NVMe but inputs", problem, Freedoms(nvme_activations=False)
 
 
@@ -72,10 +72,10 @@ def _ways(problem: Problem, short: PlanInfeasible) -> Iterator[tuple[str, Proble
             replace(problem, workload=replace(workload, commit_every=None)),
         )
     have = capacities(problem)
+    if len(short.needs) > 1:
+        yield _all_at_once(problem, short)
     if "nvme" in short.needs or not hardware.drives:
-        base = hardware.drives[-1] if hardware.drives else Drive(
-            capacity_bytes=2 * 10**12, read_bytes_per_second=6.8e9, write_bytes_per_second=5e9
-        )  # fmt: skip
+        base = hardware.drives[-1] if hardware.drives else _usual_drive(2 * 10**12)
         for size in (2, 4, 8, 16, 32):
             drive = replace(base, capacity_bytes=size * 10**12)
             if size * 10**12 > have["nvme"]:
@@ -97,11 +97,32 @@ def _ways(problem: Problem, short: PlanInfeasible) -> Iterator[tuple[str, Proble
             )
 
 
+def _all_at_once(problem: Problem, short: PlanInfeasible) -> tuple[str, Problem]:
+    """Every tier that is short with what it lacks, and a tenth for what shows only when a step is simulated."""
+    hardware, said = problem.hardware, []
+    for tier, need in short.needs.items():
+        size = -(-int(1.1 * need) // GIB) * GIB
+        said.append(f"{tier}_memory {format_bytes(size)}" if tier != "nvme" else f"{format_bytes(size)} of NVMe")
+        if tier == "device":
+            size += hardware.device.reserve_bytes
+            hardware = replace(hardware, device=replace(hardware.device, memory_bytes=size))
+        elif tier == "host":
+            hardware = replace(hardware, host=replace(hardware.host, memory_bytes=size))
+        else:
+            drive = replace(hardware.drives[-1], capacity_bytes=size) if hardware.drives else _usual_drive(size)
+            hardware = replace(hardware, drives=(drive,))
+    return " and ".join(said), replace(problem, hardware=hardware)
+
+
+def _usual_drive(num_bytes: int) -> Drive:
+    return Drive(capacity_bytes=num_bytes, read_bytes_per_second=6.8e9, write_bytes_per_second=5e9)
+
+
 def ways_out(problem: Problem, short: PlanInfeasible) -> list[str]:
     """Up to three changes with which a plan was found, at most one of each kind."""
     found: dict[str, str] = {}
     for change, other in _ways(problem, short):
-        kind = change.split(" ")[0] if not change[0].isdigit() else "nvme"
+        kind = "all" if " and " in change else change.split(" ")[0] if not change[0].isdigit() else "nvme"
         if kind in found:
             continue
         if plan_any(other) is None:
@@ -112,10 +133,15 @@ def ways_out(problem: Problem, short: PlanInfeasible) -> list[str]:
     return list(found.values())
 
 
-def binding(plan: Plan) -> str:
-    """The resource that works for the largest share of a step."""
-    busy: dict[str, float] = dict(plan.predicted["busy_seconds"])
-    busy["compute"] += busy.pop("device_update")
-    busy["ssd"] = busy["ssd_read"] + busy["ssd_write"]
-    most = max(busy, key=lambda name: busy[name])
-    return f"{most.replace('_', ' ')} ({busy[most] / plan.predicted['step_seconds']:.0%} of a step)"
+def binding(problem: Problem, plan: Plan) -> str:
+    """The resource that works for the largest share of a step; what shares a link or the drives counts together."""
+    busy: dict[str, float] = plan.predicted["busy_seconds"]
+    hardware = problem.hardware
+    shares = {
+        "compute": busy["compute"] + busy["device_update"],
+        "the link": (busy["host_to_device"] + busy["device_to_host"]) / (1 + hardware.links.duplex),
+        "the drives": (busy["ssd_read"] + busy["ssd_write"]) / (1 + hardware.drive_mix),
+        "the CPU": busy["cpu"],
+    }
+    most = max(shares, key=lambda name: shares[name])
+    return f"{most} ({shares[most] / plan.predicted['step_seconds']:.0%} of a step)"

@@ -12,21 +12,23 @@ the enumeration takes less.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from planners.cost import Knobs, capacities
 from planners.expand import expand, with_prediction
 from planners.greedy import SLACK_BYTES, Shortage, boundaries, chunk_choices, infeasible, room_left, shortages
-from planners.placement import Buffers, Cuts, DecodeScope, UpdateMode
+from planners.placement import Buffers, DecodeScope, UpdateMode
 from planners.plan import Plan
 from planners.problem import Problem
 from planners.simulate import Abandoned, Simulation, simulate
-from planners.steady import LOW_PRICE, Freedoms, Steady, solve_steady
+from planners.steady import LOW_PRICE, SHORTAGE_PRICES, Freedoms, Steady, solve_steady
 from planners.units import ProblemError
 from planners.validate import floor_seconds
 
 MAX_SIMULATIONS = 10
 MAX_CUTS = 3
+"""Sizes of chunks that are compared, of those that fit."""
 TIGHTENINGS = 4
 GOOD_ENOUGH = 0.002
 """Gap at which the search ends."""
@@ -68,7 +70,7 @@ def plan_optimal(problem: Problem, *, freedoms: Freedoms | None = None) -> Plan:
 def plan_any(problem: Problem) -> Plan | None:
     """The first plan of the enumeration that fits, or None: whether there is one, at the least expense."""
     unit = floor_seconds(problem)
-    for knobs in combinations(problem):
+    for knobs in itertools.chain.from_iterable(combinations(problem)):
         steady = solve_steady(problem, knobs, unit_seconds=unit)
         if steady is None:
             continue
@@ -84,12 +86,19 @@ def search(problem: Problem, *, freedoms: Freedoms | None = None) -> Search:
     found = Search()
     unit = floor_seconds(problem)
     candidates: list[Steady] = []
-    for knobs in combinations(problem):
-        steady = solve_steady(problem, knobs, unit_seconds=unit, freedoms=freedoms)
-        found.num_programs += 1
-        if steady is not None:
-            candidates.append(steady)
-            found.bound_seconds = min(found.bound_seconds, steady.bound_seconds)
+    sizes: set[int] = set()
+    for group in combinations(problem):
+        if group and group[0].slots == 1 and group[0].cuts.chunk_tokens in sizes:
+            continue
+        for knobs in group:
+            steady = solve_steady(problem, knobs, unit_seconds=unit, freedoms=freedoms)
+            found.num_programs += 1
+            if steady is not None:
+                candidates.append(steady)
+                sizes.add(knobs.cuts.chunk_tokens)
+                found.bound_seconds = min(found.bound_seconds, steady.bound_seconds)
+        if len(sizes) >= MAX_CUTS:
+            break
     # Stable: ties keep the order of the enumeration, simple combinations first.
     for steady in _in_turn(sorted(candidates, key=lambda s: s.step_seconds)):
         best = found.simulation.step_seconds if found.simulation else float("inf")
@@ -165,8 +174,8 @@ def _try(
         found.num_programs += 1
 
 
-def combinations(problem: Problem) -> list[Knobs]:
-    """The discrete choices, the simple ones first; those that cannot fit are left out."""
+def combinations(problem: Problem) -> Iterator[list[Knobs]]:
+    """The discrete choices, by size of chunk, coarse ones first; those that cannot fit are left out."""
     workload = problem.workload
     scopes = [DecodeScope.LINEAR]
     if any(entry.decoded_bytes for entry in workload.classes):
@@ -174,14 +183,11 @@ def combinations(problem: Problem) -> list[Knobs]:
     gradient_slots = (2, 3, 1) if workload.mutable else (2,)
     swap_slots = (2,) if workload.mutable else (2, 3)
     room = {tier: float(size) for tier, size in capacities(problem).items()}
-    found: list[Knobs] = []
-    num_cuts = 0
-    last: Cuts | None = None
-    for cuts in chunk_choices(problem):
-        if num_cuts >= MAX_CUTS and (last is None or cuts.chunk_tokens != last.chunk_tokens):
-            break
+    by_size = itertools.groupby(chunk_choices(problem), key=lambda cuts: cuts.chunk_tokens)
+    for _, group in by_size:
         own = [
             knobs
+            for cuts in group
             for mode, slots, gradients, swaps, boundary, scope in itertools.product(
                 _modes(problem), (2, 3, 1), gradient_slots, swap_slots, boundaries(problem, cuts), scopes
             )
@@ -195,12 +201,8 @@ def combinations(problem: Problem) -> list[Knobs]:
             )
         ]  # fmt: skip
         # One slot serves only where two do not fit.
-        roomy = [knobs for knobs in own if knobs.slots > 1]
-        found += roomy or own
-        if own and (last is None or cuts.chunk_tokens != last.chunk_tokens):
-            num_cuts += 1
-            last = cuts
-    return found
+        yield [knobs for knobs in own if knobs.slots > 1]
+        yield [knobs for knobs in own if knobs.slots == 1]
 
 
 def _may_fit(problem: Problem, knobs: Knobs, room: dict[str, float]) -> bool:
@@ -239,8 +241,9 @@ def smallest_shortage(problem: Problem) -> list[Shortage]:
                 continue  # a limit on writes that cannot be kept here
             missing = closest.short_bytes
             short = [Shortage(tier, room[tier] + size, room[tier], "backward") for tier, size in missing.items()]
-            if short and (best is None or sum(missing.values()) < best[0]):
-                best = (sum(missing.values()), short)
+            lack = sum(SHORTAGE_PRICES[tier] * size for tier, size in missing.items())
+            if short and (best is None or lack < best[0]):
+                best = (lack, short)
     if best is None:
         raise ProblemError(
             f"max_written: no plan writes as little as {problem.max_written_bytes} bytes a step, whatever the memory"

@@ -97,6 +97,11 @@ class Program:
         highs.passModel(lp)
         highs.run()
         status = highs.getModelStatus()
+        if status in (highspy.HighsModelStatus.kNotset, highspy.HighsModelStatus.kUnknown):
+            highs.setOptionValue("presolve", "off")  # what presolve stumbled over is solved without it
+            highs.clearSolver()
+            highs.run()
+            status = highs.getModelStatus()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
         if status != highspy.HighsModelStatus.kOptimal:

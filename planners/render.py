@@ -59,7 +59,7 @@ def page(problem: Problem, plan: Plan, advice: Sequence[Advice] = ()) -> str:
         lines.append(f"lower bound {seconds(p['lower_bound_seconds'])}, gap {p['gap']:.1%}   ({plan.planner})")
     else:
         lines.append(f"no lower bound   ({plan.planner})")
-    lines += [f"what binds: {binding(plan)}", "", "memory at its peak"]
+    lines += [f"what binds: {binding(problem, plan)}", "", "memory at its peak"]
     for tier, capacity in capacities(problem).items():
         need = p["peak_bytes"][tier]
         if capacity:
@@ -73,6 +73,10 @@ def page(problem: Problem, plan: Plan, advice: Sequence[Advice] = ()) -> str:
     for resource, busy in p["busy_seconds"].items():
         lines.append(f"  {LANES[resource]:<16} {bar([busy], step)} {seconds(busy):>10}  {busy / step:.0%}")
     lines += ["", f"how: {choices(plan)}"]
+    if p["expected_redo_seconds"]:
+        lines.append(
+            f"a step that must be clipped is done again: {seconds(p['expected_redo_seconds'])} a step on average"
+        )
     written = p["ssd_bytes_written_per_step"]
     wear = f"{format_bytes(written)} written to the drives a step"
     if p["days_to_endurance"] is not None:

@@ -39,8 +39,8 @@ PRICES = {"compute": 1.0, "host_to_device": 1.0, "device_to_host": 1.0, "ssd_rea
 """What a second of work costs beside time, in units of `price`: ties go to the plan that moves less."""
 PRICE_SUM = sum(PRICES.values())
 LOW_PRICE = 1e-4
-SHORTAGE_PRICE = 1e4
-"""Of a missing GB, in units of time: fitting comes before being fast."""
+SHORTAGE_PRICES = {"device": 1e4, "host": 1e3, "nvme": 1e2}
+"""Of a missing GB, in units of time: fitting comes before being fast, and what is cheap to buy may be short first."""
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ class _Builder:
         for tier, terms in self.held.items():
             room = self.room[tier] * (1 - 1e-6) - fixed[tier]
             if self.elastic:
-                self.missing[tier] = program.variable(0.0, 1e6, SHORTAGE_PRICE)
+                self.missing[tier] = program.variable(0.0, 1e6, SHORTAGE_PRICES[tier])
                 terms = [*terms, (self.missing[tier], -1.0)]
             if terms or room < 0:
                 program.at_most(terms, room / GB, tier)
