@@ -55,7 +55,7 @@ def plan_optimal(problem: Problem, *, freedoms: Freedoms | None = None) -> Plan:
     """The best plan found, with its bound. `PlanInfeasible` where none fits; raises `SolverMissing`, `SolverFailed`."""
     found = search(problem, freedoms=freedoms)
     if found.plan is None or found.simulation is None or found.steady is None:
-        raise infeasible(found.short or smallest_shortage(problem))
+        raise infeasible(found.short or smallest_shortage(problem, freedoms))
     return with_prediction(
         problem,
         found.plan,
@@ -227,8 +227,11 @@ def _modes(problem: Problem) -> list[UpdateMode]:
     return wanted[:1] if problem.workload.pinned else wanted
 
 
-def smallest_shortage(problem: Problem) -> list[Shortage]:
-    """What is short in the combination that comes closest, where no program has a solution at all."""
+def smallest_shortage(problem: Problem, freedoms: Freedoms | None = None) -> list[Shortage]:
+    """What is short in the combination that comes closest, where no program has a solution at all.
+
+    Raises `ProblemError` where no memory would help.
+    """
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     best: tuple[float, list[Shortage]] | None = None
     for cuts in chunk_choices(problem):
@@ -236,16 +239,18 @@ def smallest_shortage(problem: Problem) -> list[Shortage]:
             knobs = Knobs(
                 update_mode=_modes(problem)[0], slots=1, cuts=cuts, boundary=boundary, buffers=Buffers(gradient_slots=1)
             )
-            closest = solve_steady(problem, knobs, unit_seconds=floor_seconds(problem), elastic=True)
+            closest = solve_steady(problem, knobs, unit_seconds=floor_seconds(problem), freedoms=freedoms, elastic=True)
             if closest is None:
-                continue  # a limit on writes that cannot be kept here
+                continue
             missing = closest.short_bytes
             short = [Shortage(tier, room[tier] + size, room[tier], "backward") for tier, size in missing.items()]
             lack = sum(SHORTAGE_PRICES[tier] * size for tier, size in missing.items())
             if short and (best is None or lack < best[0]):
                 best = (lack, short)
-    if best is None:
+    if best is None and problem.max_written_bytes is not None:
         raise ProblemError(
             f"max_written: no plan writes as little as {problem.max_written_bytes} bytes a step, whatever the memory"
         )
+    if best is None:
+        raise ProblemError("policy: leaves no place for something that this machine has to hold")
     return best[1]
