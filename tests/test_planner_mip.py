@@ -31,6 +31,7 @@ PROBLEMS = {
     "full, clipped": lambda: problem(full=True, clips=True, machine_=machine(device=40 * MIB, host=64 * MIB)),
     "roomy": lambda: problem(full=True, machine_=machine(device=1 << 33, host=1 << 33)),
     "no drive": lambda: problem(full=True, machine_=machine(device=40 * MIB, host=1 << 30, nvme=0)),
+    "small drive": lambda: problem(full=True, machine_=machine(device=40 * MIB, host=64 * MIB, nvme=12 * MIB)),
     "cpu": lambda: problem(machine_=machine(device=64 * MIB, name="cpu")),
 }
 
@@ -66,6 +67,8 @@ def test_programs_simulator_and_checker_agree(name):
         replay = simulate(p, plan)
         busy = busy_seconds(p, plan)
         assert all(math.isclose(busy[r], s, rel_tol=1e-6, abs_tol=1e-9) for r, s in replay.busy_seconds.items())
+        # Whole tokens and bytes: a plan of so few tokens may round up by a few KiB.
+        assert replay.peak_bytes["nvme"] <= capacities(p)["nvme"] * 1.005
         assert replay.step_seconds >= steady.bound_seconds * (1 - 1e-3)
         assert steady.bound_seconds <= steady.step_seconds * (1 + 1e-6)
         assert max(busy["cpu"], busy["compute"] + busy["device_update"]) <= steady.step_seconds * (1 + 1e-3)
@@ -132,6 +135,32 @@ def test_more_of_anything_never_takes_longer():
         more[tier] *= 2
         bounds[tier] = plan_optimal(replace(base, hardware=machine(**more))).predicted["lower_bound_seconds"]
         assert bounds[tier] <= bounds["base"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("share, fits", [(0.98, False), (1.02, True)])
+def test_what_changes_has_two_slots_on_the_drive(share, fits):
+    """Weights and state on the drive alone, activations elsewhere: twice their bytes, and no byte less."""
+    p = problem(full=True)
+    on_drive = sum(e.count * (e.stored_bytes + 12 * e.trainable_params) for e in p.workload.classes)
+    p = replace(p, hardware=machine(device=1 << 32, host=1 << 32, nvme=int(2 * on_drive * share)))
+    freedoms = Freedoms(weights=(False, False, True), states=(False, False, True))
+    knobs = next(itertools.chain.from_iterable(combinations(p)))
+    steady = solve_steady(p, knobs, unit_seconds=floor_seconds(p), freedoms=freedoms)
+    assert (steady is not None) is fits
+
+
+def test_what_overflows_in_simulation_is_tightened(monkeypatch):
+    """The simulator is made to find 32 MiB more in HOST than there are; the plan leaves them free."""
+    p = problem(full=True, batch_size=16, machine_=machine(device=64 * MIB, host=96 * MIB))
+    assert plan_optimal(p).predicted["peak_bytes"]["host"] > 64 * MIB
+
+    def pessimistic(*arguments, **options):
+        found = simulate(*arguments, **options)
+        return replace(found, peak_bytes={**found.peak_bytes, "host": found.peak_bytes["host"] + 32 * MIB})
+
+    monkeypatch.setattr("planners.mip.simulate", pessimistic)
+    plan = plan_optimal(p)
+    assert simulate(p, plan).peak_bytes["host"] <= 64 * MIB
 
 
 def test_a_freedom_taken_away_is_not_used():

@@ -252,3 +252,13 @@ def test_it_is_deterministic():
     plan = plan_of(p, mode=UpdateMode.DEFERRED)
     assert simulate(p, plan) == simulate(p, plan)
     assert named_hardware("h100") == named_hardware("h100")
+
+
+@pytest.mark.parametrize("mode", UpdateMode)
+def test_a_step_is_steady_when_it_is_measured(mode, monkeypatch):
+    """Four steps more change nothing."""
+    p = problem(full=True)
+    plan = plan_of(p, mode=mode, weights=(0, 0, 1))
+    measured = simulate(p, plan).step_seconds
+    monkeypatch.setattr("planners.simulate.NUM_STEPS", {False: 7, True: 6})
+    assert simulate(p, plan).step_seconds == pytest.approx(measured, rel=1e-9)
