@@ -61,9 +61,9 @@ class RecomputedLayer:
     ) -> None:
         self.layer = layer
         self.block = block
-        self._access = access
+        self.access = access
         self.stash = stash
-        self._hold_decoded = hold_decoded
+        self.hold_decoded = hold_decoded
         self.counters = counters if counters is not None else LayerCounters()
         self.between = between
         """Called when the layer has run and its memory is free again: after each forward and each backward."""
@@ -97,7 +97,7 @@ class RecomputedLayer:
         trainable = self.trainable()
         wants_grad = any(t.requires_grad for t in tensors) or bool(trainable)
         if not (torch.is_grad_enabled() and wants_grad):
-            with opened(self.block, self._access, Phase.FORWARD, training=torch.is_grad_enabled()):
+            with opened(self.block, self.access, Phase.FORWARD, training=torch.is_grad_enabled()):
                 return self.run(args, kwargs)
         # As transformers' own checkpointing does: a cache serves generation, and a recompute would fill it again.
         args = tuple(None if _is_cache(value) else value for value in args)
@@ -107,12 +107,17 @@ class RecomputedLayer:
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        call = _Call(self, leaves, structure, trainable)
-        outputs = _Recompute.apply(  # type: ignore[no-untyped-call]
-            call, *call.tensors, *trainable
-        )
+        call = Call(self, leaves, structure, trainable)
+        outputs = self.apply(call)
         self.between()
         return call.rebuild_output(outputs)
+
+    def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
+        """Runs `call` as one operation of the graph outside; returns the tensors among its outputs."""
+        outputs: tuple[torch.Tensor, ...] = _Recompute.apply(  # type: ignore[no-untyped-call]
+            call, *call.tensors, *call.trainable
+        )
+        return outputs
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """The layer's own forward, without the checkpointing that transformers would wrap around it."""
@@ -144,7 +149,7 @@ class RecomputedLayer:
     def recording(self) -> Iterator[None]:
         """The recompute's graph. It keeps packed weights, or decoded ones where the plan holds those."""
         decoder = self.block.decoder
-        with torch.enable_grad(), decoder.saved_decoded() if self._hold_decoded else decoder.saved_packed():
+        with torch.enable_grad(), decoder.saved_decoded() if self.hold_decoded else decoder.saved_packed():
             yield
 
 
@@ -159,7 +164,7 @@ def _is_cache(value: Any) -> bool:
     )
 
 
-class _Call:
+class Call:
     """One call of a layer: its arguments taken apart, and what is needed to run it again."""
 
     def __init__(
@@ -176,6 +181,12 @@ class _Call:
         self.rng_state = torch.get_rng_state()
         self.autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         self.autocast_cache = torch.is_autocast_cache_enabled()
+
+    def leaves(self) -> tuple[list[Any], Any]:
+        """The arguments as they came, flat, and the structure that they came in."""
+        supply = iter(self.tensors)
+        pairs = zip(self._is_tensor, self._constants, strict=True)
+        return [next(supply) if is_tensor else constant for is_tensor, constant in pairs], self._structure
 
     def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Runs the layer on `tensors` in place of the call's own; returns the tensors among its outputs."""
@@ -220,11 +231,11 @@ class _Recompute(torch.autograd.Function):
     """One layer as one operation. Inputs: the call, its tensors, the layer's trainable parameters."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         owner = call.owner
         inputs = list(tensors[: len(call.tensors)])
         versions = [tensor._version for tensor in inputs]
-        with opened(owner.block, owner._access, Phase.FORWARD, training=True):
+        with opened(owner.block, owner.access, Phase.FORWARD, training=True):
             outputs = call.run(inputs)
         if [tensor._version for tensor in inputs] != versions:
             raise UnsupportedModule(
@@ -255,12 +266,12 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        call: _Call = ctx.call
+        call: Call = ctx.call
         owner = call.owner
         inputs = list(ctx.saved_tensors)
         if ctx.stashed is not None:
             inputs.insert(ctx.stashed_index, ctx.stashed.load())
-            if not _graph_is_kept():
+            if not graph_is_kept():
                 ctx.stashed.release()
         detached = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(inputs, ctx.needs, strict=True)]
         del inputs
@@ -268,7 +279,7 @@ class _Recompute(torch.autograd.Function):
         wanted = [tensor for tensor in detached if tensor.requires_grad]
         sources = wanted + call.trainable
         with (
-            opened(owner.block, owner._access, Phase.BACKWARD, training=True),
+            opened(owner.block, owner.access, Phase.BACKWARD, training=True),
             without_hooks(call.trainable),
             call.as_in_forward(),
         ):
@@ -294,7 +305,7 @@ class _Recompute(torch.autograd.Function):
         return (None, *of_inputs, *supply)
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the backward pass under way was asked to retain its graph. False where torch cannot say."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return bool(ask()) if ask is not None else False

@@ -35,6 +35,19 @@ class Binding:
     owners: tuple[nn.Module, ...]
 
 
+@dataclass(frozen=True)
+class WeightView:
+    """A view of a weight of a block, to be had again whenever the block is open."""
+
+    spec: TensorSpec | None
+    """The NF4 tensor; None for one that lies in the slot in its own dtype."""
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset_bytes: int
+    """From the start of the decoded tensor, or of the slot."""
+
+
 def placeholder(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """What an absent parameter holds: its shape and dtype over one element, NaN where the dtype has one."""
     value = float("nan") if dtype.is_floating_point else 0
@@ -55,6 +68,8 @@ class Block:
     _of_owner: dict[nn.Module, list[Binding]] = field(default_factory=dict)
     _shown: dict[nn.Module, _Shown] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
+    _held: dict[str, torch.Tensor] | None = None
+    """What was decoded inside `holding_decoded`, by tensor name; None outside."""
 
     def attach(self) -> None:
         """Installs the hooks that decode and that catch a use outside `open`, on all modules inside the block's own.
@@ -114,6 +129,53 @@ class Block:
         """Makes one parameter absent."""
         binding.parameter.data = placeholder(binding.spec.shape, torch_dtype(binding.spec.dtype))
 
+    def view_of(self, tensor: torch.Tensor) -> WeightView | None:
+        """Names the weight of this open block that `tensor` is a view of, without holding it or the slot."""
+        if self.slot is None:
+            return None
+        weight = self.decoder.find(tensor)
+        if weight is not None:
+            offset = tensor.storage_offset() * tensor.element_size()
+            return WeightView(weight.spec, tensor.dtype, tensor.size(), tensor.stride(), int(offset))
+        offset = tensor.data_ptr() - self.slot.tensor(torch.uint8, (1,)).data_ptr()
+        if not 0 <= offset < self.spec.stored_bytes:
+            return None
+        return WeightView(None, tensor.dtype, tensor.size(), tensor.stride(), int(offset))
+
+    def weight(self, view: WeightView) -> torch.Tensor:
+        """The view again, of the slot or of the weight decoded once more. The block must be open."""
+        if self.slot is None:
+            raise UnsupportedModule(f"block {self.name}: a weight was asked for outside the layer's own passes")
+        offset = view.offset_bytes // view.dtype.itemsize
+        if view.spec is not None:
+            return self._decoded(view.spec).as_strided(view.size, view.stride, offset)
+        num_elements = 1 + sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=True))
+        return self.slot.tensor(view.dtype, (num_elements,), view.offset_bytes).as_strided(view.size, view.stride)
+
+    @contextlib.contextmanager
+    def holding_decoded(self) -> Iterator[None]:
+        """Inside, each NF4 weight is decoded at its first use and then held: once, however often it is used."""
+        self._held = {}
+        try:
+            yield
+        finally:
+            for tensor in self._held.values():
+                self.decoder.withdraw(tensor)
+            self._held = None
+
+    def _decoded(self, spec: TensorSpec) -> torch.Tensor:
+        """The weight decoded: the one that is held, or anew."""
+        if self.slot is None:
+            raise UnsupportedModule(f"block {self.name}: its weights are not in memory")
+        if self._held is not None and spec.name in self._held:
+            return self._held[spec.name]
+        weight = PackedWeight(spec, self.slot)
+        tensor = self.decoder.decode(weight)
+        if self._held is not None:
+            self._held[spec.name] = tensor
+            self.decoder.publish(tensor, weight)
+        return tensor
+
     @contextlib.contextmanager
     def shown(self, module: nn.Module) -> Iterator[None]:
         """Inside, the NF4 weights that `module` itself owns are there, decoded."""
@@ -143,9 +205,8 @@ class Block:
         if shown.depth > 1:
             return  # a module called inside its own call: its weights are there
         for binding in quantized:
-            weight = PackedWeight(binding.spec, self.slot)
-            tensor = self.decoder.decode(weight)
-            self.decoder.publish(tensor, weight)
+            tensor = self._decoded(binding.spec)
+            self.decoder.publish(tensor, PackedWeight(binding.spec, self.slot))
             binding.parameter.data = tensor
             shown.weights.append((binding, tensor))
 
@@ -158,7 +219,8 @@ class Block:
             return
         del self._shown[module]
         for binding, tensor in shown.weights:
-            self.decoder.withdraw(tensor)
+            if self._held is None:
+                self.decoder.withdraw(tensor)
             self.hide(binding)
 
 

@@ -80,6 +80,10 @@ class Decoder:
     def withdraw(self, tensor: torch.Tensor) -> None:
         self._live.pop(tensor.untyped_storage().data_ptr(), None)
 
+    def find(self, tensor: torch.Tensor) -> PackedWeight | None:
+        """The published weight whose memory `tensor` is a view of."""
+        return self._live.get(tensor.untyped_storage().data_ptr())
+
     @contextlib.contextmanager
     def saved_packed(self) -> Iterator[None]:
         """Inside, autograd saves every published weight as a `PackedReference`."""
@@ -87,7 +91,7 @@ class Decoder:
         def pack(tensor: torch.Tensor) -> torch.Tensor | PackedReference:
             if tensor.device.type != "cpu" or not tensor.numel():
                 return tensor
-            weight = self._live.get(tensor.untyped_storage().data_ptr())
+            weight = self.find(tensor)
             if weight is None:
                 return tensor
             return PackedReference(weight, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
@@ -108,8 +112,7 @@ class Decoder:
         """
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            published = tensor.numel() and tensor.untyped_storage().data_ptr() in self._live
-            return tensor.detach() if published else tensor
+            return tensor.detach() if tensor.numel() and self.find(tensor) is not None else tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield

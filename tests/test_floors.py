@@ -61,6 +61,7 @@ FLOORS = {
     "offload_rt.backbone": 6.8,
     "offload_rt.autograd": 7.0,
     "offload_rt.edge": 7.0,
+    "offload_rt.tokenwise": 7.5,
     "offload_rt.loss_head": 7.0,
     "offload_rt.checkpoint": 8.0,
     "offload_rt.profile": 8.0,
@@ -77,6 +78,7 @@ PLANNERS = [
     "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy", "program", "steady", "mip",
     "policies", "explain", "render", "command", "__main__",
 ]  # fmt: skip
+PLANNERS = ["errors", "schedule", "activations", "plan", "streaming"]
 """Each may import those before it."""
 
 LAZY = {"offload_rt"}

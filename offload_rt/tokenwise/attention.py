@@ -1,0 +1,120 @@
+"""Finds the attention call in the middle of a layer's forward, while someone in this thread wants to know of it.
+
+Two doors lead to attention: the function that transformers' `AttentionInterface` hands out, which is that of every
+implementation (eager ones too), and `torch.nn.functional.scaled_dot_product_attention` for modules that call it
+themselves. Both are replaced only while a layer is being cut; other threads pass through unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+QKV_TOKEN_DIM = -2
+"""Queries, keys and values are [batch, heads, tokens, width] in both doors."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call: its operands, and how to make it with others in their place."""
+
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    """Everything else it was given: masks, scales, parameters."""
+    run: Callable[..., torch.Tensor]
+    """run(q, k, v, args, kwargs) -> the result, without weights."""
+    out_token_dim: int
+
+
+Handler = Callable[[AttentionCall], torch.Tensor]
+"""Gives the result that the layer goes on with."""
+
+_thread = threading.local()
+_lock = threading.Lock()
+_num_users = 0
+_undo: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def intercepted(handler: Handler | None) -> Iterator[None]:
+    """Inside, attention calls of this thread go to `handler`; with None they run as they are."""
+    previous = getattr(_thread, "handler", None)
+    _install()
+    _thread.handler = handler
+    try:
+        yield
+    finally:
+        _thread.handler = previous
+        _uninstall()
+
+
+def _install() -> None:
+    global _num_users
+    with _lock:
+        _num_users += 1
+        if _num_users == 1:
+            _replace(functional, "scaled_dot_product_attention", _through_sdpa)
+            transformers = sys.modules.get("transformers.modeling_utils")
+            if transformers is not None:
+                _replace(transformers.AttentionInterface, "get_interface", _through_interface)
+
+
+def _uninstall() -> None:
+    global _num_users
+    with _lock:
+        _num_users -= 1
+        if not _num_users:
+            while _undo:
+                _undo.pop()()
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    replacement = wrap(original)
+    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes a second
+        replacement = torch.compiler.disable(replacement)  # type: ignore[no-untyped-call]
+    setattr(owner, name, replacement)
+    _undo.append(lambda: setattr(owner, name, original))
+
+
+def _through_sdpa(original: Any) -> Any:
+    def run(q: Any, k: Any, v: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        result: torch.Tensor = original(q, k, v, *args, **kwargs)
+        return result
+
+    def scaled_dot_product_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        handler: Handler | None = getattr(_thread, "handler", None)
+        if handler is None:
+            return run(query, key, value, args, kwargs)
+        return handler(AttentionCall((query, key, value), (args, kwargs), run, -2))
+
+    return scaled_dot_product_attention
+
+
+def _through_interface(original: Any) -> Any:
+    def get_interface(self: Any, name: Any, default: Any) -> Any:
+        function = original(self, name, default)
+        if getattr(_thread, "handler", None) is None:
+            return function
+
+        def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            handler: Handler | None = getattr(_thread, "handler", None)
+            if handler is None:
+                return function(module, query, key, value, *args, **kwargs)
+
+            def run(q: Any, k: Any, v: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+                result: torch.Tensor = function(module, q, k, v, *args, **kwargs)[0]
+                return result
+
+            return handler(AttentionCall((query, key, value), (args, kwargs), run, 1)), None
+
+        return attend
+
+    return get_interface

@@ -1,0 +1,160 @@
+"""Takes a layer's place as `RecomputedLayer` does, and runs it by chunks of tokens, as its policy says.
+
+A class of layers that cannot be cut is run as `RecomputedLayer` runs it: whole, and again in backward. That is logged
+once, counted at every call, and reported with its reason.
+
+    forward    open block | [try a few tokens] | chunks, attention, chunks | close block
+    backward   open block | chunks, attention, chunks | close block
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import zlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from offload_rt.access import opened, without_hooks
+from offload_rt.autograd import Call, RecomputedLayer, graph_is_kept
+from offload_rt.tokenwise.locality import check_locality
+from offload_rt.tokenwise.saved import Held
+from offload_rt.tokenwise.slicing import NotTokenLocal, tensor_names, token_dims
+from offload_rt.tokenwise.tiles import Places, TileCounters, TiledPass
+from planners.activations import ActivationPolicy
+from planners.schedule import Phase
+
+logger = logging.getLogger("offload_rt")
+
+
+@dataclass
+class Tokenwise:
+    """What the layers of one engine share: where they put what they store, what they found out, what they did."""
+
+    places: Places
+    counters: TileCounters = field(default_factory=TileCounters)
+    tried: set[str] = field(default_factory=set)
+    """Classes of layers that were found to go by tokens."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Classes that run whole, and why."""
+    num_whole: int = 0
+    """Calls that ran whole although the policy asked for chunks."""
+
+    def report(self) -> dict[str, Any]:
+        """Counts and bytes since the start."""
+        return {**vars(self.counters), "num_whole": self.num_whole, "refused": dict(self.refused)}
+
+
+class TokenwiseLayer(RecomputedLayer):
+    """Replaces the `forward` of one layer of the user's model while the engine lives."""
+
+    def __init__(self, *args: Any, policy: ActivationPolicy, tokenwise: Tokenwise, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.policy = policy
+        self.tokenwise = tokenwise
+        self.kind = _kind(self.layer)
+
+    def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
+        if self.kind not in self.tokenwise.refused:
+            rng_state = torch.get_rng_state()
+            try:
+                outputs: tuple[torch.Tensor, ...] = _Tokenwise.apply(  # type: ignore[no-untyped-call]
+                    call, *call.tensors, *call.trainable
+                )
+                return outputs
+            except NotTokenLocal as error:
+                torch.set_rng_state(rng_state)
+                self._refuse(str(error))
+        self.tokenwise.num_whole += 1
+        return super().apply(call)
+
+    def _refuse(self, reason: str) -> None:
+        self.tokenwise.refused[self.kind] = reason
+        logger.warning(
+            "%s: layers like it are not run by chunks of tokens but recomputed whole, which takes more memory: %s",
+            self.block.name, reason,
+        )  # fmt: skip
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Inside, weights are decoded once for all chunks, where the plan has room for a decoded layer."""
+        return self.block.holding_decoded() if self.hold_decoded else contextlib.nullcontext()
+
+    def prepare(self, call: Call) -> tuple[TiledPass, list[torch.Tensor], int]:
+        """A pass for `call`, its tensors, and which of them is the layer's input. The block is open."""
+        hidden = call.which_to_stash()
+        if hidden is None:
+            raise NotTokenLocal("it is called without hidden states")
+        if call.tensors[hidden].dim() < 2:
+            raise NotTokenLocal("its hidden states have no dimension for tokens")
+        tensors = list(call.tensors)
+        spans = self.policy.spans(tensors[hidden].shape[1])
+        dims: list[int | None] = [None] * len(tensors)
+        if len(spans) > 1:
+            names = tensor_names(self._forward, *call.leaves())
+            dims = token_dims(names, tensors, hidden)
+            tensors[hidden] = tensors[hidden].contiguous()
+            if self.kind not in self.tokenwise.tried:
+                check_locality(self, call, names, tensors, dims, hidden)
+                self.tokenwise.tried.add(self.kind)
+        tiled = TiledPass(
+            call, self.block, spans, dims, hidden, self.tokenwise.places, self.tokenwise.counters,
+            store_qkv=self.policy.store_qkv,
+        )  # fmt: skip
+        return tiled, tensors, hidden
+
+
+class _Tokenwise(torch.autograd.Function):
+    """One layer as one operation. Inputs: the call, its tensors, the layer's trainable parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        owner: Any = call.owner
+        with opened(owner.block, owner.access, Phase.FORWARD, training=True), owner.decoding():
+            tiled, inputs, hidden = owner.prepare(call)
+            needs_input = tensors[hidden].requires_grad
+            outputs = tiled.forward([tensor.detach() for tensor in inputs], needs_input=needs_input)
+        ctx.owner = owner
+        ctx.call = call
+        ctx.tiled = tiled
+        ctx.hidden = hidden
+        ctx.needs = [needs_input and index == hidden for index in range(len(inputs))]
+        held = Held(inputs[hidden], owner.tokenwise.places.layer_inputs, owner.tokenwise.counters)
+        ctx.input = held if held.is_stashed else None
+        kept = list(inputs)
+        if ctx.input is not None:
+            del kept[hidden]
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        call.tensors = []  # the context's now
+        ctx.mark_non_differentiable(*[out for out in outputs if not out.is_floating_point()])
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        owner, call, tiled = ctx.owner, ctx.call, ctx.tiled
+        inputs = list(ctx.saved_tensors)
+        keep_graph = graph_is_kept()
+        if ctx.input is not None:
+            inputs.insert(ctx.hidden, ctx.input.load())
+            if not keep_graph:
+                ctx.input.release()
+        inputs = [tensor.detach() for tensor in inputs]
+        with (
+            opened(owner.block, owner.access, Phase.BACKWARD, training=True),
+            owner.decoding(),
+            without_hooks(call.trainable),
+        ):
+            of_input, of_parameters = tiled.backward(inputs, list(grads), keep_graph=keep_graph)
+        del inputs
+        owner.between()
+        return (None, *[of_input if needs else None for needs in ctx.needs], *of_parameters)
+
+
+def _kind(layer: torch.nn.Module) -> str:
+    """Names what layers must share to be cut alike: their class and the modules in them."""
+    parts = sorted(f"{name}:{type(module).__qualname__}" for name, module in layer.named_modules())
+    return f"{type(layer).__name__} {zlib.crc32(repr(parts).encode()):08x}"

@@ -1,0 +1,76 @@
+"""What becomes of a layer's activations, by tokens: kept, swapped out, or computed again in backward.
+
+Data only. A policy cuts the sequence into chunks of tokens, and says for each what is done with what autograd would
+save of it; the attention call in a layer's middle sees all tokens at once and never runs twice. Two policies with the
+same chunks give the same numbers, whatever they do with them. After MEMO (arXiv 2407.12117): its alpha is the share of
+tokens in chunks that are swapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+MAX_CHUNKS = 512
+"""Chunks of a sequence nest in each other's stack frames; more were not tried."""
+
+
+class Action(str, Enum):
+    """What is done with what autograd saves of one chunk."""
+
+    KEEP = "keep"
+    """It stays in DEVICE memory."""
+    SWAP = "swap"
+    """It waits in another tier."""
+    RECOMPUTE = "recompute"
+    """Nothing is saved; the chunk runs again in backward, up to the attention call and from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive tokens of every row of a batch."""
+
+    num_tokens: int
+    action: Action
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"activations: a chunk of {self.num_tokens} tokens; at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationPolicy:
+    """How one layer treats the tokens of a batch."""
+
+    chunks: tuple[Chunk, ...]
+    """From the first token on. In a longer sequence the last one repeats; of a shorter one the rest falls off."""
+    store_qkv: bool = True
+    """Whether kept and swapped chunks save queries, keys and values; otherwise what leads up to them runs again."""
+
+    def __post_init__(self) -> None:
+        if not self.chunks:
+            raise ValueError("activations: a policy without chunks; at least one")
+
+    def spans(self, num_tokens: int) -> tuple[tuple[int, int, Action], ...]:
+        """The half-open ranges into which `num_tokens` are cut. ValueError if they are more than `MAX_CHUNKS`."""
+        spans: list[tuple[int, int, Action]] = []
+        while not spans or spans[-1][1] < num_tokens:
+            chunk = self.chunks[min(len(spans), len(self.chunks) - 1)]
+            start = spans[-1][1] if spans else 0
+            spans.append((start, min(start + chunk.num_tokens, num_tokens), chunk.action))
+            if len(spans) > MAX_CHUNKS:
+                raise ValueError(
+                    f"activations: {num_tokens} tokens are more than {MAX_CHUNKS} chunks; make them larger"
+                )
+        return tuple(spans)
+
+    def num_swapped(self, num_tokens: int) -> int:
+        """How many of `num_tokens` lie in chunks that are swapped."""
+        return sum(end - start for start, end, action in self.spans(num_tokens) if action is Action.SWAP)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> ActivationPolicy:
+        """Reads what `dataclasses.asdict` gave."""
+        chunks = tuple(Chunk(**{**chunk, "action": Action(chunk["action"])}) for chunk in data["chunks"])
+        return ActivationPolicy(**{**data, "chunks": chunks})
