@@ -297,6 +297,7 @@ class Engine:
             "replans": sum(c.num_replans for c in executors),
             "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
             "loss_head": None if runtime.loss_head is None else runtime.loss_head.report(),
+            "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
             "recomputes": runtime.layer_counters.num_recomputes,
             "decodes": runtime.decoder.counters.num_decodes,
             "decoded_elements": runtime.decoder.counters.decoded_elements,
@@ -337,6 +338,8 @@ class Engine:
             lines.append(f"resident: {len(plan.resident)} blocks")
         if plan.head_chunk_tokens is not None:
             lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
+        if plan.activations:
+            lines.append(f"activations by chunks of tokens; swapped ones wait in {plan.swapped.value}")
         if self.config.bits == 4:
             lines.append(str(runtime.coverage))
         for tier, account in runtime.tiers.accounts.items():
@@ -375,6 +378,8 @@ class Engine:
                 "output_router_logits: the auxiliary loss would lose its gradient when layers are recomputed; set "
                 "config.output_router_logits = False"
             )
+        if self._runtime.tokenwise is not None and kwargs.get("output_attentions"):
+            raise UnsupportedModule("output_attentions: layers that run by chunks of tokens have no attention weights")
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
         tokens = next((value for value in candidates if value is not None), None)
         if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:

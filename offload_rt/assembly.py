@@ -25,7 +25,7 @@ from offload_rt.checkpoint.ingest import block_pieces, fill_slot
 from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest
 from offload_rt.config import EngineConfig
 from offload_rt.decoder import Decoder
-from offload_rt.discover import Coverage, check_coverage, coverage
+from offload_rt.discover import BlockDraft, Coverage, check_coverage, coverage
 from offload_rt.edge import StreamedModule, keep_head_input_contiguous
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
@@ -37,13 +37,19 @@ from offload_rt.stash import HostStash, NvmeStash, Stash
 from offload_rt.store import Store
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import HostResidence, NvmeResidence, Residence, Tiers
+from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
+from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfer import Links
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
-from offload_rt.workload import Workload, check_plan, find_workload, streaming_problem, with_options
+from offload_rt.workload import Workload, check_plan, find_workload, policy_of, streaming_problem, with_options
+from planners.activations import Action
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
+
+_SAVED_BY_A_CHUNK = 64
+"""Tensors, each of which begins at an address of its own; a Llama layer with adapters everywhere saves about 50."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +68,8 @@ class Runtime:
     heap: HeapGuard
     contiguous_head: RemovableHandle | None
     layer_counters: LayerCounters
+    tokenwise: Tokenwise | None
+    """What the layers that run by chunks of tokens share; None if none does."""
     coverage: Coverage
     store: Store | None
     store_was_cached: bool
@@ -115,7 +123,7 @@ def assemble(
         problem = streaming_problem(workload)
         chosen = plan if plan is not None else plan_streaming(problem)
         chosen = with_options(chosen, workload.drafts, options)
-        check_plan(chosen, problem, workload.drafts)
+        check_plan(chosen, problem, workload)
         with _Assembly(workload, problem, chosen, options, progress, base_bytes) as assembly:
             return assembly.run(covered)
 
@@ -172,8 +180,8 @@ class _Assembly:
         accesses = self._resident()
         for ring in self.plan.rings:
             accesses.update(self._ring(ring))
-        stash = self._stash()
-        return self._attach(decoder, accesses, stash, covered)
+        places = self._places()
+        return self._attach(decoder, accesses, places, covered)
 
     def _open_store(self) -> None:
         """Finds the store, or builds it."""
@@ -270,35 +278,73 @@ class _Assembly:
             return frozenset()  # the gradients of tiles are taken in forward
         return frozenset(i for i, owners in enumerate(modules) if any(isinstance(m, nn.Linear) for m in owners))
 
-    def _stash(self) -> Stash | None:
-        """The place where layer inputs wait; None keeps them where they are."""
-        home, config = self.plan.layer_inputs, self.workload.config
+    def _places(self) -> Places:
+        """Where layer inputs and swapped activations wait; None keeps them where they are."""
+        home, swapped = self.plan.layer_inputs, self.plan.swapped
         if home is Tier.HOST and self.tiers.unified:
             home = Tier.DEVICE
-        num_layers = len(self.workload.layers)
         each = align_up(self.problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
+        # With its input, a layer in chunks keeps the attention's result, which may be wider, and a log-sum-exp.
+        sizes = [each if policy_of(self.plan, draft) is None else 3 * each for draft in self.workload.layers]
+        swap = self._share_bytes(Action.SWAP)
+        on_nvme = 2 * sum(sizes) * (home is Tier.NVME) + swap * (swapped is Tier.NVME)
+        if on_nvme:
+            if not self.workload.config.nvme:
+                raise ConfigError("plan: layer inputs or activations wait on NVME, but nvme= gives no folder")
+            self.tiers.account(Tier.NVME).reserve("layer inputs, activations", on_nvme)
+            self.scratch = Scratch(self.workload.config.nvme[0].path, on_nvme, self.links)
+        device = self.tiers.account(Tier.DEVICE)
+        if kept := self._share_bytes(Action.KEEP):
+            device.reserve("kept activations", kept)
         if home is Tier.DEVICE:
-            self.tiers.account(Tier.DEVICE).reserve("layer inputs", each * num_layers)
+            device.reserve("layer inputs", sum(sizes))
+        else:
+            device.reserve("layer input in use", each)
+        return Places(
+            layer_inputs=self._stash(home, "layer inputs", sum(sizes), max(sizes, default=each)),
+            swapped=self._stash(swapped, "swapped activations", swap, self._largest_saved_bytes()) if swap else None,
+        )
+
+    def _stash(self, home: Tier, name: str, num_bytes: int, largest_bytes: int) -> Stash | None:
+        """A place for `num_bytes` in tensors of at most `largest_bytes`."""
+        if home is Tier.DEVICE:
             return None
-        self.tiers.account(Tier.DEVICE).reserve("layer input in use", each)
         if home is Tier.HOST:
-            return HostStash(self.tiers.arena(Tier.HOST, "layer inputs", each * num_layers), self.links)
-        if not config.nvme:
-            raise ConfigError("plan: layer inputs wait on NVME, but nvme= gives no folder")
-        staging = self.tiers.arena(Tier.HOST, "staging for layer inputs", 4 * each)
-        self.tiers.account(Tier.NVME).reserve("layer inputs", 2 * each * num_layers)
-        self.scratch = Scratch(config.nvme[0].path, 2 * each * num_layers, self.links)
+            return HostStash(self.tiers.arena(Tier.HOST, name, num_bytes), self.links)
+        if self.scratch is None:
+            raise ConfigError(f"plan: {name} wait on NVME, but nvme= gives no folder")
+        staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 4 * largest_bytes)
         return NvmeStash(self.scratch, staging, self.links)
 
-    def _attach(self, decoder: Decoder, accesses: dict[str, Access], stash: Stash | None, covered: Coverage) -> Runtime:
+    def _share_bytes(self, action: Action) -> int:
+        """An estimate of what all layers save of the chunks that are treated so, from that of one whole layer."""
+        seq_len = self.workload.config.seq_len
+        policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
+        chunks = [end - start for policy in policies for start, end, found in policy.spans(seq_len) if found is action]
+        rounded_up = len(chunks) * _SAVED_BY_A_CHUNK * IO_ALIGNMENT_BYTES
+        return align_up(self.problem.activation_bytes * sum(chunks) // seq_len + rounded_up, IO_ALIGNMENT_BYTES)
+
+    def _largest_saved_bytes(self) -> int:
+        """One tensor of one chunk at most: the widest a layer has, in fp32."""
+        config = self.workload.config
+        widest = max((size for d in self.workload.layers for t in d.spec.tensors for size in t.shape[-2:]), default=1)
+        spans = [
+            end - start
+            for draft in self.workload.layers
+            if (policy := policy_of(self.plan, draft)) is not None
+            for start, end, _ in policy.spans(config.seq_len)
+        ]
+        return align_up(4 * config.batch_size * max(spans, default=1) * widest, IO_ALIGNMENT_BYTES)
+
+    def _attach(self, decoder: Decoder, accesses: dict[str, Access], places: Places, covered: Coverage) -> Runtime:
         """Takes the weights out of the model and puts the hooks in. Nothing before this changed the model."""
         memory = (self.tiers.account(Tier.DEVICE), self.tiers.account(Tier.HOST))
         heap = HeapGuard(self.base_bytes + sum({account.tier: account.used_bytes for account in memory}.values()))
         workload = self.workload
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], executors=self.executors,
-            layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), coverage=covered,
-            contiguous_head=None, store=self.store,
+            layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
+            tokenwise=Tokenwise(places) if self.plan.activations else None, coverage=covered, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder,
         )  # fmt: skip
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
@@ -316,11 +362,7 @@ class _Assembly:
             if isinstance(access, ResidentAccess):
                 block.open(access.slot)
             if draft.is_layer:
-                layer = RecomputedLayer(
-                    draft.modules[0], block, access, stash=stash, hold_decoded=self._holds_decoded,
-                    counters=runtime.layer_counters, between=heap.check,
-                )  # fmt: skip
-                runtime.layers.append(layer)
+                runtime.layers.append(self._layer(runtime, draft, block, access, places))
             elif not isinstance(access, ResidentAccess):
                 runtime.streamed.extend(StreamedModule(module, block, access) for module in draft.modules)
         check_nothing_on_meta(workload.model, workload.sources.describe)
@@ -333,6 +375,20 @@ class _Assembly:
         runtime.loss_head = self._loss_head(runtime.streamed)
         heap.trim()  # of what the weights and their encoding have left
         return runtime
+
+    def _layer(
+        self, runtime: Runtime, draft: BlockDraft, block: Block, access: Access, places: Places
+    ) -> RecomputedLayer:
+        shared: dict[str, Any] = {
+            "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
+            "between": runtime.heap.check,
+        }  # fmt: skip
+        policy = policy_of(self.plan, draft)
+        if policy is None or runtime.tokenwise is None:
+            return RecomputedLayer(draft.modules[0], block, access, **shared)
+        return TokenwiseLayer(
+            draft.modules[0], block, access, policy=policy, tokenwise=runtime.tokenwise, **shared
+        )  # fmt: skip
 
     def _loss_head(self, streamed: list[StreamedModule]) -> LossHead | None:
         """Puts the loss into tiles, if the plan says so."""

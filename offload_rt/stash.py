@@ -1,4 +1,4 @@
-"""Where the inputs of layers wait between forward and backward, when that is not DEVICE memory.
+"""Where the inputs of layers, and activations, wait between forward and backward, when that is not DEVICE memory.
 
 A stashed input is copied out right after its layer's forward has begun to use it and fetched back before its layer's
 backward; while one layer is recomputed, the input of the one before it is on its way. In HOST it lies in an arena, on
@@ -74,20 +74,24 @@ class _HostStashed:
 
 
 class NvmeStash:
-    """Tensors in a scratch file. `staging` must hold four slots: two on their way out, two on their way in."""
+    """Tensors in a scratch file. `staging` holds four of the largest: two on their way out, two on their way in."""
 
     def __init__(self, scratch: Scratch, staging: Arena, links: Links) -> None:
         self._scratch = scratch
         self._staging = staging
         self._links = links
-        self._order: list[weakref.ref[_NvmeStashed]] = []
+        self._last: weakref.ref[_NvmeStashed] | None = None
+        self._reading: weakref.WeakSet[_NvmeStashed] = weakref.WeakSet()
         self._writing: list[_NvmeStashed] = []
 
     def put(self, tensor: torch.Tensor) -> Stashed | None:
         num_bytes = align_up(tensor.numel() * tensor.element_size(), IO_ALIGNMENT_BYTES)
         while len(self._writing) >= 2:
             self._writing.pop(0).finish_write()
-        slot = self._staging.try_acquire(num_bytes, "layer input on its way out")
+        slot = self._staging.try_acquire(num_bytes, "activations on their way out")
+        if slot is None:
+            self.free_staging()
+            slot = self._staging.try_acquire(num_bytes, "activations on their way out")
         if slot is None:
             return None
         try:
@@ -99,23 +103,33 @@ class NvmeStash:
             self._links.recorder.use("stash", writes=[slot.range])
         stashed = _NvmeStashed(self, place, place.write(slot), tensor.shape, tensor.dtype)
         self._writing.append(stashed)
-        self._order = [entry for entry in self._order if (held := entry()) is not None and held.is_held]
-        stashed.index = len(self._order)
-        self._order.append(weakref.ref(stashed))
+        stashed.previous = self._last
+        self._last = weakref.ref(stashed)
         return stashed
 
-    def start_read(self, place: ScratchRange) -> tuple[Slot, Transfer] | None:
+    def start_read(self, stashed: _NvmeStashed, place: ScratchRange) -> tuple[Slot, Transfer] | None:
         """Starts reading `place` back, if there is a free slot."""
-        slot = self._staging.try_acquire(place.num_bytes, "layer input on its way in")
-        return None if slot is None else (slot, place.read(slot))
+        slot = self._staging.try_acquire(place.num_bytes, "activations on their way in")
+        if slot is None:
+            return None
+        self._reading.add(stashed)
+        return slot, place.read(slot)
 
-    def start_previous(self, index: int) -> None:
-        """Starts reading the tensor stashed before number `index`: backward will want it next."""
-        for entry in reversed(self._order[:index]):
-            stashed = entry()
-            if stashed is not None and stashed.is_held:
-                stashed.start_read()
+    def free_staging(self) -> None:
+        """Waits for writes under way, and gives up what was read ahead: another tensor is wanted than foreseen."""
+        while self._writing:
+            self._writing.pop(0).finish_write()
+        for stashed in list(self._reading):
+            stashed.drop_read()
+
+    def start_previous(self, stashed: _NvmeStashed) -> None:
+        """Starts reading the tensor stashed before this one: backward will want it next."""
+        reference = stashed.previous
+        while reference is not None and (before := reference()) is not None:
+            if before.is_held:
+                before.start_read()
                 return
+            reference = before.previous
 
     def wait(self, transfer: Transfer) -> None:
         self._links.wait(transfer)
@@ -125,7 +139,7 @@ class _NvmeStashed:
     def __init__(
         self, stash: NvmeStash, place: ScratchRange, write: Transfer, shape: torch.Size, dtype: torch.dtype
     ) -> None:
-        self.index = 0
+        self.previous: weakref.ref[_NvmeStashed] | None = None
         self._stash = stash
         self._place: ScratchRange | None = place
         self._write: Transfer | None = write
@@ -145,18 +159,27 @@ class _NvmeStashed:
     def start_read(self) -> None:
         self.finish_write()
         if self._read is None and self._place is not None:
-            self._read = self._stash.start_read(self._place)
+            self._read = self._stash.start_read(self, self._place)
+
+    def drop_read(self) -> None:
+        """Gives up a read, which must be over before its place or its slot is used again."""
+        if self._read is not None:
+            self._stash.wait(self._read[1])
+            self._read = None
 
     def load(self) -> torch.Tensor:
         self.start_read()
+        if self._read is None and self._place is not None:
+            self._stash.free_staging()
+            self.start_read()
         if self._read is None:
-            raise RuntimeError("stash: loaded after its release, or no staging slot for a layer input")
+            raise RuntimeError("stash: loaded after its release, or no staging slot for it")
         slot, read = self._read
         self._stash.wait(read)
         tensor = slot.tensor(self._dtype, self._shape).clone()
         self._read = None
         del slot, read
-        self._stash.start_previous(self.index)
+        self._stash.start_previous(self)
         return tensor
 
     def release(self) -> None:
@@ -165,5 +188,5 @@ class _NvmeStashed:
         for transfer in (self._write, self._read[1] if self._read is not None else None):
             with contextlib.suppress(OffloadError):
                 if transfer is not None:
-                    transfer.wait()
+                    self._stash.wait(transfer)
         self._place = self._write = self._read = None

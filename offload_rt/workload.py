@@ -20,6 +20,7 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, layer_input_bytes, loss_head_size
 from offload_rt.store import store_folders, usable_bytes
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from planners.activations import ActivationPolicy
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import BlockSize, StreamingProblem
 
@@ -50,6 +51,10 @@ class RuntimeOptions:
     decode_scope: DecodeScope | None = None
     head_chunk_tokens: int | None = None
     """Rows of a tile of the loss head, in place of the plan's."""
+    activations: ActivationPolicy | None = None
+    """Of all layers, in place of the plan's."""
+    swapped: Tier | None = None
+    """Where swapped chunks wait, in place of the plan's choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +135,15 @@ def _size(draft: BlockDraft) -> BlockSize:
     )
 
 
-def check_plan(plan: Plan, problem: StreamingProblem, drafts: list[BlockDraft]) -> None:
+def policy_of(plan: Plan, draft: BlockDraft) -> ActivationPolicy | None:
+    """How the plan wants a layer's activations treated; None recomputes it whole."""
+    policies = plan.activations or {}
+    return policies.get(draft.name, policies.get(type(draft.modules[0]).__name__)) if draft.is_layer else None
+
+
+def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
     """Raises `ConfigError` unless `plan` was made for this workload and places each of its blocks."""
+    drafts = workload.drafts
     if plan.fingerprint != problem.fingerprint:
         raise ConfigError(
             f"plan: made for workload {plan.fingerprint}, this one is {problem.fingerprint} (model, batch_size, "
@@ -143,6 +155,25 @@ def check_plan(plan: Plan, problem: StreamingProblem, drafts: list[BlockDraft]) 
     if placed != {draft.name for draft in drafts}:
         odd = sorted(placed ^ {draft.name for draft in drafts})
         raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
+    _check_activations(plan, problem, workload)
+
+
+def _check_activations(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
+    layers = {name for d in workload.layers for name in (d.name, type(d.modules[0]).__name__)}
+    for name, policy in (plan.activations or {}).items():
+        if name not in layers:
+            raise ConfigError(f"plan: activations of {name!r}, which is no layer of this model nor a class of them")
+        try:
+            num_swapped = policy.num_swapped(workload.config.seq_len)
+        except ValueError as error:
+            raise ConfigError(f"plan: {error}") from None
+        if num_swapped and plan.swapped is Tier.DEVICE:
+            raise ConfigError("plan: chunks are swapped to DEVICE, where they are; keep them, or swap to HOST or NVME")
+        if num_swapped and plan.swapped is Tier.HOST and problem.unified:
+            raise ConfigError(
+                "plan: chunks are swapped to HOST, but DEVICE and HOST are one without host_memory=; keep them, or "
+                "swap to NVME"
+            )
 
 
 def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) -> Plan:
@@ -153,6 +184,10 @@ def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) 
         plan = replace(plan, decode_scope=options.decode_scope)
     if options.head_chunk_tokens is not None:
         plan = replace(plan, head_chunk_tokens=options.head_chunk_tokens)
+    if options.activations is not None:
+        plan = replace(plan, activations={d.name: options.activations for d in drafts if d.is_layer})
+    if options.swapped is not None:
+        plan = replace(plan, swapped=options.swapped)
     if options.num_slots is not None:
         rings = tuple(
             replace(ring, num_slots=min(options.num_slots, len(ring.blocks))) if ring.name == "layers" else ring

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from planners.activations import ActivationPolicy
 from planners.placement import (
     Buffers,
     ClassPlan,
@@ -66,6 +67,10 @@ class Plan:
     """Hidden states that go through final norm, head and loss at a time; None takes all at once. A cut."""
     allocator_slack_bytes: int = 0
     """Freed memory that the allocator may hold back before it is told to give it back. Costs time where it is small."""
+    activations: dict[str, ActivationPolicy] | None = None
+    """By block, or by the class of its module; a layer that neither names is recomputed whole. Chunks are a cut."""
+    swapped: Tier = Tier.HOST
+    """Where swapped chunks of activations wait."""
     peak_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Predicted peak by tier, itemised."""
     machine: str = ""
@@ -128,9 +133,13 @@ class Plan:
                 for ring in data.pop("rings")
             )
             cuts = data["cuts"]
+            activations = data.get("activations")
+            if activations is not None:
+                data["activations"] = {name: ActivationPolicy.from_json(one) for name, one in activations.items()}
             return Plan(
                 **{
                     **data,
+                    "swapped": Tier(data.get("swapped", Tier.HOST)),
                     "rings": rings,
                     "resident": tuple(data["resident"]),
                     "layer_inputs": Tier(data["layer_inputs"]),

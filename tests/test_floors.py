@@ -74,11 +74,10 @@ FLOORS = {
 """A folder's floor holds for all modules in it."""
 
 PLANNERS = [
-    "errors", "units", "schedule", "placement", "plan", "streaming", "hardware", "model", "architectures",
-    "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy", "program", "steady", "mip",
-    "policies", "explain", "render", "command", "__main__",
+    "errors", "units", "schedule", "placement", "activations", "plan", "streaming", "hardware", "model",
+    "architectures", "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy", "program", "steady",
+    "mip", "policies", "explain", "render", "command", "__main__",
 ]  # fmt: skip
-PLANNERS = ["errors", "schedule", "activations", "plan", "streaming"]
 """Each may import those before it."""
 
 LAZY = {"offload_rt"}

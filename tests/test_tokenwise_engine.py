@@ -1,0 +1,274 @@
+"""Layers by chunks of tokens in an engine: frozen blocks that stream, activations that wait in every tier."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offload_rt._engine import Engine
+from offload_rt.errors import ConfigError, UnsupportedModule
+from planners.activations import Action, ActivationPolicy, Chunk
+from planners.plan import DecodeScope, Plan, Tier
+from tests.conftest import build_lora, decode_in_place, language_batch
+from tests.tokenwise import errors, policy
+
+SEQ_LEN = 16
+NUM_LAYERS = 3
+STRESS = {"poison": True, "record": True, "delay_seconds": 0.002, "num_slots": 1, "stream_edges": True}
+
+PLACES = {
+    "in place": ({"swapped": Tier.NVME}, {"nvme": True}),
+    "HOST": ({**STRESS, "layer_inputs": Tier.HOST}, {"nvme": True, "host_memory": "64MiB"}),
+    "NVME": ({**STRESS, "layer_inputs": Tier.NVME, "swapped": Tier.NVME}, {"nvme": True}),
+    "layers decoded whole": (
+        {**STRESS, "swapped": Tier.NVME, "decode_scope": DecodeScope.LAYER},
+        {"nvme": True},
+    ),
+}
+
+
+def chunked(share, chunks, **rest):
+    return policy(share, chunks, num_tokens=SEQ_LEN, **rest)
+
+
+def steps(engine, optimizer_step, num_steps=2):
+    """Losses, gradients and parameters of a few steps. `engine` is one, or a plain model."""
+    model = engine.model if isinstance(engine, Engine) else engine
+    found = {}
+    for number in range(num_steps):
+        inputs = language_batch(number, tokens=SEQ_LEN)
+        torch.manual_seed(number)
+        loss = engine(**inputs).loss
+        loss.backward()
+        found[f"loss {number}"] = loss.detach()
+        found |= {f"{n} {number}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        optimizer_step()
+    return found
+
+
+def plain_steps(family, bits, dropout):
+    model = build_lora(family, torch.bfloat16, num_layers=NUM_LAYERS, dropout=dropout)
+    if bits == 4:
+        decode_in_place(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return steps(model.train(), step)
+
+
+@pytest.fixture
+def run(make_engine, disk_folder):
+    """Makes an engine with a policy in a place, runs it, checks that nothing raced; (results, engine)."""
+    engines = []
+
+    def make(chosen, place="in place", family="llama", bits=4, dropout=0.1):
+        options, arguments = PLACES[place]
+        arguments = {**arguments, "nvme": disk_folder} if arguments.get("nvme") else dict(arguments)
+        model = build_lora(family, torch.bfloat16, num_layers=NUM_LAYERS, dropout=dropout).train()
+        while engines:
+            engines.pop().close()  # the store is one's at a time
+        engine = make_engine(model, {**options, "activations": chosen}, bits=bits, seq_len=SEQ_LEN, **arguments)
+        engines.append(engine)
+        found = steps(engine, engine.step)
+        recorder = engine._runtime.recorder
+        assert recorder is None or [str(race) for race in recorder.check()] == []
+        return found, engine
+
+    return make
+
+
+def same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family, bits", [("llama", 4), ("llama", None), ("gpt2", 4)])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_one_chunk_is_bit_equal_to_plain(run, place, family, bits, share):
+    found, engine = run(chunked(share, 1), place, family, bits)
+    same_bits(found, plain_steps(family, bits, 0.1))
+    report = engine.report()
+    assert report["tokenwise"]["num_passes"] == 2 * NUM_LAYERS
+    assert report["tokenwise"]["num_whole"] == report["recomputes"] == 0
+    assert (report["tokenwise"]["swapped_bytes"] > 0) is (share > 0 or engine.plan.layer_inputs is not Tier.DEVICE)
+
+
+@pytest.mark.parametrize(
+    "family, bits, chunks",
+    [("llama", 4, 2), pytest.param("moe", 4, 3, marks=pytest.mark.full), ("qwen", None, 5)],
+)
+def test_several_chunks_agree_with_plain_and_to_the_bit_wherever_they_wait(run, family, bits, chunks):
+    plain = plain_steps(family, bits, 0.0)
+    results = []
+    for place in PLACES:
+        for share in (0.0, 0.5, 1.0):
+            if share == 0.5 and chunks % 2:
+                continue  # a cut more
+            found, engine = run(chunked(share, chunks), place, family, bits, dropout=0.0)
+            assert engine.report()["tokenwise"]["refused"] == {}
+            assert engine.report()["tokenwise"]["no_room_bytes"] == 0
+            assert engine.report()["prefetch_misses"] == 0
+            results.append(found)
+    for found in results[1:]:
+        same_bits(found, results[0])
+    first = {n: t for n, t in results[0].items() if n.endswith(" 0")}
+    assert max(errors(first, {n: plain[n] for n in first}).values()) < 4e-2
+
+
+def test_adapter_dropout_in_chunks_is_the_same_at_every_share(run):
+    expected, _ = run(chunked(0.0, 2), "HOST")
+    for share in (0.5, 1.0):
+        found, _ = run(chunked(share, 2), "HOST")
+        same_bits(found, expected)
+
+
+def quantized(engine):
+    return sum(b.spec.is_quantized for layer in engine._runtime.layers for b in layer.block.bindings)
+
+
+def decodes_of_a_step(engine, seed=7):
+    before = engine.report()["decodes"]
+    engine(**language_batch(seed, tokens=SEQ_LEN)).loss.backward()
+    return engine.report()["decodes"] - before
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_a_layer_that_is_held_decoded_is_decoded_once_a_pass(run, chunks, share):
+    """Once in forward and once in backward, whatever the number of chunks: never more than plain recomputing does."""
+    _, engine = run(chunked(share, chunks), "layers decoded whole", dropout=0.0)
+    unused = 3 if share == 1.0 or chunks == 1 and share == 0.5 else 0  # q, k, v of the first layer lead to no gradient
+    assert decodes_of_a_step(engine) == 2 * quantized(engine) - unused
+    assert engine.report()["decode_overflow_bytes"] == 0
+
+
+def test_linear_by_linear_each_chunk_decodes_for_itself(run):
+    """Forward; again for each product's backward; recomputed: seg1 twice, and the rest once, before that."""
+    _, engine = run(chunked(1.0, 4), dropout=0.0)
+    swapped = decodes_of_a_step(engine)
+    _, engine = run(chunked(0.0, 4), dropout=0.0)
+    recomputed = decodes_of_a_step(engine)
+    to_attention = 3
+    assert recomputed - swapped == 4 * (quantized(engine) + to_attention * NUM_LAYERS)
+    assert swapped <= 4 * 2 * quantized(engine)
+
+
+def test_what_waits_for_backward_holds_no_slot_and_no_decoded_weight(run):
+    """Between forward and backward of kept chunks there are references, not weights: one slot serves all layers."""
+    swapped, _ = run(chunked(1.0, 2), "NVME", dropout=0.0)
+    kept = ActivationPolicy(chunks=(Chunk(num_tokens=8, action=Action.KEEP),))
+    found, engine = run(kept, "NVME", dropout=0.0)
+    same_bits(found, swapped)
+    loss = engine(**language_batch(3, tokens=SEQ_LEN)).loss
+    assert engine._runtime.decoder._arena.held_bytes() == 0
+    ring = engine._runtime.executors[0]
+    assert ring.ring.num_slots == 1 and ring._arena.held_bytes() <= ring.ring.slot_bytes
+    loss.backward()
+    assert engine.report()["decode_overflow_bytes"] == 0
+
+
+def test_evaluation_and_generation_run_whole(run):
+    _, engine = run(chunked(0.5, 2), dropout=0.0)
+    passes = engine.report()["tokenwise"]["num_passes"]
+    with torch.no_grad():
+        engine.model.eval()
+        engine(**language_batch(0, tokens=SEQ_LEN))
+        engine.model.generate(torch.full((1, 4), 5), max_new_tokens=3, do_sample=False)
+    assert engine.report()["tokenwise"]["num_passes"] == passes
+
+
+def test_an_exception_in_a_chunk_and_then_a_correct_step(run):
+    _, engine = run(chunked(0.5, 4), "NVME", dropout=0.0)
+    twin = copy.deepcopy({n: p.detach().clone() for n, p in engine.trainable.items()})
+    inputs = language_batch(5, tokens=SEQ_LEN)
+    engine(**inputs).loss.backward()
+    expected = {n: p.grad.clone() for n, p in engine.trainable.items()}
+    engine.model.zero_grad()
+    calls = []
+
+    def fail(module, args, output):
+        calls.append(1)
+        if len(calls) in (3, 7):
+            raise KeyError("broken on purpose")
+
+    handle = engine._runtime.layers[1].layer.mlp.register_forward_hook(fail)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            engine(**inputs).loss.backward()
+    handle.remove()
+    engine.model.zero_grad()
+    engine(**inputs).loss.backward()
+    same_bits({n: p.grad for n, p in engine.trainable.items()}, expected)
+    same_bits({n: p.detach() for n, p in engine.trainable.items()}, twin)
+
+
+def test_a_layer_that_cannot_be_cut_is_reported_and_runs_whole(make_engine, disk_folder):
+    from tests.test_tokenwise import Shifted
+
+    def model():
+        made = build_lora(num_layers=NUM_LAYERS, dropout=0.0).train()
+        for layer in made.base_model.model.model.layers:
+            layer.mlp = Shifted(layer.mlp)
+        return made
+
+    options = {"activations": chunked(0.5, 2), "swapped": Tier.NVME}
+    engine = make_engine(model(), options, seq_len=SEQ_LEN, nvme=disk_folder, bits=4)
+    found = steps(engine, engine.step)
+    report = engine.report()["tokenwise"]
+    assert report["num_whole"] == 2 * NUM_LAYERS == engine.report()["recomputes"]
+    assert len(report["refused"]) == 1 and "differs by" in next(iter(report["refused"].values()))
+    plain = decode_in_place(model())
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2)
+    same_bits(found, steps(plain, lambda: (optimizer.step(), optimizer.zero_grad())))
+
+
+# plans
+
+
+def base_plan(make_engine, disk_folder, **arguments):
+    with make_engine(build_lora(num_layers=2), seq_len=SEQ_LEN, nvme=disk_folder, bits=4, **arguments) as engine:
+        return engine.plan
+
+
+def test_a_plan_with_activations_is_read_back_and_runs(make_engine, disk_folder):
+    plan = base_plan(make_engine, disk_folder)
+    assert plan.activations is None
+    chosen = replace(plan, activations={"LlamaDecoderLayer": chunked(0.5, 2)}, swapped=Tier.NVME)
+    assert Plan.from_json(chosen.to_json()) == chosen
+    engine = make_engine(build_lora(num_layers=2), plan=chosen, seq_len=SEQ_LEN, nvme=disk_folder, bits=4)
+    steps(engine, engine.step)
+    assert engine.report()["tokenwise"]["swapped_bytes"] > 0
+    assert "chunks of tokens" in engine.summary()
+
+
+def test_a_plan_of_before_activations_is_read(make_engine, disk_folder):
+    plan = base_plan(make_engine, disk_folder)
+    data = json.loads(plan.to_json())
+    del data["activations"], data["swapped"]
+    assert Plan.from_json(json.dumps(data)) == plan
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"activations": {"NoSuchLayer": chunked(0.5, 2)}}, "NoSuchLayer"),
+        ({"activations": {"LlamaDecoderLayer": chunked(0.5, 2)}}, "DEVICE and HOST are one"),
+        ({"activations": {"LlamaDecoderLayer": chunked(0.5, 2)}, "swapped": Tier.DEVICE}, "keep them"),
+    ],
+)
+def test_a_plan_whose_activations_have_no_effect_is_refused(make_engine, disk_folder, changes, match):
+    plan = replace(base_plan(make_engine, disk_folder), **changes)
+    with pytest.raises(ConfigError, match=match):
+        make_engine(build_lora(num_layers=2), plan=plan, seq_len=SEQ_LEN, nvme=disk_folder, bits=4)
+
+
+def test_attention_weights_are_refused(run):
+    _, engine = run(chunked(0.5, 2), dropout=0.0)
+    with pytest.raises(UnsupportedModule, match="output_attentions"):
+        engine(**language_batch(0, tokens=SEQ_LEN), output_attentions=True)
