@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from offload_rt.tokenwise.graphs import Sums, edge
 from planners.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk
 from tests.conftest import PlainLayer, PlainModel
 from tests.tokenwise import (
@@ -81,7 +82,7 @@ def test_every_share_and_number_of_chunks(share, chunks, dtype):
 
 
 @pytest.mark.parametrize("num_layers", [4, pytest.param(24, marks=pytest.mark.full)])
-@pytest.mark.parametrize("chosen", [policy(0.0, 2), policy(0.5, 5)], ids=["2", "5"])
+@pytest.mark.parametrize("chosen", [policy(0.0, 2), policy(0.5, 5), policy(0.5, TOKENS)], ids=["2", "5", "each"])
 def test_with_cuts_the_error_against_fp64_is_that_of_plain(num_layers, chosen):
     """In bf16. Rounding is chance, more in one tensor and less in another: so all count together, over seeds."""
     ours, theirs = 0.0, 0.0
@@ -94,6 +95,17 @@ def test_with_cuts_the_error_against_fp64_is_that_of_plain(num_layers, chosen):
         theirs += sum(e**2 for e in errors(step(copy.deepcopy(model), inputs), truth).values())
         assert tokenwise.num_whole == 0
     assert (ours / theirs) ** 0.5 < 1.05
+
+
+def test_gradients_of_parameters_are_summed_over_chunks_in_fp32():
+    """1 and 256 times 2**-9 are 1.5; in bf16 each of the small ones would be lost."""
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    for in_fp32, expected in ((True, 1.5), (False, 1.0)):
+        sums = Sums([parameter], in_fp32=in_fp32)
+        for scale in [1.0] + [2.0**-9] * 256:
+            sums.backward([edge(parameter * scale)], [torch.ones(1, dtype=torch.bfloat16)], [], keep_graph=False)
+        (total,) = sums.gradients()
+        assert total.dtype is torch.bfloat16 and total.item() == expected
 
 
 @pytest.mark.parametrize("action", [Action.KEEP, Action.SWAP])
@@ -290,6 +302,63 @@ def test_a_kept_chunk_swaps_nothing_of_its_own():
     _, kept = run(model, policy(1.0, 2, action=Action.KEEP), inputs, stash_bytes=STASH_BYTES)
     assert kept.counters.swapped_bytes == recomputed.counters.swapped_bytes
     assert kept.counters.kept_bytes > recomputed.counters.kept_bytes
+
+
+def peaks(model, chosen, inputs):
+    """The most that PyTorch's allocator holds above the model, in forward and in backward of one layer."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    twin = copy.deepcopy(model)
+    if chosen is not None:
+        cut(twin, chosen)
+    (layer,) = decoder_layers(twin)
+    step(twin, inputs)  # has tried the layer
+    hidden = torch.randn(*inputs["input_ids"].shape, 64, requires_grad=True)
+    rotary = twin.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    twin.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        output = layer(hidden, position_embeddings=rotary, attention_mask=None)
+        output = output[0] if isinstance(output, tuple) else output
+        with record_function("backward begins"):
+            output.sum().backward()
+    events = profiled.profiler.kineto_results.events()
+    begins = next(e.start_ns() for e in events if e.name() == "backward begins")
+    held, most = 0, [0, 0]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        in_backward = event.start_ns() >= begins
+        most[in_backward] = max(most[in_backward], held)
+    return most
+
+
+def test_what_a_layer_needs_at_once_is_that_of_a_chunk():
+    """Not so the input, output, q, k, v, attention's result and their gradients; the MLP and norms, which are more."""
+    model = build(num_hidden_layers=1, intermediate_size=512)
+    inputs = batch(num_tokens=512)
+    plain = peaks(model, None, inputs)
+    whole = peaks(model, policy(0.0, 1, num_tokens=512), inputs)
+    tiled = peaks(model, policy(0.0, 8, num_tokens=512), inputs)
+    assert tiled[0] < 0.5 * plain[0]
+    assert tiled[1] < 0.5 * min(plain[1], whole[1])
+
+
+def test_attention_that_saves_all_pairs_of_tokens_is_warned_of(caplog):
+    inputs = batch(num_tokens=64)
+    for implementation, warnings in (("sdpa", 0), ("eager", 1)):
+        model = build(sizes={}, attn_implementation=implementation)
+        with caplog.at_level(logging.WARNING, logger="offload_rt"):
+            caplog.clear()
+            run(model, policy(0.5, 2, num_tokens=64), inputs)
+        assert sum("all pairs of tokens" in r.message for r in caplog.records) == warnings
+
+
+def test_the_models_own_checkpointing_is_not_wrapped_around_chunks():
+    model, inputs = build(), batch()
+    expected, _ = run(model, policy(0.5, 2), inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found, tokenwise = run(model, policy(0.5, 2), inputs)
+    same_bits(found, expected)
+    assert tokenwise.counters.num_attentions == 2
 
 
 def test_many_chunks_go_deeper_than_pythons_recursion_limit_and_leave_it_as_it_was():

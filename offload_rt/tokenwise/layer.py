@@ -25,9 +25,13 @@ from offload_rt.tokenwise.saved import Held
 from offload_rt.tokenwise.slicing import NotTokenLocal, tensor_names, token_dims
 from offload_rt.tokenwise.tiles import Places, TileCounters, TiledPass
 from planners.activations import ActivationPolicy
+from planners.errors import format_bytes
 from planners.schedule import Phase
 
 logger = logging.getLogger("offload_rt")
+
+LARGE_ATTENTION = 4
+"""Times the layer's input: more than any kernel saves that goes by tokens."""
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Tokenwise:
     """Classes of layers that were found to go by tokens."""
     refused: dict[str, str] = field(default_factory=dict)
     """Classes that run whole, and why."""
+    warned: set[str] = field(default_factory=set)
+    """Classes whose attention saves more than it should."""
     num_whole: int = 0
     """Calls that ran whole although the policy asked for chunks."""
 
@@ -77,6 +83,16 @@ class TokenwiseLayer(RecomputedLayer):
             "%s: layers like it are not run by chunks of tokens but recomputed whole, which takes more memory: %s",
             self.block.name, reason,
         )  # fmt: skip
+
+    def look_at(self, tiled: TiledPass, given: torch.Tensor) -> None:
+        """Warns, once a class, of attention that saves something of the square of the tokens."""
+        if tiled.attention_bytes > LARGE_ATTENTION * given.nbytes and self.kind not in self.tokenwise.warned:
+            self.tokenwise.warned.add(self.kind)
+            logger.warning(
+                "%s: its attention saves %s for an input of %s, besides queries, keys, values and result: masks or "
+                "probabilities of all pairs of tokens. An attention implementation without them (sdpa, no dropout, no "
+                "padding) needs less", self.block.name, format_bytes(tiled.attention_bytes), format_bytes(given.nbytes),
+            )  # fmt: skip
 
     def decoding(self) -> AbstractContextManager[None]:
         """Inside, weights are decoded once for all chunks, where the plan has room for a decoded layer."""
@@ -116,6 +132,7 @@ class _Tokenwise(torch.autograd.Function):
             tiled, inputs, hidden = owner.prepare(call)
             needs_input = tensors[hidden].requires_grad
             outputs = tiled.forward([tensor.detach() for tensor in inputs], needs_input=needs_input)
+            owner.look_at(tiled, inputs[hidden])
         ctx.owner = owner
         ctx.call = call
         ctx.tiled = tiled

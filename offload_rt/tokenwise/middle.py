@@ -53,10 +53,10 @@ class Middle:
             for tensor in qkv:
                 tensor.data = tensor.new_empty(0)
 
-    def attend(self, call: AttentionCall, whole: dict[int, torch.Tensor], saved: SavedTensors) -> None:
+    def attend(self, call: AttentionCall, whole: dict[int, torch.Tensor], saved: SavedTensors) -> int:
         """Makes the call over all tokens. `whole`: by identity, what its other arguments were cut from.
 
-        Raises `NotTokenLocal` where it is more than a function of queries, keys, values, arguments and parameters.
+        Returns the bytes that it saves besides operands and result. Raises `NotTokenLocal` where it is more than a function of queries, keys, values, arguments and parameters.
         """
         args, kwargs = _arguments(call, whole)
         saved.known = self._known()
@@ -74,8 +74,8 @@ class Middle:
         self._token_dim = call.out_token_dim
         self._result = dense(result.detach())
         saved.recognise("result", self._result)
-        saved.seal()
         self._qkv = []
+        return saved.seal()
 
     @property
     def result(self) -> torch.Tensor | None:

@@ -205,14 +205,20 @@ class SavedTensors:
         if entry is not None and tensor.storage_offset() == 0:
             entry.known, entry.memory = name, None
 
-    def seal(self) -> None:
-        """This piece's forward is done: what it has saved goes to the stash, and nothing of the known is held."""
+    def seal(self) -> int:
+        """This piece's forward is done: what it has saved goes to the stash, and nothing of the known is held.
+
+        Returns the bytes of what is put away or kept now.
+        """
+        num_bytes = 0
         for entry in self._open.values():
             if entry.memory is not None:
                 entry.held = Held(_as_bytes(entry.memory), self._stash, self._counters)
                 entry.memory = None
+                num_bytes += entry.held.num_bytes
         self._open.clear()
         self.known = {}
+        return num_bytes
 
 
 def _as_bytes(memory: torch.UntypedStorage) -> torch.Tensor:

@@ -126,6 +126,8 @@ class TiledPass:
         self._counters = counters
         self._store_qkv = store_qkv
         self._middle = Middle(spans[-1][1])
+        self.attention_bytes = 0
+        """What the attention call has saved besides its operands and its result."""
         self._needs_input = False
         self._keeps_graph = False
         self._stays: frozenset[int] = frozenset()
@@ -215,7 +217,8 @@ class TiledPass:
             self._run(self._tiles[tile.index + 1])
         else:
             self._counters.num_attentions += 1
-            self._middle.attend(call, self._whole, self._new_saved(self._places.layer_inputs))
+            saved = self._new_saved(self._places.layer_inputs)
+            self.attention_bytes = self._middle.attend(call, self._whole, saved)
         torch.set_grad_enabled(grads_on)
         tile.rng_at_resume = self._rng_state()
         self._current = tile
