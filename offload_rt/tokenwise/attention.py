@@ -62,7 +62,7 @@ def _install() -> None:
         if _num_users == 1:
             _replace(functional, "scaled_dot_product_attention", _through_sdpa)
             transformers = sys.modules.get("transformers.modeling_utils")
-            if transformers is not None:
+            if transformers is not None and hasattr(transformers.AttentionInterface, "get_interface"):
                 _replace(transformers.AttentionInterface, "get_interface", _through_interface)
 
 

@@ -48,13 +48,13 @@ def check_locality(
     actions = (Action.KEEP, Action.RECOMPUTE, Action.KEEP)
     spans = tuple((start, end, action) for start, end, action in zip(edges, edges[1:], actions, strict=False))
     with _evaluating(owner.layer), without_hooks(call.trainable), torch.random.fork_rng(devices=[]):
-        of_whole = _whole(owner, call, inputs, hidden)
-        tiled = TiledPass(call, owner.block, spans, dims, hidden, Places(), TileCounters())
         try:
+            of_whole = _whole(owner, call, inputs, hidden)
+            tiled = TiledPass(call, owner.block, spans, dims, hidden, Places(), TileCounters())
             outputs = tiled.forward(inputs, needs_input=True)
             of_input, of_parameters = tiled.backward(inputs, _directions(outputs), keep_graph=False)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            raise NotTokenLocal(f"by chunks it fails: {type(error).__name__}: {error}") from None
+            raise NotTokenLocal(f"tried on a few tokens it fails: {type(error).__name__}: {error}") from None
     _compare([*outputs, of_input], of_parameters, of_whole, len(outputs), _tolerance(call, inputs[hidden].dtype))
 
 

@@ -56,7 +56,8 @@ class Middle:
     def attend(self, call: AttentionCall, whole: dict[int, torch.Tensor], saved: SavedTensors) -> int:
         """Makes the call over all tokens. `whole`: by identity, what its other arguments were cut from.
 
-        Returns the bytes that it saves besides operands and result. Raises `NotTokenLocal` where it is more than a function of queries, keys, values, arguments and parameters.
+        Returns the bytes that it saves besides operands and result. Raises `NotTokenLocal` where it is more than a
+        function of queries, keys, values, arguments and parameters.
         """
         args, kwargs = _arguments(call, whole)
         saved.known = self._known()
