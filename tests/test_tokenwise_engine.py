@@ -88,7 +88,14 @@ def same_bits(found, expected):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("family, bits", [("llama", 4), ("llama", None), ("gpt2", 4)])
+@pytest.mark.parametrize(
+    "family, bits",
+    [
+        ("llama", 4),
+        pytest.param("llama", None, marks=pytest.mark.full),
+        pytest.param("gpt2", 4, marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_one_chunk_is_bit_equal_to_plain(run, place, family, bits, share):
     found, engine = run(chunked(share, 1), place, family, bits)
@@ -101,7 +108,11 @@ def test_one_chunk_is_bit_equal_to_plain(run, place, family, bits, share):
 
 @pytest.mark.parametrize(
     "family, bits, chunks",
-    [("llama", 4, 2), pytest.param("moe", 4, 3, marks=pytest.mark.full), ("qwen", None, 5)],
+    [
+        ("llama", 4, 2),
+        pytest.param("moe", 4, 3, marks=pytest.mark.full),
+        pytest.param("qwen", None, 5, marks=pytest.mark.full),
+    ],
 )
 def test_several_chunks_agree_with_plain_and_to_the_bit_wherever_they_wait(run, family, bits, chunks):
     plain = plain_steps(family, bits, 0.0)
@@ -138,8 +149,8 @@ def decodes_of_a_step(engine, seed=7):
     return engine.report()["decodes"] - before
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.full), 1.0])
+@pytest.mark.parametrize("chunks", [1, pytest.param(2, marks=pytest.mark.full), 4])
 def test_a_layer_that_is_held_decoded_is_decoded_once_a_pass(run, chunks, share):
     """Once in forward and once in backward, whatever the number of chunks: never more than plain recomputing does."""
     _, engine = run(chunked(share, chunks), "layers decoded whole", dropout=0.0)
