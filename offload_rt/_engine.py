@@ -306,7 +306,7 @@ class Engine:
             "store_was_cached": runtime.store_was_cached,
             "direct_io": None if runtime.store is None else runtime.store.direct and runtime.links.io.direct,
             "io": runtime.links.io.name,
-            "io_memory_not_registered": getattr(runtime.links.io, "refusal", None) or None,
+            "io_memory_not_registered": runtime.links.io.refusal or None,
             "drives": [] if runtime.store is None else [asdict(profile) for profile in runtime.store.profiles],
             "nf4": codec.backend(),
             "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},

@@ -98,7 +98,9 @@ class RecomputedLayer:
         wants_grad = any(t.requires_grad for t in tensors) or bool(trainable)
         if not (torch.is_grad_enabled() and wants_grad):
             with opened(self.block, self.access, Phase.FORWARD, training=torch.is_grad_enabled()):
-                return self.run(args, kwargs)
+                output = self.run(args, kwargs)
+            self.between()
+            return output
         # As transformers' own checkpointing does: a cache serves generation, and a recompute would fill it again.
         args = tuple(None if _is_cache(value) else value for value in args)
         kwargs = {

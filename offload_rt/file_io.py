@@ -66,6 +66,8 @@ class FileIO(Protocol):
     name: str
     direct: bool
     """Whether it honours O_DIRECT descriptors."""
+    refusal: str
+    """Why arenas are not registered with the kernel; empty where they are."""
 
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
         """Starts a "read" or a "write" of the whole buffer; returns the function that waits for it.
@@ -165,6 +167,7 @@ class AiofilesIO:
 
     name = "aiofiles"
     direct = False
+    refusal = "memory is registered by io_uring only"
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()

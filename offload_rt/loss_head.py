@@ -152,8 +152,8 @@ class LossHead:
         tail = _Tail(self, reached, arguments)
         with self._held():
             if not self._is_checked:
-                self._is_checked = True
                 difference = tail.difference(targets_N)
+                self._is_checked = True  # not before: an error in it must not stand for a check
                 if difference is not None:
                     self._refuse(difference)
             if self.refusal is not None:
@@ -305,7 +305,7 @@ class _Tiles(torch.autograd.Function):
         hidden_grad_ND = torch.zeros_like(hidden_ND) if wants_grad and ctx.needs_input_grad[1] else None
         sums: list[torch.Tensor | None] = [None] * len(parameters)
         num_items = tail.num_items(targets_N)
-        total: torch.Tensor | None = None
+        losses: list[torch.Tensor] = []
         num_tiles = -(-rows_M.numel() // tail.chunk_tokens)
         for rows_C in rows_M.tensor_split(num_tiles):
             hidden_CD = hidden_ND.index_select(0, rows_C).requires_grad_(hidden_grad_ND is not None)
@@ -313,7 +313,7 @@ class _Tiles(torch.autograd.Function):
                 loss = tail.loss(hidden_CD, targets_N[rows_C], num_items)
                 sources = ([hidden_CD] if hidden_grad_ND is not None else []) + list(parameters)
                 found = torch.autograd.grad(loss, sources, allow_unused=True) if wants_grad else ()
-            total = loss.detach() if total is None else total + loss.detach()
+            losses.append(loss.detach())
             del loss
             if hidden_grad_ND is not None and found[0] is not None:
                 hidden_grad_ND.index_copy_(0, rows_C, found[0])
@@ -324,11 +324,9 @@ class _Tiles(torch.autograd.Function):
             del found
             tail.counters.num_tiles += 1
             tail.counters.num_tokens += rows_C.numel()
-        if total is None:
-            raise RuntimeError("the loss head was given no rows")
         ctx.save_for_backward(hidden_grad_ND, *sums)
         ctx.dtypes = [parameter.dtype for parameter in parameters]
-        return total
+        return sum(losses[1:], losses[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -35,6 +35,7 @@ class PlainIO:
 
     name = "plain"
     direct = True
+    refusal = ""
 
     def start(self, kind, file, offset_bytes, buffer):
         if kind == "read":

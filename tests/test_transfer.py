@@ -52,6 +52,7 @@ class StuckIO:
     """Never finishes until told; counts what was started."""
 
     name = "stuck"
+    refusal = ""
 
     def __init__(self):
         self.go = threading.Event()
