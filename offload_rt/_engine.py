@@ -25,6 +25,7 @@ from offload_rt.checkpoint.state import load_state, save_state
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
+from offload_rt.optimizer.saving import load_training, save_training
 from offload_rt.profile import peak_resident_bytes, resident_bytes
 from planners.errors import format_bytes
 from planners.plan import Plan, Tier
@@ -134,12 +135,17 @@ class Engine:
                 options if options is not None else RuntimeOptions(),
                 progress,
                 base_bytes=self._base_bytes,
+                optimizer=self.optimizer,
             )
         except BaseException:
             if adapters is not None:  # so that the same call with other arguments works
                 remove_adapters(self.model, model, flags)
             raise
-        self.step_number = 0
+        self._training = self._runtime.training
+        if self._training is not None:
+            self.optimizer = self._training.optimizer
+            self._training.commits_with(lambda: {"tracked": self._tracked_values()})
+        self._num_steps = 0
         self._closed = False
         self._tracked: dict[str, Any] = {}
         self._num_backwards = 0
@@ -166,30 +172,41 @@ class Engine:
         loss.backward()  # type: ignore[no-untyped-call]
         self._num_backwards += 1
 
+    @property
+    def step_number(self) -> int:
+        """Steps made since the run began, those of the run that it goes on from included."""
+        return self._num_steps if self._training is None else self._training.step_number
+
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes the gradients, commits if it is time."""
         if self.optimizer is None:
             raise ConfigError("step: nothing trains; give adapters=, or leave some parameters requires_grad")
+        self._warn_of_accumulation()
+        self._num_backwards = 0
+        if self._training is not None:
+            self.optimizer.step()
+            return
         if self.step_number < CHECKED_STEPS:
             check_gradients(self.trainable, self.step_number + 1)
             before = {name: p.detach().clone() for name, p in self.trainable.items()} if self.step_number == 0 else {}
             check_optimizer(self.optimizer, self.trainable)
         else:
             before = {}
-        declared = self.config.accumulation_steps
-        if self._num_backwards not in (0, declared) and not self._warned_accumulation:
-            self._warned_accumulation = True
-            logger.warning("accumulation_steps=%d was declared, step() came after %d", declared, self._num_backwards)
         if self.config.max_grad_norm is not None:
             check_norm(self.clip_grad_norm_(self.config.max_grad_norm), self.step_number + 1)
         self.optimizer.step()
         self._check_moved(before)
         self.optimizer.zero_grad(set_to_none=True)
-        self._num_backwards = 0
-        self.step_number += 1
+        self._num_steps += 1
         every = self.config.commit_every
         if every is not None and self.step_number % every == 0 and self._runtime.store is not None:
             self.save_checkpoint(self.commit_folder)
+
+    def _warn_of_accumulation(self) -> None:
+        declared = self.config.accumulation_steps
+        if self._num_backwards not in (0, declared) and not self._warned_accumulation:
+            self._warned_accumulation = True
+            logger.warning("accumulation_steps=%d was declared, step() came after %d", declared, self._num_backwards)
 
     def train_batch(self, batches: Sequence[dict[str, Any]]) -> float:
         """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
@@ -212,10 +229,15 @@ class Engine:
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales the gradients so that their global norm is at most `max_norm`; returns the norm before. Exact."""
+        if self._training is not None:
+            return self._training.clip_grad_norm_(max_norm)
         return torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), max_norm)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradients that there are, by parameter name."""
+        """The gradients that there are, by parameter name. Those of layers that train are in memory one by one."""
+        if self._training is not None:
+            yield from self._training.gradient_items()
+            return
         for name, parameter in self.trainable.items():
             if parameter.grad is not None:
                 yield name, parameter.grad
@@ -228,7 +250,9 @@ class Engine:
 
     @property
     def commit_folder(self) -> Path:
-        """Where `commit_every` writes. ConfigError without nvme=."""
+        """Where commits are. ConfigError without nvme=."""
+        if self._training is not None and self._training.commit_folder is not None:
+            return self._training.commit_folder
         if self._runtime.store is None:
             raise ConfigError("commit_every: commits are written beside the store; give nvme= a folder")
         return self._runtime.store.folders[0] / "commit"
@@ -237,10 +261,10 @@ class Engine:
         """Writes parameters that train, optimizer, random numbers and everything tracked. Atomic and durable."""
         if self.optimizer is None:
             raise ConfigError("save_checkpoint: nothing trains")
-        extra = {
-            "step": self.step_number,
-            "tracked": {name: tracked.state_dict() for name, tracked in self._tracked.items()},
-        }
+        if self._training is not None:
+            save_training(self._training, Path(folder))
+            return
+        extra = {"step": self.step_number, "tracked": self._tracked_values()}
         save_state(Path(folder), self.trainable, self.optimizer, extra)
 
     def load_checkpoint(self, folder: str | Path) -> None:
@@ -253,10 +277,16 @@ class Engine:
             if odd:
                 raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(odd)}")
 
-        extra = load_state(Path(folder), self.trainable, self.optimizer, check)
-        self.step_number = int(extra["step"])
+        if self._training is not None:
+            extra = load_training(self._training, Path(folder), check)
+        else:
+            extra = load_state(Path(folder), self.trainable, self.optimizer, check)
+            self._num_steps = int(extra["step"])
         for name, state in extra["tracked"].items():
             self._tracked[name].load_state_dict(state)
+
+    def _tracked_values(self) -> dict[str, Any]:
+        return {name: tracked.state_dict() for name, tracked in self._tracked.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the adapter as peft does, reads it back and compares. Raises `CheckpointVerifyError`."""
@@ -297,6 +327,7 @@ class Engine:
             "replans": sum(c.num_replans for c in executors),
             "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
             "loss_head": None if runtime.loss_head is None else runtime.loss_head.report(),
+            "training": None if self._training is None else self._training.report(),
             "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
             "recomputes": runtime.layer_counters.num_recomputes,
             "decodes": runtime.decoder.counters.num_decodes,
@@ -378,6 +409,8 @@ class Engine:
                 "output_router_logits: the auxiliary loss would lose its gradient when layers are recomputed; set "
                 "config.output_router_logits = False"
             )
+        if self._training is not None:
+            self._training.before_forward()
         if self._runtime.tokenwise is not None and kwargs.get("output_attentions"):
             raise UnsupportedModule("output_attentions: layers that run by chunks of tokens have no attention weights")
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,9 +32,11 @@ from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import HeapGuard
 from offload_rt.loss_head import LossHead
+from offload_rt.optimizer.training import FullTraining
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.stash import HostStash, NvmeStash, Stash
+from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import HostResidence, NvmeResidence, Residence, Tiers
@@ -75,6 +78,8 @@ class Runtime:
     store_was_cached: bool
     scratch: Scratch | None
     recorder: Recorder | None
+    training: FullTraining | None
+    """Of layers that train; None where only adapters do."""
     _closed: bool = field(default=False)
 
     def close(self) -> None:
@@ -94,6 +99,8 @@ class Runtime:
             block.detach()
         for executor in self.executors:
             executor.drain()
+        if self.training is not None:
+            self.training.close()
         self.links.close()
         self.heap.close()
         if self.scratch is not None:
@@ -111,6 +118,7 @@ def assemble(
     progress: Progress | None = None,
     *,
     base_bytes: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Runtime:
     """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all.
 
@@ -118,14 +126,14 @@ def assemble(
     """
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
-        workload = find_workload(model, opened, config)
+        workload = find_workload(model, opened, config, optimizer, options)
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         problem = streaming_problem(workload)
-        chosen = plan if plan is not None else plan_streaming(problem)
+        chosen = plan if plan is not None else plan_streaming(problem, rest=options.rest)
         chosen = with_options(chosen, workload.drafts, options)
         check_plan(chosen, problem, workload)
         with _Assembly(workload, problem, chosen, options, progress, base_bytes) as assembly:
-            return assembly.run(covered)
+            return assembly.run(covered, optimizer)
 
 
 class _Assembly:
@@ -155,6 +163,9 @@ class _Assembly:
         self.store_was_cached = False
         self.scratch: Scratch | None = None
         self.executors: list[RingExecutor] = []
+        self.state: StateAssembly | None = None
+        if workload.training is not None:
+            self.state = StateAssembly(workload, plan, self.tiers, self.links, options)
 
     def __enter__(self) -> _Assembly:
         return self
@@ -163,25 +174,29 @@ class _Assembly:
         if kind is not None:
             for executor in self.executors:
                 executor.drain()
+            if self.state is not None:
+                self.state.close()
             self.links.close()
             if self.scratch is not None:
                 self.scratch.close()
             if self.store is not None:
                 self.store.close()
 
-    def run(self, covered: Coverage) -> Runtime:
-        if self.workload.config.nvme:
+    def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
+        if self.workload.config.nvme and self.workload.frozen:
             self._open_store()
         decoder = self._decoder()
         device = self.tiers.account(Tier.DEVICE)
         device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
         device.reserve("activations", self.problem.transient_bytes(self.plan.head_chunk_tokens))
         device.reserve("freed, held back by the allocator", self.plan.allocator_slack_bytes)
+        if self.state is not None:
+            self.state.open()
         accesses = self._resident()
         for ring in self.plan.rings:
             accesses.update(self._ring(ring))
         places = self._places()
-        return self._attach(decoder, accesses, places, covered)
+        return self._attach(decoder, accesses, places, covered, optimizer)
 
     def _open_store(self) -> None:
         """Finds the store, or builds it."""
@@ -189,7 +204,7 @@ class _Assembly:
         self.store = Store(workload.config.nvme, workload.key, self.links)
         self.store_was_cached = self.store.complete
         if not self.store_was_cached:
-            total = sum(draft.spec.compute_bytes for draft in workload.drafts)
+            total = sum(draft.spec.compute_bytes for draft in workload.frozen)
             done = 0
 
             def advance(num_bytes: int) -> None:
@@ -198,9 +213,9 @@ class _Assembly:
                 if self.progress is not None:
                     self.progress("encoding", done, total)
 
-            builder = self.store.build([draft.spec for draft in workload.drafts])
+            builder = self.store.build([draft.spec for draft in workload.frozen])
             try:
-                for draft in workload.drafts:
+                for draft in workload.frozen:
                     builder.write(draft.spec, block_pieces(draft, workload.sources, progress=advance))
                 builder.finish()
             finally:
@@ -227,10 +242,12 @@ class _Assembly:
         for name in self.plan.resident:
             draft = self.workload.draft(name)
             slot = arena.acquire(draft.spec.stored_bytes, name)
-            if self.store is not None:
+            if self.store is not None and not draft.trains:
                 NvmeResidence(self.store, name, slot.num_bytes, self.links, None).fetch(slot).wait()
             else:
                 fill_slot(draft, self.workload.sources, slot)
+            if self.state is not None and draft.trains:
+                self.state.weights_rest_in(name, slot)
             accesses[name] = ResidentAccess(slot)
         return accesses
 
@@ -248,20 +265,24 @@ class _Assembly:
         if ring.rest is Tier.HOST:
             arena = self.tiers.arena(Tier.HOST, "weights", self._stored_bytes(ring.blocks))
             return [self._in_host(name, arena) for name in ring.blocks]
-        if self.store is None:
-            raise ConfigError(f"plan: ring {ring.name!r} rests on NVME, but nvme= gives no folder")
         staging = None
         if not self.tiers.unified:
             staging = self.tiers.arena(Tier.HOST, f"staging for {ring.name}", ring.device_bytes)
-        return [
-            NvmeResidence(self.store, name, self.workload.draft(name).spec.stored_bytes, self.links, staging)
-            for name in ring.blocks
-        ]
+        return [self._on_nvme(ring, self.workload.draft(name), staging) for name in ring.blocks]
+
+    def _on_nvme(self, ring: Ring, draft: BlockDraft, staging: Arena | None) -> Residence:
+        if self.state is not None and draft.trains:
+            return self.state.residence(draft, staging)
+        if self.store is None:
+            raise ConfigError(f"plan: ring {ring.name!r} rests on NVME, but nvme= gives no folder")
+        return NvmeResidence(self.store, draft.name, draft.spec.stored_bytes, self.links, staging)
 
     def _in_host(self, name: str, arena: Arena) -> Residence:
         draft = self.workload.draft(name)
         slot = arena.acquire(draft.spec.stored_bytes, name)
         fill_slot(draft, self.workload.sources, slot)
+        if self.state is not None and draft.trains:
+            self.state.weights_rest_in(name, slot)
         return HostResidence(slot, self.links)
 
     def _visited_in_backward(self, ring: Ring) -> frozenset[int]:
@@ -336,7 +357,14 @@ class _Assembly:
         ]
         return align_up(4 * config.batch_size * max(spans, default=1) * widest, IO_ALIGNMENT_BYTES)
 
-    def _attach(self, decoder: Decoder, accesses: dict[str, Access], places: Places, covered: Coverage) -> Runtime:
+    def _attach(
+        self,
+        decoder: Decoder,
+        accesses: dict[str, Access],
+        places: Places,
+        covered: Coverage,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> Runtime:
         """Takes the weights out of the model and puts the hooks in. Nothing before this changed the model."""
         memory = (self.tiers.account(Tier.DEVICE), self.tiers.account(Tier.HOST))
         heap = HeapGuard(self.base_bytes + sum({account.tier: account.used_bytes for account in memory}.values()))
@@ -345,10 +373,13 @@ class _Assembly:
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], executors=self.executors,
             layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
             tokenwise=Tokenwise(places) if self.plan.activations else None, coverage=covered, store=self.store,
-            store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder,
+            store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, training=None,
         )  # fmt: skip
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
         materialise_rest(workload.model, workload.rest, stored)
+        if self.state is not None and optimizer is not None:
+            self.state.begin()
+            runtime.training = self.state.finish(optimizer, self._drain)
         for draft in workload.drafts:
             bindings = tuple(
                 Binding(spec, entry.parameter, entry.owners)
@@ -376,12 +407,20 @@ class _Assembly:
         heap.trim()  # of what the weights and their encoding have left
         return runtime
 
+    def _drain(self) -> None:
+        """Nobody reads weights ahead when this returns."""
+        for executor in self.executors:
+            executor.drain()
+
     def _layer(
         self, runtime: Runtime, draft: BlockDraft, block: Block, access: Access, places: Places
     ) -> RecomputedLayer:
+        deliver = None
+        if draft.trains and runtime.training is not None:
+            deliver = runtime.training.taker(draft.name)
         shared: dict[str, Any] = {
             "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
-            "between": runtime.heap.check,
+            "between": runtime.heap.check, "deliver": deliver,
         }  # fmt: skip
         policy = policy_of(self.plan, draft)
         if policy is None or runtime.tokenwise is None:

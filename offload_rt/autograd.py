@@ -5,6 +5,9 @@ trainable parameters, so that their gradients flow through the graph outside, on
 operation; the recompute has a graph of its own, which dies before the layer's weights leave. With one micro-batch per
 call the bits are those of plain autograd: the same operations on the same operands.
 
+Parameters that stream and train (full fine-tuning) are no inputs of the operation: the graph outside would keep their
+gradients whole. Theirs are handed to `deliver` as soon as the layer's backward has them.
+
     forward    open block | run, no graph | close block          saved: inputs (or their stash), RNG state, autocast
     backward   open block | run again with graph | gradients | close block
 
@@ -14,7 +17,8 @@ Modules outside the layers are in `edge`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +62,9 @@ class RecomputedLayer:
         hold_decoded: bool = False,
         counters: LayerCounters | None = None,
         between: Callable[[], None] = lambda: None,
+        deliver: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
     ) -> None:
+        """`deliver` takes the gradients of the block's own parameters, by index, where these train; None: frozen."""
         self.layer = layer
         self.block = block
         self.access = access
@@ -67,6 +73,11 @@ class RecomputedLayer:
         self.counters = counters if counters is not None else LayerCounters()
         self.between = between
         """Called when the layer has run and its memory is free again: after each forward and each backward."""
+        self._deliver = deliver
+        self._open_calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        """Those whose backward may come."""
+        self._sums: dict[int, torch.Tensor] = {}
+        """Gradients for `deliver`, of a layer that was called more than once, until all its calls are through."""
         stored = {id(binding.parameter) for binding in block.bindings}
         self._own = [p for p in layer.parameters() if id(p) not in stored]
         self._bindings = block.bindings
@@ -81,7 +92,9 @@ class RecomputedLayer:
         put_forward_back(self.layer, self._forward, had_own=self._had_own_forward)
 
     def trainable(self) -> list[nn.Parameter]:
-        """The layer's parameters that train now; a user may switch adapters on and off."""
+        """The layer's parameters that train now and stay in memory; a user may switch adapters on and off."""
+        if self._deliver is not None:
+            return [p for p in self._own if p.requires_grad]
         for binding in self._bindings:
             if binding.parameter.requires_grad:
                 raise UnsupportedModule(
@@ -90,12 +103,41 @@ class RecomputedLayer:
                 )
         return [p for p in self._own if p.requires_grad]
 
+    def streamed(self) -> list[nn.Parameter]:
+        """The block's own parameters that train now. `UnsupportedModule` where one has hooks, which would not fire."""
+        if self._deliver is None:
+            return []
+        found = [binding.parameter for binding in self._bindings if binding.parameter.requires_grad]
+        for parameter in found:
+            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                name = next(b.spec.name for b in self._bindings if b.parameter is parameter)
+                raise UnsupportedModule(
+                    f"{name}: has a hook on its gradient, which never is in memory with all others; look at "
+                    f"engine.gradients() between backward and step"
+                )
+        return found
+
+    def hand_over(self, call: Call, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Takes the gradients of `call.streamed`, and delivers the layer's once no other call of it is to come."""
+        self._open_calls.discard(call)
+        if self._deliver is None:
+            return
+        index_of = {id(binding.parameter): index for index, binding in enumerate(self._bindings)}
+        for parameter, gradient in zip(call.streamed, gradients, strict=True):
+            if gradient is not None:
+                index = index_of[id(parameter)]
+                held = self._sums.get(index)
+                self._sums[index] = gradient if held is None else held + gradient
+        if not self._open_calls:
+            sums, self._sums = self._sums, {}
+            self._deliver(sums)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.counters.num_forwards += 1
-        trainable = self.trainable()
-        wants_grad = any(t.requires_grad for t in tensors) or bool(trainable)
+        trainable, streamed = self.trainable(), self.streamed()
+        wants_grad = any(t.requires_grad for t in tensors) or bool(trainable) or bool(streamed)
         if not (torch.is_grad_enabled() and wants_grad):
             with opened(self.block, self.access, Phase.FORWARD, training=torch.is_grad_enabled()):
                 output = self.run(args, kwargs)
@@ -109,7 +151,8 @@ class RecomputedLayer:
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        call = Call(self, leaves, structure, trainable)
+        call = Call(self, leaves, structure, trainable, streamed)
+        self._open_calls.add(call)
         outputs = self.apply(call)
         self.between()
         return call.rebuild_output(outputs)
@@ -117,7 +160,7 @@ class RecomputedLayer:
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Runs `call` as one operation of the graph outside; returns the tensors among its outputs."""
         outputs: tuple[torch.Tensor, ...] = _Recompute.apply(  # type: ignore[no-untyped-call]
-            call, *call.tensors, *call.trainable
+            call, *call.tensors, *call.graph_parameters()
         )
         return outputs
 
@@ -170,10 +213,18 @@ class Call:
     """One call of a layer: its arguments taken apart, and what is needed to run it again."""
 
     def __init__(
-        self, owner: RecomputedLayer, leaves: list[Any], structure: Any, trainable: list[nn.Parameter]
+        self,
+        owner: RecomputedLayer,
+        leaves: list[Any],
+        structure: Any,
+        trainable: list[nn.Parameter],
+        streamed: list[nn.Parameter],
     ) -> None:
         self.owner = owner
-        self.trainable = trainable
+        self.trainable = trainable + streamed
+        """All that a gradient is wanted of."""
+        self.streamed = streamed
+        """Of these, those that the graph outside does not know."""
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
@@ -183,6 +234,21 @@ class Call:
         self.rng_state = torch.get_rng_state()
         self.autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         self.autocast_cache = torch.is_autocast_cache_enabled()
+
+    def graph_parameters(self) -> list[torch.Tensor]:
+        """The parameters that are inputs of the operation. Where none is but some stream, a stand-in that makes the
+        graph outside come to this layer's backward.
+        """
+        known: list[torch.Tensor] = list(self.trainable[: len(self.trainable) - len(self.streamed)])
+        if self.streamed:
+            known.append(torch.zeros((), requires_grad=True))
+        return known
+
+    def of_graph(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Hands over the gradients of what streams; the others, as the graph outside wants them."""
+        num_known = len(self.trainable) - len(self.streamed)
+        self.owner.hand_over(self, gradients[num_known:])
+        return [*gradients[:num_known], *([None] if self.streamed else [])]
 
     def leaves(self) -> tuple[list[Any], Any]:
         """The arguments as they came, flat, and the structure that they came in."""
@@ -230,7 +296,7 @@ class Call:
 
 
 class _Recompute(torch.autograd.Function):
-    """One layer as one operation. Inputs: the call, its tensors, the layer's trainable parameters."""
+    """One layer as one operation. Inputs: the call, its tensors, the trainable parameters that stay in memory."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -301,10 +367,12 @@ class _Recompute(torch.autograd.Function):
             else:
                 gradients = (None,) * len(sources)
             del pairs  # and with it the recompute's graph, before the weights go
-        owner.between()
         supply = iter(gradients)
+        del gradients
         of_inputs = [next(supply) if tensor.requires_grad else None for tensor in detached]
-        return (None, *of_inputs, *supply)
+        of_parameters = call.of_graph(list(supply))
+        owner.between()
+        return (None, *of_inputs, *of_parameters)
 
 
 def graph_is_kept() -> bool:

@@ -107,6 +107,9 @@ class CommitLog:
     def names(self) -> list[str]:
         return list(self._extents)
 
+    def length_bytes(self, name: str) -> int:
+        return self._extent(name).place.length_bytes
+
     @property
     def dirty(self) -> list[str]:
         """Extents that were written since the last commit or drop."""

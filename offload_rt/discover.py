@@ -2,7 +2,9 @@
 
 Layers are the elements of every `ModuleList` that is not itself inside another one's element. Outside the layers, an
 embedding or a linear (the head) is a block of its own, a tied pair one block; all else is small and stays in memory.
-Only frozen parameters are stored: what trains stays where it is.
+A block is frozen or trains. A layer most of which is frozen stores its frozen parameters, and what trains (adapters)
+stays where it is; a layer most of which trains stores that, in its own dtype, and the rest stays. Outside the layers
+only frozen blocks are stored.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from offload_rt.dtypes import dtype_name
-from offload_rt.errors import QuantCoverageError, UnsupportedModule
+from offload_rt.errors import ConfigError, QuantCoverageError, UnsupportedModule
 from offload_rt.tensor_spec import BlockSpec, Encoding, TensorSpec, layout_block
 
 MAX_UNQUANTIZED_SHARE = 0.05
@@ -23,7 +25,7 @@ MAX_UNQUANTIZED_SHARE = 0.05
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """A frozen parameter of a block, under the first name it has in the model, and the modules that own it."""
+    """A parameter that a block stores, under the first name it has in the model, and the modules that own it."""
 
     name: str
     parameter: nn.Parameter
@@ -39,6 +41,8 @@ class BlockDraft:
     parameters: tuple[StoredParameter, ...]
     spec: BlockSpec
     is_layer: bool
+    trains: bool = False
+    """Its parameters train: their bytes change with every step."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +76,33 @@ def find_blocks(model: nn.Module, *, bits: int | None, prequantized: frozenset[s
     outside = {id(p) for module in _outside(model, layers) for p in module.parameters(recurse=False)}
     drafts = []
     for index, (name, layer) in enumerate(layers):
-        stored = []
-        for parameter_name, parameter in layer.named_parameters(prefix=name):
-            # A parameter that several layers share belongs to none of them: it stays in memory.
-            alone = in_layer[id(parameter)] == {index} and id(parameter) not in outside
-            if not parameter.requires_grad and alone and parameter.numel():
-                stored.append(StoredParameter(parameter_name, parameter, owners[id(parameter)]))
-        if stored:
-            drafts.append(_draft(name, (layer,), stored, bits=bits, prequantized=prequantized, is_layer=True))
+        # A parameter that several layers share belongs to none of them: it stays in memory.
+        own = [
+            StoredParameter(parameter_name, parameter, owners[id(parameter)])
+            for parameter_name, parameter in layer.named_parameters(prefix=name)
+            if in_layer[id(parameter)] == {index} and id(parameter) not in outside and parameter.numel()
+        ]
+        trained = [entry for entry in own if entry.parameter.requires_grad]
+        frozen = [entry for entry in own if not entry.parameter.requires_grad]
+        if _num_elements(trained) > _num_elements(frozen):
+            drafts.append(
+                _draft(name, (layer,), trained, bits=None, prequantized=frozenset(), is_layer=True, trains=True)
+            )
+        elif frozen:
+            drafts.append(_draft(name, (layer,), frozen, bits=bits, prequantized=prequantized, is_layer=True))
     if not any(draft.is_layer for draft in drafts):
         raise UnsupportedModule(
-            f"{type(model).__name__}: found no ModuleList whose elements have frozen parameters. The layers to stream "
-            f"are the elements of a ModuleList; freeze what does not train (requires_grad_(False)) or give adapters="
+            f"{type(model).__name__}: found no ModuleList whose elements have parameters. The layers to stream are the "
+            f"elements of a ModuleList"
         )
+    if bits is not None and all(draft.trains for draft in drafts):
+        raise ConfigError(f"bits={bits}: quantizes frozen weights, and all layers train; give adapters=, or bits=None")
     return drafts + _edges(model, layers, owners)
 
 
 def coverage(drafts: list[BlockDraft]) -> Coverage:
     """How much of the drafts is quantized."""
-    layers = [tensor for draft in drafts if draft.is_layer for tensor in draft.spec.tensors]
+    layers = [tensor for draft in drafts if draft.is_layer and not draft.trains for tensor in draft.spec.tensors]
     edges = [tensor for draft in drafts if not draft.is_layer for tensor in draft.spec.tensors]
     return Coverage(
         quantized_bytes=sum(t.compute_bytes for t in layers if t.is_quantized),
@@ -121,7 +133,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 child, (nn.ModuleList, nn.ModuleDict)
             ):
                 # peft keeps adapters in ModuleDicts; a frozen one (a second adapter) is not a layer
-                if isinstance(module, nn.ModuleList) and any(not p.requires_grad for p in child.parameters()):
+                if isinstance(module, nn.ModuleList) and any(True for _ in child.parameters()):
                     yield path, child
             else:
                 yield from descend(path, child)
@@ -178,6 +190,7 @@ def _draft(
     bits: int | None,
     prequantized: frozenset[str],
     is_layer: bool,
+    trains: bool = False,
 ) -> BlockDraft:
     specs = []
     for entry in stored:
@@ -190,7 +203,11 @@ def _draft(
                 encoding=encoding,
             )
         )
-    return BlockDraft(name, modules, tuple(stored), layout_block(name, specs), is_layer)
+    return BlockDraft(name, modules, tuple(stored), layout_block(name, specs), is_layer, trains)
+
+
+def _num_elements(stored: list[StoredParameter]) -> int:
+    return sum(entry.parameter.numel() for entry in stored)
 
 
 def _encoding(entry: StoredParameter, *, bits: int | None, prequantized: bool) -> Encoding:

@@ -19,13 +19,15 @@ import os
 import shutil
 import struct
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from offload_rt.arena import Arena
+from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
 from offload_rt.commit_layout import barrier, finish, settle
-from offload_rt.commit_log import CommitLog
+from offload_rt.commit_log import Commit
+from offload_rt.commit_record import Version
 from offload_rt.drive_files import digest, open_file, os_error, sync_folder, write_atomically
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageError, StorageFull
 from offload_rt.transfer import Links, OpenFile, Transfer
@@ -37,12 +39,30 @@ _FICLONERANGE = 0x4020940D
 _CANNOT_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
 
 
-def save_snapshot(log: CommitLog, folder: Path, links: Links) -> int:
+class SnapshotLog(Protocol):
+    """What a snapshot needs of a commit log, or of memory that stands for one."""
+
+    committed: Commit
+
+    @property
+    def names(self) -> list[str]: ...
+    def length_bytes(self, name: str) -> int: ...
+    def version(self, name: str) -> Version: ...
+    def committed_place(self, name: str) -> tuple[OpenFile, int] | None: ...
+    def read(self, name: str, slot: Slot, *, committed: bool = False) -> Transfer: ...
+    def write(self, name: str, slot: Slot) -> Transfer: ...
+    def drop(self) -> None: ...
+
+
+def save_snapshot(
+    log: SnapshotLog, folder: Path, links: Links, *, names: Callable[[str], bool] = lambda name: True
+) -> int:
     """Saves what `log` has committed to `folder`, which must not exist. Blocks until it is durable.
 
-    Returns how many bytes were copied; the others were cloned. What was written since the commit is not part of it,
-    and nothing may be committed meanwhile. Raises `StorageFull` before the first byte, and `StoreCorrupt` where an
-    extent that is copied does not match its checksum (one that is cloned is verified when it is loaded).
+    `names` says which extents are part of it. Returns how many bytes were copied; the others were cloned. What was
+    written since the commit is not part of it, and nothing may be committed meanwhile. Raises `StorageFull` before the
+    first byte, and `StoreCorrupt` where an extent that is copied does not match its checksum (one that is cloned is
+    verified when it is loaded).
     """
     folder = folder.absolute()
     if folder.exists():
@@ -52,7 +72,7 @@ def save_snapshot(log: CommitLog, folder: Path, links: Links) -> int:
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        copied_bytes = _save(log, partial, links)
+        copied_bytes = _save(log, partial, links, [name for name in log.names if names(name)])
         os.rename(partial, folder)
         sync_folder(folder.parent)
     except StorageError:
@@ -64,23 +84,33 @@ def save_snapshot(log: CommitLog, folder: Path, links: Links) -> int:
     return copied_bytes
 
 
-def load_snapshot(folder: Path, log: CommitLog, links: Links) -> None:
-    """Writes the snapshot in `folder` into `log` and commits it. Blocks.
-
-    The log holds the same extents, by name and length, wherever they lie. Until the commit it is what it was. Raises
-    `CheckpointError` where something is missing or does not fit, `CheckpointVerifyError` where bytes have changed.
-    """
+def read_payload(folder: Path) -> tuple[int, bytes]:
+    """The step of the snapshot in `folder`, and what was committed with it. Raises as `load_snapshot` does."""
     body = _read_manifest(folder)
-    saved = {extent["name"]: extent for extent in body["extents"]}
-    here = {extent.name: extent.length_bytes for extent in log.layout.extents}
-    odd = {(name, extent["length_bytes"]) for name, extent in saved.items()} ^ set(here.items())
-    if odd:
-        raise CheckpointError(f"{folder}: holds other extents than this run, first: {min(odd)} ({len(odd)} differ)")
     try:
         payload = (folder / "payload.bin").read_bytes()
     except OSError as error:
         raise CheckpointError(f"{folder}: payload.bin cannot be read ({error})") from None
     _verify(folder / "payload.bin", memoryview(payload), body["payload_crc32c"])
+    return int(body["step"]), payload
+
+
+def load_snapshot(
+    folder: Path, log: SnapshotLog, links: Links, *, names: Callable[[str], bool] = lambda name: True
+) -> tuple[int, bytes]:
+    """Writes the snapshot in `folder` into `log`; the caller commits, with the step and payload returned. Blocks.
+
+    Of the extents that `names` takes, the log holds the same, by name and length, wherever they lie. Until the commit
+    it is what it was. Raises `CheckpointError` where something is missing or does not fit, `CheckpointVerifyError`
+    where bytes have changed; then everything written is dropped.
+    """
+    body = _read_manifest(folder)
+    found = read_payload(folder)
+    saved = {extent["name"]: extent for extent in body["extents"]}
+    here = {name: log.length_bytes(name) for name in log.names if names(name)}
+    odd = {(name, extent["length_bytes"]) for name, extent in saved.items()} ^ set(here.items())
+    if odd:
+        raise CheckpointError(f"{folder}: holds other extents than this run, first: {min(odd)} ({len(odd)} differ)")
     log.drop()
     if not (folder / "state.bin").is_file():
         raise CheckpointError(f"{folder}: state.bin is missing")
@@ -97,27 +127,25 @@ def load_snapshot(folder: Path, log: CommitLog, links: Links) -> None:
             finish(links, writes)
             writes.append(log.write(name, slot))
             del slot
-        log.commit(body["step"], payload)
+        finish(links, writes)
     except BaseException:
         log.drop()
         raise
     finally:
         settle(reads)
         os.close(file.fd)
+    return found
 
 
-def _save(log: CommitLog, folder: Path, links: Links) -> int:
+def _save(log: SnapshotLog, folder: Path, links: Links, names: list[str]) -> int:
     extents: list[dict[str, Any]] = []
     offset = 0
-    for extent in log.layout.extents:
-        version = log.version(extent.name)
+    for name in names:
+        length = log.length_bytes(name)
         extents.append(
-            {
-                "name": extent.name, "offset_bytes": offset, "length_bytes": extent.length_bytes,
-                "crc32c": version.crc32c,
-            }
-        )  # fmt: skip
-        offset += extent.length_bytes
+            {"name": name, "offset_bytes": offset, "length_bytes": length, "crc32c": log.version(name).crc32c}
+        )
+        offset += length
     file = open_file(folder / "state.bin", writable=True)
     in_flight: deque[Transfer] = deque()
     try:
@@ -138,9 +166,12 @@ def _save(log: CommitLog, folder: Path, links: Links) -> int:
     return copied_bytes
 
 
-def _clone(log: CommitLog, extent: dict[str, Any], file: OpenFile) -> bool:
+def _clone(log: SnapshotLog, extent: dict[str, Any], file: OpenFile) -> bool:
     """Shares an extent's bytes with the snapshot. False where the file system, or the pair of them, cannot."""
-    source, offset = log.committed_place(extent["name"])
+    place = log.committed_place(extent["name"])
+    if place is None:
+        return False
+    source, offset = place
     request = struct.pack("=qQQQ", source.fd, offset, extent["length_bytes"], extent["offset_bytes"])
     try:
         fcntl.ioctl(file.fd, _FICLONERANGE, request)
@@ -152,7 +183,7 @@ def _clone(log: CommitLog, extent: dict[str, Any], file: OpenFile) -> bool:
 
 
 def _copy(
-    log: CommitLog, extents: list[dict[str, Any]], file: OpenFile, links: Links, in_flight: deque[Transfer]
+    log: SnapshotLog, extents: list[dict[str, Any]], file: OpenFile, links: Links, in_flight: deque[Transfer]
 ) -> None:
     """Copies through two slots: one extent is read while the one before it is written."""
     arena = Arena("snapshot", 2 * max((extent["length_bytes"] for extent in extents), default=0))

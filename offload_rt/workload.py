@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from offload_rt.checkpoint import Checkpoint, map_checkpoint
@@ -17,12 +18,16 @@ from offload_rt.checkpoint.sources import TensorSource
 from offload_rt.config import EngineConfig
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.optimizer.pieces import PIECE_ELEMENTS, TrainedBlock, TrainedParameter, trained_block
+from offload_rt.optimizer.rules import UpdateRule, rule_for
 from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, layer_input_bytes, loss_head_size
 from offload_rt.store import store_folders, usable_bytes
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.activations import ActivationPolicy
+from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import BlockSize, StreamingProblem
+from planners.training_state import StatePlacement, TrainedSize, TrainingSizes
 
 OPTIMIZER_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments, which is the most that the usual optimizers keep for an adapter."""
@@ -55,6 +60,26 @@ class RuntimeOptions:
     """Of all layers, in place of the plan's."""
     swapped: Tier | None = None
     """Where swapped chunks wait, in place of the plan's choice."""
+    rest: Tier | None = None
+    """Where weights rest, in place of the rule's choice."""
+    state: StatePlacement | None = None
+    """Of what trains in blocks, in place of the plan's."""
+    update_mode: UpdateMode | None = None
+    serial_updates: bool = False
+    """Step blocks on the calling thread. On where transfers are recorded."""
+    piece_elements: int = PIECE_ELEMENTS
+    """Parameters whose state moves as one. Part of what training state is identified by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDraft:
+    """What trains in blocks, before anything of it is anywhere."""
+
+    rule: UpdateRule
+    blocks: tuple[TrainedBlock, ...]
+    """In the order of the model's parameters."""
+    key: str
+    """Names the state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +95,13 @@ class Workload:
     """Of everything that the checkpoint holds, blocks or not; empty for a model that has its values."""
     key: str
     """Names the store."""
+    training: TrainingDraft | None = None
+    """None where only adapters train."""
+
+    @property
+    def frozen(self) -> list[BlockDraft]:
+        """The blocks that never change."""
+        return [draft for draft in self.drafts if not draft.trains]
 
     @property
     def layers(self) -> list[BlockDraft]:
@@ -79,12 +111,79 @@ class Workload:
         return next(draft for draft in self.drafts if draft.name == name)
 
 
-def find_workload(model: nn.Module, checkpoint: Checkpoint | None, config: EngineConfig) -> Workload:
+def find_workload(
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    config: EngineConfig,
+    optimizer: torch.optim.Optimizer | None = None,
+    options: RuntimeOptions = RuntimeOptions(),
+) -> Workload:
     """Takes `model` apart. Raises `ConfigError`, `CheckpointError` and `UnsupportedModule`."""
     drafts, sources, rest = _find_sources(model, checkpoint, config)
+    training = None
+    if any(draft.trains for draft in drafts):
+        if optimizer is None:
+            raise ConfigError("optimizer: layers train, but there is none")
+        training = _find_training(model, drafts, sources, config, optimizer, options)
+    frozen = [draft for draft in drafts if not draft.trains]
     return Workload(
-        model=model, config=config, drafts=drafts, sources=sources, rest=rest, key=store_key(drafts, sources)
-    )
+        model=model, config=config, drafts=drafts, sources=sources, rest=rest, key=store_key(frozen, sources),
+        training=training,
+    )  # fmt: skip
+
+
+def _find_training(
+    model: nn.Module,
+    drafts: list[BlockDraft],
+    sources: Sources,
+    config: EngineConfig,
+    optimizer: torch.optim.Optimizer,
+    options: RuntimeOptions,
+) -> TrainingDraft:
+    rule = rule_for(optimizer)
+    draft_of = {id(entry.parameter): draft for draft in drafts if draft.trains for entry in draft.parameters}
+    blocks: dict[str, TrainedBlock] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or not parameter.numel():
+            continue
+        draft = draft_of.get(id(parameter))
+        parameters = [TrainedParameter(name, parameter, None)]
+        if draft is not None:
+            if draft.name in blocks:
+                continue
+            parameters = [
+                TrainedParameter(entry.name, entry.parameter, spec)
+                for entry, spec in zip(draft.parameters, draft.spec.tensors, strict=True)
+            ]
+        block_name = name if draft is None else draft.name
+        blocks[block_name] = trained_block(
+            block_name, parameters, rule, weights=None if draft is None else draft.spec,
+            accumulates=config.accumulation_steps > 1, piece_elements=options.piece_elements,
+        )  # fmt: skip
+    state = [
+        [block.name, block.weights is not None]
+        + [[p.name, p.num_bytes, [[s.parameter, s.begin, s.end] for s in p.segments]] for p in block.pieces]
+        for block in blocks.values()
+    ]
+    text = json.dumps(["state/1", rule.name, sources.fingerprint, state])
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return TrainingDraft(rule=rule, blocks=tuple(blocks.values()), key=key)
+
+
+def training_sizes(training: TrainingDraft, config: EngineConfig) -> TrainingSizes:
+    """What trains, as the planner sees it."""
+    return TrainingSizes(
+        blocks=tuple(
+            TrainedSize(
+                name=block.name, state_bytes=block.state_bytes, gradient_bytes=block.gradients.stored_bytes,
+                weight_bytes=0 if block.weights is None else block.weights.stored_bytes,
+            )
+            for block in training.blocks
+        ),
+        piece_bytes=max(piece.num_bytes for block in training.blocks for piece in block.pieces),
+        clips=config.max_grad_norm is not None,
+        commits_each_step=config.commit_every in (None, 1),
+    )  # fmt: skip
 
 
 def streaming_problem(workload: Workload) -> StreamingProblem:
@@ -95,17 +194,28 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     leftovers = sum(
         p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad and id(p) not in stored
     )
-    trainable_bytes = leftovers + sum(
-        p.numel() * (2 * p.element_size() + OPTIMIZER_BYTES_PER_ELEMENT) for p in trainable
-    )
+    if workload.training is None:
+        trainable_bytes = leftovers + sum(
+            p.numel() * (2 * p.element_size() + OPTIMIZER_BYTES_PER_ELEMENT) for p in trainable
+        )
+    else:
+        in_memory = [p for p in trainable if id(p) not in stored]
+        # gradients on their way to where they wait: of a layer, or of a head, which is summed in fp32 besides
+        of_layers = [draft.spec.compute_bytes for draft in drafts if draft.trains]
+        of_others = [p.numel() * (2 * p.element_size() + 4) for p in in_memory]
+        weights_bytes = sum(p.numel() * p.element_size() for p in in_memory)
+        trainable_bytes = leftovers + weights_bytes + max(of_layers + of_others)
     activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     unified = config.host_memory_bytes is None
     nvme_capacity = None
     if config.nvme:
         folders = store_folders(config.nvme, workload.key)
         nvme_capacity = sum(usable_bytes(folder, drive) for folder, drive in zip(folders, config.nvme, strict=True))
+        if workload.training is not None:  # what an earlier run's state takes is there for this run's
+            state = store_folders(config.nvme, workload.training.key)
+            nvme_capacity += sum((f / "state.bin").stat().st_size for f in state if (f / "state.bin").exists())
     return StreamingProblem(
-        fingerprint=_fingerprint(drafts, config),
+        fingerprint=_fingerprint(workload),
         layers=tuple(_size(d) for d in drafts if d.is_layer),
         edges=tuple(_size(d) for d in drafts if not d.is_layer),
         trainable_bytes=trainable_bytes,
@@ -117,6 +227,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         host_capacity_bytes=config.host_memory_bytes,
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
+        training=None if workload.training is None else training_sizes(workload.training, config),
     )
 
 
@@ -156,6 +267,25 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
         odd = sorted(placed ^ {draft.name for draft in drafts})
         raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
     _check_activations(plan, problem, workload)
+    _check_state(plan, problem)
+
+
+def _check_state(plan: Plan, problem: StreamingProblem) -> None:
+    if (plan.state is None) != (problem.training is None):
+        raise ConfigError(f"plan: state is {plan.state}, but layers {'do not ' if plan.state else ''}train")
+    if plan.state is None or problem.training is None:
+        return
+    blocks = {block.name for block in problem.training.blocks}
+    odd = sorted(set(plan.state.in_memory) - blocks)
+    if odd:
+        raise ConfigError(f"plan: state of {odd[0]!r} in memory, which is no block that trains ({len(odd)} are odd)")
+    on_nvme = len(plan.state.in_memory) < len(blocks)
+    if (on_nvme or plan.state.gradients is Tier.NVME) and problem.nvme_capacity_bytes is None:
+        raise ConfigError("plan: state or gradients rest on NVME, but nvme= gives no folder")
+    if on_nvme and plan.state.state_slots < 1:
+        raise ConfigError("plan: state rests on NVME and needs state_slots of at least 1")
+    if any(ring.rest is Tier.NVME for ring in plan.rings) and plan.state.weight_slots < 1:
+        raise ConfigError("plan: weights that train rest on NVME and need weight_slots of at least 1")
 
 
 def _check_activations(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
@@ -188,6 +318,10 @@ def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) 
         plan = replace(plan, activations={d.name: options.activations for d in drafts if d.is_layer})
     if options.swapped is not None:
         plan = replace(plan, swapped=options.swapped)
+    if options.state is not None:
+        plan = replace(plan, state=options.state)
+    if options.update_mode is not None:
+        plan = replace(plan, update_mode=options.update_mode)
     if options.num_slots is not None:
         rings = tuple(
             replace(ring, num_slots=min(options.num_slots, len(ring.blocks))) if ring.name == "layers" else ring
@@ -208,9 +342,13 @@ def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) 
     return plan
 
 
-def _fingerprint(drafts: list[BlockDraft], config: EngineConfig) -> str:
-    """What a plan is made for: the blocks' layout and the shape of the batch."""
-    text = json.dumps([[d.spec.to_json() for d in drafts], config.batch_size, config.seq_len, config.bits])
+def _fingerprint(workload: Workload) -> str:
+    """What a plan is made for: the blocks' layout, the shape of the batch, and what trains."""
+    config, training = workload.config, workload.training
+    parts: list[object] = [[d.spec.to_json() for d in workload.drafts], config.batch_size, config.seq_len, config.bits]
+    if training is not None:
+        parts += [training.rule.name, [draft.trains for draft in workload.drafts], config.accumulation_steps > 1]
+    text = json.dumps(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

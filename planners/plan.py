@@ -27,6 +27,7 @@ from planners.placement import (
 )
 from planners.placement import DecodeScope as DecodeScope
 from planners.placement import Tier as Tier
+from planners.training_state import StatePlacement as StatePlacement
 
 PLAN_VERSION = 2
 
@@ -81,6 +82,8 @@ class Plan:
     cuts: Cuts | None = None
     """None: a batch goes through whole."""
     update_mode: UpdateMode = UpdateMode.AFTER
+    state: StatePlacement | None = None
+    """Of what trains in blocks; None where only adapters train."""
     boundary: Tier = Tier.DEVICE
     """Where the activations between two layers lie: DEVICE, or HOST, chunk by chunk, where a batch is too long."""
     predicted: dict[str, Any] = field(default_factory=dict)
@@ -134,6 +137,8 @@ class Plan:
             )
             cuts = data["cuts"]
             activations = data.get("activations")
+            if data.get("state") is not None:
+                data["state"] = StatePlacement.from_json(data["state"])
             if activations is not None:
                 data["activations"] = {name: ActivationPolicy.from_json(one) for name, one in activations.items()}
             return Plan(

@@ -5,6 +5,10 @@ Layers stream through up to three slots from NVME, or from HOST where no drive i
 not. Layer inputs wait in the first of DEVICE, HOST, NVME that holds them. A third slot hides the latency of one slow
 read and is given up first; the second one hides every read, and is given up last. The loss is taken in tiles that need
 no more memory than a layer's recompute, but of no fewer than `MIN_CHUNK_TOKENS`, which a product needs to be efficient.
+
+Where layers train, their weights, state and gradients stay in memory if all of that fits, whatever drives there are.
+Otherwise weights and state rest on NVME, gradients in HOST if they fit, and as many pieces of state are on their way at
+a time as there is room for. Updates run behind the backward pass where every step is committed.
 """
 
 from __future__ import annotations
@@ -12,10 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
+from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
+from planners.training_state import StatePlacement, TrainingSizes
 
 MAX_SLOTS = 3
 MIN_CHUNK_TOKENS = 64
+STATE_SLOTS = (32, 16, 8, 4, 2)
+"""Pieces of state on their way, the best first: what is read ahead while a layer computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +84,8 @@ class StreamingProblem:
     """None here means that there is no drive."""
     unified: bool
     """DEVICE and HOST are one tier (the CPU device without `host_memory`)."""
+    training: TrainingSizes | None = None
+    """Of layers that train; None where only adapters do."""
 
     def transient_bytes(self, head_chunk_tokens: int | None) -> int:
         """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more."""
@@ -83,26 +93,52 @@ class StreamingProblem:
         return max(self.activation_bytes, head)
 
 
-def plan_streaming(problem: StreamingProblem) -> Plan:
-    """A plan within the budgets, or `PlanInfeasible` with what is short and what would fit."""
-    rest = Tier.HOST if problem.nvme_capacity_bytes is None else Tier.NVME
-    candidates = _attempts(problem, rest)
+def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Plan:
+    """A plan within the budgets, or `PlanInfeasible` with what is short and what would fit.
+
+    `rest` is where weights rest, in place of the rule's choice.
+    """
+    rests = [Tier.HOST if problem.nvme_capacity_bytes is None else Tier.NVME]
+    if problem.training is not None and rests[0] is Tier.NVME:
+        rests.insert(0, Tier.HOST)
+    if rest is not None:
+        rests = [rest]
+    candidates = [plan for rest in rests for plan in _attempts(problem, rest)]
     for plan in candidates:
         if not _shortages(problem, plan):
             return plan
     raise _infeasible(problem, candidates)
 
 
+def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None]:
+    """All placements of state, the fast ones first."""
+    sizes = problem.training
+    if sizes is None:
+        return [None]
+    everything = tuple(block.name for block in sizes.blocks)
+    if rest is Tier.HOST:
+        return [StatePlacement(in_memory=everything, gradients=Tier.HOST)]
+    return [
+        StatePlacement(
+            in_memory=(), gradients=gradients, state_slots=slots, weight_slots=2 if slots > 2 else 1,
+            gradient_slots=(3 if slots > 4 else 2 if slots > 2 else 1) if gradients is Tier.NVME else 0,
+        )
+        for gradients in (Tier.HOST, Tier.NVME)
+        for slots in STATE_SLOTS
+    ]  # fmt: skip
+
+
 def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
-    """All plans of the rule, the fast ones first."""
+    """All plans of the rule with weights resting there, the fast ones first."""
     homes = [Tier.DEVICE]
     if not problem.unified:
         homes.append(Tier.HOST)
     if problem.nvme_capacity_bytes is not None:
         homes.append(Tier.NVME)
     return [
-        _plan(problem, rest, slots, home, stream_edges=stream_edges, slack_bytes=slack_bytes)
+        _plan(problem, rest, slots, home, state, stream_edges=stream_edges, slack_bytes=slack_bytes)
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
+        for state in _states(problem, rest)
         for stream_edges in (False, True)
         for home in homes
         for slots in slot_choices
@@ -111,7 +147,14 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
 
 
 def _plan(
-    problem: StreamingProblem, rest: Tier, slots: int, home: Tier, *, stream_edges: bool, slack_bytes: int
+    problem: StreamingProblem,
+    rest: Tier,
+    slots: int,
+    home: Tier,
+    state: StatePlacement | None,
+    *,
+    stream_edges: bool,
+    slack_bytes: int,
 ) -> Plan:
     streamed_edges = tuple(block for block in problem.edges if stream_edges and block.streams)
     resident = tuple(block for block in problem.edges if block not in streamed_edges)
@@ -138,7 +181,9 @@ def _plan(
     host: dict[str, int] = {}
     nvme: dict[str, int] = {}
     if rest is Tier.NVME:
-        nvme["weights"] = sum(block.stored_bytes for block in problem.layers + problem.edges)
+        trained = {block.name for block in problem.training.blocks} if problem.training is not None else set()
+        frozen = [block for block in problem.layers + problem.edges if block.name not in trained]
+        nvme["weights"] = sum(block.stored_bytes for block in frozen)
         if not problem.unified:
             host = {f"staging for {ring.name}": ring.device_bytes for ring in rings}
     elif not in_place:
@@ -151,6 +196,10 @@ def _plan(
         (device if home is Tier.DEVICE else host)["layer inputs"] = each * len(problem.layers)
     if home is not Tier.DEVICE:
         device["layer input in use"] = each
+    if state is not None and problem.training is not None:
+        host |= state.memory_bytes(problem.training)
+        if problem.nvme_capacity_bytes is not None:
+            nvme |= state.nvme_bytes(problem.training)
     if problem.unified:
         device, host = {**device, **host}, {}
     return Plan(
@@ -162,8 +211,17 @@ def _plan(
         decode_scope=DecodeScope.LINEAR,
         head_chunk_tokens=chunk_tokens,
         allocator_slack_bytes=slack_bytes,
+        update_mode=_update_mode(problem, state),
+        state=state,
         peak_bytes={"device": device, "host": host, "nvme": nvme},
     )
+
+
+def _update_mode(problem: StreamingProblem, state: StatePlacement | None) -> UpdateMode:
+    sizes = problem.training
+    if state is None or sizes is None or not sizes.commits_each_step or len(state.in_memory) == len(sizes.blocks):
+        return UpdateMode.AFTER
+    return UpdateMode.SPECULATIVE if sizes.clips else UpdateMode.BACKWARD
 
 
 def _head_chunk_tokens(problem: StreamingProblem) -> int | None:

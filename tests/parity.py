@@ -182,27 +182,31 @@ def all_cases() -> list[Case]:
 
 
 def pairwise_cases(seed: int = 0) -> list[Case]:
+    return [Case(*values) for values in pairwise(AXES, seed)]
+
+
+def pairwise(axes: Sequence[Sequence[Any]], seed: int = 0) -> list[list[Any]]:
     """A selection in which every pair of values of two axes occurs; greedy, seeded."""
     rng = random.Random(seed)
     missing = {
         (i, a, j, b)
-        for i, j in itertools.combinations(range(len(AXES)), 2)
-        for a in AXES[i]
-        for b in AXES[j]
+        for i, j in itertools.combinations(range(len(axes)), 2)
+        for a in axes[i]
+        for b in axes[j]
     }  # fmt: skip
-    chosen: list[Case] = []
+    chosen: list[list[Any]] = []
 
     def pairs(values: Sequence[Any]) -> set[tuple[int, Any, int, Any]]:
-        return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(AXES)), 2)}
+        return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(axes)), 2)}
 
     while missing:
         best = max(
-            ([rng.choice(axis) for axis in AXES] for _ in range(60)), key=lambda values: len(pairs(values) & missing)
+            ([rng.choice(axis) for axis in axes] for _ in range(60)), key=lambda values: len(pairs(values) & missing)
         )
         if not pairs(best) & missing:
             i, a, j, b = sorted(missing, key=str)[0]
             best[i], best[j] = a, b
-        chosen.append(Case(*best))
+        chosen.append(best)
         missing -= pairs(best)
     return chosen
 

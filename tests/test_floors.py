@@ -65,7 +65,10 @@ FLOORS = {
     "offload_rt.loss_head": 7.0,
     "offload_rt.checkpoint": 8.0,
     "offload_rt.profile": 8.0,
+    "offload_rt.optim": 1.7,
+    "offload_rt.optimizer": 8.2,
     "offload_rt.workload": 8.5,
+    "offload_rt.state_assembly": 8.8,
     "offload_rt.assembly": 9.0,
     "offload_rt._engine": 9.5,
     "offload_rt.training": 10.0,
@@ -74,9 +77,9 @@ FLOORS = {
 """A folder's floor holds for all modules in it."""
 
 PLANNERS = [
-    "errors", "units", "schedule", "placement", "activations", "plan", "streaming", "hardware", "model",
-    "architectures", "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy", "program", "steady",
-    "mip", "policies", "explain", "render", "command", "__main__",
+    "errors", "units", "schedule", "placement", "activations", "training_state", "plan", "streaming", "hardware",
+    "model", "architectures", "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy", "program",
+    "steady", "mip", "policies", "explain", "render", "command", "__main__",
 ]  # fmt: skip
 """Each may import those before it."""
 

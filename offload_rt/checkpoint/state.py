@@ -15,18 +15,16 @@ import errno
 import glob
 import json
 import os
-import pickle
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from offload_rt.checkpoint.values import pack_values, restore_rng, rng_state
 from offload_rt.checksum import crc32c
 from offload_rt.drive_files import sync_folder, write_atomically
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, OffloadError, StorageError, StorageFull
@@ -62,7 +60,8 @@ def save_state(
         partial.mkdir()
         save_file(parameters, partial / _FILES[0])
         save_file(tensors, partial / _FILES[1])
-        _save_values({"version": STATE_VERSION, "optimizer": values, "rng": _rng_state(), **extra}, partial / _FILES[2])
+        state = {"version": STATE_VERSION, "optimizer": values, "rng": rng_state(), **extra}
+        (partial / _FILES[2]).write_bytes(pack_values(state, of=str(folder)))
         sums = {}
         for name in _FILES:
             content = (partial / name).read_bytes()
@@ -120,7 +119,7 @@ def load_state(
         for name, value in parameters.items():
             trainable[name].copy_(value)
     _restore_optimizer(trainable, optimizer, tensors, values)
-    _restore_rng(rng)
+    restore_rng(rng)
     return state
 
 
@@ -152,21 +151,6 @@ def _verify(folder: Path) -> None:
             raise CheckpointError(f"{folder}: {name} cannot be read ({error})") from None
         if len(content) != num_bytes or crc32c(memoryview(content)) != checksum:
             raise CheckpointVerifyError(f"{folder}/{name}: {len(content)} bytes do not match the checkpoint's checksum")
-
-
-def _save_values(values: Mapping[str, Any], path: Path) -> None:
-    """Writes plain values and tensors, and reads them back: what could not be loaded is refused now."""
-    try:
-        torch.save(dict(values), path)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: something tracked cannot be saved: {error}") from None
-    try:
-        torch.load(path, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]
-        raise CheckpointError(
-            f"{path}: something tracked has a state_dict that is not plain values and tensors: {reason}"
-        ) from None
 
 
 def _tidy(folder: Path) -> None:
@@ -238,27 +222,3 @@ def _restore_optimizer(
         optimizer.state[trainable[name]][entry] = tensor
     for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
-
-
-def _rng_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(words), gauss],
-        "numpy": [
-            kind,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-    }
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))

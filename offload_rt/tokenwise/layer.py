@@ -68,7 +68,7 @@ class TokenwiseLayer(RecomputedLayer):
             rng_state = torch.get_rng_state()
             try:
                 outputs: tuple[torch.Tensor, ...] = _Tokenwise.apply(  # type: ignore[no-untyped-call]
-                    call, *call.tensors, *call.trainable
+                    call, *call.tensors, *call.graph_parameters()
                 )
                 return outputs
             except NotTokenLocal as error:
@@ -123,7 +123,7 @@ class TokenwiseLayer(RecomputedLayer):
 
 
 class _Tokenwise(torch.autograd.Function):
-    """One layer as one operation. Inputs: the call, its tensors, the layer's trainable parameters."""
+    """One layer as one operation. Inputs: the call, its tensors, the trainable parameters that stay in memory."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -167,6 +167,7 @@ class _Tokenwise(torch.autograd.Function):
         ):
             of_input, of_parameters = tiled.backward(inputs, list(grads), keep_graph=keep_graph)
         del inputs
+        of_parameters = call.of_graph(of_parameters)
         owner.between()
         return (None, *[of_input if needs else None for needs in ctx.needs], *of_parameters)
 

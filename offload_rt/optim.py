@@ -1,0 +1,98 @@
+"""Optimizers that torch does not have, as `torch.optim.Optimizer`s: in memory as they are, or tiered by an engine.
+
+`AdamW` is torch's AdamW with a choice of how the moments are stored; `Lion` is of Chen et al., arXiv 2302.06675.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from offload_rt import blockwise, cpu_adam
+from offload_rt.blockwise import Quantized
+from offload_rt.errors import ConfigError, nearest
+
+Moments = Literal["float32", "bfloat16", "8bit"]
+MOMENTS = ("float32", "bfloat16", "8bit")
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW whose moments are stored in `moments`: "float32", "bfloat16", or "8bit" (bitsandbytes' block-wise codes).
+
+    The arithmetic is that of `cpu_adam_torch`, in float32 whatever the moments are stored in. On its own it steps
+    contiguous float32 parameters on the CPU; under an engine, fp32 masters of parameters of any dtype. Raises
+    ConfigError for options of torch's that have no twin here (amsgrad, maximize, fused, ...).
+    """
+
+    def __init__(self, params: Any, *, moments: Moments = "float32", **options: Any) -> None:
+        if moments not in MOMENTS:
+            raise ConfigError(f"moments: {moments!r}; {nearest(str(moments), MOMENTS)}")
+        super().__init__(params, **options)
+        self.moments = moments
+        for group in self.param_groups:
+            cpu_adam.AdamW.from_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps every parameter that has a gradient. Blocks."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            numbers = cpu_adam.AdamW.from_group(group)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"], state["exp_avg_sq"] = (new_moment(parameter, self.moments) for _ in range(2))
+                state["step"] += 1
+                cpu_adam.update(
+                    parameter.grad.contiguous(), parameter.data, state["exp_avg"], state["exp_avg_sq"],
+                    step=state["step"], numbers=numbers,
+                )  # fmt: skip
+        return loss
+
+
+def new_moment(parameter: Tensor, moments: Moments) -> Tensor | Quantized:
+    """A moment of zeros for `parameter`."""
+    if moments == "8bit":
+        return blockwise.zeros(parameter.numel())
+    return torch.zeros(parameter.shape, dtype=getattr(torch, moments))
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of an interpolation between momentum and gradient. One moment, in the parameter's dtype."""
+
+    def __init__(
+        self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
+        if not (lr >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ConfigError(f"Lion: lr={lr}, betas={betas}, weight_decay={weight_decay}: 0 or more, betas below 1")
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps every parameter that has a gradient. Blocks."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                exp_avg = state["exp_avg"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(exp_avg.lerp(parameter.grad, 1 - beta1).sign_(), alpha=-group["lr"])
+                exp_avg.lerp_(parameter.grad, 1 - beta2)
+        return loss

@@ -1,0 +1,196 @@
+"""Where gradients wait between a block's backward and its update, and between micro-batches.
+
+A block's gradients lie in one slot of the HOST arena, each parameter whole, in the parameter's dtype, or in float32
+where several micro-batches are summed. Where HOST has no room for all, they are written to the scratch file as soon as
+they are there and read back when they are wanted; the arena then holds a few blocks on their way.
+
+Norms are taken of whole parameters in float32 when the last micro-batch arrives, while the gradient is in the caches.
+Used by one thread; slots that it hands out may be read by another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offload_rt.arena import Arena, Slot
+from offload_rt.cpu_adam import gradient_norm
+from offload_rt.dtypes import torch_dtype
+from offload_rt.errors import ConfigError, StorageError
+from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.scratch import Scratch, ScratchRange
+from offload_rt.transfer import Links, Transfer
+
+
+@dataclass
+class _Waiting:
+    """The gradients of one block."""
+
+    slot: Slot | None = None
+    """None while they are on the drive only."""
+    place: ScratchRange | None = None
+    write: Transfer | None = None
+    present: set[int] = field(default_factory=set)
+    """Parameters that received a gradient, by index."""
+    norms: dict[int, Tensor] = field(default_factory=dict)
+    num_arrivals: int = 0
+    is_gone: bool = False
+    """Only the norms are left."""
+
+
+class Gradients:
+    """The gradients of one step, by block."""
+
+    def __init__(
+        self,
+        blocks: Sequence[TrainedBlock],
+        arena: Arena,
+        scratch: Scratch | None,
+        links: Links,
+        *,
+        accumulates: bool,
+        wait_for_room: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """With `scratch`, gradients wait there; `arena` then holds those in use. `wait_for_room` blocks until somebody
+        else may have let go of a slot, and is False when nobody else holds one.
+        """
+        self._blocks = {block.name: block for block in blocks}
+        self._arena = arena
+        self._scratch = scratch
+        self._links = links
+        self._accumulates = accumulates
+        self.wait_for_room = wait_for_room
+        self._waiting: dict[str, _Waiting] = {}
+
+    @property
+    def blocks(self) -> list[TrainedBlock]:
+        """Those that have gradients, in the order of their arrival."""
+        return [self._blocks[name] for name in self._waiting]
+
+    def num_arrivals(self, block: TrainedBlock) -> int:
+        """Micro-batches of this step that reached the block."""
+        waiting = self._waiting.get(block.name)
+        return 0 if waiting is None else waiting.num_arrivals
+
+    def present(self, block: TrainedBlock) -> set[int]:
+        """The parameters of `block` that have a gradient, by index."""
+        return self._waiting[block.name].present
+
+    def add(self, block: TrainedBlock, gradients: Mapping[int, Tensor], *, with_norms: bool) -> Slot:
+        """Adds one micro-batch's gradients, by parameter index; returns the slot that holds the sums.
+
+        Blocks while there is no room. Raises ConfigError for a second micro-batch where one was declared.
+        """
+        waiting = self._waiting.setdefault(block.name, _Waiting())
+        if waiting.num_arrivals and not self._accumulates:
+            raise ConfigError(
+                f"accumulation_steps=1 was declared, but {block.name} received gradients twice before step(); declare "
+                f"engine(accumulation_steps=...), so that they are summed in float32"
+            )
+        slot = self.load(block)
+        waiting.norms.clear()
+        for index, gradient in gradients.items():
+            held = self._view(block, slot, index)
+            if index in waiting.present:
+                held.add_(gradient)
+            else:
+                held.copy_(gradient)
+                waiting.present.add(index)
+            if with_norms:
+                waiting.norms[index] = gradient_norm(held)
+        if with_norms:
+            for index in waiting.present - gradients.keys():
+                waiting.norms[index] = gradient_norm(self._view(block, slot, index))
+        waiting.num_arrivals += 1
+        return slot
+
+    def put_away(self, block: TrainedBlock) -> None:
+        """Starts writing the block's gradients to where they wait, if that is not memory. Does not block."""
+        waiting = self._waiting[block.name]
+        if self._scratch is None or waiting.slot is None:
+            return
+        if waiting.place is None:
+            waiting.place = self._scratch.acquire(block.gradients.stored_bytes)
+        waiting.write = waiting.place.write(waiting.slot)
+        waiting.slot = None  # the transfer holds it, and whoever is using it
+
+    def load(self, block: TrainedBlock) -> Slot:
+        """The block's gradients in memory. Blocks while they are not, or there is no room."""
+        waiting = self._waiting[block.name]
+        if waiting.slot is None:
+            slot = self._room(block)
+            if waiting.place is not None:
+                if waiting.write is not None:
+                    self._links.wait(waiting.write)
+                    waiting.write = None
+                self._links.wait(waiting.place.read(slot))
+            waiting.slot = slot
+        return waiting.slot
+
+    def keep_norms_only(self, block: TrainedBlock) -> None:
+        """Lets go of the block's gradients for good: nobody will ask for them again."""
+        waiting = self._waiting[block.name]
+        waiting.slot, waiting.is_gone = None, True
+
+    def is_gone(self, block: TrainedBlock) -> bool:
+        """Whether only the norms of the block's gradients are left."""
+        return self._waiting[block.name].is_gone
+
+    def release(self, block: TrainedBlock) -> None:
+        """Lets go of the block's gradients in memory; they stay where they wait, if that is the drive."""
+        waiting = self._waiting[block.name]
+        if waiting.place is not None:
+            waiting.slot = None
+
+    def of(self, block: TrainedBlock, slot: Slot, index: int, begin: int = 0, end: int | None = None) -> Tensor:
+        """Elements [begin, end) of a parameter's gradient, flat; the whole in its shape without a range."""
+        held = self._view(block, slot, index)
+        return held if end is None else held.view(-1)[begin:end]
+
+    def norms(self) -> dict[str, Tensor]:
+        """The norm of each gradient, by parameter name. Reads back what was put away without."""
+        found = {}
+        for name, waiting in self._waiting.items():
+            block = self._blocks[name]
+            for index in sorted(waiting.present):
+                if index not in waiting.norms:
+                    waiting.norms[index] = gradient_norm(self._view(block, self.load(block), index))
+                found[block.parameters[index].name] = waiting.norms[index]
+            self.release(block)
+        return found
+
+    def clear(self) -> None:
+        """Forgets all. Writes under way are waited for, whatever comes of them."""
+        for waiting in self._waiting.values():
+            if waiting.write is not None:
+                with suppress(StorageError):
+                    self._links.wait(waiting.write)
+        self._waiting.clear()
+
+    def _view(self, block: TrainedBlock, slot: Slot, index: int) -> Tensor:
+        spec = block.gradients.tensors[index]
+        return slot.tensor(torch_dtype(spec.dtype), spec.shape, spec.offset_bytes)
+
+    def _room(self, block: TrainedBlock) -> Slot:
+        num_bytes = block.gradients.stored_bytes
+        while (slot := self._arena.try_acquire(num_bytes, f"gradients of {block.name}")) is None:
+            if not (self._finish_a_write() or self.wait_for_room()):
+                return self._arena.acquire(num_bytes, f"gradients of {block.name}")  # raises, naming the holders
+        return slot
+
+    def _finish_a_write(self) -> bool:
+        for waiting in self._waiting.values():
+            if waiting.write is not None:
+                self._links.wait(waiting.write)
+                waiting.write = None
+                return True
+        return False
+
+
+def is_finite(norms: Mapping[str, Tensor]) -> bool:
+    """Whether all gradients are: a norm is not, where an element is not."""
+    return not norms or bool(torch.isfinite(torch.stack(list(norms.values()))).all())

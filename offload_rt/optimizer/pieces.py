@@ -1,0 +1,176 @@
+"""What is trained, and the units in which its state moves.
+
+A trained block is a layer, or what trains outside the layers. Its state is cut into *pieces* of about
+`PIECE_ELEMENTS` parameters: small parameters together, large ones in ranges. A piece is one extent, read, stepped and
+written as one:
+
+    block    | q_proj.weight        | k_proj | ... | norm | ...           parameters, in the model's order
+    pieces   [ q 0:1Mi ][ q 1Mi:2Mi ][ k 0:1Mi | norm ]                   segments: ranges of parameters
+    a piece  | master of q 1Mi:2Mi | exp_avg | exp_avg_sq |               each from a 64-byte boundary on
+
+The cut depends on the model and the rule alone, not on budgets or drives: state that one plan wrote, another reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from offload_rt.blockwise import QUANT_BLOCK_SIZE
+from offload_rt.dtypes import dtype_name
+from offload_rt.errors import ConfigError
+from offload_rt.optimizer.rules import UpdateRule
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, TensorSpec, align_up, layout_block
+
+PIECE_ELEMENTS = 1 << 20
+"""12 MiB of fp32 AdamW state: a few large requests, and small against any budget that trains at all."""
+MASTER = "master"
+
+
+@dataclass(frozen=True)
+class TrainedParameter:
+    """A parameter that trains, under the first name it has in the model."""
+
+    name: str
+    parameter: nn.Parameter
+    streamed: TensorSpec | None
+    """Where its weights lie in the block's extent; None: they stay in memory, in the parameter itself."""
+
+    @property
+    def num_elements(self) -> int:
+        return self.parameter.numel()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements [begin, end) of one parameter, with the tensors of its state in the piece."""
+
+    parameter: int
+    """Index into the block's parameters."""
+    begin: int
+    end: int
+    state: tuple[TensorSpec, ...]
+    """The master first. Offsets are in the piece."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is read, stepped and written as one."""
+
+    name: str
+    segments: tuple[Segment, ...]
+    num_bytes: int
+    """A multiple of 4096."""
+
+
+@dataclass(frozen=True)
+class TrainedBlock:
+    """What is updated together: once the gradients of all of it are there."""
+
+    name: str
+    parameters: tuple[TrainedParameter, ...]
+    pieces: tuple[Piece, ...]
+    weights: BlockSpec | None
+    """Of the parameters that stream; None where all stay in memory."""
+    gradients: BlockSpec
+    """How its gradients lie while they wait, each parameter whole."""
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(piece.num_bytes for piece in self.pieces)
+
+
+def trained_block(
+    name: str,
+    parameters: Sequence[TrainedParameter],
+    rule: UpdateRule,
+    *,
+    weights: BlockSpec | None = None,
+    accumulates: bool,
+    piece_elements: int = PIECE_ELEMENTS,
+) -> TrainedBlock:
+    """Cuts the state of `parameters` into pieces. With `accumulates`, gradients wait in float32.
+
+    Raises ConfigError for a parameter that is not bfloat16 or float32.
+    """
+    for trained in parameters:
+        if trained.parameter.dtype not in (torch.bfloat16, torch.float32):
+            raise ConfigError(
+                f"{trained.name} is {trained.parameter.dtype}: full fine-tuning takes bfloat16 or float32 parameters; "
+                f"convert the model, or load it with torch_dtype=torch.bfloat16"
+            )
+    gradients = [
+        TensorSpec(
+            name=trained.name, shape=tuple(trained.parameter.shape),
+            dtype="F32" if accumulates else dtype_name(trained.parameter.dtype, of=trained.name),
+        )
+        for trained in parameters
+    ]  # fmt: skip
+    return TrainedBlock(
+        name=name,
+        parameters=tuple(parameters),
+        pieces=tuple(_pieces(name, parameters, rule, piece_elements)),
+        weights=weights,
+        gradients=layout_block(f"gradients of {name}", gradients),
+    )
+
+
+def _pieces(
+    name: str, parameters: Sequence[TrainedParameter], rule: UpdateRule, piece_elements: int
+) -> Iterator[Piece]:
+    ranges: list[tuple[int, int, int]] = []
+    filled = 0
+    number = 0
+    for index, trained in enumerate(parameters):
+        for begin, end in _ranges(trained.num_elements, rule, piece_elements):
+            if ranges and filled + end - begin > piece_elements:
+                yield _piece(f"{name}/{number}", ranges, parameters, rule)
+                ranges, filled, number = [], 0, number + 1
+            ranges.append((index, begin, end))
+            filled += end - begin
+    if ranges:
+        yield _piece(f"{name}/{number}", ranges, parameters, rule)
+
+
+def _ranges(num_elements: int, rule: UpdateRule, piece_elements: int) -> list[tuple[int, int]]:
+    if not rule.elementwise or num_elements <= piece_elements:
+        return [(0, num_elements)] if num_elements else []
+    num_ranges = -(-num_elements // piece_elements)
+    # of equal size, so that no range is left over that is all overhead; see `UpdateRule.elementwise`
+    step = align_up(-(-num_elements // num_ranges), max(QUANT_BLOCK_SIZE, IO_ALIGNMENT_BYTES))
+    return [(begin, min(begin + step, num_elements)) for begin in range(0, num_elements, step)]
+
+
+def _piece(
+    name: str, ranges: Sequence[tuple[int, int, int]], parameters: Sequence[TrainedParameter], rule: UpdateRule
+) -> Piece:
+    segments: list[Segment] = []
+    offset = 0
+    for index, begin, end in ranges:
+        trained = parameters[index]
+        whole = (begin, end) == (0, trained.num_elements)
+        shape = tuple(trained.parameter.shape) if whole else (end - begin,)
+        specs = [TensorSpec(name=MASTER, shape=(end - begin,), dtype="F32")]
+        specs += [
+            TensorSpec(name=state.name, shape=state.shape, dtype=dtype_name(state.dtype, of=state.name))
+            for state in rule.state(shape)
+        ]
+        laid = layout_block(trained.name, specs).tensors
+        moved = tuple(
+            TensorSpec(name=s.name, shape=s.shape, dtype=s.dtype, offset_bytes=offset + s.offset_bytes) for s in laid
+        )
+        segments.append(Segment(index, begin, end, moved))
+        last = moved[-1]
+        offset = align_up(last.offset_bytes + last.stored_bytes, 64)
+    return Piece(name, tuple(segments), align_up(offset, IO_ALIGNMENT_BYTES))
+
+
+def segment_shape(block: TrainedBlock, segment: Segment) -> tuple[int, ...]:
+    """The parameter's own shape for the whole of it, flat for a range."""
+    trained = block.parameters[segment.parameter]
+    whole = math.prod(trained.parameter.shape) == segment.end - segment.begin
+    return tuple(trained.parameter.shape) if whole else (segment.end - segment.begin,)

@@ -1,0 +1,201 @@
+"""The arithmetic of an update: how one parameter, or a range of it, is stepped with its state.
+
+A rule is found by the optimizer that the user made, of which only type and param groups are used. `AdamWRule` steps by
+the fused kernel of `cpu_adam`. `TorchRule` steps any optimizer of torch's kind that treats each parameter alone: it
+puts master, gradient and state into an instance of that optimizer and lets it step, so that its results are that
+optimizer's own, to the bit.
+
+Masters are float32. `step` counts the updates of a parameter from 1, as torch counts them: a parameter without a
+gradient is not stepped and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from offload_rt import cpu_adam, optim
+from offload_rt.blockwise import QUANT_BLOCK_SIZE, Quantized
+from offload_rt.errors import ConfigError
+
+Scalars = Mapping[str, Any]
+"""What an optimizer keeps of a parameter besides tensors of its size, such as its own step count."""
+
+_ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, optim.Lion)
+"""Optimizers each element of which is stepped by itself, so that a parameter can be stepped range by range."""
+_NOT_BY_PARAMETER = (torch.optim.LBFGS, torch.optim.SparseAdam)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_REHEARSED_SIZES = (5, 7, 11, 13, 17)
+"""Distinct, so that the shape of a state says which dimensions of its parameter it has."""
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor of optimizer state, beside the master."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class UpdateRule(Protocol):
+    """How one parameter is stepped."""
+
+    name: str
+    """Says which state there is and what it means: part of what training state is identified by."""
+    elementwise: bool
+    """Whether any range of a parameter, begun at a multiple of 256, can be stepped by itself."""
+
+    def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
+        """The state of a parameter, or of a range of it as a flat tensor."""
+
+    def update(
+        self,
+        master: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        scalars: Scalars,
+        weight: Tensor,
+        *,
+        group: Mapping[str, Any],
+        step: int,
+        grad_scale: float,
+    ) -> Scalars:
+        """Steps `master` and `state` in place and rounds the new master into `weight`; returns the new scalars.
+
+        All are of one shape, contiguous, on the CPU; `grad` is bfloat16 or float32 and only read. At step 1 `state` is
+        zero and `scalars` empty. Blocks until done.
+        """
+
+
+class AdamWRule:
+    """AdamW in one pass over memory, see `cpu_adam`."""
+
+    elementwise = True
+
+    def __init__(self, moments: optim.Moments, num_threads: int | None = None) -> None:
+        self.name = f"AdamW moments={moments}"
+        self._moments = moments
+        self._num_threads = num_threads
+
+    def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
+        if self._moments != "8bit":
+            dtype: torch.dtype = getattr(torch, self._moments)
+            return tuple(StateTensor(name, dtype, shape) for name in _MOMENTS)
+        size = torch.Size(shape).numel()
+        return tuple(
+            tensor
+            for name in _MOMENTS
+            for tensor in (
+                StateTensor(f"{name}.codes", torch.uint8, (size,)),
+                StateTensor(f"{name}.absmax", torch.float32, (-(-size // QUANT_BLOCK_SIZE),)),
+            )
+        )
+
+    def update(
+        self,
+        master: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        scalars: Scalars,
+        weight: Tensor,
+        *,
+        group: Mapping[str, Any],
+        step: int,
+        grad_scale: float,
+    ) -> Scalars:
+        first: Tensor | Quantized
+        second: Tensor | Quantized
+        if self._moments == "8bit":
+            first, second = (Quantized(state[f"{name}.codes"], state[f"{name}.absmax"]) for name in _MOMENTS)
+        else:
+            first, second = (state[name] for name in _MOMENTS)
+        cpu_adam.update(
+            grad, master, first, second, weight, step=step, numbers=cpu_adam.AdamW.from_group(group),
+            grad_scale=grad_scale, num_threads=self._num_threads,
+        )  # fmt: skip
+        return {}
+
+
+class TorchRule:
+    """Any optimizer that steps each parameter by itself, one instance of it an update: right, not fast."""
+
+    def __init__(self, kind: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+        if issubclass(kind, _NOT_BY_PARAMETER):
+            raise ConfigError(f"optimizer: {kind.__name__} does not step each parameter by itself from its gradient")
+        self.name = f"{kind.__module__}.{kind.__name__}"
+        self.elementwise = kind in _ELEMENTWISE
+        self._kind = kind
+        self._options = {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
+        self._states: dict[int, tuple[StateTensor, ...]] = {}
+
+    def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
+        """Found by stepping a parameter of small sizes."""
+        sizes = _REHEARSED_SIZES[: len(shape)]
+        rehearsed = tuple(size if of > 1 else 1 for size, of in zip(sizes, shape, strict=True))
+        parameter = nn.Parameter(torch.ones(rehearsed))
+        made = self._step(parameter, torch.ones(rehearsed), {}, self._options)
+        real = dict(zip(rehearsed, shape, strict=True)) | {1: 1}
+        found = []
+        for name, value in made.items():
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if not all(size in real for size in value.shape):
+                raise ConfigError(
+                    f"optimizer: {self._kind.__name__} keeps {name} of shape {tuple(value.shape)} for a parameter of "
+                    f"shape {rehearsed}; such state cannot be laid out"
+                )
+            found.append(StateTensor(name, value.dtype, tuple(real[size] for size in value.shape)))
+        return tuple(found)
+
+    def update(
+        self,
+        master: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        scalars: Scalars,
+        weight: Tensor,
+        *,
+        group: Mapping[str, Any],
+        step: int,
+        grad_scale: float,
+    ) -> Scalars:
+        grad = grad.float() * grad_scale
+        kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in scalars.items()}
+        before = {} if step == 1 else {**state, **kept}
+        after = self._step(nn.Parameter(master, requires_grad=True), grad, before, group)
+        for name, tensor in state.items():
+            if after[name].data_ptr() != tensor.data_ptr():
+                tensor.copy_(after[name])
+        weight.copy_(master)
+        return {name: value for name, value in after.items() if name not in state}
+
+    def _step(
+        self, parameter: nn.Parameter, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """One step of a new optimizer that holds only this; returns its state."""
+        options = {name: group[name] for name in self._options}
+        kind: Any = self._kind
+        optimizer: torch.optim.Optimizer = kind([parameter], **options)
+        if state:
+            optimizer.state[parameter] = dict(state)
+        parameter.grad = grad
+        optimizer.step()
+        return dict(optimizer.state[parameter])
+
+
+_NOT_OPTIONS = ("params", "initial_lr", "decoupled_weight_decay")
+"""Entries of a param group that are no arguments of the optimizer's constructor."""
+
+
+def rule_for(optimizer: torch.optim.Optimizer, *, num_threads: int | None = None) -> UpdateRule:
+    """The rule that steps as `optimizer` would. ConfigError where there is none."""
+    if type(optimizer) in (torch.optim.AdamW, optim.AdamW):
+        for group in optimizer.param_groups:
+            cpu_adam.AdamW.from_group(group)  # refuses what has no twin
+        return AdamWRule(getattr(optimizer, "moments", "float32"), num_threads)
+    return TorchRule(type(optimizer), optimizer.defaults)

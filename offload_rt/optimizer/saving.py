@@ -1,0 +1,72 @@
+"""Checkpoints of full fine-tuning: masters, moments and what else a run is, independent of plans and drives.
+
+A checkpoint is a snapshot of the state's extents (weights are their masters, rounded) with the run's values as payload.
+Any engine for the same model and the same kind of optimizer continues from it, wherever its own state rests. The commit
+folder is a checkpoint too, which is continued from without copying anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from offload_rt.checkpoint.values import pack_values, restore_rng, unpack_values
+from offload_rt.errors import CheckpointError, OffloadError
+from offload_rt.optimizer.memory_log import MemoryLog
+from offload_rt.optimizer.state import STATE_PREFIX, state_extent
+from offload_rt.optimizer.training import FullTraining
+from offload_rt.snapshot import SnapshotLog, load_snapshot, read_payload, save_snapshot
+
+Check = Callable[[Mapping[str, Any]], None]
+
+
+def save_training(training: FullTraining, folder: Path) -> int:
+    """Saves the state as it is now, durably; returns the bytes copied. `folder` must not exist. Blocks.
+
+    With a log, this commits first. Raises what a commit and `save_snapshot` raise.
+    """
+    if training.home.log is not None:
+        training.commit()
+    return save_snapshot(_log(training), folder, training.home.links, names=_is_state)
+
+
+def load_training(training: FullTraining, folder: Path, check: Check) -> dict[str, Any]:
+    """Continues from a checkpoint, or from the commit folder; returns what was saved besides. Blocks.
+
+    `check` may refuse the values, by raising, before anything is changed. Raises `CheckpointError` where the checkpoint
+    does not fit, `CheckpointVerifyError` where its bytes have changed.
+    """
+    log = training.home.log
+    if training.commit_folder is not None and folder.resolve() == training.commit_folder.resolve():
+        if log is None or not log.committed.step:
+            raise CheckpointError(f"{folder}: no step has been committed here")
+        values = unpack_values(log.committed.payload)
+        check(values)
+        log.drop()
+        training.load_values(values)
+        training.begin_again(values["weights"])
+    else:
+        values = unpack_values(read_payload(folder)[1])
+        check(values)
+        training.load_values(values)
+        try:
+            load_snapshot(folder, _log(training), training.home.links, names=_is_state)
+        except OffloadError as error:
+            training.break_because(f"loading {folder} failed: {error}")
+            raise
+        training.begin_again((), from_log=log is not None)
+    restore_rng(values["rng"])
+    return values
+
+
+def _is_state(name: str) -> bool:
+    return name.startswith(STATE_PREFIX)
+
+
+def _log(training: FullTraining) -> SnapshotLog:
+    home = training.home
+    if home.log is not None:
+        return home.log
+    slots = {state_extent(piece): home.pieces[piece.name] for block in training.blocks for piece in block.pieces}
+    return MemoryLog(slots, home.links, training.step_number, pack_values(training.all_values(), of="a checkpoint"))

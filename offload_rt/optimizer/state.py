@@ -1,0 +1,163 @@
+"""Where masters, moments and weights of trained blocks rest, and how a step gets at them.
+
+A block's state rests in HOST memory, piece by piece, or in the commit log on NVMe. Its weights stay in the parameters,
+or in a slot of HOST or DEVICE memory that is stepped in place, or in the log as one extent that a ring fetches. Weights
+are always the masters rounded to their dtype; so only what streams from the log is written there, and no checkpoint
+holds weights besides masters.
+
+    log   "state/<piece>"     of every block, wherever it rests: what rests in memory is written by a commit
+          "weights/<block>"   of every layer; written only where weights stream from NVMe
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from offload_rt.arena import Arena, Slot
+from offload_rt.commit_layout import MutableExtent
+from offload_rt.commit_log import CommitLog
+from offload_rt.dtypes import torch_dtype
+from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock
+from offload_rt.tensor_spec import TensorSpec
+from offload_rt.tiers import Fetch
+from offload_rt.transfer import Links, Transfer
+
+STATE_PREFIX = "state/"
+
+
+def state_extent(piece: Piece) -> str:
+    return STATE_PREFIX + piece.name
+
+
+def weights_extent(block: TrainedBlock) -> str:
+    return f"weights/{block.name}"
+
+
+def log_extents(blocks: Sequence[TrainedBlock], drive_weights: Sequence[float]) -> list[MutableExtent]:
+    """The extents of a log, spread over drives in proportion to `drive_weights`. They do not depend on the plan."""
+    filled = [0.0] * len(drive_weights)
+    extents = []
+    for block in blocks:
+        sizes = [(state_extent(piece), piece.num_bytes) for piece in block.pieces]
+        if block.weights is not None:
+            sizes.append((weights_extent(block), block.weights.stored_bytes))
+        for name, num_bytes in sizes:
+            drive = min(range(len(filled)), key=lambda d: (filled[d] + num_bytes) / drive_weights[d])
+            filled[drive] += num_bytes
+            extents.append(MutableExtent(name=name, length_bytes=num_bytes, drive=drive))
+    return extents
+
+
+class LogResidence:
+    """A trained block whose weights rest in the log. With `staging`, they land in HOST first."""
+
+    def __init__(self, log: CommitLog, extent: str, num_bytes: int, links: Links, staging: Arena | None) -> None:
+        self.num_bytes = num_bytes
+        self._log = log
+        self._extent = extent
+        self._links = links
+        self._staging = staging
+
+    def fetch(self, slot: Slot) -> Fetch:
+        if self._staging is None:
+            return _Arrival(self._links, [self._log.read(self._extent, slot)])
+        stage = self._staging.acquire(self.num_bytes, self._extent)
+        read = self._log.read(self._extent, stage)
+        copy = self._links.copy(stage, slot.part(0, self.num_bytes), after=read)
+        return _Arrival(self._links, [read, copy])
+
+
+class _Arrival:
+    def __init__(self, links: Links, transfers: list[Transfer]) -> None:
+        self._links = links
+        self._transfers = transfers
+
+    def wait(self) -> None:
+        for transfer in self._transfers:
+            self._links.wait(transfer)
+
+
+@dataclass
+class StateHome:
+    """Who rests where. Slots belong to arenas that the assembly has booked."""
+
+    log: CommitLog | None
+    links: Links
+    pieces: dict[str, Slot] = field(default_factory=dict)
+    """State that rests in memory, by piece."""
+    weights: dict[str, Slot] = field(default_factory=dict)
+    """Weights that rest in memory and are stepped in place, by block."""
+
+    def rests_in_memory(self, block: TrainedBlock) -> bool:
+        """Whether the block's state does, all of it."""
+        return all(piece.name in self.pieces for piece in block.pieces)
+
+    def streams_weights(self, block: TrainedBlock) -> bool:
+        """Whether the block's weights rest in the log."""
+        return block.weights is not None and block.name not in self.weights
+
+    def fetch(self, piece: Piece, slot: Slot) -> Transfer:
+        """Starts reading a piece that rests in the log. Does not block but for a write of it that is under way."""
+        return self._log.read(state_extent(piece), slot)
+
+    def write_back(self, piece: Piece, slot: Slot) -> Transfer:
+        """Starts writing a piece to the log."""
+        return self._log.write(state_extent(piece), slot)
+
+    def fetch_weights(self, block: TrainedBlock, slot: Slot) -> Transfer:
+        return self._log.read(weights_extent(block), slot)
+
+    def write_weights(self, block: TrainedBlock, slot: Slot) -> Transfer:
+        return self._log.write(weights_extent(block), slot)
+
+    def write_what_rests_in_memory(self, blocks: Sequence[TrainedBlock]) -> None:
+        """Starts writing it to the log, before a commit. Blocks only for writes of the same extents under way."""
+        for block in blocks:
+            for piece in block.pieces:
+                if piece.name in self.pieces:
+                    self.write_back(piece, self.pieces[piece.name])
+
+    @property
+    def _log(self) -> CommitLog:
+        if self.log is None:
+            raise RuntimeError("state in memory has no log")
+        return self.log
+
+
+def tensor_of(slot: Slot, spec: TensorSpec) -> Tensor:
+    """A tensor of state or weights in the slot of its piece or block."""
+    return slot.tensor(torch_dtype(spec.dtype), spec.shape, spec.offset_bytes)
+
+
+def state_tensors(slot: Slot, segment: Segment) -> dict[str, Tensor]:
+    """The segment's state in its piece's slot, the master first, flat as it lies."""
+    return {spec.name: tensor_of(slot, spec) for spec in segment.state}
+
+
+def weight_range(block: TrainedBlock, segment: Segment, weights: Slot | None) -> Tensor:
+    """Where the segment's weights are to be written: in the block's slot, or in the parameter itself. Flat."""
+    trained = block.parameters[segment.parameter]
+    if trained.streamed is None:
+        whole = trained.parameter.data
+    elif weights is not None:
+        whole = tensor_of(weights, trained.streamed)
+    else:
+        raise RuntimeError(f"{trained.name} streams, and its block's weights are not in memory")
+    return whole.view(-1)[segment.begin : segment.end]
+
+
+def begin_state(slot: Slot, piece: Piece, block: TrainedBlock, weights: Slot | None) -> None:
+    """Fills a piece's slot as it is before the first step: masters from the weights, everything else zero."""
+    slot.tensor(torch.uint8, (piece.num_bytes,)).zero_()
+    for segment in piece.segments:
+        tensor_of(slot, segment.state[0]).copy_(weight_range(block, segment, weights))
+
+
+def weights_from_masters(slot: Slot, piece: Piece, block: TrainedBlock, weights: Slot | None) -> None:
+    """Rounds a piece's masters into the weights."""
+    for segment in piece.segments:
+        weight_range(block, segment, weights).copy_(tensor_of(slot, segment.state[0]))

@@ -1,0 +1,318 @@
+"""Steps blocks one after the other: reads their state ahead, updates it, writes it back behind.
+
+    drive in    [piece 1][piece 2][piece 3][piece 4] ...         into slots, as many as the plan gives
+    CPU                   [step 1] [step 2] [step 3] ...         where the slot lies
+    drive out                      [piece 1][piece 2] ...        from the same slot, which is free when it is written
+
+With `threaded`, updates run on a thread of their own while the caller computes the next block; without, inside
+`submit`, which is the plain twin: the same operations in the same order, and the same bits.
+
+[Note: read ahead] The order in which blocks will be submitted is a hint. State is read along it as slots fall free; a
+block that comes out of order finds its pieces read on demand, and what was read in vain is dropped.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from offload_rt.arena import Arena, Slot
+from offload_rt.errors import OffloadError
+from offload_rt.optimizer.gradients import Gradients
+from offload_rt.optimizer.pieces import Piece, TrainedBlock, segment_shape
+from offload_rt.optimizer.rules import Scalars, UpdateRule
+from offload_rt.optimizer.state import StateHome, state_tensors, weight_range, weights_from_masters
+from offload_rt.transfer import Links, Transfer
+
+
+@dataclass(kw_only=True)
+class StepperCounters:
+    """What the stepper did since the start."""
+
+    num_pieces: int = 0
+    """Updated where they lie or read, stepped and written."""
+    num_read_ahead: int = 0
+    """Pieces that were read, or under way, when they were wanted."""
+    num_read_on_demand: int = 0
+    num_read_in_vain: int = 0
+    num_elements: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One block to be stepped."""
+
+    block: TrainedBlock
+    gradients: Slot
+    present: frozenset[int]
+    grad_scale: float
+
+
+@dataclass
+class Progress:
+    """How far each parameter is: what the rule needs besides tensors, by parameter name."""
+
+    steps: dict[str, int] = field(default_factory=dict)
+    scalars: dict[str, Scalars] = field(default_factory=dict)
+
+
+class Stepper:
+    """Used by one thread. `submit` order is the order of updates."""
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        home: StateHome,
+        gradients: Gradients,
+        group_of: Callable[[str], Mapping[str, Any]],
+        progress: Progress,
+        links: Links,
+        *,
+        state_arena: Arena,
+        state_slot_bytes: int,
+        weights_arena: Arena,
+        weights_slot_bytes: int,
+        threaded: bool,
+    ) -> None:
+        self.counters = StepperCounters()
+        self._rule = rule
+        self._home = home
+        self._gradients = gradients
+        self._group_of = group_of
+        self._progress = progress
+        self._links = links
+        self._state_arena = state_arena
+        self._state_slot_bytes = state_slot_bytes
+        self._weights_arena = weights_arena
+        self._weights_slot_bytes = weights_slot_bytes
+        # Half of the slots at most are on their way out, so that the other half can be read into meanwhile.
+        self._max_writes = max(1, state_arena.num_bytes // max(1, state_slot_bytes) // 2)
+        self.new_scalars: dict[str, Scalars] = {}
+        """Of parameters stepped since `Progress` was last written; the owner takes them over with the step."""
+        self._to_read: deque[Piece] = deque()
+        self._ahead: dict[str, tuple[Slot, Transfer]] = {}
+        self._writes: deque[Transfer] = deque()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._num_open = 0
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._read_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._work, name="offload_rt-updates", daemon=True)
+            self._thread.start()
+
+    def expect(self, blocks: Sequence[TrainedBlock]) -> None:
+        """Says in which order blocks will be submitted, and starts reading. See [Note: read ahead]."""
+        with self._read_lock:
+            self._to_read = deque(
+                piece
+                for block in blocks
+                for piece in block.pieces
+                if piece.name not in self._home.pieces and piece.name not in self._ahead
+            )
+            self._read_ahead()
+
+    def submit(self, block: TrainedBlock, *, grad_scale: float = 1.0) -> None:
+        """Steps `block` with the gradients that it has now. Raises what an earlier block's update raised."""
+        job = Job(block, self._gradients.load(block), frozenset(self._gradients.present(block)), grad_scale)
+        if self._thread is None:
+            self._step_block(job)
+            return
+        with self._changed:
+            self._raise_failure()
+            self._num_open += 1
+        self._jobs.put(job)
+
+    def wait_for_one(self) -> bool:
+        """Blocks until a block that was submitted is done; False where none is open."""
+        with self._changed:
+            before = self._num_open
+            if not before:
+                return False
+            self._changed.wait_for(lambda: self._num_open < before or self._failure is not None)
+            self._raise_failure()
+            return True
+
+    def finish(self) -> None:
+        """Blocks until every block that was submitted is stepped. Writes may be under way still: a commit waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_open)
+            self._raise_failure()
+
+    def forget(self) -> None:
+        """Drops what was read ahead, and the error of a block that failed. Blocks until nothing is under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_open)
+            self._failure = None
+        with self._read_lock:
+            self._to_read.clear()
+            self._drop_ahead()
+        self._settle_writes(0)
+
+    def close(self) -> None:
+        """Ends the thread and waits for what is under way."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+        self.forget()
+
+    def load_what_rests_in_memory(self, block: TrainedBlock) -> None:
+        """Reads it from the log. Blocks."""
+        for piece in block.pieces:
+            resting = self._home.pieces.get(piece.name)
+            if resting is not None:
+                self._wait(self._home.fetch(piece, resting))
+
+    def rebuild_weights(self, block: TrainedBlock) -> None:
+        """Rounds the block's masters into its weights again. Blocks."""
+        weights = self._weights_slot(block)
+        for piece in block.pieces:
+            resting = self._home.pieces.get(piece.name)
+            if resting is None:
+                resting = self._take_slot(self._state_arena, self._state_slot_bytes, piece.name)
+                self._wait(self._home.fetch(piece, resting.part(0, piece.num_bytes)))
+            weights_from_masters(resting, piece, block, weights)
+            del resting
+        if weights is not None and self._home.streams_weights(block):
+            self._wait(self._home.write_weights(block, weights))
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                with self._changed:
+                    skip = self._failure is not None  # what follows a failed block is not worth stepping
+                if not skip:
+                    self._step_block(job)
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+                with self._changed:
+                    self._failure = error
+            finally:
+                del job
+                with self._changed:
+                    self._num_open -= 1
+                    self._changed.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _step_block(self, job: Job) -> None:
+        block = job.block
+        if not job.present:
+            return
+        weights = self._weights_slot(block)
+        if weights is not None and self._home.streams_weights(block) and len(job.present) < len(block.parameters):
+            self._wait(self._home.fetch_weights(block, weights))
+        for piece in block.pieces:
+            if not any(segment.parameter in job.present for segment in piece.segments):
+                continue
+            resting = self._home.pieces.get(piece.name)
+            if resting is not None:
+                self._step_piece(job, piece, resting, weights)
+                continue
+            slot = self._arrived(piece)
+            self._step_piece(job, piece, slot, weights)
+            self._writes.append(self._home.write_back(piece, slot))
+            del slot
+            self._settle_writes(self._max_writes)
+            with self._read_lock:
+                self._read_ahead()
+        if weights is not None and self._home.streams_weights(block):
+            self._writes.append(self._home.write_weights(block, weights))
+
+    def _step_piece(self, job: Job, piece: Piece, slot: Slot, weights: Slot | None) -> None:
+        block = job.block
+        for segment in piece.segments:
+            if segment.parameter not in job.present:
+                continue
+            name = block.parameters[segment.parameter].name
+            shape = segment_shape(block, segment)
+            tensors = state_tensors(slot, segment)
+            master = tensors.pop("master").view(shape)
+            gradient = self._gradients.of(block, job.gradients, segment.parameter, segment.begin, segment.end)
+            self.new_scalars[name] = self._rule.update(
+                master, gradient.view(shape), tensors, self._progress.scalars.get(name, {}),
+                weight_range(block, segment, weights).view(shape), group=self._group_of(name),
+                step=self._progress.steps.get(name, 0) + 1, grad_scale=job.grad_scale,
+            )  # fmt: skip
+            self.counters.num_elements += segment.end - segment.begin
+        self.counters.num_pieces += 1
+
+    def _weights_slot(self, block: TrainedBlock) -> Slot | None:
+        """Where the block's new weights are collected; None where its parameters hold them."""
+        if block.weights is None:
+            return None
+        resting = self._home.weights.get(block.name)
+        if resting is not None:
+            return resting
+        slot = self._take_slot(self._weights_arena, self._weights_slot_bytes, f"weights of {block.name}")
+        return slot.part(0, _stored_bytes(block))
+
+    def _arrived(self, piece: Piece) -> Slot:
+        """The piece's slot with its state in it."""
+        with self._read_lock:
+            found = self._ahead.pop(piece.name, None)
+            if piece in self._to_read:
+                while self._to_read.popleft() is not piece:
+                    continue  # passed by
+        if found is None:
+            self.counters.num_read_on_demand += 1
+            slot = self._take_slot(self._state_arena, self._state_slot_bytes, piece.name).part(0, piece.num_bytes)
+            found = (slot, self._home.fetch(piece, slot))
+        else:
+            self.counters.num_read_ahead += 1
+        slot, transfer = found
+        self._wait(transfer)
+        return slot
+
+    def _read_ahead(self) -> None:
+        """Starts reading along the hint while there are slots. Holds the lock."""
+        while self._to_read:
+            slot = self._state_arena.try_acquire(self._state_slot_bytes, self._to_read[0].name)
+            if slot is None:
+                return
+            piece = self._to_read.popleft()
+            slot = slot.part(0, piece.num_bytes)
+            self._ahead[piece.name] = (slot, self._home.fetch(piece, slot))
+
+    def _take_slot(self, arena: Arena, num_bytes: int, owner: str) -> Slot:
+        """A slot, once a write that holds one is done; at the worst what was read ahead is dropped."""
+        while (slot := arena.try_acquire(num_bytes, owner)) is None:
+            if self._writes:
+                self._settle_writes(len(self._writes) - 1)
+                continue
+            with self._read_lock:
+                if not self._ahead or arena is not self._state_arena:
+                    return arena.acquire(num_bytes, owner)  # raises, naming the holders
+                self._drop_ahead()
+        return slot
+
+    def _drop_ahead(self) -> None:
+        while self._ahead:
+            _, (_, transfer) = self._ahead.popitem()
+            self.counters.num_read_in_vain += 1
+            try:
+                self._wait(transfer)
+            except OffloadError:  # nobody wanted it: whoever does will meet it again
+                continue
+
+    def _wait(self, transfer: Transfer) -> None:
+        """On a thread of its own a wait keeps nobody from computing: it is not counted as a stall."""
+        if self._thread is None:
+            self._links.wait(transfer)
+        else:
+            transfer.wait()
+
+    def _settle_writes(self, num_left: int) -> None:
+        while len(self._writes) > num_left:
+            self._wait(self._writes.popleft())
+
+
+def _stored_bytes(block: TrainedBlock) -> int:
+    return 0 if block.weights is None else block.weights.stored_bytes

@@ -1,0 +1,466 @@
+"""One step of full fine-tuning: gradients arrive, blocks are stepped, the norm decides, a commit makes it real.
+
+[Note: stepping before the norm is known]
+A block whose state rests in the log can be stepped as soon as its gradients are complete, behind the backward pass of
+the next block: the committed state stays whole in the other slot. When the last gradient is there, the norm is known:
+
+    within bounds          what was stepped stands, and is committed
+    clipping is needed     the log drops it, and every block is stepped again with the right scale
+    not finite             the log drops it, and the step is left out
+
+So the result is that of clipping first, to the bit. It takes a commit each step (with two slots an extent there is one
+state to go back to), and gradients that stay until the commit, unless no clipping was declared. State that rests in
+memory has one copy and is stepped when the norm is known. After a step that clipped, the next one waits for its norm:
+clipping comes in runs, and doing a step twice costs more than waiting.
+
+The first step always waits: so a loop is seen that clips, changes the learning rate or accumulates between backward and
+step without having declared it; such a loop goes on waiting, and the report says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_rt.checkpoint.values import pack_values, rng_state
+from offload_rt.cpu_adam import clip_scale
+from offload_rt.errors import ConfigError, IntegrityError, OffloadError
+from offload_rt.optimizer.gradients import Gradients, is_finite
+from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.optimizer.state import StateHome
+from offload_rt.optimizer.stepper import Progress, Stepper
+from offload_rt.optimizer.tiered import AbsentGradient, TieredOptimizer
+from planners.placement import UpdateMode
+
+logger = logging.getLogger("offload_rt")
+
+MAX_SKIPPED_IN_A_ROW = 5
+"""Steps whose gradients are not finite, after which something is broken."""
+
+
+@dataclass(kw_only=True)
+class StepCounters:
+    """What happened to steps since the start."""
+
+    num_steps: int = 0
+    num_clipped: int = 0
+    num_ahead_of_norm: int = 0
+    """Blocks that were stepped before the norm was known."""
+    num_redone: int = 0
+    """Steps that were done again, because the norm asked for clipping or options had changed."""
+    num_skipped: int = 0
+    """Steps left out, because a gradient was not finite."""
+    num_commits: int = 0
+    commit_seconds: float = 0.0
+
+
+class FullTraining:
+    """What an engine does between backward passes where all parameters train. Used by one thread."""
+
+    def __init__(
+        self,
+        blocks: Sequence[TrainedBlock],
+        home: StateHome,
+        gradients: Gradients,
+        stepper: Stepper,
+        progress: Progress,
+        made: torch.optim.Optimizer,
+        *,
+        mode: UpdateMode,
+        accumulation_steps: int,
+        max_grad_norm: float | None,
+        commit_every: int | None,
+        before_weights_change: Callable[[], None],
+        commit_folder: Path | None,
+        on_close: Callable[[], None],
+    ) -> None:
+        """`before_weights_change` makes sure that nobody reads weights ahead."""
+        self.blocks = tuple(blocks)
+        self.home = home
+        self.gradients = gradients
+        self.stepper = stepper
+        self.progress = progress
+        self.counters = StepCounters()
+        self.optimizer = TieredOptimizer(made, self.step, self.forget)
+        self.step_number = 0
+        self.grad_norm: float | None = None
+        """Of the last step, before clipping."""
+        self.waits_because: str | None = None
+        """Why blocks are not stepped before the norm is known, although the plan says so."""
+        self._mode = mode
+        self._declared = accumulation_steps
+        self._max_grad_norm = max_grad_norm
+        self._commit_every = commit_every
+        self._before_weights_change = before_weights_change
+        self.commit_folder = commit_folder
+        """Where commits are; None without a log."""
+        self.found_step: int | None = None
+        """The step of an earlier run that the log goes on from, until somebody says that this is wanted."""
+        if home.log is not None and home.log.committed.step:
+            self.found_step = home.log.committed.step
+        self._on_close = on_close
+        self._broken: str | None = None
+        self._names = [trained.name for block in blocks for trained in block.parameters]
+        self._group_by_name: dict[str, dict[str, Any]] = {}
+        names = {id(t.parameter): t.name for block in blocks for t in block.parameters}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self._group_by_name[names[id(parameter)]] = group
+        self._ahead: list[TrainedBlock] = []
+        self._options: Any = None
+        self._grad_scale: float | None = None
+        self._last_clipped = False
+        self._skipped_in_a_row = 0
+        self._order = tuple(reversed(self.blocks))
+        self._trained_in = {id(t.parameter): (b, i) for b in blocks for i, t in enumerate(b.parameters)}
+        in_memory: list[Any] = [t.parameter for block in blocks for t in block.parameters if t.streamed is None]
+        self._handles = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in in_memory]
+        self._extra: Callable[[], Mapping[str, Any]] = dict
+        gradients.wait_for_room = stepper.wait_for_one
+
+    def group_of(self, name: str) -> dict[str, Any]:
+        """The param group that the parameter `name` is in."""
+        return self._group_by_name[name]
+
+    def commits_with(self, extra: Callable[[], Mapping[str, Any]]) -> None:
+        """Sets what a commit carries besides: plain values and tensors."""
+        self._extra = extra
+
+    def taker(self, name: str) -> Callable[[Mapping[int, Tensor]], None]:
+        """`deliver` for the block `name`."""
+        block = next(block for block in self.blocks if block.name == name)
+        return lambda gradients: self.deliver(block, gradients)
+
+    def deliver(self, block: TrainedBlock, gradients: Mapping[int, Tensor]) -> None:
+        """Takes one micro-batch's gradients of `block`. May step the block, see the note above."""
+        if not gradients:
+            return
+        if self._options is None:
+            self._options = self._current_options()
+        last = self.gradients.num_arrivals(block) + 1 >= self._declared
+        self.gradients.add(block, gradients, with_norms=last)
+        for index in gradients:
+            trained = block.parameters[index]
+            if trained.streamed is not None and trained.parameter.grad is None:
+                trained.parameter.grad = AbsentGradient.of(trained.parameter)
+        if last and self._steps_ahead(block):
+            self.stepper.submit(block)
+            self._ahead.append(block)
+            self.counters.num_ahead_of_norm += 1
+            if self._mode is UpdateMode.BACKWARD:
+                self.gradients.keep_norms_only(block)
+                return
+        self.gradients.put_away(block)
+
+    def before_forward(self) -> None:
+        """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
+        self._check_usable()
+        if self.found_step is not None:
+            raise ConfigError(
+                f"{self.commit_folder} holds step {self.found_step} of an earlier run of this model: go on with it by "
+                f"engine.load_checkpoint(engine.commit_folder), or remove it with `offload-rt clean`"
+            )
+        if self._ahead:
+            self._undo_because("the model was called between backward and step")
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Makes the coming step scale its gradients to `max_norm`; returns their norm. Blocks for gradients on NVMe."""
+        if self._grad_scale is not None:
+            raise ConfigError("clip_grad_norm_: was called for this step already")
+        if self._max_grad_norm != max_norm:
+            self._undo_because(f"gradients were clipped to {max_norm:g}, and max_grad_norm was not declared so")
+        total, self._grad_scale = self._norm(max_norm)
+        return torch.tensor(total)
+
+    def gradient_items(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of every parameter that has one, a copy that is the caller's."""
+        if any(self.gradients.is_gone(block) for block in self.gradients.blocks):
+            self._undo_because("gradients were looked at between backward and step")
+        for block in self.gradients.blocks:
+            for index in sorted(self.gradients.present(block)):
+                yield (
+                    block.parameters[index].name,
+                    self.gradients.of(block, self.gradients.load(block), index).clone(),
+                )
+            self.gradients.release(block)
+
+    def step(self) -> None:
+        """Updates everything that has gradients, and commits if it is time. Blocks."""
+        self._check_usable()
+        if not self.gradients.blocks:
+            raise IntegrityError("step: no gradient has arrived; call engine.backward(loss) first")
+        try:
+            self._step()
+        except BaseException:
+            self._abandon()
+            raise
+        if self._commit_every is not None and self.step_number % self._commit_every == 0 and not self._skipped_in_a_row:
+            self.commit()
+        self._expect_next()
+
+    def forget(self) -> None:
+        """Drops the gradients of this step and what was stepped with them."""
+        self._undo()
+        self._clear()
+
+    def commit(self) -> None:
+        """Makes the state as it is now real and durable, wherever it rests. Blocks. Needs a log."""
+        log = self.home.log
+        if log is None:
+            raise ConfigError("commit: state is committed on NVMe; give nvme= a folder")
+        self._check_usable()
+        begin = time.perf_counter()
+        weights = [block.name for block in self.blocks if self.home.streams_weights(block)]
+        payload = pack_values({**self.all_values(), "weights": weights}, of="a commit")
+        self._broken = f"the commit of step {self.step_number} failed"
+        self.home.write_what_rests_in_memory(self.blocks)
+        log.commit(self.step_number, payload)
+        self._broken = None
+        self.counters.num_commits += 1
+        self.counters.commit_seconds += time.perf_counter() - begin
+
+    def all_values(self) -> dict[str, Any]:
+        """What is saved besides masters and moments: plain values and tensors, the owner's included."""
+        return {**self._values(), **self._extra()}
+
+    def break_because(self, why: str) -> None:
+        """Refuses everything from now on, until a checkpoint was loaded."""
+        self._broken = why
+
+    def _values(self) -> dict[str, Any]:
+        names = {id(t.parameter): t.name for block in self.blocks for t in block.parameters}
+        groups = [
+            {**{key: value for key, value in group.items() if key != "params"},
+             "params": [names[id(p)] for p in group["params"]]}
+            for group in self.optimizer.param_groups
+        ]  # fmt: skip
+        return {
+            "step": self.step_number, "steps": dict(self.progress.steps),
+            "scalars": {name: dict(scalars) for name, scalars in self.progress.scalars.items() if scalars},
+            "groups": groups, "rng": rng_state(),
+        }  # fmt: skip
+
+    def load_values(self, values: Mapping[str, Any]) -> None:
+        """Takes over what `all_values` gave. ConfigError where param groups are not those of this run."""
+        names = {id(t.parameter): t.name for block in self.blocks for t in block.parameters}
+        here = [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+        if here != [group["params"] for group in values["groups"]]:
+            raise ConfigError("the saved optimizer's parameter groups are not those of this run")
+        for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        self.progress.steps = dict(values["steps"])
+        self.progress.scalars = dict(values["scalars"])
+        self.step_number = int(values["step"])
+
+    def begin_again(self, weights: Sequence[str], *, from_log: bool = True) -> None:
+        """After state was loaded: brings what rests in memory there, rounds masters into weights, and reads ahead anew.
+
+        `weights` names blocks whose weights in the log are those of the state. Without `from_log`, state is in memory
+        already. Blocks.
+        """
+        self.stepper.forget()
+        self._clear()
+        self._before_weights_change()
+        for block in self.blocks:
+            if from_log:
+                self.stepper.load_what_rests_in_memory(block)
+            if block.name not in weights or not self.home.streams_weights(block):
+                self.stepper.rebuild_weights(block)
+        self.found_step = None
+        self._broken = None
+        self._last_clipped = False
+        self._skipped_in_a_row = 0
+        self._expect_next()
+
+    def report(self) -> dict[str, Any]:
+        """Counts and seconds since the start, bytes at rest."""
+        return {
+            **asdict(self.counters), **asdict(self.stepper.counters), "mode": self._mode.value,
+            "waits_because": self.waits_because, "grad_norm": self.grad_norm,
+            "state_bytes": sum(block.state_bytes for block in self.blocks),
+            "state_in_memory_bytes": sum(slot.num_bytes for slot in self.home.pieces.values()),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the updates; what was not committed is not part of the state. The log is the caller's to close."""
+        for handle in self._handles:
+            handle.remove()
+        self.stepper.close()
+        with suppress(OffloadError):
+            self.gradients.clear()
+        self._on_close()
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        """Moves the gradient of a parameter that stays in memory to where gradients wait."""
+        block, index = self._trained_in[id(parameter)]
+        gradient = parameter.grad
+        if gradient is not None:
+            parameter.grad = None
+            self.deliver(block, {index: gradient})
+
+    def _steps_ahead(self, block: TrainedBlock) -> bool:
+        log = self.home.log
+        return (
+            self._mode in (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE)
+            and self.waits_because is None
+            and not self._last_clipped
+            and self.step_number > 0
+            and self.gradients.num_arrivals(block) == self._declared
+            and log is not None
+            and log.committed.step == self.step_number
+            and not self.home.rests_in_memory(block)
+        )
+
+    def _norm(self, max_norm: float | None) -> tuple[float, float]:
+        """The norm of all gradients, and the scale that clips it, in the order of the model's parameters."""
+        norms = self.gradients.norms()
+        ordered = [norms[name] for name in self._names if name in norms]
+        total, scale = clip_scale(ordered, max_norm if max_norm is not None else float("inf"))
+        if not is_finite(norms):
+            total = float("nan")
+        return total, scale if max_norm is not None else 1.0
+
+    def _step(self) -> None:
+        self._before_weights_change()
+        self.stepper.finish()
+        total, scale = self._norm(self._max_grad_norm)
+        if self._grad_scale is not None:
+            scale = self._grad_scale
+        self.grad_norm = total
+        arrived = self.gradients.blocks
+        self._check_first(arrived)
+        if not total < float("inf"):
+            self._skip()
+            return
+        changed = self._options != self._current_options()
+        if changed:
+            self._undo_because("options of the optimizer were changed between backward and step")
+        if self._ahead and (scale != 1.0 or changed):
+            self.counters.num_redone += 1
+            self._undo()
+        ahead = {block.name for block in self._ahead}
+        left = [block for block in arrived if block.name not in ahead]
+        self._ahead += [block for block in left if not self.home.rests_in_memory(block)]
+        if len(self._ahead) < len(arrived):
+            self._broken = "half a step was made of what rests in memory"
+        if left:
+            self.stepper.expect(left)
+        for block in left:
+            self.stepper.submit(block, grad_scale=scale)
+            self.gradients.release(block)
+        self.stepper.finish()
+        for block in arrived:
+            for index in self.gradients.present(block):
+                name = block.parameters[index].name
+                self.progress.steps[name] = self.progress.steps.get(name, 0) + 1
+        self.progress.scalars.update(self.stepper.new_scalars)
+        self._order = tuple(arrived)
+        self._broken = None
+        self._ahead.clear()
+        self._clear()
+        self._skipped_in_a_row = 0
+        self._last_clipped = scale != 1.0
+        self.step_number += 1
+        self.counters.num_steps += 1
+        self.counters.num_clipped += self._last_clipped
+
+    def _expect_next(self) -> None:
+        """Reads the first state of the next step while its forward runs."""
+        if self.home.log is not None:
+            self.stepper.expect(self._order)
+
+    def _skip(self) -> None:
+        self._undo()
+        self._clear()
+        self.counters.num_skipped += 1
+        self._skipped_in_a_row += 1
+        logger.warning("step %d was left out: a gradient is not finite", self.step_number + 1)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise IntegrityError(
+                f"{self._skipped_in_a_row} steps in a row had gradients that are not finite; the state is that of step "
+                f"{self.step_number}. Usual causes: a learning rate that is too high, broken data, fp16 overflow"
+            )
+
+    def _undo_because(self, why: str) -> None:
+        """Takes back what was stepped ahead, and steps nothing ahead from now on. ConfigError where it is too late."""
+        self._wait_from_now_on(why)
+        if self._ahead and self._mode is UpdateMode.BACKWARD:
+            self.forget()
+            raise ConfigError(
+                f"{why}; this step's updates ran behind its backward pass, as declared, and its gradients are gone. It "
+                f"was dropped; the next ones wait for step(). Declare engine(accumulation_steps=, max_grad_norm=)"
+            )
+        self._undo()
+
+    def _undo(self) -> None:
+        """Takes back what was stepped ahead; gradients stay."""
+        if self._ahead:
+            self.stepper.finish()
+            self._drop()
+
+    def _drop(self) -> None:
+        log = self.home.log
+        if log is not None:
+            log.drop()
+        for block in self._ahead:
+            if not self.home.streams_weights(block):
+                self.stepper.rebuild_weights(block)
+        self.stepper.new_scalars.clear()
+        self._ahead.clear()
+        self._before_weights_change()
+
+    def _abandon(self) -> None:
+        """After an error in a step: nothing of it stands, where the log has what was before."""
+        with suppress(OffloadError):
+            self.stepper.forget()
+        if self._ahead and self._broken is None:
+            self._broken = "a step failed, and could not be taken back"
+            self._drop()
+            self._broken = None
+        self._clear()
+
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            raise OffloadError(f"{self._broken}; go on from the last commit or checkpoint by engine.load_checkpoint")
+
+    def _clear(self) -> None:
+        self._ahead.clear()
+        self.gradients.clear()
+        self.stepper.new_scalars.clear()
+        self._grad_scale = None
+        self._options = None
+        for block in self.blocks:
+            for trained in block.parameters:
+                trained.parameter.grad = None
+
+    def _wait_from_now_on(self, why: str) -> None:
+        if self.waits_because is None and self._mode is not UpdateMode.AFTER:
+            self.waits_because = why
+            logger.warning("updates wait for step() from now on, and do not run behind the backward pass: %s", why)
+
+    def _current_options(self) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+
+    def _check_first(self, arrived: Sequence[TrainedBlock]) -> None:
+        """In the first step, something must train, and all of it but experts without tokens."""
+        if self.step_number:
+            return
+        present = {block.parameters[i].name for block in arrived for i in self.gradients.present(block)}
+        missing = [name for name in self._names if name not in present and ".experts." not in name]
+        if missing:
+            raise IntegrityError(
+                f"{len(missing)} of {len(self._names)} trainable tensors received no gradient in step 1 (first: "
+                f"{missing[0]}). Usual causes: a module that the forward skips; freeze what does not train"
+            )
+        if self.grad_norm == 0:
+            raise IntegrityError(f"step 1: all {len(self._names)} gradients are zero; the loss does not reach them")

@@ -1,0 +1,184 @@
+"""Makes the parts of full fine-tuning: arenas, the commit log, and the state that training begins with."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from offload_rt.arena import Arena, Slot
+from offload_rt.checkpoint.ingest import fill_slot
+from offload_rt.commit_layout import make_log, read_layout
+from offload_rt.commit_log import CommitLog
+from offload_rt.config import NvmePath
+from offload_rt.discover import BlockDraft
+from offload_rt.drives import drive_profile, weights
+from offload_rt.errors import ConfigError
+from offload_rt.optimizer.gradients import Gradients
+from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.optimizer.state import LogResidence, StateHome, begin_state, log_extents, weights_extent
+from offload_rt.optimizer.stepper import Progress, Stepper
+from offload_rt.optimizer.training import FullTraining
+from offload_rt.scratch import Scratch
+from offload_rt.store import store_folders
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.tiers import Residence, Tiers
+from offload_rt.transfer import Links, Transfer
+from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, training_sizes
+from planners.plan import Plan, StatePlacement, Tier
+
+
+class StateAssembly:
+    """One engine's training state in the making. `close` undoes what was made, if a later part cannot be."""
+
+    def __init__(self, workload: Workload, plan: Plan, tiers: Tiers, links: Links, options: RuntimeOptions) -> None:
+        if workload.training is None or plan.state is None:
+            raise ConfigError("plan: no layer trains")
+        self._workload = workload
+        self._draft: TrainingDraft = workload.training
+        self._placement: StatePlacement = plan.state
+        self._plan = plan
+        self._tiers = tiers
+        self._links = links
+        self._options = options
+        self._sizes = training_sizes(self._draft, workload.config)
+        self._drafts = {draft.name: draft for draft in workload.drafts if draft.trains}
+        self._scratch: Scratch | None = None
+        self.home = StateHome(log=None, links=links)
+        self.folders: list[Path] = []
+
+    def open(self) -> None:
+        """Reserves memory, and finds the log or makes it."""
+        sizes, placement = self._sizes, self._placement
+        in_memory = [block for block in self._draft.blocks if block.name in placement.in_memory]
+        if in_memory:
+            arena = self._arena("optimizer state", sum(block.state_bytes for block in in_memory))
+            for block in in_memory:
+                for piece in block.pieces:
+                    self.home.pieces[piece.name] = arena.acquire(piece.num_bytes, piece.name)
+        # A slot at least, to begin with and to rebuild weights through.
+        num_slots = max(placement.state_slots, 1 if self._workload.config.nvme else 0)
+        self._state_arena = self._arena("optimizer state on its way", num_slots * sizes.piece_bytes)
+        self._weights_arena = self._arena(
+            "new weights on their way", placement.weight_slots * sizes.largest_weight_bytes
+        )
+        waiting = sizes.gradient_bytes
+        if placement.gradients is Tier.NVME:
+            waiting = placement.gradient_slots * sizes.largest_gradient_bytes
+            self._tiers.account(Tier.NVME).reserve("gradients", sizes.gradient_bytes)
+            self._scratch = Scratch(self._workload.config.nvme[0].path, sizes.gradient_bytes, self._links)
+        self._gradient_arena = self._arena("gradients", waiting)
+        if self._workload.config.nvme:
+            self._open_log()
+
+    def residence(self, draft: BlockDraft, staging: Arena | None) -> Residence:
+        """Where the weights of a block of a ring on NVME rest."""
+        if self.home.log is None:
+            raise ConfigError(f"plan: weights of {draft.name} rest on NVME, but nvme= gives no folder")
+        block = self._block(draft.name)
+        return LogResidence(
+            self.home.log, weights_extent(block), draft.spec.stored_bytes, self._links, staging
+        )  # fmt: skip
+
+    def weights_rest_in(self, name: str, slot: Slot) -> None:
+        """Says that a block's weights rest in `slot`, where they are stepped in place."""
+        self.home.weights[name] = slot
+
+    def begin(self) -> None:
+        """Writes the state that training begins with. All parameters that stay in memory have their values.
+
+        A log that has one already is left as it is.
+        """
+        log = self.home.log
+        fresh = log is None or log.committed.sequence == 0
+        writes: deque[Transfer] = deque()
+        for block in self._draft.blocks:
+            rests = self.home.weights.get(block.name)
+            streams = self.home.streams_weights(block)
+            if not fresh and (streams or not self.home.rests_in_memory(block)):
+                continue
+            if streams:
+                rests = self._room(self._weights_arena, self._sizes.largest_weight_bytes, writes)
+                rests = rests.part(0, self._drafts[block.name].spec.stored_bytes)
+                fill_slot(self._drafts[block.name], self._workload.sources, rests)
+            for piece in block.pieces:
+                slot = self.home.pieces.get(piece.name)
+                if slot is None:
+                    slot = self._room(self._state_arena, self._sizes.piece_bytes, writes).part(0, piece.num_bytes)
+                begin_state(slot, piece, block, rests)
+                if log is not None and fresh:
+                    writes.append(self.home.write_back(piece, slot))
+                del slot
+            if streams and rests is not None:
+                writes.append(self.home.write_weights(block, rests))
+            del rests
+        for write in writes:
+            self._links.wait(write)
+
+    def finish(self, made: torch.optim.Optimizer, before_weights_change: Callable[[], None]) -> FullTraining:
+        """The training, begun: its first commit is there, unless the log goes on from an earlier run."""
+        config = self._workload.config
+        log = self.home.log
+        gradients = Gradients(
+            self._draft.blocks, self._gradient_arena, self._scratch, self._links,
+            accumulates=config.accumulation_steps > 1,
+        )  # fmt: skip
+        progress = Progress()
+        training: list[FullTraining] = []
+        stepper = Stepper(
+            self._draft.rule, self.home, gradients, lambda name: training[0].group_of(name), progress, self._links,
+            state_arena=self._state_arena, state_slot_bytes=self._sizes.piece_bytes,
+            weights_arena=self._weights_arena, weights_slot_bytes=self._sizes.largest_weight_bytes,
+            threaded=not (self._options.serial_updates or self._options.record),
+        )  # fmt: skip
+        commit_every = config.commit_every
+        if commit_every is None and log is not None and len(self._placement.in_memory) < len(self._draft.blocks):
+            commit_every = 1
+        training.append(
+            FullTraining(
+                self._draft.blocks, self.home, gradients, stepper, progress, made, mode=self._plan.update_mode,
+                accumulation_steps=config.accumulation_steps, max_grad_norm=config.max_grad_norm,
+                commit_every=commit_every, before_weights_change=before_weights_change,
+                commit_folder=self.folders[0] if self.folders else None, on_close=self.close,
+            )
+        )  # fmt: skip
+        if log is not None and log.committed.sequence == 0:
+            training[0].commit()
+        return training[0]
+
+    def close(self) -> None:
+        if self.home.log is not None:
+            self.home.log.close()
+        if self._scratch is not None:
+            self._scratch.close()
+
+    def _open_log(self) -> None:
+        drives = self._workload.config.nvme
+        self.folders = store_folders(drives, self._draft.key)
+        shares = weights([drive_profile(drive.path, self._links.io) for drive in drives])
+        extents = log_extents(self._draft.blocks, shares)
+        total = sum(2 * extent.length_bytes for extent in extents)
+        self._tiers.account(Tier.NVME).reserve("masters, moments and weights that train, twice", total)
+        if read_layout(self.folders) is None:
+            make_log(
+                [
+                    NvmePath(path=folder, capacity_bytes=drive.capacity_bytes)
+                    for folder, drive in zip(self.folders, drives, strict=True)
+                ],
+                extents,
+                self._links,
+            )
+        self.home.log = CommitLog(self.folders, self._links)
+
+    def _block(self, name: str) -> TrainedBlock:
+        return next(block for block in self._draft.blocks if block.name == name)
+
+    def _arena(self, name: str, num_bytes: int) -> Arena:
+        return self._tiers.arena(Tier.HOST, name, align_up(num_bytes, IO_ALIGNMENT_BYTES))
+
+    def _room(self, arena: Arena, num_bytes: int, writes: deque[Transfer]) -> Slot:
+        while (slot := arena.try_acquire(num_bytes, "first state")) is None and writes:
+            self._links.wait(writes.popleft())
+        return slot if slot is not None else arena.acquire(num_bytes, "first state")

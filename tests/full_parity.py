@@ -1,0 +1,252 @@
+"""What the gate of full fine-tuning compares: plain PyTorch with fp32 masters in memory, and an engine's run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_rt import optim
+from offload_rt._engine import Engine
+from offload_rt.arena import Arena, Slot
+from offload_rt.discover import find_blocks
+from offload_rt.optimizer.state import state_tensors
+from offload_rt.optimizer.training import FullTraining
+from offload_rt.workload import RuntimeOptions
+from planners.plan import StatePlacement, Tier
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, pairwise
+
+STEPS = 5
+LOSS_FACTORS = (1.0, 1.0, 100.0, 1.0, 1.0)
+"""Of each step: the third one's gradients are large."""
+NORMS = {"not": None, "rarely": 30.0, "always": 0.05}
+"""What gradients are clipped to: "rarely" is the third step only."""
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    "adamw bf16": lambda groups: optim.AdamW(groups, lr=1e-2, moments="bfloat16"),
+    "adamw 8bit": lambda groups: optim.AdamW(groups, lr=1e-2, moments="8bit"),
+    "lion": lambda groups: optim.Lion(groups, lr=1e-3, weight_decay=0.1),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9, dampening=0.1),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=1e-2),
+}
+
+PLACES: dict[str, dict[str, Any]] = {
+    "in place": {},
+    "from HOST": {"host_memory": "64MiB"},
+    "state in HOST, committed": {"nvme": True, "commit_every": 2},
+    "on NVME": {"nvme": True, "options": RuntimeOptions(rest=Tier.NVME, piece_elements=4096)},
+    "on NVME, after backward": {
+        "nvme": True, "commit_every": 3,
+        "options": RuntimeOptions(
+            rest=Tier.NVME, piece_elements=8192, serial_updates=True,
+            state=StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=4, weight_slots=1),
+        ),
+    },
+    "on NVME but for two layers": {
+        "nvme": True,
+        "options": RuntimeOptions(
+            rest=Tier.NVME, piece_elements=12288,
+            state=StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=4, weight_slots=2),
+        ),
+    },
+    "recorded, gradients on NVME": {
+        "nvme": True,
+        "options": RuntimeOptions(
+            rest=Tier.NVME, record=True, piece_elements=8192,
+            state=StatePlacement(
+                in_memory=(), gradients=Tier.NVME, state_slots=2, weight_slots=1, gradient_slots=1
+            ),
+        ),
+    },
+    "stress": {
+        "nvme": True, "host_memory": "64MiB",
+        "options": RuntimeOptions(
+            rest=Tier.NVME, num_slots=1, piece_elements=12288, poison=True, delay_seconds=0.002,
+            state=StatePlacement(
+                in_memory=(), gradients=Tier.NVME, state_slots=3, weight_slots=1, gradient_slots=2
+            ),
+        ),
+    },
+}  # fmt: skip
+
+
+_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the gate's matrix."""
+
+    family: str
+    dtype: str
+    optimizer: str
+    accumulation: int
+    clipping: str
+    grouped: bool
+    place: str
+
+    def __str__(self) -> str:
+        grouped = "groups" if self.grouped else "nogroups"
+        text = f"{self.family}-{self.dtype}-{self.optimizer}-x{self.accumulation}-clip_{self.clipping}-{grouped}-"
+        return (text + self.place).replace(" ", "_")
+
+
+AXES: tuple[tuple[Any, ...], ...] = (
+    tuple(FAMILIES), ("bfloat16", "float32"), tuple(OPTIMIZERS), (1, 4), tuple(NORMS), (False, True), tuple(PLACES),
+)  # fmt: skip
+
+
+def all_cases() -> list[Case]:
+    return [Case(*values) for values in itertools.product(*AXES)]
+
+
+def pairwise_cases() -> list[Case]:
+    return [Case(*values) for values in pairwise(AXES)]
+
+
+def build(case: Case) -> nn.Module:
+    """The model of a case, equal at every call. All of it trains."""
+    torch.manual_seed(7)
+    return FAMILIES[case.family]().to(getattr(torch, case.dtype)).train().requires_grad_(True)
+
+
+def groups_of(case: Case, parameters: list[nn.Parameter]) -> Any:
+    if not case.grouped:
+        return parameters
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0, "lr": 3e-3}]
+
+
+def scheduled(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
+
+
+def run_plain(case: Case, steps: int = STEPS) -> list[Trace]:
+    """Losses, gradients, masters and weights of every step, in plain PyTorch."""
+    model = build(case)
+    weights = dict(model.named_parameters())
+    masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in weights.items()}
+    optimizer = OPTIMIZERS[case.optimizer](groups_of(case, list(masters.values())))
+    scheduler = scheduled(optimizer)
+    max_norm = NORMS[case.clipping]
+    traces = []
+    for step in range(steps):
+        trace: Trace = {}
+        for index in range(case.accumulation):
+            loss = one_loss(model, step, index)
+            trace[f"loss {index}"] = loss.detach().clone()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for name, parameter in weights.items():
+                gradient, master = parameter.grad, masters[name]
+                if gradient is not None:
+                    master.grad = gradient.float() if master.grad is None else master.grad + gradient.float()
+                parameter.grad = None
+        for name, master in masters.items():
+            if master.grad is not None:
+                trace[f"gradient {name}"] = master.grad.clone()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(masters.values()), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.copy_(masters[name])
+                trace[f"master {name}"] = masters[name].detach().clone()
+                trace[f"weight {name}"] = parameter.detach().clone()
+        traces.append(trace)
+    return traces
+
+
+def make_engine(case: Case, folder: Path, **arguments: Any) -> Engine:
+    """An engine for the case, with its place."""
+    place = {**PLACES[case.place], **arguments}
+    if place.pop("nvme", False):
+        place["nvme"] = folder
+    make = OPTIMIZERS[case.optimizer]
+    model = build(case)
+    if case.place == "on NVME but for two layers":
+        names = tuple(draft.name for draft in find_blocks(model, bits=None) if draft.is_layer)[:2]
+        options = place["options"]
+        place["options"] = replace(options, state=replace(options.state, in_memory=names))
+    return Engine(
+        model, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=case.accumulation,
+        max_grad_norm=NORMS[case.clipping], optimizer=lambda parameters: make(groups_of(case, parameters)), **place,
+    )  # fmt: skip
+
+
+def run_engine(case: Case, engine: Engine, first: int = 0, steps: int = STEPS) -> list[Trace]:
+    """The same with an engine. Gradients are looked at in the first step, and where that undoes nothing."""
+    assert engine.optimizer is not None
+    scheduler = scheduled(engine.optimizer)
+    engine.track("scheduler", scheduler)
+    return [one_step(case, engine, scheduler, step) for step in range(first, steps)]
+
+
+def one_step(case: Case, engine: Engine, scheduler: torch.optim.lr_scheduler.LRScheduler, step: int) -> Trace:
+    training = training_of(engine)
+    trace: Trace = {}
+    for index in range(case.accumulation):
+        loss = one_loss(engine, step, index)
+        trace[f"loss {index}"] = loss.detach().clone()
+        engine.backward(loss)
+    if step == 0:
+        trace |= {f"gradient {name}": gradient.float() for name, gradient in engine.gradients()}
+    engine.step()
+    scheduler.step()
+    for name, (master, weight) in state_of(training).items():
+        trace[f"master {name}"] = master
+        trace[f"weight {name}"] = weight
+    return trace
+
+
+def one_loss(model: Callable[..., Any], step: int, index: int) -> torch.Tensor:
+    torch.manual_seed(5000 + 10 * step + index)
+    loss: torch.Tensor = model(**micro_batch(step, index)).loss
+    return loss * LOSS_FACTORS[step]
+
+
+def training_of(engine: Engine) -> FullTraining:
+    training = engine._training
+    assert training is not None
+    return training
+
+
+def room(num_bytes: int) -> Slot:
+    return Arena(f"look {next(_NUMBERS)}", num_bytes).acquire(num_bytes, "look")
+
+
+def state_of(training: FullTraining) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Master and weight of every parameter, from wherever they rest."""
+    found = {}
+    home = training.home
+    for block in training.blocks:
+        weights = None
+        if block.weights is not None:
+            weights = home.weights.get(block.name)
+            if weights is None:
+                weights = room(block.weights.stored_bytes)
+                home.links.wait(home.fetch_weights(block, weights))
+        masters: dict[int, list[torch.Tensor]] = {}
+        for piece in block.pieces:
+            slot = home.pieces.get(piece.name)
+            if slot is None:
+                slot = room(piece.num_bytes)
+                home.links.wait(home.fetch(piece, slot))
+            for segment in piece.segments:
+                masters.setdefault(segment.parameter, []).append(state_tensors(slot, segment)["master"].clone())
+        for index, trained in enumerate(block.parameters):
+            shape = trained.parameter.shape
+            weight = trained.parameter.data
+            if trained.streamed is not None:
+                assert weights is not None
+                weight = weights.tensor(weight.dtype, shape, trained.streamed.offset_bytes)
+            found[trained.name] = (torch.cat(masters[index]).view(shape), weight.detach().clone())
+    return found
