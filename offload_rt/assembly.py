@@ -47,12 +47,9 @@ from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import Workload, check_plan, find_workload, policy_of, streaming_problem, with_options
 from planners.activations import Action
 from planners.plan import DecodeScope, Plan, Ring, Tier
-from planners.streaming import StreamingProblem, plan_streaming
+from planners.streaming import KEPT_TENSORS, StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
-
-_SAVED_BY_A_CHUNK = 64
-"""Tensors, each of which begins at an address of its own; a Llama layer with adapters everywhere saves about 50."""
 
 
 @dataclass(kw_only=True)
@@ -342,7 +339,7 @@ class _Assembly:
         seq_len = self.workload.config.seq_len
         policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
         chunks = [end - start for policy in policies for start, end, found in policy.spans(seq_len) if found is action]
-        rounded_up = len(chunks) * _SAVED_BY_A_CHUNK * IO_ALIGNMENT_BYTES
+        rounded_up = len(chunks) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
         return align_up(self.problem.activation_bytes * sum(chunks) // seq_len + rounded_up, IO_ALIGNMENT_BYTES)
 
     def _largest_saved_bytes(self) -> int:

@@ -47,6 +47,7 @@ def loss_head_size(model: nn.Module, *, batch_size: int, seq_len: int) -> LossHe
                 bytes_per_token=module.out_features * (2 * item_bytes + _HEAD_BYTES_PER_LOGIT),
                 hidden_bytes_per_token=2 * module.in_features * item_bytes,
                 tiles=find_causal_model(model) is not None,
+                trains=weight.requires_grad,
             )
     return None
 

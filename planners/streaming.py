@@ -6,15 +6,17 @@ not. Layer inputs wait in the first of DEVICE, HOST, NVME that holds them. A thi
 read and is given up first; the second one hides every read, and is given up last. The loss is taken in tiles that need
 no more memory than a layer's recompute, but of no fewer than `MIN_CHUNK_TOKENS`, which a product needs to be efficient.
 
-Where layers train, their weights, state and gradients stay in memory if all of that fits, whatever drives there are.
-Otherwise weights and state rest on NVME, gradients in HOST if they fit, and as many pieces of state are on their way at
-a time as there is room for. Updates run behind the backward pass where every step is committed.
+Where layers train, their weights, state and gradients stay in memory if all of that fits, whatever drives there are;
+otherwise weights and state rest on NVME, gradients in HOST if they fit, and as many pieces of state are on their way at
+a time as there is room for. Activations are kept, and the loss is taken at once, where that fits besides. Updates run
+behind the backward pass where every step is committed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from planners.activations import Action, ActivationPolicy, Chunk
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
@@ -22,8 +24,15 @@ from planners.training_state import StatePlacement, TrainingSizes
 
 MAX_SLOTS = 3
 MIN_CHUNK_TOKENS = 64
+MIN_CHUNK_TOKENS_TRAINED = 256
+"""Of a head that trains: each tile adds a gradient of the head's size to a sum."""
+ALL_TOKENS = 1 << 40
+KEPT_TENSORS = 64
+"""Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
 STATE_SLOTS = (32, 16, 8, 4, 2)
 """Pieces of state on their way, the best first: what is read ahead while a layer computes."""
+ENOUGH_STATE_SLOTS = 8
+"""With so many, kept activations are worth more than further ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,8 @@ class LossHeadSize:
     """Of a hidden state. Tiling holds the gradients of all, besides a tile's logits."""
     tiles: bool
     """False: the model takes its loss in a way that the runtime cannot cut."""
+    trains: bool = False
+    """The head's own weights do."""
 
     def peak_bytes(self, chunk_tokens: int | None) -> int:
         """Transient memory for tiles of `chunk_tokens`, for all tokens at once where it is None."""
@@ -135,7 +146,7 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
         homes.append(Tier.HOST)
     if problem.nvme_capacity_bytes is not None:
         homes.append(Tier.NVME)
-    return [
+    plans = [
         _plan(problem, rest, slots, home, state, stream_edges=stream_edges, slack_bytes=slack_bytes)
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for state in _states(problem, rest)
@@ -144,6 +155,33 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
         for slots in slot_choices
         for slack_bytes in (problem.allocator_slack_bytes, problem.allocator_slack_bytes // 4)
     ]
+    return [_keeping(problem, plan) for plan in plans if _could_keep(plan)] + plans
+
+
+def _could_keep(plan: Plan) -> bool:
+    """Whether memory is better spent on kept activations than on more of what is on its way."""
+    if plan.state is None or plan.layer_inputs is not Tier.DEVICE:
+        return False
+    enough = len(plan.state.in_memory) > 0 or plan.state.state_slots >= ENOUGH_STATE_SLOTS
+    return enough and all(ring.num_slots > 1 for ring in plan.rings if ring.name == "layers")
+
+
+def _keeping(problem: StreamingProblem, plan: Plan) -> Plan:
+    """The plan with all activations kept and the loss taken at once: as fast as plain training, where memory is."""
+    policy = ActivationPolicy(chunks=(Chunk(num_tokens=ALL_TOKENS, action=Action.KEEP),))
+    num_layers = len(problem.layers)
+    device = {
+        **plan.peak_bytes["device"],
+        "activations": problem.transient_bytes(None),
+        "kept activations": num_layers * (problem.activation_bytes + KEPT_TENSORS * 4096),
+        "layer inputs": 3 * _pages(problem.layer_input_bytes) * num_layers,
+    }
+    return replace(
+        plan,
+        head_chunk_tokens=None,
+        activations={block.name: policy for block in problem.layers},
+        peak_bytes={**plan.peak_bytes, "device": device},
+    )
 
 
 def _plan(
@@ -229,9 +267,9 @@ def _head_chunk_tokens(problem: StreamingProblem) -> int | None:
     head = problem.loss_head
     if head is None or not head.tiles:
         return None
-    chunk = head.num_tokens
-    while chunk > MIN_CHUNK_TOKENS and head.peak_bytes(chunk) > problem.activation_bytes:
-        chunk = max(MIN_CHUNK_TOKENS, -(-chunk // 2))
+    chunk, least = head.num_tokens, MIN_CHUNK_TOKENS_TRAINED if head.trains else MIN_CHUNK_TOKENS
+    while chunk > least and head.peak_bytes(chunk) > problem.activation_bytes:
+        chunk = max(least, -(-chunk // 2))
     return chunk if chunk < head.num_tokens else None
 
 

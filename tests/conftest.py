@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
@@ -16,6 +17,8 @@ from offload_rt.discover import find_blocks  # noqa: E402
 from offload_rt.tensor_spec import Encoding  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("offload_rt", deadline=None)  # no test depends on time
+settings.load_profile("offload_rt")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 VOCABULARY = 64
