@@ -12,6 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,12 +213,8 @@ class Engine:
         """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
         if not batches:
             raise ConfigError("train_batch: needs at least one micro-batch")
-        total = 0.0
         try:
-            for batch in batches:
-                loss = self(**batch).loss / len(batches)
-                self.backward(loss)
-                total += float(loss.detach())
+            total = self._accumulate(batches)
         except BaseException:
             if self.optimizer is not None:  # half a step's gradients must not leak into the next
                 self.optimizer.zero_grad(set_to_none=True)
@@ -225,6 +222,27 @@ class Engine:
             raise
         self._num_backwards = self.config.accumulation_steps
         self.step()
+        return total
+
+    def _accumulate(self, batches: Sequence[dict[str, Any]]) -> float:
+        """Gradients of the mean of the losses, which it returns; layer by layer where the plan says so."""
+        num = len(batches)
+
+        def loss_of(batch: dict[str, Any]) -> torch.Tensor:
+            loss: torch.Tensor = self(**batch).loss / num
+            check_loss(loss, self.step_number + 1)
+            return loss
+
+        if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:
+            losses = self._runtime.run_together([partial(loss_of, batch) for batch in batches])
+            total = sum(float(loss.detach()) for loss in losses)
+            self._runtime.run_together([partial(self.backward, loss) for loss in losses])
+            return total
+        total = 0.0
+        for batch in batches:
+            loss = loss_of(batch)
+            self.backward(loss)
+            total += float(loss.detach())
         return total
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -327,6 +345,7 @@ class Engine:
             "replans": sum(c.num_replans for c in executors),
             "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
             "loss_head": None if runtime.loss_head is None else runtime.loss_head.report(),
+            "passed_on": runtime.turns.num_passed_on,
             "training": None if self._training is None else self._training.report(),
             "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
             "recomputes": runtime.layer_counters.num_recomputes,
@@ -359,6 +378,7 @@ class Engine:
         """What is in effect, in a few lines."""
         runtime = self._runtime
         plan = runtime.plan
+        declared = self.config.accumulation_steps
         lines = [f"plan: {plan.planner}; layer inputs wait in {plan.layer_inputs.value}"]
         for ring in plan.rings:
             lines.append(
@@ -369,6 +389,8 @@ class Engine:
             lines.append(f"resident: {len(plan.resident)} blocks")
         if plan.head_chunk_tokens is not None:
             lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
+        if plan.layer_major:
+            lines.append(f"the micro-batches of a train_batch go through the layers together, {declared} to a fetch")
         if plan.activations:
             lines.append(f"activations by chunks of tokens; swapped ones wait in {plan.swapped.value}")
         if self.config.bits == 4:

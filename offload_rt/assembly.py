@@ -7,10 +7,10 @@ do parameters leave the model's memory and hooks go in.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ from offload_rt.tiers import HostResidence, NvmeResidence, Residence, Tiers
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfer import Links
+from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import Workload, check_plan, find_workload, policy_of, streaming_problem, with_options
 from planners.activations import Action
@@ -50,6 +51,7 @@ from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import KEPT_TENSORS, StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -75,9 +77,21 @@ class Runtime:
     store_was_cached: bool
     scratch: Scratch | None
     recorder: Recorder | None
+    turns: Turns
+    """Of the micro-batches of a `train_batch`, where the plan takes them layer by layer."""
     training: FullTraining | None
     """Of layers that train; None where only adapters do."""
     _closed: bool = field(default=False)
+
+    def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Runs calls of the model, or their backward passes, layer by layer; returns their results. Blocks."""
+        for executor in self.executors:
+            executor.num_calls = len(calls)
+        try:
+            return self.turns.run(calls)
+        finally:
+            for executor in self.executors:
+                executor.num_calls = 1
 
     def close(self) -> None:
         """Takes the hooks out, waits for what is under way, closes files. The weights stay absent."""
@@ -160,6 +174,7 @@ class _Assembly:
         self.store_was_cached = False
         self.scratch: Scratch | None = None
         self.executors: list[RingExecutor] = []
+        self.turns = Turns()
         self.state: StateAssembly | None = None
         if workload.training is not None:
             self.state = StateAssembly(workload, plan, self.tiers, self.links, options)
@@ -304,8 +319,10 @@ class _Assembly:
         each = align_up(self.problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
         # With its input, a layer in chunks keeps the attention's result, which may be wider, and a log-sum-exp.
         sizes = [each if policy_of(self.plan, draft) is None else 3 * each for draft in self.workload.layers]
+        together = self.workload.config.accumulation_steps if self.plan.layer_major else 1
+        inputs = together * sum(sizes)
         swap = self._share_bytes(Action.SWAP)
-        on_nvme = 2 * sum(sizes) * (home is Tier.NVME) + swap * (swapped is Tier.NVME)
+        on_nvme = 2 * inputs * (home is Tier.NVME) + swap * (swapped is Tier.NVME)
         if on_nvme:
             if not self.workload.config.nvme:
                 raise ConfigError("plan: layer inputs or activations wait on NVME, but nvme= gives no folder")
@@ -315,11 +332,13 @@ class _Assembly:
         if kept := self._share_bytes(Action.KEEP):
             device.reserve("kept activations", kept)
         if home is Tier.DEVICE:
-            device.reserve("layer inputs", sum(sizes))
+            device.reserve("layer inputs", inputs)
         else:
             device.reserve("layer input in use", each)
+        if together > 1:
+            device.reserve("hidden states of other micro-batches", 2 * together * each)
         return Places(
-            layer_inputs=self._stash(home, "layer inputs", sum(sizes), max(sizes, default=each)),
+            layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each)),
             swapped=self._stash(swapped, "swapped activations", swap, self._largest_saved_bytes()) if swap else None,
         )
 
@@ -370,13 +389,14 @@ class _Assembly:
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], executors=self.executors,
             layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
             tokenwise=Tokenwise(places) if self.plan.activations else None, coverage=covered, store=self.store,
-            store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, training=None,
+            store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, turns=self.turns,
+            training=None,
         )  # fmt: skip
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
         materialise_rest(workload.model, workload.rest, stored)
         if self.state is not None and optimizer is not None:
             self.state.begin()
-            runtime.training = self.state.finish(optimizer, self._drain)
+            runtime.training = self.state.finish(optimizer, self._drain, self.turns)
         for draft in workload.drafts:
             bindings = tuple(
                 Binding(spec, entry.parameter, entry.owners)
@@ -415,9 +435,14 @@ class _Assembly:
         deliver = None
         if draft.trains and runtime.training is not None:
             deliver = runtime.training.taker(draft.name)
+
+        def between() -> None:
+            runtime.heap.check()
+            runtime.turns.pass_on()
+
         shared: dict[str, Any] = {
             "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
-            "between": runtime.heap.check, "deliver": deliver,
+            "between": between, "deliver": deliver, "micro_batch": runtime.turns.current,
         }  # fmt: skip
         policy = policy_of(self.plan, draft)
         if policy is None or runtime.tokenwise is None:

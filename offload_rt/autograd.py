@@ -63,8 +63,11 @@ class RecomputedLayer:
         counters: LayerCounters | None = None,
         between: Callable[[], None] = lambda: None,
         deliver: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
+        micro_batch: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`deliver` takes the gradients of the block's own parameters, by index, where these train; None: frozen."""
+        """`deliver` takes the gradients of the block's own parameters, by index, where these train; None: frozen.
+        `micro_batch` numbers those that go through the model together.
+        """
         self.layer = layer
         self.block = block
         self.access = access
@@ -76,8 +79,9 @@ class RecomputedLayer:
         self._deliver = deliver
         self._open_calls: weakref.WeakSet[Call] = weakref.WeakSet()
         """Those whose backward may come."""
-        self._sums: dict[int, torch.Tensor] = {}
-        """Gradients for `deliver`, of a layer that was called more than once, until all its calls are through."""
+        self._sums: dict[int | None, dict[int, torch.Tensor]] = {}
+        """Gradients for `deliver` by micro-batch: those of a layer that it calls more than once are summed."""
+        self.micro_batch = micro_batch
         stored = {id(binding.parameter) for binding in block.bindings}
         self._own = [p for p in layer.parameters() if id(p) not in stored]
         self._bindings = block.bindings
@@ -118,19 +122,18 @@ class RecomputedLayer:
         return found
 
     def hand_over(self, call: Call, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Takes the gradients of `call.streamed`, and delivers the layer's once no other call of it is to come."""
+        """Takes the gradients of `call.streamed`; delivers those of a micro-batch when its last call is through."""
         self._open_calls.discard(call)
         if self._deliver is None:
             return
         index_of = {id(binding.parameter): index for index, binding in enumerate(self._bindings)}
+        sums = self._sums.setdefault(call.micro_batch, {})
         for parameter, gradient in zip(call.streamed, gradients, strict=True):
             if gradient is not None:
                 index = index_of[id(parameter)]
-                held = self._sums.get(index)
-                self._sums[index] = gradient if held is None else held + gradient
-        if not self._open_calls:
-            sums, self._sums = self._sums, {}
-            self._deliver(sums)
+                sums[index] = sums[index] + gradient if index in sums else gradient
+        if not any(other.micro_batch == call.micro_batch for other in self._open_calls):
+            self._deliver(self._sums.pop(call.micro_batch))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -221,6 +224,7 @@ class Call:
         streamed: list[nn.Parameter],
     ) -> None:
         self.owner = owner
+        self.micro_batch = owner.micro_batch()
         self.trainable = trainable + streamed
         """All that a gradient is wanted of."""
         self.streamed = streamed

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from offload_rt.access import put_forward_back
+from offload_rt.turns import shown
 
 
 def find_causal_model(model: nn.Module) -> nn.Module | None:
@@ -48,25 +49,30 @@ class Backbone:
         if isinstance(getattr(backbone, "decoder", None), nn.Module):
             places.append((backbone, "decoder"))
         real = [(owner, name, owner.get_submodule(name)) for owner, name in places]
-        for owner, name, module in reversed(real):
-            owner._modules[name] = _StandIn(module, run)
-        try:
-            yield
-        finally:
+
+        def put() -> None:
+            for owner, name, module in reversed(real):
+                owner._modules[name] = _StandIn(module, run)
+
+        def take_away() -> None:
             for owner, name, module in real:
                 owner._modules[name] = module
+
+        with shown(put, take_away):
+            yield
 
     @contextlib.contextmanager
     def without_norm(self, backbone: nn.Module) -> Iterator[FinalNorm]:
         """Finds the module that the hidden states come from, at the first call; leaves it out at later ones."""
         final = FinalNorm(self.norm)
         if self.norm is not None:
-            forward, had_own = self.norm.forward, "forward" in self.norm.__dict__
-            self.norm.forward = lambda hidden: hidden
-            try:
+            norm: Any = self.norm
+            forward, had_own = norm.forward, "forward" in norm.__dict__
+            with shown(
+                lambda: setattr(norm, "forward", lambda hidden: hidden),
+                lambda: put_forward_back(norm, forward, had_own=had_own),
+            ):
                 yield final
-            finally:
-                put_forward_back(self.norm, forward, had_own=had_own)
             return
         weights = [(module, getattr(module, "weight", None)) for module in backbone.modules()]
         norms = [module for module, weight in weights if isinstance(weight, torch.Tensor) and weight.dim() == 1]

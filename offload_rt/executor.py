@@ -77,6 +77,10 @@ class RingExecutor:
         self._fetches: dict[int, Fetch] = {}
         self._users: Counter[int] = Counter()
         self._schedule: tuple[Step, ...] = ()
+        self.num_calls = 1
+        """Calls of the model that go through it together: each visit of the schedule is made by all of them."""
+        self._visit: Visit | None = None
+        self._num_served = 0
         self._cursor = 0
         self._pending: deque[Step] = deque()
         self._lock = threading.RLock()
@@ -93,7 +97,12 @@ class RingExecutor:
         `BudgetExceeded` when everything is in use.
         """
         with self._lock:
-            self._follow(Visit(index, phase), training=training)
+            visit = Visit(index, phase)
+            if visit == self._visit and self._num_served < self.num_calls:
+                self._num_served += 1
+            else:
+                self._visit, self._num_served = visit, 1
+                self._follow(visit, training=training)
             self._pump()
             if index in self._slots:
                 self.counters.num_hits += 1
@@ -113,13 +122,15 @@ class RingExecutor:
             self._users[index] -= 1
             if self._recorder is not None and index in self._slots:
                 self._recorder.use(f"done with {self.ring.blocks[index]}", reads=[self._slots[index].range])
-            self._take_steps()
+            if self._num_served >= self.num_calls:
+                self._take_steps()
             self._pump()
 
     def drain(self) -> None:
         """Waits for all that is under way and empties the slots. Errors of fetches nobody wanted are dropped."""
         with self._lock:
             self._schedule, self._cursor = (), 0
+            self._visit, self._num_served = None, 0
             self._pending.clear()
             for fetch in self._fetches.values():
                 try:

@@ -26,6 +26,7 @@ from offload_rt.store import store_folders
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import Residence, Tiers
 from offload_rt.transfer import Links, Transfer
+from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, training_sizes
 from planners.plan import Plan, StatePlacement, Tier
 
@@ -117,7 +118,9 @@ class StateAssembly:
         for write in writes:
             self._links.wait(write)
 
-    def finish(self, made: torch.optim.Optimizer, before_weights_change: Callable[[], None]) -> FullTraining:
+    def finish(
+        self, made: torch.optim.Optimizer, before_weights_change: Callable[[], None], turns: Turns
+    ) -> FullTraining:
         """The training, begun: its first commit is there, unless the log goes on from an earlier run."""
         config = self._workload.config
         log = self.home.log
@@ -141,6 +144,7 @@ class StateAssembly:
                 self._draft.blocks, self.home, gradients, stepper, progress, made, mode=self._plan.update_mode,
                 accumulation_steps=config.accumulation_steps, max_grad_norm=config.max_grad_norm,
                 commit_every=commit_every, before_weights_change=before_weights_change,
+                more_to_come=lambda: turns.active and not turns.is_last,
                 commit_folder=self.folders[0] if self.folders else None, on_close=self.close,
             )
         )  # fmt: skip

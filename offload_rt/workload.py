@@ -65,6 +65,7 @@ class RuntimeOptions:
     state: StatePlacement | None = None
     """Of what trains in blocks, in place of the plan's."""
     update_mode: UpdateMode | None = None
+    layer_major: bool | None = None
     serial_updates: bool = False
     """Step blocks on the calling thread. On where transfers are recorded."""
     piece_elements: int = PIECE_ELEMENTS
@@ -228,6 +229,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
         training=None if workload.training is None else training_sizes(workload.training, config),
+        num_micro_batches=config.accumulation_steps,
     )
 
 
@@ -320,6 +322,8 @@ def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) 
         plan = replace(plan, swapped=options.swapped)
     if options.state is not None:
         plan = replace(plan, state=options.state)
+    if options.layer_major is not None:
+        plan = replace(plan, layer_major=options.layer_major)
     if options.update_mode is not None:
         plan = replace(plan, update_mode=options.update_mode)
     if options.num_slots is not None:

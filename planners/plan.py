@@ -82,6 +82,8 @@ class Plan:
     cuts: Cuts | None = None
     """None: a batch goes through whole."""
     update_mode: UpdateMode = UpdateMode.AFTER
+    layer_major: bool = False
+    """The micro-batches of a `train_batch` go through the model together, layer by layer: a fetch serves them all."""
     state: StatePlacement | None = None
     """Of what trains in blocks; None where only adapters train."""
     boundary: Tier = Tier.DEVICE

@@ -97,6 +97,8 @@ class StreamingProblem:
     """DEVICE and HOST are one tier (the CPU device without `host_memory`)."""
     training: TrainingSizes | None = None
     """Of layers that train; None where only adapters do."""
+    num_micro_batches: int = 1
+    """Of a step, as declared."""
 
     def transient_bytes(self, head_chunk_tokens: int | None) -> int:
         """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more."""
@@ -146,15 +148,28 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
         homes.append(Tier.HOST)
     if problem.nvme_capacity_bytes is not None:
         homes.append(Tier.NVME)
+    in_place = problem.unified and rest is Tier.HOST
     plans = [
-        _plan(problem, rest, slots, home, state, stream_edges=stream_edges, slack_bytes=slack_bytes)
+        _plan(
+            problem,
+            rest,
+            slots,
+            home,
+            state,
+            stream_edges=stream_edges,
+            slack_bytes=slack_bytes,
+            layer_major=layer_major,
+        )  # fmt: skip
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for state in _states(problem, rest)
         for stream_edges in (False, True)
+        for layer_major in ((True, False) if problem.num_micro_batches > 1 and not in_place else (False,))
         for home in homes
         for slots in slot_choices
         for slack_bytes in (problem.allocator_slack_bytes, problem.allocator_slack_bytes // 4)
     ]
+    if problem.num_micro_batches > 1 and not in_place:
+        return plans  # what is kept would be kept of all micro-batches
     return [_keeping(problem, plan) for plan in plans if _could_keep(plan)] + plans
 
 
@@ -193,6 +208,7 @@ def _plan(
     *,
     stream_edges: bool,
     slack_bytes: int,
+    layer_major: bool,
 ) -> Plan:
     streamed_edges = tuple(block for block in problem.edges if stream_edges and block.streams)
     resident = tuple(block for block in problem.edges if block not in streamed_edges)
@@ -206,7 +222,9 @@ def _plan(
     if in_place:
         resident = (*problem.edges, *problem.layers)
     scratch = 2 * max((block.largest_module_bytes for block in problem.layers), default=0)
-    each = _pages(problem.layer_input_bytes)
+    together = problem.num_micro_batches if layer_major else 1
+    one = _pages(problem.layer_input_bytes)
+    each = one * together
     chunk_tokens = _head_chunk_tokens(problem)
     device = {
         "resident blocks": sum(block.stored_bytes for block in resident),
@@ -229,11 +247,13 @@ def _plan(
     if home is Tier.NVME:
         # Twice: a second micro-batch may begin before the first one's graph is gone. Staging: two out, two in.
         nvme["layer inputs"] = 2 * each * len(problem.layers)
-        host["staging for layer inputs"] = 4 * each
+        host["staging for layer inputs"] = 4 * one
     else:
         (device if home is Tier.DEVICE else host)["layer inputs"] = each * len(problem.layers)
     if home is not Tier.DEVICE:
-        device["layer input in use"] = each
+        device["layer input in use"] = one
+    if layer_major:
+        device["hidden states of other micro-batches"] = 2 * each
     if state is not None and problem.training is not None:
         host |= state.memory_bytes(problem.training)
         if problem.nvme_capacity_bytes is not None:
@@ -249,6 +269,7 @@ def _plan(
         decode_scope=DecodeScope.LINEAR,
         head_chunk_tokens=chunk_tokens,
         allocator_slack_bytes=slack_bytes,
+        layer_major=layer_major,
         update_mode=_update_mode(problem, state),
         state=state,
         peak_bytes={"device": device, "host": host, "nvme": nvme},

@@ -32,6 +32,7 @@ FLOORS = {
     "offload_rt.arena": 1.0,
     "offload_rt.checksum": 1.0,
     "offload_rt.heap": 1.0,
+    "offload_rt.turns": 1.0,
     "offload_rt.blockwise": 1.0,
     "offload_rt.cpu_adam_torch": 1.2,
     "offload_rt.codec": 1.5,

@@ -178,9 +178,17 @@ class Gradients:
     def _room(self, block: TrainedBlock) -> Slot:
         num_bytes = block.gradients.stored_bytes
         while (slot := self._arena.try_acquire(num_bytes, f"gradients of {block.name}")) is None:
-            if not (self._finish_a_write() or self.wait_for_room()):
+            if not (self._finish_a_write() or self._put_another_away(block) or self.wait_for_room()):
                 return self._arena.acquire(num_bytes, f"gradients of {block.name}")  # raises, naming the holders
         return slot
+
+    def _put_another_away(self, block: TrainedBlock) -> bool:
+        """Gives up the slot of gradients that were held for the next micro-batch."""
+        for name, waiting in self._waiting.items():
+            if self._scratch is not None and waiting.slot is not None and name != block.name:
+                self.put_away(self._blocks[name])
+                return True
+        return False
 
     def _finish_a_write(self) -> bool:
         for waiting in self._waiting.values():

@@ -79,10 +79,13 @@ class FullTraining:
         max_grad_norm: float | None,
         commit_every: int | None,
         before_weights_change: Callable[[], None],
+        more_to_come: Callable[[], bool],
         commit_folder: Path | None,
         on_close: Callable[[], None],
     ) -> None:
-        """`before_weights_change` makes sure that nobody reads weights ahead."""
+        """`before_weights_change` makes sure that nobody reads weights ahead; `more_to_come` is whether the next to
+        arrive are another micro-batch's gradients of the same block.
+        """
         self.blocks = tuple(blocks)
         self.home = home
         self.gradients = gradients
@@ -100,6 +103,7 @@ class FullTraining:
         self._max_grad_norm = max_grad_norm
         self._commit_every = commit_every
         self._before_weights_change = before_weights_change
+        self._more_to_come = more_to_come
         self.commit_folder = commit_folder
         """Where commits are; None without a log."""
         self.found_step: int | None = None
@@ -158,7 +162,8 @@ class FullTraining:
             if self._mode is UpdateMode.BACKWARD:
                 self.gradients.keep_norms_only(block)
                 return
-        self.gradients.put_away(block)
+        if not self._more_to_come():
+            self.gradients.put_away(block)
 
     def before_forward(self) -> None:
         """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""

@@ -1,0 +1,138 @@
+"""Several calls of one model that take turns: each runs up to a point where it passes on, then the next one does.
+
+So micro-batches go through a model layer by layer, and a weight that was fetched serves them all:
+
+    micro-batch 1   embed  layer 1 |                |  layer 2 |               | ...
+    micro-batch 2                  | embed  layer 1 |          |  layer 2      | ...
+
+Each call is a thread, for its stack; only one runs at a time, so that nothing needs to be safe for threads but what is
+left changed while others run (see `shown`). Every call is the one that it would have been alone: the same operations on
+the same operands, in the same order, and sums over calls in their order. Random numbers are drawn in another order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Turns:
+    """Runs calls in turns, again and again; `pass_on` does nothing outside of them."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._threads: dict[int, int] = {}
+        self._waiting: list[int] = []
+        """Calls that are not over, in the order of their turns; the first one runs."""
+        self._failed = False
+        self.num_passed_on = 0
+        """Since the start."""
+
+    @property
+    def active(self) -> bool:
+        """Whether calls are running."""
+        return bool(self._waiting)
+
+    def current(self) -> int | None:
+        """Which call the calling thread is; None outside of them."""
+        return self._threads.get(threading.get_ident()) if self._waiting else None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the running call is the last one of its round."""
+        return len(self._waiting) < 2 or self._waiting[0] == max(self._waiting)
+
+    def run(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
+        """The results of all calls, which run in turns. Blocks. Raises what the first one that failed raised."""
+        results: dict[int, Result] = {}
+        errors: list[BaseException] = []
+        grad = torch.is_grad_enabled()
+        autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+
+        def one(index: int, call: Callable[[], Result]) -> None:
+            self._threads[threading.get_ident()] = index
+            try:
+                with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=autocast[0], dtype=autocast[1]):
+                    self._wait(index)
+                    results[index] = call()
+            except _Cancelled:
+                pass
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
+                errors.append(error)
+                self._failed = True
+            finally:
+                with self._condition:
+                    self._waiting.remove(index)
+                    self._condition.notify_all()
+
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(one, index, call), name=f"offload_rt-{index}")
+            for index, call in enumerate(calls)
+        ]
+        self._failed = False
+        self._waiting = list(range(len(calls)))
+        self._threads.clear()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [results[index] for index in range(len(calls))]
+
+    def pass_on(self) -> None:
+        """Lets the next call run, and blocks until it is this one's turn again."""
+        index = self._threads.get(threading.get_ident())
+        if index is None or not self._waiting or self._waiting[0] != index:
+            return
+        shown = _shown()
+        for _, take_away in reversed(shown):
+            take_away()
+        try:
+            with self._condition:
+                self._waiting.append(self._waiting.pop(0))
+                self.num_passed_on += 1
+                self._condition.notify_all()
+            self._wait(index)
+        finally:
+            for put, _ in shown:
+                put()
+
+    def _wait(self, index: int) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._waiting[0] == index)
+        if self._failed:
+            raise _Cancelled
+
+
+class _Cancelled(BaseException):
+    """Another call failed: this one is not worth going on with."""
+
+
+_local = threading.local()
+
+
+def _shown() -> list[tuple[Callable[[], None], Callable[[], None]]]:
+    stack: list[tuple[Callable[[], None], Callable[[], None]]] | None = getattr(_local, "stack", None)
+    if stack is None:
+        stack = _local.stack = []
+    return stack
+
+
+@contextlib.contextmanager
+def shown(put: Callable[[], None], take_away: Callable[[], None]) -> Iterator[None]:
+    """Inside, what `put` has changed stays so for this call of the model, and is taken away while others run."""
+    put()
+    _shown().append((put, take_away))
+    try:
+        yield
+    finally:
+        _shown().pop()
+        take_away()

@@ -1,0 +1,138 @@
+"""Micro-batches that go through the model together: the bits of one after the other, and a fetch for all of them."""
+
+import pytest
+import torch
+
+from offload_rt._engine import Engine
+from offload_rt.assembly import RuntimeOptions
+from offload_rt.turns import Turns, shown
+from planners.plan import StatePlacement, Tier
+from tests.full_parity import Case, build, state_of, training_of
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, micro_batch
+from tests.parity import Case as AdapterCase
+from tests.parity import build as build_adapters
+
+MICRO_BATCHES = 3
+STEPS = 3
+
+
+def quiet(model):
+    """The same model without dropout: random numbers are drawn in another order when micro-batches go together."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def train(engine, same_length=True):
+    losses = []
+    for step in range(STEPS):
+        batches = [micro_batch(step, index) for index in range(MICRO_BATCHES)]
+        if not same_length:
+            batches[1] = {name: value[:1, :7] for name, value in batches[1].items()}
+        losses.append(engine.train_batch(batches))
+    return losses
+
+
+def options(**changes):
+    return RuntimeOptions(
+        rest=Tier.NVME, piece_elements=8192, record=True,
+        state=StatePlacement(in_memory=(), gradients=Tier.NVME, state_slots=4, weight_slots=1, gradient_slots=1),
+        **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "plain"])
+@pytest.mark.parametrize("same_length", [True, False])
+def test_full_fine_tuning_layer_by_layer_has_the_bits_of_one_after_the_other(family, same_length, tmp_path):
+    found = {}
+    case = Case(family, "bfloat16", "adamw", MICRO_BATCHES, "not", False, "in place")
+    for layer_major in (False, True):
+        folder = tmp_path / str(layer_major)
+        folder.mkdir()
+        with Engine(
+            quiet(build(case)), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=MICRO_BATCHES,
+            max_grad_norm=1e6, lr=1e-2, nvme=folder, options=options(layer_major=layer_major, num_slots=1),
+        ) as engine:  # fmt: skip
+            losses = train(engine, same_length)
+            report = engine.report()
+            assert (report["passed_on"] > 0) == layer_major
+            visits = 2 * 4 - 1  # of four layers through one slot: the last one's stays for its backward
+            assert report["fetches"] == STEPS * (visits if layer_major else MICRO_BATCHES * visits - 2)
+            assert report["training"]["num_ahead_of_norm"] == len(training_of(engine).blocks) * (STEPS - 1)
+            assert report["prefetch_misses"] == 0
+            assert [str(race) for race in engine._runtime.recorder.check()] == []
+            found[layer_major] = (losses, state_of(training_of(engine)))
+    assert found[True][0] == found[False][0]
+    for name, (master, weight) in found[False][1].items():
+        assert torch.equal(master, found[True][1][name][0]), name
+        assert torch.equal(weight, found[True][1][name][1]), name
+
+
+@pytest.mark.parametrize("weights", ["nf4", "bf16"])
+@pytest.mark.parametrize("stream_edges", [False, True])
+def test_adapters_layer_by_layer_have_the_bits_of_one_after_the_other(weights, stream_edges, tmp_path):
+    found = {}
+    case = AdapterCase("llama", weights, MICRO_BATCHES, False, False, "from NVME")
+    for layer_major in (False, True):
+        with Engine(
+            quiet(build_adapters(case)), bits=4 if weights == "nf4" else None, batch_size=BATCH_SIZE, seq_len=SEQ_LEN,
+            accumulation_steps=MICRO_BATCHES, lr=1e-2, nvme=tmp_path,
+            options=RuntimeOptions(
+                layer_major=layer_major, num_slots=1, head_chunk_tokens=8, layer_inputs=Tier.NVME,
+                stream_edges=stream_edges,
+            ),
+        ) as engine:  # fmt: skip
+            losses = train(engine)
+            found[layer_major] = (losses, {n: p.detach().clone() for n, p in engine.trainable.items()})
+            assert engine.report()["loss_head"]["num_tiles"] > 0
+            fetches = engine._runtime.executors[0].counters.num_fetches
+            found[f"fetches {layer_major}"] = fetches
+    assert found[True][0] == found[False][0]
+    assert all(torch.equal(value, found[True][1][name]) for name, value in found[False][1].items())
+    assert found["fetches True"] <= found["fetches False"] // 2
+
+
+def test_the_rule_takes_micro_batches_together_where_layers_stream_and_memory_holds_their_inputs(tmp_path):
+    case = Case("llama", "bfloat16", "adamw", MICRO_BATCHES, "not", False, "in place")
+    arguments = {"batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "lr": 1e-2}
+    with Engine(
+        build(case), accumulation_steps=4, nvme=tmp_path, options=RuntimeOptions(rest=Tier.NVME), **arguments
+    ) as e:
+        assert e.plan.layer_major
+    with Engine(build(case), nvme=tmp_path, options=RuntimeOptions(rest=Tier.NVME), **arguments) as e:
+        assert not e.plan.layer_major
+    with Engine(build(case), accumulation_steps=4, **arguments) as e:
+        assert not e.plan.layer_major, "nothing is fetched"
+
+
+def test_an_error_in_one_micro_batch_ends_all_and_leaves_the_engine_usable(tmp_path):
+    case = Case("llama", "bfloat16", "adamw", MICRO_BATCHES, "not", False, "in place")
+    with Engine(
+        build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=MICRO_BATCHES, lr=1e-2, nvme=tmp_path,
+        options=options(layer_major=True),
+    ) as engine:  # fmt: skip
+        batches = [micro_batch(0, index) for index in range(MICRO_BATCHES)]
+        wrong = [dict(batch) for batch in batches]
+        wrong[1]["input_ids"] = wrong[1]["input_ids"] + 10_000
+        with pytest.raises(IndexError):
+            engine.train_batch(wrong)
+        assert engine.step_number == 0
+        engine.train_batch(batches)
+        assert engine.step_number == 1
+
+
+def test_calls_take_turns_in_their_order_and_what_they_changed_is_taken_away_meanwhile():
+    turns, log, value = Turns(), [], ["nobody"]
+
+    def call(name):
+        with shown(lambda: value.__setitem__(0, name), lambda: value.__setitem__(0, "nobody")):
+            for round_ in range(2):
+                log.append((round_, name, value[0]))
+                turns.pass_on()
+        return name
+
+    assert turns.run([lambda name=name: call(name) for name in "abc"]) == ["a", "b", "c"]
+    assert log == [(round_, name, name) for round_ in range(2) for name in "abc"]
+    assert value == ["nobody"] and not turns.active
+    turns.pass_on()  # outside: nothing
