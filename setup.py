@@ -76,6 +76,7 @@ def extensions() -> list[Extension]:
                 "-Wl,--exclude-libs,ALL",
                 "-Wl,--gc-sections",
                 "-pthread",
+                "-ldl",  # a part of the C library since glibc 2.34
             ],
         )
     ]

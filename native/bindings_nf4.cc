@@ -42,11 +42,19 @@ Encoded encoded_of(const py::buffer& codes, const py::buffer& absmax, const py::
   return encoded;
 }
 
+Team team_of(bool openmp) {
+  const Team team = openmp ? openmp_team() : nullptr;
+  if (openmp && team == nullptr)
+    throw py::value_error("openmp is True, but this process has loaded no OpenMP runtime");
+  return team;
+}
+
 void bound_decode(const py::buffer& codes, const py::buffer& absmax, const py::buffer& nested_absmax,
                   const py::buffer& nested_offset, const py::buffer& nested_map, const py::buffer& out,
                   const std::string& dtype, const std::string& isa, std::size_t num_threads,
-                  bool streaming_stores) {
-  const Execution execution = execution_of(isa, num_threads, streaming_stores);
+                  bool streaming_stores, bool openmp) {
+  Execution execution = execution_of(isa, num_threads, streaming_stores);
+  execution.team = team_of(openmp);
   with_type(dtype, [&]<typename T>() {
     const auto elements = span_of<T>(out, "out");
     const Encoded encoded =
@@ -60,8 +68,9 @@ void bound_decode_transposed(const py::buffer& codes, const py::buffer& absmax,
                              const py::buffer& nested_absmax, const py::buffer& nested_offset,
                              const py::buffer& nested_map, std::size_t rows, std::size_t columns,
                              const py::buffer& out, const std::string& dtype, const std::string& isa,
-                             std::size_t num_threads) {
-  const Execution execution = execution_of(isa, num_threads, false);
+                             std::size_t num_threads, bool openmp) {
+  Execution execution = execution_of(isa, num_threads, false);
+  execution.team = team_of(openmp);
   with_type(dtype, [&]<typename T>() {
     const auto elements = span_of<T>(out, "out");
     check_size("out", elements.size(), rows * columns);
@@ -106,11 +115,15 @@ void bind_nf4(py::module_& m) {
   m.def("nf4_decode", &bound_decode, py::arg("codes"), py::arg("absmax"), py::arg("nested_absmax"),
         py::arg("nested_offset"), py::arg("nested_map"), py::arg("out"), py::arg("dtype"), py::kw_only(),
         py::arg("isa") = "auto", py::arg("num_threads") = 1, py::arg("streaming_stores") = false,
-        "Decodes all elements of `out`, in order.");
+        py::arg("openmp") = false, "Decodes all elements of `out`, in order.");
   m.def("nf4_decode_transposed", &bound_decode_transposed, py::arg("codes"), py::arg("absmax"),
         py::arg("nested_absmax"), py::arg("nested_offset"), py::arg("nested_map"), py::arg("rows"),
         py::arg("columns"), py::arg("out"), py::arg("dtype"), py::kw_only(), py::arg("isa") = "auto",
-        py::arg("num_threads") = 1, "Decodes a (rows, columns) matrix into its transpose.");
+        py::arg("num_threads") = 1, py::arg("openmp") = false,
+        "Decodes a (rows, columns) matrix into its transpose.");
+  m.def(
+      "has_openmp", [] { return openmp_team() != nullptr; },
+      "Whether OpenMP's threads can be used; see [Note: whose threads] in execution.h.");
   m.def("nf4_encode", &bound_encode, py::arg("weights"), py::arg("dtype"), py::arg("codes"),
         py::arg("absmax"), py::kw_only(), py::arg("isa") = "auto", py::arg("num_threads") = 1,
         "Fills codes and float32 absmax. Returns the index of the first weight that is not finite, or None.");

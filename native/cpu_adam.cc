@@ -67,13 +67,14 @@ void step(const Parameter& parameter, const Step& step, const Execution& executi
   const std::size_t num_parts = std::clamp<std::size_t>(count / kMinElementsPerThread, 1,
                                                         std::max<std::size_t>(execution.num_threads, 1));
   const std::size_t num_units = (count + kElementsPerUnit - 1) / kElementsPerUnit;
-  in_parallel(num_units, num_parts, [&](std::size_t, std::size_t begin_unit, std::size_t end_unit) {
-    const std::size_t begin = begin_unit * kElementsPerUnit;
-    const std::size_t end = std::min(end_unit * kElementsPerUnit, count);
-    kernel({part_of(parameter.grad, begin, end), part_of(parameter.master, begin, end),
-            part_of(parameter.moments, begin, end), part_of(parameter.weight, begin, end)},
-           step, streaming_stores);
-  });
+  in_parallel(num_units, num_parts, execution.team,
+              [&](std::size_t, std::size_t begin_unit, std::size_t end_unit) {
+                const std::size_t begin = begin_unit * kElementsPerUnit;
+                const std::size_t end = std::min(end_unit * kElementsPerUnit, count);
+                kernel({part_of(parameter.grad, begin, end), part_of(parameter.master, begin, end),
+                        part_of(parameter.moments, begin, end), part_of(parameter.weight, begin, end)},
+                       step, streaming_stores);
+              });
 }
 
 }  // namespace offload_rt::adam

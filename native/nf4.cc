@@ -95,7 +95,7 @@ void decode(const Encoded& encoded, std::span<T> out, const Execution& execution
   const Kernels<T> kernels = kernels_for<T>(execution.isa);
   const bool streaming_stores = execution.streaming_stores && is_aligned_for_streaming(out.data());
   const std::size_t num_units = (encoded.absmax.size() + kBlocksPerUnit - 1) / kBlocksPerUnit;
-  in_parallel(num_units, num_parts(encoded.absmax.size(), execution.num_threads),
+  in_parallel(num_units, num_parts(encoded.absmax.size(), execution.num_threads), execution.team,
               [&](std::size_t, std::size_t begin, std::size_t end) {
                 constexpr std::size_t unit = kBlocksPerUnit * kQuantBlockSize;
                 const std::size_t end_element = std::min(end * unit, out.size());
@@ -114,7 +114,7 @@ void decode_transposed(const Encoded& encoded, std::size_t rows, std::size_t col
   const std::size_t num_strips = (rows + strip_rows - 1) / strip_rows;
   const std::size_t parts = std::min(num_parts(encoded.absmax.size(), execution.num_threads), num_strips);
   std::vector<std::vector<T>> scratch(parts, std::vector<T>(std::min(rows, strip_rows) * columns));
-  in_parallel(num_strips, parts, [&](std::size_t part, std::size_t begin, std::size_t end) {
+  in_parallel(num_strips, parts, execution.team, [&](std::size_t part, std::size_t begin, std::size_t end) {
     for (std::size_t strip = begin; strip < end; ++strip) {
       const std::size_t first_row = strip * strip_rows;
       const std::size_t num_rows = std::min(strip_rows, rows - first_row);
@@ -136,7 +136,7 @@ std::optional<std::size_t> encode(std::span<const T> weights, std::span<std::uin
   const std::size_t parts = num_parts(num_whole, execution.num_threads);
   const std::size_t num_units = (num_whole + kBlocksPerUnit - 1) / kBlocksPerUnit;
   std::vector<std::size_t> bad_block(parts, num_whole);
-  in_parallel(num_units, parts, [&](std::size_t part, std::size_t begin, std::size_t end) {
+  in_parallel(num_units, parts, execution.team, [&](std::size_t part, std::size_t begin, std::size_t end) {
     const std::size_t first = begin * kBlocksPerUnit;
     const std::size_t count = std::min(end * kBlocksPerUnit, num_whole) - first;
     const std::size_t done =

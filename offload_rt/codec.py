@@ -232,7 +232,8 @@ def decode_into(
 ) -> None:
     """Decodes all weights, in row-major order, into contiguous float32, bfloat16 or float16 `out`.
 
-    Allocates nothing on the native path. `num_threads` bounds the threads, None for torch's number. With
+    Allocates nothing on the native path. `num_threads` bounds the threads, None for torch's number; they are those
+    that torch computes with, where torch has OpenMP's ([Note: whose threads] in `native/execution.h`). With
     `streaming_stores` the native path writes around the caches, which suits an output that is not read
     next; the bits are the same. Blocks until done. Raises `ValueError` for a wrong dtype, size, stride or
     alignment.
@@ -249,6 +250,7 @@ def decode_into(
         _DTYPE_NAMES[out.dtype],
         num_threads=num_threads,
         streaming_stores=streaming_stores,
+        openmp=native.has_openmp(),
     )
 
 
@@ -284,6 +286,7 @@ def decode_transposed_into(
         _buffer(flat),
         _DTYPE_NAMES[out.dtype],
         num_threads=num_threads,
+        openmp=native.has_openmp(),
     )
 
 

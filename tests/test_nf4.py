@@ -7,6 +7,8 @@ test_nf4_bitsandbytes.py. The time: see benchmarks/native_nf4.py.
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -170,6 +172,42 @@ def test_a_large_transpose_is_shared_out_to_threads(forced: ForcedIsa) -> None:
     out = torch.empty(columns, rows, dtype=torch.bfloat16)
     codec.decode_transposed_into(blob, rows, columns, out, backend="native", num_threads=3)
     assert same_bits(out, codec.decode(blob, (rows, columns), torch.bfloat16, backend="torch").t().contiguous())
+
+
+@needs_native
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="this torch computes without OpenMP")
+def test_a_decode_between_torchs_operators_runs_on_torchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See [Note: whose threads] in native/execution.h; that a team is used where one is lent is tested there."""
+    blob = codec.encode(weights_of(1 << 20, torch.float32))
+    lent = []
+    for name in ("nf4_decode", "nf4_decode_transposed"):
+        inner = getattr(CORE, name)
+        monkeypatch.setattr(CORE, name, lambda *a, inner=inner, **k: (lent.append(k["openmp"]), inner(*a, **k)))
+    out = torch.empty(1 << 20)
+    codec.decode_into(blob, out, num_threads=2)
+    assert same_bits(out, codec.decode(blob, out.shape, out.dtype, backend="torch"))
+    codec.decode_transposed_into(blob, 1 << 10, 1 << 10, out.view(1 << 10, 1 << 10), num_threads=2)
+    assert lent == [True, True]
+
+
+@needs_native
+def test_threads_are_started_where_no_openmp_was_loaded() -> None:
+    code = """
+import numpy, _offload_rt_native as core
+codes = numpy.arange(1 << 19, dtype=numpy.uint32).astype(numpy.uint8)
+absmax, nested = numpy.full(1 << 14, 9, numpy.uint8), numpy.ones(1 << 6, numpy.float32)
+table, out = numpy.linspace(-1, 1, 256, dtype=numpy.float32), numpy.empty(1 << 20, numpy.float32)
+assert not core.has_openmp()
+arguments = codes, absmax, nested, numpy.zeros(1, numpy.float32), table, out, "float32"
+core.nf4_decode(*arguments, num_threads=2)
+assert numpy.isfinite(out).all()
+try:
+    core.nf4_decode(*arguments, num_threads=2, openmp=True)
+except ValueError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "no OpenMP runtime" in found.stdout
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

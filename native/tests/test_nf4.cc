@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -133,6 +135,44 @@ void a_transpose_has_every_element_in_its_place() {
   }
 }
 
+// Teams of one thread more and one less than asked for, which OpenMP may give; each counts what it ran.
+int larger_team_runs = 0, smaller_team_runs = 0;
+
+void larger_team(void (*function)(void*), void* data, unsigned num_threads, unsigned) {
+  ++larger_team_runs;
+  std::vector<std::jthread> threads;
+  for (unsigned i = 0; i < num_threads; ++i) threads.emplace_back(function, data);
+  function(data);
+}
+
+void smaller_team(void (*function)(void*), void* data, unsigned num_threads, unsigned) {
+  ++smaller_team_runs;
+  std::vector<std::jthread> threads;
+  for (unsigned i = 2; i < num_threads; ++i) threads.emplace_back(function, data);
+  function(data);
+}
+
+template <typename T>
+void a_team_of_any_size_gives_the_bits_of_one_thread() {
+  const std::size_t rows = 130, columns = 3 * kShare / rows + 1;
+  const Stored stored = encoded(weights<T>(rows * columns), {Isa::plain, 1});
+  std::vector<T> expected(rows * columns), expected_turned(rows * columns);
+  decode(stored.view(), std::span(expected), {Isa::plain, 1});
+  decode_transposed(stored.view(), rows, columns, std::span(expected_turned), {Isa::plain, 1});
+  for (const auto& [team, runs] :
+       {std::pair(&larger_team, &larger_team_runs), std::pair(&smaller_team, &smaller_team_runs)}) {
+    *runs = 0;
+    std::vector<T> decoded(rows * columns), turned(rows * columns);
+    decode(stored.view(), std::span(decoded), {Isa::plain, 3, false, team});
+    CHECK(same_bytes(decoded, expected));
+    decode_transposed(stored.view(), rows, columns, std::span(turned), {Isa::plain, 3, false, team});
+    CHECK(same_bytes(turned, expected_turned));
+    CHECK_EQUAL(*runs, 2);
+    decode(stored.view(), std::span(decoded), {Isa::plain, 1, false, team});
+    CHECK_EQUAL(*runs, 2);  // one share needs no team
+  }
+}
+
 void the_first_weight_that_is_not_finite_is_found() {
   const std::size_t count = 3 * kShare + 65;
   for (const Isa isa : available_isas())
@@ -160,6 +200,10 @@ int main() {
   suite.run("transpose, float32", a_transpose_has_every_element_in_its_place<float>);
   suite.run("transpose, bfloat16", a_transpose_has_every_element_in_its_place<BFloat16>);
   suite.run("transpose, float16", a_transpose_has_every_element_in_its_place<Half>);
+  suite.run("a team of any size gives the bits of one thread, float32",
+            a_team_of_any_size_gives_the_bits_of_one_thread<float>);
+  suite.run("a team of any size gives the bits of one thread, bfloat16",
+            a_team_of_any_size_gives_the_bits_of_one_thread<BFloat16>);
   suite.run("the first weight that is not finite is found", the_first_weight_that_is_not_finite_is_found);
   return suite.finish("nf4");
 }
