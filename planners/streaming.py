@@ -3,8 +3,10 @@
 Layers stream through up to three slots from NVME, or from HOST where no drive is given. Whatever else the model has
 (embedding, head, final norm) stays in DEVICE memory if the budget holds it and streams through a slot of its own if
 not. Layer inputs wait in the first of DEVICE, HOST, NVME that holds them. A third slot hides the latency of one slow
-read and is given up first; the second one hides every read, and is given up last. The loss is taken in tiles that need
-no more memory than a layer's recompute, but of no fewer than `MIN_CHUNK_TOKENS`, which a product needs to be efficient.
+read and is given up early; the second one hides every read, and is given up last. A layer's decoded weights are held
+from its recompute to its backward, which saves one decode of three, where there is room for them: they are given up
+first. The loss is taken in tiles that need no more memory than a layer's recompute, but of no fewer than
+`MIN_CHUNK_TOKENS`, which a product needs to be efficient.
 
 Where layers train, their weights, state and gradients stay in memory if all of that fits, whatever drives there are;
 otherwise weights and state rest on NVME, gradients in HOST if they fit, and as many pieces of state are on their way at
@@ -148,6 +150,8 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
         homes.append(Tier.HOST)
     if problem.nvme_capacity_bytes is not None:
         homes.append(Tier.NVME)
+    quantized = any(layer.decoded_bytes for layer in problem.layers)
+    scopes = [DecodeScope.LAYER, DecodeScope.LINEAR] if quantized else [DecodeScope.LINEAR]
     in_place = problem.unified and rest is Tier.HOST
     plans = [
         _plan(
@@ -156,10 +160,11 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
             slots,
             home,
             state,
+            scope,
             stream_edges=stream_edges,
             slack_bytes=slack_bytes,
             layer_major=layer_major,
-        )  # fmt: skip
+        )
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for state in _states(problem, rest)
         for stream_edges in (False, True)
@@ -167,6 +172,7 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
         for home in homes
         for slots in slot_choices
         for slack_bytes in (problem.allocator_slack_bytes, problem.allocator_slack_bytes // 4)
+        for scope in scopes
     ]
     if problem.num_micro_batches > 1 and not in_place:
         return plans  # what is kept would be kept of all micro-batches
@@ -205,6 +211,7 @@ def _plan(
     slots: int,
     home: Tier,
     state: StatePlacement | None,
+    scope: DecodeScope,
     *,
     stream_edges: bool,
     slack_bytes: int,
@@ -222,6 +229,8 @@ def _plan(
     if in_place:
         resident = (*problem.edges, *problem.layers)
     scratch = 2 * max((block.largest_module_bytes for block in problem.layers), default=0)
+    if scope is DecodeScope.LAYER:
+        scratch += max((block.decoded_bytes for block in problem.layers), default=0)
     together = problem.num_micro_batches if layer_major else 1
     one = _pages(problem.layer_input_bytes)
     each = one * together
@@ -266,7 +275,7 @@ def _plan(
         resident=tuple(block.name for block in resident),
         rings=tuple(rings),
         layer_inputs=home,
-        decode_scope=DecodeScope.LINEAR,
+        decode_scope=scope,
         head_chunk_tokens=chunk_tokens,
         allocator_slack_bytes=slack_bytes,
         layer_major=layer_major,

@@ -128,7 +128,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "NVME through HOST, inputs in HOST": {
         "nvme": True,
         "host_memory": "64MiB",
-        "options": RuntimeOptions(layer_inputs=Tier.HOST, record=True),
+        "options": RuntimeOptions(layer_inputs=Tier.HOST, decode_scope=DecodeScope.LINEAR, record=True),
     },
     "NVME, one slot, edges stream, inputs on NVME": {
         "nvme": True,
@@ -142,8 +142,14 @@ PLACES: dict[str, dict[str, Any]] = {
         "nvme": True,
         "host_memory": "64MiB",
         "options": RuntimeOptions(
-            layer_inputs=Tier.NVME, num_slots=2, stream_edges=True, record=True, poison=True, delay_seconds=0.004
-        ),
+            layer_inputs=Tier.NVME,
+            num_slots=2,
+            stream_edges=True,
+            decode_scope=DecodeScope.LINEAR,
+            record=True,
+            poison=True,
+            delay_seconds=0.004,
+        ),  # fmt: skip
     },
 }
 

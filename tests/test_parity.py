@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from planners.plan import DecodeScope
 from planners.schedule import num_fetches, ring_schedule, walk
 from tests.parity import STEPS, Case, Trace, all_cases, pairwise_cases, run_engine, run_plain
 
@@ -42,6 +43,10 @@ def _check_that_it_fired(case: Case, engine) -> None:  # type: ignore[no-untyped
     if case.weights == "nf4":
         assert report["decodes"] > 0
         assert report["decode_overflow_bytes"] == 0
+        if not checkpoints_around:
+            quantized = sum(b.spec.is_quantized for block in engine._runtime.blocks for b in block.bindings)
+            twice = report["decodes"] == 2 * quantized * micro_batches  # and a third time where backward decodes again
+            assert twice is (engine.plan.decode_scope is DecodeScope.LAYER)
     recorder = engine._runtime.recorder
     if recorder is not None:
         assert recorder.operations

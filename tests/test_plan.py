@@ -97,12 +97,27 @@ def test_a_smaller_budget_gives_up_one_thing_after_the_other():
             assert error.have_bytes == capacity
             break
         assert plan.predicted_bytes(Tier.DEVICE) <= capacity
-        seen.append((plan.rings[0].num_slots, len(plan.resident), plan.layer_inputs))
+        seen.append((plan.rings[0].num_slots, len(plan.resident), plan.layer_inputs, plan.decode_scope))
         capacity = plan.predicted_bytes(Tier.DEVICE) - 1
-    assert seen[0] == (3, 2, Tier.DEVICE)
-    assert seen[-1] == (1, 0, Tier.NVME)
+    assert seen[0] == (3, 2, Tier.DEVICE, DecodeScope.LAYER)
+    assert seen[1] == (3, 2, Tier.DEVICE, DecodeScope.LINEAR)
+    assert seen[-1] == (1, 0, Tier.NVME, DecodeScope.LINEAR)
     # The second slot, which hides every read, is given up last.
     assert sorted(seen, key=lambda plan: plan[0] == 1) == seen
+
+
+def test_a_layers_decoded_weights_are_held_where_there_is_room_for_them_and_charged():
+    held = plan_streaming(problem())
+    assert held.decode_scope is DecodeScope.LAYER
+    assert held.peak_bytes["device"]["decoded weights"] == 2 * 50 * KIB + 100 * KIB
+    lean = plan_streaming(problem(device_capacity_bytes=held.predicted_bytes(Tier.DEVICE) - 1))
+    assert lean.decode_scope is DecodeScope.LINEAR
+    assert lean.peak_bytes["device"] == held.peak_bytes["device"] | {"decoded weights": 2 * 50 * KIB}
+
+
+def test_where_nothing_is_quantized_nothing_decoded_is_held():
+    plan = plan_streaming(problem(layers=tuple(block(f"layers.{i}", 100 * KIB) for i in range(6))))
+    assert plan.decode_scope is DecodeScope.LINEAR
 
 
 def leanest_device_bytes():
@@ -310,5 +325,9 @@ def test_a_tight_budget_leaves_the_allocator_less_to_hold_back():
     enough = roomy.predicted_bytes(Tier.DEVICE)
     assert plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=enough)) == roomy
     tight = plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=enough - 1))
+    assert (tight.allocator_slack_bytes, tight.decode_scope) == (wanted, DecodeScope.LINEAR)
+    tight = plan_streaming(
+        problem(allocator_slack_bytes=wanted, device_capacity_bytes=tight.predicted_bytes(Tier.DEVICE) - 1)
+    )
     assert tight.allocator_slack_bytes == wanted // 4
     assert tight.rings == roomy.rings

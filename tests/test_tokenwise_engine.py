@@ -16,10 +16,11 @@ from tests.tokenwise import errors, policy
 
 SEQ_LEN = 16
 NUM_LAYERS = 3
-STRESS = {"poison": True, "record": True, "delay_seconds": 0.002, "num_slots": 1, "stream_edges": True}
+LINEAR = {"decode_scope": DecodeScope.LINEAR}
+STRESS = {**LINEAR, "poison": True, "record": True, "delay_seconds": 0.002, "num_slots": 1, "stream_edges": True}
 
 PLACES = {
-    "in place": ({"swapped": Tier.NVME}, {"nvme": True}),
+    "in place": ({**LINEAR, "swapped": Tier.NVME}, {"nvme": True}),
     "HOST": ({**STRESS, "layer_inputs": Tier.HOST}, {"nvme": True, "host_memory": "64MiB"}),
     "NVME": ({**STRESS, "layer_inputs": Tier.NVME, "swapped": Tier.NVME}, {"nvme": True}),
     "layers decoded whole": (
