@@ -14,10 +14,10 @@ one step of each and a slow minute of the machine hits all alike. Ratios are tak
 of the machine's processors that went to them in the median step. Peak memory is VmHWM above what was resident after the
 imports, for the steps and, apart, for everything before the first step.
 
-Switches of `ours`, joined by "+": decode_scope=layer, num_slots=N, stream_edges=1 (fields of RuntimeOptions),
-device_memory=SIZE, decode_threads=N, fused=1 (torch's fused AdamW). Of any contender: trim=1 gives the C library's free
-memory back to the system before the head; NAME=VALUE in capitals is set in the environment of
-that process: `bf16+MALLOC_TOP_PAD_=67108864`.
+Switches of `ours`, joined by "+": decode_scope=linear, num_slots=N, stream_edges=1, activations=recompute (fields of
+RuntimeOptions; activations are one chunk's), device_memory=SIZE, decode_threads=N, fused=1 (torch's fused AdamW). Of
+any contender: trim=1 gives the C library's free memory back to the system before the head; NAME=VALUE in capitals is
+set in the environment of that process: `bf16+MALLOC_TOP_PAD_=67108864`.
 """
 
 import argparse
@@ -37,10 +37,12 @@ import rounds
 HERE = Path(__file__).resolve().parent
 QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "KINETO_LOG_LEVEL": "99"}
 SWITCHES = {
-    "ours": {"decode_scope", "num_slots", "stream_edges", "device_memory", "decode_threads", "fused", "trim"},
+    "ours": {
+        "decode_scope", "num_slots", "stream_edges", "activations", "device_memory", "decode_threads", "fused", "trim",
+    },
     "bf16": {"trim"},
     "bnb": {"trim"},
-}
+}  # fmt: skip
 MIB = 2**20
 GIB = 2**30
 

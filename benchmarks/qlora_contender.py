@@ -84,7 +84,11 @@ class Ours:
         from offload_rt import codec
         from offload_rt._engine import Engine
         from offload_rt.assembly import RuntimeOptions
+        from planners.activations import Action, ActivationPolicy, Chunk
         from planners.plan import DecodeScope
+
+        def one_chunk(action: str) -> ActivationPolicy:
+            return ActivationPolicy(chunks=(Chunk(num_tokens=settings["tokens"], action=Action(action)),))
 
         switches = {name: value for name, value in settings["switches"].items() if name != "trim"}
         arguments: dict[str, Any] = {}
@@ -98,6 +102,7 @@ class Ours:
         if num_threads is not None:
             codec._threads = lambda requested: int(num_threads)
         read = {"decode_scope": DecodeScope, "num_slots": int, "stream_edges": lambda text: text == "1"}
+        read["activations"] = one_chunk
         options = RuntimeOptions(**{name: read[name](value) for name, value in switches.items()})
         nvme = Path(settings["store"])
         nvme.mkdir(parents=True, exist_ok=True)
