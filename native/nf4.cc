@@ -13,6 +13,8 @@ namespace {
 
 // 512 Ki elements: some 60 us of decoding to bfloat16 (AVX2 or AVX-512, a 2.6 GHz Xeon).
 constexpr std::size_t kMinBlocksPerThread = 8192;
+// A team's thread is there already: some 8 us.
+constexpr std::size_t kMinBlocksPerTeamThread = 1024;
 // A cache line of absmax codes and of encoded absmax: no two threads write to the same one.
 constexpr std::size_t kBlocksPerUnit = 64;
 
@@ -26,8 +28,9 @@ Kernels<T> kernels_for(Isa isa) {
   return plain_kernels<T>();
 }
 
-std::size_t num_parts(std::size_t num_blocks, std::size_t num_threads) {
-  return std::clamp<std::size_t>(num_blocks / kMinBlocksPerThread, 1, std::max<std::size_t>(num_threads, 1));
+std::size_t num_parts(std::size_t num_blocks, const Execution& execution) {
+  const std::size_t least = execution.team != nullptr ? kMinBlocksPerTeamThread : kMinBlocksPerThread;
+  return std::clamp<std::size_t>(num_blocks / least, 1, std::max<std::size_t>(execution.num_threads, 1));
 }
 
 // The product goes through double, where it is exact, so that no compiler can fuse it with the addition.
@@ -95,7 +98,7 @@ void decode(const Encoded& encoded, std::span<T> out, const Execution& execution
   const Kernels<T> kernels = kernels_for<T>(execution.isa);
   const bool streaming_stores = execution.streaming_stores && is_aligned_for_streaming(out.data());
   const std::size_t num_units = (encoded.absmax.size() + kBlocksPerUnit - 1) / kBlocksPerUnit;
-  in_parallel(num_units, num_parts(encoded.absmax.size(), execution.num_threads), execution.team,
+  in_parallel(num_units, num_parts(encoded.absmax.size(), execution), execution.team,
               [&](std::size_t, std::size_t begin, std::size_t end) {
                 constexpr std::size_t unit = kBlocksPerUnit * kQuantBlockSize;
                 const std::size_t end_element = std::min(end * unit, out.size());
@@ -112,7 +115,7 @@ void decode_transposed(const Encoded& encoded, std::size_t rows, std::size_t col
   constexpr std::size_t strip_rows = kQuantBlockSize;
   const Kernels<T> kernels = kernels_for<T>(execution.isa);
   const std::size_t num_strips = (rows + strip_rows - 1) / strip_rows;
-  const std::size_t parts = std::min(num_parts(encoded.absmax.size(), execution.num_threads), num_strips);
+  const std::size_t parts = std::min(num_parts(encoded.absmax.size(), execution), num_strips);
   std::vector<std::vector<T>> scratch(parts, std::vector<T>(std::min(rows, strip_rows) * columns));
   in_parallel(num_strips, parts, execution.team, [&](std::size_t part, std::size_t begin, std::size_t end) {
     for (std::size_t strip = begin; strip < end; ++strip) {
@@ -133,7 +136,7 @@ std::optional<std::size_t> encode(std::span<const T> weights, std::span<std::uin
                                   std::span<float> absmax, const Execution& execution) {
   const Kernels<T> kernels = kernels_for<T>(execution.isa);
   const std::size_t num_whole = weights.size() / kQuantBlockSize;
-  const std::size_t parts = num_parts(num_whole, execution.num_threads);
+  const std::size_t parts = num_parts(num_whole, execution);
   const std::size_t num_units = (num_whole + kBlocksPerUnit - 1) / kBlocksPerUnit;
   std::vector<std::size_t> bad_block(parts, num_whole);
   in_parallel(num_units, parts, execution.team, [&](std::size_t part, std::size_t begin, std::size_t end) {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Binding:
     spec: TensorSpec
     parameter: nn.Parameter
     owners: tuple[nn.Module, ...]
+
+    @cached_property
+    def absent(self) -> torch.Tensor:
+        """What the parameter shows while the block is closed; its own, since tied weights are known by their memory."""
+        return placeholder(self.spec.shape, torch_dtype(self.spec.dtype))
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Block:
     @staticmethod
     def hide(binding: Binding) -> None:
         """Makes one parameter absent."""
-        binding.parameter.data = placeholder(binding.spec.shape, torch_dtype(binding.spec.dtype))
+        binding.parameter.data = binding.absent
 
     def view_of(self, tensor: torch.Tensor) -> WeightView | None:
         """Names the weight of this open block that `tensor` is a view of, without holding it or the slot."""

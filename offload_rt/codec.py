@@ -8,6 +8,7 @@ twin. Nothing here knows modules, tensor names, files or tiers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Literal
 
@@ -250,7 +251,7 @@ def decode_into(
         _DTYPE_NAMES[out.dtype],
         num_threads=num_threads,
         streaming_stores=streaming_stores,
-        openmp=native.has_openmp(),
+        openmp=_openmp(native),
     )
 
 
@@ -286,7 +287,7 @@ def decode_transposed_into(
         _buffer(flat),
         _DTYPE_NAMES[out.dtype],
         num_threads=num_threads,
-        openmp=native.has_openmp(),
+        openmp=_openmp(native),
     )
 
 
@@ -300,6 +301,12 @@ def _native(requested: Backend, blob: Tensor | None = None) -> ModuleType | None
         reason = why_not() if on_cpu else "the blob is not in CPU memory"
         raise OffloadError(f"the native codec was asked for, but it cannot serve: {reason}")
     return None if requested == "torch" else core
+
+
+@lru_cache(maxsize=1)
+def _openmp(native: ModuleType) -> bool:
+    """Whether OpenMP's threads can decode. Once, because torch has been imported: it has loaded them, or never will."""
+    return bool(native.has_openmp())
 
 
 def _flat(tensor: Tensor, name: str) -> Tensor:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 QUANT_BLOCK_SIZE = 64
@@ -105,6 +106,7 @@ class NF4Layout:
         return (self.codes, self.absmax, self.nested_absmax, self.nested_offset, self.nested_map)
 
 
+@lru_cache(maxsize=1024)  # asked for at every decode
 def nf4_layout(num_elements: int) -> NF4Layout:
     """The layout of a tensor of `num_elements` weights, whatever its shape.
 
