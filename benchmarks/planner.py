@@ -30,7 +30,7 @@ from planners.hardware import Drive, Hardware, Links, named_hardware
 from planners.mip import plan_optimal
 from planners.placement import UpdateMode
 from planners.problem import Capabilities, Problem, make_workload
-from planners.steady import Freedoms
+from planners.rows import Freedoms
 from planners.validate import check
 
 MODELS = ("llama3-8b", "llama3-70b", "gpt3-175b", "llama3-405b")

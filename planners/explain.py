@@ -11,7 +11,7 @@ from planners.hardware import Drive
 from planners.mip import plan_any, plan_optimal
 from planners.plan import Plan
 from planners.problem import Problem
-from planners.steady import Freedoms
+from planners.rows import Freedoms
 
 GIB = 2**30
 NUM_WAYS_OUT = 3

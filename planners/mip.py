@@ -21,8 +21,9 @@ from planners.greedy import SLACK_BYTES, Shortage, boundaries, chunk_choices, in
 from planners.placement import Buffers, DecodeScope, UpdateMode
 from planners.plan import Plan
 from planners.problem import Problem
+from planners.rows import LOW_PRICE, Freedoms
 from planners.simulate import Abandoned, Simulation, simulate
-from planners.steady import LOW_PRICE, SHORTAGE_PRICES, Freedoms, Steady, solve_steady
+from planners.steady import SHORTAGE_PRICES, Steady, solve_steady
 from planners.units import ProblemError
 from planners.validate import floor_seconds
 

@@ -14,7 +14,7 @@ from planners.mip import plan_optimal
 from planners.placement import UpdateMode
 from planners.plan import Plan
 from planners.problem import Problem
-from planners.steady import Freedoms
+from planners.rows import Freedoms
 from planners.units import ProblemError, nearest
 
 

@@ -11,14 +11,12 @@ simulator ranks. Its duals say what a GB more would buy.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from planners.cost import (
     EDGE_SLOTS,
     ClassCost,
     Knobs,
-    buckets,
     capacities,
     class_costs,
     fetch_counts,
@@ -27,18 +25,13 @@ from planners.cost import (
     num_chunks,
 )
 from planners.expand import Fractions, UpdateKey
-from planners.placement import Tier, UpdateMode, UpdatePlace
+from planners.passes import MAX_SIMULATED_CHUNKS
+from planners.placement import Tier, UpdatePlace
 from planners.problem import BlockClass, Problem
-from planners.program import Program, Solution, Terms
-from planners.timeline import MAX_SIMULATED_CHUNKS
+from planners.program import Solution, Terms
+from planners.rows import BACKWARD, FORWARD, GB, LOW_PRICE, PRICE_SUM, PRICES, RESOURCES, Freedoms, Rows
+from planners.update_rows import UpdateRows
 
-GB = 1e9
-FORWARD, BACKWARD, UPDATE = 0, 1, 2
-RESOURCES = ("compute", "host_to_device", "device_to_host", "ssd_read", "ssd_write", "cpu")
-PRICES = {"compute": 1.0, "host_to_device": 1.0, "device_to_host": 1.0, "ssd_read": 2.0, "ssd_write": 4.0}
-"""What a second of work costs beside time, in units of `price`: ties go to the plan that moves less."""
-PRICE_SUM = sum(PRICES.values())
-LOW_PRICE = 1e-4
 SHORTAGE_PRICES = {"device": 1e4, "host": 1e3, "nvme": 1e2}
 """Of a missing GB, in units of time: fitting comes before being fast, and what is cheap to buy may be short first."""
 
@@ -50,19 +43,6 @@ class ClassVariables:
     weights: tuple[int, int, int]
     tokens: tuple[tuple[int, int, int, int], ...]
     updates: dict[UpdateKey, int]
-
-
-@dataclass(frozen=True)
-class Freedoms:
-    """What the optimiser may use. Each can be switched off, for ablations and for the policies of others."""
-
-    nvme_activations: bool = True
-    swaps: bool = True
-    """Saved tensors other than layer inputs may be kept and swapped."""
-    device_updates: bool = True
-    weights: tuple[bool, bool, bool] = (True, True, True)
-    """Tiers in which weights may rest."""
-    states: tuple[bool, bool, bool] = (True, True, True)
 
 
 @dataclass(frozen=True)
@@ -83,69 +63,12 @@ class Steady:
     """By tier: what is missing, where a shortage was allowed at a price (`elastic`)."""
 
 
-class _Builder:
-    """Lays out the program for one set of knobs."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        knobs: Knobs,
-        freedoms: Freedoms,
-        room: dict[str, float],
-        unit: float,
-        price: float,
-        elastic: bool,
-    ) -> None:
-        self.problem, self.knobs, self.freedoms, self.room = problem, knobs, freedoms, room
-        self.unit, self.price, self.elastic = unit, price, elastic
-        self.missing: dict[str, int] = {}
-        self.workload, self.hardware = problem.workload, problem.hardware
-        self.unified = problem.hardware.unified
-        self.program = Program()
-        after = knobs.update_mode is UpdateMode.AFTER
-        self.phases = (FORWARD, BACKWARD, UPDATE) if after else (FORWARD, BACKWARD)
-        self.times = [self.program.variable(0.0, 1e6, 1.0) for _ in self.phases]
-        self.busy: dict[tuple[int, str], Terms] = {key: [] for key in itertools.product(self.phases, RESOURCES)}
-        self.fixed: dict[tuple[int, str], float] = dict.fromkeys(self.busy, 0.0)
-        self.held: dict[str, Terms] = {"device": [], "host": [], "nvme": []}
-        self.most: dict[tuple[str, str], int] = {}
-        self.serial: dict[int, Terms] = {phase: [] for phase in self.phases}
-        """What cannot hide behind computation, because there is one buffer for it; seconds over `unit`."""
-        self.redone: Terms = []
-        links, drives = self.hardware.links, bool(self.hardware.drives)
-        self.rate = {
-            "compute": 1.0,
-            "cpu": 1.0,
-            "host_to_device": links.host_to_device_bytes_per_second,
-            "device_to_host": links.device_to_host_bytes_per_second,
-            "ssd_read": self.hardware.read_bytes_per_second if drives else 1.0,
-            "ssd_write": self.hardware.write_bytes_per_second if drives else 1.0,
-        }
-
-    def work(self, phase: int, resource: str, variable: int | None, amount: float) -> None:
-        """`amount` (bytes, or seconds) times the variable, on a resource in a phase."""
-        if self.unified and resource in ("host_to_device", "device_to_host"):
-            return
-        seconds = amount / self.rate[resource] / self.unit
-        if variable is None:
-            self.fixed[phase, resource] += seconds
-        else:
-            self.busy[phase, resource].append((variable, seconds))
-
-    def hold(self, tier: str, variable: int, num_bytes: float) -> None:
-        self.held["device" if self.unified and tier == "host" else tier].append((variable, num_bytes / GB))
-
-    def largest(self, tier: str, name: str, terms: Terms, constant: float = 0.0) -> None:
-        """A buffer that must hold the largest of several needs, in bytes."""
-        tier = "device" if self.unified and tier == "host" else tier
-        if (tier, name) not in self.most:
-            self.most[tier, name] = self.program.variable(0.0, 1e7)
-            self.held[tier].append((self.most[tier, name], 1.0))
-        least = [(self.most[tier, name], -1.0), *((v, a / GB) for v, a in terms)]
-        self.program.at_most(least, -constant / GB)
+class _Builder(Rows):
+    """Lays out the program."""
 
     def build(self) -> list[ClassVariables]:
         found = []
+        updates = UpdateRows(self)
         counts = fetch_counts(self.problem, self.knobs.slots)
         costs = class_costs(self.problem, self.knobs.cuts, self.knobs.decode_scope)
         for c, entry in enumerate(self.workload.classes):
@@ -159,8 +82,7 @@ class _Builder:
                     self.work(BACKWARD, resource, None, entry.count * self.workload.boundary_bytes)
             weights = self._weights(entry, counts[c])
             tokens = self._tokens(entry, costs[c].recompute_seconds)
-            updates = self._updates(entry, weights)
-            found.append(ClassVariables(weights, tokens, updates))
+            found.append(ClassVariables(weights, tokens, updates.add(entry, weights)))
         self._rows()
         self._turn(found, costs)
         return found
@@ -262,115 +184,6 @@ class _Builder:
             self.largest("device", "activations in flight", moving)
             self.largest("host", "staging of activations", staged)
         return tuple(found)
-
-    def _updates(self, entry: BlockClass, weights: tuple[int, int, int]) -> dict[UpdateKey, int]:
-        params = float(entry.trainable_params)
-        if not params:
-            return {}
-        mode, workload, program, n = self.knobs.update_mode, self.workload, self.program, entry.count
-        state, gradient = workload.state_bytes_per_param * params, workload.gradient_bytes_per_param * params
-        new = workload.weight_bytes_per_param * params
-        copies = 2 if mode is UpdateMode.SPECULATIVE else 1
-        found: dict[UpdateKey, int] = {}
-        for key in self._update_keys():
-            tier, place, deferred = key
-            x = found[key] = program.variable(0.0, 1.0)
-            phase = UPDATE if mode is UpdateMode.AFTER else (FORWARD if deferred else BACKWARD)
-            stays = mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE) or deferred
-            if place is UpdatePlace.CPU:
-                self.work(phase, "cpu", x, n * params / self.hardware.host.adamw_params_per_second)
-                self.work(BACKWARD, "device_to_host", x, n * gradient)
-                if entry.is_layer and self.knobs.buffers.gradient_slots == 1 and not workload.pinned:
-                    self.serial[BACKWARD].append((x, n * gradient / self.rate["device_to_host"] / self.unit))
-                if stays:
-                    self.hold("host", x, n * gradient)
-                self.largest("host", "gradients", [(x, gradient * self.knobs.buffers.host_gradient_slots)])
-            else:
-                self.work(phase, "compute", x, n * params / self.hardware.device.adamw_params_per_second)
-                if tier is not Tier.DEVICE:
-                    self.work(phase, "host_to_device", x, n * state)
-                    self.work(phase, "device_to_host", x, n * state)
-                if stays and not workload.pinned:
-                    self.hold("device", x, n * gradient)
-            if tier is Tier.NVME:
-                self.work(phase, "ssd_read", x, n * state)
-                self.work(phase, "ssd_write", x, n * state)
-            committed = bool(workload.commit_every and self.hardware.drives)
-            if tier is Tier.NVME or workload.commit_every:
-                self.hold("nvme", x, 2 * n * state)
-            if tier is not Tier.NVME:
-                self.hold(tier.value, x, copies * n * state)
-                if committed:
-                    self.work(phase, "ssd_write", x, n * state / (workload.commit_every or 1))
-                    if tier is Tier.DEVICE:
-                        self.work(phase, "device_to_host", x, n * state / (workload.commit_every or 1))
-        program.row([(x, 1.0) for x in found.values()], 1.0, 1.0)
-        self._staging(entry, found, state)
-        self._new_weights(entry, weights, found, new)
-        if workload.pinned and workload.commit_every and self.hardware.drives:
-            last = self.phases[-1]
-            self.work(last, "ssd_write", None, n * new / workload.commit_every)
-            self.work(last, "device_to_host", None, n * new / workload.commit_every)
-        return found
-
-    def _update_keys(self) -> list[UpdateKey]:
-        mode, freedoms = self.knobs.update_mode, self.freedoms
-        times = [False] if mode is not UpdateMode.DEFERRED else ([True] if self.workload.clips else [False, True])
-        tiers = [t for t, ok in zip(Tier, freedoms.states, strict=True) if ok]
-        tiers = [t for t in tiers if not (t is Tier.HOST and self.unified) and (t is not Tier.NVME or self._drives)]
-        on_device = freedoms.device_updates and self.problem.capabilities.device_updates
-        keys: list[UpdateKey] = []
-        for tier, deferred in itertools.product(tiers, times):
-            if tier is not Tier.DEVICE and not self.unified:
-                keys.append((tier, UpdatePlace.CPU, deferred))
-            if self.unified or on_device or (tier is Tier.DEVICE and freedoms.device_updates):
-                keys.append((tier, UpdatePlace.DEVICE, deferred))
-        return keys
-
-    @property
-    def _drives(self) -> bool:
-        return bool(self.hardware.drives)
-
-    def _staging(self, entry: BlockClass, found: dict[UpdateKey, int], state: float) -> None:
-        pieces = max(map(buckets, self.workload.classes))
-        staged = [(x, self.knobs.buffers.state_slots * state / pieces) for k, x in found.items() if k[0] is Tier.NVME]
-        self.largest("host", "staging of state", staged)
-        moved = [
-            (x, 2 * state / pieces)
-            for (tier, place, _), x in found.items()
-            if place is UpdatePlace.DEVICE and tier is not Tier.DEVICE
-        ]
-        self.largest("device", "state updated on the device", moved)
-
-    def _new_weights(
-        self, entry: BlockClass, weights: tuple[int, int, int], found: dict[UpdateKey, int], new: float
-    ) -> None:
-        """What is updated on one side of the link and rests on the other; what goes back to the drive."""
-        program, n, last = self.program, entry.count, self.phases[-1]
-        on_device = [(x, 1.0) for (_, place, _), x in found.items() if place is UpdatePlace.DEVICE]
-        down, up = program.variable(0.0, 1.0), program.variable(0.0, 1.0)
-        if self.workload.pinned:  # all of it is in DEVICE memory
-            program.row([(down, 1.0), *on_device], 1.0, 2.0)
-        else:
-            program.row([(down, 1.0), (weights[0], -1.0), *on_device], 0.0, 2.0)
-            program.row([(up, 1.0), (weights[0], 1.0), *((x, -1.0) for x, _ in on_device)], 0.0, 3.0)
-        deferring = self.knobs.update_mode is UpdateMode.DEFERRED
-        if not deferring:
-            self.work(last, "host_to_device", down, n * new)
-            self.work(last, "device_to_host", up, n * new)
-            if self.workload.mutable:
-                self.work(last, "ssd_write", weights[2], n * float(entry.stored_bytes))
-            return
-        # Either phase, whichever is better: the simulator decides where it really falls.
-        for whole, resource, size in (
-            (down, "host_to_device", new), (up, "device_to_host", new), (weights[2], "ssd_write", entry.stored_bytes),
-        ):  # fmt: skip
-            if resource == "ssd_write" and not self.workload.mutable:
-                continue
-            early, late = program.variable(0.0, 1.0), program.variable(0.0, 1.0)
-            program.row([(early, 1.0), (late, 1.0), (whole, -1.0)], 0.0, 2.0)
-            self.work(BACKWARD, resource, early, n * float(size))
-            self.work(FORWARD, resource, late, n * float(size))
 
     def _rows(self) -> None:
         program, hardware = self.program, self.hardware

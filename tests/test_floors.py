@@ -79,8 +79,9 @@ FLOORS = {
 
 PLANNERS = [
     "errors", "units", "schedule", "placement", "activations", "training_state", "plan", "streaming", "hardware",
-    "model", "architectures", "problem", "cost", "timeline", "simulate", "validate", "expand", "greedy", "program",
-    "steady", "mip", "policies", "explain", "render", "command", "__main__",
+    "model", "architectures", "problem", "cost", "timeline", "updates", "passes", "simulate", "validate", "expand",
+    "greedy", "program", "rows", "update_rows", "steady", "mip", "policies", "explain", "render", "command",
+    "__main__",
 ]  # fmt: skip
 """Each may import those before it."""
 

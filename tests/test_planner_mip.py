@@ -15,8 +15,9 @@ from planners.placement import UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Capabilities
 from planners.program import Program, SolverFailed, SolverMissing
+from planners.rows import Freedoms
 from planners.simulate import simulate
-from planners.steady import Freedoms, solve_steady
+from planners.steady import solve_steady
 from planners.units import ProblemError
 from planners.validate import InvalidPlan, busy_seconds, check, floor_seconds
 from tests.planner_cases import MIB, machine, problem

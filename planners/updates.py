@@ -1,0 +1,209 @@
+"""The updates of a step: gradients out, state in, the optimizer's step, state and weights back.
+
+[Note: order of credits]
+Whatever is bounded and not held by a dependency is a pool: gradients in HOST, buckets of state in HOST, state in
+DEVICE. They are always acquired in that order, and whoever holds one waits for no earlier one: no circle can close.
+The exception keeps another order. Where every block is updated during its own step's backward, the state of a block is
+read while its backward computes, before its gradients hold their credit. All pools then serve blocks in the order of
+backward, so that the first block that is not done always has what it waits for.
+"""
+
+from __future__ import annotations
+
+from planners.cost import state_bytes
+from planners.placement import ClassPlan, Tier, Update, UpdateMode, UpdatePlace
+from planners.problem import BlockClass, Problem
+from planners.timeline import DEVICE, Operations, Resource
+
+GRADIENTS, STATES, DEVICE_STATES = 0, 1, 2
+
+
+class Updates:
+    """Lays out the update of one block after the other, in the order of backward."""
+
+    def __init__(self, step: Operations) -> None:
+        self.step = step
+        self.problem, self.plan = step.problem, step.plan
+        self.workload, self.hardware, self.knobs = step.workload, step.hardware, step.knobs
+        self.timeline, self.barrier, self.host = step.timeline, step.barrier, step.host
+        self.gradients_gone: list[int] = []
+        """For each block with gradients: the operation after which their slot in DEVICE is free."""
+        self.done: list[int] = []
+        self.done_at: dict[int, int] = {}
+        """By position: the operation after which the block is updated, and all of it is where it rests."""
+        self.retained: list[tuple[int, float]] = []
+        """Tiers and bytes of gradients that stay until the step ends."""
+        self.timeline.pools = self._pools()
+
+    def _pools(self) -> list[float]:
+        """[Note: order of credits]"""
+        workload, buffers = self.workload, self.knobs.buffers
+        largest = max(workload.gradient_bytes_per_param * e.trainable_params for e in workload.classes)
+        held = sum(
+            e.count * workload.gradient_bytes_per_param * u.params
+            for e, p in zip(workload.classes, self.step.placed, strict=True)
+            for u in p.updates
+            if u.deferred and u.place is UpdatePlace.CPU
+        )
+        retains = self.plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE)
+        return [
+            float("inf") if retains else float(buffers.host_gradient_slots * largest + held) + 1.0,
+            float(buffers.state_slots),
+            2.0,
+        ]
+
+    def add(self, position: int, computed: int, before: int, key: float) -> None:
+        """Gradients out, state in, step, everything back. `before` is the computation before this backward."""
+        c = self.step.class_at[position]
+        entry, placed, workload = self.workload.classes[c], self.step.placed[c], self.workload
+        mode = self.plan.update_mode
+        each = workload.gradient_bytes_per_param
+        on_cpu = sum(u.params for u in placed.updates if u.place is UpdatePlace.CPU)
+        gradient = None
+        if on_cpu:
+            gradient = self.step.link_out(
+                position, 0, each * on_cpu, key, [(computed, 0)], 1, at_start=(self.host, each * on_cpu)
+            )
+            self.timeline.acquire[gradient] = (GRADIENTS, each * on_cpu)
+        waits: list[tuple[int, int]] = []
+        if mode is UpdateMode.AFTER or (mode is UpdateMode.DEFERRED and workload.clips):
+            waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
+        parts: list[int] = []
+        on_device: list[int] = []
+        writes: list[int] = []
+        for which, update in enumerate(placed.updates):
+            if not update.params:
+                continue
+            if update.place is UpdatePlace.DEVICE and (mode is not UpdateMode.BACKWARD) and not workload.pinned:
+                held = each * update.params
+                if mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE) or update.deferred:
+                    self.timeline.at_finish[computed].append((DEVICE, held))
+                    self.retained.append((DEVICE, held))
+            pieces = self.knobs.buffers.buckets_per_block
+            for bucket in range(which * pieces, (which + 1) * pieces):
+                done, wrote = self._bucket(position, update, bucket, gradient, computed, before, waits, key)
+                parts.append(done)
+                if update.place is UpdatePlace.DEVICE and not update.deferred:
+                    on_device.append(done)
+                if wrote is not None:
+                    writes.append(wrote)
+        self._write_back(position, entry, placed, parts, writes, key)
+        holders = [gradient] if gradient is not None else []
+        if mode in (UpdateMode.BACKWARD, UpdateMode.DEFERRED):
+            holders += on_device
+        if holders:
+            self.gradients_gone.append(self.step.join(holders, key, ("gradient gone", position, 0)))
+
+    def _bucket(
+        self, position: int, update: Update, bucket: int, gradient: int | None, computed: int, before: int,
+        waits: list[tuple[int, int]], key: float,
+    ) -> tuple[int, int | None]:  # fmt: skip
+        """One bucket of a block's update; what makes the new weights, and the write of its state."""
+        workload, hardware, device = self.workload, self.hardware, self.hardware.device
+        params = update.params / self.knobs.buffers.buckets_per_block
+        state = workload.state_bytes_per_param * params
+        each = workload.gradient_bytes_per_param * params
+        phase = 0 if update.deferred else (2 if waits else 1)
+        if update.deferred:
+            key = self.timeline.span + position  # its deadline: the next forward
+        key += 0.2 + bucket * 1e-4
+        label = ("update", position, bucket)
+        staged = update.tier is Tier.NVME and state > 0
+        holder = gradient if update.place is UpdatePlace.CPU and gradient is not None else computed
+        source: list[tuple[int, int]] = [(holder, 0), *waits]
+        if staged:
+            # See [Note: order of credits]: where updates keep the order of backward, state may come before gradients.
+            ahead = not waits and self.barrier
+            read = self.step.op(
+                Resource.SSD_READ, state, key, [(before, 0)] if ahead else list(source), phase,
+                ("read state", position, bucket), at_start=(self.host, state), acquire=(STATES, 1.0),
+            )  # fmt: skip
+            source = [(read, 0), *source]
+        speculative = self.plan.update_mode is UpdateMode.SPECULATIVE
+        if update.place is UpdatePlace.CPU:
+            freed: tuple[tuple[int, float], ...] = () if speculative else ((self.host, -each),)
+            if speculative:
+                self.retained.append((self.host, each))
+            done = self.step.op(
+                Resource.CPU, params / hardware.host.adamw_params_per_second, key, source, phase, label,
+                at_finish=freed, release=(GRADIENTS, each),
+            )  # fmt: skip
+        else:
+            moves = update.tier is not Tier.DEVICE and not hardware.unified and state > 0
+            if moves:
+                source.append((self._state_in(position, bucket, state, source, key, phase), 0))
+            done = self.step.op(
+                Resource.DEVICE_UPDATE, params / device.adamw_params_per_second, key - 0.3, source, phase, label
+            )
+            if moves:
+                done = self.step.link_out(position, bucket, state, key, [(done, 0)], phase)
+                self.timeline.release[done] = (DEVICE_STATES, 1.0)
+        if not staged:
+            return done, None
+        write = self.step.op(
+            Resource.SSD_WRITE, state, key, [(done, 0)], phase, ("write state", position, bucket),
+            at_finish=((self.host, -state),), release=(STATES, 1.0),
+        )  # fmt: skip
+        return done, write
+
+    def _state_in(
+        self, position: int, bucket: int, state: float, source: list[tuple[int, int]], key: float, phase: int
+    ) -> int:
+        moved = self.step.link_in(position, bucket, state, key - 0.1, list(source), phase)
+        self.timeline.acquire[moved] = (DEVICE_STATES, 1.0)
+        return moved
+
+    def _write_back(
+        self, position: int, entry: BlockClass, placed: ClassPlan, parts: list[int], writes: list[int], key: float
+    ) -> None:
+        """New weights to where they rest, the commit's share, and the point where the block is updated."""
+        workload = self.workload
+        deferred = any(u.deferred and u.params for u in placed.updates)
+        if deferred:
+            key = self.timeline.span + position
+        phase = 0 if deferred else (2 if self.plan.update_mode is UpdateMode.AFTER else 1)
+        after = [(part, 0) for part in parts]
+        on_device = sum(u.params for u in placed.updates if u.place is UpdatePlace.DEVICE)
+        new = float(workload.weight_bytes_per_param * on_device)
+        resident = float(
+            workload.weight_bytes_per_param * entry.trainable_params if workload.pinned else placed.weights.device_bytes
+        )
+        ready = list(parts)
+        if not self.hardware.unified:
+            if resident > new:
+                ready.append(self.step.link_in(position, 0, resident - new, key, list(after), phase))
+            elif new > resident:
+                ready.append(self.step.link_out(position, 0, new - resident, key, list(after), phase))
+        back = float(placed.weights.nvme_bytes) if workload.mutable else 0.0
+        back += commit_bytes(self.problem, entry, placed)
+        if back:
+            # State in DEVICE memory reaches the drive through HOST.
+            sources = [(op, 0) for op in ready]
+            through = committed_from_device(self.problem, entry, placed)
+            if through and not self.hardware.unified:
+                sources = [(self.step.link_out(position, 1, through, key, sources, phase), 0)]
+            writes = [
+                *writes,
+                self.step.op(Resource.SSD_WRITE, back, key + 0.3, sources, phase, ("write back", position, 0)),
+            ]
+        self.done_at[position] = self.step.join(ready + writes, key, ("updated", position, 0))
+        self.done.append(self.done_at[position])
+
+
+def commit_bytes(problem: Problem, entry: BlockClass, placed: ClassPlan) -> float:
+    """What a durable commit writes of one block besides what rests on NVME anyway, spread over the steps."""
+    workload = problem.workload
+    if not workload.commit_every or not problem.hardware.drives:
+        return 0.0
+    off_drive = state_bytes(problem, placed, Tier.HOST) + state_bytes(problem, placed, Tier.DEVICE)
+    adapters = workload.weight_bytes_per_param * entry.trainable_params if workload.pinned else 0
+    return (off_drive + adapters) / workload.commit_every
+
+
+def committed_from_device(problem: Problem, entry: BlockClass, placed: ClassPlan) -> float:
+    """The part of `commit_bytes` that comes from DEVICE memory."""
+    workload = problem.workload
+    if not workload.commit_every or not problem.hardware.drives:
+        return 0.0
+    adapters = workload.weight_bytes_per_param * entry.trainable_params if workload.pinned else 0
+    return (state_bytes(problem, placed, Tier.DEVICE) + adapters) / workload.commit_every
