@@ -16,8 +16,9 @@ from functools import lru_cache
 
 from planners.placement import Buffers, ClassPlan, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
-from planners.problem import ITEM_BYTES, BlockClass, Problem
+from planners.problem import BlockClass, Problem
 from planners.schedule import Phase, Step, StepKind, ring_schedule, walk
+from planners.trace import ITEM_BYTES
 
 FLASH_BACKWARD = 2.5
 """FLOPs of attention's backward over its forward, with scores computed again as flash attention does."""
@@ -188,14 +189,11 @@ def state_bytes(problem: Problem, entry: ClassPlan, tier: Tier) -> int:
 
 
 def fixed_device_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
-    """What lies in DEVICE memory whatever the fractions are, itemised."""
+    """What lies in DEVICE memory whatever the fractions are, itemised, but for activations of a chunk (`arenas`)."""
     workload, cuts = problem.workload, knobs.cuts
     chunk = min(cuts.chunk_tokens, workload.tokens)
     classes = workload.classes
     items = {
-        "transient activations": max(
-            chunk * max(c.forward_workspace_bytes, c.backward_workspace_bytes) + c.tile_bytes for c in classes
-        ),
         "activations between layers": float(workload.boundary_bytes)
         if knobs.boundary is Tier.DEVICE
         else 2.0 * ITEM_BYTES * workload.hidden * chunk,
@@ -241,7 +239,10 @@ def ring_slot_bytes(plan: Plan, problem: Problem) -> dict[str, int]:
 
 
 def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
-    """What lies in each tier during a whole step, itemised; activations in flight come on top (see `simulate`)."""
+    """What lies in each tier during a whole step, itemised. `arenas` says what comes and goes between its blocks.
+
+    ValueError if the plan has no arenas for the chunks of its classes.
+    """
     workload, knobs, unified = problem.workload, knobs_of(plan), problem.hardware.unified
     device, host = fixed_device_bytes(problem, knobs), fixed_host_bytes(problem, knobs)
     nvme: dict[str, float] = {}
@@ -252,6 +253,12 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
         if num_bytes:
             items[name] = items.get(name, 0.0) + num_bytes
 
+    chunks = [arena for arena in plan.arenas if arena.name not in ("device", "host")]
+    if not chunks:
+        raise ValueError("plan: says no arenas; only a plan that is laid out can be simulated")
+    slot = chunks[0].slot_bytes
+    add(device, "transient activations", max(arena.num_bytes for arena in chunks) - slot)
+    add(device, "slots of swapped activations", plan.buffers.swap_slots * slot)
     add(device, "ring of layers", knobs.slots * slots["layers"])
     add(device, "ring of edges", EDGE_SLOTS * slots["edges"])
     staged = {
@@ -278,10 +285,42 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
         piece = workload.state_bytes_per_param * moved / plan.buffers.buckets_per_block
         on_device = max(on_device, 2 * piece)
     add(device, "state updated on the device", on_device)
+    for name, size in _host_rings(problem, plan).items():
+        add(host, name, size)
     if unified:
         return {"device": {**device, **{f"{k} (staging)": v for k, v in host.items()}}, "host": {}, "nvme": nvme}
     add(host, "staging of weights", plan.buffers.host_slots * staged[True] + EDGE_SLOTS * staged[False])
     return {"device": device, "host": host, "nvme": nvme}
+
+
+def _host_rings(problem: Problem, plan: Plan) -> dict[str, float]:
+    """Slots in HOST through which activations, gradients and optimizer state pass."""
+    workload, buffers = problem.workload, plan.buffers
+    chunks = num_chunks(problem, knobs_of(plan).cuts)
+    activations = state = 0.0
+    for entry in workload.classes:
+        placed = plan.entry(entry.name)
+        saved = zip(entry.saved, placed.tokens, strict=True)
+        swapped = sum(tensor.bytes_per_token * workload.batch_size * split.nvme_tokens for tensor, split in saved)
+        activations = max(activations, swapped / chunks)
+        state = max(state, state_bytes(problem, placed, Tier.NVME) / buffers.buckets_per_block)
+    return {
+        # Leaving for the drive, and coming from it: each chunk is in one of the two.
+        "staging of activations": 2 * buffers.swap_slots * activations,
+        "gradients": float(buffers.host_gradient_slots * passing_gradient_bytes(problem, plan)),
+        "staging of state": buffers.state_slots * state,
+    }
+
+
+def passing_gradient_bytes(problem: Problem, plan: Plan) -> int:
+    """The most gradients of one block that pass through HOST without staying until the step's end."""
+    if plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE):
+        return 0
+    return max(
+        problem.workload.gradient_bytes_per_param
+        * sum(u.params for u in entry.updates if u.place is UpdatePlace.CPU and not u.deferred)
+        for entry in plan.classes
+    )
 
 
 def capacities(problem: Problem) -> dict[str, int]:

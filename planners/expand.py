@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from planners.arenas import with_arenas
 from planners.cost import EDGE_SLOTS, Knobs, buckets, static_bytes
 from planners.placement import ClassPlan, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
 from planners.plan import Plan, Ring
@@ -63,7 +64,7 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
         home = Tier.NVME
     elif any(t.host_tokens for t in inputs):
         home = Tier.HOST
-    return Plan(
+    plan = Plan(
         fingerprint=workload.fingerprint,
         machine=problem.machine,
         planner=planner,
@@ -77,6 +78,7 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
         update_mode=knobs.update_mode,
         boundary=knobs.boundary,
     )
+    return with_arenas(problem, plan)
 
 
 def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassPlan:

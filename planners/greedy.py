@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from planners.arenas import chunk_bytes, peak_bytes, peak_phase
 from planners.cost import EDGE_SLOTS, Knobs, capacities, fixed_device_bytes, fixed_host_bytes, num_chunks
 from planners.errors import PlanInfeasible, format_bytes_up
 from planners.expand import Fractions, expand, with_prediction
 from planners.placement import Buffers, Cuts, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Problem
-from planners.simulate import Simulation, simulate
+from planners.simulate import simulate
 
 MIN_CHUNK_TOKENS = 512
 SLACK_BYTES = 2**20
@@ -79,9 +80,9 @@ def plan_greedy(problem: Problem) -> Plan:
         left = room_left(problem, knobs, room)
         short = [Shortage(t, room[t] - size, room[t], "backward") for t, size in left.items() if size < 0]
         if not short:
-            plan, simulation, short = fill(problem, knobs)
+            plan, short = fill(problem, knobs)
         if not short:
-            return with_prediction(problem, plan, simulation)
+            return with_prediction(problem, plan, simulate(problem, plan))
         lack = (len(short), sum(s.need_bytes - s.have_bytes for s in short))
         if closest is None or lack < closest[0]:
             closest = (lack, short)
@@ -99,18 +100,17 @@ def _attempts(problem: Problem) -> Iterator[Knobs]:
                 yield Knobs(update_mode=mode, slots=slots, cuts=cuts, boundary=boundary, buffers=buffers)
 
 
-def fill(problem: Problem, knobs: Knobs) -> tuple[Plan, Simulation, list[Shortage]]:
-    """Fills the tiers under `knobs`; less each time that the simulation finds one too full."""
+def fill(problem: Problem, knobs: Knobs) -> tuple[Plan, list[Shortage]]:
+    """Fills the tiers under `knobs`; less each time that one comes out too full."""
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     for attempt in range(ATTEMPTS):
         plan = expand(problem, knobs, _fractions(problem, knobs, room), planner="greedy")
-        simulation = simulate(problem, plan)
-        short = shortages(problem, simulation)
+        short = shortages(problem, plan)
         if not short or attempt == ATTEMPTS - 1:
             break
         for shortage in short:
             room[shortage.tier] -= 1.02 * (shortage.need_bytes - shortage.have_bytes) + SLACK_BYTES
-    return plan, simulation, short
+    return plan, short
 
 
 def room_left(problem: Problem, knobs: Knobs, room: dict[str, float]) -> dict[str, float]:
@@ -119,8 +119,7 @@ def room_left(problem: Problem, knobs: Knobs, room: dict[str, float]) -> dict[st
     classes = workload.classes
     slot = max(e.stored_bytes for e in classes if e.is_layer)
     edge = max(e.stored_bytes for e in classes if not e.is_layer)
-    saved = max(sum(s.bytes_per_token for s in e.saved) for e in classes)
-    again = saved * workload.tokens / num_chunks(problem, knobs.cuts)
+    again = max(chunk_bytes(problem, knobs, entry) for entry in classes)
     device = room["device"] - sum(fixed_device_bytes(problem, knobs).values())
     device -= knobs.slots * slot + EDGE_SLOTS * edge + again
     host = room["host"] - sum(fixed_host_bytes(problem, knobs).values())
@@ -176,15 +175,10 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     ]
 
 
-def shortages(problem: Problem, simulation: Simulation) -> list[Shortage]:
-    """Tiers that the simulation overfills, with the phase of the peak."""
-    found = []
-    for tier, have in capacities(problem).items():
-        need = simulation.peak_bytes[tier]
-        if need > have:
-            phases = simulation.phase_peak_bytes.get(tier, {"step": need})
-            found.append(Shortage(tier, need, have, max(phases, key=lambda phase: phases[phase])))
-    return found
+def shortages(problem: Problem, plan: Plan) -> list[Shortage]:
+    """Tiers that the plan's layout overfills, with the phase of the peak."""
+    need, have = peak_bytes(problem, plan), capacities(problem)
+    return [Shortage(t, need[t], have[t], peak_phase(problem, plan, t)) for t in have if need[t] > have[t]]
 
 
 def infeasible(short: list[Shortage], ways_out: list[str] | None = None) -> PlanInfeasible:

@@ -139,40 +139,51 @@ def _spare_drives(problem: Problem, unit: float, freedoms: Freedoms | None, foun
 
 
 def _in_turn(candidates: list[Steady]) -> list[Steady]:
-    """Best of each group first, then the second best: programs of one group differ by less than simulations do."""
-    groups: dict[tuple[UpdateMode, int], list[Steady]] = {}
+    """Best of each group first, then the second best: programs of one group differ by less than simulations do.
+
+    Within a group, those with one gradient buffer and those with more take turns: what one buffer costs is what
+    programs see least of.
+    """
+    groups: dict[tuple[UpdateMode, int], dict[bool, list[Steady]]] = {}
     for steady in candidates:
-        groups.setdefault((steady.knobs.update_mode, steady.knobs.cuts.chunk_tokens), []).append(steady)
-    rounds = itertools.zip_longest(*groups.values())
-    return [steady for turn in rounds for steady in turn if steady is not None]
+        knobs = steady.knobs
+        group = groups.setdefault((knobs.update_mode, knobs.cuts.chunk_tokens), {})
+        group.setdefault(knobs.buffers.gradient_slots == 1, []).append(steady)
+    return _round_robin([_round_robin(list(group.values())) for group in groups.values()])
+
+
+def _round_robin(lists: list[list[Steady]]) -> list[Steady]:
+    return [steady for turn in itertools.zip_longest(*lists) for steady in turn if steady is not None]
 
 
 def _try(
     problem: Problem, steady: Steady, unit: float, freedoms: Freedoms | None, found: Search, price: float = LOW_PRICE
 ) -> None:
-    """Simulates a candidate, tightening what overflows; keeps it if it is the best so far."""
+    """Lays out a candidate, tightening what overflows, and simulates it; keeps it if it is the best so far."""
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     current: Steady | None = steady
     for _ in range(TIGHTENINGS):
         if current is None:
             return
         plan = expand(problem, current.knobs, current.fractions, planner="optimiser")
-        found.num_simulations += 1
-        try:
-            best = found.simulation.step_seconds if found.simulation else float("inf")
-            simulation = simulate(problem, plan, abandon_seconds=best)
-        except Abandoned:
-            return
-        short = shortages(problem, simulation)
+        short = shortages(problem, plan)
         if not short:
-            if found.simulation is None or simulation.step_seconds < found.simulation.step_seconds:
-                found.plan, found.simulation, found.steady = plan, simulation, current
-            return
+            break
         found.short = found.short or short
         for shortage in short:
             room[shortage.tier] -= 1.05 * (shortage.need_bytes - shortage.have_bytes) + SLACK_BYTES
         current = solve_steady(problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price)
         found.num_programs += 1
+    else:
+        return
+    found.num_simulations += 1
+    best = found.simulation.step_seconds if found.simulation else float("inf")
+    try:
+        simulation = simulate(problem, plan, abandon_seconds=best)
+    except Abandoned:
+        return
+    if simulation.step_seconds < best:
+        found.plan, found.simulation, found.steady = plan, simulation, current
 
 
 def combinations(problem: Problem) -> Iterator[list[Knobs]]:

@@ -20,7 +20,7 @@ from planners.timeline import DEVICE, Operations, Resource, Timeline
 from planners.updates import Updates
 
 MAX_SIMULATED_CHUNKS = 4
-"""Chunks beyond are simulated in groups: their time is one operation, their memory is that of one chunk."""
+"""Chunks beyond are simulated in groups: their time is one operation. Their memory is for `arenas` to say."""
 
 
 def build_timeline(problem: Problem, plan: Plan) -> Timeline:
@@ -34,8 +34,7 @@ class _Passes(Operations):
     def __init__(self, problem: Problem, plan: Plan) -> None:
         super().__init__(problem, plan)
         self.costs: tuple[ClassCost, ...] = class_costs(problem, self.knobs.cuts, self.knobs.decode_scope)
-        self.real_chunks = num_chunks(problem, self.knobs.cuts)
-        self.chunks = min(self.real_chunks, MAX_SIMULATED_CHUNKS)
+        self.chunks = min(num_chunks(problem, self.knobs.cuts), MAX_SIMULATED_CHUNKS)
         self.updates = Updates(self)
         self.late: list[tuple[int, str]] = []
         """Operations that wait for something of the step before, known only when the step is complete."""
@@ -118,17 +117,16 @@ class _Passes(Operations):
             self.staged[ring].append(move)
         self.arrived[position] = move
 
-    def _amounts(self, position: int) -> tuple[float, float, float, float]:
-        """Bytes of the block's saved tensors that are kept, swapped to HOST, to NVME, and made again."""
+    def _amounts(self, position: int) -> tuple[float, float, float]:
+        """Bytes of the block's saved tensors that are kept, swapped to HOST, and to NVME."""
         c = self.class_at[position]
-        kept = host = nvme = again = 0.0
+        kept = host = nvme = 0.0
         for saved, split in zip(self.workload.classes[c].saved, self.placed[c].tokens, strict=True):
             each = saved.bytes_per_token * self.workload.batch_size
             kept += each * split.device_tokens
             host += each * split.host_tokens
             nvme += each * split.nvme_tokens
-            again += each * split.recompute_tokens
-        return kept, host, nvme, again
+        return kept, host, nvme
 
     def _share(self, chunk: int) -> tuple[float, float]:
         """A chunk's share of the token-wise work, and of causal attention: later chunks look back further."""
@@ -150,9 +148,9 @@ class _Passes(Operations):
 
     def _forward(self, position: int) -> None:
         self._fetches(position, 0)
-        c, n, real = self.class_at[position], self.chunks, self.real_chunks
+        c, n = self.class_at[position], self.chunks
         cost = self.costs[c]
-        kept, host, nvme, again = self._amounts(position)
+        kept, host, nvme = self._amounts(position)
         moved = host + nvme
         stream = self._input_swapped(position) if self.knobs.boundary is Tier.HOST else 0.0
         spill = cost.spill_bytes[0]
@@ -173,8 +171,7 @@ class _Passes(Operations):
                 deps.append((self.link_in(position, k, (stream + spill) / n, key - 0.3, waits, 0), 0))
             compute = self.op(
                 Resource.COMPUTE, plain * linear + cost.forward_attention_seconds * attention, key, deps, 0,
-                ("forward", position, k), at_start=(DEVICE, kept / n + (moved + again) / real),
-                at_finish=((DEVICE, -again / real),),
+                ("forward", position, k), at_start=(DEVICE, kept / n),
             )  # fmt: skip
             if first:
                 self.late.append((compute, "barrier" if self.barrier else "end"))
@@ -192,19 +189,17 @@ class _Passes(Operations):
     def _swap_out(
         self, position: int, k: int, host: float, nvme: float, spill: float, compute: int, key: float
     ) -> None:
-        n, real, slots = self.chunks, self.real_chunks, self.knobs.buffers.swap_slots
+        n, slots = self.chunks, self.knobs.buffers.swap_slots
         waits = [(compute, 0)]
         if nvme and len(self.saves) >= 2 * slots:  # HOST staging on the way to the drive
             waits.append((self.saves[-2 * slots], 0))
         out = self.link_out(
-            position, k, (host + nvme + spill) / n, key, waits, 0, at_start=(self.host, (host + nvme) / n),
-            at_finish=((DEVICE, -(host + nvme) / real),),
+            position, k, (host + nvme + spill) / n, key, waits, 0, at_start=(self.host, host / n),
         )  # fmt: skip
         self.swaps_out.append(out)
         if nvme:
             write = self.op(
                 Resource.SSD_WRITE, nvme / n, key, [(out, 0)], 0, ("save", position, k),
-                at_finish=((self.host, -nvme / n),),
             )  # fmt: skip
             self.saves.append(write)
             self.swapped[position, k] = write
@@ -217,14 +212,14 @@ class _Passes(Operations):
             self.last_in_ring[ring] = self.computes[-1]
 
     def _backward(self, position: int) -> None:
-        c, n, real = self.class_at[position], self.chunks, self.real_chunks
+        c, n = self.class_at[position], self.chunks
         entry, placed, cost = self.workload.classes[c], self.placed[c], self.costs[c]
         if not entry.visits_backward and not entry.trainable_params:
             return
         if entry.visits_backward:
             self._fetches(position, 1)
         turn = 2 * self.num_blocks - 1 - position
-        kept, host, nvme, again = self._amounts(position)
+        kept, host, nvme = self._amounts(position)
         moved = host + nvme
         plain = cost.backward_seconds - cost.backward_attention_seconds
         attended = cost.backward_attention_seconds
@@ -250,7 +245,7 @@ class _Passes(Operations):
                 deps.append((self._swap_in(position, k, host, nvme, extra, key), 0))
             compute = self.op(
                 Resource.COMPUTE, plain * linear + attended * attention, key, deps, 1, ("backward", position, k),
-                at_start=(DEVICE, again / real), at_finish=((DEVICE, -kept / n - (moved + again) / real),),
+                at_finish=((DEVICE, -kept / n),),
             )  # fmt: skip
             self.computes.append(compute)
             if moved:
@@ -264,7 +259,7 @@ class _Passes(Operations):
             self.updates.add(position, self.computes[-1], before, float(turn))
 
     def _swap_in(self, position: int, k: int, host: float, nvme: float, extra: float, key: float) -> int:
-        n, real, slots = self.chunks, self.real_chunks, self.knobs.buffers.swap_slots
+        n, slots = self.chunks, self.knobs.buffers.swap_slots
         moved = host + nvme
         deps: list[tuple[int, int]] = []
         if moved:
@@ -277,14 +272,12 @@ class _Passes(Operations):
                     waits.append((self.swaps_in_use[-2 * slots], 0))
                 read = self.op(
                     Resource.SSD_READ, nvme / n, key - 0.45, waits, 1, ("load", position, k),
-                    at_start=(self.host, nvme / n),
                 )  # fmt: skip
                 deps.append((read, 0))
         else:
             deps += [(self.computes[-2], 0)]
         return self.link_in(
-            position, k, (moved + extra) / n, key - 0.35, deps, 1, at_start=(DEVICE, moved / real),
-            at_finish=((self.host, -moved / n),),
+            position, k, (moved + extra) / n, key - 0.35, deps, 1, at_finish=((self.host, -host / n),),
         )  # fmt: skip
 
     def _finish(self) -> None:

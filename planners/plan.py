@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from planners.activations import ActivationPolicy
+from planners.layout import Arena, Buffer
 from planners.placement import (
     Buffers,
     ClassPlan,
@@ -29,7 +30,7 @@ from planners.placement import DecodeScope as DecodeScope
 from planners.placement import Tier as Tier
 from planners.training_state import StatePlacement as StatePlacement
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,8 @@ class Plan:
     """Of what trains in blocks; None where only adapters train."""
     boundary: Tier = Tier.DEVICE
     """Where the activations between two layers lie: DEVICE, or HOST, chunk by chunk, where a batch is too long."""
+    arenas: tuple[Arena, ...] = ()
+    """Where everything lies, if `classes` say what there is: each tier over a step, each class over a chunk."""
     predicted: dict[str, Any] = field(default_factory=dict)
     """What the planner expects of a steady step; see docs/planner.md."""
     version: int = PLAN_VERSION
@@ -114,6 +117,13 @@ class Plan:
             if entry.name == name:
                 return entry
         raise KeyError(f"plan: no class {name!r}")
+
+    def arena(self, name: str) -> Arena:
+        """The arena `name`. ValueError if the plan has none."""
+        for arena in self.arenas:
+            if arena.name == name:
+                return arena
+        raise ValueError(f"plan: no arena {name!r}; it says {[arena.name for arena in self.arenas]}")
 
     def predicted_bytes(self, tier: Tier) -> int:
         """Predicted peak of managed bytes in `tier`."""
@@ -156,6 +166,7 @@ class Plan:
                     "cuts": None if cuts is None else Cuts(**cuts),
                     "update_mode": UpdateMode(data["update_mode"]),
                     "boundary": Tier(data["boundary"]),
+                    "arenas": tuple(_arena(entry) for entry in data["arenas"]),
                 }
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -181,3 +192,8 @@ def _class_plan(data: dict[str, Any]) -> ClassPlan:
             for update in data["updates"]
         ),
     )
+
+
+def _arena(data: dict[str, Any]) -> Arena:
+    buffers = tuple(Buffer(**buffer) for buffer in data["buffers"])
+    return Arena(**{**data, "tier": Tier(data["tier"]), "buffers": buffers})

@@ -20,10 +20,10 @@ from enum import Enum
 from planners.hardware import Hardware
 from planners.model import Layer, Linear, ModelShape, stored_bytes
 from planners.placement import UpdateMode
+from planners.schedule import Phase
+from planners.trace import ITEM_BYTES, NUM_OPERATIONS, Saved, Transient, saved_tensors, transients
 from planners.units import ProblemError, nearest
 
-ITEM_BYTES = 2
-"""Of activations and unquantized weights: 16 bit."""
 HEAD_TILE_TOKENS = 1024
 """The loss is computed over so many tokens at a time, so that logits never exist whole."""
 MAX_TOKENS = 1 << 34
@@ -34,21 +34,6 @@ class Training(str, Enum):
 
     FULL = "full"
     ADAPTERS = "adapters"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """One thing that a block's backward needs again: kept, put away, or computed once more."""
-
-    name: str
-    bytes_per_token: float
-    flops_per_token: float = 0.0
-    """Of the products that make it again, from what is saved before it."""
-    is_attention: bool = False
-    """Made again by the block's attention."""
-    moved_bytes_per_token: float = 0.0
-    """By the element-wise operations that make it again."""
-    recomputable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +63,10 @@ class BlockClass:
     """Queries, keys, values and attention's result; 0 without attention."""
     attention_groups: int
     """Into how many groups attention can be cut (key heads)."""
-    forward_workspace_bytes: float
-    """Transient, per token of a chunk."""
-    backward_workspace_bytes: float
+    transients: tuple[Transient, ...]
+    """What comes and goes within a pass, per token of a chunk."""
+    num_operations: int = 1
+    """Of forward, in which `saved` and `transients` count ticks."""
     tile_bytes: int = 0
     """Transient, whatever the chunk (a tile of logits)."""
     visits_backward: bool = True
@@ -283,7 +269,7 @@ class _Maker:
         adapters = sum(map(self._adapter, linears))
         products = float(sum(linear.flops_per_token for linear in linears))
         full = self.rank is None
-        saved = self._saved(layer)
+        saved = saved_tensors(layer, self._adapter)
         return BlockClass(
             name=name,
             blocks=blocks,
@@ -301,48 +287,8 @@ class _Maker:
             saved=saved,
             attention_bytes=sum(s.bytes_per_token for s in saved if s.name in ("qkv", "attention")),
             attention_groups=layer.attention.kv_heads,
-            forward_workspace_bytes=ITEM_BYTES * (4 * hidden + layer.mlp_features),
-            backward_workspace_bytes=ITEM_BYTES * (8 * hidden + 2.5 * layer.mlp_features),
-        )
-
-    def _saved(self, layer: Layer) -> tuple[Saved, ...]:
-        """What autograd saves of a pre-norm layer, in the order in which it is made."""
-        hidden, attention = layer.hidden, layer.attention
-        row = ITEM_BYTES * hidden
-
-        def products(*stages: str) -> float:
-            return float(
-                sum(
-                    linear.flops_per_token + 2 * self._adapter(linear)
-                    for linear in layer.linears
-                    if linear.stage in stages
-                )
-            )
-
-        inner = sum(linear.active * linear.in_features for linear in layer.linears if linear.stage == "down")
-        heads_bytes = 4 * attention.kv_heads  # log-sum-exp, fp32, at least one for a key head
-        qkv = attention.query_features + attention.key_features + attention.value_features
-        return (
-            Saved(name="input", bytes_per_token=row, recomputable=False),
-            Saved(name="norm 1", bytes_per_token=row, moved_bytes_per_token=2 * row),
-            Saved(name="qkv", bytes_per_token=ITEM_BYTES * qkv, flops_per_token=products("qkv")),
-            Saved(
-                name="attention",
-                bytes_per_token=ITEM_BYTES * attention.output_features + heads_bytes,
-                is_attention=True,
-            ),
-            Saved(name="residual", bytes_per_token=row, flops_per_token=products("output")),
-            Saved(name="norm 2", bytes_per_token=row, moved_bytes_per_token=2 * row),
-            Saved(
-                name="up",
-                bytes_per_token=ITEM_BYTES * layer.mlp_features,
-                flops_per_token=products("up", "router"),
-            ),
-            Saved(
-                name="product",
-                bytes_per_token=ITEM_BYTES * inner,
-                moved_bytes_per_token=ITEM_BYTES * (layer.mlp_features + inner),
-            ),
+            transients=transients(layer),
+            num_operations=NUM_OPERATIONS,
         )
 
     def _embedding(self) -> BlockClass:
@@ -355,7 +301,7 @@ class _Maker:
             stored_bytes=ITEM_BYTES * params, decoded_bytes=0, largest_linear_bytes=0,
             trainable_params=params if self.rank is None else 0, forward_flops=0.0, backward_flops=0.0,
             attention_flops=0.0, moved_bytes=2 * row, saved=(), attention_bytes=0.0, attention_groups=1,
-            forward_workspace_bytes=row, backward_workspace_bytes=row, visits_backward=False,
+            transients=_workspace(row, row), visits_backward=False,
         )  # fmt: skip
 
     def _head(self, position: int) -> BlockClass:
@@ -371,7 +317,13 @@ class _Maker:
             trainable_params=params if full else 0, forward_flops=products,
             backward_flops=2 * products if full else products, attention_flops=0.0, moved_bytes=4 * row,
             saved=(Saved(name="input", bytes_per_token=row, recomputable=False),), attention_bytes=0.0,
-            attention_groups=1, forward_workspace_bytes=row, backward_workspace_bytes=2 * row,
+            attention_groups=1, transients=_workspace(row, 2 * row),
             # Logits in 16 and 32 bit, log-softmax, and the gradients of both.
             tile_bytes=HEAD_TILE_TOKENS * shape.vocabulary * (2 * ITEM_BYTES + 12),
         )  # fmt: skip
+
+
+def _workspace(forward: int, backward: int) -> tuple[Transient, ...]:
+    """Of a block that is one operation."""
+    sizes = ((Phase.FORWARD, forward), (Phase.BACKWARD, backward))
+    return tuple(Transient(name="workspace", bytes_per_token=n, phase=phase, begin=0, end=1) for phase, n in sizes)

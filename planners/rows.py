@@ -58,8 +58,11 @@ class Rows:
         self.fixed: dict[tuple[int, str], float] = dict.fromkeys(self.busy, 0.0)
         self.held: dict[str, Terms] = {"device": [], "host": [], "nvme": []}
         self.most: dict[tuple[str, str], int] = {}
-        self.serial: dict[int, Terms] = {phase: [] for phase in self.phases}
-        """What cannot hide behind computation, because there is one buffer for it; seconds over `unit`."""
+        self.serial: dict[tuple[int, str], Terms] = {}
+        """What cannot hide behind computation, because there is one buffer for it; seconds over `unit`.
+
+        By phase and by what it waits for: of several chains, each by itself bounds the phase.
+        """
         self.redone: Terms = []
         links, drives = self.hardware.links, bool(self.hardware.drives)
         self.rate = {
@@ -81,14 +84,18 @@ class Rows:
         else:
             self.busy[phase, resource].append((variable, seconds))
 
+    def wait(self, phase: int, chain: str, terms: Terms) -> None:
+        """`terms` (seconds over `unit`) come between computations of a phase, one after the other within a chain."""
+        self.serial.setdefault((phase, chain), []).extend(terms)
+
     def hold(self, tier: str, variable: int, num_bytes: float) -> None:
         self.held["device" if self.unified and tier == "host" else tier].append((variable, num_bytes / GB))
 
-    def largest(self, tier: str, name: str, terms: Terms, constant: float = 0.0) -> None:
-        """A buffer that must hold the largest of several needs, in bytes."""
+    def largest(self, tier: str, name: str, terms: Terms, constant: float = 0.0, *, count: int = 1) -> None:
+        """`count` buffers, each of which must hold the largest of several needs, in bytes."""
         tier = "device" if self.unified and tier == "host" else tier
         if (tier, name) not in self.most:
             self.most[tier, name] = self.program.variable(0.0, 1e7)
-            self.held[tier].append((self.most[tier, name], 1.0))
+            self.held[tier].append((self.most[tier, name], float(count)))
         least = [(self.most[tier, name], -1.0), *((v, a / GB) for v, a in terms)]
         self.program.at_most(least, -constant / GB)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from planners.arenas import peak_bytes
 from planners.cost import static_bytes
 from planners.passes import build_timeline
 from planners.placement import UpdateMode
@@ -45,7 +46,9 @@ class Simulation:
     busy_seconds: dict[str, float]
     """By resource, in one step, at full rate."""
     peak_bytes: dict[str, float]
-    """By tier: what lies there all the time, and the most in flight."""
+    """By tier: what the plan's layout takes."""
+    live_bytes: dict[str, float]
+    """By tier: the most that was live in it; at most `peak_bytes`, or the layout is not this plan's."""
     phase_peak_bytes: dict[str, dict[str, float]]
     """By tier and phase."""
     num_events: int
@@ -82,13 +85,14 @@ def simulate(
         if resource != Resource.NONE:
             busy[Resource(resource).name.lower()] += seconds
     tiers = ("device", "host")
-    peaks = {tier: static[tier] + max(run.peaks[i]) for i, tier in enumerate(tiers)}
+    live = {tier: static[tier] + max(run.peaks[i]) for i, tier in enumerate(tiers)}
     phases = {tier: {p: static[tier] + run.peaks[i][k] for k, p in enumerate(PHASES)} for i, tier in enumerate(tiers)}
     begin = run.ends[-2]
     return Simulation(
         step_seconds=run.ends[-1] - run.ends[-2],
         busy_seconds=busy,
-        peak_bytes={**peaks, "nvme": static["nvme"]},
+        peak_bytes=peak_bytes(problem, plan),
+        live_bytes={**live, "nvme": static["nvme"]},
         phase_peak_bytes=phases,
         num_events=run.num_events,
         events=tuple(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planners.arenas import demands
 from planners.cost import (
     EDGE_SLOTS,
     ClassCost,
@@ -25,7 +26,6 @@ from planners.cost import (
     num_chunks,
 )
 from planners.expand import Fractions, UpdateKey
-from planners.passes import MAX_SIMULATED_CHUNKS
 from planners.placement import Tier, UpdatePlace
 from planners.problem import BlockClass, Problem
 from planners.program import Solution, Terms
@@ -133,7 +133,8 @@ class _Builder(Rows):
             self.work(phase, "ssd_read", nvme, count * size)
             if entry.is_layer and self.knobs.slots == 1 and not self.unified:
                 seconds = count * size / self.rate["host_to_device"] / self.unit
-                self.serial[phase] += [(host, seconds), (nvme, seconds)]
+                for chain in ("gradients", "state"):
+                    self.wait(phase, chain, [(host, seconds), (nvme, seconds)])
         self.hold("device", device, n * size)
         self.hold("host", host, n * size)
         self.hold("nvme", nvme, n * size * (2 if self.workload.mutable else 1))
@@ -148,9 +149,8 @@ class _Builder(Rows):
     def _tokens(self, entry: BlockClass, again: tuple[float, ...]) -> tuple[tuple[int, int, int, int], ...]:
         workload, slots = self.workload, self.knobs.buffers.swap_slots
         real = num_chunks(self.problem, self.knobs.cuts)
-        simulated = min(real, MAX_SIMULATED_CHUNKS)
         found = []
-        moving: Terms = []
+        slot: Terms = []
         staged: Terms = []
         for saved, seconds in zip(entry.saved, again, strict=True):
             size = saved.bytes_per_token * workload.tokens
@@ -171,18 +171,25 @@ class _Builder(Rows):
                 self.work(BACKWARD, "host_to_device", swapped, n * size)
                 if self.knobs.boundary is Tier.HOST and saved.name == "input":
                     self.work(FORWARD, "host_to_device", swapped, n * size)
-                moving.append((swapped, (slots + 1) * size / real))
+                slot.append((swapped, size / real))
             self.work(FORWARD, "ssd_write", nvme, n * size)
             self.work(BACKWARD, "ssd_read", nvme, n * size)
-            staged.append((nvme, 2 * (slots + 1) * size / simulated))
-            moving.append((redo, size / real))
+            staged.append((nvme, 2 * slots * size / real))
             self.hold("device", kept, n * size)
             self.hold("host", host, n * size)
             self.hold("nvme", nvme, n * size)
             found.append((redo, nvme, host, kept))
-        if found:
-            self.largest("device", "activations in flight", moving)
-            self.largest("host", "staging of activations", staged)
+        self.largest("device", "swap slots", slot, count=slots)
+        self.largest("host", "staging of activations", staged)
+        for demand in demands(self.problem, self.knobs, entry):
+            # A chunk in a layer may use what is free of its slot; see `arenas`.
+            own = self.most["device", "swap slots"]
+            live: Terms = [(own, -GB)] if entry.num_operations > 1 else []
+            for j, (redo, nvme, host, _) in enumerate(found):
+                each = entry.saved[j].bytes_per_token * workload.tokens / real
+                live += [(redo, each)] if demand.again[j] else []
+                live += [(nvme, each), (host, each)] if demand.swapped[j] and entry.num_operations > 1 else []
+            self.largest("device", "a chunk", live, demand.fixed_bytes)
         return tuple(found)
 
     def _rows(self) -> None:
@@ -193,9 +200,6 @@ class _Builder(Rows):
                 program.at_most([(time, -1.0), *terms], -self.fixed[phase, resource])
                 for variable, seconds in terms:
                     program.cost[variable] += self.price * PRICES.get(resource, 0.0) * seconds
-            if self.serial[phase]:
-                again = self.redone if phase == BACKWARD else []
-                program.at_most([(time, -1.0), *again, *self.serial[phase]], -self.fixed[phase, "compute"])
             for one, other, share in (
                 ("host_to_device", "device_to_host", hardware.links.duplex),
                 ("ssd_read", "ssd_write", hardware.drive_mix),
@@ -203,6 +207,9 @@ class _Builder(Rows):
                 both = self.busy[phase, one] + self.busy[phase, other]
                 constant = self.fixed[phase, one] + self.fixed[phase, other]
                 program.at_most([(time, -1.0 - share), *both], -constant)
+        for (phase, _), terms in self.serial.items():
+            again = self.redone if phase == BACKWARD else []
+            program.at_most([(self.times[phase], -1.0), *again, *terms], -self.fixed[phase, "compute"])
         fixed = {
             "device": sum(fixed_device_bytes(self.problem, self.knobs).values()),
             "host": sum(fixed_host_bytes(self.problem, self.knobs).values()),

@@ -28,6 +28,7 @@ class UpdateRows:
         state, gradient = workload.state_bytes_per_param * params, workload.gradient_bytes_per_param * params
         new = workload.weight_bytes_per_param * params
         copies = 2 if mode is UpdateMode.SPECULATIVE else 1
+        alone = entry.is_layer and self.knobs.buffers.gradient_slots == 1 and not workload.pinned
         found: dict[UpdateKey, int] = {}
         for key in self._update_keys():
             tier, place, deferred = key
@@ -37,18 +38,18 @@ class UpdateRows:
             if place is UpdatePlace.CPU:
                 self.rows.work(phase, "cpu", x, n * params / self.hardware.host.adamw_params_per_second)
                 self.rows.work(BACKWARD, "device_to_host", x, n * gradient)
-                if entry.is_layer and self.knobs.buffers.gradient_slots == 1 and not workload.pinned:
-                    self.rows.serial[BACKWARD].append(
-                        (x, n * gradient / self.rows.rate["device_to_host"] / self.rows.unit)
-                    )
+                if alone:
+                    out = n * gradient / self.rows.rate["device_to_host"] / self.rows.unit
+                    self.rows.wait(BACKWARD, "gradients", [(x, out)])
                 if stays:
                     self.rows.hold("host", x, n * gradient)
-                self.rows.largest("host", "gradients", [(x, gradient * self.knobs.buffers.host_gradient_slots)])
             else:
                 self.rows.work(phase, "compute", x, n * params / self.hardware.device.adamw_params_per_second)
                 if tier is not Tier.DEVICE:
                     self.rows.work(phase, "host_to_device", x, n * state)
                     self.rows.work(phase, "device_to_host", x, n * state)
+                    if alone and not stays:
+                        self._state_alone(x, n * state, tier)
                 if stays and not workload.pinned:
                     self.rows.hold("device", x, n * gradient)
             if tier is Tier.NVME:
@@ -63,6 +64,10 @@ class UpdateRows:
                     self.rows.work(phase, "ssd_write", x, n * state / (workload.commit_every or 1))
                     if tier is Tier.DEVICE:
                         self.rows.work(phase, "device_to_host", x, n * state / (workload.commit_every or 1))
+        if mode in (UpdateMode.BACKWARD, UpdateMode.DEFERRED):
+            passing = [(x, gradient) for (_, place, deferred), x in found.items()
+                       if place is UpdatePlace.CPU and not deferred]  # fmt: skip
+            self.rows.largest("host", "gradients", passing, count=self.knobs.buffers.host_gradient_slots)
         program.row([(x, 1.0) for x in found.values()], 1.0, 1.0)
         self._staging(entry, found, state)
         self._new_weights(entry, weights, found, new)
@@ -71,6 +76,14 @@ class UpdateRows:
             self.rows.work(last, "ssd_write", None, n * new / workload.commit_every)
             self.rows.work(last, "device_to_host", None, n * new / workload.commit_every)
         return found
+
+    def _state_alone(self, x: int, num_bytes: float, tier: Tier) -> None:
+        """The gradients' one slot is free when the state has come to the device, and gone."""
+        rows = self.rows
+        if not self.unified:
+            rows.wait(BACKWARD, "state", [(x, num_bytes / rows.rate["host_to_device"] / rows.unit)])
+        if tier is Tier.NVME and self.knobs.update_mode is UpdateMode.DEFERRED:  # which does not read it ahead
+            rows.wait(BACKWARD, "read", [(x, num_bytes / rows.rate["ssd_read"] / rows.unit)])
 
     def _update_keys(self) -> list[UpdateKey]:
         mode, freedoms = self.knobs.update_mode, self.rows.freedoms

@@ -10,7 +10,7 @@ backward, so that the first block that is not done always has what it waits for.
 
 from __future__ import annotations
 
-from planners.cost import state_bytes
+from planners.cost import passing_gradient_bytes, state_bytes
 from planners.placement import ClassPlan, Tier, Update, UpdateMode, UpdatePlace
 from planners.problem import BlockClass, Problem
 from planners.timeline import DEVICE, Operations, Resource
@@ -37,17 +37,10 @@ class Updates:
 
     def _pools(self) -> list[float]:
         """[Note: order of credits]"""
-        workload, buffers = self.workload, self.knobs.buffers
-        largest = max(workload.gradient_bytes_per_param * e.trainable_params for e in workload.classes)
-        held = sum(
-            e.count * workload.gradient_bytes_per_param * u.params
-            for e, p in zip(workload.classes, self.step.placed, strict=True)
-            for u in p.updates
-            if u.deferred and u.place is UpdatePlace.CPU
-        )
-        retains = self.plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE)
+        buffers = self.knobs.buffers
+        passing = passing_gradient_bytes(self.problem, self.plan)
         return [
-            float("inf") if retains else float(buffers.host_gradient_slots * largest + held) + 1.0,
+            float(buffers.host_gradient_slots * passing) + 1.0,
             float(buffers.state_slots),
             2.0,
         ]
@@ -61,10 +54,12 @@ class Updates:
         on_cpu = sum(u.params for u in placed.updates if u.place is UpdatePlace.CPU)
         gradient = None
         if on_cpu:
+            staying = each * sum(u.params for u in placed.updates if self._stays(u) and u.place is UpdatePlace.CPU)
             gradient = self.step.link_out(
-                position, 0, each * on_cpu, key, [(computed, 0)], 1, at_start=(self.host, each * on_cpu)
+                position, 0, each * on_cpu, key, [(computed, 0)], 1, at_start=(self.host, staying)
             )
-            self.timeline.acquire[gradient] = (GRADIENTS, each * on_cpu)
+            if staying < each * on_cpu:
+                self.timeline.acquire[gradient] = (GRADIENTS, each * on_cpu - staying)
         waits: list[tuple[int, int]] = []
         if mode is UpdateMode.AFTER or (mode is UpdateMode.DEFERRED and workload.clips):
             waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
@@ -74,11 +69,9 @@ class Updates:
         for which, update in enumerate(placed.updates):
             if not update.params:
                 continue
-            if update.place is UpdatePlace.DEVICE and (mode is not UpdateMode.BACKWARD) and not workload.pinned:
-                held = each * update.params
-                if mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE) or update.deferred:
-                    self.timeline.at_finish[computed].append((DEVICE, held))
-                    self.retained.append((DEVICE, held))
+            if update.place is UpdatePlace.DEVICE and self._stays(update) and not workload.pinned:
+                self.timeline.at_finish[computed].append((DEVICE, each * update.params))
+                self.retained.append((DEVICE, each * update.params))
             pieces = self.knobs.buffers.buckets_per_block
             for bucket in range(which * pieces, (which + 1) * pieces):
                 done, wrote = self._bucket(position, update, bucket, gradient, computed, before, waits, key)
@@ -93,6 +86,10 @@ class Updates:
             holders += on_device
         if holders:
             self.gradients_gone.append(self.step.join(holders, key, ("gradient gone", position, 0)))
+
+    def _stays(self, update: Update) -> bool:
+        """Whether its gradients wait for all others, in a place of their own, and pass through no ring."""
+        return update.deferred or self.plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE)
 
     def _bucket(
         self, position: int, update: Update, bucket: int, gradient: int | None, computed: int, before: int,
@@ -116,17 +113,18 @@ class Updates:
             ahead = not waits and self.barrier
             read = self.step.op(
                 Resource.SSD_READ, state, key, [(before, 0)] if ahead else list(source), phase,
-                ("read state", position, bucket), at_start=(self.host, state), acquire=(STATES, 1.0),
+                ("read state", position, bucket), acquire=(STATES, 1.0),
             )  # fmt: skip
             source = [(read, 0), *source]
         speculative = self.plan.update_mode is UpdateMode.SPECULATIVE
         if update.place is UpdatePlace.CPU:
-            freed: tuple[tuple[int, float], ...] = () if speculative else ((self.host, -each),)
+            stays = self._stays(update)
             if speculative:
                 self.retained.append((self.host, each))
             done = self.step.op(
                 Resource.CPU, params / hardware.host.adamw_params_per_second, key, source, phase, label,
-                at_finish=freed, release=(GRADIENTS, each),
+                at_finish=((self.host, -each),) if stays and not speculative else (),
+                release=None if stays else (GRADIENTS, each),
             )  # fmt: skip
         else:
             moves = update.tier is not Tier.DEVICE and not hardware.unified and state > 0
@@ -142,7 +140,7 @@ class Updates:
             return done, None
         write = self.step.op(
             Resource.SSD_WRITE, state, key, [(done, 0)], phase, ("write state", position, bucket),
-            at_finish=((self.host, -state),), release=(STATES, 1.0),
+            release=(STATES, 1.0),
         )  # fmt: skip
         return done, write
 

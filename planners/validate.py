@@ -10,11 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from planners.arenas import (
+    chunk_arena_name,
+    chunk_buffers,
+    peak_bytes,
+    slot_buffers,
+    step_buffers,
+    swapped_bytes,
+)
 from planners.cost import capacities, class_costs, fetch_counts, knobs_of
 from planners.errors import format_bytes
+from planners.layout import Arena, Buffer
 from planners.placement import Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Problem
+from planners.schedule import Phase
 from planners.simulate import Event, Simulation, simulate
 from planners.timeline import Resource
 
@@ -30,6 +40,7 @@ def check(problem: Problem, plan: Plan) -> Simulation:
     check_fingerprints(problem, plan)
     check_placement(problem, plan)
     check_modes(problem, plan)
+    check_layout(problem, plan)
     replay = simulate(problem, plan, keep_events=True)
     check_capacity(problem, replay)
     check_busy(problem, plan, replay)
@@ -122,8 +133,59 @@ def check_modes(problem: Problem, plan: Plan) -> None:
             raise InvalidPlan(f"class {entry.name!r} uses HOST, which is DEVICE on this machine")
 
 
+def check_layout(problem: Problem, plan: Plan) -> None:
+    """Everything that a step needs has a place, nothing live overlaps, and what is promised is what is laid out."""
+    chunks = {chunk_arena_name(entry, phase): (entry, phase) for entry in problem.workload.classes for phase in Phase}
+    tiers = ["device"] if problem.hardware.unified else ["device", "host"]
+    names = [arena.name for arena in plan.arenas]
+    if sorted(names) != sorted([*tiers, *chunks]):
+        raise InvalidPlan(f"lays out {names}, a step has {[*tiers, *chunks]}")
+    slots = {plan.arena(name).slot_bytes for name in chunks}
+    if len(slots) > 1:
+        raise InvalidPlan(f"its chunks have swap slots of different sizes: {sorted(slots)} bytes")
+    for arena in plan.arenas:
+        if arena.name in chunks:
+            entry, phase = chunks[arena.name]
+            wanted = chunk_buffers(problem, plan, entry, phase)
+            wanted += slot_buffers(problem, plan, entry, phase, arena.slot_bytes)
+            if swapped_bytes(problem, plan, entry, phase) > arena.slot_bytes:
+                raise InvalidPlan(f"arena {arena.name!r}: what is swapped of a chunk is more than a slot")
+        else:
+            wanted = step_buffers(problem, plan, Tier(arena.name))
+        check_arena(arena, wanted)
+    promised = plan.predicted.get("peak_bytes")
+    if promised is not None and promised != {t: round(n) for t, n in peak_bytes(problem, plan).items()}:
+        raise InvalidPlan(f"promises peaks of {promised} bytes, its layout takes {peak_bytes(problem, plan)}")
+
+
+def check_arena(arena: Arena, wanted: Sequence[Buffer]) -> None:
+    """The arena holds what is `wanted`, tick by tick side by side, within its bytes and on one side of its slot."""
+    for buffer in arena.buffers:
+        if buffer.end_bytes > arena.num_bytes:
+            raise InvalidPlan(f"arena {arena.name!r}: {buffer.name!r} ends at {buffer.end_bytes} of {arena.num_bytes}")
+        if buffer.offset_bytes < arena.slot_bytes < buffer.end_bytes:
+            raise InvalidPlan(f"arena {arena.name!r}: {buffer.name!r} lies across the end of the slot")
+    have = sorted((b.name, b.begin, b.end, b.num_bytes) for b in arena.buffers)
+    needs = sorted((b.name, b.begin, b.end, b.num_bytes) for b in wanted)
+    if [h[:3] for h in have] != [n[:3] for n in needs]:
+        odd = sorted({h[:3] for h in have} ^ {n[:3] for n in needs})
+        raise InvalidPlan(f"arena {arena.name!r}: holds other things than the plan needs: {odd[:3]}")
+    for (name, *_, size), (*_, need) in zip(have, needs, strict=True):
+        if size < need:
+            raise InvalidPlan(f"arena {arena.name!r}: {name!r} has {size} bytes and needs {need}")
+    for tick in range(arena.period):
+        live = [b for b in arena.buffers if b.begin <= tick < b.end or b.begin <= tick + arena.period < b.end]
+        live.sort(key=lambda b: b.offset_bytes)
+        for low, high in zip(live, live[1:], strict=False):
+            if high.offset_bytes < low.end_bytes:
+                raise InvalidPlan(f"arena {arena.name!r}, tick {tick}: {low.name!r} and {high.name!r} overlap")
+
+
 def check_capacity(problem: Problem, replay: Simulation) -> None:
-    """No tier holds more than it may, in any phase."""
+    """No tier holds more than it may, in any phase, and the replay no more than the layout has room for."""
+    for tier, live in replay.live_bytes.items():
+        if live > replay.peak_bytes[tier] + 1:
+            raise InvalidPlan(f"{live:.0f} bytes of {tier} are live at once, the layout has {replay.peak_bytes[tier]}")
     for tier, capacity in capacities(problem).items():
         need = replay.peak_bytes[tier]
         if need > capacity:

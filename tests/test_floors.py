@@ -78,9 +78,10 @@ FLOORS = {
 """A folder's floor holds for all modules in it."""
 
 PLANNERS = [
-    "errors", "units", "schedule", "placement", "activations", "training_state", "plan", "streaming", "hardware",
-    "model", "architectures", "problem", "cost", "timeline", "updates", "passes", "simulate", "validate", "expand",
-    "greedy", "program", "rows", "update_rows", "steady", "mip", "policies", "explain", "render", "command",
+    "errors", "units", "schedule", "placement", "activations", "layout", "training_state", "plan", "streaming",
+    "hardware", "model", "architectures", "trace", "problem", "cost", "arenas", "timeline", "updates", "passes",
+    "simulate", "validate", "expand", "greedy", "program", "rows", "update_rows", "steady", "mip", "policies",
+    "explain", "render", "command",
     "__main__",
 ]  # fmt: skip
 """Each may import those before it."""
