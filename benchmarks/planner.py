@@ -23,11 +23,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from planners.architectures import find_model
 from planners.errors import PlanInfeasible
 from planners.greedy import plan_greedy
 from planners.hardware import Drive, Hardware, Links, named_hardware
 from planners.mip import plan_optimal
+from planners.models import find_model
 from planners.placement import UpdateMode
 from planners.problem import Capabilities, Problem, make_workload
 from planners.rows import Freedoms

@@ -26,14 +26,15 @@ example:
   offload-rt plan --model llama3-70b --gpu rtx4090 --host-memory 64GiB --nvme 2TB@7.0r/5.0w \\
       --bits 4 --adapters lora:r=16 --seq-len 4096 --batch-size 8
 
-MODEL is a config.json, a folder with one, or a well-known name. Times are predictions of a simulator.
+MODEL is a config.json, a folder with one or with safetensors files, such a file, or a well-known name.
+Times are predictions of a simulator.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     what = parser.add_argument_group("what")
-    what.add_argument("--model", required=True, metavar="MODEL", help="config.json, its folder, or a well-known name")
+    what.add_argument("--model", required=True, metavar="MODEL", help="config.json, folder, safetensors file, or name")
     what.add_argument("--bits", type=int, help="4: frozen weights as NF4; left out: 16 bit")
     what.add_argument("--adapters", metavar="KIND", help="lora:r=16,targets=q_proj+v_proj (default: lora:r=16)")
     what.add_argument("--full", action="store_true", help="train all parameters")
@@ -134,8 +135,8 @@ def _write(path: str, text: str) -> None:
 
 def problem_of(arguments: argparse.Namespace) -> Problem:
     """The question that the options ask."""
-    from planners.architectures import find_model
     from planners.hardware import load_hardware, named_hardware, parse_drive, with_budgets
+    from planners.models import find_model
     from planners.problem import Problem, make_workload
 
     if arguments.gpu and arguments.hardware:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from planners import layout
-from planners.architectures import find_model, shape_from_config
+from planners.architectures import shape_from_config
 from planners.arenas import chunk_arena_name, demands, retained_gradients
 from planners.cost import knobs_of, num_chunks
 from planners.layout import ALIGNMENT_BYTES, Buffer, lay_out, live_bytes
+from planners.models import find_model
 from planners.placement import Buffers, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Problem, make_workload

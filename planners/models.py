@@ -1,0 +1,62 @@
+"""What `--model` names: a well-known name, a config.json, a folder, or safetensors files.
+
+A family that is known here is counted by its own function. Any other is taken from the headers of the safetensors files
+beside its configuration, or built by transformers on the meta device; both say what its parameters are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from planners.architectures import FAMILIES, Config, known_shape, model_type, shape_from_config, unknown_type
+from planners.headers import read_headers
+from planners.meta_model import NotThere, parameter_shapes
+from planners.model import ModelShape
+from planners.tensors import Hints, shape_from_tensors
+from planners.units import JsonFile, ProblemError, nearest
+from planners.well_known import NAMED
+
+
+def find_model(name_or_path: str) -> ModelShape:
+    """The shape of what is named. `ProblemError` names the nearest match, or path, line and key."""
+    name, path = name_or_path.lower(), Path(name_or_path)
+    if name in NAMED:
+        return shape_from_config(NAMED[name], name)
+    if path.suffix == ".safetensors" and path.is_file():
+        return shape_from_tensors(path.stem, read_headers(path), Hints())
+    if path.is_dir() and not (path / "config.json").exists():
+        return shape_from_tensors(path.name, read_headers(path), Hints())
+    if path.exists():
+        return read_config(path)
+    if "/" in name_or_path or path.suffix in (".json", ".safetensors"):
+        raise ProblemError(f"model: no file {name_or_path!r}, and no well-known name; {nearest(name, NAMED)}")
+    raise ProblemError(f"model: unknown {name_or_path!r}; {nearest(name, NAMED)}")
+
+
+def read_config(path: Path | str) -> ModelShape:
+    """The shape in a `config.json`, or in the folder that holds one. `ProblemError` names path, line and key."""
+    path = Path(path)
+    file = JsonFile.load(path / "config.json" if path.is_dir() else path)
+    if model_type(file) in FAMILIES:
+        return known_shape(file)
+    folder = path if path.is_dir() else path.parent
+    if any(folder.glob("*.safetensors")):
+        return shape_from_tensors(folder.name, read_headers(folder), _hints(file))
+    try:
+        return shape_from_tensors(model_type(file), parameter_shapes(file.data), _hints(file))
+    except NotThere as error:
+        raise ProblemError(f"{unknown_type(file)} (and {error})") from error
+
+
+def _hints(file: JsonFile) -> Hints:
+    config = Config(file)
+
+    def size(*keys: str) -> int | None:
+        return next((config.size(key) for key in keys if config.data.get(key) is not None), None)
+
+    slides = config.data.get("sliding_window") and config.flag("use_sliding_window", True)
+    return Hints(
+        kv_heads=size("num_key_value_heads", "num_kv_heads", "num_attention_heads", "n_head"),
+        active_experts=size("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
+        window=config.window() if slides else None,
+    )
