@@ -133,7 +133,8 @@ _DRIVE_LIMITS = {
     "endurance_bytes": (0, 1 << 70),
 }
 _TOP = ("schema", "name", "device", "host", "links", "drives", "drive_mix", "max_drive_read_bytes_per_second",
-        "max_drive_write_bytes_per_second", "unified")  # fmt: skip
+        "max_drive_write_bytes_per_second", "unified", "measured")  # fmt: skip
+"""`measured` is how steady the numbers were, where they were measured: for people, not for plans."""
 
 
 def load_hardware(path: Path | str) -> Hardware:
@@ -154,6 +155,8 @@ def load_hardware(path: Path | str) -> Hardware:
     unified = data.get("unified", False)
     if not isinstance(unified, bool):
         raise file.error(("unified",), f"expected true or false, got {unified!r}")
+    if not isinstance(data.get("measured", {}), dict):
+        raise file.error(("measured",), f"expected an object, got {type(data['measured']).__name__}")
     name = data.get("name", Path(path).stem)
     if not isinstance(name, str):
         raise file.error(("name",), f"expected a text, got {name!r}")

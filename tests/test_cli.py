@@ -76,7 +76,7 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["xyz"], "unknown command 'xyz'; allowed: clean, doctor, plan, train"),
+        (["xyz"], "unknown command 'xyz'; allowed: calibrate, clean, doctor, plan, train"),
         (["train", "--modle=x"], "unknown option --modle; did you mean '--model'?"),
         (["train", "--mod", "x"], "unknown option --mod; did you mean '--model'?"),
         (["train", "--model", "x"], "required: --data, --out (see offload-rt train --help)"),

@@ -44,6 +44,7 @@ def test_an_unknown_gpu_gets_the_nearest():
         (lambda d: d.update(unified=1), "unified: expected true or false"),
         (lambda d: d.update(unified=True), "host.memory_bytes: must be 0"),
         (lambda d: d.update(name=3), "name: expected a text"),
+        (lambda d: d.update(measured=3), "measured: expected an object"),
     ],
 )
 def test_a_bad_profile_names_path_line_and_key(tmp_path, change, message):

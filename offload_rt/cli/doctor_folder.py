@@ -1,7 +1,7 @@
 """`doctor`'s look at one folder: what it is, whether it can be read past the page cache, how fast. It tries, on a file.
 
 The probe file is made inside the folder, has no name there where the file system allows that, and is gone
-afterwards. The speeds are of a second each: an indication, not a measurement (`calibrate` will measure).
+afterwards. The speeds are of a second each: an indication, not a measurement (`calibrate` measures).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from offload_rt.errors import ConfigError, DataError, OffloadError, PlanInfeasib
 
 COMMANDS = {
     "plan": "what would happen, before anything does: no GPU, no weights, no torch",
+    "calibrate": "measure this machine, in less than a minute, for plan --hardware",
     "train": "fine-tune a model on your data",
     "doctor": "what this machine offers, tried out; paste it into an issue",
     "clean": "list, and with --yes remove, weight stores that no run uses",
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    commands = "".join(f"  {name:<8} {text}\n" for name, text in COMMANDS.items())
+    commands = "".join(f"  {name:<10} {text}\n" for name, text in COMMANDS.items())
     return (
         textwrap.dedent(
             """\
