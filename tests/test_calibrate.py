@@ -9,8 +9,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from offload_rt import calibrate
-from offload_rt.calibrate import Bench, Cpu, Sizes, Spread, keep, measure, remembered
+from offload_rt import bench, calibrate
+from offload_rt.bench import Bench, Cpu, Sizes, Spread
+from offload_rt.calibrate import keep, measure, remembered
 from offload_rt.cli import calibrate as command
 from offload_rt.cli.main import main
 from offload_rt.errors import ConfigError, StorageError, StorageFull
@@ -92,7 +93,8 @@ class SlowLinks(Links):
 
 
 def test_throttled_links_and_drives_are_measured_as_such(monkeypatch, disk_folder):
-    monkeypatch.setattr(calibrate, "Links", SlowLinks)
+    for module in (bench, calibrate):
+        monkeypatch.setattr(module, "Links", SlowLinks)
     hardware = measure("cpu", (disk_folder,), TINY).hardware
     slow = TINY.copy_bytes / SLEEP_SECONDS
     assert hardware.links.host_to_device_bytes_per_second <= slow
@@ -109,8 +111,9 @@ def test_writes_are_measured_as_writes(monkeypatch, disk_folder):
             moved.append((self.counters.bytes_read, self.counters.bytes_written, self.counters.bytes_copied))
             super().close()
 
-    monkeypatch.setattr(calibrate, "Links", Counting)
-    monkeypatch.setattr(calibrate, "drive_profile", lambda folder, io: calibrate.DriveProfile())
+    for module in (bench, calibrate):
+        monkeypatch.setattr(module, "Links", Counting)
+    monkeypatch.setattr(calibrate, "drive_profile", lambda folder, io: bench.DriveProfile())
     measure("cpu", (disk_folder,), TINY)
     one, four = TINY.operation_bytes, 4 * TINY.operation_bytes
     passes = TINY.passes + 1
@@ -127,10 +130,10 @@ def test_two_directions_gain_between_nothing_and_everything():
 
 def test_a_rate_is_a_median_with_quartiles(monkeypatch):
     times = iter([0.0, *[at for took in (1.0, 2.0, 4.0, 5.0, 10.0) for at in (0.0, took)], 1e9])
-    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(times))
-    bench = Bench(Cpu(), Sizes(seconds=0.0, passes=5))
-    assert bench.rate("x", (lambda: None, 20.0)) == 5.0
-    assert bench.spread["x"] == Spread(5.0, 3.0, 15.0, 5)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
+    five = Bench(Cpu(), Sizes(seconds=0.0, passes=5))
+    assert five.rate("x", (lambda: None, 20.0)) == 5.0
+    assert five.spread["x"] == Spread(5.0, 3.0, 15.0, 5)
 
 
 def test_nothing_of_the_caller_changes():
@@ -208,7 +211,7 @@ def test_a_drive_that_fails_says_where(monkeypatch, disk_folder):
         raise StorageError("made to fail", path=str(disk_folder), errno=5)
 
     monkeypatch.setattr(calibrate.Links, "write", broken)
-    monkeypatch.setattr(calibrate, "drive_profile", lambda folder, io: calibrate.DriveProfile())
+    monkeypatch.setattr(calibrate, "drive_profile", lambda folder, io: bench.DriveProfile())
     with pytest.raises(StorageError, match="made to fail"):
         measure("cpu", (disk_folder,), TINY)
     assert os.listdir(disk_folder) == []
@@ -225,7 +228,7 @@ def test_a_further_device_is_a_further_entry(monkeypatch):
         def synchronize(self):
             Other.waits += 1
 
-    monkeypatch.setitem(calibrate.DEVICES, "other", Other)
+    monkeypatch.setitem(bench.DEVICES, "other", Other)
     hardware = measure("other", (), TINY).hardware
     assert (hardware.name, hardware.unified) == ("another", False) and hardware.host.memory_bytes > 0
     assert Other.waits >= 12 * TINY.passes

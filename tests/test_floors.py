@@ -69,6 +69,8 @@ FLOORS = {
     "offload_rt.optim": 1.7,
     "offload_rt.optimizer": 8.2,
     "offload_rt.calibrate": 8.2,
+    "offload_rt.bench": 8.2,
+    "offload_rt.calibrate": 8.4,
     "offload_rt.workload": 8.5,
     "offload_rt.state_assembly": 8.8,
     "offload_rt.assembly": 9.0,

@@ -40,11 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"nvme: {drive.path} is not a folder")
     folders = tuple(drive.path.resolve() for drive in drives)
     from offload_rt import calibrate
+    from offload_rt.bench import DEVICES
 
-    if arguments.device not in calibrate.DEVICES:
-        raise ConfigError(
-            f"device: {arguments.device!r} cannot be calibrated yet; allowed: {', '.join(calibrate.DEVICES)}"
-        )
+    if arguments.device not in DEVICES:
+        raise ConfigError(f"device: {arguments.device!r} cannot be calibrated yet; allowed: {', '.join(DEVICES)}")
     known = calibrate.identity(arguments.device, folders)
     name = f"calibration-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]}"
     say = sys.stderr.write if arguments.out == "-" else sys.stdout.write
