@@ -139,7 +139,7 @@ def main() -> None:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         head = {
             "commit": asked.stdout.strip(), "command": " ".join(["python -m benchmarks.planner", *sys.argv[1:]]),
-            "python": platform.python_version(), "what": "model results; only plan_seconds are measured: processor time",
+            "python": platform.python_version(), "what": "model results; plan_seconds are measured (processor)",
         }  # fmt: skip
         arguments.out.write_text(json.dumps({**head, **result}, indent=1) + "\n")
 
