@@ -442,7 +442,7 @@ class _Assembly:
 
         shared: dict[str, Any] = {
             "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
-            "between": between, "deliver": deliver, "micro_batch": runtime.turns.current,
+            "between": between, "deliver": deliver, "together": lambda: runtime.turns.active,
         }  # fmt: skip
         policy = policy_of(self.plan, draft)
         if policy is None or runtime.tokenwise is None:

@@ -63,10 +63,10 @@ class RecomputedLayer:
         counters: LayerCounters | None = None,
         between: Callable[[], None] = lambda: None,
         deliver: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
-        micro_batch: Callable[[], int | None] = lambda: None,
+        together: Callable[[], bool] = lambda: False,
     ) -> None:
         """`deliver` takes the gradients of the block's own parameters, by index, where these train; None: frozen.
-        `micro_batch` numbers those that go through the model together.
+        `together` is whether several backward passes go through the model together.
         """
         self.layer = layer
         self.block = block
@@ -79,9 +79,9 @@ class RecomputedLayer:
         self._deliver = deliver
         self._open_calls: weakref.WeakSet[Call] = weakref.WeakSet()
         """Those whose backward may come."""
-        self._sums: dict[int | None, dict[int, torch.Tensor]] = {}
-        """Gradients for `deliver` by micro-batch: those of a layer that it calls more than once are summed."""
-        self.micro_batch = micro_batch
+        self._sums: dict[int, dict[int, torch.Tensor]] = {}
+        """Gradients for `deliver` by backward pass: those of a layer that it calls more than once are summed."""
+        self._together = together
         stored = {id(binding.parameter) for binding in block.bindings}
         self._own = [p for p in layer.parameters() if id(p) not in stored]
         self._bindings = block.bindings
@@ -122,18 +122,24 @@ class RecomputedLayer:
         return found
 
     def hand_over(self, call: Call, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Takes the gradients of `call.streamed`; delivers those of a micro-batch when its last call is through."""
+        """Takes the gradients of `call.streamed`; delivers the layer's once this pass comes to no other call of it.
+
+        Calls of other graphs do not count: somebody may keep the loss of a batch that is never gone back through.
+        """
         self._open_calls.discard(call)
         if self._deliver is None:
             return
+        this_pass = torch._C._current_graph_task_id()
+        if not self._together():  # what another pass has left was cut off by an exception
+            self._sums = {number: sums for number, sums in self._sums.items() if number == this_pass}
         index_of = {id(binding.parameter): index for index, binding in enumerate(self._bindings)}
-        sums = self._sums.setdefault(call.micro_batch, {})
+        sums = self._sums.setdefault(this_pass, {})
         for parameter, gradient in zip(call.streamed, gradients, strict=True):
             if gradient is not None:
                 index = index_of[id(parameter)]
                 sums[index] = sums[index] + gradient if index in sums else gradient
-        if not any(other.micro_batch == call.micro_batch for other in self._open_calls):
-            self._deliver(self._sums.pop(call.micro_batch))
+        if not any(other.is_to_come() for other in self._open_calls):
+            self._deliver(self._sums.pop(this_pass))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -157,6 +163,7 @@ class RecomputedLayer:
         call = Call(self, leaves, structure, trainable, streamed)
         self._open_calls.add(call)
         outputs = self.apply(call)
+        call.node = next((weakref.ref(out.grad_fn) for out in outputs if out.grad_fn is not None), None)
         self.between()
         return call.rebuild_output(outputs)
 
@@ -224,7 +231,6 @@ class Call:
         streamed: list[nn.Parameter],
     ) -> None:
         self.owner = owner
-        self.micro_batch = owner.micro_batch()
         self.trainable = trainable + streamed
         """All that a gradient is wanted of."""
         self.streamed = streamed
@@ -238,6 +244,13 @@ class Call:
         self.rng_state = torch.get_rng_state()
         self.autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         self.autocast_cache = torch.is_autocast_cache_enabled()
+        self.node: weakref.ref[Any] | None = None
+        """The call in the graph outside."""
+
+    def is_to_come(self) -> bool:
+        """Whether the backward pass under way will go through this call."""
+        node = None if self.node is None else self.node()
+        return node is not None and bool(torch._C._will_engine_execute_node(node))
 
     def graph_parameters(self) -> list[torch.Tensor]:
         """The parameters that are inputs of the operation. Where none is but some stream, a stand-in that makes the

@@ -40,10 +40,6 @@ class Turns:
         """Whether calls are running."""
         return bool(self._waiting)
 
-    def current(self) -> int | None:
-        """Which call the calling thread is; None outside of them."""
-        return self._threads.get(threading.get_ident()) if self._waiting else None
-
     @property
     def is_last(self) -> bool:
         """Whether the running call is the last one of its round."""

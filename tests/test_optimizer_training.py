@@ -1,0 +1,76 @@
+"""What a step of full fine-tuning means in every mode: what is left out, forgotten, looked at between, called oddly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
+
+everywhere = pytest.mark.parametrize("place", PLACES)
+
+
+@everywhere
+def test_a_kept_loss_that_is_never_gone_back_through_keeps_no_gradient_from_its_layer(
+    place: str, tmp_path: Path
+) -> None:
+    twin = Plain(model())
+    train(twin, range(3))
+    with engine(model(), place, tmp_path) as run:
+        train(run, range(2))
+        kept = run(**batch(9)).loss
+        train(run, range(2, 3))
+        assert kept.requires_grad
+        assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+def test_a_layer_called_twice_and_one_that_is_skipped_train_as_in_memory(place: str, tmp_path: Path) -> None:
+    def go(run):  # type: ignore[no-untyped-def]
+        for order in ([0, 1, 2], [0, 1, 1, 2], [0, 2], [2, 1, 0, 2]):
+            run.model.order = order
+            train(run, [len(order)])
+        return run.state()
+
+    with engine(model(), place, tmp_path) as run:
+        assert differences(go(Plain(model())), go(run)) == []
+
+
+@everywhere
+def test_micro_batches_whose_forwards_come_first_are_summed_in_fp32(place: str, tmp_path: Path) -> None:
+    def go(run):  # type: ignore[no-untyped-def]
+        for step in range(3):
+            for loss in [run(**batch(2 * step + index)).loss for index in range(2)]:
+                run.backward(loss)
+            run.step()
+        return run.state()
+
+    with engine(model(), place, tmp_path, accumulation_steps=2) as run:
+        assert differences(go(Plain(model())), go(run)) == []
+
+
+def test_gradients_of_a_pass_that_was_cut_off_do_not_reach_the_next(tmp_path: Path) -> None:
+    """A layer that is called twice has handed over one gradient of two when the pass ends."""
+
+    def build():  # type: ignore[no-untyped-def]
+        made = model()
+        made.order = [0, 1, 2, 1]
+        return made
+
+    twin = Plain(build())
+    train(twin, range(2))
+    with engine(build(), "in place", tmp_path) as run:
+        train(run, range(1))
+
+        def fail(gradient: torch.Tensor) -> None:
+            raise RuntimeError("out of luck")
+
+        handle = run.model.layers[2].register_forward_hook(lambda *a: a[-1].register_hook(fail) and None)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            run.backward(run(**batch(7)).loss)
+        handle.remove()
+        run.optimizer.zero_grad()
+        train(run, range(1, 2))
+        assert differences(twin.state(), run.state()) == []
