@@ -74,3 +74,31 @@ def test_gradients_of_a_pass_that_was_cut_off_do_not_reach_the_next(tmp_path: Pa
         run.optimizer.zero_grad()
         train(run, range(1, 2))
         assert differences(twin.state(), run.state()) == []
+
+
+on_nvme = pytest.mark.parametrize("place", [place for place in PLACES if "nvme" in PLACES[place]])
+
+
+def not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss, with gradients that are not finite."""
+    return loss + (loss * 0).sqrt()
+
+
+@on_nvme
+def test_a_step_after_loading_is_left_out_without_going_back_before_what_was_loaded(place: str, tmp_path: Path) -> None:
+    """The log's weights are older than its masters: the run before had its weights in memory and wrote masters only."""
+    twin = Plain(model())
+    train(twin, range(5))
+    with engine(model(), place, tmp_path) as run:
+        train(run, range(2))
+        run.save_checkpoint(tmp_path / "two")
+    with engine(model(), "in place", tmp_path, nvme=tmp_path, commit_every=1) as run:
+        run.load_checkpoint(tmp_path / "two")
+        train(run, range(2, 3))
+        assert run.report()["training"]["state_in_memory_bytes"]
+    with engine(model(), place, tmp_path) as run:
+        run.load_checkpoint(run.commit_folder)
+        run.backward(not_finite(run(**batch(7)).loss))
+        run.step()
+        train(run, range(3, 5))
+        assert differences(twin.state(), run.state()) == []

@@ -112,6 +112,8 @@ class FullTraining:
             self.found_step = home.log.committed.step
         self._on_close = on_close
         self._broken: str | None = None
+        self._can_go_back = False
+        """Whether what is committed is the state that this step begins with."""
         self._names = [trained.name for block in blocks for trained in block.parameters]
         self._group_by_name: dict[str, dict[str, Any]] = {}
         names = {id(t.parameter): t.name for block in blocks for t in block.parameters}
@@ -229,6 +231,7 @@ class FullTraining:
         self.home.write_what_rests_in_memory(self.blocks)
         log.commit(self.step_number, payload)
         self._broken = None
+        self._can_go_back = True
         self.counters.num_commits += 1
         self.counters.commit_seconds += time.perf_counter() - begin
 
@@ -279,6 +282,8 @@ class FullTraining:
                 self.stepper.load_what_rests_in_memory(block)
             if block.name not in weights or not self.home.streams_weights(block):
                 self.stepper.rebuild_weights(block)
+        log = self.home.log
+        self._can_go_back = log is not None and log.committed.step == self.step_number and not log.dirty
         self.found_step = None
         self._broken = None
         self._last_clipped = False
@@ -312,15 +317,13 @@ class FullTraining:
             self.deliver(block, {index: gradient})
 
     def _steps_ahead(self, block: TrainedBlock) -> bool:
-        log = self.home.log
         return (
             self._mode in (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE)
             and self.waits_because is None
             and not self._last_clipped
             and self.step_number > 0
             and self.gradients.num_arrivals(block) == self._declared
-            and log is not None
-            and log.committed.step == self.step_number
+            and self._can_go_back
             and not self.home.rests_in_memory(block)
         )
 
@@ -373,6 +376,7 @@ class FullTraining:
         self._clear()
         self._skipped_in_a_row = 0
         self._last_clipped = scale != 1.0
+        self._can_go_back = False
         self.step_number += 1
         self.counters.num_steps += 1
         self.counters.num_clipped += self._last_clipped
@@ -413,6 +417,7 @@ class FullTraining:
 
     def _drop(self) -> None:
         log = self.home.log
+        self._broken = "a step could not be taken back"
         if log is not None:
             log.drop()
         for block in self._ahead:
@@ -421,15 +426,17 @@ class FullTraining:
         self.stepper.new_scalars.clear()
         self._ahead.clear()
         self._before_weights_change()
+        self._broken = None
 
     def _abandon(self) -> None:
         """After an error in a step: nothing of it stands, where the log has what was before."""
         with suppress(OffloadError):
             self.stepper.forget()
         if self._ahead and self._broken is None:
-            self._broken = "a step failed, and could not be taken back"
-            self._drop()
-            self._broken = None
+            if self._can_go_back:
+                self._drop()
+            else:
+                self._broken = f"step {self.step_number + 1} failed, and the one before it was not committed"
         self._clear()
 
     def _check_usable(self) -> None:
