@@ -34,7 +34,7 @@ from offload_rt.checksum import crc32c
 from offload_rt.commit_layout import Layout, MutableExtent, barrier, finish, put, read_layout, settle
 from offload_rt.commit_record import RECORD_BYTES, Record, RecordInvalid, Version, body_bytes, pack_body, unpack_body
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
-from offload_rt.errors import ConfigError, StorageError, StoreCorrupt, nearest
+from offload_rt.errors import ConfigError, StorageError, StorageTimeout, StoreCorrupt, nearest
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import WAIT_SECONDS, Links, OpenFile, Transfer
 
@@ -142,9 +142,15 @@ class CommitLog:
         unverified = [part]  # emptied by the wait: a transfer that was waited for holds no memory
 
         def wait(timeout_seconds: float) -> None:
-            arriving.wait(timeout_seconds)
-            with suppress(ValueError):  # a later write may have settled it
-                reads.remove(arriving)
+            try:
+                arriving.wait(timeout_seconds)
+            except StorageTimeout:
+                raise  # still under way
+            except StorageError:  # it holds the frames that it went through, and must not hold memory with them
+                unverified.clear()
+                _take_away(reads, arriving)
+                raise
+            _take_away(reads, arriving)
             self._verify(extent, version, unverified.pop())
 
         transfer = Transfer(arriving.name, arriving.num_bytes, wait, ())
@@ -301,3 +307,8 @@ class CommitLog:
             os.posix_fadvise(
                 extent.file.fd, place.slot_offset(version.slot), place.length_bytes, os.POSIX_FADV_DONTNEED
             )
+
+
+def _take_away(transfers: deque[Transfer], transfer: Transfer) -> None:
+    with suppress(ValueError):  # a later write may have settled it
+        transfers.remove(transfer)

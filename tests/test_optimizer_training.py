@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 
+from offload_rt.errors import OffloadError, StorageError
+from offload_rt.file_io import storage_error
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
 
 everywhere = pytest.mark.parametrize("place", PLACES)
@@ -102,3 +106,83 @@ def test_a_step_after_loading_is_left_out_without_going_back_before_what_was_loa
         run.step()
         train(run, range(3, 5))
         assert differences(twin.state(), run.state()) == []
+
+
+class FailingIO:
+    """An engine's I/O; the `countdown`-th operation of a kind from now on fails, a write when it has half arrived."""
+
+    def __init__(self, run, kind: str, countdown: int, error: int) -> None:  # type: ignore[no-untyped-def]
+        self._io = run._runtime.links.io
+        self._kind, self.left, self._error = kind, countdown, error
+        self.failed = 0
+        run._runtime.links.io = self
+
+    def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
+        return getattr(self._io, name)
+
+    def start(self, kind, file, offset_bytes, buffer):  # type: ignore[no-untyped-def]
+        self.left -= kind == self._kind
+        if kind != self._kind or self.left != -1:
+            return self._io.start(kind, file, offset_bytes, buffer)
+        num_bytes = len(buffer)
+        arrives = buffer[: num_bytes // 2 // 4096 * 4096] if kind == "write" else buffer
+        waiting = (
+            self._io.start(kind, file, offset_bytes, arrives) if arrives or kind == "sync" else lambda seconds: None
+        )
+
+        def wait(timeout_seconds: float) -> None:
+            waiting(timeout_seconds)
+            self.failed += 1
+            raise storage_error(
+                f"{kind} failed", path=file.path, offset=offset_bytes, wanted=num_bytes, done=0, errno=self._error
+            )
+
+        return wait
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "sync"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "AFTER",
+        "SPECULATIVE",
+        "BACKWARD, tight",
+        *(pytest.param(place, marks=pytest.mark.full) for place in ("BACKWARD", "SPECULATIVE, serial")),
+    ],
+)
+def test_a_failing_drive_is_told_and_leaves_a_committed_step(place: str, kind: str, tmp_path: Path) -> None:
+    """Whichever operation of a step fails: the run goes on after loading, with the numbers of one that never failed."""
+    twin = Plain(model())
+    expected = [state_after(twin, number) for number in range(7)]
+    counted = recovered = 0
+    for countdown in [0, 1, 2, 3, 4] if kind == "sync" else [0, 1, 2, 5, 13, 34, 55]:
+        folder = tmp_path / str(countdown)
+        folder.mkdir()
+        with engine(model(), place, folder) as run:
+            train(run, range(4))
+            io = FailingIO(run, kind, countdown, errno.EIO if countdown % 2 else errno.ENOSPC)
+            try:
+                train(run, range(4, 7))
+            except StorageError as error:
+                assert error.errno in (errno.EIO, errno.ENOSPC) and str(folder) in str(error)
+                counted += 1
+                run.optimizer.zero_grad()
+                with contextlib.suppress(OffloadError):  # refused, or done again: never wrong
+                    train(run, range(run.step_number, 7))
+                    assert differences(expected[6], run.state()) == []
+                    recovered += 1
+            assert bool(io.failed) >= (run.step_number < 7)
+        with engine(model(), place, folder) as run:
+            run.load_checkpoint(run.commit_folder)
+            assert run.step_number >= 3
+            assert differences(expected[run.step_number - 1], run.state()) == []
+            train(run, range(run.step_number, 7))
+            assert differences(expected[6], run.state()) == []
+    assert counted >= 2
+    if kind == "read" and place != "AFTER":
+        assert recovered, "the committed step was there to go back to"
+
+
+def state_after(twin: Plain, number: int):  # type: ignore[no-untyped-def]
+    train(twin, [number])
+    return twin.state()

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from offload_rt.arena import Arena, Slot
+from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.pieces import Piece, TrainedBlock, segment_shape
@@ -131,6 +133,7 @@ class Stepper:
     def wait_for_one(self) -> bool:
         """Blocks until a block that was submitted is done; False where none is open."""
         with self._changed:
+            self._raise_failure()
             before = self._num_open
             if not before:
                 return False
@@ -152,7 +155,7 @@ class Stepper:
         with self._read_lock:
             self._to_read.clear()
             self._drop_ahead()
-        self._settle_writes(0)
+        settle(self._writes)  # a commit would tell what became of them, and there will be none of this
 
     def close(self) -> None:
         """Ends the thread and waits for what is under way."""
@@ -190,6 +193,7 @@ class Stepper:
                 if not skip:
                     self._step_block(job)
             except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+                traceback.clear_frames(error.__traceback__)  # whoever keeps it must not keep slots with it
                 with self._changed:
                     self._failure = error
             finally:

@@ -214,8 +214,11 @@ class FullTraining:
         self._expect_next()
 
     def forget(self) -> None:
-        """Drops the gradients of this step and what was stepped with them."""
-        self._undo()
+        """Drops the gradients of this step and what was stepped with them, or failed to be."""
+        if self._ahead:
+            self.stepper.forget()
+            self._drop()
+            self._expect_next()
         self._clear()
 
     def commit(self) -> None:
