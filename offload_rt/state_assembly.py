@@ -90,10 +90,11 @@ class StateAssembly:
     def begin(self) -> None:
         """Writes the state that training begins with. All parameters that stay in memory have their values.
 
-        A log that has one already is left as it is.
+        A log that has gone on from where it began is left as it is. One that has not may have begun with other values
+        of what stays in memory, which do not name it.
         """
         log = self.home.log
-        fresh = log is None or log.committed.sequence == 0
+        fresh = log is None or not log.committed.step
         writes: deque[Transfer] = deque()
         for block in self._draft.blocks:
             rests = self.home.weights.get(block.name)
@@ -148,7 +149,7 @@ class StateAssembly:
                 commit_folder=self.folders[0] if self.folders else None, on_close=self.close,
             )
         )  # fmt: skip
-        if log is not None and log.committed.sequence == 0:
+        if log is not None and not log.committed.step:
             training[0].commit()
         return training[0]
 

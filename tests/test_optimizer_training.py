@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 from pathlib import Path
 
 import pytest
 import torch
 
-from offload_rt.errors import OffloadError, StorageError
+from offload_rt.errors import ConfigError, OffloadError, StorageError
 from offload_rt.file_io import storage_error
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
 
@@ -105,6 +106,62 @@ def test_a_step_after_loading_is_left_out_without_going_back_before_what_was_loa
         run.backward(not_finite(run(**batch(7)).loss))
         run.step()
         train(run, range(3, 5))
+        assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+def test_saving_and_loading_between_backward_and_step_see_the_last_step(place: str, tmp_path: Path) -> None:
+    twin = Plain(model())
+    train(twin, range(3))
+    with engine(model(), place, tmp_path) as run:
+        train(run, range(3))
+        run.save_checkpoint(tmp_path / "before")
+        run.backward(run(**batch(7)).loss)
+        if "BACKWARD" in place:
+            with pytest.raises(ConfigError, match="saved between backward and step"):
+                run.save_checkpoint(tmp_path / "between")
+        else:
+            run.save_checkpoint(tmp_path / "between")
+        run.optimizer.zero_grad()
+        train(run, range(8, 10))
+        for folder in ("before", "between"):
+            if (tmp_path / folder).exists():
+                run.backward(run(**batch(7)).loss)
+                run.load_checkpoint(tmp_path / folder)
+                assert differences(twin.state(), run.state()) == []
+                assert train(run, range(3, 4)) == train(copy.deepcopy(twin), range(3, 4))
+
+
+@on_nvme
+def test_an_earlier_runs_state_is_neither_trained_nor_saved_over_before_it_is_loaded(
+    place: str, tmp_path: Path
+) -> None:
+    twin = Plain(model())
+    train(twin, range(4))
+    with engine(model(), place, tmp_path) as run:
+        train(run, range(3))
+    with engine(model(), place, tmp_path) as run:
+        for refused in (lambda: run(**batch(3)), lambda: run.save_checkpoint(tmp_path / "no")):
+            with pytest.raises(ConfigError, match="holds step 3 of an earlier run.*load_checkpoint"):
+                refused()
+        run.load_checkpoint(run.commit_folder)
+        train(run, range(3, 4))
+        assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+def test_a_log_that_no_step_was_made_in_begins_with_the_models_own_values(place: str, tmp_path: Path) -> None:
+    def build():  # type: ignore[no-untyped-def]
+        made = model()
+        with torch.no_grad():  # the head stays in memory: its values do not name the log
+            made.head.weight.mul_(2)
+        return made
+
+    engine(model(), place, tmp_path).close()
+    twin = Plain(build())
+    train(twin, range(2))
+    with engine(build(), place, tmp_path) as run:
+        train(run, range(2))
         assert differences(twin.state(), run.state()) == []
 
 

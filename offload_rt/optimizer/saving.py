@@ -43,12 +43,14 @@ def load_training(training: FullTraining, folder: Path, check: Check) -> dict[st
             raise CheckpointError(f"{folder}: no step has been committed here")
         values = unpack_values(log.committed.payload)
         check(values)
+        training.stop()
         log.drop()
         training.load_values(values)
         training.begin_again(values["weights"])
     else:
         values = unpack_values(read_payload(folder)[1])
         check(values)
+        training.stop()
         training.load_values(values)
         try:
             load_snapshot(folder, _log(training), training.home.links, names=_is_state)

@@ -170,11 +170,6 @@ class FullTraining:
     def before_forward(self) -> None:
         """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
         self._check_usable()
-        if self.found_step is not None:
-            raise ConfigError(
-                f"{self.commit_folder} holds step {self.found_step} of an earlier run of this model: go on with it by "
-                f"engine.load_checkpoint(engine.commit_folder), or remove it with `offload-rt clean`"
-            )
         if self._ahead:
             self._undo_because("the model was called between backward and step")
 
@@ -216,8 +211,7 @@ class FullTraining:
     def forget(self) -> None:
         """Drops the gradients of this step and what was stepped with them, or failed to be."""
         if self._ahead:
-            self.stepper.forget()
-            self._drop()
+            self.stop()
             self._expect_next()
         self._clear()
 
@@ -227,6 +221,8 @@ class FullTraining:
         if log is None:
             raise ConfigError("commit: state is committed on NVMe; give nvme= a folder")
         self._check_usable()
+        if self._ahead:
+            self._undo_because("state was saved between backward and step")
         begin = time.perf_counter()
         weights = [block.name for block in self.blocks if self.home.streams_weights(block)]
         payload = pack_values({**self.all_values(), "weights": weights}, of="a commit")
@@ -237,6 +233,13 @@ class FullTraining:
         self._can_go_back = True
         self.counters.num_commits += 1
         self.counters.commit_seconds += time.perf_counter() - begin
+
+    def stop(self) -> None:
+        """Drops the gradients of this step and what was stepped with them, and reads nothing ahead. Blocks."""
+        self.stepper.forget()
+        if self._ahead:
+            self._drop()
+        self._clear()
 
     def all_values(self) -> dict[str, Any]:
         """What is saved besides masters and moments: plain values and tensors, the owner's included."""
@@ -277,8 +280,6 @@ class FullTraining:
         `weights` names blocks whose weights in the log are those of the state. Without `from_log`, state is in memory
         already. Blocks.
         """
-        self.stepper.forget()
-        self._clear()
         self._before_weights_change()
         for block in self.blocks:
             if from_log:
@@ -445,6 +446,11 @@ class FullTraining:
     def _check_usable(self) -> None:
         if self._broken is not None:
             raise OffloadError(f"{self._broken}; go on from the last commit or checkpoint by engine.load_checkpoint")
+        if self.found_step is not None:
+            raise ConfigError(
+                f"{self.commit_folder} holds step {self.found_step} of an earlier run of this model: go on with it by "
+                f"engine.load_checkpoint(engine.commit_folder), or remove it with `offload-rt clean`"
+            )
 
     def _clear(self) -> None:
         self._ahead.clear()
