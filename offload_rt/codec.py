@@ -1,14 +1,15 @@
-"""Encodes and decodes NF4 blobs, by the native core where it is there and by its torch twin elsewhere.
+"""Encodes and decodes NF4 blobs, by the native core on the CPU, by Triton on a GPU, by the torch twin elsewhere.
 
-The blob is described in `nf4_layout`, its arithmetic in `nf4_torch`; both paths give the same bits, so the
-choice between them is never visible in a result. Tensors on other devices than the CPU are served by the
-twin. Nothing here knows modules, tensor names, files or tiers.
+The blob is described in `nf4_layout`, its arithmetic in `nf4_torch`; all paths give the same bits, so the
+choice between them is never visible in a result. On a GPU only decoding has a fast path. Nothing here knows
+modules, tensor names, files or tiers.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Literal
 
@@ -21,7 +22,7 @@ from offload_rt.native import native_core, why_not
 from offload_rt.nf4_layout import QUANT_BLOCK_SIZE, SECTION_ALIGNMENT_BYTES, nf4_layout
 from offload_rt.nf4_torch import Sections, sections_of, tables, zero_gaps
 
-Backend = Literal["auto", "native", "torch"]
+Backend = Literal["auto", "native", "triton", "torch"]
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -37,12 +38,14 @@ class NonFiniteWeight(OffloadError, ValueError):
         self.element = element
 
 
-def backend(requested: Backend = "auto") -> str:
-    """What serves CPU tensors: `"native avx512"`, `"native avx2"`, `"native plain"` or `"torch"`.
+def backend(requested: Backend = "auto", device: str = "cpu") -> str:
+    """What decodes on `device`: `"native avx512"`, `"native avx2"`, `"native plain"`, `"triton"` or `"torch"`.
 
-    `OFFLOAD_RT_NATIVE=0` in the environment turns the native core off. Asking for `"native"` where it
-    cannot be had raises `OffloadError` with the reason.
+    `OFFLOAD_RT_NATIVE=0` in the environment turns the native core off. Asking for `"native"` or `"triton"`
+    where it cannot be had raises `OffloadError` with the reason.
     """
+    if device != "cpu":
+        return "torch" if _triton(requested, torch.device(device)) is None else "triton"
     native = _native(requested)
     return "torch" if native is None else f"native {native.kernel_isas()[-1]}"
 
@@ -240,7 +243,12 @@ def decode_into(
     alignment.
     """
     flat = _flat(out, "out").detach()
-    sections = sections_of(blob, nf4_layout(flat.numel()))
+    layout = nf4_layout(flat.numel())
+    sections = sections_of(blob, layout)
+    triton = _triton(backend, blob.device)
+    if triton is not None:
+        triton.decode(blob, layout, flat)
+        return
     native, num_threads = _native(backend, blob), _threads(num_threads)
     if native is None:
         nf4_torch.decode(sections, flat)
@@ -267,17 +275,18 @@ def decode_transposed_into(
     """Decodes the stored (rows, columns) matrix into contiguous `out` of shape (columns, rows).
 
     For GPT-2's `Conv1D`, which keeps (in, out) where bitsandbytes quantizes (out, in). Otherwise like
-    `decode_into`, but each thread takes scratch for 64 decoded rows, and the twin for the whole decoded
-    matrix.
+    `decode_into`, but each thread takes scratch for 64 decoded rows, and Triton and the twin for the whole
+    decoded matrix.
     """
     if tuple(out.shape) != (columns, rows):
         raise ValueError(f"out.shape is {tuple(out.shape)}, ({columns}, {rows}) is needed")
     flat = _flat(out, "out").detach()
     sections = sections_of(blob, nf4_layout(flat.numel()))
-    native, num_threads = _native(backend, blob), _threads(num_threads)
+    triton = _triton(backend, blob.device)
+    native, num_threads = None if triton is not None else _native(backend, blob), _threads(num_threads)
     if native is None:
         decoded = torch.empty_like(flat)
-        nf4_torch.decode(sections, decoded)
+        decode_into(blob, decoded, backend=backend)
         flat.view(columns, rows).copy_(decoded.view(rows, columns).t())
         return
     native.nf4_decode_transposed(
@@ -293,14 +302,34 @@ def decode_transposed_into(
 
 def _native(requested: Backend, blob: Tensor | None = None) -> ModuleType | None:
     """The native core, or None where the twin serves."""
-    if requested not in ("auto", "native", "torch"):
-        raise ValueError(f"backend is {requested!r}, allowed: 'auto', 'native', 'torch'")
+    if requested not in ("auto", "native", "triton", "torch"):
+        raise ValueError(f"backend is {requested!r}, allowed: 'auto', 'native', 'triton', 'torch'")
     on_cpu = blob is None or blob.device.type == "cpu"
     core = native_core() if on_cpu else None
     if requested == "native" and core is None:
         reason = why_not() if on_cpu else "the blob is not in CPU memory"
         raise OffloadError(f"the native codec was asked for, but it cannot serve: {reason}")
-    return None if requested == "torch" else core
+    return core if requested in ("auto", "native") else None
+
+
+def _triton(requested: Backend, device: torch.device) -> ModuleType | None:
+    """The module of the Triton kernel where it is to decode, None elsewhere."""
+    if requested not in ("auto", "triton") or (requested == "auto" and device.type != "cuda"):
+        return None
+    kernel, reason = _load_triton()
+    if kernel is not None and not kernel.serves(device):
+        kernel, reason = None, f"the blob is in {device.type} memory"
+    if kernel is None and requested == "triton":
+        raise OffloadError(f"the Triton codec was asked for, but it cannot serve: {reason}")
+    return kernel
+
+
+@cache
+def _load_triton() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("offload_rt.nf4_triton"), ""
+    except ImportError as error:
+        return None, str(error)
 
 
 @lru_cache(maxsize=1)

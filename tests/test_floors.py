@@ -35,6 +35,8 @@ FLOORS = {
     "offload_rt.turns": 1.0,
     "offload_rt.blockwise": 1.0,
     "offload_rt.cpu_adam_torch": 1.2,
+    "offload_rt.nf4_triton": 1.2,
+    "offload_rt.adam_triton": 1.5,
     "offload_rt.codec": 1.5,
     "offload_rt.cpu_adam": 1.5,
     "offload_rt.pinning": 1.5,

@@ -1,0 +1,31 @@
+"""The Triton kernels on a machine without a GPU: in Triton's interpreter, and compiled to PTX but not run.
+
+The interpreter executes a kernel's Python in numpy. Triton 3.9's cuts a float32 off where a GPU rounds it to the
+nearest bfloat16 (`cvt.rn.bf16`), so that one conversion is replaced here; that the compiled kernels have it is a test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+
+def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module `name`, its kernels interpreted, for one test. Skips where Triton is not installed."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def rounded(values, source, target, mode):
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert(values, source, target, mode)
+        return torch.tensor(values).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
