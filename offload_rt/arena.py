@@ -26,6 +26,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,8 +34,8 @@ from offload_rt.errors import BudgetExceeded
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.errors import format_bytes
 
-_PATIENCE = 50
-"""Milliseconds: a worker thread may hold a buffer an instant longer than the operation that it has finished."""
+_PATIENCE_SECONDS = 0.05
+"""A worker thread may hold a buffer an instant longer than the operation that it has finished."""
 POISON = 0xFF
 """Every float made of 0xFF bytes is a NaN."""
 
@@ -79,10 +80,13 @@ class MemoryRange:
 class Slot:
     """A lease of `num_bytes` of an arena, or the part of one. Kept alive by whatever was made from it."""
 
+    on_device = False
+    """Whether it lies in memory of a device whose work is asynchronous, so that its use is ordered by events."""
+
     def __init__(
         self,
-        memory: ctypes.Array[ctypes.c_char],
-        region: Region,
+        memory: Any,
+        region: Any,
         arena: str,
         start_bytes: int,
         offset_bytes: int,
@@ -105,7 +109,7 @@ class Slot:
         """The half-open range [offset, offset + num_bytes) of this slot, under the same lease."""
         if offset_bytes < 0 or num_bytes < 0 or offset_bytes + num_bytes > self.num_bytes:
             raise ValueError(f"slot: range [{offset_bytes}, {offset_bytes + num_bytes}) of {self.num_bytes} bytes")
-        return Slot(
+        return type(self)(
             self._memory, self.region, self._arena, self._start_bytes, self._offset_bytes + offset_bytes, num_bytes
         )
 
@@ -134,7 +138,12 @@ class _Lease:
 
 
 class Arena:
-    """`num_bytes` of memory, leased out first-fit. Thread-safe. `poison` fills what is returned with NaN bytes."""
+    """`num_bytes` of memory, leased out first-fit. Thread-safe. `poison` fills what is returned with NaN bytes.
+
+    Other memory than the host's is a subclass: what it is, how it is leased and filled.
+    """
+
+    slot_type = Slot
 
     def __init__(self, name: str, num_bytes: int, *, poison: bool = False) -> None:
         self.name = name
@@ -148,16 +157,29 @@ class Arena:
         self._leases: dict[int, _Lease] = {}
         self._free: list[tuple[int, int]] = [(0, self.num_bytes)] if self.num_bytes else []
         self._next_lease = 0
-        self.region = Region(self.num_bytes)
+        self.region = self._map()
         if poison:
-            ctypes.memset(self.region.address, POISON, self.num_bytes)
+            self._fill(0, self.num_bytes)
 
-    def acquire(self, num_bytes: int, owner: str) -> Slot:
-        """Leases `num_bytes`, 4 KiB aligned. Raises `BudgetExceeded`, naming the holders, when there is no room."""
+    def _map(self) -> Any:
+        """Reserves the memory: once, to the byte."""
+        return Region(self.num_bytes)
+
+    def _lease(self, start: int, num_bytes: int) -> Any:
+        """What sees a range of it; the range is leased as long as this lives."""
+        return (ctypes.c_char * num_bytes).from_buffer(self.region, start)
+
+    def _fill(self, start: int, num_bytes: int) -> None:
+        """Poisons a range."""
+        ctypes.memset(self.region.address + start, POISON, num_bytes)
+
+    def acquire(self, num_bytes: int, owner: str, *, patience_seconds: float = _PATIENCE_SECONDS) -> Slot:
+        """Leases `num_bytes`, 4 KiB aligned. Blocks while there is no room, at most `patience_seconds`; then raises
+        `BudgetExceeded`, naming the holders.
+        """
+        deadline = time.monotonic() + patience_seconds
         slot = self.try_acquire(num_bytes, owner)
-        for _ in range(_PATIENCE):
-            if slot is not None:
-                break
+        while slot is None and time.monotonic() < deadline:
             time.sleep(0.001)
             slot = self.try_acquire(num_bytes, owner)
         if slot is None:
@@ -190,11 +212,11 @@ class Arena:
                     break
             else:
                 return None
-        memory = (ctypes.c_char * wanted).from_buffer(self.region, start)
+        memory = self._lease(start, wanted)
         # See [Note: slot lifetime]. The finalizer may run inside any allocation, also of a thread that holds the
         # lock: it only appends to a deque, and the next acquire does the work.
         weakref.finalize(memory, self._returned.append, lease).atexit = False
-        return Slot(memory, self.region, self.name, start, 0, num_bytes)
+        return self.slot_type(memory, self.region, self.name, start, 0, num_bytes)
 
     def held_bytes(self) -> int:
         """Bytes under lease now."""
@@ -209,7 +231,7 @@ class Arena:
         while self._returned:
             lease = self._leases.pop(self._returned.popleft())
             if self._poison:
-                ctypes.memset(self.region.address + lease.start, POISON, lease.end - lease.start)
+                self._fill(lease.start, lease.end - lease.start)
             self._free.append((lease.start, lease.end))
             self._free.sort()
             merged = [self._free[0]]

@@ -18,11 +18,13 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from offload_rt.arena import Region
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
 from offload_rt.native import native_core
+
+Result = TypeVar("Result")
 
 RING_DEPTH = 64
 """Requests in flight at one device, at most; `FileIO.tune` sets less where a drive wants no more."""
@@ -258,10 +260,10 @@ def storage_error(message: str, *, path: str, offset: int, wanted: int, done: in
     return kind(message, path=path, offset=offset, wanted=wanted, done=done, errno=errno)
 
 
-def wait_future(future: Future[None], timeout_seconds: float, outstanding: Callable[[], str]) -> None:
+def wait_future(future: Future[Result], timeout_seconds: float, outstanding: Callable[[], str]) -> Result:
     """Waits for `future`; a timeout says what was outstanding."""
     try:
-        future.result(timeout_seconds)
+        return future.result(timeout_seconds)
     except FutureTimeout:
         if future.done():  # just now, or with a timeout of its own
             return future.result()

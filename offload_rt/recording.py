@@ -25,6 +25,10 @@ from offload_rt.arena import MemoryRange
 HOST = "host"
 """The lane of the calling thread; on the CPU device it is the compute lane too."""
 
+RETURNED = "returned"
+"""What the host has seen to be over because its memory came back. Only what takes memory for a drive is ordered after
+it: a kernel must be ordered by an event, not by luck."""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -57,7 +61,9 @@ class Race:
 class Recorder:
     """Keeps operations in the order of their submission. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, compute: str = HOST) -> None:
+        self.compute = compute
+        """The lane that uses weights: the device's compute stream, where it has one."""
         self.operations: list[Operation] = []
         self._lane_heads: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -73,7 +79,7 @@ class Recorder:
     ) -> int:
         """Records an asynchronous operation started from `lane`; it runs on a lane of its own. Returns its number."""
         with self._lock:
-            ancestors = self._lane_heads.get(lane, 0)
+            ancestors = self._head(lane)
             for number in after:
                 ancestors |= self.operations[number].ancestors | (1 << number)
             return self._append(name, f"transfer {len(self.operations)}", reads, writes, ancestors)
@@ -90,13 +96,19 @@ class Recorder:
         *,
         reads: Iterable[MemoryRange] = (),
         writes: Iterable[MemoryRange] = (),
-        lane: str = HOST,
+        lane: str | None = None,
     ) -> int:
-        """Records something that `lane` itself does with memory, in the lane's order."""
+        """Records something that `lane` (None: compute) itself does with memory, in the lane's order."""
+        lane = self.compute if lane is None else lane
         with self._lock:
-            number = self._append(name, lane, reads, writes, self._lane_heads.get(lane, 0))
+            number = self._append(name, lane, reads, writes, self._head(lane))
             self._lane_heads[lane] = self.operations[number].ancestors | (1 << number)
             return number
+
+    def _head(self, lane: str) -> int:
+        """What comes before whatever `lane` is given now: also what the host is behind, since it is who gives."""
+        head = self._lane_heads.get(lane, 0)
+        return head | self._lane_heads.get(HOST, 0) if lane in (self.compute, RETURNED) else head
 
     def _append(
         self,

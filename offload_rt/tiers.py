@@ -11,8 +11,9 @@ from typing import Protocol
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import BudgetExceeded
 from offload_rt.store import Store
+from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
 from planners.errors import format_bytes
 from planners.plan import Tier
 
@@ -55,9 +56,11 @@ class Tiers:
         *,
         unified: bool,
         poison: bool,
+        device: Device | None = None,
     ) -> None:
         self.unified = unified
         self._poison = poison
+        self._device = device
         self.accounts = {
             Tier.DEVICE: TierAccount(Tier.DEVICE, device_bytes),
             Tier.HOST: TierAccount(Tier.HOST, host_bytes),
@@ -72,7 +75,12 @@ class Tiers:
         account, num_bytes = self.account(tier), align_up(num_bytes, IO_ALIGNMENT_BYTES)
         account.reserve(name, num_bytes)
         account.arena_bytes += num_bytes
-        return Arena(name, num_bytes, poison=self._poison)
+        if self._device is not None and tier is Tier.DEVICE:
+            return self._device.arena(name, num_bytes, poison=self._poison)
+        arena = Arena(name, num_bytes, poison=self._poison)
+        if self._device is not None:
+            self._device.lock(arena)
+        return arena
 
 
 class Fetch(Protocol):
@@ -105,7 +113,7 @@ class HostResidence:
 
 
 class NvmeResidence:
-    """A block that rests in a store. With `staging`, it lands in HOST first and is copied from there."""
+    """A block that rests in a store. With `staging`, it lands in HOST first, is verified and copied from there."""
 
     def __init__(self, store: Store, block: str, num_bytes: int, links: Links, staging: Arena | None) -> None:
         self.num_bytes = num_bytes
@@ -117,10 +125,13 @@ class NvmeResidence:
     def fetch(self, slot: Slot) -> Fetch:
         if self._staging is None:
             return _Arrival(self._links, self._store.read(self._block, slot), self._store, self._block, slot)
-        stage = self._staging.acquire(self.num_bytes, self._block)
+        # A device that is behind still copies out of the stage of the block that it is to replace.
+        stage = self._staging.acquire(self.num_bytes, self._block, patience_seconds=WAIT_SECONDS)
         read = self._store.read(self._block, stage)
-        copy = self._links.copy(stage, slot.part(0, self.num_bytes), after=read)
-        return _Arrival(self._links, copy, self._store, self._block, slot)
+        copy = self._links.copy(
+            stage, slot.part(0, self.num_bytes), after=read, check=lambda: self._store.verify(self._block, stage)
+        )
+        return _Arrival(self._links, copy)
 
 
 class _Arrival:

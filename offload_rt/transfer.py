@@ -1,7 +1,7 @@
 """The only asynchronous copies there are: drive to memory, memory to drive, memory to memory.
 
 Start and wait are two calls; the `Transfer` between them owns both ends. Reads and writes go through `file_io`. Copies
-between HOST and DEVICE run on a thread of their own.
+between HOST and DEVICE are the device's own, see `streams`; where both are RAM, they run on a thread of their own.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
+import torch
+
 from offload_rt.arena import Slot
 from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.file_io import FileIO, file_io, wait_future
 from offload_rt.file_io import OpenFile as OpenFile
-from offload_rt.recording import Recorder
+from offload_rt.recording import RETURNED, Recorder
+from offload_rt.streams import Copier, Device
 
 WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
 
@@ -48,6 +51,8 @@ class Transfer:
         self.num_bytes = num_bytes
         self.operation: int | None = None
         """Its number in the recorder, if there is one."""
+        self.order: Callable[[float], None] | None = None
+        """Makes the device's compute stream, instead of the host, wait; None where the host is what computes."""
         self._wait = wait
         self._owned: tuple[object, ...] | None = owned
         self._error: Exception | None = None
@@ -73,6 +78,7 @@ class Transfer:
 class Links:
     """All connections between the tiers. One per engine; `close` waits for what is under way.
 
+    `device` is what DEVICE memory belongs to, where its work is asynchronous; None where DEVICE is RAM.
     `delay_seconds` (the stress mode) starts every operation late by a random time up to that, so that a use that does
     not wait for its arrival meets poisoned memory.
     """
@@ -82,6 +88,7 @@ class Links:
         *,
         io: FileIO | None = None,
         recorder: Recorder | None = None,
+        device: Device | None = None,
         delay_seconds: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -90,6 +97,7 @@ class Links:
         self.recorder = recorder
         self._delay_seconds = delay_seconds
         self._random = random.Random(seed)
+        self.device = None if device is None else Copier(device, recorder, pause=self._sleep)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-copy")
         self._delayer = ThreadPoolExecutor(8, thread_name_prefix="offload_rt-delay") if delay_seconds else None
 
@@ -107,19 +115,33 @@ class Links:
         """Starts fdatasync: when it has been waited for, every write that was waited for before it is durable."""
         return Transfer(f"sync {file.path}", 0, self._start("sync", file, 0, memoryview(b"")), ())
 
-    def copy(self, source: Slot, destination: Slot, *, after: Transfer | None = None) -> Transfer:
-        """Starts copying `source` to `destination` (equal sizes), once `after` has arrived. Does not block."""
+    def copy(
+        self,
+        source: Slot,
+        destination: Slot,
+        *,
+        after: Transfer | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Transfer:
+        """Starts copying `source` to `destination` (equal sizes), once `after` has arrived. Does not block.
+
+        `check` looks at the source when `after` has arrived; what it raises, the transfer raises.
+        """
         if source.num_bytes != destination.num_bytes:
             raise ValueError(f"copy: {source.num_bytes} bytes into {destination.num_bytes}")
         self.counters.bytes_copied += source.num_bytes
+        if self.device is not None:
+            return self._device_copy(self.device, source, destination, after, check)
 
-        ends = [(source.buffer(), destination.buffer())]
+        ends = [(source.buffer(), destination.buffer(), check)]
 
         def run() -> None:
             if after is not None:
                 after.wait()
             self._sleep()
-            origin, target = ends.pop()  # so that this thread holds no lease when the future is done
+            origin, target, look = ends.pop()  # so that this thread holds no lease when the future is done
+            if look is not None:
+                look()
             num_bytes = len(origin)
             ctypes.memmove(
                 (ctypes.c_char * num_bytes).from_buffer(target),
@@ -133,6 +155,35 @@ class Links:
             (source, destination),
         )  # fmt: skip
         return self._recorded(transfer, reads=source, writes=destination, after=after)
+
+    def _device_copy(
+        self, copier: Copier, source: Slot, destination: Slot, after: Transfer | None, check: Callable[[], None] | None
+    ) -> Transfer:
+        if source.on_device == destination.on_device:
+            raise ValueError(f"copy: {source.range} and {destination.range} are on the same side of the device")
+        self.counters.num_transfers += 1
+
+        def arrived() -> None:
+            if after is not None:
+                after.wait()
+            if check is not None:
+                check()
+
+        copy = copier.start(
+            f"copy of {source.range.arena} to {destination.range.arena}",
+            source.tensor(torch.uint8, (source.num_bytes,)),
+            destination.tensor(torch.uint8, (destination.num_bytes,)),
+            inward=destination.on_device,
+            reads=[source.range],
+            writes=[destination.range],
+            after=arrived if after is not None or check is not None else None,
+            after_operations=[] if after is None or after.operation is None else [after.operation],
+        )
+        transfer = Transfer(copy.name, source.num_bytes, lambda seconds: copier.wait(copy, seconds), (copy,))
+        transfer.operation = copy.operation
+        if destination.on_device:
+            transfer.order = lambda seconds: copier.order(copy, seconds)
+        return transfer
 
     def join(self, name: str, transfers: Sequence[Transfer]) -> Transfer:
         """Several transfers as one, which has arrived when all have. If some fail, the first error is told when none is
@@ -159,17 +210,25 @@ class Links:
         return joined
 
     def wait(self, transfer: Transfer) -> None:
-        """Blocks until `transfer` has arrived, counts the stall, and orders the caller after it."""
+        """Blocks until `transfer` has arrived, counts the stall, and orders the caller after it.
+
+        What arrives on an asynchronous device is waited for by its compute stream, not by the caller.
+        """
         start = time.perf_counter()
-        transfer.wait()
+        if transfer.order is not None:
+            transfer.order(WAIT_SECONDS)
+        else:
+            transfer.wait()
         self.counters.stall_seconds += time.perf_counter() - start
-        if self.recorder is not None and transfer.operation is not None:
+        if self.recorder is not None and transfer.operation is not None and transfer.order is None:
             self.recorder.join(transfer.operation)
 
     def close(self) -> None:
         if self._delayer is not None:
             self._delayer.shutdown()
         self._copier.shutdown()
+        if self.device is not None:
+            self.device.close()
         self.io.close()
 
     def _file(self, kind: str, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
@@ -219,5 +278,6 @@ class Links:
                 reads=[reads.range] if reads is not None else [],
                 writes=[writes.range] if writes is not None else [],
                 after=before,
+                lane=RETURNED,
             )
         return transfer

@@ -44,6 +44,8 @@ FLOORS = {
     "offload_rt.recording": 2.0,
     "offload_rt.decoder": 2.0,
     "offload_rt.file_io": 2.0,
+    "offload_rt.streams": 2.3,
+    "offload_rt.device_cuda": 2.4,
     "offload_rt.transfer": 2.5,
     "offload_rt.drives": 2.7,
     "offload_rt.stripes": 2.7,

@@ -1,0 +1,251 @@
+"""Copies between HOST and a device whose work is asynchronous: three streams, ordered by events alone.
+
+[Note: streams]
+A device does its work in streams: what one stream was given runs in that order, what two were given runs in any. The
+host only gives; it is ahead of the device by as much as memory lets it. There are three, each made once:
+
+    compute     the stream that was current when the engine was made; all kernels of the model, all decoding
+    to_device   copies HOST -> DEVICE
+    to_host     copies DEVICE -> HOST
+
+An event is a place in a stream. A stream can be told to go on only when another has passed an event; that holds up
+neither the host nor the rest of the device. Three rules make every copy safe, and nothing else is needed:
+
+1.  A copy begins when `compute` has passed the place where it stood when the copy was asked for. Memory is leased again
+    only when no tensor sees it (see [Note: slot lifetime] in arena), so every kernel that used it had been given to
+    `compute` by then; and what a copy carries away had been computed there. RELEASE of a block is what starts the next
+    FETCH, so this place is right behind the last use of the slot.
+2.  Whoever uses what arrived first makes `compute` wait for the copy's own event (`Copier.order`). The host does not
+    wait: it goes on to give out the layer. It does wait for a drive, since a copy out of a HOST slot can be given
+    only when the slot has been filled; a thread of its own, the feeder, does that.
+3.  A copy holds both ends until the device has passed its event, whatever becomes of the transfer. Drives and the host
+    know nothing of streams: a staging slot that a copy still reads must not be leased to the next read. A thread for
+    each direction, the reaper, waits for one event after the other and lets go. Only the DEVICE end of what arrives
+    goes earlier, by rule 2: `compute` is behind the copy then, and by rule 1 so is every later one. Without that, the
+    host could not be ahead by more than the slots there are.
+
+    host       fetch 3 | give layer 1 | fetch 4 | give layer 2 | ...
+    drive      read 3 -> stage a     read 4 -> stage b
+    to_device            [wait e1] copy 3          [wait e2] copy 4
+    compute    layer 1 --e1           layer 2 --e2    [wait copy 3] layer 3
+
+Never is the whole device waited for, and never a stream by the host, but for bytes that the host itself wants.
+
+The recorder sees the same: `compute` is a lane; a copy is ordered after its head, `order` joins it to the lane, and a
+reaper joins it to `RETURNED`, which only drives are ordered after. So a kernel that happens to start late enough is
+still found to be unordered.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from torch import Tensor
+
+from offload_rt.arena import Arena, MemoryRange
+from offload_rt.errors import StorageTimeout
+from offload_rt.file_io import wait_future
+from offload_rt.recording import HOST, RETURNED, Recorder
+
+COMPUTE = "compute"
+"""The lane of a device's compute stream."""
+
+
+class Event(Protocol):
+    """A place in a stream."""
+
+    def wait(self) -> None:
+        """Blocks the calling thread until the device has passed it, without spinning. Raises what the device raised."""
+
+
+class Stream(Protocol):
+    """Work that runs in order. Every method returns at once, and may be called from any thread."""
+
+    def record(self) -> Event:
+        """The place behind everything given so far."""
+
+    def wait(self, event: Event) -> None:
+        """What is given from now on begins when `event`, of any stream of the device, was passed."""
+
+    def copy(self, source: Tensor, destination: Tensor) -> None:
+        """Copies bytes: both uint8, contiguous, of one size, one of them in HOST. The caller keeps both alive."""
+
+
+class Device(Protocol):
+    """What a tier DEVICE with streams of its own offers."""
+
+    compute: Stream
+    to_device: Stream
+    to_host: Stream
+
+    def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
+        """An arena in one allocation of the device's memory. Its poison is written by `compute`."""
+
+    def lock(self, arena: Arena) -> None:
+        """Makes a HOST arena reachable for the device's own copies, where the system lets us."""
+
+
+class Copy:
+    """One copy, from the call that asked for it until the device has done it. Holds its ends: rule 3."""
+
+    def __init__(self, name: str, source: Tensor, destination: Tensor, *, inward: bool) -> None:
+        self.name = name
+        self.inward = inward
+        self.operation: int | None = None
+        """Its number in the recorder, if there is one."""
+        self.given: Future[Event] = Future()
+        self.done: Future[None] = Future()
+        self._source: Tensor | None = source
+        self._destination: Tensor | None = destination
+
+    def give(self, stream: Stream, before: Event) -> Event:
+        """Gives the copy to `stream`, behind `before`."""
+        if self._source is None or self._destination is None:
+            raise RuntimeError(f"{self.name}: given twice")
+        stream.wait(before)
+        stream.copy(self._source, self._destination)
+        return stream.record()
+
+    def ordered(self) -> None:
+        """`compute` is behind the copy."""
+        if self.inward:
+            self._destination = None
+
+    def finish(self, error: BaseException | None) -> None:
+        """The device is done with both ends, or never began."""
+        self._source = self._destination = None
+        for future in (self.given, self.done):
+            if error is not None and not future.done():
+                future.set_exception(error)
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+class Copier:
+    """Starts copies and orders them, by the rules of [Note: streams]. One per engine."""
+
+    def __init__(
+        self, device: Device, recorder: Recorder | None = None, *, pause: Callable[[], None] = lambda: None
+    ) -> None:
+        """`pause` is called by the feeder before each copy: the stress mode's delay."""
+        self.device = device
+        self._recorder = recorder
+        self._pause = pause
+        self._feeder = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-feed")
+        self._under_way: dict[int, str] = {}
+        self._to_device = _Reaper("offload_rt-to-device", self._returned)
+        self._to_host = _Reaper("offload_rt-to-host", self._returned)
+
+    def start(
+        self,
+        name: str,
+        source: Tensor,
+        destination: Tensor,
+        *,
+        inward: bool,
+        reads: Sequence[MemoryRange] = (),
+        writes: Sequence[MemoryRange] = (),
+        after: Callable[[], None] | None = None,
+        after_operations: Sequence[int] = (),
+    ) -> Copy:
+        """Starts copying `source` to `destination`: `inward` from HOST to DEVICE, otherwise back. Does not block.
+
+        Both are uint8 of one size. `after` blocks until the HOST end may be used, and raises why it never will: the
+        feeder calls it.
+        """
+        stream, reaper = (
+            (self.device.to_device, self._to_device) if inward else (self.device.to_host, self._to_host)
+        )  # fmt: skip
+        copy = Copy(name, source, destination, inward=inward)
+        if self._recorder is not None:
+            copy.operation = self._recorder.submit(
+                name, reads=reads, writes=writes, after=after_operations, lane=COMPUTE
+            )
+        before = self.device.compute.record()
+        self._under_way[id(copy)] = name
+        if after is None:
+            self._give(copy, stream, before, reaper)
+        else:
+            self._feeder.submit(self._feed, after, copy, stream, before, reaper)
+        return copy
+
+    def order(self, copy: Copy, timeout_seconds: float) -> None:
+        """What `compute` is given from now on comes after `copy`. Blocks only until the copy has been given.
+
+        Raises why it could not be, and `StorageTimeout` when that is not known in time.
+        """
+        self.device.compute.wait(wait_future(copy.given, timeout_seconds, self.outstanding))
+        copy.ordered()
+        if self._recorder is not None and copy.operation is not None:
+            self._recorder.join(copy.operation, lane=COMPUTE)
+
+    def wait(self, copy: Copy, timeout_seconds: float) -> None:
+        """Blocks until the device has done `copy`; raises as `order` does."""
+        wait_future(copy.done, timeout_seconds, self.outstanding)
+
+    def outstanding(self) -> str:
+        """The copies under way, for the message of a timeout."""
+        return "; ".join(list(self._under_way.values())) or "nothing"
+
+    def close(self) -> None:
+        """Waits for all copies, then ends the threads."""
+        self._feeder.shutdown()
+        self._to_device.close()
+        self._to_host.close()
+
+    def _feed(self, after: Callable[[], None], copy: Copy, stream: Stream, before: Event, reaper: _Reaper) -> None:
+        try:
+            after()
+            self._pause()
+            self._give(copy, stream, before, reaper)
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the copy raises it
+            self._under_way.pop(id(copy), None)
+            if self._recorder is not None and copy.operation is not None and not isinstance(error, StorageTimeout):
+                self._recorder.join(copy.operation, lane=HOST)  # what came before is over, and it never began
+            copy.finish(error.with_traceback(None))  # whoever keeps the error keeps no frames, and no lease with them
+
+    def _give(self, copy: Copy, stream: Stream, before: Event, reaper: _Reaper) -> None:
+        event = copy.give(stream, before)
+        reaper.watch(copy, event)
+        copy.given.set_result(event)
+
+    def _returned(self, copy: Copy, error: BaseException | None) -> None:
+        """The device has done `copy`: its ends may be leased again, also to a drive."""
+        self._under_way.pop(id(copy), None)
+        if self._recorder is not None and copy.operation is not None:
+            self._recorder.join(copy.operation, lane=RETURNED)
+        copy.finish(error)
+
+
+class _Reaper:
+    """A thread that waits for the copies of one stream, in their order, and reports each as over."""
+
+    def __init__(self, name: str, over: Callable[[Copy, BaseException | None], None]) -> None:
+        self._over = over
+        self._watched: queue.SimpleQueue[tuple[Copy, Event] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def watch(self, copy: Copy, event: Event) -> None:
+        """Reports `copy` when `event` has passed; events come in the order of the stream."""
+        self._watched.put((copy, event))
+
+    def close(self) -> None:
+        """Blocks until everything watched is over."""
+        self._watched.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._watched.get()) is not None:
+            copy, event = item
+            error: BaseException | None = None
+            try:
+                event.wait()
+            except BaseException as failure:  # noqa: BLE001 - whoever waits for the copy raises it
+                error = failure
+            self._over(copy, error)
+            del item, copy, event, error  # a sleeping thread holds no lease

@@ -1,0 +1,167 @@
+"""A device whose streams are threads: late, torn and in no order that was not asked for.
+
+Its DEVICE memory is RAM, so that tensors in it can be computed with. A copy goes in two halves with a pause between.
+`hold` stops a stream where it is, so that what must not overtake it has all the time in the world to do so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from offload_rt.arena import POISON, Arena, Slot
+
+WAIT_SECONDS = 20.0
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.passed = threading.Event()
+        self.error: BaseException | None = None
+
+    def wait(self) -> None:
+        if not self.passed.wait(WAIT_SECONDS):
+            raise TimeoutError("the event was never passed")
+        if self.error is not None:
+            raise self.error
+
+
+class FakeStream:
+    """Runs what it is given on a thread of its own, each thing up to `late_seconds` late."""
+
+    def __init__(self, name: str, late_seconds: float, seed: int) -> None:
+        self.name = name
+        self.num_copies = 0
+        self.error: BaseException | None = None
+        """What broke the stream: as on a GPU, nothing runs on it any more and every event after it says so."""
+        self._late_seconds = late_seconds
+        self._random = random.Random(seed)
+        self._going = threading.Event()
+        self._going.set()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"fake-{name}", daemon=True)
+        self._thread.start()
+
+    def give(self, kernel: Callable[[], None]) -> None:
+        """A kernel: runs when everything given before is over."""
+        self._work.put(kernel)
+
+    def hold(self) -> None:
+        self._going.clear()
+
+    def resume(self) -> None:
+        self._going.set()
+
+    def record(self) -> FakeEvent:
+        event = FakeEvent()
+
+        def passed() -> None:
+            event.error = self.error
+            event.passed.set()
+
+        self._work.put(passed)
+        return event
+
+    def wait(self, event: FakeEvent) -> None:
+        self.give(event.wait)
+
+    def copy(self, source: Tensor, destination: Tensor) -> None:
+        self.num_copies += 1
+        num_bytes = source.numel()
+        assert num_bytes == destination.numel()
+        origin, target = source.data_ptr(), destination.data_ptr()  # as a GPU: addresses, and no lease
+
+        def move() -> None:
+            half = num_bytes // 2
+            ctypes.memmove(target, origin, half)
+            self._pause()
+            ctypes.memmove(target + half, origin + half, num_bytes - half)
+
+        self.give(move)
+
+    def close(self) -> None:
+        self._going.set()
+        self._work.put(None)
+        self._thread.join()
+
+    def _pause(self) -> None:
+        if self._late_seconds:
+            time.sleep(self._random.uniform(0, self._late_seconds))
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            self._going.wait()
+            is_event = work.__name__ == "passed"
+            if self.error is not None and not is_event:
+                continue
+            try:
+                if not is_event:
+                    self._pause()
+                work()
+            except BaseException as error:  # noqa: BLE001 - told by every event from now on
+                self.error = error
+
+
+class HostStream:
+    """A compute stream that is the calling thread: for models, whose kernels torch runs there."""
+
+    name = "compute"
+
+    def record(self) -> FakeEvent:
+        event = FakeEvent()
+        event.passed.set()
+        return event
+
+    def wait(self, event: FakeEvent) -> None:
+        event.wait()
+
+    def close(self) -> None:
+        pass
+
+
+class FakeSlot(Slot):
+    on_device = True
+
+
+class FakeDeviceArena(Arena):
+    """RAM that is leased as DEVICE memory is, and poisoned by the compute stream."""
+
+    slot_type = FakeSlot
+
+    def __init__(self, name: str, num_bytes: int, compute: FakeStream | HostStream, *, poison: bool) -> None:
+        self._compute = compute
+        super().__init__(name, num_bytes, poison=poison)
+
+    def _fill(self, start: int, num_bytes: int) -> None:
+        def poison(address: int = self.region.address + start, region: object = self.region) -> None:
+            ctypes.memset(address, POISON, num_bytes)
+
+        poison() if isinstance(self._compute, HostStream) else self._compute.give(poison)
+
+
+class FakeDevice:
+    """`kernels_are_late` gives compute a thread too; otherwise it is whoever calls."""
+
+    def __init__(self, *, late_seconds: float = 0.0, kernels_are_late: bool = True, seed: int = 0) -> None:
+        self.compute = FakeStream("compute", late_seconds, seed) if kernels_are_late else HostStream()
+        self.to_device = FakeStream("to_device", late_seconds, seed + 1)
+        self.to_host = FakeStream("to_host", late_seconds, seed + 2)
+        self.arenas: list[str] = []
+        self.locked: list[str] = []
+
+    def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
+        self.arenas.append(name)
+        return FakeDeviceArena(name, num_bytes, self.compute, poison=poison)
+
+    def lock(self, arena: Arena) -> None:
+        self.locked.append(arena.name)
+
+    def close(self) -> None:
+        for stream in (self.compute, self.to_device, self.to_host):
+            stream.close()
