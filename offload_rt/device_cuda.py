@@ -1,0 +1,178 @@
+"""A CUDA GPU as the tier DEVICE: its memory in arenas, and its three streams, by torch's own calls.
+
+What orders them is in `streams`; here is only what CUDA calls these things. Nothing here runs in the tests, for want of
+a GPU: `benchmarks/gpu.py` begins by checking it on one.
+
+[Note: a lease of device memory]
+An arena is one uint8 tensor. A slot's tensors must hold its lease as RAM's do (see [Note: slot lifetime] in arena), but
+all views of one tensor share its storage. So a slot hands its address to torch as `__cuda_array_interface__`: torch
+makes a storage of its own for it and keeps the object that has the attribute until that storage dies.
+
+    arena tensor   |------------- uint8, one allocation --------------|
+    _Lease               |- address, length -|                             finalized: the range is free
+    _Window                 |- dtype's bytes -|   holds the lease          one for each tensor, held by its storage
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offload_rt.arena import POISON, Arena, Region, Slot
+from offload_rt.cudart import CudaRuntime, find_cuda_runtime
+from offload_rt.errors import ConfigError, PinningRefused
+from offload_rt.pinning import pin
+from offload_rt.streams import Event
+
+logger = logging.getLogger("offload_rt")
+
+
+class _Lease:
+    """A range of device memory, leased while this lives. Holds the arena's tensor."""
+
+    __slots__ = ("__weakref__", "address", "memory", "num_bytes")
+
+    def __init__(self, memory: torch.Tensor, start: int, num_bytes: int) -> None:
+        self.memory = memory
+        self.address = memory.data_ptr() + start
+        self.num_bytes = num_bytes
+
+
+class _Window:
+    """Bytes of a lease, as torch takes them. Version 2: no stream, so that torch waits for none."""
+
+    def __init__(self, lease: _Lease, offset_bytes: int, num_bytes: int) -> None:
+        self.lease = lease
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,), "typestr": "|u1", "data": (lease.address + offset_bytes, False), "version": 2,
+        }  # fmt: skip
+
+
+class CudaSlot(Slot):
+    """A lease of device memory, or the part of one."""
+
+    on_device = True
+
+    def buffer(self) -> memoryview:
+        raise TypeError(f"{self._arena}: device memory has no bytes that the host could read or a drive could fill")
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset_bytes: int = 0) -> torch.Tensor:
+        lease: _Lease = self._memory
+        num_elements = 1
+        for size in shape:
+            num_elements *= size
+        num_bytes = num_elements * dtype.itemsize
+        if num_bytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype, device=lease.memory.device)
+        if offset_bytes < 0 or offset_bytes + num_bytes > self.num_bytes:
+            raise ValueError(f"slot: {tuple(shape)} of {dtype} at {offset_bytes} exceeds {self.num_bytes} bytes")
+        window = _Window(lease, self._offset_bytes + offset_bytes, num_bytes)
+        return torch.as_tensor(window, device=lease.memory.device).view(dtype).view(tuple(shape))
+
+
+class CudaArena(Arena):
+    """One allocation of device memory, of torch's allocator, leased out in slots."""
+
+    slot_type = CudaSlot
+
+    def __init__(self, name: str, num_bytes: int, device: CudaDevice, *, poison: bool) -> None:
+        self._device = device
+        super().__init__(name, num_bytes, poison=poison)
+
+    def _map(self) -> torch.Tensor:
+        return torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device.device)
+
+    def _lease(self, start: int, num_bytes: int) -> _Lease:
+        return _Lease(self.region, start, num_bytes)
+
+    def _fill(self, start: int, num_bytes: int) -> None:
+        with torch.cuda.stream(self._device.compute.stream):
+            self.region[start : start + num_bytes].fill_(POISON)
+
+
+@dataclass(frozen=True)
+class CudaEvent:
+    """A place in a stream."""
+
+    event: torch.cuda.Event
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class CudaStream:
+    """One stream of the GPU."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+
+    def record(self) -> CudaEvent:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # whoever waits sleeps
+        event.record(self.stream)
+        return CudaEvent(event)
+
+    def wait(self, event: Event) -> None:
+        if not isinstance(event, CudaEvent):
+            raise TypeError(f"a CUDA stream cannot wait for {type(event).__name__}")
+        self.stream.wait_event(event.event)
+
+    def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            destination.copy_(source, non_blocking=True)
+
+
+class CudaDevice:
+    """One GPU. Its compute stream is the one that is current now; the model must run on that."""
+
+    def __init__(self, name: str, runtime: CudaRuntime | None = None) -> None:
+        """`name` is "cuda" or "cuda:N". Raises `ConfigError` where there is no such GPU."""
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"device: {name!r} was asked for, but torch {torch.__version__} finds no GPU; allowed: cpu"
+            )
+        found = torch.device(name)
+        index = torch.cuda.current_device() if found.index is None else found.index
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"device: {name!r}, but this machine's GPUs are 0 to {torch.cuda.device_count() - 1}")
+        self.device = torch.device("cuda", index)
+        self.compute = CudaStream(torch.cuda.current_stream(self.device))
+        self.to_device = CudaStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+        self.to_host = CudaStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+        self.locked_bytes = 0
+        """HOST memory that the GPU copies by itself."""
+        self.pageable_bytes = 0
+        """HOST memory that could not be locked: the driver copies through a buffer of its own, at about half speed."""
+        self._runtime = runtime
+
+    def check_stream(self) -> None:
+        """Raises `ConfigError` where the model runs on another stream than the engine orders its copies with."""
+        current = torch.cuda.current_stream(self.device)
+        if current != self.compute.stream:
+            raise ConfigError(
+                f"the model runs on {current}, the engine was made on {self.compute.stream}: make the engine "
+                f"inside the `torch.cuda.stream` block that trains"
+            )
+
+    def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
+        return CudaArena(name, num_bytes, self, poison=poison)
+
+    def lock(self, arena: Arena) -> None:
+        if not arena.num_bytes:
+            return
+        region: Any = arena.region
+        try:
+            if self._runtime is None:
+                torch.cuda.init()  # type: ignore[no-untyped-call]  # loads the runtime that is found then
+                self._runtime = find_cuda_runtime()
+            if self._runtime is None or not isinstance(region, Region):
+                raise PinningRefused("no CUDA runtime library was found in this process", code=0)
+            pin(region, self._runtime)
+        except PinningRefused as refusal:
+            self.pageable_bytes += arena.num_bytes
+            logger.warning("%s stays pageable, copies from it run at about half speed: %s", arena.name, refusal)
+        else:
+            self.locked_bytes += arena.num_bytes
