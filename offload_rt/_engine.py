@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from offload_rt import codec
 from offload_rt.assembly import Runtime, RuntimeOptions, assemble
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.state import load_state, save_state
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
+from offload_rt.device_cuda import find_device
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
 from offload_rt.optimizer.saving import load_training, save_training
@@ -46,7 +48,8 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
         own values.
     bits: 4 stores frozen linears as NF4 with double quantization; None keeps their dtype.
     adapters: a peft configuration, for a model that has none yet.
-    device: "cpu" or "auto". (The CUDA path is not there yet.)
+    device: "cuda", "cuda:N" or "cpu"; "auto" is the current GPU where there is one. The engine orders its copies with
+        the stream that is current now; batches may come from the CPU.
     device_memory, host_memory: hard budgets, "22GiB" or bytes; None is what is free. On the CPU device,
         host_memory=None makes DEVICE and HOST one tier.
     nvme: a folder, "folder:500GiB", or a list with one per drive; None keeps everything in memory.
@@ -100,11 +103,9 @@ class Engine:
             raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
         if emulate is not None:
             raise ConfigError("emulate: throttled links are not offered yet; leave it None")
-        if device not in ("auto", "cpu"):
-            raise ConfigError(f"device: {device!r} is not offered yet; allowed: 'cpu', 'auto'")
         self.config = EngineConfig(
             bits=bits,
-            device="cpu",
+            device=find_device(device),
             device_memory_bytes=None if device_memory is None else parse_bytes(device_memory, field="device_memory"),
             host_memory_bytes=None if host_memory is None else parse_bytes(host_memory, field="host_memory"),
             nvme=parse_nvme(nvme),
@@ -163,6 +164,10 @@ class Engine:
         """Calls the model."""
         if self._closed:
             raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
+        device = self._runtime.device
+        if device is not None:
+            device.check_stream()
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device.device), (args, kwargs))
         return self.model(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -358,7 +363,9 @@ class Engine:
             "io": runtime.links.io.name,
             "io_memory_not_registered": runtime.links.io.refusal or None,
             "drives": [] if runtime.store is None else [asdict(profile) for profile in runtime.store.profiles],
-            "nf4": codec.backend(),
+            "device": self.config.device,
+            "gpu": getattr(runtime.device, "report", lambda: None)(),
+            "nf4": codec.backend(device=self.config.device),
             "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},
             "holdings": arenas,
             "base_bytes": self._base_bytes,
@@ -402,7 +409,7 @@ class Engine:
         direct = "" if runtime.store is None else " (buffered)"
         if runtime.store is not None and runtime.store.direct and runtime.links.io.direct:
             direct = " past the page cache"
-        lines.append(f"I/O by {runtime.links.io.name}{direct}; NF4 by {codec.backend()}")
+        lines.append(f"I/O by {runtime.links.io.name}{direct}; NF4 by {codec.backend(device=self.config.device)}")
         return "\n".join(lines)
 
     @property

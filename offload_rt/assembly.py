@@ -23,9 +23,11 @@ from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
 from offload_rt.checkpoint import open_checkpoint
 from offload_rt.checkpoint.ingest import block_pieces, fill_slot
-from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest
+from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest, move_rest
 from offload_rt.config import EngineConfig
 from offload_rt.decoder import Decoder
+from offload_rt.device_cuda import CudaDevice
+from offload_rt.device_stash import DeviceStash
 from offload_rt.discover import BlockDraft, Coverage, check_coverage, coverage
 from offload_rt.edge import StreamedModule, keep_head_input_contiguous
 from offload_rt.errors import ConfigError
@@ -38,14 +40,23 @@ from offload_rt.scratch import Scratch
 from offload_rt.stash import HostStash, NvmeStash, Stash
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
+from offload_rt.streams import COMPUTE
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import HostResidence, NvmeResidence, Residence, Tiers
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
-from offload_rt.transfer import Links
+from offload_rt.transfer import WAIT_SECONDS, Links
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
-from offload_rt.workload import Workload, check_plan, find_workload, policy_of, streaming_problem, with_options
+from offload_rt.workload import (
+    TensorDevice,
+    Workload,
+    check_plan,
+    find_workload,
+    policy_of,
+    streaming_problem,
+    with_options,
+)
 from planners.activations import Action
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import KEPT_TENSORS, StreamingProblem, plan_streaming
@@ -81,6 +92,8 @@ class Runtime:
     """Of the micro-batches of a `train_batch`, where the plan takes them layer by layer."""
     training: FullTraining | None
     """Of layers that train; None where only adapters do."""
+    device: TensorDevice | None
+    """DEVICE, where its work is asynchronous; None where it is RAM."""
     _closed: bool = field(default=False)
 
     def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -164,12 +177,16 @@ class _Assembly:
         self.problem = problem
         self.plan = plan
         self.progress = progress
+        on_cpu = workload.config.device == "cpu"
+        self.device = options.device if on_cpu else CudaDevice(workload.config.device)
+        self.recorder = None
+        if options.record:
+            self.recorder = Recorder() if self.device is None else Recorder(compute=COMPUTE)
+        self.links = Links(recorder=self.recorder, device=self.device, delay_seconds=options.delay_seconds)
         self.tiers = Tiers(
             problem.device_capacity_bytes, problem.host_capacity_bytes, problem.nvme_capacity_bytes,
-            unified=problem.unified, poison=options.poison,
+            unified=problem.unified, poison=options.poison, device=self.device,
         )  # fmt: skip
-        self.recorder = Recorder() if options.record else None
-        self.links = Links(recorder=self.recorder, delay_seconds=options.delay_seconds)
         self.store: Store | None = None
         self.store_was_cached = False
         self.scratch: Scratch | None = None
@@ -195,6 +212,10 @@ class _Assembly:
                 self.store.close()
 
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
+        if self.device is not None and self.plan.activations:
+            raise ConfigError("plan: activations by chunks of tokens are not offered on a GPU yet; set them to null")
+        if self.device is not None and self.state is not None:
+            raise ConfigError("full fine-tuning is not offered on a GPU yet; give adapters=, or device='cpu'")
         if self.workload.config.nvme and self.workload.frozen:
             self._open_store()
         decoder = self._decoder()
@@ -243,7 +264,12 @@ class _Assembly:
         num_bytes = 2 * max((layer.largest_module_bytes for layer in self.problem.layers), default=0)
         if self._holds_decoded:
             num_bytes += max((layer.decoded_bytes for layer in self.problem.layers), default=0)
-        return Decoder(self.tiers.arena(Tier.DEVICE, "decoded weights", num_bytes))
+        return Decoder(self.tiers.arena(Tier.DEVICE, "decoded weights", num_bytes), self._tensor_device)
+
+    @property
+    def _tensor_device(self) -> torch.device:
+        """Where torch computes."""
+        return torch.device("cpu") if self.device is None else self.device.device
 
     def _resident(self) -> dict[str, Access]:
         """Brings the blocks that stay into DEVICE memory."""
@@ -251,13 +277,22 @@ class _Assembly:
         if not self.plan.resident:
             return accesses
         arena = self.tiers.arena(Tier.DEVICE, "resident blocks", self._stored_bytes(self.plan.resident))
+        staging = None
+        if self.device is not None:
+            largest = max(self._stored_bytes((name,)) for name in self.plan.resident)
+            staging = self.tiers.arena(Tier.HOST, "staging for resident blocks", largest)
         for name in self.plan.resident:
             draft = self.workload.draft(name)
             slot = arena.acquire(draft.spec.stored_bytes, name)
             if self.store is not None and not draft.trains:
-                NvmeResidence(self.store, name, slot.num_bytes, self.links, None).fetch(slot).wait()
-            else:
+                NvmeResidence(self.store, name, slot.num_bytes, self.links, staging).fetch(slot).wait()
+            elif staging is None:
                 fill_slot(draft, self.workload.sources, slot)
+            else:
+                stage = staging.acquire(slot.num_bytes, name, patience_seconds=WAIT_SECONDS)
+                fill_slot(draft, self.workload.sources, stage)
+                self.links.wait(self.links.copy(stage, slot))
+                del stage
             if self.state is not None and draft.trains:
                 self.state.weights_rest_in(name, slot)
             accesses[name] = ResidentAccess(slot)
@@ -347,7 +382,10 @@ class _Assembly:
         if home is Tier.DEVICE:
             return None
         if home is Tier.HOST:
-            return HostStash(self.tiers.arena(Tier.HOST, name, num_bytes), self.links)
+            arena = self.tiers.arena(Tier.HOST, name, num_bytes)
+            return HostStash(arena, self.links) if self.device is None else DeviceStash(arena, self.links)
+        if self.device is not None:
+            raise ConfigError(f"plan: {name} wait on NVME, which is not offered on a GPU yet; raise host_memory=")
         if self.scratch is None:
             raise ConfigError(f"plan: {name} wait on NVME, but nvme= gives no folder")
         staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 4 * largest_bytes)
@@ -390,7 +428,7 @@ class _Assembly:
             layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
             tokenwise=Tokenwise(places) if self.plan.activations else None, coverage=covered, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, turns=self.turns,
-            training=None,
+            training=None, device=self.device,
         )  # fmt: skip
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
         materialise_rest(workload.model, workload.rest, stored)
@@ -403,7 +441,7 @@ class _Assembly:
                 for spec, entry in zip(draft.spec.tensors, draft.parameters, strict=True)
             )
             for binding in bindings:
-                make_absent(binding.parameter)
+                make_absent(binding.parameter, self._tensor_device)
             block = Block(draft.name, draft.modules, draft.spec, bindings, decoder)
             runtime.blocks.append(block)
             access = accesses[draft.name]
@@ -414,6 +452,8 @@ class _Assembly:
             elif not isinstance(access, ResidentAccess):
                 runtime.streamed.extend(StreamedModule(module, block, access) for module in draft.modules)
         check_nothing_on_meta(workload.model, workload.sources.describe)
+        if self.device is not None:
+            move_rest(workload.model, stored, self._tensor_device)
         for layer in runtime.layers:
             layer.block.attach()
             layer.attach()

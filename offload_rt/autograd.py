@@ -241,8 +241,12 @@ class Call:
         self._structure = structure
         self._output_structure: Any = None
         self._output_constants: list[Any] = []
+        gpu = next((tensor.device for tensor in self.tensors if tensor.is_cuda), None)
+        self.device = torch.device("cpu") if gpu is None else gpu
         self.rng_state = torch.get_rng_state()
-        self.autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+        self.gpu_rng_state = None if gpu is None else torch.cuda.get_rng_state(gpu)
+        kind = self.device.type
+        self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self.autocast_cache = torch.is_autocast_cache_enabled()
         self.node: weakref.ref[Any] | None = None
         """The call in the graph outside."""
@@ -305,10 +309,12 @@ class Call:
         """Random numbers and autocast as they were in forward."""
         enabled, dtype = self.autocast
         with (
-            torch.random.fork_rng(devices=[]),
-            torch.autocast("cpu", enabled=enabled, dtype=dtype, cache_enabled=self.autocast_cache),
+            torch.random.fork_rng(devices=[] if self.gpu_rng_state is None else [self.device]),
+            torch.autocast(self.device.type, enabled=enabled, dtype=dtype, cache_enabled=self.autocast_cache),
         ):
             torch.set_rng_state(self.rng_state)
+            if self.gpu_rng_state is not None:
+                torch.cuda.set_rng_state(self.gpu_rng_state, self.device)
             yield
 
 

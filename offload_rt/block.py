@@ -38,7 +38,7 @@ class Binding:
     @cached_property
     def absent(self) -> torch.Tensor:
         """What the parameter shows while the block is closed; its own, since tied weights are known by their memory."""
-        return placeholder(self.spec.shape, torch_dtype(self.spec.dtype))
+        return placeholder(self.spec.shape, torch_dtype(self.spec.dtype), self.parameter.device)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,13 @@ class WeightView:
     """From the start of the decoded tensor, or of the slot."""
 
 
-def placeholder(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def placeholder(
+    shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
     """What an absent parameter holds: its shape and dtype over one element, NaN where the dtype has one."""
     value = float("nan") if dtype.is_floating_point else 0
-    return torch.full((1,), value, dtype=dtype).expand(shape) if len(shape) else torch.full((), value, dtype=dtype)
+    nothing = torch.full((1,), value, dtype=dtype, device=device)
+    return nothing.expand(shape) if len(shape) else nothing.view(())
 
 
 @dataclass

@@ -76,8 +76,8 @@ class EngineConfig:
 
     bits: int | None = None
     """4: frozen weights as NF4 with double quantization; None keeps their dtype."""
-    device: str = "auto"
-    """"cuda", "cuda:0", "cpu" or "auto"."""
+    device: str = "cpu"
+    """"cpu" or "cuda:N"."""
     device_memory_bytes: int | None = None
     """Hard budget of the DEVICE tier; None is what is free."""
     host_memory_bytes: int | None = None

@@ -50,9 +50,10 @@ class PackedReference:
 
 
 class Decoder:
-    """Decodes into `arena`; fresh memory, counted, where that is short."""
+    """Decodes into `arena`, on `device` (None: the CPU); fresh memory, counted, where that is short."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, device: torch.device | None = None) -> None:
+        self._device = torch.device("cpu") if device is None else device
         self.counters = DecodeCounters()
         self._arena = arena
         self._live: dict[int, PackedWeight] = {}
@@ -64,7 +65,7 @@ class Decoder:
         lease = self._arena.try_acquire(spec.compute_bytes, spec.name)
         if lease is None:
             self.counters.overflow_bytes += spec.compute_bytes
-            out = torch.empty(spec.shape, dtype=dtype)
+            out = torch.empty(spec.shape, dtype=dtype, device=self._device)
         else:
             out = lease.tensor(dtype, spec.shape)
         self.counters.num_decodes += 1
@@ -89,7 +90,7 @@ class Decoder:
         """Inside, autograd saves every published weight as a `PackedReference`."""
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | PackedReference:
-            if tensor.device.type != "cpu" or not tensor.numel():
+            if tensor.device.type != self._device.type or not tensor.numel():
                 return tensor
             weight = self.find(tensor)
             if weight is None:

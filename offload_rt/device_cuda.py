@@ -16,6 +16,7 @@ makes a storage of its own for it and keeps the object that has the attribute un
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,16 +130,8 @@ class CudaDevice:
     """One GPU. Its compute stream is the one that is current now; the model must run on that."""
 
     def __init__(self, name: str, runtime: CudaRuntime | None = None) -> None:
-        """`name` is "cuda" or "cuda:N". Raises `ConfigError` where there is no such GPU."""
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"device: {name!r} was asked for, but torch {torch.__version__} finds no GPU; allowed: cpu"
-            )
-        found = torch.device(name)
-        index = torch.cuda.current_device() if found.index is None else found.index
-        if index >= torch.cuda.device_count():
-            raise ConfigError(f"device: {name!r}, but this machine's GPUs are 0 to {torch.cuda.device_count() - 1}")
-        self.device = torch.device("cuda", index)
+        """`name` is "cuda:N", from `find_device`."""
+        self.device = torch.device(name)
         self.compute = CudaStream(torch.cuda.current_stream(self.device))
         self.to_device = CudaStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
         self.to_host = CudaStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
@@ -156,6 +149,16 @@ class CudaDevice:
                 f"the model runs on {current}, the engine was made on {self.compute.stream}: make the engine "
                 f"inside the `torch.cuda.stream` block that trains"
             )
+
+    def report(self) -> dict[str, Any]:
+        """The GPU's name; bytes of HOST memory locked or not; what torch's allocator took at most, arenas included."""
+        return {
+            "name": torch.cuda.get_device_name(self.device),
+            "locked_bytes": self.locked_bytes,
+            "pageable_bytes": self.pageable_bytes,
+            "allocator_peak_bytes": torch.cuda.max_memory_allocated(self.device),
+            "reserved_peak_bytes": torch.cuda.max_memory_reserved(self.device),
+        }
 
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         return CudaArena(name, num_bytes, self, poison=poison)
@@ -176,3 +179,18 @@ class CudaDevice:
             logger.warning("%s stays pageable, copies from it run at about half speed: %s", arena.name, refusal)
         else:
             self.locked_bytes += arena.num_bytes
+
+
+def find_device(name: str) -> str:
+    """`"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"` as `"cpu"` or `"cuda:N"`. Raises `ConfigError` where there is none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", name) if isinstance(name, str) else None
+    if match is None:
+        raise ConfigError(f"device: {name!r} is not offered; allowed: 'auto', 'cpu', 'cuda', 'cuda:N'")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device: {name!r}, but torch {torch.__version__} finds no GPU here; allowed: 'cpu', 'auto'")
+    index = torch.cuda.current_device() if match[1] is None else int(match[1])
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name!r}, but this machine's GPUs are 0 to {torch.cuda.device_count() - 1}")
+    return f"cuda:{index}"

@@ -26,8 +26,8 @@ HOST = "host"
 """The lane of the calling thread; on the CPU device it is the compute lane too."""
 
 RETURNED = "returned"
-"""What the host has seen to be over because its memory came back. Only what takes memory for a drive is ordered after
-it: a kernel must be ordered by an event, not by luck."""
+"""What the host has seen to be over because its memory came back. Only what fills HOST memory, or empties it to a
+drive, is ordered after it: a kernel must be ordered by an event, not by luck."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,14 @@ class Recorder:
         writes: Iterable[MemoryRange] = (),
         after: Iterable[int] = (),
         lane: str = HOST,
+        also: str | None = None,
     ) -> int:
-        """Records an asynchronous operation started from `lane`; it runs on a lane of its own. Returns its number."""
+        """Records an asynchronous operation started from `lane`; it runs on a lane of its own. Returns its number.
+
+        It comes after what `lane` was behind, and what `also` was.
+        """
         with self._lock:
-            ancestors = self._head(lane)
+            ancestors = self._head(lane) | (0 if also is None else self._head(also))
             for number in after:
                 ancestors |= self.operations[number].ancestors | (1 << number)
             return self._append(name, f"transfer {len(self.operations)}", reads, writes, ancestors)

@@ -32,8 +32,8 @@ neither the host nor the rest of the device. Three rules make every copy safe, a
 Never is the whole device waited for, and never a stream by the host, but for bytes that the host itself wants.
 
 The recorder sees the same: `compute` is a lane; a copy is ordered after its head, `order` joins it to the lane, and a
-reaper joins it to `RETURNED`, which only drives are ordered after. So a kernel that happens to start late enough is
-still found to be unordered.
+reaper joins it to `RETURNED`, which drives and copies that fill HOST memory are ordered after, kernels not: one that
+happens to start late enough is still found to be unordered.
 """
 
 from __future__ import annotations
@@ -78,12 +78,20 @@ class Stream(Protocol):
 class Device(Protocol):
     """What a tier DEVICE with streams of its own offers."""
 
-    compute: Stream
-    to_device: Stream
-    to_host: Stream
+    @property
+    def compute(self) -> Stream: ...
+
+    @property
+    def to_device(self) -> Stream: ...
+
+    @property
+    def to_host(self) -> Stream: ...
 
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         """An arena in one allocation of the device's memory. Its poison is written by `compute`."""
+
+    def check_stream(self) -> None:
+        """Raises `ConfigError` where the caller's kernels do not go to `compute`."""
 
     def lock(self, arena: Arena) -> None:
         """Makes a HOST arena reachable for the device's own copies, where the system lets us."""
@@ -102,11 +110,12 @@ class Copy:
         self._source: Tensor | None = source
         self._destination: Tensor | None = destination
 
-    def give(self, stream: Stream, before: Event) -> Event:
+    def give(self, stream: Stream, before: Sequence[Event]) -> Event:
         """Gives the copy to `stream`, behind `before`."""
         if self._source is None or self._destination is None:
             raise RuntimeError(f"{self.name}: given twice")
-        stream.wait(before)
+        for event in before:
+            stream.wait(event)
         stream.copy(self._source, self._destination)
         return stream.record()
 
@@ -151,21 +160,27 @@ class Copier:
         writes: Sequence[MemoryRange] = (),
         after: Callable[[], None] | None = None,
         after_operations: Sequence[int] = (),
+        behind: Copy | None = None,
     ) -> Copy:
         """Starts copying `source` to `destination`: `inward` from HOST to DEVICE, otherwise back. Does not block.
 
         Both are uint8 of one size. `after` blocks until the HOST end may be used, and raises why it never will: the
-        feeder calls it.
+        feeder calls it. `behind` is a copy back that filled the source: the device orders the two itself.
         """
         stream, reaper = (
             (self.device.to_device, self._to_device) if inward else (self.device.to_host, self._to_host)
         )  # fmt: skip
         copy = Copy(name, source, destination, inward=inward)
         if self._recorder is not None:
+            if behind is not None and behind.operation is not None:
+                after_operations = [*after_operations, behind.operation]
             copy.operation = self._recorder.submit(
-                name, reads=reads, writes=writes, after=after_operations, lane=COMPUTE
-            )
-        before = self.device.compute.record()
+                name, reads=reads, writes=writes, after=after_operations, lane=COMPUTE,
+                also=None if inward else RETURNED,  # the HOST memory that it fills came back, as for a drive
+            )  # fmt: skip
+        before = [self.device.compute.record()]
+        if behind is not None:
+            before.append(behind.given.result())
         self._under_way[id(copy)] = name
         if after is None:
             self._give(copy, stream, before, reaper)
@@ -197,7 +212,9 @@ class Copier:
         self._to_device.close()
         self._to_host.close()
 
-    def _feed(self, after: Callable[[], None], copy: Copy, stream: Stream, before: Event, reaper: _Reaper) -> None:
+    def _feed(
+        self, after: Callable[[], None], copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper
+    ) -> None:
         try:
             after()
             self._pause()
@@ -208,7 +225,7 @@ class Copier:
                 self._recorder.join(copy.operation, lane=HOST)  # what came before is over, and it never began
             copy.finish(error.with_traceback(None))  # whoever keeps the error keeps no frames, and no lease with them
 
-    def _give(self, copy: Copy, stream: Stream, before: Event, reaper: _Reaper) -> None:
+    def _give(self, copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper) -> None:
         event = copy.give(stream, before)
         reaper.watch(copy, event)
         copy.given.set_result(event)

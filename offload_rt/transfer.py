@@ -23,7 +23,7 @@ from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.file_io import FileIO, file_io, wait_future
 from offload_rt.file_io import OpenFile as OpenFile
 from offload_rt.recording import RETURNED, Recorder
-from offload_rt.streams import Copier, Device
+from offload_rt.streams import Copier, Copy, Device
 
 WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
 
@@ -51,8 +51,8 @@ class Transfer:
         self.num_bytes = num_bytes
         self.operation: int | None = None
         """Its number in the recorder, if there is one."""
-        self.order: Callable[[float], None] | None = None
-        """Makes the device's compute stream, instead of the host, wait; None where the host is what computes."""
+        self.copy: Copy | None = None
+        """The device's own copy that this is, if it is one."""
         self._wait = wait
         self._owned: tuple[object, ...] | None = owned
         self._error: Exception | None = None
@@ -156,12 +156,49 @@ class Links:
         )  # fmt: skip
         return self._recorded(transfer, reads=source, writes=destination, after=after)
 
+    def save(self, source: torch.Tensor, destination: Slot) -> Transfer:
+        """Starts copying `source`, flat bytes that `compute` was given to make, to HOST. For a device with streams."""
+        self.counters.bytes_copied += source.numel()
+        copy = self._streams.start(
+            f"save to {destination.range.arena}",
+            source,
+            destination.tensor(torch.uint8, (source.numel(),)),
+            inward=False,
+            writes=[destination.range],
+        )
+        return self._transfer_of(copy, source.numel())
+
+    def load(self, source: Slot, destination: torch.Tensor, *, saved: Transfer) -> Transfer:
+        """Starts copying `source`, in HOST once `saved` is done, to `destination`, flat bytes of the device."""
+        self.counters.bytes_copied += destination.numel()
+        copy = self._streams.start(
+            f"load from {source.range.arena}",
+            source.tensor(torch.uint8, (destination.numel(),)),
+            destination,
+            inward=True,
+            reads=[source.range],
+            behind=saved.copy,
+        )
+        return self._transfer_of(copy, destination.numel())
+
+    @property
+    def _streams(self) -> Copier:
+        if self.device is None:
+            raise RuntimeError("save and load are for a device with streams; here DEVICE is RAM")
+        return self.device
+
+    def _transfer_of(self, copy: Copy, num_bytes: int) -> Transfer:
+        copier = self._streams
+        self.counters.num_transfers += 1
+        transfer = Transfer(copy.name, num_bytes, lambda seconds: copier.wait(copy, seconds), (copy,))
+        transfer.copy, transfer.operation = copy, copy.operation
+        return transfer
+
     def _device_copy(
         self, copier: Copier, source: Slot, destination: Slot, after: Transfer | None, check: Callable[[], None] | None
     ) -> Transfer:
         if source.on_device == destination.on_device:
             raise ValueError(f"copy: {source.range} and {destination.range} are on the same side of the device")
-        self.counters.num_transfers += 1
 
         def arrived() -> None:
             if after is not None:
@@ -179,11 +216,7 @@ class Links:
             after=arrived if after is not None or check is not None else None,
             after_operations=[] if after is None or after.operation is None else [after.operation],
         )
-        transfer = Transfer(copy.name, source.num_bytes, lambda seconds: copier.wait(copy, seconds), (copy,))
-        transfer.operation = copy.operation
-        if destination.on_device:
-            transfer.order = lambda seconds: copier.order(copy, seconds)
-        return transfer
+        return self._transfer_of(copy, source.num_bytes)
 
     def join(self, name: str, transfers: Sequence[Transfer]) -> Transfer:
         """Several transfers as one, which has arrived when all have. If some fail, the first error is told when none is
@@ -215,13 +248,14 @@ class Links:
         What arrives on an asynchronous device is waited for by its compute stream, not by the caller.
         """
         start = time.perf_counter()
-        if transfer.order is not None:
-            transfer.order(WAIT_SECONDS)
+        copy = transfer.copy
+        if self.device is not None and copy is not None and copy.inward:
+            self.device.order(copy, WAIT_SECONDS)  # and the recorder's compute lane
         else:
             transfer.wait()
+            if self.recorder is not None and transfer.operation is not None:
+                self.recorder.join(transfer.operation)
         self.counters.stall_seconds += time.perf_counter() - start
-        if self.recorder is not None and transfer.operation is not None and transfer.order is None:
-            self.recorder.join(transfer.operation)
 
     def close(self) -> None:
         if self._delayer is not None:

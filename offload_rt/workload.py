@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -22,12 +23,21 @@ from offload_rt.optimizer.pieces import PIECE_ELEMENTS, TrainedBlock, TrainedPar
 from offload_rt.optimizer.rules import UpdateRule, rule_for
 from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, layer_input_bytes, loss_head_size
 from offload_rt.store import store_folders, usable_bytes
+from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.activations import ActivationPolicy
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import BlockSize, StreamingProblem
 from planners.training_state import StatePlacement, TrainedSize, TrainingSizes
+
+
+class TensorDevice(Device, Protocol):
+    """A device with streams whose memory torch computes in."""
+
+    @property
+    def device(self) -> torch.device: ...
+
 
 OPTIMIZER_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments, which is the most that the usual optimizers keep for an adapter."""
@@ -70,6 +80,8 @@ class RuntimeOptions:
     """Step blocks on the calling thread. On where transfers are recorded."""
     piece_elements: int = PIECE_ELEMENTS
     """Parameters whose state moves as one. Part of what training state is identified by."""
+    device: TensorDevice | None = None
+    """DEVICE, in place of the machine's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +219,8 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         weights_bytes = sum(p.numel() * p.element_size() for p in in_memory)
         trainable_bytes = leftovers + weights_bytes + max(of_layers + of_others)
     activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
-    unified = config.host_memory_bytes is None
+    on_gpu = config.device != "cpu"
+    unified = config.host_memory_bytes is None and not on_gpu
     nvme_capacity = None
     if config.nvme:
         folders = store_folders(config.nvme, workload.key)
@@ -224,8 +237,8 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         activation_bytes=activation_bytes,
         allocator_slack_bytes=min(MAX_ALLOCATOR_SLACK_BYTES, 2 * (trainable_bytes + activation_bytes)),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
-        device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(),
-        host_capacity_bytes=config.host_memory_bytes,
+        device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(config.device),
+        host_capacity_bytes=config.host_memory_bytes or (free_memory_bytes() if on_gpu else None),
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
         training=None if workload.training is None else training_sizes(workload.training, config),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from offload_rt.arena import POISON, Arena, Slot
@@ -148,6 +149,9 @@ class FakeDeviceArena(Arena):
 class FakeDevice:
     """`kernels_are_late` gives compute a thread too; otherwise it is whoever calls."""
 
+    device = torch.device("cpu")
+    """Where torch computes."""
+
     def __init__(self, *, late_seconds: float = 0.0, kernels_are_late: bool = True, seed: int = 0) -> None:
         self.compute = FakeStream("compute", late_seconds, seed) if kernels_are_late else HostStream()
         self.to_device = FakeStream("to_device", late_seconds, seed + 1)
@@ -158,6 +162,9 @@ class FakeDevice:
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         self.arenas.append(name)
         return FakeDeviceArena(name, num_bytes, self.compute, poison=poison)
+
+    def check_stream(self) -> None:
+        pass
 
     def lock(self, arena: Arena) -> None:
         self.locked.append(arena.name)

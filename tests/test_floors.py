@@ -58,6 +58,7 @@ FLOORS = {
     "offload_rt.scratch": 3.0,
     "offload_rt.tiers": 4.0,
     "offload_rt.stash": 4.0,
+    "offload_rt.device_stash": 4.5,
     "offload_rt.block": 5.0,
     "offload_rt.discover": 5.0,
     "offload_rt.integrity": 5.0,

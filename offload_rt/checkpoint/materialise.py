@@ -32,9 +32,20 @@ def make_real(parameter: nn.Parameter, value: torch.Tensor) -> None:
     torch.utils.swap_tensors(parameter, fresh)  # type: ignore[no-untyped-call]
 
 
-def make_absent(parameter: nn.Parameter) -> None:
-    """Lets go of a parameter's values, keeping identity, shape and dtype."""
-    make_real(parameter, placeholder(parameter.shape, parameter.dtype))
+def make_absent(parameter: nn.Parameter, device: torch.device | None = None) -> None:
+    """Lets go of a parameter's values, keeping identity, shape and dtype. What is left of it is on `device`."""
+    make_real(parameter, placeholder(parameter.shape, parameter.dtype, device))
+
+
+def move_rest(model: nn.Module, stored: set[int], device: torch.device) -> None:
+    """Moves every parameter and buffer that no block stores to `device`; parameters keep their identity."""
+    for parameter in model.parameters():
+        if id(parameter) not in stored:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def materialise_rest(model: nn.Module, streams: Mapping[str, TensorSource], stored: set[int]) -> None:

@@ -1,0 +1,120 @@
+"""An engine on a device whose copies are asynchronous: every bit as in plain PyTorch, and every use ordered.
+
+The device is that of `fake_device`, whose kernels torch runs in the calling thread; `test_streams` has late ones. With
+poisoned memory and late copies, what does not wait for its weights computes with NaN.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_rt._engine import Engine
+from offload_rt.assembly import RuntimeOptions
+from offload_rt.errors import ConfigError
+from planners.activations import Action, ActivationPolicy, Chunk
+from planners.plan import DecodeScope, Tier
+from tests.fake_device import FakeDevice
+from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, _run, build, run_plain
+from tests.test_parity import differences
+
+CASES = [
+    Case("llama", "nf4", 1, True, False, "from NVME"),
+    Case("llama", "bf16", 2, False, True, "from HOST"),
+    Case("qwen", "nf4", 2, False, False, "from HOST"),
+    Case("gpt2", "nf4", 1, False, False, "from NVME"),
+    Case("moe", "fp32", 1, True, False, "from NVME"),
+    Case("plain", "nf4", 1, False, False, "from HOST"),
+]
+
+
+def engine_on(device: FakeDevice, case: Case, folder: Path, **options) -> Engine:
+    defaults = {"layer_inputs": Tier.HOST, "num_slots": 2, "stream_edges": True, "record": True, "poison": True}
+    return Engine(
+        build(case),
+        bits=4 if case.weights == "nf4" else None,
+        batch_size=BATCH_SIZE,
+        seq_len=SEQ_LEN,
+        accumulation_steps=case.accumulation,
+        max_grad_norm=0.05 if case.clipping else None,
+        lr=1e-2,
+        device="cpu",
+        host_memory="64MiB",
+        nvme=folder if case.place == "from NVME" else None,
+        options=RuntimeOptions(**{**defaults, "device": device, **options}),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_on_a_late_device_is_bit_equal_to_plain_pytorch(case: Case, tmp_path: Path) -> None:
+    device = FakeDevice(late_seconds=0.002, kernels_are_late=False)
+    with engine_on(device, case, tmp_path) as engine:
+        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        assert differences(run_plain(case), found) == []
+        report, recorder = engine.report(), engine._runtime.recorder
+        fetches = sum(executor.counters.num_fetches for executor in engine._runtime.executors)
+    micro_batches = STEPS * case.accumulation
+    assert recorder is not None and [str(race) for race in recorder.check()] == []
+    # Every fetch is a copy in, every layer's input is one out and one in; nothing is resident.
+    if case.family != "plain" or not case.checkpointing:
+        assert device.to_host.num_copies == 4 * micro_batches
+        assert device.to_device.num_copies == fetches + 4 * micro_batches
+    assert report["prefetch_misses"] == 0
+    assert report["layer_inputs_not_put_away"] == 0
+    assert (report["bytes_read"] > 0) == (case.place == "from NVME")
+    assert "decoded weights" in device.arenas
+    device.close()
+
+
+@pytest.mark.parametrize("place", ["from HOST", "from NVME"])
+def test_what_is_resident_comes_by_copies_too(place: str, tmp_path: Path) -> None:
+    case = Case("llama", "nf4", 1, False, False, place)
+    device = FakeDevice(late_seconds=0.002, kernels_are_late=False)
+    with engine_on(device, case, tmp_path, stream_edges=None, layer_inputs=Tier.DEVICE) as engine:
+        assert "model.embed_tokens" in str(engine.plan.resident)
+        assert device.to_device.num_copies >= len(engine.plan.resident)
+        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        assert differences(run_plain(case), found) == []
+        assert device.to_host.num_copies == 0
+        assert engine._runtime.recorder is not None and engine._runtime.recorder.check() == []
+    device.close()
+
+
+def test_a_steady_step_makes_no_arena_and_leases_the_same(tmp_path: Path) -> None:
+    case = Case("llama", "nf4", 1, False, False, "from NVME")
+    device = FakeDevice(kernels_are_late=False)
+    with engine_on(device, case, tmp_path, decode_scope=DecodeScope.LAYER) as engine:
+        counts = []
+        for _ in range(3):
+            _run(case, engine, engine.backward, engine.trainable, engine.step)
+            counts.append((device.to_device.num_copies, device.to_host.num_copies, len(device.arenas)))
+        (first, second, third) = counts
+        assert third[2] == first[2]
+        assert (third[0] - second[0], third[1] - second[1]) == (second[0] - first[0], second[1] - first[1])
+        assert third[1] - second[1] == 4 * STEPS
+    device.close()
+
+
+def test_what_a_device_does_not_do_yet_is_refused(tmp_path: Path) -> None:
+    case = Case("llama", "nf4", 1, False, False, "from NVME")
+    device = FakeDevice(kernels_are_late=False)
+    with pytest.raises(ConfigError, match="wait on NVME, which is not offered on a GPU yet"):
+        engine_on(device, case, tmp_path, layer_inputs=Tier.NVME)
+    policy = ActivationPolicy(chunks=(Chunk(num_tokens=4, action=Action.KEEP),))
+    with pytest.raises(ConfigError, match="not offered on a GPU yet"):
+        engine_on(device, case, tmp_path, activations=policy)
+    device.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
+def test_a_gpu_that_is_not_there_is_refused_with_what_was_found(device: str) -> None:
+    with pytest.raises(ConfigError, match=r"torch .* finds no GPU here; allowed: 'cpu', 'auto'"):
+        Engine(build(CASES[0]), device=device)
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="allowed: 'auto', 'cpu', 'cuda', 'cuda:N'"):
+        Engine(build(CASES[0]), device="tpu")
