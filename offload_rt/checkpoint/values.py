@@ -51,6 +51,7 @@ def rng_state() -> dict[str, Any]:
             int(has_gauss),
             float(cached),
         ],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
@@ -61,3 +62,6 @@ def restore_rng(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    gpus = state.get("cuda", [])  # none where a CPU wrote it, or this version's predecessor
+    if gpus and len(gpus) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(gpus)

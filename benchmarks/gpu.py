@@ -1,0 +1,381 @@
+"""What the GPU path is worth on this machine, in one command and under 8 minutes.
+
+    python benchmarks/gpu.py [--json FILE] [--trace FILE] [--minutes 7.5] [--shapes 1b 8b] [--sections ...] [--smoke]
+
+The sections, in this order; one that fails is recorded with its error, and the others still run:
+
+    parity   tests/test_gpu.py: bits of the kernels, leases, real streams, training against plain PyTorch. If it fails,
+             so does the command: the other numbers are then those of something that is wrong.
+    links    bytes per second HOST -> DEVICE and back, locked and pageable, alone and both ways at once; a copy on the
+             device
+    decode   NF4 to bf16, against a copy that moves as many bytes, for several shapes and cuts of the kernel
+    adam     AdamW, against a copy that moves as many bytes, and torch's fused one
+    steps    a QLoRA step of Llamas, 4096 tokens, the process held to --device-memory of the GPU (gpu_step.py):
+                 plain      bf16 in device memory, transformers + peft, every layer recomputed
+                 resident   ours, NF4, all layers in device memory after the first step
+                 host       ours, NF4, layers stream from HOST
+                 nvme       ours, NF4, layers stream from NVMe (--nvme DIR; not by default)
+             with the streams' busy time in a profiled step, and what `host` should take: the larger of `resident`'s
+             time and the bytes that it moves at the bandwidth of `links`
+
+Ratios are taken within a round. --smoke is the same with small shapes, and runs on a CPU too, where there are no
+streams: a test of the script, no measurement.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rounds
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from offload_rt import codec, cpu_adam  # noqa: E402
+from offload_rt.arena import Arena  # noqa: E402
+from offload_rt.cpu_adam import AdamW  # noqa: E402
+from offload_rt.nf4_layout import nf4_layout  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SECTIONS = ("parity", "links", "decode", "adam", "steps")
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "tiny": (128, 256, 5, 4, 2, 512),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "3b": (3072, 8192, 28, 24, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+}
+STEP_SECONDS = {"tiny": 20.0, "1b": 40.0, "3b": 60.0, "8b": 75.0, "13b": 100.0}
+"""Left on the clock, or a contender is not begun: starting, filling, encoding, warming up and five steps."""
+KINDS = ("plain", "resident", "host")
+RATE = "bytes_per_second"
+
+
+def seconds_of(work: Callable[[], object], repeat: int = 1) -> float:
+    """Seconds of one call, by the GPU's own clock."""
+    if not GPU:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            work()
+        return (time.perf_counter() - start) / repeat
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeat):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeat
+
+
+def machine() -> dict[str, Any]:
+    found: dict[str, Any] = {"name": rounds.circumstances()["cpu"], "torch": torch.__version__}
+    if GPU:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "name": properties.name, "device_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }  # fmt: skip
+        query = "driver_version,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm,power.limit"
+        asked = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
+        found["nvidia_smi"] = dict(zip(query.split(","), asked.stdout.strip().split(", "), strict=False))
+        try:
+            import triton
+
+            found["triton"] = triton.__version__
+        except ImportError:
+            found["triton"] = None
+    return found
+
+
+def parity(options: argparse.Namespace) -> dict[str, Any]:
+    """The gate. Each module of tests in a process of its own, with the kernels compiled, not interpreted."""
+    files = ["tests/test_streams.py"] if options.smoke else ["tests/test_gpu.py", "tests/test_streams.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *files]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    result = {"ok": done.returncode == 0, "summary": lines[-1] if lines else done.stderr[-500:]}
+    if done.returncode:
+        result["tail"] = (done.stdout[-6000:] + done.stderr[-1000:]).splitlines()
+    return result
+
+
+def links(options: argparse.Namespace) -> dict[str, Any]:
+    num_bytes = 1 << 20 if options.smoke else 256 << 20
+    pageable = torch.empty(num_bytes, dtype=torch.uint8)
+    arenas = [Arena("locked", num_bytes), Arena("locked too", num_bytes)]
+    if GPU:
+        from offload_rt.device_cuda import CudaDevice, find_device
+
+        device = CudaDevice(find_device("cuda"))
+        for arena in arenas:
+            device.lock(arena)
+        streams = [device.to_device.stream, device.to_host.stream]
+    locked, locked_too = (arena.acquire(num_bytes, "benchmark").tensor(torch.uint8, (num_bytes,)) for arena in arenas)
+    there, there_too = (torch.zeros(num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+
+    def both() -> None:
+        if not GPU:
+            there.copy_(locked)
+            locked_too.copy_(there_too)
+            return
+        current = torch.cuda.current_stream()
+        for stream in streams:
+            stream.wait_stream(current)
+        with torch.cuda.stream(streams[0]):
+            there.copy_(locked, non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            locked_too.copy_(there_too, non_blocking=True)
+        for stream in streams:
+            current.wait_stream(stream)
+
+    work: dict[str, tuple[float, Callable[[], object]]] = {
+        "to_device": (1, lambda: there.copy_(locked, non_blocking=True)),
+        "to_host": (1, lambda: locked.copy_(there, non_blocking=True)),
+        "both_ways": (2, both),
+        "to_device_pageable": (1, lambda: there.copy_(pageable)),
+        "on_device_read_and_written": (2, lambda: there.copy_(there_too)),
+    }
+    contenders = {
+        name: lambda parts=parts, call=call: parts * num_bytes / seconds_of(call, 3)
+        for name, (parts, call) in work.items()
+    }
+    speeds = rounds.interleave(contenders, options.rounds)
+    return {"bytes": num_bytes, RATE: {name: rounds.summary(values) for name, values in speeds.items()}}
+
+
+def decode(options: argparse.Namespace) -> dict[str, Any]:
+    shapes = [(96, 128)] if options.smoke else [(4096, 4096), (4096, 14336), (8192, 28672)]
+    launches = {"": None}
+    if GPU:
+        from offload_rt import nf4_triton
+
+        cuts = [(256, 4), (512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8)]
+        launches |= {f"words={w} warps={n}": nf4_triton.Launch(words=w, num_warps=n) for w, n in cuts}
+    results = {}
+    for shape in shapes:
+        num_elements = shape[0] * shape[1]
+        layout = nf4_layout(num_elements)
+        copies = 1 if options.smoke else max(1, (256 << 20) // (2 * num_elements))  # more than the caches hold
+        blob = codec.encode(torch.randn(num_elements)).to(DEVICE)
+        blobs = [blob.clone() for _ in range(copies)]
+        outs = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies)]
+        moved = layout.total_bytes + 2 * num_elements
+        source = torch.zeros(moved // 2 * copies, dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+
+        def run(launch: Any, blobs: Any = blobs, outs: Any = outs, layout: Any = layout) -> None:
+            for one, out in zip(blobs, outs, strict=True):
+                if launch is None:
+                    codec.decode_into(one, out)
+                else:
+                    nf4_triton.decode(one, layout, out.view(-1), launch)
+
+        total = moved * copies
+        contenders: dict[str, Callable[[], float]] = {
+            "copy": lambda source=source, target=target, total=total: (
+                total / seconds_of(lambda: target.copy_(source), 3)
+            )
+        }
+        contenders |= {
+            name or "decode": lambda launch=launch, run=run, total=total: total / seconds_of(lambda: run(launch), 3)
+            for name, launch in launches.items()
+        }
+        speeds = rounds.interleave(contenders, options.rounds)
+        results["x".join(map(str, shape))] = {
+            "bytes_moved": moved,
+            RATE: {name: rounds.summary(values) for name, values in speeds.items()},
+            "over_copy": {name: rounds.ratio(speeds, name, "copy") for name in speeds if name != "copy"},
+        }
+    return {"backend": codec.backend(device=DEVICE), "shapes": results, "aim_over_copy": 0.85}
+
+
+def adam(options: argparse.Namespace) -> dict[str, Any]:
+    num_elements = 4096 if options.smoke else 64 << 20
+    grad = torch.randn(num_elements, device=DEVICE) * 1e-3
+    master, exp_avg, exp_avg_sq = (torch.rand(num_elements, device=DEVICE) for _ in range(3))
+    weight = torch.empty(num_elements, dtype=torch.bfloat16, device=DEVICE)
+    moved = num_elements * (4 + 12 + 12 + 2)
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    numbers = AdamW(lr=1e-4)
+    contenders: dict[str, Callable[[], float]] = {"copy": lambda: moved / seconds_of(lambda: target.copy_(source), 3)}
+
+    def ours(launch: Any = None) -> None:
+        state = (grad, master, exp_avg, exp_avg_sq, weight)
+        if GPU:
+            adam_triton.step(numbers.scalars(10), *state, launch or adam_triton.DEFAULT)
+        else:
+            cpu_adam.update(*state, step=10, numbers=numbers)
+
+    contenders["ours"] = lambda: moved / seconds_of(ours, 3)
+    if GPU:
+        from offload_rt import adam_triton
+
+        for elements, warps in ((512, 4), (1024, 8), (2048, 8)):
+            launch = adam_triton.Launch(elements=elements, num_warps=warps)
+            contenders[f"elements={elements} warps={warps}"] = lambda launch=launch: (
+                moved / seconds_of(lambda: ours(launch), 3)
+            )
+    parameter = torch.nn.Parameter(master.clone())
+    parameter.grad = grad
+    fused = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
+    contenders["torch fused, no bf16 weight"] = lambda: (moved - 2 * num_elements) / seconds_of(fused.step, 3)
+    speeds = rounds.interleave(contenders, options.rounds)
+    return {
+        "elements": num_elements,
+        RATE: {name: rounds.summary(values) for name, values in speeds.items()},
+        "over_copy": {name: rounds.ratio(speeds, name, "copy") for name in speeds if name != "copy"},
+    }
+
+
+def steps(options: argparse.Namespace, deadline: float, found: dict[str, Any]) -> dict[str, Any]:
+    """Each contender in a process of its own, one after the other: two do not fit beside each other."""
+    contenders = [*options.contenders, *(["nvme"] if options.nvme else [])]
+    results: dict[str, Any] = {}
+    for shape in options.shapes:
+        rows: dict[str, Any] = {}
+        for kind in contenders:
+            left = deadline - time.monotonic()
+            if left < STEP_SECONDS[shape]:
+                rows[kind] = {"skipped": f"{left:.0f} s were left"}
+                continue
+            rows[kind] = _contender(options, shape, kind, left)
+        results[shape] = {"contenders": rows} | _verdict(rows, found)
+    return results
+
+
+def _contender(options: argparse.Namespace, shape: str, kind: str, left: float) -> dict[str, Any]:
+    settings = {
+        "kind": kind, "shape": SHAPES[shape], "tokens": options.tokens, "steps": 2 if options.smoke else 5,
+        "device": DEVICE, "device_memory": options.device_memory, "nvme": options.nvme,
+        "trace": options.trace if (kind, shape) == ("host", options.shapes[-1]) else None,
+    }  # fmt: skip
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [sys.executable, str(HERE / "gpu_step.py"), json.dumps(settings | {"out": str(out)})]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment, timeout=max(left, 1)
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {left:.0f} s"}
+        if done.returncode or not out.exists():
+            return {"error": done.stderr.strip().splitlines()[-12:]}
+        result: dict[str, Any] = json.loads(out.read_text())
+        return result
+
+
+def _verdict(rows: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of medians, and the prediction: these processes did not share a round, so spreads stand beside them."""
+    took = {kind: row["seconds"]["median"] for kind, row in rows.items() if "seconds" in row}
+    verdict: dict[str, Any] = {
+        "time_over_plain": {kind: took[kind] / took["plain"] for kind in took if kind != "plain" and "plain" in took},
+    }
+    link = found.get("links", {}).get(RATE, {}).get("to_device")
+    if "host" in took and "resident" in took and link:
+        moving = rows["host"]["copied_bytes_a_step"] / link["median"]
+        predicted = max(took["resident"], moving)
+        verdict |= {
+            "speed_over_resident": took["resident"] / took["host"],
+            "aim_over_resident": 0.95,
+            "predicted_seconds": predicted,
+            "moving_seconds": moving,
+            "measured_over_predicted": took["host"] / predicted,
+        }
+    return verdict
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trace", help="where the profiled step of the last shape's `host` goes (Perfetto, .json.gz)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no contender is begun that would end later")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=None)
+    parser.add_argument("--contenders", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--tokens", type=int, default=None)
+    parser.add_argument("--device-memory", default="24GiB")
+    parser.add_argument("--nvme", help="a folder on an SSD: adds the contender that streams from it")
+    parser.add_argument("--smoke", action="store_true", help="small shapes; runs without a GPU")
+    options = parser.parse_args()
+    if not GPU and not options.smoke:
+        parser.error("torch finds no GPU; --smoke runs without one")
+    options.shapes = options.shapes or (["tiny"] if options.smoke else ["1b", "8b"])
+    options.tokens = options.tokens or (64 if options.smoke else 4096)
+    if options.smoke:
+        options.rounds = 2
+    begun = time.monotonic()
+    deadline = begun + 60 * options.minutes
+    result: dict[str, Any] = {"machine": machine(), "smoke": options.smoke, "circumstances": rounds.circumstances()}
+    for section in options.sections:
+        start = time.monotonic()
+        try:
+            if section == "steps":
+                result[section] = steps(options, deadline, result)
+            else:
+                result[section] = {"parity": parity, "links": links, "decode": decode, "adam": adam}[section](options)
+        except Exception as error:  # noqa: BLE001 - the next section may still tell something
+            result[section] = {"error": f"{type(error).__name__}: {error}"}
+        result[section]["section_seconds"] = round(time.monotonic() - start, 1)
+        print(f"{section}: {result[section]['section_seconds']} s", file=sys.stderr, flush=True)
+        if options.json:  # after each, so that a run that is cut off leaves what it has
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result["seconds"] = round(time.monotonic() - begun, 1)
+    text = json.dumps(result, indent=1) + "\n"
+    if options.json:
+        options.json.write_text(text, encoding="utf-8")
+    print(summary_of(result))
+    failed = [name for name in options.sections if "error" in result[name] or result[name].get("ok") is False]
+    for shape in options.shapes:
+        rows = result.get("steps", {}).get(shape, {}).get("contenders", {})
+        failed += [f"{shape} {kind}: {row['error']}" for kind, row in rows.items() if "error" in row]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def summary_of(result: dict[str, Any]) -> str:
+    """A few lines for whoever watches."""
+    lines = [f"{result['machine']['name']}, {result['seconds']:.0f} s" + (" (smoke)" if result["smoke"] else "")]
+    if "summary" in result.get("parity", {}):
+        lines.append(f"parity: {result['parity']['summary']}")
+    for name, speed in result.get("links", {}).get(RATE, {}).items():
+        lines.append(f"{name}: {speed['median'] / 1e9:.1f} GB/s")
+    for shape, row in result.get("decode", {}).get("shapes", {}).items():
+        best = max(row["over_copy"].items(), key=lambda item: item[1]["median"])
+        default = row["over_copy"]["decode"]["median"]
+        lines.append(f"decode {shape}: {default:.2f} of a copy; best cut {best[0]}: {best[1]['median']:.2f}")
+    for name, share in result.get("adam", {}).get("over_copy", {}).items():
+        lines.append(f"adam {name}: {share['median']:.2f} of a copy")
+    for shape, found in result.get("steps", {}).items():
+        if not isinstance(found, dict):
+            continue
+        for kind, row in found["contenders"].items():
+            lines.append(
+                f"{shape} {kind}: {row['seconds']['median']:.3f} s, peak {row['peak_bytes'] / 2**30:.1f} GiB"
+                if "seconds" in row
+                else f"{shape} {kind}: {row}"
+            )
+        lines += [
+            f"{shape}: {name} {value:.3f}"
+            for name, value in found.items()
+            if isinstance(value, float) and name != "section_seconds"
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""What only a GPU can show: the kernels' bits, the leases of device memory, the order of real streams, parity.
+
+Skipped where torch finds no GPU. `benchmarks/gpu.py` runs it before it measures anything.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_rt import codec, cpu_adam_torch
+from offload_rt._engine import Engine
+from offload_rt.arena import Arena
+from offload_rt.assembly import RuntimeOptions
+from offload_rt.cpu_adam import AdamW
+from offload_rt.errors import ConfigError
+from offload_rt.executor import RingExecutor
+from offload_rt.recording import Recorder
+from offload_rt.streams import COMPUTE
+from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
+from offload_rt.transfer import Links
+from planners.placement import Tier
+from planners.plan import DecodeScope, Ring
+from planners.schedule import walk
+from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, Trace, _run, build, decode_in_place
+from tests.test_parity import differences
+from tests.test_streams import FakeStore
+from tests.test_triton import DTYPES, adam_state, same_bits, weights_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+
+MIB = 1 << 20
+LONG = 20_000_000
+"""Clock cycles of a kernel that only waits: about 10 ms."""
+
+
+@pytest.fixture
+def device():
+    from offload_rt.device_cuda import CudaDevice, find_device
+
+    torch.cuda.synchronize()
+    return CudaDevice(find_device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_elements", [0, 1, 7, 63, 64, 65, 4095, 4096, 4097, 16385, 100_003, 5_000_011])
+def test_decode_on_the_gpu_agrees_with_the_cpus_twin(dtype: torch.dtype, num_elements: int) -> None:
+    from offload_rt import nf4_triton
+
+    for scale in (1.0, 1e-5, 1e-37, 1e30):
+        blob = codec.encode(weights_of(num_elements, scale))
+        before = nf4_triton.counters.decoded_elements
+        found = codec.decode(blob.cuda(), (num_elements,), dtype)
+        assert nf4_triton.counters.decoded_elements - before == num_elements
+        assert same_bits(found.cpu(), codec.decode(blob, (num_elements,), dtype, backend="torch"))
+
+
+def test_transposed_decode_on_the_gpu_agrees_with_the_cpus_twin() -> None:
+    blob = codec.encode(weights_of(96 * 130))
+    outs = [torch.empty(130, 96, dtype=torch.bfloat16, device=device) for device in ("cpu", "cuda")]
+    codec.decode_transposed_into(blob, 96, 130, outs[0], backend="torch")
+    codec.decode_transposed_into(blob.cuda(), 96, 130, outs[1])
+    assert same_bits(outs[0], outs[1].cpu())
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.95), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_elements", [1, 65, 4097, 1_000_003])
+def test_adam_on_the_gpu_agrees_with_the_cpus_twin(num_elements: int, grad: torch.dtype, betas) -> None:
+    from offload_rt import adam_triton
+
+    for moments, weight_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        plain = adam_state(num_elements, grad, moments)
+        ours = [tensor.cuda() for tensor in plain]
+        weights = [torch.zeros(num_elements, dtype=weight_dtype, device=place) for place in ("cpu", "cuda")]
+        for step in (1, 2, 1000):
+            scalars = AdamW(lr=1e-2, betas=betas, eps=1e-6).scalars(step, 0.7)
+            cpu_adam_torch.step(scalars, *plain, weights[0])
+            adam_triton.step(scalars, *ours, weights[1])
+        for one, other in zip([*plain, weights[0]], [*ours, weights[1]], strict=True):
+            assert same_bits(one, other.cpu())
+
+
+def test_a_slot_of_device_memory_is_leased_as_long_as_a_tensor_sees_it(device) -> None:
+    arena = device.arena("d", 2 * MIB, poison=True)
+    slot = arena.acquire(MIB, "a")
+    assert torch.isnan(slot.tensor(torch.float32, (8,), 4096)).all(), "memory is poisoned before its first lease"
+    one, other = slot.tensor(torch.uint8, (MIB,)), slot.part(4096, 8192).tensor(torch.bfloat16, (2, 2048))
+    other.fill_(1.5)
+    assert one[4096:4098].view(torch.bfloat16).item() == 1.5, "two tensors of a slot see the same bytes"
+    assert other.data_ptr() - one.data_ptr() == 4096 and one.data_ptr() % 64 == 0
+    view = other.view(-1)[5:]
+    del slot, one, other
+    gc.collect()
+    assert arena.held_bytes() == MIB
+    del view
+    gc.collect()
+    assert arena.held_bytes() == 0
+    again = arena.acquire(MIB, "b")
+    assert torch.isnan(again.tensor(torch.float32, (8,), 4096)).all(), "and after it"
+    with pytest.raises(TypeError, match="no bytes that the host could read"):
+        again.buffer()
+
+
+def test_host_arenas_are_locked(device) -> None:
+    arena = Arena("h", 64 * MIB)
+    device.lock(arena)
+    assert (device.locked_bytes, device.pageable_bytes) == (64 * MIB, 0)
+    assert arena.acquire(MIB, "h").tensor(torch.uint8, (16,)).is_pinned()
+
+
+@pytest.mark.parametrize("rest", [Tier.HOST, Tier.NVME])
+@pytest.mark.parametrize("num_slots", [1, 2, 3])
+def test_late_kernels_on_real_streams_see_their_blocks(device, rest: Tier, num_slots: int) -> None:
+    """Every layer waits 10 ms before it reads its block, so that the host and the copies are far ahead of it."""
+    num_blocks, num_bytes = 5, 8 * MIB
+    recorder = Recorder(compute=COMPUTE)
+    links = Links(recorder=recorder, device=device)
+    tiers = Tiers(None, None, None, unified=False, poison=True, device=device)
+    arena = tiers.arena(Tier.DEVICE, "ring", num_slots * num_bytes)
+    names = tuple(f"b{i}" for i in range(num_blocks))
+    if rest is Tier.HOST:
+        home = tiers.arena(Tier.HOST, "weights", num_blocks * num_bytes)
+        residences = []
+        for i, name in enumerate(names):
+            slot = home.acquire(num_bytes, name)
+            slot.tensor(torch.uint8, (num_bytes,)).fill_(i + 1)
+            residences.append(HostResidence(slot, links))
+            del slot
+    else:
+        staging = tiers.arena(Tier.HOST, "staging", num_slots * num_bytes)
+        residences = [NvmeResidence(FakeStore(links, 0.001), n, num_bytes, links, staging) for n in names]
+    ring = Ring(name="layers", blocks=names, num_slots=num_slots, slot_bytes=num_bytes, rest=rest)
+    executor = RingExecutor(ring, residences, arena, recorder=recorder)
+    visits = [*walk(num_blocks, training=True)] * 3
+    seen = []
+    for one in visits:
+        slot = executor.acquire(one.block, one.phase, training=True)
+        block = slot.tensor(torch.uint8, (num_bytes,))
+        torch.cuda._sleep(LONG)
+        seen.append(torch.stack([block.min(), block.max()]))
+        del slot, block
+        executor.release(one.block)
+    expected = [[one.block + 1] * 2 for one in visits]
+    assert torch.stack(seen).tolist() == expected
+    assert recorder.check() == []
+    executor.drain()
+    links.close()
+
+
+def gpu_plain(case: Case) -> list[Trace]:
+    model = build(case)
+    if case.weights == "nf4":
+        decode_in_place(model)
+    model = model.cuda()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(list(trainable.values()), lr=1e-2)
+
+    def forward(**batch):
+        return model(**{name: value.cuda() for name, value in batch.items()})
+
+    def update() -> None:
+        if case.clipping:
+            torch.nn.utils.clip_grad_norm_(list(trainable.values()), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _run(case, forward, lambda loss: loss.backward(), trainable, update)
+
+
+@pytest.fixture
+def exact_attention():
+    """Fused attention adds up its backward in no fixed order."""
+    kinds = ("flash", "mem_efficient", "cudnn")
+    before = [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds]
+    for kind in kinds:
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
+    yield
+    for kind, was in zip(kinds, before, strict=True):
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(was)
+
+
+CASES = [
+    Case("llama", "nf4", 1, True, False, "from NVME"),
+    Case("llama", "bf16", 2, False, True, "from HOST"),
+    Case("qwen", "nf4", 2, False, False, "from HOST"),
+    Case("gpt2", "nf4", 1, False, False, "from NVME"),
+    Case("moe", "fp32", 1, True, False, "from NVME"),
+    Case("plain", "nf4", 1, False, False, "from HOST"),
+]
+
+
+@pytest.mark.parametrize("stream_edges", [True, None])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_on_the_gpu_is_bit_equal_to_plain_pytorch(
+    case: Case, stream_edges: bool | None, tmp_path: Path, exact_attention: None
+) -> None:
+    expected = gpu_plain(case)
+    assert differences(expected, gpu_plain(case)) == [], "plain PyTorch does not repeat itself here"
+    engine = Engine(
+        build(case),
+        bits=4 if case.weights == "nf4" else None,
+        batch_size=BATCH_SIZE,
+        seq_len=SEQ_LEN,
+        accumulation_steps=case.accumulation,
+        max_grad_norm=0.05 if case.clipping else None,
+        lr=1e-2,
+        device="cuda",
+        device_memory="1GiB",
+        host_memory="256MiB",
+        nvme=tmp_path if case.place == "from NVME" else None,
+        options=RuntimeOptions(
+            layer_inputs=Tier.HOST, num_slots=2, stream_edges=stream_edges, record=True, poison=True,
+            decode_scope=DecodeScope.LAYER if case.accumulation == 2 else None,
+        ),
+    )  # fmt: skip
+    with engine:
+        assert differences(expected, _run(case, engine, engine.backward, engine.trainable, engine.step)) == []
+        report = engine.report()
+        recorder = engine._runtime.recorder
+        assert recorder is not None and [str(race) for race in recorder.check()] == []
+        assert report["device"].startswith("cuda:")
+        assert report["prefetch_misses"] == 0
+        assert report["nf4"] == "triton"
+        assert report["gpu"]["pageable_bytes"] == 0
+        if case.weights == "nf4":
+            assert report["decodes"] > 0
+
+
+def test_a_steady_step_takes_nothing_from_the_driver(tmp_path: Path) -> None:
+    case = Case("llama", "nf4", 1, False, False, "from HOST")
+    engine = Engine(
+        build(case), bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cuda", host_memory="256MiB", lr=1e-2,
+        options=RuntimeOptions(num_slots=2, layer_inputs=Tier.HOST, stream_edges=True),
+    )  # fmt: skip
+    with engine:
+        counts = []
+        for _ in range(3):
+            _run(case, engine, engine.backward, engine.trainable, engine.step)
+            counts.append((torch.cuda.memory_stats()["num_device_alloc"], engine.report()["gpu"]["locked_bytes"]))
+    assert counts[2] == counts[1]
+    assert STEPS > 1
+
+
+def test_a_model_on_another_stream_is_refused() -> None:
+    case = Case("plain", "bf16", 1, False, False, "from HOST")
+    engine = Engine(build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cuda", host_memory="256MiB")
+    with engine, torch.cuda.stream(torch.cuda.Stream()), pytest.raises(ConfigError, match="the model runs on"):
+        engine(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long))
