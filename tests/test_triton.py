@@ -128,8 +128,8 @@ def adam_state(num_elements: int, grad: torch.dtype, moments: torch.dtype) -> li
 @pytest.mark.parametrize("num_elements", [0, 1, 65, 4097])
 @pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=str)
 def test_adam_agrees_with_the_twin(adam: ModuleType, num_elements: int, grad: torch.dtype, betas) -> None:
-    if not _interpreter_fuses(adam):
-        pytest.skip("this release's interpreter rounds tl.fma twice; 3.9's does not")
+    if tuple(map(int, adam.triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip(f"the interpreter of Triton {adam.triton.__version__} rounds tl.fma twice, 3.9's once")
     for moments, weight_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (grad, None)):
         plain, ours = adam_state(num_elements, grad, moments), adam_state(num_elements, grad, moments)
         for state, step_function in ((plain, cpu_adam_torch.step), (ours, adam.step)):
@@ -141,19 +141,6 @@ def test_adam_agrees_with_the_twin(adam: ModuleType, num_elements: int, grad: to
                 state.append(weight)
         assert [same_bits(one, other) for one, other in zip(plain, ours, strict=True)] == [True] * len(plain)
     assert adam.counters.stepped_elements == 9 * num_elements
-
-
-def _interpreter_fuses(adam: ModuleType) -> bool:
-    """exp_avg = fma(w, grad - exp_avg, exp_avg), with numbers for which two roundings give another result."""
-    x = 1 + 2**-12
-    grad, before = torch.tensor([x - 1.0]), torch.tensor([-1.0])
-    state = [grad, torch.zeros(1), before, torch.zeros(1)]
-    scalars = AdamW(betas=(0.9, 0.999)).scalars(1)._replace(exp_avg_weight=x * 2**-2)
-    expected = [tensor.clone() for tensor in state]
-    adam.step(scalars, *state, None)
-    cpu_adam_torch.step(scalars, *expected, None)
-    adam.counters.stepped_elements = 0
-    return same_bits(state[2], expected[2])
 
 
 @pytest.mark.parametrize(
