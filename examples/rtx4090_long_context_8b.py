@@ -1,0 +1,23 @@
+"""Llama-8B with rows of 131072 tokens on one RTX 4090: activations, not weights, are what does not fit.
+
+    python examples/rtx4090_long_context_8b.py --dry-run [--html FILE]
+    python examples/rtx4090_long_context_8b.py --smoke
+    python examples/rtx4090_long_context_8b.py --model ./Llama-3-8B --data books.jsonl --nvme /mnt/ssd --out run
+
+The dry run keeps, swaps or recomputes each layer's activations by chunks of tokens. On the CPU the runtime does so too
+(the smoke run does not need it); on a GPU it does not yet, and says what would fit instead: rows of 32768 tokens, say.
+"""
+
+import sys
+
+from rtx4090 import Demo, run
+
+DEMO = Demo(
+    doc=__doc__,
+    plan=["--model", "llama3-8b", "--bits", "4", "--adapters", "lora:r=16", "--seq-len", "131072"],
+    settings=["--bits", "4", "--adapters", "lora:r=16", "--seq-len", "131072", "--packing", "--lr", "1e-4"],
+    smoke=["--seq-len", "128", "--steps", "3"],
+)
+
+if __name__ == "__main__":
+    sys.exit(run(DEMO))

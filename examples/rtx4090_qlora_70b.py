@@ -1,0 +1,26 @@
+"""Llama-70B on one RTX 4090: NF4 weights stream from the SSD, LoRA on every linear trains.
+
+    python examples/rtx4090_qlora_70b.py --dry-run [--html FILE]
+    python examples/rtx4090_qlora_70b.py --smoke
+    python examples/rtx4090_qlora_70b.py --model ./Llama-3-70B --data chats.jsonl --nvme /mnt/ssd --out run
+
+39 GB of weights in 22 GiB of device memory and 56 GiB of RAM, 8 rows of 4096 tokens a step. No GPU has run it yet: the
+times of the dry run are the planner's, and today's runtime streams by a fixed rule, with layers recomputed whole.
+"""
+
+import sys
+
+from rtx4090 import Demo, run
+
+DEMO = Demo(
+    doc=__doc__,
+    plan=["--model", "llama3-70b", "--bits", "4", "--adapters", "lora:r=16", "--seq-len", "4096", "--batch-size", "8"],
+    settings=[
+        "--bits", "4", "--adapters", "lora:r=16", "--seq-len", "4096", "--batch-size", "1",
+        "--accumulation-steps", "8", "--lr", "1e-4", "--save-every", "50",
+    ],
+    smoke=["--seq-len", "32", "--batch-size", "2", "--accumulation-steps", "2", "--steps", "3", "--save-every", "3"],
+)  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(run(DEMO))

@@ -1,0 +1,69 @@
+"""The RTX 4090 demos: their plans are drawn without torch, and their steps run on the CPU with a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DEMOS = ["qlora_70b", "long_context_8b"]
+
+
+def run(name, *arguments, code=None):
+    command = [sys.executable, *(["-c", code] if code else [str(EXAMPLES / f"rtx4090_{name}.py")]), *arguments]
+    return subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, check=False, timeout=200)
+
+
+@pytest.mark.parametrize("name", [*DEMOS, "full_finetune_13b"])
+def test_a_dry_run_draws_a_plan_that_fits_without_torch(name, tmp_path):
+    page, plan = tmp_path / "plan.html", tmp_path / "plan.json"
+    code = (
+        "import sys\nsys.argv[0] = 'demo'\nfrom rtx4090 import run\n"
+        f"from rtx4090_{name} import DEMO\n"
+        "code = run(DEMO)\nprint('torch' in sys.modules)\nsys.exit(code)"
+    )
+    flags = ["--dry-run", "--html", str(page), "--json", str(plan), "--policy", "greedy", "--no-advice"]
+    done = run(name, *flags, code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("False")
+    assert "on rtx4090: 23 GiB device, 64 GiB host" in done.stdout
+    assert "<svg" in page.read_text() or "<table" in page.read_text()
+    assert json.loads(plan.read_text())
+
+
+@pytest.mark.parametrize("name", ["qlora_70b", pytest.param("long_context_8b", marks=pytest.mark.full)])
+def test_a_smoke_run_trains_and_leaves_an_adapter(name, tmp_path):
+    out = tmp_path / "kept"
+    done = run(name, "--smoke", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished at step 3" in done.stdout
+    assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 3 and all(line["bytes_read"] > 0 for line in metrics)
+
+
+@pytest.mark.full
+def test_full_fine_tuning_ends_with_what_the_engine_says_of_it():
+    done = run("full_finetune_13b", "--smoke")
+    assert done.returncode != 0
+    assert "UnsupportedModule" in done.stderr and "freeze what does not train" in done.stderr
+
+
+def test_a_run_without_a_gpu_says_so(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from rtx4090 import tiny_job
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    assert tiny_job(tmp_path)[:2] == ["--model", str(model)]
+    job = ["--model", str(model), "--data", str(data), "--nvme", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = run("qlora_70b", *job)
+    assert done.returncode == 2
+    assert "finds no GPU here" in done.stderr
