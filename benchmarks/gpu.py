@@ -10,7 +10,8 @@ The sections, in this order; one that fails is recorded with its error, and the 
              device
     decode   NF4 to bf16, against a copy that moves as many bytes, for several shapes and cuts of the kernel
     adam     AdamW, against a copy that moves as many bytes, and torch's fused one
-    steps    a QLoRA step of Llamas, 4096 tokens, the process held to --device-memory of the GPU (gpu_step.py):
+    steps    a QLoRA step of Llamas, 4096 tokens (gpu_step.py). Ours are held to --device-memory of the GPU by torch's
+             allocator itself; `plain` has all of it:
                  plain      bf16 in device memory, transformers + peft, every layer recomputed
                  resident   ours, NF4, all layers in device memory after the first step
                  host       ours, NF4, layers stream from HOST

@@ -134,7 +134,7 @@ def profiled(contender: Plain | Ours, batch: dict[str, torch.Tensor], trace: str
 def main() -> None:
     settings = json.loads(sys.argv[1])
     on_gpu = settings["device"] == "cuda"
-    if on_gpu:  # a budget that the allocator itself holds
+    if on_gpu and settings["kind"] != "plain":  # a budget that the allocator itself holds
         whole = torch.cuda.get_device_properties(0).total_memory
         budget = parse_bytes(settings["device_memory"], field="device_memory")
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / whole))
@@ -178,10 +178,14 @@ def main() -> None:
         "copied_bytes_a_step": (after.get("bytes_copied", 0) - before.get("bytes_copied", 0)) / settings["steps"],
         "gpu": after.get("gpu"),
         "summary": contender.engine.summary().splitlines() if isinstance(contender, Ours) else None,
-        "profile": profiled(contender, batch, settings["trace"]) if on_gpu else None,
+        "profile": profiled(contender, batch, settings["trace"]) if on_gpu and settings["kind"] == "host" else None,
     }
     Path(settings["out"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        found = {"out_of_memory": str(error).splitlines()[0]}
+        Path(json.loads(sys.argv[1])["out"]).write_text(json.dumps(found), encoding="utf-8")

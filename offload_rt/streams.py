@@ -227,8 +227,8 @@ class Copier:
 
     def _give(self, copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper) -> None:
         event = copy.give(stream, before)
-        reaper.watch(copy, event)
         copy.given.set_result(event)
+        reaper.watch(copy, event)
 
     def _returned(self, copy: Copy, error: BaseException | None) -> None:
         """The device has done `copy`: its ends may be leased again, also to a drive."""
