@@ -292,7 +292,7 @@ class _Assembly:
                 stage = staging.acquire(slot.num_bytes, name, patience_seconds=WAIT_SECONDS)
                 fill_slot(draft, self.workload.sources, stage)
                 self.links.wait(self.links.copy(stage, slot))
-                del stage
+                del stage  # the next block wants it
             if self.state is not None and draft.trains:
                 self.state.weights_rest_in(name, slot)
             accesses[name] = ResidentAccess(slot)
