@@ -21,21 +21,17 @@ set in the environment of that process: `bf16+MALLOC_TOP_PAD_=67108864`.
 """
 
 import argparse
-import contextlib
-import hashlib
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import random_llama
 import rounds
+from contenders import ContenderFailed, check_names, started
 
-HERE = Path(__file__).resolve().parent
-QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "KINETO_LOG_LEVEL": "99"}
+SCRIPT = "qlora_contender.py"
 SWITCHES = {
     "ours": {
         "decode_scope", "num_slots", "stream_edges", "activations", "device_memory", "decode_threads", "fused", "trim",
@@ -45,87 +41,6 @@ SWITCHES = {
 }  # fmt: skip
 MIB = 2**20
 GIB = 2**30
-
-
-class ContenderFailed(Exception):
-    """A contender's process reported an error or ended; carries what it said."""
-
-
-class Contender:
-    """One process that holds one model and does one step at a time."""
-
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
-        self.name = name
-        self.replies: list[dict[str, Any]] = []
-        kind, *switches = name.split("+")
-        pairs = dict(switch.split("=", 1) for switch in switches)
-        environment = {key: value for key, value in pairs.items() if key.isupper()}
-        settings = settings | {
-            "kind": kind,
-            "switches": {key: value for key, value in pairs.items() if key not in environment},
-            "store": str(Path(settings["store"]) / name),  # a store belongs to one run at a time
-        }
-        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "qlora_contender.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | QUIET | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment,
-        )
-
-    def send(self, request: str) -> None:
-        stdin = self._process.stdin
-        if stdin is None:
-            raise ContenderFailed(f"{self.name}: no pipe")
-        with contextlib.suppress(BrokenPipeError):  # `receive` says what happened
-            stdin.write(request + "\n")
-            stdin.flush()
-
-    def receive(self) -> dict[str, Any]:
-        """The next reply. Blocks; raises `ContenderFailed`."""
-        line = self._process.stdout.readline() if self._process.stdout else ""
-        if not line:
-            raise ContenderFailed(f"{self.name}: ended with code {self._process.wait()}; its own words are above")
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise ContenderFailed(f"{self.name}: {reply['error']}")
-        return reply
-
-    def ask(self, request: str) -> dict[str, Any]:
-        self.send(request)
-        return self.receive()
-
-    def step(self) -> float:
-        """Seconds of one step."""
-        self.replies.append(self.ask("step"))
-        return float(self.replies[-1]["seconds"])
-
-    def close(self) -> None:
-        with contextlib.suppress(ContenderFailed):
-            self.send("close")
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-@contextlib.contextmanager
-def started(names: list[str], settings: dict[str, Any]) -> Iterator[list[Contender]]:
-    """The contenders, ready for their first step. Imports run side by side, models are built one after the other."""
-    contenders: list[Contender] = []
-    try:
-        for name in names:
-            contenders.append(Contender(name, settings))
-        for contender in contenders:
-            contender.receive()
-        for contender in contenders:
-            contender.replies.append(contender.ask("build"))
-        yield contenders
-    finally:
-        for contender in contenders:
-            contender.close()
 
 
 def pairs(names: list[str]) -> list[tuple[str, str]]:
@@ -149,7 +64,7 @@ def measure(num_tokens: int, folder: Path, arguments: argparse.Namespace) -> dic
     }
     names = arguments.contenders
     load = [os.getloadavg()[0]]
-    with started(names, settings) as contenders:
+    with started(SCRIPT, names, settings) as contenders:
         built = {c.name: c.replies.pop() for c in contenders}
         seconds = rounds.interleave({c.name: c.step for c in contenders}, arguments.rounds)
         processor = {c.name: [r["user_seconds"] + r["system_seconds"] for r in c.replies[1:]] for c in contenders}
@@ -223,26 +138,6 @@ def show_breakdown(name: str, breakdown: dict[str, Any]) -> None:
         print("    " + line)
 
 
-def checkpoint_folder(arguments: argparse.Namespace) -> Path:
-    """Random weights of the shape asked for, written once; a name that depends on the shape, so that runs share it."""
-    shape = {
-        "vocab_size": arguments.vocabulary,
-        "hidden_size": arguments.hidden,
-        "intermediate_size": arguments.intermediate,
-        "num_hidden_layers": arguments.layers,
-        "num_attention_heads": arguments.heads,
-        "num_key_value_heads": arguments.kv_heads,
-        "max_position_embeddings": max(2048, *arguments.tokens),
-    }
-    key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(arguments.nvme) / f"llama-{key}"
-    if not (folder / "model.safetensors.index.json").exists():
-        print(f"writing random weights to {folder}", file=sys.stderr)
-        command = [sys.executable, str(HERE / "qlora_checkpoint.py"), str(folder), json.dumps(shape)]
-        subprocess.run(command, check=True, env=os.environ | QUIET)
-    return folder
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -253,23 +148,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="recorded steps, after one that is not (default 5)")
     parser.add_argument("--threads", type=int, help="torch threads of each contender (default torch's own)")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=5632)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    random_llama.add_arguments(parser)
     parser.add_argument("--no-breakdown", dest="breakdown", action="store_false", help="leave out the profiled steps")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
-    for name in arguments.contenders:
-        kind, *switches = name.split("+")
-        if kind not in SWITCHES:
-            parser.error(f"--contenders: {kind!r} unknown; allowed: {', '.join(SWITCHES)}")
-        for switch in switches:
-            key, equals, _ = switch.partition("=")
-            if not equals or not (key.isupper() or key in SWITCHES[kind]):
-                parser.error(f"--contenders: {kind} has no switch {switch!r}; allowed: {sorted(SWITCHES[kind])}")
+    wrong = check_names(arguments.contenders, SWITCHES)
+    if wrong is not None:
+        parser.error(wrong)
     return arguments
 
 
@@ -277,14 +162,11 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.nvme.mkdir(parents=True, exist_ok=True)
     results = rounds.circumstances()
-    # Folders are this machine's own business.
-    hidden = {str(arguments.nvme): "DIR", str(arguments.json): "FILE"}
-    words = [Path(sys.argv[0]).name, *(hidden.get(word, word) for word in sys.argv[1:])]
-    results["command"] = "python benchmarks/" + " ".join(words)
+    results["command"] = rounds.command({str(arguments.nvme): "DIR", str(arguments.json): "FILE"})
     results["configuration"] = {
         key: value for key, value in vars(arguments).items() if key not in ("nvme", "json", "breakdown")
     }
-    folder = checkpoint_folder(arguments)
+    folder = random_llama.folder(arguments, max_tokens=max(2048, *arguments.tokens))
     results["lengths"] = []
     try:
         for num_tokens in arguments.tokens:

@@ -1,47 +1,22 @@
-"""One contender of qlora.py: holds its model and does what it is told on standard input, one word a line.
+"""One contender of qlora.py: holds its model and does what it is told, see contender_process.py. Besides:
 
-    (imports)  -> {}            build -> seconds, peak memory      step -> seconds, loss, rusage
-    memory     -> peak memory   breakdown -> see qlora_trace.py    close
-
-Replies are JSON lines on the standard output that this process was given; whatever libraries print goes to stderr.
+breakdown -> see qlora_trace.py
 """
 
 import ctypes
 import json
-import os
-import resource
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from contender_process import forget_peak, measured, serve, status_bytes
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, BitsAndBytesConfig, LlamaForCausalLM, logging
 
 LEARNING_RATE = 1e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
-def busy_seconds() -> float:
-    """Processor time that everyone on this machine has used since it started."""
-    user, nice, system, _, _, interrupt, soft_interrupt, *_ = map(
-        int, Path("/proc/stat").read_text(encoding="utf-8").split()[1:11]
-    )
-    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
-
-
-def forget_peak() -> None:
-    """Lets VmHWM start again from what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 class InMemory:
@@ -162,21 +137,7 @@ class Server:
         return reply
 
     def step(self) -> dict[str, Any]:
-        usage, busy = resource.getrusage(resource.RUSAGE_SELF), busy_seconds()
-        begin = time.perf_counter()
-        loss = self._step()
-        seconds = time.perf_counter() - begin
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        user, system = after.ru_utime - usage.ru_utime, after.ru_stime - usage.ru_stime
-        return {
-            "seconds": seconds,
-            "loss": loss,
-            "user_seconds": user,
-            "system_seconds": system,
-            "others_share": max(0.0, busy_seconds() - busy - user - system) / seconds / (os.cpu_count() or 1),
-            "page_faults": after.ru_minflt - usage.ru_minflt,
-            "preemptions": after.ru_nivcsw - usage.ru_nivcsw,
-        }
+        return measured(self._step)
 
     def memory(self) -> dict[str, Any]:
         """Of the steps so far: the profiled one comes after this."""
@@ -199,12 +160,14 @@ class Server:
         model = self.contender.model if self.contender is not None else None
         return qlora_trace.breakdown(model, optimizer, engine, self._step)
 
+    def close(self) -> None:
+        if isinstance(self.contender, Ours):
+            self.contender.engine.close()
+
 
 def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     settings = json.loads(sys.argv[1])
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
@@ -212,25 +175,7 @@ def main() -> None:
         import bitsandbytes  # noqa: F401 - belongs to the imports, whose memory is not counted
     if settings["kind"] == "ours":
         import offload_rt._engine  # noqa: F401
-
-    def reply(answer: dict[str, Any]) -> None:
-        channel.write(json.dumps(answer) + "\n")
-        channel.flush()
-
-    server = Server(settings, status_bytes("VmRSS"))
-    forget_peak()
-    reply({})
-    for line in sys.stdin:
-        request = line.strip()
-        if request == "close":
-            break
-        try:
-            reply(getattr(server, request)())
-        except Exception:  # noqa: BLE001 - the parent raises it
-            reply({"error": traceback.format_exc()})
-            break
-    if isinstance(server.contender, Ours):
-        server.contender.engine.close()
+    serve(Server)
 
 
 if __name__ == "__main__":

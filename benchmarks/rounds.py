@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -38,6 +39,11 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 def ratio(results: Speeds, name: str, reference: str) -> dict[str, Any]:
     """`name` over `reference`, round by round."""
     return summary([a / b for a, b in zip(results[name], results[reference], strict=True)])
+
+
+def command(hidden: dict[str, str]) -> str:
+    """This process's command line, with words put in place of folders, which are this machine's own business."""
+    return " ".join(["python benchmarks/" + Path(sys.argv[0]).name, *(hidden.get(word, word) for word in sys.argv[1:])])
 
 
 def circumstances() -> dict[str, Any]:
