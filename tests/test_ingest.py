@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,11 @@ def test_two_drives_share_the_blocks(tmp_path: Path) -> None:
     assert min(sizes) > 0
     decode_in_place(get_peft_model(model, lora("llama")))
     assert all(torch.equal(got, want) for got, want in zip(found, losses(model), strict=True))
+
+
+def test_a_model_without_adapters_does_not_import_peft():
+    code = (
+        "import sys, torch; from offload_rt.checkpoint.materialise import materialise_rest as rest;"
+        "rest(torch.nn.Linear(2, 2, device='meta'), {}, set()); sys.exit('peft' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

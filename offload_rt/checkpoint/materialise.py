@@ -7,6 +7,7 @@ checkpoint holds (rotary frequencies) are computed again by the model's own code
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,12 +102,10 @@ def _rebuild_buffers(model: nn.Module) -> None:
 def _initialise_adapters(model: nn.Module) -> None:
     """Gives LoRA weights on meta the values that peft gives them."""
     on_meta = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p.is_meta}
-    if not on_meta:
+    if not on_meta or "peft" not in sys.modules:  # who has adapters has imported it, which costs seconds and 60 MiB
         return
-    try:
-        from peft.tuners.lora.layer import LoraLayer
-    except ImportError:
-        return
+    from peft.tuners.lora.layer import LoraLayer
+
     configs = getattr(model, "peft_config", {})
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
