@@ -1,0 +1,286 @@
+"""One full fine-tuning step of offload_rt along time: what each thread does, and what is on its way to or from drives.
+
+Nothing here is in the product: its functions are wrapped for one step and put back, and the ring is asked every
+millisecond what has arrived, since a transfer is often waited for long after that. A part's time is its own: while a
+part inside it runs, its clock stands.
+
+    thread that trains    forward 0 | forward 1 | ... | backward 11 | gradients kept | backward 10 | ... | commit
+    offload_rt-updates                                              | AdamW | checksum | AdamW | ...
+    reads, writes         [ read ][ read ] ...                              [ write ][ write ] ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_trace import replaced
+
+POLL_SECONDS = 0.001
+IN_FLIGHT = ("read", "write")
+WAIT = "waiting"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Work of one thread, or a transfer on its way, in seconds of `time.perf_counter`."""
+
+    lane: str
+    name: str
+    begin: float
+    end: float
+
+
+class Spans:
+    """Collects spans of all threads."""
+
+    def __init__(self) -> None:
+        self.found: list[Span] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.found.append(Span(threading.current_thread().name, name, begin, time.perf_counter()))
+
+    def wrapper(self, name: Callable[..., str] | str) -> Callable[[Any], Any]:
+        """For `replaced`: the function runs as a part, named by what it is called with."""
+
+        def make(function: Any) -> Any:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                with self.part(name if isinstance(name, str) else name(*args, **kwargs)):
+                    return function(*args, **kwargs)
+
+            return wrapped
+
+        return make
+
+
+class WatchedRing:
+    """The native ring, with a span for every read and write from its start to its arrival."""
+
+    def __init__(self, ring: Any, spans: Spans) -> None:
+        self._ring = ring
+        self._spans = spans
+        self._under_way: dict[int, tuple[str, float]] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="watch", daemon=True)
+        self._thread.start()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ring, name)
+
+    def read(self, *args: Any) -> int:
+        return self._start("read", *args)
+
+    def write(self, *args: Any) -> int:
+        return self._start("write", *args)
+
+    def wait(self, ticket: int, timeout_seconds: float) -> None:
+        try:
+            self._ring.wait(ticket, timeout_seconds)
+        finally:
+            self._arrived(ticket)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        for ticket in list(self._under_way):
+            self._arrived(ticket)
+
+    def _start(self, kind: str, *args: Any) -> int:
+        begin = time.perf_counter()
+        with self._lock:  # the poller must not meet a ticket that is not noted yet
+            ticket = int(getattr(self._ring, kind)(*args))
+            self._under_way[ticket] = (kind, begin)
+        return ticket
+
+    def _arrived(self, ticket: int) -> None:
+        with self._lock:
+            kind, begin = self._under_way.pop(ticket, ("", 0.0))
+        if kind:
+            self._spans.found.append(Span(kind, kind, begin, time.perf_counter()))
+
+    def _poll(self) -> None:
+        while not self._ended.wait(POLL_SECONDS):
+            for ticket in list(self._under_way):
+                try:
+                    done = self._ring.done(ticket)
+                except ValueError:  # waited for meanwhile
+                    continue
+                if done:
+                    self._arrived(ticket)
+
+
+@contextlib.contextmanager
+def watched(engine: Any, spans: Spans) -> Iterator[None]:
+    """Everything that a step consists of leaves spans inside."""
+    from offload_rt import autograd, commit_log, edge, executor
+    from offload_rt.loss_head import LossHead
+    from offload_rt.optimizer.gradients import Gradients
+    from offload_rt.optimizer.stepper import Stepper
+    from offload_rt.optimizer.training import FullTraining
+    from offload_rt.transfer import Transfer
+
+    def of_block(block: Any, access: Any, phase: Any, **_: Any) -> str:
+        return f"{phase.value} {block.name.rpartition('.')[2] or block.name}"
+
+    def opened(function: Any) -> Any:
+        @contextlib.contextmanager
+        def wrapped(*args: Any, **kwargs: Any) -> Iterator[None]:
+            with spans.part(of_block(*args, **kwargs)), function(*args, **kwargs):
+                yield
+
+        return wrapped
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, make in (
+            (autograd, "opened", opened),
+            (edge, "opened", opened),
+            (LossHead, "_finish", spans.wrapper("head and loss")),
+            (LossHead, "_whole", spans.wrapper("model outside layers")),
+            (executor.RingExecutor, "acquire", spans.wrapper("ring: fetch")),
+            (executor.RingExecutor, "release", spans.wrapper("ring: release, fetch ahead")),
+            (Gradients, "add", spans.wrapper("gradients kept, norms")),
+            (Stepper, "submit", spans.wrapper("update handed over")),
+            (Stepper, "finish", spans.wrapper("updates finish")),
+            (Stepper, "expect", spans.wrapper("reads ahead started")),
+            (Stepper, "_read_ahead", spans.wrapper("reads ahead started")),
+            (Stepper, "_step_piece", spans.wrapper("AdamW")),
+            (Stepper, "_settle_writes", spans.wrapper("room for reads")),
+            (Stepper, "_arrived", spans.wrapper("state arrives")),
+            (FullTraining, "step", spans.wrapper("step, besides")),
+            (FullTraining, "commit", spans.wrapper("commit")),
+            (commit_log, "barrier", spans.wrapper("commit: fdatasync")),
+            (commit_log, "crc32c", spans.wrapper("checksum")),
+            (Transfer, "wait", spans.wrapper(WAIT)),
+        ):
+            stack.enter_context(replaced(owner, name, make))
+        io = engine._runtime.links.io
+        if hasattr(io, "_ring"):
+            ring = WatchedRing(io._ring, spans)
+            stack.enter_context(replaced(io, "_ring", lambda _: ring))
+            stack.callback(ring.stop)
+        yield
+
+
+def traced_step(engine: Any, step: Callable[[], float]) -> dict[str, Any]:
+    """One step, its parts' own seconds by thread, how much overlapped, and events for Perfetto."""
+    spans = Spans()
+    before = engine.report()
+    with watched(engine, spans):
+        begin = time.perf_counter()
+        with spans.part("everything else"):
+            step()
+        end = time.perf_counter()
+    after = engine.report()
+    found = [span for span in spans.found if span.begin < end]
+    work = [span for span in found if span.lane not in IN_FLIGHT]
+    trainer = threading.current_thread().name
+    return {
+        "seconds": end - begin,
+        "threads": {lane: own_seconds([s for s in work if s.lane == lane]) for lane in {s.lane: 0 for s in work}},
+        "overlap": overlaps(work, [s for s in found if s.lane in IN_FLIGHT], trainer, (begin, end)),
+        "bytes_read": after["bytes_read"] - before["bytes_read"],
+        "bytes_written": after["bytes_written"] - before["bytes_written"],
+        "events": events(found, begin),
+    }
+
+
+def own_seconds(spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds of each kind of part on one thread, without those of parts inside it; the greatest first."""
+    total: defaultdict[str, float] = defaultdict(float)
+    open_spans: list[tuple[str, float]] = []
+    for span in sorted(spans, key=lambda s: (s.begin, -s.end)):
+        while open_spans and open_spans[-1][1] <= span.begin:
+            open_spans.pop()
+        kind = _kind(span)
+        if open_spans:
+            around = open_spans[-1][0]
+            total[around] -= span.end - span.begin
+            if kind == WAIT:
+                kind = around if around.endswith(WAIT) else f"{around}, {kind}"
+        total[kind] += span.end - span.begin
+        open_spans.append((kind, span.end))
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def _kind(span: Span) -> str:
+    """The part without the block that it was done for."""
+    return span.name.split(" ")[0] if span.name.startswith(("forward ", "backward ")) else span.name
+
+
+def overlaps(
+    work: Sequence[Span], flights: Sequence[Span], trainer: str, step: tuple[float, float]
+) -> dict[str, float]:
+    """Seconds of the step in which things happened, and in which they happened at the same time."""
+    computing = _union([s for s in work if s.lane == trainer and _kind(s) in ("forward", "backward", "head and loss")])
+    updating = _union([s for s in work if s.name == "AdamW"])
+    reading = _union([s for s in flights if s.name == "read"], step)
+    writing = _union([s for s in flights if s.name == "write"], step)
+    moving = _union(flights, step)
+    return {
+        "forward and backward": _length(computing),
+        "AdamW": _length(updating),
+        "reads under way": _length(reading),
+        "writes under way": _length(writing),
+        "reads or writes under way": _length(moving),
+        "AdamW during forward and backward": _length(_both(computing, updating)),
+        "transfers during forward and backward": _length(_both(computing, moving)),
+        "transfers during AdamW": _length(_both(updating, moving)),
+        "nothing under way": step[1] - step[0] - _length(moving),
+    }
+
+
+Ranges = list[tuple[float, float]]
+
+
+def _union(spans: Sequence[Span], within: tuple[float, float] = (float("-inf"), float("inf"))) -> Ranges:
+    merged: Ranges = []
+    for begin, end in sorted((max(s.begin, within[0]), min(s.end, within[1])) for s in spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif begin < end:
+            merged.append((begin, end))
+    return merged
+
+
+def _both(left: Ranges, right: Ranges) -> Ranges:
+    found = [(max(a, c), min(b, d)) for a, b in left for c, d in right]
+    return [(begin, end) for begin, end in found if begin < end]
+
+
+def _length(ranges: Ranges) -> float:
+    return sum(end - begin for begin, end in ranges)
+
+
+def events(spans: Sequence[Span], begin: float) -> list[dict[str, Any]]:
+    """In Chrome's format: threads as lanes, transfers as many lanes as are under way at once."""
+    lanes: dict[str, int] = {}
+    free: defaultdict[str, list[float]] = defaultdict(list)
+    found: list[dict[str, Any]] = []
+    for span in sorted(spans, key=lambda s: (s.begin, -s.end)):
+        lane = span.lane
+        if lane in IN_FLIGHT:
+            number = next((n for n, end in enumerate(free[lane]) if end <= span.begin), len(free[lane]))
+            free[lane][number : number + 1] = [span.end]
+            lane = f"{lane} {number}"
+        found.append(
+            {
+                "ph": "X", "pid": 0, "tid": lanes.setdefault(lane, len(lanes)), "name": span.name,
+                "ts": 1e6 * (span.begin - begin), "dur": 1e6 * (span.end - span.begin),
+            }
+        )  # fmt: skip
+    names = [
+        {"ph": "M", "pid": 0, "tid": number, "name": "thread_name", "args": {"name": lane}}
+        for lane, number in lanes.items()
+    ]
+    return names + found
