@@ -11,19 +11,19 @@ norm of all gradients declared and not reached (`clipped` says whether it was). 
     zero3_cpu   DeepSpeed ZeRO-3, parameters and optimizer offloaded to CPU memory
     zero3_nvme  the same, offloaded to NVMe
 
-All compute every layer again in backward, as ours does; `recompute=0` keeps activations where a contender can. Each
-lives in a process of its own (full_finetune_contender.py) and does one step a round, so that a slow minute of the
-machine hits all alike; with --apart one is started at a time, for machines whose memory holds one, and a round is a
-build, steps that are not recorded, and one that is. Ratios are taken within a round. Peak memory is VmHWM above what
-was resident after the imports, during the steps.
+All compute every layer again in backward, as ours does; `recompute=0` keeps activations, and zero3_nvme always does: it
+fails where backward uses a parameter twice. Each lives in a process of its own (full_finetune_contender.py) and does
+one step a round, so that a slow minute of the machine hits all alike; with --apart one is started at a time, for
+machines whose memory holds one, and a round is a build, steps that are not recorded, and one that is. Ratios are taken
+within a round. Peak memory is VmHWM above what was resident after the imports, during the steps.
 
 What the machine allows, "limit", is the larger of compute (the step of `torch`) and the bytes that our step moves, over
 the drive's mixed bandwidth: half reads and half writes, by fio in the same round (by our ring where fio is missing).
 
-Switches, joined by "+": recompute=0 (torch, zero3); sub_group_size=N, pipeline=0 (zero3); device_memory=SIZE,
-host_memory=SIZE, num_slots=N, piece_elements=N, stream_edges=1, serial_updates=1, commit_every=N,
-update_mode=speculative|backward|after (ours). SIZE may be the measured peak of another contender, or a part of it:
-device_memory=zero3_nvme/4. A switch in capitals is set in the contender's environment.
+Switches, joined by "+": recompute=0 (all but zero3_nvme); sub_group_size=N (zero3); pipeline=1, buffer_count=N
+(zero3_nvme); device_memory=SIZE, host_memory=SIZE, num_slots=N, piece_elements=N, head_chunk_tokens=N, stream_edges=1,
+serial_updates=1, commit_every=N, update_mode=speculative|backward|after (ours). SIZE may be the measured peak of
+another contender, or a part of it: device_memory=zero3_nvme/4. A switch in capitals is set in the environment.
 """
 
 import argparse
@@ -43,13 +43,22 @@ from contenders import Contender, ContenderFailed, ContenderMissing, check_names
 
 SCRIPT = "full_finetune_contender.py"
 GIB = 2**30
-OF_OURS = {"num_slots", "piece_elements", "stream_edges", "serial_updates", "update_mode", "commit_every"}
+OF_OURS = {
+    "recompute",
+    "head_chunk_tokens",
+    "num_slots",
+    "piece_elements",
+    "stream_edges",
+    "serial_updates",
+    "update_mode",
+    "commit_every",
+}
 SWITCHES = {
     "torch": {"recompute"},
     "ours": {"device_memory", "host_memory"} | OF_OURS,
     "ours_nvme": {"device_memory", "host_memory"} | OF_OURS,
     "zero3_cpu": {"recompute", "sub_group_size"},
-    "zero3_nvme": {"recompute", "sub_group_size", "pipeline"},
+    "zero3_nvme": {"sub_group_size", "pipeline", "buffer_count"},
 }
 DEFAULT = (
     "torch", "torch+recompute=0", "ours", "zero3_cpu", "zero3_nvme", "ours_nvme", "ours_nvme+update_mode=after",

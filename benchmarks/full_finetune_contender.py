@@ -30,9 +30,12 @@ WEIGHT_DECAY = 0.01
 
 
 def model_in_memory(settings: dict[str, Any]) -> LlamaForCausalLM:
-    """The model with its weights, in training mode; every layer is recomputed unless `recompute=0`."""
+    """The model with its weights, in training mode; every layer is recomputed unless `recompute=0`.
+
+    Not in DeepSpeed with parameters on NVMe: its prefetcher fails on a parameter that backward uses twice.
+    """
     model = LlamaForCausalLM.from_pretrained(settings["checkpoint"], dtype=torch.bfloat16, device_map="cpu").train()
-    if settings["switches"].get("recompute", "1") == "1":
+    if settings["switches"].get("recompute", "1") == "1" and settings["kind"] != "zero3_nvme":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
@@ -79,16 +82,20 @@ class Ours:
     def __init__(self, settings: dict[str, Any]) -> None:
         from offload_rt._engine import Engine
         from offload_rt.workload import RuntimeOptions
+        from planners.activations import Action, ActivationPolicy, Chunk
         from planners.errors import PlanInfeasible
         from planners.placement import UpdateMode
         from planners.plan import Tier
 
         switches = dict(settings["switches"])
         read: dict[str, Any] = {
-            "num_slots": int, "piece_elements": int, "update_mode": UpdateMode,
+            "num_slots": int, "piece_elements": int, "head_chunk_tokens": int, "update_mode": UpdateMode,
             "serial_updates": lambda text: text == "1", "stream_edges": lambda text: text == "1",
         }  # fmt: skip
         options = {key: read[key](switches[key]) for key in read.keys() & switches.keys()}
+        if switches.get("recompute") == "0":
+            chunk = Chunk(num_tokens=settings["tokens"], action=Action.KEEP)
+            options["activations"] = ActivationPolicy(chunks=(chunk,))
         arguments: dict[str, Any] = {}
         if settings["kind"] == "ours_nvme":
             nvme = Path(settings["store"])
@@ -160,20 +167,33 @@ class Zero3:
             model=model, model_parameters=model.parameters(), config=self._config(settings, model)
         )
 
-    def _config(self, settings: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
-        """DeepSpeed's defaults, but for what has no sensible one: a buffer holds the largest parameter."""
+    def _config(self, settings: dict[str, Any], model: LlamaForCausalLM) -> dict[str, Any]:
+        """DeepSpeed's defaults, but for parameters on NVMe: a buffer holds one, of any size, and by default it keeps
+        and fetches ahead as if there was no end of them. Here a layer stays, and half of one is fetched ahead.
+        """
         switches = settings["switches"]
         place: dict[str, Any] = {"device": "cpu"}
         if self.store is not None:
             place = {"device": "nvme", "nvme_path": str(self.store)}
         largest = max(parameter.numel() for parameter in model.parameters())
-        of_parameters = {"buffer_size": largest, "max_in_cpu": 0} if self.store is not None else {}
-        pipeline = {"pipeline_read": True, "pipeline_write": True} if switches.get("pipeline", "1") == "1" else {}
+        layer = list(model.model.layers[0].parameters())
+        layer_elements = sum(parameter.numel() for parameter in layer)
+        of_parameters = {}
+        if self.store is not None:
+            num_buffers = int(switches.get("buffer_count", 2 * len(layer) + 4))
+            of_parameters = {"buffer_size": largest, "buffer_count": num_buffers, "max_in_cpu": 0}
+        of_optimizer: dict[str, Any] = {}
+        if self.store is not None and switches.get("pipeline") == "1":
+            # one group of states is read, one stepped and one written; each state takes a buffer
+            of_optimizer = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
         zero: dict[str, Any] = {
             "stage": 3,
             "offload_param": {**place, **of_parameters},
-            "offload_optimizer": {**place, **(pipeline if self.store is not None else {})},
+            "offload_optimizer": {**place, **of_optimizer},
         }
+        if self.store is not None:
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = layer_elements
+            zero["stage3_prefetch_bucket_size"] = layer_elements // 2
         if "sub_group_size" in switches:
             zero["sub_group_size"] = int(float(switches["sub_group_size"]))
         return {

@@ -24,6 +24,7 @@ from qlora_trace import replaced
 POLL_SECONDS = 0.001
 IN_FLIGHT = ("read", "write")
 WAIT = "waiting"
+FORWARD, BACKWARD = "forward, outside layers", "backward, outside layers"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class WatchedRing:
 def watched(engine: Any, spans: Spans) -> Iterator[None]:
     """Everything that a step consists of leaves spans inside."""
     from offload_rt import autograd, commit_log, edge, executor
+    from offload_rt._engine import Engine
     from offload_rt.loss_head import LossHead
     from offload_rt.optimizer.gradients import Gradients
     from offload_rt.optimizer.stepper import Stepper
@@ -145,8 +147,9 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
         for owner, name, make in (
             (autograd, "opened", opened),
             (edge, "opened", opened),
+            (Engine, "__call__", spans.wrapper(FORWARD)),
+            (Engine, "backward", spans.wrapper(BACKWARD)),
             (LossHead, "_finish", spans.wrapper("head and loss")),
-            (LossHead, "_whole", spans.wrapper("model outside layers")),
             (executor.RingExecutor, "acquire", spans.wrapper("ring: fetch")),
             (executor.RingExecutor, "release", spans.wrapper("ring: release, fetch ahead")),
             (Gradients, "add", spans.wrapper("gradients kept, norms")),
@@ -184,11 +187,10 @@ def traced_step(engine: Any, step: Callable[[], float]) -> dict[str, Any]:
     after = engine.report()
     found = [span for span in spans.found if span.begin < end]
     work = [span for span in found if span.lane not in IN_FLIGHT]
-    trainer = threading.current_thread().name
     return {
         "seconds": end - begin,
         "threads": {lane: own_seconds([s for s in work if s.lane == lane]) for lane in {s.lane: 0 for s in work}},
-        "overlap": overlaps(work, [s for s in found if s.lane in IN_FLIGHT], trainer, (begin, end)),
+        "overlap": overlaps(work, [s for s in found if s.lane in IN_FLIGHT], (begin, end)),
         "bytes_read": after["bytes_read"] - before["bytes_read"],
         "bytes_written": after["bytes_written"] - before["bytes_written"],
         "events": events(found, begin),
@@ -215,14 +217,12 @@ def own_seconds(spans: Sequence[Span]) -> dict[str, float]:
 
 def _kind(span: Span) -> str:
     """The part without the block that it was done for."""
-    return span.name.split(" ")[0] if span.name.startswith(("forward ", "backward ")) else span.name
+    return span.name.split(" ")[0] + " of layers" if span.name.startswith(("forward ", "backward ")) else span.name
 
 
-def overlaps(
-    work: Sequence[Span], flights: Sequence[Span], trainer: str, step: tuple[float, float]
-) -> dict[str, float]:
+def overlaps(work: Sequence[Span], flights: Sequence[Span], step: tuple[float, float]) -> dict[str, float]:
     """Seconds of the step in which things happened, and in which they happened at the same time."""
-    computing = _union([s for s in work if s.lane == trainer and _kind(s) in ("forward", "backward", "head and loss")])
+    computing = _union([s for s in work if s.name in (FORWARD, BACKWARD)])
     updating = _union([s for s in work if s.name == "AdamW"])
     reading = _union([s for s in flights if s.name == "read"], step)
     writing = _union([s for s in flights if s.name == "write"], step)

@@ -47,7 +47,7 @@ def test_the_benchmark_measures_what_it_says(disk_folder):
     assert on_nvme["bytes_written"] >= breakdown["bytes_written"]
     threads = breakdown["threads"]
     assert sum(threads["MainThread"].values()) == pytest.approx(breakdown["seconds"], rel=0.01)
-    assert {"forward", "backward", "updates finish", "commit"} <= threads["MainThread"].keys()
+    assert {"forward of layers", "backward of layers", "updates finish", "commit"} <= threads["MainThread"].keys()
     assert {"AdamW", "checksum"} <= threads["offload_rt-updates"].keys()
     assert f"{OURS} / limit by torch" in results["ratios"]
 
