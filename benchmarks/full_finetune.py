@@ -24,6 +24,9 @@ Switches, joined by "+": recompute=0 (all but zero3_nvme); sub_group_size=N (zer
 (zero3_nvme); device_memory=SIZE, host_memory=SIZE, num_slots=N, piece_elements=N, head_chunk_tokens=N, stream_edges=1,
 serial_updates=1, commit_every=N, update_mode=speculative|backward|after (ours). SIZE may be the measured peak of
 another contender, or a part of it: device_memory=zero3_nvme/4. A switch in capitals is set in the environment.
+
+DeepSpeed is optional, and left out with a sentence where it is not installed (`pip install deepspeed`). Its NVMe path
+needs libaio with its header (libaio-dev); its first start compiles for minutes.
 """
 
 import argparse
