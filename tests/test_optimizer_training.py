@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import operator
 from pathlib import Path
 
 import pytest
 import torch
 
-from offload_rt.errors import ConfigError, OffloadError, StorageError
+from offload_rt import optim
+from offload_rt.errors import ConfigError, IntegrityError, OffloadError, StorageError, UnsupportedModule
 from offload_rt.file_io import storage_error
+from tests.conftest import decode_in_place
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
 
-everywhere = pytest.mark.parametrize("place", PLACES)
+FULL = ("from HOST", "SPECULATIVE, serial")
+"""Places that the full matrix adds to the others."""
+places = {place: pytest.param(place, marks=pytest.mark.full if place in FULL else ()) for place in PLACES}
+everywhere = pytest.mark.parametrize("place", places.values())
 
 
 @everywhere
@@ -81,7 +87,7 @@ def test_gradients_of_a_pass_that_was_cut_off_do_not_reach_the_next(tmp_path: Pa
         assert differences(twin.state(), run.state()) == []
 
 
-on_nvme = pytest.mark.parametrize("place", [place for place in PLACES if "nvme" in PLACES[place]])
+on_nvme = pytest.mark.parametrize("place", [places[place] for place in PLACES if "nvme" in PLACES[place]])
 
 
 def not_finite(loss: torch.Tensor) -> torch.Tensor:
@@ -243,3 +249,241 @@ def test_a_failing_drive_is_told_and_leaves_a_committed_step(place: str, kind: s
 def state_after(twin: Plain, number: int):  # type: ignore[no-untyped-def]
     train(twin, [number])
     return twin.state()
+
+
+@everywhere
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_gradient_that_is_not_finite_is_left_out_of_the_state(
+    place: str, count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    twin = Plain(model())
+    train(twin, range(5))
+    with engine(model(), place, tmp_path) as run:
+        train(run, range(3))
+        for _ in range(count):
+            run.backward(not_finite(run(**batch(7)).loss))
+            run.step()
+        assert run.report()["training"]["num_skipped"] == count and run.step_number == 3
+        assert caplog.text.count("step 4 was left out: a gradient is not finite") == count
+        train(run, range(3, 5))
+        assert differences(twin.state(), run.state()) == []
+        assert run.report()["training"]["num_steps"] == 5
+
+
+def test_five_gradients_in_a_row_that_are_not_finite_raise(tmp_path: Path) -> None:
+    twin = Plain(model())
+    train(twin, range(2))
+    with engine(model(), "SPECULATIVE", tmp_path) as run:
+        train(run, range(2))
+        with pytest.raises(IntegrityError, match="5 steps in a row .* state is that of step 2"):
+            for _ in range(9):
+                run.backward(not_finite(run(**batch(7)).loss))
+                run.step()
+        assert run.report()["training"]["num_skipped"] == 5
+        assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+@pytest.mark.parametrize("how", ["optimizer.zero_grad", "model.zero_grad"])
+def test_zeroed_gradients_are_dropped_with_what_ran_ahead(place: str, how: str, tmp_path: Path) -> None:
+    twin = Plain(model())
+    train(twin, range(4))
+    with engine(model(), place, tmp_path) as run:
+        train(run, range(2))
+        for number in range(2, 4):
+            run.backward(run(**batch(7)).loss)
+            operator.attrgetter(how)(run)()
+            train(run, [number])
+        assert differences(twin.state(), run.state()) == []
+        run.backward(run(**batch(7)).loss)
+        operator.attrgetter(how)(run)()
+        with pytest.raises(IntegrityError, match="no gradient has arrived"):
+            run.step()
+        assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_between_backward_and_step_sees_the_old_weights_or_is_refused(
+    place: str, training: bool, tmp_path: Path
+) -> None:
+    def go(run):  # type: ignore[no-untyped-def]
+        train(run, range(2))
+        run.backward(run(**batch(2)).loss)
+        with torch.set_grad_enabled(training):
+            between = float(run(**batch(8)).loss.detach())
+        run.step()
+        return [between, *train(run, range(3, 5))]
+
+    twin = Plain(model())
+    expected = go(twin)
+    with engine(model(), place, tmp_path) as run:
+        if "BACKWARD" not in place:
+            assert go(run) == expected
+            waits = run.report()["training"]["waits_because"]
+            assert ("between backward and step" in waits) if "SPECULATIVE" in place else waits is None
+        else:
+            with pytest.raises(ConfigError, match="the model was called between backward and step; .* It was dropped"):
+                go(run)
+            assert run.step_number == 2
+            train(run, range(2, 5))  # and goes on without it
+        assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+def test_more_micro_batches_than_declared_are_summed_or_refused(place: str, tmp_path: Path) -> None:
+    """Their forwards came first: nothing could be told before their gradients arrive."""
+
+    def go(run, count):  # type: ignore[no-untyped-def]
+        for loss in [run(**batch(index)).loss for index in range(count)]:
+            run.backward(loss)
+        run.step()
+
+    twin = Plain(model())
+    go(twin, 2)
+    before = twin.state()
+    go(twin, 3)
+    with engine(model(), place, tmp_path, accumulation_steps=2) as run:
+        go(run, 2)
+        if PLACES[place].get("nvme") and place != "AFTER":
+            with pytest.raises(ConfigError, match="once more after accumulation_steps=2 .* dropped"):
+                go(run, 3)
+            assert differences(before, run.state()) == []
+        go(run, 3)  # now they wait for step()
+        assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+def test_clipping_and_learning_rates_between_backward_and_step_are_followed(place: str, tmp_path: Path) -> None:
+    """Not declared: seen in the first step, from which on updates wait."""
+
+    def go(run):  # type: ignore[no-untyped-def]
+        norms = []
+        for step in range(4):
+            run.backward(run(**batch(step)).loss)
+            norms.append(run.clip_grad_norm_(0.05).clone())
+            for group in run.optimizer.param_groups:
+                group["lr"] = 1e-2 / (step + 2)
+            run.step()
+        return norms
+
+    twin = Plain(model())
+    expected = go(twin)
+    with engine(model(), place, tmp_path, max_grad_norm=None) as run:
+        assert torch.equal(torch.stack(go(run)), torch.stack(expected))
+        assert differences(twin.state(), run.state()) == []
+
+
+@on_nvme
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_learning_rate_changed_once_updates_ran_is_done_again_or_refused(
+    place: str, as_tensor: bool, tmp_path: Path
+) -> None:
+    def go(run):  # type: ignore[no-untyped-def]
+        train(run, range(2))
+        run.backward(run(**batch(2)).loss)
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["lr"].mul_(2) if as_tensor else group["lr"] * 2
+        run.step()
+
+    def adamw(parameters):  # type: ignore[no-untyped-def]
+        made = optim.AdamW(parameters, lr=1e-2)
+        for group in made.param_groups:
+            group["lr"] = torch.tensor(1e-2) if as_tensor else 1e-2
+        return made
+
+    twin = Plain(model(), adamw)
+    go(twin)
+    with engine(model(), place, tmp_path, optimizer=adamw) as run:
+        if "BACKWARD" in place:
+            with pytest.raises(ConfigError, match="options of the optimizer were changed between"):
+                go(run)
+            assert run.step_number == 2
+        else:
+            go(run)
+            assert run.report()["training"]["num_redone"] == ("SPECULATIVE" in place)
+            assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+def test_gradients_are_those_of_plain_pytorch_and_are_found_nowhere_else(place: str, tmp_path: Path) -> None:
+    twin = Plain(model())
+    train(twin, range(1))
+    twin.backward(twin(**batch(1)).loss)
+    with engine(model(), place, tmp_path) as run:
+        train(run, range(1))
+        if "BACKWARD" in place:
+            run._training._wait_from_now_on("gradients are to be looked at")
+        run.backward(run(**batch(1)).loss)
+        found = dict(run.gradients())
+        assert found.keys() == twin.masters.keys()
+        assert all(torch.equal(found[name].float(), master.grad) for name, master in twin.masters.items())
+        norm = run.clip_grad_norm_(1e6)
+        assert torch.equal(norm, twin.clip_grad_norm_(1e6)) and norm > 0
+        for parameters in (run.model.parameters(), run.model.head.parameters(), run.model.layers[1].parameters()):
+            with pytest.raises(UnsupportedModule, match=r"not in memory: use engine.clip_grad_norm_\(max_norm\)"):
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        run.model.head.weight.grad = torch.zeros_like(run.model.head.weight)
+        with pytest.raises(ConfigError, match="gradient of head.weight was replaced between backward and step"):
+            run.step()
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_models_train_as_in_memory(place: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Tied, with dropout, frozen edges, only the last layers, parameters without elements."""
+
+    def build(kind: str):  # type: ignore[no-untyped-def]
+        made = model(dtype, tied=kind == "tied", dropout=0.3)
+        if kind == "edges frozen":
+            made.embedding.requires_grad_(False)
+            made.head.requires_grad_(False)
+        if kind == "last layers":
+            made.requires_grad_(False)
+            made.layers[1:].requires_grad_(True)
+        if kind == "empty":
+            made.nothing = torch.nn.Parameter(torch.empty(0, 3, dtype=dtype))
+        return made
+
+    for kind in ("tied", "edges frozen", "last layers", "empty"):
+        twin = Plain(build(kind))
+        expected = train(twin, range(3))
+        (tmp_path / kind).mkdir()
+        with engine(build(kind), place, tmp_path / kind) as run:
+            assert train(run, range(3)) == expected
+            state = twin.state()
+            state.pop("nothing", None)
+            assert differences(state, run.state()) == []
+
+
+@everywhere
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_trains_as_in_memory(place: str, inside: bool, tmp_path: Path) -> None:
+    def go(run):  # type: ignore[no-untyped-def]
+        for step in range(3):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = run(**batch(step)).loss
+                if inside:
+                    run.backward(loss)
+            if not inside:
+                run.backward(loss)
+            run.step()
+        return run.state()
+
+    with engine(model(torch.float32), place, tmp_path) as run:
+        assert differences(go(Plain(model(torch.float32))), go(run)) == []
+
+
+@on_nvme
+def test_frozen_layers_in_four_bits_below_layers_that_train(place: str, tmp_path: Path) -> None:
+    def build():  # type: ignore[no-untyped-def]
+        made = model().requires_grad_(False)
+        made.layers[2].requires_grad_(True)
+        return made
+
+    twin = Plain(decode_in_place(build()))
+    expected = train(twin, range(3))
+    with engine(build(), place, tmp_path, bits=4) as run:
+        assert train(run, range(3)) == expected
+        assert differences(twin.state(), run.state()) == []
+        assert run.report()["decodes"] > 0

@@ -19,11 +19,13 @@ step without having declared it; such a loop goes on waiting, and the report say
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,8 @@ class FullTraining:
         names = {id(t.parameter): t.name for block in blocks for t in block.parameters}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                self._group_by_name[names[id(parameter)]] = group
+                if id(parameter) in names:
+                    self._group_by_name[names[id(parameter)]] = group
         self._ahead: list[TrainedBlock] = []
         self._options: Any = None
         self._grad_scale: float | None = None
@@ -129,6 +132,7 @@ class FullTraining:
         self._trained_in = {id(t.parameter): (b, i) for b in blocks for i, t in enumerate(b.parameters)}
         in_memory: list[Any] = [t.parameter for block in blocks for t in block.parameters if t.streamed is None]
         self._handles = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in in_memory]
+        self._handles += [parameter.register_hook(partial(self._make_way, parameter)) for parameter in in_memory]
         self._extra: Callable[[], Mapping[str, Any]] = dict
         gradients.wait_for_room = stepper.wait_for_one
 
@@ -151,11 +155,19 @@ class FullTraining:
             return
         if self._options is None:
             self._options = self._current_options()
+        if any(block is other for other in self._ahead):
+            why = f"{block.name} received gradients once more after accumulation_steps={self._declared} of them"
+            self._wait_from_now_on(why)
+            self.forget()
+            raise ConfigError(
+                f"{why}, and had been updated by then, so that later ones were taken with new weights. This step was "
+                f"dropped; the next ones wait for step(). Declare engine(accumulation_steps=)"
+            )
         last = self.gradients.num_arrivals(block) + 1 >= self._declared
         self.gradients.add(block, gradients, with_norms=last)
         for index in gradients:
             trained = block.parameters[index]
-            if trained.streamed is not None and trained.parameter.grad is None:
+            if trained.parameter.grad is None:
                 trained.parameter.grad = AbsentGradient.of(trained.parameter)
         if last and self._steps_ahead(block):
             self.stepper.submit(block)
@@ -170,6 +182,7 @@ class FullTraining:
     def before_forward(self) -> None:
         """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
         self._check_usable()
+        self._follow_zero_grad()
         if self._ahead:
             self._undo_because("the model was called between backward and step")
 
@@ -197,6 +210,7 @@ class FullTraining:
     def step(self) -> None:
         """Updates everything that has gradients, and commits if it is time. Blocks."""
         self._check_usable()
+        self._follow_zero_grad()
         if not self.gradients.blocks:
             raise IntegrityError("step: no gradient has arrived; call engine.backward(loss) first")
         try:
@@ -250,12 +264,10 @@ class FullTraining:
         self._broken = why
 
     def _values(self) -> dict[str, Any]:
-        names = {id(t.parameter): t.name for block in self.blocks for t in block.parameters}
         groups = [
-            {**{key: value for key, value in group.items() if key != "params"},
-             "params": [names[id(p)] for p in group["params"]]}
-            for group in self.optimizer.param_groups
-        ]  # fmt: skip
+            {**options, "params": names}
+            for options, names in zip(self._current_options(), self._names_by_group(), strict=True)
+        ]
         return {
             "step": self.step_number, "steps": dict(self.progress.steps),
             "scalars": {name: dict(scalars) for name, scalars in self.progress.scalars.items() if scalars},
@@ -264,9 +276,7 @@ class FullTraining:
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Takes over what `all_values` gave. ConfigError where param groups are not those of this run."""
-        names = {id(t.parameter): t.name for block in self.blocks for t in block.parameters}
-        here = [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
-        if here != [group["params"] for group in values["groups"]]:
+        if self._names_by_group() != [group["params"] for group in values["groups"]]:
             raise ConfigError("the saved optimizer's parameter groups are not those of this run")
         for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
@@ -312,6 +322,11 @@ class FullTraining:
             self.gradients.clear()
         self._on_close()
 
+    def _make_way(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Nothing can be added to a stand-in: it goes before the next gradient comes."""
+        if isinstance(parameter.grad, AbsentGradient):
+            parameter.grad = None
+
     def _take(self, parameter: nn.Parameter) -> None:
         """Moves the gradient of a parameter that stays in memory to where gradients wait."""
         block, index = self._trained_in[id(parameter)]
@@ -319,6 +334,23 @@ class FullTraining:
         if gradient is not None:
             parameter.grad = None
             self.deliver(block, {index: gradient})
+
+    def _follow_zero_grad(self) -> None:
+        """A model's own zero_grad takes the stand-ins away and does not know of the gradients that they stand for."""
+        stand_ins = {
+            block.parameters[index].name: block.parameters[index].parameter.grad
+            for block in self.gradients.blocks
+            for index in self.gradients.present(block)
+        }
+        if stand_ins and all(stand_in is None for stand_in in stand_ins.values()):
+            self.forget()
+            return
+        for name, stand_in in stand_ins.items():
+            if not isinstance(stand_in, AbsentGradient):
+                raise ConfigError(
+                    f"the gradient of {name} was {'removed' if stand_in is None else 'replaced'} between backward and "
+                    f"step, which would have no effect: it rests in a tier. Drop all by optimizer.zero_grad()"
+                )
 
     def _steps_ahead(self, block: TrainedBlock) -> bool:
         return (
@@ -352,10 +384,10 @@ class FullTraining:
         if not total < float("inf"):
             self._skip()
             return
-        changed = self._options != self._current_options()
-        if changed:
+        if self._options != self._current_options():
+            self.counters.num_redone += bool(self._ahead)
             self._undo_because("options of the optimizer were changed between backward and step")
-        if self._ahead and (scale != 1.0 or changed):
+        if self._ahead and scale != 1.0:
             self.counters.num_redone += 1
             self._undo()
         ahead = {block.name for block in self._ahead}
@@ -468,9 +500,16 @@ class FullTraining:
             logger.warning("updates wait for step() from now on, and do not run behind the backward pass: %s", why)
 
     def _current_options(self) -> list[dict[str, Any]]:
+        """Copies: a learning rate may be a tensor, which schedulers change in place."""
         return [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+            {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
         ]
+
+    def _names_by_group(self) -> list[list[str]]:
+        """Of the parameters of each group. Those without elements have no state and no name here."""
+        names = {id(t.parameter): t.name for block in self.blocks for t in block.parameters}
+        return [[names[id(p)] for p in group["params"] if id(p) in names] for group in self.optimizer.param_groups]
 
     def _check_first(self, arrived: Sequence[TrainedBlock]) -> None:
         """In the first step, something must train, and all of it but experts without tokens."""
