@@ -146,7 +146,7 @@ class Engine:
         self._training = self._runtime.training
         if self._training is not None:
             self.optimizer = self._training.optimizer
-            self._training.commits_with(lambda: {"tracked": self._tracked_values()})
+            self._training.commits_with(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
         self._num_steps = 0
         self._closed = False
         self._tracked: dict[str, Any] = {}
@@ -310,6 +310,15 @@ class Engine:
 
     def _tracked_values(self) -> dict[str, Any]:
         return {name: tracked.state_dict() for name, tracked in self._tracked.items()}
+
+    def _with_schedulers(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values of a step that has returned, with schedulers as they are now."""
+        schedulers = {
+            name: tracked.state_dict()
+            for name, tracked in self._tracked.items()
+            if isinstance(tracked, torch.optim.lr_scheduler.LRScheduler)
+        }
+        return {**values, "tracked": {**values["tracked"], **schedulers}}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the adapter as peft does, reads it back and compares. Raises `CheckpointVerifyError`."""

@@ -123,14 +123,16 @@ class Runtime:
             block.detach()
         for executor in self.executors:
             executor.drain()
-        if self.training is not None:
-            self.training.close()
-        self.links.close()
-        self.heap.close()
-        if self.scratch is not None:
-            self.scratch.close()
-        if self.store is not None:
-            self.store.close()
+        try:
+            if self.training is not None:
+                self.training.close()  # a commit that is due may fail
+        finally:
+            self.links.close()
+            self.heap.close()
+            if self.scratch is not None:
+                self.scratch.close()
+            if self.store is not None:
+                self.store.close()
 
 
 def assemble(

@@ -221,7 +221,7 @@ def test_a_failing_drive_is_told_and_leaves_a_committed_step(place: str, kind: s
     for countdown in [0, 1, 2, 3, 4] if kind == "sync" else [0, 1, 2, 5, 13, 34, 55]:
         folder = tmp_path / str(countdown)
         folder.mkdir()
-        with engine(model(), place, folder) as run:
+        with contextlib.suppress(StorageError), engine(model(), place, folder) as run:  # the last commit may fail
             train(run, range(4))
             io = FailingIO(run, kind, countdown, errno.EIO if countdown % 2 else errno.ENOSPC)
             try:

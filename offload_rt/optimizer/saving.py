@@ -38,6 +38,7 @@ def load_training(training: FullTraining, folder: Path, check: Check) -> dict[st
     does not fit, `CheckpointVerifyError` where its bytes have changed.
     """
     log = training.home.log
+    training.finish_commit()
     if training.commit_folder is not None and folder.resolve() == training.commit_folder.resolve():
         if log is None or not log.committed.step:
             raise CheckpointError(f"{folder}: no step has been committed here")

@@ -13,6 +13,11 @@ state to go back to), and gradients that stay until the commit, unless no clippi
 memory has one copy and is stepped when the norm is known. After a step that clipped, the next one waits for its norm:
 clipping comes in runs, and doing a step twice costs more than waiting.
 
+[Note: when a step is committed]
+A loop steps its schedulers after `step` has returned, and draws its next batch before the next forward. So a commit has
+everything as it was when `step` returned, but schedulers and learning rates as they are when the next forward begins,
+which is when it is made (or by `close`, or by whoever saves or loads before).
+
 The first step always waits: so a loop is seen that clips, changes the learning rate or accumulates between backward and
 step without having declared it; such a loop goes on waiting, and the report says why.
 """
@@ -134,15 +139,21 @@ class FullTraining:
         self._handles = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in in_memory]
         self._handles += [parameter.register_hook(partial(self._make_way, parameter)) for parameter in in_memory]
         self._extra: Callable[[], Mapping[str, Any]] = dict
+        self._amend: Callable[[dict[str, Any]], dict[str, Any]] = dict
+        self._due: dict[str, Any] | None = None
+        """What the commit of the last step carries; None where it is made, or not wanted."""
         gradients.wait_for_room = stepper.wait_for_one
 
     def group_of(self, name: str) -> dict[str, Any]:
         """The param group that the parameter `name` is in."""
         return self._group_by_name[name]
 
-    def commits_with(self, extra: Callable[[], Mapping[str, Any]]) -> None:
-        """Sets what a commit carries besides: plain values and tensors."""
+    def commits_with(
+        self, extra: Callable[[], Mapping[str, Any]], amend: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> None:
+        """Sets what a commit carries besides: plain values and tensors. `amend` replaces what follows a step."""
         self._extra = extra
+        self._amend = amend
 
     def taker(self, name: str) -> Callable[[Mapping[int, Tensor]], None]:
         """`deliver` for the block `name`."""
@@ -182,6 +193,7 @@ class FullTraining:
     def before_forward(self) -> None:
         """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
         self._check_usable()
+        self.finish_commit()
         self._follow_zero_grad()
         if self._ahead:
             self._undo_because("the model was called between backward and step")
@@ -210,6 +222,7 @@ class FullTraining:
     def step(self) -> None:
         """Updates everything that has gradients, and commits if it is time. Blocks."""
         self._check_usable()
+        self.finish_commit()
         self._follow_zero_grad()
         if not self.gradients.blocks:
             raise IntegrityError("step: no gradient has arrived; call engine.backward(loss) first")
@@ -219,7 +232,7 @@ class FullTraining:
             self._abandon()
             raise
         if self._commit_every is not None and self.step_number % self._commit_every == 0 and not self._skipped_in_a_row:
-            self.commit()
+            self._due = copy.deepcopy(self.all_values())
         self._expect_next()
 
     def forget(self) -> None:
@@ -229,8 +242,16 @@ class FullTraining:
             self._expect_next()
         self._clear()
 
+    def finish_commit(self) -> None:
+        """Makes the commit of the last step, where it is due. Blocks. See [Note: when a step is committed]."""
+        if self._due is not None and self._broken is None:
+            self._commit(self._amend({**self._due, "groups": self._groups()}))
+
     def commit(self) -> None:
         """Makes the state as it is now real and durable, wherever it rests. Blocks. Needs a log."""
+        self._commit(self.all_values())
+
+    def _commit(self, values: Mapping[str, Any]) -> None:
         log = self.home.log
         if log is None:
             raise ConfigError("commit: state is committed on NVMe; give nvme= a folder")
@@ -239,11 +260,11 @@ class FullTraining:
             self._undo_because("state was saved between backward and step")
         begin = time.perf_counter()
         weights = [block.name for block in self.blocks if self.home.streams_weights(block)]
-        payload = pack_values({**self.all_values(), "weights": weights}, of="a commit")
+        payload = pack_values({**values, "weights": weights}, of="a commit")
         self._broken = f"the commit of step {self.step_number} failed"
         self.home.write_what_rests_in_memory(self.blocks)
         log.commit(self.step_number, payload)
-        self._broken = None
+        self._broken = self._due = None
         self._can_go_back = True
         self.counters.num_commits += 1
         self.counters.commit_seconds += time.perf_counter() - begin
@@ -263,15 +284,17 @@ class FullTraining:
         """Refuses everything from now on, until a checkpoint was loaded."""
         self._broken = why
 
-    def _values(self) -> dict[str, Any]:
-        groups = [
+    def _groups(self) -> list[dict[str, Any]]:
+        return [
             {**options, "params": names}
             for options, names in zip(self._current_options(), self._names_by_group(), strict=True)
         ]
+
+    def _values(self) -> dict[str, Any]:
         return {
             "step": self.step_number, "steps": dict(self.progress.steps),
             "scalars": {name: dict(scalars) for name, scalars in self.progress.scalars.items() if scalars},
-            "groups": groups, "rng": rng_state(),
+            "groups": self._groups(), "rng": rng_state(),
         }  # fmt: skip
 
     def load_values(self, values: Mapping[str, Any]) -> None:
@@ -299,7 +322,7 @@ class FullTraining:
         log = self.home.log
         self._can_go_back = log is not None and log.committed.step == self.step_number and not log.dirty
         self.found_step = None
-        self._broken = None
+        self._broken = self._due = None
         self._last_clipped = False
         self._skipped_in_a_row = 0
         self._expect_next()
@@ -317,10 +340,15 @@ class FullTraining:
         """Ends the updates; what was not committed is not part of the state. The log is the caller's to close."""
         for handle in self._handles:
             handle.remove()
-        self.stepper.close()
-        with suppress(OffloadError):
-            self.gradients.clear()
-        self._on_close()
+        try:
+            if self._due is not None and self._broken is None:
+                self.stop()
+                self.finish_commit()
+        finally:
+            self.stepper.close()
+            with suppress(OffloadError):
+                self.gradients.clear()
+            self._on_close()
 
     def _make_way(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Nothing can be added to a stand-in: it goes before the next gradient comes."""
