@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 from offload_rt import codec
 from offload_rt.assembly import Runtime, RuntimeOptions, assemble
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
+from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.state import load_state, save_state
+from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.device_cuda import find_device
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
@@ -116,6 +118,7 @@ class Engine:
             commit_every=commit_every,
         )
         given_plan = _read_plan(plan)
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
         # What the model holds already is the plan's to account for.
         held = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
         self._base_bytes = max(0, resident_at_start - held)
@@ -320,13 +323,30 @@ class Engine:
         }
         return {**values, "tracked": {**values["tracked"], **schedulers}}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the adapter as peft does, reads it back and compares. Raises `CheckpointVerifyError`."""
-        if not hasattr(self.model, "peft_config"):
-            raise UnsupportedModule(
-                "save_pretrained: writes peft adapters; this model has none. save_checkpoint saves what trains"
-            )
-        save_adapters(self.model, Path(folder))
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int | str | None = None) -> None:
+        """Writes the adapter as peft does, or the whole model as transformers does; reads it back and compares. Blocks.
+
+        A whole model is streamed block by block into shards of at most `max_shard_bytes` ("5GB" unless given); what
+        `folder` held of a model is whole until then. Raises `StorageFull` before the first byte,
+        `CheckpointVerifyError`, and `UnsupportedModule` for weights in 4 bits.
+        """
+        folder = Path(folder)
+        if hasattr(self.model, "peft_config"):
+            if max_shard_bytes is not None:
+                raise ConfigError("max_shard_bytes: an adapter is one file; leave it None")
+            save_adapters(self.model, folder)
+            return
+        limit = MAX_SHARD_BYTES if max_shard_bytes is None else parse_bytes(max_shard_bytes, field="max_shard_bytes")
+        if self._closed:
+            raise OffloadError("the engine is closed: the model's weights are not in memory any more")
+        if self._checkpoint is not None and folder.exists() and self._checkpoint.exists():
+            source = self._checkpoint if self._checkpoint.is_dir() else self._checkpoint.parent
+            if folder.samefile(source):
+                raise ConfigError(f"save_pretrained: {folder} is what this run began from; give another folder")
+        if self._training is not None:
+            self._training.before_forward()
+        blocks = [(block, self._runtime.accesses[block.name]) for block in self._runtime.blocks]
+        save_model(self.model, tensor_groups(self.model, blocks), folder, max_shard_bytes=limit)
 
     def report(self) -> dict[str, Any]:
         """What moved, what it cost, and who holds memory, since the start. Bytes and seconds.

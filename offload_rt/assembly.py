@@ -74,6 +74,8 @@ class Runtime:
     links: Links
     decoder: Decoder
     blocks: list[Block]
+    accesses: dict[str, Access]
+    """By the block's name."""
     executors: list[RingExecutor]
     layers: list[RecomputedLayer]
     streamed: list[StreamedModule]
@@ -426,7 +428,8 @@ class _Assembly:
         heap = HeapGuard(self.base_bytes + sum({account.tier: account.used_bytes for account in memory}.values()))
         workload = self.workload
         runtime = Runtime(
-            plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], executors=self.executors,
+            plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
+            executors=self.executors,
             layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
             tokenwise=Tokenwise(places) if self.plan.activations else None, coverage=covered, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, turns=self.turns,

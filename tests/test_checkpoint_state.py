@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from offload_rt.checkpoint import state as state_module
+from offload_rt.checkpoint import whole_folder
 from offload_rt.checkpoint.state import is_complete, load_state, save_state
 from offload_rt.errors import (
     CheckpointError,
@@ -217,7 +218,7 @@ def test_a_save_that_was_interrupted_does_not_stop_the_next_one(tmp_path, monkey
 
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(os, "rename", partial(interrupted, real=os.rename))
-            patch.setattr(state_module, "sync_folder", partial(interrupted, real=state_module.sync_folder))
+            patch.setattr(whole_folder, "sync_folder", partial(interrupted, real=whole_folder.sync_folder))
             save_state(tmp_path / "c", trainable, optimizer, extra())
 
 
@@ -295,7 +296,7 @@ def test_too_little_space_is_found_before_the_first_byte(saved, monkeypatch):
     import shutil
 
     usage = shutil.disk_usage(saved)
-    monkeypatch.setattr(state_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(whole_folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     trainable, optimizer = some_training(steps=4)
     with pytest.raises(StorageFull, match="are free"):
         save_state(saved, trainable, optimizer, extra(4))

@@ -10,25 +10,20 @@ The folder is made beside its place under another name, synced, and renamed. Not
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import glob
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from offload_rt.checkpoint.values import pack_values, restore_rng, rng_state
+from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.checksum import crc32c
-from offload_rt.drive_files import sync_folder, write_atomically
-from offload_rt.errors import CheckpointError, CheckpointVerifyError, OffloadError, StorageError, StorageFull
-from planners.errors import format_bytes
+from offload_rt.drive_files import write_atomically
+from offload_rt.errors import CheckpointError, CheckpointVerifyError
 
 STATE_VERSION = 1
 _FILES = ("trainable.safetensors", "optimizer.safetensors", "state.pt")
@@ -47,17 +42,7 @@ def save_state(
     parameters = {name: p.detach().contiguous().clone() for name, p in trainable.items()}
     tensors, values = _optimizer_state(trainable, optimizer)
     need = sum(t.numel() * t.element_size() for t in [*parameters.values(), *tensors.values()]) + (1 << 20)
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(folder)
-        free = shutil.disk_usage(folder.parent).free
-        if free < need:
-            raise StorageFull(
-                f"a checkpoint needs {format_bytes(need)}, {format_bytes(free)} are free", path=str(folder)
-            )
-        partial.mkdir()
+    with replaced_whole(folder, need, what="a checkpoint") as partial:
         save_file(parameters, partial / _FILES[0])
         save_file(tensors, partial / _FILES[1])
         state = {"version": STATE_VERSION, "optimizer": values, "rng": rng_state(), **extra}
@@ -69,16 +54,6 @@ def save_state(
             with open(partial / name, "rb") as file:
                 os.fsync(file.fileno())
         write_atomically(partial / "COMPLETE", json.dumps(sums, indent=1).encode())
-        sync_folder(partial)
-        _put_in_place(partial, folder)
-    except (OffloadError, OSError, RuntimeError, SafetensorError) as error:
-        # safetensors and torch report a full drive in classes of their own.
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OffloadError):
-            raise
-        code = error.errno if isinstance(error, OSError) else None
-        kind = StorageFull if code in (errno.ENOSPC, errno.EDQUOT) else StorageError
-        raise kind(f"the checkpoint could not be written: {error}", path=str(folder), errno=code or 0) from None
 
 
 def load_state(
@@ -151,40 +126,6 @@ def _verify(folder: Path) -> None:
             raise CheckpointError(f"{folder}: {name} cannot be read ({error})") from None
         if len(content) != num_bytes or crc32c(memoryview(content)) != checksum:
             raise CheckpointVerifyError(f"{folder}/{name}: {len(content)} bytes do not match the checkpoint's checksum")
-
-
-def _tidy(folder: Path) -> None:
-    """Takes away what saves that were cut off left beside `folder`, and puts a checkpoint back that one had moved."""
-    for old in folder.parent.glob(f".{glob.escape(folder.name)}.old-*"):
-        if not folder.exists():
-            os.rename(old, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Gives `partial` the name `folder`. What had it is whole until then, and gone afterwards."""
-    if not folder.exists():
-        os.rename(partial, folder)
-    elif not _exchange(partial, folder):
-        # A file system that cannot exchange names: for an instant the old one lies beside its place, see _tidy.
-        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-        os.rename(folder, old)
-        os.rename(partial, folder)
-        partial = old
-    sync_folder(folder.parent)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step, by `renameat2`. False where the C library or the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    at_current_folder, exchange = -100, 2
-    done: int = renameat2(at_current_folder, os.fsencode(one), at_current_folder, os.fsencode(other), exchange)
-    return done == 0
 
 
 def _optimizer_state(

@@ -1,0 +1,83 @@
+"""A folder that is written whole or not at all: made beside its place under another name, synced, and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from offload_rt.drive_files import sync_folder
+from offload_rt.errors import OffloadError, StorageError, StorageFull
+from planners.errors import format_bytes
+
+
+@contextlib.contextmanager
+def replaced_whole(folder: Path, need_bytes: int, *, what: str) -> Iterator[Path]:
+    """Yields an empty folder to write to; it takes the place of `folder` where the body ends without an error.
+
+    Until then what was there is whole. The body syncs the files that it writes. Raises `StorageFull` before the first
+    byte where `need_bytes` are not free, and gives the body's own failures to write as `StorageError`.
+    """
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
+        free = shutil.disk_usage(folder.parent).free
+        if free < need_bytes:
+            raise StorageFull(
+                f"{what} needs {format_bytes(need_bytes)}, {format_bytes(free)} are free", path=str(folder)
+            )
+        partial.mkdir()
+        yield partial
+        sync_folder(partial)
+        _put_in_place(partial, folder)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors and torch report a full drive in classes of their own.
+        if isinstance(error, OffloadError) or not isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise
+        code = error.errno if isinstance(error, OSError) else None
+        kind = StorageFull if code in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise kind(f"{what} could not be written: {error}", path=str(folder), errno=code or 0) from None
+
+
+def _tidy(folder: Path) -> None:
+    """Takes away what saves that were cut off left beside `folder`, and puts one back that had been moved."""
+    for old in folder.parent.glob(f".{glob.escape(folder.name)}.old-*"):
+        if not folder.exists():
+            os.rename(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Gives `partial` the name `folder`. What had it is whole until then, and gone afterwards."""
+    if not folder.exists():
+        os.rename(partial, folder)
+    elif not _exchange(partial, folder):
+        # A file system that cannot exchange names: for an instant the old one lies beside its place, see _tidy.
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        os.rename(folder, old)
+        os.rename(partial, folder)
+        partial = old
+    sync_folder(folder.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step, by `renameat2`. False where the C library or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_current_folder, exchange = -100, 2
+    done: int = renameat2(at_current_folder, os.fsencode(one), at_current_folder, os.fsencode(other), exchange)
+    return done == 0
