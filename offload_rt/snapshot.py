@@ -115,12 +115,13 @@ def load_snapshot(
     if not (folder / "state.bin").is_file():
         raise CheckpointError(f"{folder}: state.bin is missing")
     file = open_file(folder / "state.bin", writable=False)
-    arena = Arena("snapshot", 2 * max(here.values(), default=0))
+    largest = max(here.values(), default=0)
+    arena = Arena("snapshot", 2 * largest)
     reads: deque[Transfer] = deque()
     writes: deque[Transfer] = deque()  # the log owns them too
     try:
         for name, extent in saved.items():
-            slot = arena.acquire(here[name], name)
+            slot = arena.acquire(largest, name).part(0, here[name])
             reads.append(links.read(file, extent["offset_bytes"], slot))
             finish(links, reads)
             _verify(folder / "state.bin", slot.buffer(), extent["crc32c"])
@@ -186,9 +187,10 @@ def _copy(
     log: SnapshotLog, extents: list[dict[str, Any]], file: OpenFile, links: Links, in_flight: deque[Transfer]
 ) -> None:
     """Copies through two slots: one extent is read while the one before it is written."""
-    arena = Arena("snapshot", 2 * max((extent["length_bytes"] for extent in extents), default=0))
+    largest = max((extent["length_bytes"] for extent in extents), default=0)
+    arena = Arena("snapshot", 2 * largest)
     for extent in extents:
-        slot = arena.acquire(extent["length_bytes"], extent["name"])
+        slot = arena.acquire(largest, extent["name"]).part(0, extent["length_bytes"])
         links.wait(log.read(extent["name"], slot, committed=True))
         finish(links, in_flight)
         in_flight.append(links.write(file, extent["offset_bytes"], slot))

@@ -22,7 +22,8 @@ from offload_rt.transfer import Links
 from tests.power_loss import PlainIO
 
 PAGE = 4096
-SIZES = {"a": PAGE, "b": 70 * PAGE, "c": 9 * PAGE}
+SIZES = {"a": PAGE, "b": 70 * PAGE, "d": 70 * PAGE, "c": 9 * PAGE}
+"""A small one, and two that fill both slots only if each begins where a slot does."""
 TOTAL = sum(SIZES.values())
 
 
@@ -227,7 +228,7 @@ def test_damage_is_found_and_leaves_the_log_as_it_was(saved, log, links, name, h
 
 
 def test_what_does_not_fit_is_named_and_changes_nothing(saved, disk_folder, links):
-    for index, sizes in enumerate(({**SIZES, "d": PAGE}, {"a": PAGE, "b": PAGE}, {**SIZES, "c": PAGE})):
+    for index, sizes in enumerate(({**SIZES, "e": PAGE}, {"a": PAGE, "b": PAGE}, {**SIZES, "c": PAGE})):
         other = make([disk_folder / f"other-{index}"], links, sizes)
         with pytest.raises(CheckpointError, match="other extents"):
             load_snapshot(saved, other, links)
@@ -247,7 +248,7 @@ def test_a_manifest_that_is_none_is_refused(saved, log, links, text):
 def test_the_manifest_names_every_extent(saved):
     body = json.loads((saved / "manifest.json").read_text())["body"]
     assert [extent["name"] for extent in body["extents"]] == list(SIZES)
-    assert [extent["offset_bytes"] for extent in body["extents"]] == [0, PAGE, 71 * PAGE]
+    assert [extent["offset_bytes"] for extent in body["extents"]] == [0, PAGE, 71 * PAGE, 141 * PAGE]
 
 
 def test_nothing_is_saved_before_it_is_synced(log, disk_folder, monkeypatch):
@@ -266,4 +267,4 @@ def test_nothing_is_saved_before_it_is_synced(log, disk_folder, monkeypatch):
         lambda path, content: (events.append(path.name), write_atomically(path, content)),
     )
     save_snapshot(log, disk_folder / "snapshot", Links(io=Watch()))
-    assert events == ["write"] * 3 + ["sync", "payload.bin", "manifest.json"]
+    assert events == ["write"] * 4 + ["sync", "payload.bin", "manifest.json"]
