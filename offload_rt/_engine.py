@@ -151,6 +151,8 @@ class Engine:
             self.optimizer = self._training.optimizer
             self._training.commits_with(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
         self._num_steps = 0
+        self._wear_from = (0, self._runtime.links.counters.bytes_written)
+        """The step and the bytes written when steps of this process began."""
         self._closed = False
         self._tracked: dict[str, Any] = {}
         self._num_backwards = 0
@@ -310,6 +312,7 @@ class Engine:
             self._num_steps = int(extra["step"])
         for name, state in extra["tracked"].items():
             self._tracked[name].load_state_dict(state)
+        self._wear_from = (self.step_number, self._runtime.links.counters.bytes_written)
 
     def _tracked_values(self) -> dict[str, Any]:
         return {name: tracked.state_dict() for name, tracked in self._tracked.items()}
@@ -370,6 +373,7 @@ class Engine:
             "plan": runtime.plan.planner,
             "bytes_read": links.bytes_read,
             "bytes_written": links.bytes_written,
+            **self._bytes_written_per_step(),
             "bytes_copied": links.bytes_copied,
             "stall_seconds": links.stall_seconds,
             "fetches": sum(c.num_fetches for c in executors),
@@ -408,6 +412,24 @@ class Engine:
                 "trimmed_bytes": heap.counters.returned_bytes,
             },
             "peak_resident_bytes": peak_resident_bytes(),
+        }
+
+    def _bytes_written_per_step(self) -> dict[str, float]:
+        """To the drives: the mean of this process's steps, with its commits and copies of state, and what is expected.
+
+        Expected are batches of full size. Whole models that are saved are not counted.
+        """
+        runtime = self._runtime
+        first_step, written = self._wear_from
+        steps = self.step_number - first_step
+        # What waits between forward and backward is written once a micro-batch; layer inputs have room for two.
+        waiting = runtime.tiers.accounts[Tier.NVME].holdings.get("layer inputs, activations", 0)
+        expected = waiting / (1 + (runtime.plan.layer_inputs is Tier.NVME)) * self.config.accumulation_steps
+        if self._training is not None:
+            expected += self._training.report()["expected_bytes_written_per_step"]
+        return {
+            "bytes_written_per_step": (runtime.links.counters.bytes_written - written) / steps if steps else 0.0,
+            "expected_bytes_written_per_step": expected,
         }
 
     def summary(self) -> str:

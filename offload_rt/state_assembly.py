@@ -110,7 +110,7 @@ class StateAssembly:
                 if slot is None:
                     slot = self._room(self._state_arena, self._sizes.piece_bytes, writes).part(0, piece.num_bytes)
                 begin_state(slot, piece, block, rests)
-                if log is not None and fresh:
+                if log is not None and piece.name not in self.home.pieces:  # the others are written by the commit
                     writes.append(self.home.write_back(piece, slot))
                 del slot
             if streams and rests is not None:

@@ -71,6 +71,11 @@ class Gradients:
         """Those that have gradients, in the order of their arrival."""
         return [self._blocks[name] for name in self._waiting]
 
+    @property
+    def on_drive(self) -> bool:
+        """Whether gradients wait on NVME."""
+        return self._scratch is not None
+
     def num_arrivals(self, block: TrainedBlock) -> int:
         """Micro-batches of this step that reached the block."""
         waiting = self._waiting.get(block.name)

@@ -45,6 +45,7 @@ from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.state import StateHome
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered import AbsentGradient, TieredOptimizer
+from offload_rt.optimizer.writes import bytes_written_per_step
 from planners.placement import UpdateMode
 
 logger = logging.getLogger("offload_rt")
@@ -329,11 +330,15 @@ class FullTraining:
 
     def report(self) -> dict[str, Any]:
         """Counts and seconds since the start, bytes at rest."""
+        passes = self._declared - (self._mode is UpdateMode.BACKWARD) if self.gradients.on_drive else 0
         return {
             **asdict(self.counters), **asdict(self.stepper.counters), "mode": self._mode.value,
             "waits_because": self.waits_because, "grad_norm": self.grad_norm,
             "state_bytes": sum(block.state_bytes for block in self.blocks),
             "state_in_memory_bytes": sum(slot.num_bytes for slot in self.home.pieces.values()),
+            "expected_bytes_written_per_step": bytes_written_per_step(
+                self.blocks, self.home, commit_every=self._commit_every, gradient_passes=passes
+            ),
         }  # fmt: skip
 
     def close(self) -> None:
