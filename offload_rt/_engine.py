@@ -30,7 +30,7 @@ from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.device_cuda import find_device
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
-from offload_rt.optimizer.saving import load_training, save_training
+from offload_rt.optimizer.saving import committed_values, load_training, save_training
 from offload_rt.profile import peak_resident_bytes, resident_bytes
 from planners.errors import format_bytes
 from planners.plan import Plan, Tier
@@ -285,8 +285,19 @@ class Engine:
             raise ConfigError("commit_every: commits are written beside the store; give nvme= a folder")
         return self._runtime.store.folders[0] / "commit"
 
+    @property
+    def committed(self) -> Mapping[str, Any] | None:
+        """`step`, `tracked` and more of the newest commit of full fine-tuning; None where state is not committed.
+
+        A commit is made inside `step`: what is tracked is in it as it was then. Step 0 is a state that was just made.
+        """
+        return None if self._training is None else committed_values(self._training)
+
     def save_checkpoint(self, folder: str | Path) -> None:
-        """Writes parameters that train, optimizer, random numbers and everything tracked. Atomic and durable."""
+        """Writes parameters that train, optimizer, random numbers and everything tracked. Atomic and durable.
+
+        In full fine-tuning, the commit folder stands for a commit of what is there now, which copies nothing.
+        """
         if self.optimizer is None:
             raise ConfigError("save_checkpoint: nothing trains")
         if self._training is not None:
@@ -445,6 +456,12 @@ class Engine:
             )
         if plan.resident:
             lines.append(f"resident: {len(plan.resident)} blocks")
+        if self._training is not None:
+            report = self._training.report()
+            state, held = report["state_bytes"], report["state_in_memory_bytes"]
+            places = [f"{format_bytes(held)} in memory"] if held else []
+            places += [f"{format_bytes(state - held)} on NVME"] if state > held else []
+            lines.append(f"masters and moments: {', '.join(places)}; updates: {report['mode']}")
         if plan.head_chunk_tokens is not None:
             lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
         if plan.layer_major:

@@ -24,10 +24,14 @@ Check = Callable[[Mapping[str, Any]], None]
 def save_training(training: FullTraining, folder: Path) -> int:
     """Saves the state as it is now, durably; returns the bytes copied. `folder` must not exist. Blocks.
 
-    With a log, this commits first. Raises what a commit and `save_snapshot` raise.
+    With a log, this commits first; for the commit folder, that is all. What was stepped ahead of a step that has not
+    come is taken back. Raises what a commit and `save_snapshot` raise.
     """
+    training.before_forward()
     if training.home.log is not None:
         training.commit()
+    if _is_commit_folder(training, folder):
+        return 0
     return save_snapshot(_log(training), folder, training.home.links, names=_is_state)
 
 
@@ -39,7 +43,7 @@ def load_training(training: FullTraining, folder: Path, check: Check) -> dict[st
     """
     log = training.home.log
     training.finish_commit()
-    if training.commit_folder is not None and folder.resolve() == training.commit_folder.resolve():
+    if _is_commit_folder(training, folder):
         if log is None or not log.committed.step:
             raise CheckpointError(f"{folder}: no step has been committed here")
         values = unpack_values(log.committed.payload)
@@ -61,6 +65,16 @@ def load_training(training: FullTraining, folder: Path, check: Check) -> dict[st
         training.begin_again((), from_log=log is not None)
     restore_rng(values["rng"])
     return values
+
+
+def committed_values(training: FullTraining) -> dict[str, Any] | None:
+    """What the newest commit holds besides the state; of a log that was just made, step 0. None without a log."""
+    log = training.home.log
+    return None if log is None else unpack_values(log.committed.payload)
+
+
+def _is_commit_folder(training: FullTraining, folder: Path) -> bool:
+    return training.commit_folder is not None and folder.resolve() == training.commit_folder.resolve()
 
 
 def _is_state(name: str) -> bool:
