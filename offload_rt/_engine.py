@@ -358,7 +358,7 @@ class Engine:
             if folder.samefile(source):
                 raise ConfigError(f"save_pretrained: {folder} is what this run began from; give another folder")
         if self._training is not None:
-            self._training.before_forward()
+            self._training.before_forward("the model was saved between backward and step")
         blocks = [(block, self._runtime.accesses[block.name]) for block in self._runtime.blocks]
         save_model(self.model, tensor_groups(self.model, blocks), folder, max_shard_bytes=limit)
 

@@ -27,7 +27,7 @@ def save_training(training: FullTraining, folder: Path) -> int:
     With a log, this commits first; for the commit folder, that is all. What was stepped ahead of a step that has not
     come is taken back. Raises what a commit and `save_snapshot` raise.
     """
-    training.before_forward()
+    training.before_forward("state was saved between backward and step")
     if training.home.log is not None:
         training.commit()
     if _is_commit_folder(training, folder):

@@ -191,13 +191,16 @@ class FullTraining:
         if not self._more_to_come():
             self.gradients.put_away(block)
 
-    def before_forward(self) -> None:
-        """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
+    def before_forward(self, why: str = "the model was called between backward and step") -> None:
+        """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights.
+
+        So does whoever saves them, and says `why`.
+        """
         self._check_usable()
         self.finish_commit()
         self._follow_zero_grad()
         if self._ahead:
-            self._undo_because("the model was called between backward and step")
+            self._undo_because(why)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Makes the coming step scale its gradients to `max_norm`; returns their norm. Blocks for gradients on NVMe."""
@@ -514,7 +517,7 @@ class FullTraining:
         if self.found_step is not None:
             raise ConfigError(
                 f"{self.commit_folder} holds step {self.found_step} of an earlier run of this model: go on with it by "
-                f"engine.load_checkpoint(engine.commit_folder), or remove it with `offload-rt clean`"
+                f"engine.load_checkpoint(engine.commit_folder), or remove it with `offload-rt clean --state`"
             )
 
     def _clear(self) -> None:
