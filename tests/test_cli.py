@@ -181,6 +181,8 @@ def test_clean_removes_unused_stores_and_nothing_else(tmp_path: Path, capsys: py
     used = make_store(tmp_path, "1" * 16)
     committed = make_store(tmp_path, "2" * 16)
     (committed / "commit").mkdir()
+    trains = make_store(tmp_path, "5" * 16)
+    (trains / "state.bin").write_bytes(b"x" * 4096)
     others = [
         make_store(tmp_path, "3" * 16, marker=False),
         make_store(tmp_path, "4" * 16, lock=False),
@@ -197,14 +199,17 @@ def test_clean_removes_unused_stores_and_nothing_else(tmp_path: Path, capsys: py
         assert f"{unused}  unused" in listed and "nothing was removed" in listed and unused.exists()
         assert f"{used}  stays: in use (pid 1 on here)" in listed
         assert f"{committed}  stays: it holds the training state" in listed
+        assert f"{trains}  stays: it holds the training state" in listed
         assert f"{others[1]}  stays: it has no lock file" in listed
-        assert len(listed.splitlines()) == 5
+        assert len(listed.splitlines()) == 6
         assert main(["clean", "--nvme", str(tmp_path), "--yes"]) == 0
-        assert "removed 1 of 4, " in capsys.readouterr().out
+        assert "removed 1 of 5, " in capsys.readouterr().out
     assert not unused.exists() and link.is_symlink()
     assert all((store / "weights.bin").stat().st_size == 8192 for store in [used, committed, elsewhere, *others])
     assert main(["clean", "--nvme", str(tmp_path), "--yes"]) == 0
-    assert not used.exists() and committed.exists()
+    assert not used.exists() and committed.exists() and trains.exists()
+    assert main(["clean", "--nvme", str(tmp_path), "--state", "--yes"]) == 0
+    assert not committed.exists() and not trains.exists()
 
 
 @pytest.fixture(scope="module")

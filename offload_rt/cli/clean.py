@@ -2,7 +2,7 @@
 
 A store is a folder DIR/offload_rt-<16 hex digits> that carries the file OFFLOAD_RT_STORE. Its lock is taken
 before anything in it is removed, and the marker goes last, so that an interrupted removal can be done again.
-Weights can be encoded again; training state cannot, so a store beside which a run commits its state stays.
+Weights can be encoded again; training state cannot, so what holds the state of a run stays unless --state is given.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from planners.errors import format_bytes
 
 MARKER = "OFFLOAD_RT_STORE"
 LOCK = "lock"
-COMMIT = "commit"
-"""Training state, where a run was asked to commit it beside its weights."""
+STATE = ("commit", "state.bin")
+"""Training state: of adapters beside their weights, or of full fine-tuning in a folder of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder that stores lie in; once per drive",
     )
+    parser.add_argument("--state", action="store_true", help="training state too: what was not saved elsewhere is lost")
     parser.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
 
 
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     for drive in parse_nvme(arguments.nvme):
         if not drive.path.is_dir():
             raise ConfigError(f"--nvme: {drive.path} is not a folder")
-        stores += find_stores(drive.path)
+        stores += find_stores(drive.path, with_state=arguments.state)
     if not stores:
         sys.stdout.write("no weight stores found\n")
         return 0
@@ -70,14 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def find_stores(folder: Path) -> list[FoundStore]:
-    """The stores directly below `folder`, by name."""
+def find_stores(folder: Path, *, with_state: bool = False) -> list[FoundStore]:
+    """The stores directly below `folder`, by name. Those with training state may go only `with_state`."""
     found = []
     for entry in sorted(folder.iterdir()):
         is_store = re.fullmatch(r"offload_rt-[0-9a-f]{16}", entry.name) and not entry.is_symlink()
         if is_store and entry.is_dir() and (entry / MARKER).is_file():
             num_bytes = sum(path.lstat().st_blocks * 512 for path in entry.rglob("*") if not path.is_symlink())
-            found.append(FoundStore(entry, num_bytes, _why_it_stays(entry)))
+            found.append(FoundStore(entry, num_bytes, _why_it_stays(entry, with_state=with_state)))
     return found
 
 
@@ -104,7 +105,7 @@ def remove_store(path: Path) -> bool:
     return True
 
 
-def _why_it_stays(path: Path) -> str:
+def _why_it_stays(path: Path, *, with_state: bool) -> str:
     if not (path / LOCK).is_file():
         return "it has no lock file, so whether it is in use cannot be told"
     try:
@@ -115,8 +116,8 @@ def _why_it_stays(path: Path) -> str:
         holder = (path / LOCK).read_text(errors="replace").strip()
         return f"in use ({holder or 'holder unknown'})"
     os.close(lock)
-    if (path / COMMIT).exists():
-        return f"it holds the training state of a run; remove {path / COMMIT} first if that is not needed"
+    if not with_state and any((path / name).exists() for name in STATE):
+        return "it holds the training state of a run; --state lets it go"
     return ""
 
 
