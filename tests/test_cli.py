@@ -25,6 +25,7 @@ from tests.test_data import make_tokenizer
 torch.set_num_threads(1)
 
 SOURCE = Path(__file__).resolve().parent.parent
+TRAIN = ["train", "--model", "x", "--data", "y", "--out", "z"]
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -86,6 +87,12 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
         (["train", "--model", "x", "--data", "y", "--out", "z", "--seq-len", "0"], "seq_len: must be"),
         (["train", "--model", "x", "--data", "y", "--out", "z", "--steps", "1", "--epochs", "1"], "one of the two"),
         (["train", "--model", "/nonexistent", "--data", "y", "--out", "/nonexistent"], "is not a folder"),
+        ([*TRAIN, "--full", "--bits", "4"], "--full, --bits 4: weights in 4 bits are frozen"),
+        ([*TRAIN, "--full", "--adapters", "lora:r=4"], "--full, --adapters: give one of the two"),
+        ([*TRAIN, "--optimizer", "lion"], "--optimizer: is for --full"),
+        ([*TRAIN, "--full", "--optimizer", "adam"], "--optimizer: invalid choice: 'adam'"),
+        ([*TRAIN, "--full", "--copy-every", "5"], "--copy-every: without --nvme every checkpoint is a copy"),
+        ([*TRAIN, "--tbw", "600 miles"], "tbw: unknown unit 'miles'"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(

@@ -34,6 +34,9 @@ SOURCE = Path(__file__).resolve().parent.parent
 class FakeEngine:
     """The contract's methods over one small table; keeps what the loop did."""
 
+    committed = None
+    commit_folder = Path("nowhere")
+
     def __init__(self, *, lr: float = 0.1) -> None:
         self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 16))
         self.optimizer: torch.optim.Optimizer | None = torch.optim.AdamW([self.weight], lr=lr)

@@ -8,13 +8,18 @@ from offload_rt.config import EngineConfig, parse_adapters, parse_bytes, parse_n
 from offload_rt.errors import ConfigError
 from offload_rt.training.options import SCHEDULES
 
+OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-bf16", "lion", "sgd", "adafactor")
 EXAMPLES = """
-example:
+examples:
   offload-rt train --model ./Llama-3-8B --data chats.jsonl --bits 4 --adapters lora:r=16 \\
       --device-memory 8GiB --host-memory 16GiB --nvme /mnt/ssd --out run --epochs 1
+  offload-rt train --model ./Llama-3.2-1B --data chats.jsonl --full --optimizer adamw-8bit \\
+      --device-memory 8GiB --nvme /mnt/ssd --out run --tbw 600TB
 
 A line of FILE has 'messages', or 'prompt' and 'completion', or 'text'. Ctrl-C (or SIGTERM) finishes the
-step, saves, and exits with 128 + the signal's number; --resume continues exactly there.
+step, saves, and exits with 128 + the signal's number; --resume continues exactly there. With --full and
+--nvme the state is committed on the drive, where it rests: every step, or as often as --save-every says for
+state that rests in memory. Nothing is copied, and --resume goes on from the last commit after any kill.
 """
 
 
@@ -25,17 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="DIR", help="folder with config.json, safetensors and tokenizer"
     )
     what.add_argument("--data", required=True, metavar="FILE.jsonl", help="training examples")
-    what.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the adapter")
+    what.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the result")
     what.add_argument("--bits", type=int, choices=(4,), help="4: frozen weights as NF4; left out: as they are")
     what.add_argument(
-        "--adapters", metavar="KIND", default="lora:r=16",
-        help="lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj (default: %(default)s)",
-    )  # fmt: skip
+        "--adapters", metavar="KIND", help="lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj (default: lora:r=16)"
+    )
+    what.add_argument("--full", action="store_true", help="train all parameters; the result is a whole model")
+    what.add_argument("--optimizer", choices=OPTIMIZERS, help="with --full (default: adamw)")
     where = parser.add_argument_group("where")
     where.add_argument("--device", default="auto", help='"cpu", "cuda" or "auto" (default)')
     where.add_argument("--device-memory", metavar="SIZE", help="hard budget, such as 8GiB (default: measured)")
     where.add_argument("--host-memory", metavar="SIZE", help="hard budget of the tier between (default: one tier)")
-    where.add_argument("--nvme", action="append", metavar="DIR[:SIZE]", help="folder for the weights; once per drive")
+    where.add_argument("--nvme", action="append", metavar="DIR[:SIZE]", help="folder for weights and state; per drive")
     where.add_argument("--plan", default="auto", metavar="FILE", help="a plan file (default: auto)")
     how = parser.add_argument_group("how")
     how.add_argument("--seq-len", type=int, help="longest row, in tokens (default: the longest example)")
@@ -43,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per step (default: 1)")
     how.add_argument("--steps", type=int, help="optimizer steps in all (default: one epoch)")
     how.add_argument("--epochs", type=int, help="passes over the data")
-    how.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
+    how.add_argument("--lr", type=float, help="peak learning rate (default: 2e-4; with --full 1e-5)")
     how.add_argument("--warmup-ratio", type=float, default=0.03, help="share of the steps (default: %(default)s)")
     how.add_argument("--schedule", choices=SCHEDULES, default="linear", help="default: %(default)s")
     how.add_argument("--max-grad-norm", type=float, default=1.0, help="clip to this norm; 0: never (default: 1)")
@@ -53,7 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--too-long", choices=("truncate", "error"), default="truncate", help="lines beyond --seq-len")
     keep = parser.add_argument_group("keep")
     keep.add_argument("--save-every", type=int, help="steps between checkpoints (default: at the end only)")
-    keep.add_argument("--keep-last", type=int, default=2, help="checkpoints that stay (default: %(default)s)")
+    keep.add_argument(
+        "--copy-every",
+        type=int,
+        help="with --full and --nvme: steps between copies of the state in --out (default: none)",
+    )
+    keep.add_argument("--keep-last", type=int, default=2, help="checkpoints in --out that stay (default: %(default)s)")
+    keep.add_argument(
+        "--tbw", metavar="SIZE", help="the drives' rated endurance, such as 600TB: says what share is used"
+    )
+    keep.add_argument("--max-writes-per-day", metavar="SIZE", help="stop where the run would write more, such as 500GB")
     keep.add_argument("--logdir", metavar="DIR", help="TensorBoard events")
     keep.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
 
@@ -66,8 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--steps, --epochs: give one of the two")
     if arguments.max_grad_norm == 0:
         arguments.max_grad_norm = None
-    parse_adapters(arguments.adapters)
-    for field in ("device_memory", "host_memory"):
+    _settle_what_trains(arguments)
+    for field in ("device_memory", "host_memory", "tbw", "max_writes_per_day"):
         if getattr(arguments, field) is not None:
             parse_bytes(getattr(arguments, field), field=field)
     EngineConfig(
@@ -82,3 +97,25 @@ def run(arguments: argparse.Namespace) -> int:
     from offload_rt.cli.train_run import train_from_arguments
 
     return train_from_arguments(arguments)
+
+
+def _settle_what_trains(arguments: argparse.Namespace) -> None:
+    """Fills in what depends on --full, and refuses what contradicts it."""
+    if not arguments.full:
+        for field in ("optimizer", "copy_every"):
+            if getattr(arguments, field) is not None:
+                raise ConfigError(f"--{field.replace('_', '-')}: is for --full, which trains all parameters")
+        arguments.adapters = arguments.adapters or "lora:r=16"
+        arguments.lr = 2e-4 if arguments.lr is None else arguments.lr
+        parse_adapters(arguments.adapters)
+        return
+    if arguments.adapters is not None:
+        raise ConfigError("--full, --adapters: give one of the two; --full trains all parameters")
+    if arguments.bits is not None:
+        raise ConfigError(
+            f"--full, --bits {arguments.bits}: weights in 4 bits are frozen, and --full trains all of them"
+        )
+    if arguments.copy_every is not None and not arguments.nvme:
+        raise ConfigError("--copy-every: without --nvme every checkpoint is a copy; give --save-every")
+    arguments.optimizer = arguments.optimizer or "adamw"
+    arguments.lr = 1e-5 if arguments.lr is None else arguments.lr

@@ -1,4 +1,4 @@
-"""What `offload-rt train` does: model and data in, an engine around it, the loop, adapter out. Only wiring."""
+"""What `offload-rt train` does: model and data in, an engine around it, the loop, the result out. Only wiring."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from offload_rt import optim
 from offload_rt._engine import engine as wrap
-from offload_rt.config import parse_adapters
+from offload_rt.config import parse_adapters, parse_bytes
 from offload_rt.errors import ConfigError
 from offload_rt.training.batches import Batches, check_packing
 from offload_rt.training.data import DataReport, load_examples
+from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.loop import TrainingResult, num_steps, train
 from offload_rt.training.options import TrainingOptions
 from offload_rt.training.run_folder import RunFolder
@@ -36,13 +38,20 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         out=Path(arguments.out), steps=arguments.steps, epochs=arguments.epochs, lr=arguments.lr,
         warmup_ratio=arguments.warmup_ratio, schedule=arguments.schedule,
         accumulation_steps=arguments.accumulation_steps, save_every=arguments.save_every,
-        keep_last=arguments.keep_last, logdir=arguments.logdir, resume=arguments.resume,
+        copy_every=arguments.copy_every, keep_last=arguments.keep_last, logdir=arguments.logdir,
+        resume=arguments.resume,
     )  # fmt: skip
     settings = {
         "model": os.path.realpath(arguments.model), "data": os.path.realpath(arguments.data),
         "bits": arguments.bits, "adapters": arguments.adapters, "max_grad_norm": arguments.max_grad_norm,
-        "seed": arguments.seed,
+        "seed": arguments.seed, "full": arguments.full, "optimizer": arguments.optimizer,
     }  # fmt: skip
+    care = DriveCare(
+        tbw_bytes=None if arguments.tbw is None else parse_bytes(arguments.tbw, field="tbw"),
+        max_bytes_per_day=None
+        if arguments.max_writes_per_day is None
+        else parse_bytes(arguments.max_writes_per_day, field="max_writes_per_day"),
+    )
     # Everything that can be wrong with the call is found before a weight is read.
     folder = RunFolder(options.out)
     if options.resume:
@@ -50,7 +59,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     else:
         folder.require_free()
     model_folder = _model_folder(arguments.model)
-    tokenizer, model_on_meta, adapters = _load_transformers(model_folder, arguments)
+    tokenizer, model_on_meta, settings_of_model = _load_transformers(model_folder)
     examples, data_report = load_examples(
         arguments.data,
         tokenizer,
@@ -76,7 +85,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         model_on_meta,
         checkpoint=model_folder,
         bits=arguments.bits,
-        adapters=adapters,
+        adapters=None if arguments.full else _adapters(arguments.adapters),
         device=arguments.device,
         device_memory=arguments.device_memory,
         host_memory=arguments.host_memory,
@@ -85,7 +94,8 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         seq_len=arguments.seq_len,
         accumulation_steps=arguments.accumulation_steps,
         max_grad_norm=arguments.max_grad_norm,
-        lr=arguments.lr,
+        optimizer=_optimizer(arguments.optimizer, arguments.lr) if arguments.full else None,
+        lr=None if arguments.full else arguments.lr,
         plan=arguments.plan,
         progress=_IngestProgress(console),
     ) as engine:
@@ -93,13 +103,14 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         engine.model.train()
         if arguments.packing:
             check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
-        result = train(engine, batches, options, settings=settings, console=console)
+        result = train(engine, batches, options, settings=settings, console=console, care=care)
         if result.interrupted is not None:
             return 128 + result.interrupted
-        adapter_folder = options.out / "adapter"
-        engine.save_pretrained(adapter_folder)
-        tokenizer.save_pretrained(adapter_folder)
-        _show_result(console, result, engine.report(), adapter_folder)
+        _set(model_on_meta.config, **settings_of_model)
+        result_folder = options.out / ("model" if arguments.full else "adapter")
+        engine.save_pretrained(result_folder)
+        tokenizer.save_pretrained(result_folder)
+        _show_result(console, result, engine.report(), result_folder)
     return 0
 
 
@@ -113,26 +124,51 @@ def _model_folder(text: str) -> Path:
     return folder
 
 
-def _load_transformers(folder: Path, arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Tokenizer, model on the meta device, adapter configuration. Nothing is downloaded."""
+def _load_transformers(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Tokenizer, model on the meta device, and what its configuration says when it does not train. No downloads."""
     try:
-        import peft
         import transformers
     except ImportError as error:
-        raise ConfigError(f"train needs transformers and peft ({error}); pip install 'offload-rt[hf]'") from error
+        raise ConfigError(f"train needs transformers ({error}); pip install 'offload-rt[hf]'") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(f"--model: {folder}: {error}") from error
     # A key-value cache would keep every layer's keys and values for a generation that does not happen.
-    config.use_cache = False
-    if hasattr(config, "output_router_logits"):
-        config.output_router_logits = False
+    before = _set(config, use_cache=False, output_router_logits=False)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
-    adapters = peft.LoraConfig(task_type="CAUSAL_LM", **parse_adapters(arguments.adapters))
-    return tokenizer, model, adapters
+    return tokenizer, model, before
+
+
+def _set(config: Any, **values: Any) -> dict[str, Any]:
+    """Sets what `config` has of `values`; returns what was there before."""
+    before = {name: getattr(config, name) for name in values if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, values[name])
+    return before
+
+
+def _adapters(text: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"--adapters needs peft ({error}); pip install 'offload-rt[hf]'") from error
+    return peft.LoraConfig(task_type="CAUSAL_LM", **parse_adapters(text))
+
+
+def _optimizer(name: str, lr: float) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """What makes the optimizer of that name, with its own defaults besides the learning rate."""
+    makers: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
+        "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+        "adamw-8bit": lambda parameters: optim.AdamW(parameters, lr=lr, moments="8bit"),
+        "adamw-bf16": lambda parameters: optim.AdamW(parameters, lr=lr, moments="bfloat16"),
+        "lion": lambda parameters: optim.Lion(parameters, lr=lr),
+        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+        "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=lr),
+    }
+    return makers[name]
 
 
 def _longest_row(model: Any) -> int:
@@ -171,7 +207,9 @@ def _show_settings(console: Console, arguments: argparse.Namespace, data_report:
         "model": arguments.model,
         "data": f"{arguments.data}: {data_report}",
         "weights": "NF4, double quantization" if arguments.bits == 4 else "as in the checkpoint",
-        "adapters": ", ".join(f"{key}={value}" for key, value in parse_adapters(arguments.adapters).items()),
+        "trains": f"all parameters, by {arguments.optimizer}"
+        if arguments.full
+        else "adapters: " + ", ".join(f"{key}={value}" for key, value in parse_adapters(arguments.adapters).items()),
         "budgets": f"device {arguments.device_memory or 'measured'}, host {arguments.host_memory or 'one tier'}",
         "nvme": ", ".join(arguments.nvme) if arguments.nvme else "none",
         "batch": f"{arguments.batch_size} x {arguments.seq_len} tokens"
@@ -187,7 +225,7 @@ def _show_settings(console: Console, arguments: argparse.Namespace, data_report:
         console.print(f"{name + ':':<15} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_result(console: Console, result: TrainingResult, report: Mapping[str, Any], adapter_folder: Path) -> None:
+def _show_result(console: Console, result: TrainingResult, report: Mapping[str, Any], folder: Path) -> None:
     table = Table(show_header=False)
     rows = {
         "steps": str(result.step),
@@ -197,7 +235,7 @@ def _show_result(console: Console, result: TrainingResult, report: Mapping[str, 
         "waited for it": f"{report.get('stall_seconds', 0.0):.2f} s of {result.seconds:.2f} s",
         "prefetch misses": str(report.get("prefetch_misses", 0)),
         **{f"{tier} memory": format_bytes(used) for tier, used in report.get("memory", {}).items()},
-        "adapter": str(adapter_folder),
+        "result": str(folder),
     }
     for name, value in rows.items():
         table.add_row(name, value)

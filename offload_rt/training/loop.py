@@ -26,18 +26,19 @@ from rich.console import Console
 
 from offload_rt.errors import ConfigError, NonFiniteLoss
 from offload_rt.training.display import Display, StepNumbers, format_seconds
+from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.options import TrainingOptions, lr_factor
 from offload_rt.training.run_folder import RunFolder
+from offload_rt.training.saves import Progress, Saves, SavingEngine
 
 
-class TrainingEngine(Protocol):
+class TrainingEngine(SavingEngine, Protocol):
     """What the loop needs of `offload_rt.Engine`."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None: ...
     def train_batch(self, batches: list[dict[str, Any]], /) -> float: ...
     def track(self, name: str, tracked: Any, /) -> None: ...
-    def save_checkpoint(self, folder: Any, /) -> object: ...
     def load_checkpoint(self, folder: Any, /) -> object: ...
     def report(self) -> Mapping[str, Any]: ...
 
@@ -68,20 +69,7 @@ class TrainingResult:
     interrupted: signal.Signals | None
     """The signal that ended the run early, after its state was saved."""
     checkpoint: Path | None
-    """The newest one."""
-
-
-class Progress:
-    """The loop's own tracked state."""
-
-    def __init__(self) -> None:
-        self.step = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = int(state["step"])
+    """The newest one: a folder, or where commits are."""
 
 
 def train(
@@ -91,11 +79,13 @@ def train(
     *,
     settings: Mapping[str, Any] | None = None,
     console: Console | None = None,
+    care: DriveCare | None = None,
 ) -> TrainingResult:
     """Trains until the last step, or until SIGINT or SIGTERM, and saves.
 
     `settings` are further values (plain JSON) that must not change when the run is resumed. Raises
-    `ConfigError` if `options.out` holds another run, `NonFiniteLoss` at the first loss that is not finite.
+    `ConfigError` if `options.out` holds another run, or if `care` allows less than the run writes to the drive (then
+    what was done is saved), `NonFiniteLoss` at the first loss that is not finite.
     Signals are watched only when called from the main thread: the first one ends the run after the step it
     met, with its state saved, the second aborts at once.
     """
@@ -107,6 +97,7 @@ def train(
         raise ConfigError(
             f"accumulation_steps: the engine was made for {declared}, the loop has {options.accumulation_steps}"
         )
+    care = care or DriveCare()
     folder = RunFolder(options.out)
     total_steps = num_steps(options, batches)
     fixed = {
@@ -118,25 +109,31 @@ def train(
     else:
         folder.require_free()
     writer = _tensorboard_writer(options.logdir)
-    progress = Progress()
+    progress = Progress(folder.run_id, options.out)
     scheduler = _schedule(optimizer, options, total_steps)
     for name, tracked in (("progress", progress), ("batches", batches), ("scheduler", scheduler)):
         engine.track(name, tracked)
 
-    checkpoints = folder.checkpoints()
+    saves = Saves(engine, folder, progress, keep_last=options.keep_last)
+    if options.copy_every is not None and not saves.commits:
+        raise ConfigError("copy_every: without commits on NVMe every save is a copy; give save_every")
+    found = None
+    if options.resume:
+        saves.require_commit()
+        found = saves.newest()
+    else:
+        saves.require_free()
     saved_at = 0
-    if options.resume and checkpoints:
-        engine.load_checkpoint(checkpoints[-1][1])
+    if found is not None:
+        engine.load_checkpoint(found.folder)
+        if progress.in_step:
+            progress.in_step = False
+            progress.step += 1
+            _advance(scheduler)
         saved_at = progress.step
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
     folder.begin(at_step=progress.step, settings=fixed)
-
-    def save() -> None:
-        nonlocal saved_at
-        engine.save_checkpoint(folder.checkpoint_path(progress.step))
-        saved_at = progress.step
-        folder.prune(keep_last=options.keep_last)
 
     loss: float | None = None
     tokens = 0
@@ -150,19 +147,25 @@ def train(
         _stop_on_signal() as stop,
     ):  # fmt: skip
         if options.resume:
-            place = f"{checkpoints[-1][1].name}" if checkpoints else "the beginning: there is no checkpoint yet"
+            place = found.describe if found is not None else "the beginning: there is no checkpoint yet"
             display.say(f"resuming from {place}")
-        bytes_read = int(engine.report().get("bytes_read", 0))
+        report = engine.report()
+        if writes := care.expectation(report, total_steps - progress.step):
+            display.say(f"writes: {writes}")
+        bytes_read = int(report.get("bytes_read", 0))
+        first_step, second_step_at = progress.step, begin
         while progress.step < total_steps and stop.signal is None:
             step_begin = time.monotonic()
             micro_batches = [next(batches) for _ in range(options.accumulation_steps)]
             lr = scheduler.get_last_lr()[0]
+            progress.in_step = True
             loss = engine.train_batch(micro_batches)
+            progress.in_step = False
             if not math.isfinite(loss):
-                newest = folder.checkpoints()
+                newest = saves.newest()
                 raise NonFiniteLoss(
                     f"step {progress.step + 1}: the loss is {loss}; "
-                    + (f"the last good state is {newest[-1][1]}" if newest else "no checkpoint was saved yet")
+                    + (f"the last good state is {newest.folder}" if newest else "no checkpoint was saved yet")
                 )
             _advance(scheduler)
             progress.step += 1
@@ -186,26 +189,40 @@ def train(
                             writer.add_scalar(f"train/{name}", value, progress.step)
             display.step(numbers)
             if options.save_every is not None and progress.step % options.save_every == 0:
-                save()
+                saves.save()
+                saved_at = progress.step
+            if options.copy_every is not None and progress.step % options.copy_every == 0:
+                saves.copy()
+            if progress.step == first_step + 1:
+                second_step_at = time.monotonic()
+            try:
+                care.check(
+                    report, steps_done=progress.step - first_step, seconds=time.monotonic() - second_step_at,
+                    steps_left=total_steps - progress.step,
+                )  # fmt: skip
+            except ConfigError:
+                saves.save()
+                raise
         seconds = time.monotonic() - begin
-        if saved_at != progress.step:
-            save()
+        newest = saves.save() if saved_at != progress.step else saves.newest()
         if stop.signal is not None and progress.step < total_steps:
+            place = newest.describe if newest is not None else "nothing"
             display.say(
-                f"{stop.signal.name}: stopped after step {progress.step} of {total_steps}, saved in "
-                f"{folder.checkpoint_path(progress.step)}; continue with --resume"
+                f"{stop.signal.name}: stopped after step {progress.step} of {total_steps}, saved in {place}; continue "
+                f"with --resume"
             )
         else:
             folder.finish(at_step=progress.step)
             display.say(f"finished at step {progress.step} after {format_seconds(seconds)}")
-        newest = folder.checkpoints()
+            if written := care.outcome(engine.report(), progress.step - first_step, seconds):
+                display.say(f"written: {written}")
         return TrainingResult(
             step=progress.step,
             loss=loss,
             tokens=tokens,
             seconds=seconds,
             interrupted=stop.signal if progress.step < total_steps else None,
-            checkpoint=newest[-1][1] if newest else None,
+            checkpoint=None if newest is None else newest.folder,
         )
 
 

@@ -30,7 +30,10 @@ class TrainingOptions:
     accumulation_steps: int = 1
     """Micro-batches per step; the engine must have been made for the same number."""
     save_every: int | None = None
-    """Steps between checkpoints; None saves at the end only (and when interrupted)."""
+    """Steps between saves at least; None saves at the end only (and when interrupted). Where an engine commits on NVMe,
+    a save is a commit, and most engines commit every step anyway."""
+    copy_every: int | None = None
+    """Where an engine commits on NVMe: steps between copies of the state in `out`. None makes none."""
     keep_last: int = 2
     """Checkpoints that stay; older ones are removed after a newer one is complete."""
     log_every: int = 1
@@ -46,9 +49,9 @@ class TrainingOptions:
             object.__setattr__(self, "logdir", Path(self.logdir))
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(f"steps, epochs: give one of the two, got {self.steps!r} and {self.epochs!r}")
-        for field in ("steps", "epochs", "accumulation_steps", "save_every", "keep_last", "log_every"):
+        for field in ("steps", "epochs", "accumulation_steps", "save_every", "copy_every", "keep_last", "log_every"):
             value = getattr(self, field)
-            if value is None and field in ("steps", "epochs", "save_every"):
+            if value is None and field in ("steps", "epochs", "save_every", "copy_every"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field}: must be a whole number of at least 1, got {value!r}")

@@ -1,6 +1,6 @@
 """What lies in a run's output folder, and which of it can be trusted after a kill. No torch.
 
-    out/run.json            settings that must not change on resume, and the step of the run's end
+    out/run.json            the run's id, settings that must not change on resume, and the step of the run's end
     out/metrics.jsonl       one line a logged step, appended; a kill loses at most the line it was writing
     out/checkpoint-<step>/  complete: engines write elsewhere and rename
     out/<anything else>     not ours
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,6 +32,7 @@ class RunFolder:
         self._metrics: TextIO | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is a file, not a folder")
+        self._run_id = str(self._read_run().get("id") or uuid.uuid4().hex)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Step and folder of every complete checkpoint, oldest first."""
@@ -42,19 +44,29 @@ class RunFolder:
                     found.append((int(match[1]), entry))
         return sorted(found)
 
+    @property
+    def run_id(self) -> str:
+        """Of the run in this folder; a new one where there is none yet, which `begin` writes down."""
+        return self._run_id
+
+    def last_step(self) -> int:
+        """The step of the last line of metrics; 0 without one."""
+        steps = [json.loads(line).get("step", 0) for line in self._metric_lines()]
+        return max(steps, default=0)
+
     def finished_at(self) -> int | None:
         """The step at which the run in this folder came to its end; None if it did not."""
         finished = self._read_run().get("finished")
         return finished if isinstance(finished, int) else None
 
     def require_free(self) -> None:
-        """Raises `ConfigError` if a run's checkpoints are here, which a new run would mix with its own."""
+        """Raises `ConfigError` if a run's checkpoints or its end are here, which a new run would mix with its own."""
         checkpoints = self.checkpoints()
-        if not checkpoints:
-            return
-        newest = checkpoints[-1][0]
         finished = self.finished_at()
+        if finished is None and not checkpoints:
+            return
         if finished is None:
+            newest = checkpoints[-1][0]
             raise ConfigError(
                 f"out: {self.path} holds an unfinished run (newest checkpoint: step {newest}); "
                 "continue it with --resume, or give another folder"
@@ -83,7 +95,9 @@ class RunFolder:
                 shutil.rmtree(entry)
             self._write(
                 self._run_file,
-                json.dumps({"settings": {**self._read_run().get("settings", {}), **settings}}, indent=1),
+                json.dumps(
+                    {"id": self._run_id, "settings": {**self._read_run().get("settings", {}), **settings}}, indent=1
+                ),
             )
             kept = [line for line in self._metric_lines() if 0 < json.loads(line).get("step", 0) <= at_step]
             self._write(self._metrics_file, "".join(f"{line}\n" for line in kept))

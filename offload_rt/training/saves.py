@@ -1,0 +1,128 @@
+"""Where a run's state is saved, and what of it is the newest: commits on NVMe, and folders in the run's own.
+
+An engine that trains in full with `nvme=` commits there, without copying anything; then folders are made only when they
+are asked for. Any other engine saves folders. A commit belongs to the run whose id it carries: the state of a model
+lies in one place on a drive, whichever run trains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from offload_rt.errors import ConfigError
+from offload_rt.training.run_folder import RunFolder
+
+
+class SavingEngine(Protocol):
+    """What saving needs of `offload_rt.Engine`."""
+
+    @property
+    def committed(self) -> Mapping[str, Any] | None: ...
+    @property
+    def commit_folder(self) -> Path: ...
+    def save_checkpoint(self, folder: Any, /) -> object: ...
+
+
+class Progress:
+    """The loop's own tracked state: which run, and how many of its steps are done.
+
+    An engine commits inside its step, before the loop has counted it: `in_step` says so, and whoever loads such a
+    commit counts that step, and the schedule's.
+    """
+
+    def __init__(self, run_id: str, out: Path) -> None:
+        self.step = 0
+        self.in_step = False
+        self._run = {"run": run_id, "out": str(out.absolute())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "in_step": self.in_step, **self._run}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
+        self.in_step = bool(state.get("in_step"))
+
+
+@dataclass(frozen=True)
+class Save:
+    """One that can be loaded."""
+
+    step: int
+    folder: Path
+    describe: str
+
+
+class Saves:
+    """The saves of the run in `folder`. Creating the object only looks."""
+
+    def __init__(self, engine: SavingEngine, folder: RunFolder, progress: Progress, *, keep_last: int) -> None:
+        self._engine = engine
+        self._folder = folder
+        self._progress = progress
+        self._keep_last = keep_last
+        self.commits = engine.committed is not None
+
+    def newest(self) -> Save | None:
+        """The newest save of this run; at the same step, the commit, which needs no copying."""
+        found = [Save(step, path, path.name) for step, path in self._folder.checkpoints()]
+        commit = self._commit()
+        if commit is not None and commit["run"] == self._folder.run_id:
+            step = commit["step"] + commit["in_step"]
+            found.append(Save(step, self._engine.commit_folder, f"the commit of step {step} on NVME"))
+        return max(found, key=lambda save: save.step, default=None)
+
+    def require_free(self) -> None:
+        """Raises `ConfigError` where the drive holds the state of a run, this one or another: it would be lost."""
+        commit = self._commit()
+        if commit is not None:
+            raise ConfigError(self._in_the_way(commit))
+
+    def require_commit(self) -> None:
+        """Raises `ConfigError` where this run's commits should be on the drive and are not."""
+        commit = self._commit()
+        if commit is not None and commit["run"] != self._folder.run_id:
+            raise ConfigError(self._in_the_way(commit))
+        done = self._folder.last_step()
+        if self.commits and commit is None and done and not self._folder.checkpoints():
+            raise ConfigError(
+                f"resume: {self._folder.path} has done {done} steps, but {self._engine.commit_folder} holds none of "
+                f"them; give the --nvme (and --model, --optimizer) that it was begun with"
+            )
+
+    def save(self) -> Save:
+        """Makes what there is now durable, unless it is. Blocks."""
+        if self.commits:
+            commit = self._commit()
+            if commit is None or commit["step"] + commit["in_step"] != self._progress.step:
+                self._engine.save_checkpoint(self._engine.commit_folder)
+            step = self._progress.step
+            return Save(step, self._engine.commit_folder, f"the commit of step {step} in {self._engine.commit_folder}")
+        return self.copy()
+
+    def copy(self) -> Save:
+        """Saves a folder of its own, and removes old ones. Blocks."""
+        path = self._folder.checkpoint_path(self._progress.step)
+        if not path.exists():
+            self._engine.save_checkpoint(path)
+        self._folder.prune(keep_last=self._keep_last)
+        return Save(self._progress.step, path, str(path))
+
+    def _commit(self) -> Mapping[str, Any] | None:
+        """The loop's values of the newest commit; None where there is none with a step in it."""
+        committed = self._engine.committed
+        if not committed or not committed["step"]:
+            return None
+        progress = committed.get("tracked", {}).get("progress")
+        return progress or {"run": None, "out": None, "step": committed["step"], "in_step": False}
+
+    def _in_the_way(self, commit: Mapping[str, Any]) -> str:
+        folder = self._engine.commit_folder
+        whose = f"the run in {commit['out']}" if commit["out"] else "a run of another program"
+        goes_on = f"continue it with --resume --out {commit['out']}, or remove" if commit["out"] else "remove"
+        return (
+            f"nvme: {folder} holds step {commit['step'] + commit['in_step']} of {whose}, for the same model and "
+            f"optimizer; {goes_on} its state with `offload-rt clean --state --yes --nvme {folder.parent}`"
+        )
