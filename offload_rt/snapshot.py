@@ -2,6 +2,7 @@
 
     <folder>/state.bin       the committed extents, one behind the other
              payload.bin     what was committed with them
+             ...             what the caller says about the extents
              manifest.json   step; per extent name, offset, length, CRC32C; written last
 
 A log's file is written in place, so a hard link to it would change under the snapshot. Where the file system can clone
@@ -19,8 +20,9 @@ import os
 import shutil
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from offload_rt.arena import Arena, Slot
@@ -55,14 +57,19 @@ class SnapshotLog(Protocol):
 
 
 def save_snapshot(
-    log: SnapshotLog, folder: Path, links: Links, *, names: Callable[[str], bool] = lambda name: True
+    log: SnapshotLog,
+    folder: Path,
+    links: Links,
+    *,
+    names: Callable[[str], bool] = lambda name: True,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> int:
     """Saves what `log` has committed to `folder`, which must not exist. Blocks until it is durable.
 
-    `names` says which extents are part of it. Returns how many bytes were copied; the others were cloned. What was
-    written since the commit is not part of it, and nothing may be committed meanwhile. Raises `StorageFull` before the
-    first byte, and `StoreCorrupt` where an extent that is copied does not match its checksum (one that is cloned is
-    verified when it is loaded).
+    `names` says which extents are part of it, `beside` has further files by name. Returns how many bytes were copied;
+    the others were cloned. What was written since the commit is not part of it, and nothing may be committed meanwhile.
+    Raises `StorageFull` before the first byte, and `StoreCorrupt` where an extent that is copied does not match its
+    checksum (one that is cloned is verified when it is loaded).
     """
     folder = folder.absolute()
     if folder.exists():
@@ -72,6 +79,8 @@ def save_snapshot(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
+        for name, content in beside.items():
+            write_atomically(partial / name, content)
         copied_bytes = _save(log, partial, links, [name for name in log.names if names(name)])
         os.rename(partial, folder)
         sync_folder(folder.parent)
@@ -86,7 +95,7 @@ def save_snapshot(
 
 def read_payload(folder: Path) -> tuple[int, bytes]:
     """The step of the snapshot in `folder`, and what was committed with it. Raises as `load_snapshot` does."""
-    body = _read_manifest(folder)
+    body = read_manifest(folder)
     try:
         payload = (folder / "payload.bin").read_bytes()
     except OSError as error:
@@ -104,7 +113,7 @@ def load_snapshot(
     it is what it was. Raises `CheckpointError` where something is missing or does not fit, `CheckpointVerifyError`
     where bytes have changed; then everything written is dropped.
     """
-    body = _read_manifest(folder)
+    body = read_manifest(folder)
     found = read_payload(folder)
     saved = {extent["name"]: extent for extent in body["extents"]}
     here = {name: log.length_bytes(name) for name in log.names if names(name)}
@@ -207,7 +216,8 @@ def _check_space(folder: Path, need_bytes: int) -> None:
         )  # fmt: skip
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The checked body of the snapshot's manifest: `step`, `extents`, `payload_crc32c`. Raises as `load_snapshot`."""
     path = folder / "manifest.json"
     try:
         data: dict[str, Any] = json.loads(path.read_text())

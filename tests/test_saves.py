@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
+from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError
+from offload_rt.optimizer.by_name import export_state
 from tests.full_parity import Case, make_engine, one_loss, state_of, training_of
 
 
@@ -40,3 +44,44 @@ def test_a_checkpoint_between_backward_and_step_holds_the_last_whole_step(tmp_pa
 def test_without_commits_there_is_nothing_committed(tmp_path: Path) -> None:
     with make_engine(Case("qwen", "float32", "adamw", 1, "not", False, "in place"), tmp_path) as engine:
         assert engine.committed is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw 8bit", "adafactor", "sgd"])
+def test_a_checkpoint_becomes_safetensors_by_parameter_name(optimizer: str, tmp_path: Path) -> None:
+    with make_engine(Case("llama", "bfloat16", optimizer, 1, "not", False, "on NVME"), tmp_path) as engine:
+        for step in range(2):
+            engine.backward(one_loss(engine, step, 0))
+            engine.step()
+        training = training_of(engine)
+        assert any(len(block.pieces) > 1 for block in training.blocks)
+        expected = state_of(training)
+        engine.save_checkpoint(tmp_path / "saved")
+    export_state(tmp_path / "saved", tmp_path / "out")
+    found = {path.stem: load_file(path) for path in (tmp_path / "out").iterdir()}
+    assert set(found["master"]) == set(expected)
+    for name, (master, weight) in expected.items():
+        assert torch.equal(found["master"][name], master) and torch.equal(master.to(weight.dtype), weight)
+    moments = {
+        "adamw": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}, "adafactor": {"row_var", "col_var", "variance"},
+        "adamw 8bit": {f"{name}.{part}" for name in ("exp_avg", "exp_avg_sq") for part in ("codes", "absmax")},
+    }  # fmt: skip
+    assert set(found) == {"master"} | moments[optimizer]
+    if optimizer in ("adamw", "sgd"):
+        for state in moments[optimizer]:
+            assert all(found[state][name].shape == master.shape for name, (master, _) in expected.items())
+            assert all(bool(tensor.any()) for tensor in found[state].values())
+
+
+def test_what_is_no_checkpoint_or_was_damaged_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a checkpoint of full fine-tuning"):
+        export_state(tmp_path, tmp_path / "out")
+    with make_engine(Case("llama", "float32", "adamw", 1, "not", False, "in place"), tmp_path) as engine:
+        engine.save_checkpoint(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="exists"):
+        export_state(tmp_path / "saved", tmp_path)
+    with open(tmp_path / "saved/state.bin", "r+b") as file:
+        file.seek(5000)
+        file.write(b"?")
+    with pytest.raises(CheckpointVerifyError, match="has checksum"):
+        export_state(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

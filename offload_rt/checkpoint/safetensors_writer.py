@@ -37,6 +37,7 @@ class SafetensorsWriter:
         header, self._begins = _header(outline)
         self._outline = dict(outline)
         self._checksums: dict[str, int] = {}
+        self._done_bytes: dict[str, int] = {}
         self._cached_bytes = 0
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._write(0, memoryview(header))
@@ -51,14 +52,23 @@ class SafetensorsWriter:
             raise ValueError(
                 f"{name}: {tuple(tensor.shape)} {tensor.dtype}, {tuple(expected.shape)} {expected.dtype} was announced"
             )
-        data = _bytes_of(tensor)
-        self._checksums[name] = crc32c(data)
-        for done in range(0, len(data), WRITE_BYTES):
-            self._write(self._begins[name] + done, data[done : done + WRITE_BYTES])
+        self.write_next(name, tensor)
+
+    def write_next(self, name: str, values: Tensor) -> None:
+        """Writes the elements of one tensor, flat, that follow those that were written of it. Blocks."""
+        data, done = _bytes_of(values), self._done_bytes.get(name, 0)
+        if values.dtype != self._outline[name].dtype or done + len(data) > self._outline[name].nbytes:
+            raise ValueError(
+                f"{name}: {values.numel()} elements of {values.dtype} after {done} bytes were not announced"
+            )
+        self._checksums[name] = crc32c(data, self._checksums.get(name, 0))
+        self._done_bytes[name] = done + len(data)
+        for begin in range(0, len(data), WRITE_BYTES):
+            self._write(self._begins[name] + done + begin, data[begin : begin + WRITE_BYTES])
 
     def finish(self) -> None:
         """Makes the file durable. Every tensor must have been written."""
-        missing = sorted(set(self._outline) - set(self._checksums))
+        missing = sorted(name for name, t in self._outline.items() if self._done_bytes.get(name) != t.nbytes)
         if missing:
             raise ValueError(f"{self.path.name}: {len(missing)} tensors were never written, first: {missing[0]}")
         os.fsync(self._fd)

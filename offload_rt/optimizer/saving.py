@@ -13,6 +13,7 @@ from typing import Any
 
 from offload_rt.checkpoint.values import pack_values, restore_rng, unpack_values
 from offload_rt.errors import CheckpointError, OffloadError
+from offload_rt.optimizer.by_name import LAYOUT, layout_json
 from offload_rt.optimizer.memory_log import MemoryLog
 from offload_rt.optimizer.state import STATE_PREFIX, state_extent
 from offload_rt.optimizer.training import FullTraining
@@ -32,7 +33,9 @@ def save_training(training: FullTraining, folder: Path) -> int:
         training.commit()
     if _is_commit_folder(training, folder):
         return 0
-    return save_snapshot(_log(training), folder, training.home.links, names=_is_state)
+    return save_snapshot(
+        _log(training), folder, training.home.links, names=_is_state, beside={LAYOUT: layout_json(training.blocks)}
+    )
 
 
 def load_training(training: FullTraining, folder: Path, check: Check) -> dict[str, Any]:
