@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt import codec
-from offload_rt.assembly import Runtime, RuntimeOptions, assemble
+from offload_rt.assembly import RuntimeOptions, assemble
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.state import load_state, save_state
@@ -31,9 +29,10 @@ from offload_rt.device_cuda import find_device
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
 from offload_rt.optimizer.saving import committed_values, load_training, save_training
-from offload_rt.profile import peak_resident_bytes, resident_bytes
-from planners.errors import format_bytes
-from planners.plan import Plan, Tier
+from offload_rt.profile import resident_bytes
+from offload_rt.report import report, summary
+from offload_rt.runtime import Runtime
+from planners.plan import Plan
 
 logger = logging.getLogger("offload_rt")
 
@@ -363,122 +362,14 @@ class Engine:
         save_model(self.model, tensor_groups(self.model, blocks), folder, max_shard_bytes=limit)
 
     def report(self) -> dict[str, Any]:
-        """What moved, what it cost, and who holds memory, since the start. Bytes and seconds.
-
-        Of the process's memory, `base_bytes` were there before the engine; `managed_bytes` are booked against the
-        budgets: `arena_bytes` of them lie in our arenas, the rest is left to PyTorch's allocator, whose own entry says
-        what it was planned to take and what it took, by the resident memory seen between layers.
-        """
-        runtime = self._runtime
-        links = runtime.links.counters
-        executors = [executor.counters for executor in runtime.executors]
-        memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
-        managed, in_arenas = sum(a.used_bytes for a in memory), sum(a.arena_bytes for a in memory)
-        outside = self._base_bytes + in_arenas
-        heap = runtime.heap
-        arenas = {
-            tier.value: dict(account.holdings) for tier, account in runtime.tiers.accounts.items() if account.holdings
-        }
-        return {
-            "step": self.step_number,
-            "plan": runtime.plan.planner,
-            "bytes_read": links.bytes_read,
-            "bytes_written": links.bytes_written,
-            **self._bytes_written_per_step(),
-            "bytes_copied": links.bytes_copied,
-            "stall_seconds": links.stall_seconds,
-            "fetches": sum(c.num_fetches for c in executors),
-            "scheduled_fetches": sum(c.scheduled_fetches for c in executors),
-            "prefetch_hits": sum(c.num_hits for c in executors),
-            "prefetch_misses": sum(c.num_misses for c in executors),
-            "replans": sum(c.num_replans for c in executors),
-            "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
-            "loss_head": None if runtime.loss_head is None else runtime.loss_head.report(),
-            "passed_on": runtime.turns.num_passed_on,
-            "training": None if self._training is None else self._training.report(),
-            "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
-            "recomputes": runtime.layer_counters.num_recomputes,
-            "decodes": runtime.decoder.counters.num_decodes,
-            "decoded_elements": runtime.decoder.counters.decoded_elements,
-            "decode_overflow_bytes": runtime.decoder.counters.overflow_bytes,
-            "stored_bytes": sum(block.spec.stored_bytes for block in runtime.blocks),
-            "store_was_cached": runtime.store_was_cached,
-            "direct_io": None if runtime.store is None else runtime.store.direct and runtime.links.io.direct,
-            "io": runtime.links.io.name,
-            "io_memory_not_registered": runtime.links.io.refusal or None,
-            "drives": [] if runtime.store is None else [asdict(profile) for profile in runtime.store.profiles],
-            "device": self.config.device,
-            "gpu": getattr(runtime.device, "report", lambda: None)(),
-            "nf4": codec.backend(device=self.config.device),
-            "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},
-            "holdings": arenas,
-            "base_bytes": self._base_bytes,
-            "managed_bytes": managed,
-            "arena_bytes": in_arenas,
-            "allocator": {
-                "planned_bytes": managed - in_arenas,
-                "bytes": max(0, resident_bytes() - outside),
-                "peak_bytes": max(0, heap.counters.peak_bytes - outside),
-                "trims": heap.counters.num_trims,
-                "trimmed_bytes": heap.counters.returned_bytes,
-            },
-            "peak_resident_bytes": peak_resident_bytes(),
-        }
-
-    def _bytes_written_per_step(self) -> dict[str, float]:
-        """To the drives: the mean of this process's steps, with its commits and copies of state, and what is expected.
-
-        Expected are batches of full size. Whole models that are saved are not counted.
-        """
-        runtime = self._runtime
-        first_step, written = self._wear_from
-        steps = self.step_number - first_step
-        # What waits between forward and backward is written once a micro-batch; layer inputs have room for two.
-        waiting = runtime.tiers.accounts[Tier.NVME].holdings.get("layer inputs, activations", 0)
-        expected = waiting / (1 + (runtime.plan.layer_inputs is Tier.NVME)) * self.config.accumulation_steps
-        if self._training is not None:
-            expected += self._training.report()["expected_bytes_written_per_step"]
-        return {
-            "bytes_written_per_step": (runtime.links.counters.bytes_written - written) / steps if steps else 0.0,
-            "expected_bytes_written_per_step": expected,
-        }
+        """What moved, what it cost, and who holds memory, since the start. Bytes and seconds; see `report.report`."""
+        return report(
+            self._runtime, self.config, step=self.step_number, wear_from=self._wear_from, base_bytes=self._base_bytes
+        )
 
     def summary(self) -> str:
         """What is in effect, in a few lines."""
-        runtime = self._runtime
-        plan = runtime.plan
-        declared = self.config.accumulation_steps
-        lines = [f"plan: {plan.planner}; layer inputs wait in {plan.layer_inputs.value}"]
-        for ring in plan.rings:
-            lines.append(
-                f"{ring.name}: {len(ring.blocks)} blocks rest in {ring.rest.value}, {ring.num_slots} at a time in "
-                f"device memory ({format_bytes(ring.device_bytes)})"
-            )
-        if plan.resident:
-            lines.append(f"resident: {len(plan.resident)} blocks")
-        if self._training is not None:
-            report = self._training.report()
-            state, held = report["state_bytes"], report["state_in_memory_bytes"]
-            places = [f"{format_bytes(held)} in memory"] if held else []
-            places += [f"{format_bytes(state - held)} on NVME"] if state > held else []
-            lines.append(f"masters and moments: {', '.join(places)}; updates: {report['mode']}")
-        if plan.head_chunk_tokens is not None:
-            lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
-        if plan.layer_major:
-            lines.append(f"the micro-batches of a train_batch go through the layers together, {declared} to a fetch")
-        if plan.activations:
-            lines.append(f"activations by chunks of tokens; swapped ones wait in {plan.swapped.value}")
-        if self.config.bits == 4:
-            lines.append(str(runtime.coverage))
-        for tier, account in runtime.tiers.accounts.items():
-            if account.holdings:
-                limit = f" of {format_bytes(account.capacity_bytes)}" if account.capacity_bytes else ""
-                lines.append(f"{tier.value} memory: {format_bytes(account.used_bytes)}{limit} planned")
-        direct = "" if runtime.store is None else " (buffered)"
-        if runtime.store is not None and runtime.store.direct and runtime.links.io.direct:
-            direct = " past the page cache"
-        lines.append(f"I/O by {runtime.links.io.name}{direct}; NF4 by {codec.backend(device=self.config.device)}")
-        return "\n".join(lines)
+        return summary(self._runtime, self.config)
 
     @property
     def plan(self) -> Plan:

@@ -7,14 +7,12 @@ do parameters leave the model's memory and hooks go in.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from offload_rt.access import Access, ResidentAccess, RingAccess
 from offload_rt.arena import Arena
@@ -34,8 +32,8 @@ from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import HeapGuard
 from offload_rt.loss_head import LossHead
-from offload_rt.optimizer.training import FullTraining
 from offload_rt.recording import Recorder
+from offload_rt.runtime import Runtime
 from offload_rt.scratch import Scratch
 from offload_rt.stash import HostStash, NvmeStash, Stash
 from offload_rt.state_assembly import StateAssembly
@@ -49,7 +47,6 @@ from offload_rt.transfer import WAIT_SECONDS, Links
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import (
-    TensorDevice,
     Workload,
     check_plan,
     find_workload,
@@ -62,79 +59,6 @@ from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import KEPT_TENSORS, StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
-
-
-@dataclass(kw_only=True)
-class Runtime:
-    """The assembled parts of one engine, and how to take them apart again."""
-
-    plan: Plan
-    tiers: Tiers
-    links: Links
-    decoder: Decoder
-    blocks: list[Block]
-    accesses: dict[str, Access]
-    """By the block's name."""
-    executors: list[RingExecutor]
-    layers: list[RecomputedLayer]
-    streamed: list[StreamedModule]
-    loss_head: LossHead | None
-    heap: HeapGuard
-    contiguous_head: RemovableHandle | None
-    layer_counters: LayerCounters
-    tokenwise: Tokenwise | None
-    """What the layers that run by chunks of tokens share; None if none does."""
-    coverage: Coverage
-    store: Store | None
-    store_was_cached: bool
-    scratch: Scratch | None
-    recorder: Recorder | None
-    turns: Turns
-    """Of the micro-batches of a `train_batch`, where the plan takes them layer by layer."""
-    training: FullTraining | None
-    """Of layers that train; None where only adapters do."""
-    device: TensorDevice | None
-    """DEVICE, where its work is asynchronous; None where it is RAM."""
-    _closed: bool = field(default=False)
-
-    def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Runs calls of the model, or their backward passes, layer by layer; returns their results. Blocks."""
-        for executor in self.executors:
-            executor.num_calls = len(calls)
-        try:
-            return self.turns.run(calls)
-        finally:
-            for executor in self.executors:
-                executor.num_calls = 1
-
-    def close(self) -> None:
-        """Takes the hooks out, waits for what is under way, closes files. The weights stay absent."""
-        if self._closed:
-            return
-        self._closed = True
-        for layer in self.layers:
-            layer.detach()
-        for module in self.streamed:
-            module.detach()
-        if self.loss_head is not None:
-            self.loss_head.detach()
-        if self.contiguous_head is not None:
-            self.contiguous_head.remove()
-        for block in self.blocks:
-            block.detach()
-        for executor in self.executors:
-            executor.drain()
-        try:
-            if self.training is not None:
-                self.training.close()  # a commit that is due may fail
-        finally:
-            self.links.close()
-            self.heap.close()
-            if self.scratch is not None:
-                self.scratch.close()
-            if self.store is not None:
-                self.store.close()
 
 
 def assemble(

@@ -31,7 +31,7 @@ MIN_CHUNK_TOKENS_TRAINED = 256
 ALL_TOKENS = 1 << 40
 KEPT_TENSORS = 64
 """Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
-STATE_SLOTS = (32, 16, 8, 4, 2)
+STATE_SLOTS = (128, 64, 32, 16, 8, 4, 2)
 """Pieces of state on their way, the best first: what is read ahead while a layer computes."""
 ENOUGH_STATE_SLOTS = 8
 """With so many, kept activations are worth more than further ones."""

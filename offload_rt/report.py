@@ -1,0 +1,136 @@
+"""What an engine says of itself: what is in effect, what moved, what it cost, and who holds memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from offload_rt import codec
+from offload_rt.config import EngineConfig
+from offload_rt.profile import peak_resident_bytes, resident_bytes
+from offload_rt.runtime import Runtime
+from planners.errors import format_bytes
+from planners.plan import Tier
+
+
+def report(
+    runtime: Runtime, config: EngineConfig, *, step: int, wear_from: tuple[int, int], base_bytes: int
+) -> dict[str, Any]:
+    """What moved, what it cost, and who holds memory, since the start. Bytes and seconds.
+
+    Of the process's memory, `base_bytes` were there before the engine; `managed_bytes` are booked against the
+    budgets: `arena_bytes` of them lie in our arenas, the rest is left to PyTorch's allocator, whose own entry says
+    what it was planned to take and what it took, by the resident memory seen between layers.
+    """
+    links = runtime.links.counters
+    executors = [executor.counters for executor in runtime.executors]
+    memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
+    managed, in_arenas = sum(a.used_bytes for a in memory), sum(a.arena_bytes for a in memory)
+    outside = base_bytes + in_arenas
+    heap = runtime.heap
+    arenas = {
+        tier.value: dict(account.holdings) for tier, account in runtime.tiers.accounts.items() if account.holdings
+    }
+    return {
+        "step": step,
+        "plan": runtime.plan.planner,
+        "bytes_read": links.bytes_read,
+        "bytes_written": links.bytes_written,
+        **_bytes_written_per_step(runtime, config, step, wear_from),
+        "bytes_copied": links.bytes_copied,
+        "stall_seconds": links.stall_seconds,
+        "fetches": sum(c.num_fetches for c in executors),
+        "scheduled_fetches": sum(c.scheduled_fetches for c in executors),
+        "prefetch_hits": sum(c.num_hits for c in executors),
+        "prefetch_misses": sum(c.num_misses for c in executors),
+        "replans": sum(c.num_replans for c in executors),
+        "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
+        "loss_head": None if runtime.loss_head is None else runtime.loss_head.report(),
+        "passed_on": runtime.turns.num_passed_on,
+        "training": None if runtime.training is None else runtime.training.report(),
+        "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
+        "recomputes": runtime.layer_counters.num_recomputes,
+        "decodes": runtime.decoder.counters.num_decodes,
+        "decoded_elements": runtime.decoder.counters.decoded_elements,
+        "decode_overflow_bytes": runtime.decoder.counters.overflow_bytes,
+        "stored_bytes": sum(block.spec.stored_bytes for block in runtime.blocks),
+        "store_was_cached": runtime.store_was_cached,
+        "direct_io": None if runtime.store is None else runtime.store.direct and runtime.links.io.direct,
+        "io": runtime.links.io.name,
+        "io_memory_not_registered": runtime.links.io.refusal or None,
+        "drives": [] if runtime.store is None else [asdict(profile) for profile in runtime.store.profiles],
+        "device": config.device,
+        "gpu": getattr(runtime.device, "report", lambda: None)(),
+        "nf4": codec.backend(device=config.device),
+        "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},
+        "holdings": arenas,
+        "base_bytes": base_bytes,
+        "managed_bytes": managed,
+        "arena_bytes": in_arenas,
+        "allocator": {
+            "planned_bytes": managed - in_arenas,
+            "bytes": max(0, resident_bytes() - outside),
+            "peak_bytes": max(0, heap.counters.peak_bytes - outside),
+            "trims": heap.counters.num_trims,
+            "trimmed_bytes": heap.counters.returned_bytes,
+        },
+        "peak_resident_bytes": peak_resident_bytes(),
+    }
+
+
+def _bytes_written_per_step(
+    runtime: Runtime, config: EngineConfig, step: int, wear_from: tuple[int, int]
+) -> dict[str, float]:
+    """To the drives: the mean of this process's steps, with its commits and copies of state, and what is expected.
+
+    Expected are batches of full size. Whole models that are saved are not counted.
+    """
+    first_step, written = wear_from
+    steps = step - first_step
+    # What waits between forward and backward is written once a micro-batch; layer inputs have room for two.
+    waiting = runtime.tiers.accounts[Tier.NVME].holdings.get("layer inputs, activations", 0)
+    micro_batches = 1 if runtime.plan.layer_major else config.accumulation_steps  # together, they all have room
+    expected = waiting / (1 + (runtime.plan.layer_inputs is Tier.NVME)) * micro_batches
+    if runtime.training is not None:
+        expected += runtime.training.report()["expected_bytes_written_per_step"]
+    return {
+        "bytes_written_per_step": (runtime.links.counters.bytes_written - written) / steps if steps else 0.0,
+        "expected_bytes_written_per_step": expected,
+    }
+
+
+def summary(runtime: Runtime, config: EngineConfig) -> str:
+    """What is in effect, in a few lines."""
+    plan = runtime.plan
+    declared = config.accumulation_steps
+    lines = [f"plan: {plan.planner}; layer inputs wait in {plan.layer_inputs.value}"]
+    for ring in plan.rings:
+        lines.append(
+            f"{ring.name}: {len(ring.blocks)} blocks rest in {ring.rest.value}, {ring.num_slots} at a time in "
+            f"device memory ({format_bytes(ring.device_bytes)})"
+        )
+    if plan.resident:
+        lines.append(f"resident: {len(plan.resident)} blocks")
+    if runtime.training is not None:
+        report = runtime.training.report()
+        state, held = report["state_bytes"], report["state_in_memory_bytes"]
+        places = [f"{format_bytes(held)} in memory"] if held else []
+        places += [f"{format_bytes(state - held)} on NVME"] if state > held else []
+        lines.append(f"masters and moments: {', '.join(places)}; updates: {report['mode']}")
+    if plan.head_chunk_tokens is not None:
+        lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
+    if plan.layer_major:
+        lines.append(f"the micro-batches of a train_batch go through the layers together, {declared} to a fetch")
+    if plan.activations:
+        lines.append(f"activations by chunks of tokens; swapped ones wait in {plan.swapped.value}")
+    if config.bits == 4:
+        lines.append(str(runtime.coverage))
+    for tier, account in runtime.tiers.accounts.items():
+        if account.holdings:
+            limit = f" of {format_bytes(account.capacity_bytes)}" if account.capacity_bytes else ""
+            lines.append(f"{tier.value} memory: {format_bytes(account.used_bytes)}{limit} planned")
+    direct = "" if runtime.store is None else " (buffered)"
+    if runtime.store is not None and runtime.store.direct and runtime.links.io.direct:
+        direct = " past the page cache"
+    lines.append(f"I/O by {runtime.links.io.name}{direct}; NF4 by {codec.backend(device=config.device)}")
+    return "\n".join(lines)

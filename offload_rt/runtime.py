@@ -1,0 +1,106 @@
+"""The assembled parts of one engine: how calls go through them together, and how they are taken apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch.utils.hooks import RemovableHandle
+
+from offload_rt.access import Access
+from offload_rt.autograd import LayerCounters, RecomputedLayer
+from offload_rt.block import Block
+from offload_rt.decoder import Decoder
+from offload_rt.discover import Coverage
+from offload_rt.edge import StreamedModule
+from offload_rt.executor import RingExecutor
+from offload_rt.heap import HeapGuard
+from offload_rt.loss_head import LossHead
+from offload_rt.optimizer.training import FullTraining
+from offload_rt.recording import Recorder
+from offload_rt.scratch import Scratch
+from offload_rt.store import Store
+from offload_rt.tiers import Tiers
+from offload_rt.tokenwise.layer import Tokenwise
+from offload_rt.transfer import Links
+from offload_rt.turns import Turns
+from offload_rt.workload import RuntimeOptions as RuntimeOptions
+from offload_rt.workload import (
+    TensorDevice,
+)
+from planners.plan import Plan
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Runtime:
+    """The assembled parts of one engine, and how to take them apart again."""
+
+    plan: Plan
+    tiers: Tiers
+    links: Links
+    decoder: Decoder
+    blocks: list[Block]
+    accesses: dict[str, Access]
+    """By the block's name."""
+    executors: list[RingExecutor]
+    layers: list[RecomputedLayer]
+    streamed: list[StreamedModule]
+    loss_head: LossHead | None
+    heap: HeapGuard
+    contiguous_head: RemovableHandle | None
+    layer_counters: LayerCounters
+    tokenwise: Tokenwise | None
+    """What the layers that run by chunks of tokens share; None if none does."""
+    coverage: Coverage
+    store: Store | None
+    store_was_cached: bool
+    scratch: Scratch | None
+    recorder: Recorder | None
+    turns: Turns
+    """Of the micro-batches of a `train_batch`, where the plan takes them layer by layer."""
+    training: FullTraining | None
+    """Of layers that train; None where only adapters do."""
+    device: TensorDevice | None
+    """DEVICE, where its work is asynchronous; None where it is RAM."""
+    _closed: bool = field(default=False)
+
+    def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Runs calls of the model, or their backward passes, layer by layer; returns their results. Blocks."""
+        for executor in self.executors:
+            executor.num_calls = len(calls)
+        try:
+            return self.turns.run(calls)
+        finally:
+            for executor in self.executors:
+                executor.num_calls = 1
+
+    def close(self) -> None:
+        """Takes the hooks out, waits for what is under way, closes files. The weights stay absent."""
+        if self._closed:
+            return
+        self._closed = True
+        for layer in self.layers:
+            layer.detach()
+        for module in self.streamed:
+            module.detach()
+        if self.loss_head is not None:
+            self.loss_head.detach()
+        if self.contiguous_head is not None:
+            self.contiguous_head.remove()
+        for block in self.blocks:
+            block.detach()
+        for executor in self.executors:
+            executor.drain()
+        try:
+            if self.training is not None:
+                self.training.close()  # a commit that is due may fail
+        finally:
+            self.links.close()
+            self.heap.close()
+            if self.scratch is not None:
+                self.scratch.close()
+            if self.store is not None:
+                self.store.close()
