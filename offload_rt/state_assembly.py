@@ -59,9 +59,7 @@ class StateAssembly:
             for block in in_memory:
                 for piece in block.pieces:
                     self.home.pieces[piece.name] = arena.acquire(piece.num_bytes, piece.name)
-        # A slot at least, to begin with and to rebuild weights through.
-        num_slots = max(placement.state_slots, 1 if self._workload.config.nvme else 0)
-        self._state_arena = self._arena("optimizer state on its way", num_slots * sizes.piece_bytes)
+        self._state_arena = self._arena("optimizer state on its way", placement.state_slots * sizes.piece_bytes)
         self._weights_arena = self._arena(
             "new weights on their way", placement.weight_slots * sizes.largest_weight_bytes
         )
