@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from offload_rt.arena import Slot
@@ -85,3 +86,9 @@ def without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, hooks in hooked:
             parameter._backward_hooks = hooks
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass under way was asked to retain its graph. False where torch cannot say."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(ask()) if ask is not None else False

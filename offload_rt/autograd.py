@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt.access import Access, opened, put_forward_back, without_hooks
+from offload_rt.access import Access, graph_is_kept, opened, put_forward_back, without_hooks
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
 from offload_rt.stash import Stash
@@ -396,9 +396,3 @@ class _Recompute(torch.autograd.Function):
         of_parameters = call.of_graph(list(supply))
         owner.between()
         return (None, *of_inputs, *of_parameters)
-
-
-def graph_is_kept() -> bool:
-    """Whether the backward pass under way was asked to retain its graph. False where torch cannot say."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return bool(ask()) if ask is not None else False

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.access import put_forward_back, without_hooks
+from offload_rt.access import graph_is_kept, put_forward_back, without_hooks
 from offload_rt.backbone import Backbone, with_hidden
 
 logger = logging.getLogger("offload_rt")
@@ -332,8 +332,10 @@ class _Tiles(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad_ND, *sums = ctx.saved_tensors
+        # In place, where nobody comes back: the gradient of a head is as large as its vocabulary.
+        scale = torch.mul if graph_is_kept() else torch.Tensor.mul_
         of_parameters = [
-            None if gradient is None else (gradient * grad_loss).to(dtype)
+            None if gradient is None else scale(gradient, grad_loss).to(dtype)
             for gradient, dtype in zip(sums, ctx.dtypes, strict=True)
         ]
         return (None, None if hidden_grad_ND is None else hidden_grad_ND * grad_loss, None, None, *of_parameters)

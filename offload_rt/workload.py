@@ -215,7 +215,8 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         in_memory = [p for p in trainable if id(p) not in stored]
         # gradients on their way to where they wait: of a layer, or of a head, which is summed in fp32 besides
         of_layers = [draft.spec.compute_bytes for draft in drafts if draft.trains]
-        of_others = [p.numel() * (2 * p.element_size() + 4) for p in in_memory]
+        # (its own gradient, and where it is tied that of the embedding, and both together)
+        of_others = [p.numel() * (3 * p.element_size() + 4) for p in in_memory]
         weights_bytes = sum(p.numel() * p.element_size() for p in in_memory)
         trainable_bytes = leftovers + weights_bytes + max(of_layers + of_others)
     activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from offload_rt.access import opened, without_hooks
-from offload_rt.autograd import Call, RecomputedLayer, graph_is_kept
+from offload_rt.access import graph_is_kept, opened, without_hooks
+from offload_rt.autograd import Call, RecomputedLayer
 from offload_rt.tokenwise.locality import check_locality
 from offload_rt.tokenwise.saved import Held
 from offload_rt.tokenwise.slicing import NotTokenLocal, tensor_names, token_dims

@@ -129,7 +129,6 @@ def train(
         if progress.in_step:
             progress.in_step = False
             progress.step += 1
-            _advance(scheduler)
         saved_at = progress.step
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = lr

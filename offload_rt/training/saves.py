@@ -29,8 +29,8 @@ class SavingEngine(Protocol):
 class Progress:
     """The loop's own tracked state: which run, and how many of its steps are done.
 
-    An engine commits inside its step, before the loop has counted it: `in_step` says so, and whoever loads such a
-    commit counts that step, and the schedule's.
+    A commit has everything but schedulers as it was when the engine's step returned, before the loop had counted it:
+    `in_step` says so, and whoever loads such a commit counts that step.
     """
 
     def __init__(self, run_id: str, out: Path) -> None:
