@@ -10,7 +10,7 @@ import torch
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.checkpoint.ingest import fill_slot
-from offload_rt.commit_layout import make_log, read_layout
+from offload_rt.commit_layout import PAYLOAD_BYTES, make_log, read_layout
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
 from offload_rt.discover import BlockDraft
@@ -29,6 +29,9 @@ from offload_rt.transfer import Links, Transfer
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, training_sizes
 from planners.plan import Plan, StatePlacement, Tier
+
+PARAMETER_BYTES = 1 << 10
+"""Room in a commit for what is kept of a parameter besides tensors. NAdam, which keeps most, takes 612 bytes."""
 
 
 class StateAssembly:
@@ -172,6 +175,8 @@ class StateAssembly:
                 ],
                 extents,
                 self._links,
+                payload_bytes=PAYLOAD_BYTES
+                + PARAMETER_BYTES * sum(len(block.parameters) for block in self._draft.blocks),
             )
         self.home.log = CommitLog(self.folders, self._links)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from offload_rt.commit_layout import PAYLOAD_BYTES
 from offload_rt.errors import PlanInfeasible
 from tests.tiny_training import PLACES, Plain, differences, engine, model, train
 
@@ -95,3 +97,34 @@ def test_places_differ(tmp_path: Path) -> None:
     assert set(FOLDERS) - {TWO_DRIVES} <= set(PLACES)
     with make(TWO_DRIVES, tmp_path / "two") as run:
         assert {extent.drive for extent in run._training.home.log.layout.extents} == {0, 1}
+
+
+class Many(torch.nn.Module):
+    """A layer of a thousand parameters: what an optimizer keeps of each besides tensors fills a commit's payload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = torch.nn.ParameterList(torch.ones(1) for _ in range(1000))
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return hidden_BTD * torch.cat(list(self.factors)).mean()
+
+
+def test_a_commit_has_room_for_what_is_kept_of_thousands_of_parameters(tmp_path: Path) -> None:
+    def nadam(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.NAdam(parameters, lr=1e-3)
+
+    class Factors(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Many(), Many()])
+
+        def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+            return self.layers[1](self.layers[0](hidden_BTD)).square().sum()
+
+    with engine(Factors(), "BACKWARD", tmp_path, optimizer=nadam) as run:
+        for _ in range(2):
+            run.backward(run(torch.ones(1, 4, 16)))
+            run.step()
+        run.save_checkpoint(tmp_path / "saved")
+        assert (tmp_path / "saved" / "payload.bin").stat().st_size > PAYLOAD_BYTES
