@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offload_rt import optim
-from offload_rt.errors import ConfigError, IntegrityError, OffloadError, StorageError, UnsupportedModule
+from offload_rt.errors import ConfigError, IntegrityError, OffloadError, StorageError, StoreCorrupt, UnsupportedModule
 from offload_rt.file_io import storage_error
 from tests.conftest import decode_in_place
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
@@ -487,3 +487,61 @@ def test_frozen_layers_in_four_bits_below_layers_that_train(place: str, tmp_path
         assert train(run, range(3)) == expected
         assert differences(twin.state(), run.state()) == []
         assert run.report()["decodes"] > 0
+
+
+@everywhere
+def test_the_optimizer_refuses_what_it_cannot_do_and_says_what_can(place: str, tmp_path: Path) -> None:
+    with engine(model(), place, tmp_path) as run:
+        train(run, range(1))
+        optimizer = run.optimizer
+        for call, instead in (
+            (optimizer.state_dict, "engine.save_checkpoint"),
+            (lambda: optimizer.load_state_dict({}), "engine.load_checkpoint"),
+            (lambda: optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]}), "laid out"),
+            (lambda: optimizer.step(lambda: None), "closure"),
+        ):
+            with pytest.raises(UnsupportedModule, match=instead):
+                call()
+
+
+@on_nvme
+def test_threaded_and_serial_updates_read_ahead_and_give_the_same_bits(place: str, tmp_path: Path) -> None:
+    """A layer that comes out of order is read on demand, and what was read in vain changes nothing."""
+    states = []
+    for serial in (False, True):
+        (tmp_path / str(serial)).mkdir()
+        options = {"serial_updates": serial}
+        with engine(model(), place, tmp_path / str(serial), options=options) as run:
+            assert (run._training.stepper._thread is None) == serial
+            for number, order in enumerate(([0, 1, 2], [0, 1, 2], [2, 0, 1], [1, 2], [0, 1, 2])):
+                run.model.order = order
+                train(run, [number])
+            states.append(run.state())
+            report = run.report()["training"]
+            assert report["num_read_ahead"] > 0
+            assert report["num_read_ahead"] + report["num_read_on_demand"] == report["num_pieces"]
+    assert differences(*states) == []
+
+
+@pytest.mark.parametrize("extent", ["state/layers.1/0", "weights/layers.2"])
+def test_a_flipped_bit_in_what_was_committed_is_found_and_named(extent: str, tmp_path: Path) -> None:
+    with engine(model(), "BACKWARD", tmp_path) as run:
+        train(run, range(3))
+        run.save_checkpoint(tmp_path / "saved")
+        folder, log = run.commit_folder, run._training.home.log
+        place = next(place for place in log.layout.extents if place.name == extent)
+        offset = place.slot_offset(log.version(extent).slot) + place.length_bytes // 8
+    with open(folder / "state.bin", "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 4]))
+    with engine(model(), "BACKWARD", tmp_path) as run:
+        run.load_checkpoint(run.commit_folder)
+        with pytest.raises(StoreCorrupt, match=f"extent {extent}, slot . at offset .* since step 3; go back to a snap"):
+            train(run, range(3, 5))
+        run.load_checkpoint(tmp_path / "saved")
+        twin = Plain(model())
+        train(twin, range(5))
+        train(run, range(3, 5))
+        assert differences(twin.state(), run.state()) == []
