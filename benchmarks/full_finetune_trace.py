@@ -130,6 +130,7 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
     from offload_rt.optimizer.gradients import Gradients
     from offload_rt.optimizer.stepper import Stepper
     from offload_rt.optimizer.training import FullTraining
+    from offload_rt.tokenwise import layer as tokenwise_layer
     from offload_rt.transfer import Transfer
 
     def of_block(block: Any, access: Any, phase: Any, **_: Any) -> str:
@@ -146,6 +147,7 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, make in (
             (autograd, "opened", opened),
+            (tokenwise_layer, "opened", opened),
             (edge, "opened", opened),
             (Engine, "__call__", spans.wrapper(FORWARD)),
             (Engine, "backward", spans.wrapper(BACKWARD)),
@@ -161,7 +163,7 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
             (Stepper, "_settle_writes", spans.wrapper("room for reads")),
             (Stepper, "_arrived", spans.wrapper("state arrives")),
             (FullTraining, "step", spans.wrapper("step, besides")),
-            (FullTraining, "commit", spans.wrapper("commit")),
+            (FullTraining, "_commit", spans.wrapper("commit")),
             (commit_log, "barrier", spans.wrapper("commit: fdatasync")),
             (commit_log, "crc32c", spans.wrapper("checksum")),
             (Transfer, "wait", spans.wrapper(WAIT)),
