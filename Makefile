@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two test files at a time: they compute on one thread each, and wait for the drive. More workers, on more cores.
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: venv demo test test-all check native-test wheel clean
@@ -21,10 +23,10 @@ demo: venv
 	$(BIN)/python examples/smollm2_qlora.py
 
 test: check native-test
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not full"
 
 test-all: check native-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: venv
 	$(BIN)/ruff check .
