@@ -75,7 +75,7 @@ class Ours:
             arguments["device_memory"] = switches.pop("device_memory")
         num_threads = switches.pop("decode_threads", None)
         if num_threads is not None:
-            codec._threads = lambda requested: int(num_threads)
+            codec.thread_count = lambda requested: int(num_threads)
         read = {"decode_scope": DecodeScope, "num_slots": int, "stream_edges": lambda text: text == "1"}
         read["activations"] = one_chunk
         options = RuntimeOptions(**{name: read[name](value) for name, value in switches.items()})

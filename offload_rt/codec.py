@@ -19,6 +19,7 @@ from torch import Tensor
 from offload_rt import nf4_torch
 from offload_rt.errors import OffloadError
 from offload_rt.native import native_core, why_not
+from offload_rt.native_call import buffer_of, thread_count
 from offload_rt.nf4_layout import QUANT_BLOCK_SIZE, SECTION_ALIGNMENT_BYTES, nf4_layout
 from offload_rt.nf4_torch import Sections, sections_of, tables, zero_gaps
 
@@ -82,7 +83,7 @@ class StreamEncoder:
         self._layout = nf4_layout(num_elements)
         self._sections = sections_of(blob, self._layout)
         self._native = _native(backend, blob)
-        self._num_threads = _threads(num_threads)
+        self._num_threads = thread_count(num_threads)
         self._absmax = torch.empty(self._layout.num_quant_blocks, dtype=torch.float32, device=blob.device)
         self._num_encoded = 0
         self._carry: Tensor | None = None
@@ -131,7 +132,7 @@ class StreamEncoder:
             bad = nf4_torch.encode_blocks(flat, codes, absmax)
         else:
             bad = self._native.nf4_encode(
-                _buffer(flat),
+                buffer_of(flat),
                 _DTYPE_NAMES[flat.dtype],
                 codes.numpy(),
                 absmax.numpy(),
@@ -189,7 +190,7 @@ class PieceEncoder(StreamEncoder):
         ]
         self._sections = Sections(self.scales[:0], parts[0], *(part.view(torch.float32) for part in parts[1:]))
         self._native = _native(backend, self.scales)
-        self._num_threads = _threads(num_threads)
+        self._num_threads = thread_count(num_threads)
         self._absmax = torch.empty(layout.num_quant_blocks, dtype=torch.float32)
         self._num_encoded = 0
         self._carry = None
@@ -249,13 +250,13 @@ def decode_into(
     if triton is not None:
         triton.decode(blob, layout, flat)
         return
-    native, num_threads = _native(backend, blob), _threads(num_threads)
+    native, num_threads = _native(backend, blob), thread_count(num_threads)
     if native is None:
         nf4_torch.decode(sections, flat)
         return
     native.nf4_decode(
         *(section.numpy() for section in sections),
-        _buffer(flat),
+        buffer_of(flat),
         _DTYPE_NAMES[out.dtype],
         num_threads=num_threads,
         streaming_stores=streaming_stores,
@@ -283,7 +284,7 @@ def decode_transposed_into(
     flat = _flat(out, "out").detach()
     sections = sections_of(blob, nf4_layout(flat.numel()))
     triton = _triton(backend, blob.device)
-    native, num_threads = None if triton is not None else _native(backend, blob), _threads(num_threads)
+    native, num_threads = None if triton is not None else _native(backend, blob), thread_count(num_threads)
     if native is None:
         decoded = torch.empty_like(flat)
         decode_into(blob, decoded, backend=backend)
@@ -293,7 +294,7 @@ def decode_transposed_into(
         *(section.numpy() for section in sections),
         rows,
         columns,
-        _buffer(flat),
+        buffer_of(flat),
         _DTYPE_NAMES[out.dtype],
         num_threads=num_threads,
         openmp=_openmp(native),
@@ -345,16 +346,3 @@ def _flat(tensor: Tensor, name: str) -> Tensor:
         shape, stride = tuple(tensor.shape), tensor.stride()
         raise ValueError(f"{name} must be contiguous, got strides {stride} for shape {shape}")
     return tensor.view(-1)
-
-
-def _buffer(flat: Tensor) -> object:
-    """The tensor's memory as a numpy array; 16-bit floats as uint16, because numpy has no bfloat16."""
-    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
-
-
-def _threads(num_threads: int | None) -> int:
-    if num_threads is None:
-        return torch.get_num_threads()
-    if num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads}, allowed: 1 or more")
-    return num_threads

@@ -24,6 +24,7 @@ from offload_rt.blockwise import QUANT_BLOCK_SIZE, Quantized
 from offload_rt.cpu_adam_torch import Scalars
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.native import native_core, why_not
+from offload_rt.native_call import buffer_of, thread_count
 
 Backend = Literal["auto", "native", "torch"]
 _CAST_ELEMENTS = 1 << 22
@@ -141,17 +142,17 @@ def update(
     for each in checked:
         _check(*each)
     _check_disjoint({name: tensor for name, tensor, _, _ in checked})
-    scalars, native, num_threads = numbers.scalars(step, grad_scale), _native(backend), _threads(num_threads)
+    scalars, native, num_threads = numbers.scalars(step, grad_scale), _native(backend), thread_count(num_threads)
     grad, master, weight = _flat(grad), _flat(master), None if weight is None else _flat(weight)
     if native is None:
         cpu_adam_torch.step(scalars, grad, master, _flat_moment(exp_avg), _flat_moment(exp_avg_sq), weight)
         return
     native.adamw_step(
-        _buffer(grad),
-        _buffer(master),
+        buffer_of(grad),
+        buffer_of(master),
         _native_moment(native, exp_avg, signed=True),
         _native_moment(native, exp_avg_sq, signed=False),
-        None if weight is None else _buffer(weight),
+        None if weight is None else buffer_of(weight),
         scalars,
         num_threads=num_threads,
         streaming_stores=streaming_stores,
@@ -216,7 +217,7 @@ def _flat_moment(moment: Tensor | Quantized) -> Tensor | Quantized:
 
 def _native_moment(native: ModuleType, moment: Tensor | Quantized, *, signed: bool) -> object:
     if not isinstance(moment, Quantized):
-        return _buffer(_flat(moment))
+        return buffer_of(_flat(moment))
     codes, absmax = map(_flat, moment)
     return codes.numpy(), absmax.numpy(), _native_map(native, signed=signed)
 
@@ -224,16 +225,3 @@ def _native_moment(native: ModuleType, moment: Tensor | Quantized, *, signed: bo
 @cache
 def _native_map(native: ModuleType, *, signed: bool) -> object:
     return native.DynamicMap(blockwise.map_of(signed=signed).numpy())
-
-
-def _buffer(flat: Tensor) -> object:
-    """The tensor's memory as a numpy array; bfloat16 as uint16, because numpy has no bfloat16."""
-    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
-
-
-def _threads(num_threads: int | None) -> int:
-    if num_threads is None:
-        return torch.get_num_threads()
-    if num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads}, allowed: 1 or more")
-    return num_threads

@@ -17,14 +17,13 @@ from offload_rt.discover import BlockDraft
 from offload_rt.drives import drive_profile, weights
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.gradients import Gradients
-from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.optimizer.state import LogResidence, StateHome, begin_state, log_extents, weights_extent
+from offload_rt.optimizer.state import LogWeights, StateHome, begin_state, log_extents
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.scratch import Scratch
 from offload_rt.store import store_folders
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.tiers import Residence, Tiers
+from offload_rt.tiers import NvmeResidence, Residence, Tiers
 from offload_rt.transfer import Links, Transfer
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, training_sizes
@@ -79,10 +78,8 @@ class StateAssembly:
         """Where the weights of a block of a ring on NVME rest."""
         if self.home.log is None:
             raise ConfigError(f"plan: weights of {draft.name} rest on NVME, but nvme= gives no folder")
-        block = self._block(draft.name)
-        return LogResidence(
-            self.home.log, weights_extent(block), draft.spec.stored_bytes, self._links, staging
-        )  # fmt: skip
+        source = LogWeights(self.home.log)
+        return NvmeResidence(source, draft.name, draft.spec.stored_bytes, self._links, staging)
 
     def weights_rest_in(self, name: str, slot: Slot) -> None:
         """Says that a block's weights rest in `slot`, where they are stepped in place."""
@@ -179,9 +176,6 @@ class StateAssembly:
                 + PARAMETER_BYTES * sum(len(block.parameters) for block in self._draft.blocks),
             )
         self.home.log = CommitLog(self.folders, self._links)
-
-    def _block(self, name: str) -> TrainedBlock:
-        return next(block for block in self._draft.blocks if block.name == name)
 
     def _arena(self, name: str, num_bytes: int) -> Arena:
         return self._tiers.arena(Tier.HOST, name, align_up(num_bytes, IO_ALIGNMENT_BYTES))

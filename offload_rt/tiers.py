@@ -10,7 +10,6 @@ from typing import Protocol
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import BudgetExceeded
-from offload_rt.store import Store
 from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
@@ -112,10 +111,20 @@ class HostResidence:
         return _Arrival(self._links, transfer)
 
 
-class NvmeResidence:
-    """A block that rests in a store. With `staging`, it lands in HOST first, is verified and copied from there."""
+class BlockSource(Protocol):
+    """What reads blocks from NVMe: a store, or a log."""
 
-    def __init__(self, store: Store, block: str, num_bytes: int, links: Links, staging: Arena | None) -> None:
+    def read(self, block: str, slot: Slot) -> Transfer:
+        """Starts reading a whole block into `slot`. Does not block for the drive."""
+
+    def verify(self, block: str, slot: Slot) -> None:
+        """Checks a block that has arrived, where waiting for it did not. Raises `StoreCorrupt`."""
+
+
+class NvmeResidence:
+    """A block that rests on NVMe. With `staging`, it lands in HOST first, is verified and copied from there."""
+
+    def __init__(self, store: BlockSource, block: str, num_bytes: int, links: Links, staging: Arena | None) -> None:
         self.num_bytes = num_bytes
         self._store = store
         self._block = block
@@ -141,7 +150,7 @@ class _Arrival:
         self,
         links: Links,
         transfer: Transfer,
-        store: Store | None = None,
+        store: BlockSource | None = None,
         block: str = "",
         slot: Slot | None = None,
     ) -> None:

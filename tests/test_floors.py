@@ -28,6 +28,7 @@ FLOORS = {
     "offload_rt.config": 0.5,
     "offload_rt.tensor_spec": 0.5,
     "offload_rt.dtypes": 0.5,
+    "offload_rt.native_call": 0.5,
     "offload_rt.nf4_torch": 1.0,
     "offload_rt.arena": 1.0,
     "offload_rt.checksum": 1.0,

@@ -77,10 +77,9 @@ class AdamWRule:
 
     elementwise = True
 
-    def __init__(self, moments: optim.Moments, num_threads: int | None = None) -> None:
+    def __init__(self, moments: optim.Moments) -> None:
         self.name = f"AdamW moments={moments}"
         self._moments = moments
-        self._num_threads = num_threads
 
     def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
         if self._moments != "8bit":
@@ -116,7 +115,7 @@ class AdamWRule:
             first, second = (state[name] for name in _MOMENTS)
         cpu_adam.update(
             grad, master, first, second, weight, step=step, numbers=cpu_adam.AdamW.from_group(group),
-            grad_scale=grad_scale, num_threads=self._num_threads,
+            grad_scale=grad_scale,
         )  # fmt: skip
         return {}
 
@@ -131,7 +130,6 @@ class TorchRule:
         self.elementwise = kind in _ELEMENTWISE
         self._kind = kind
         self._options = {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
-        self._states: dict[int, tuple[StateTensor, ...]] = {}
 
     def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
         """Found by stepping a parameter of small sizes."""
@@ -192,10 +190,10 @@ _NOT_OPTIONS = ("params", "initial_lr", "decoupled_weight_decay")
 """Entries of a param group that are no arguments of the optimizer's constructor."""
 
 
-def rule_for(optimizer: torch.optim.Optimizer, *, num_threads: int | None = None) -> UpdateRule:
+def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """The rule that steps as `optimizer` would. ConfigError where there is none."""
     if type(optimizer) in (torch.optim.AdamW, optim.AdamW):
         for group in optimizer.param_groups:
             cpu_adam.AdamW.from_group(group)  # refuses what has no twin
-        return AdamWRule(getattr(optimizer, "moments", "float32"), num_threads)
+        return AdamWRule(getattr(optimizer, "moments", "float32"))
     return TorchRule(type(optimizer), optimizer.defaults)

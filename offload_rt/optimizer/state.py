@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offload_rt.arena import Arena, Slot
+from offload_rt.arena import Slot
 from offload_rt.commit_layout import MutableExtent
 from offload_rt.commit_log import CommitLog
 from offload_rt.dtypes import torch_dtype
 from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock
 from offload_rt.tensor_spec import TensorSpec
-from offload_rt.tiers import Fetch
 from offload_rt.transfer import Links, Transfer
 
 STATE_PREFIX = "state/"
+WEIGHTS_PREFIX = "weights/"
 
 
 def state_extent(piece: Piece) -> str:
@@ -34,7 +34,7 @@ def state_extent(piece: Piece) -> str:
 
 
 def weights_extent(block: TrainedBlock) -> str:
-    return f"weights/{block.name}"
+    return WEIGHTS_PREFIX + block.name
 
 
 def log_extents(blocks: Sequence[TrainedBlock], drive_weights: Sequence[float]) -> list[MutableExtent]:
@@ -52,33 +52,17 @@ def log_extents(blocks: Sequence[TrainedBlock], drive_weights: Sequence[float]) 
     return extents
 
 
-class LogResidence:
-    """A trained block whose weights rest in the log. With `staging`, they land in HOST first."""
+class LogWeights:
+    """The weights of trained blocks as a source of blocks: a log verifies what it reads when it is waited for."""
 
-    def __init__(self, log: CommitLog, extent: str, num_bytes: int, links: Links, staging: Arena | None) -> None:
-        self.num_bytes = num_bytes
+    def __init__(self, log: CommitLog) -> None:
         self._log = log
-        self._extent = extent
-        self._links = links
-        self._staging = staging
 
-    def fetch(self, slot: Slot) -> Fetch:
-        if self._staging is None:
-            return _Arrival(self._links, [self._log.read(self._extent, slot)])
-        stage = self._staging.acquire(self.num_bytes, self._extent)
-        read = self._log.read(self._extent, stage)
-        copy = self._links.copy(stage, slot.part(0, self.num_bytes), after=read)
-        return _Arrival(self._links, [read, copy])
+    def read(self, block: str, slot: Slot) -> Transfer:
+        return self._log.read(WEIGHTS_PREFIX + block, slot)
 
-
-class _Arrival:
-    def __init__(self, links: Links, transfers: list[Transfer]) -> None:
-        self._links = links
-        self._transfers = transfers
-
-    def wait(self) -> None:
-        for transfer in self._transfers:
-            self._links.wait(transfer)
+    def verify(self, block: str, slot: Slot) -> None:
+        pass
 
 
 @dataclass

@@ -262,7 +262,7 @@ class Stepper:
         """The piece's slot with its state in it."""
         with self._read_lock:
             found = self._ahead.pop(piece.name, None)
-            if piece in self._to_read:
+            if found is None and piece in self._to_read:  # what was read ahead has left the hint
                 while self._to_read.popleft() is not piece:
                     continue  # passed by
         if found is None:

@@ -123,19 +123,18 @@ class FullTraining:
         self._can_go_back = False
         """Whether what is committed is the state that this step begins with."""
         self._names = [trained.name for block in blocks for trained in block.parameters]
-        self._group_by_name: dict[str, dict[str, Any]] = {}
-        names = {id(t.parameter): t.name for block in blocks for t in block.parameters}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in names:
-                    self._group_by_name[names[id(parameter)]] = group
+        self._trained_in = {id(t.parameter): (b, i) for b in blocks for i, t in enumerate(b.parameters)}
+        self._group_by_name: dict[str, dict[str, Any]] = {
+            name: group
+            for group, names in zip(self.optimizer.param_groups, self._names_by_group(), strict=True)
+            for name in names
+        }
         self._ahead: list[TrainedBlock] = []
         self._options: Any = None
         self._grad_scale: float | None = None
         self._last_clipped = False
         self._skipped_in_a_row = 0
         self._order = tuple(reversed(self.blocks))
-        self._trained_in = {id(t.parameter): (b, i) for b in blocks for i, t in enumerate(b.parameters)}
         in_memory: list[Any] = [t.parameter for block in blocks for t in block.parameters if t.streamed is None]
         self._handles = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in in_memory]
         self._handles += [parameter.register_hook(partial(self._make_way, parameter)) for parameter in in_memory]
@@ -544,8 +543,15 @@ class FullTraining:
 
     def _names_by_group(self) -> list[list[str]]:
         """Of the parameters of each group. Those without elements have no state and no name here."""
-        names = {id(t.parameter): t.name for block in self.blocks for t in block.parameters}
-        return [[names[id(p)] for p in group["params"] if id(p) in names] for group in self.optimizer.param_groups]
+        return [
+            [
+                block.parameters[index].name
+                for parameter in group["params"]
+                for block, index in [self._trained_in.get(id(parameter), (None, 0))]
+                if block is not None
+            ]
+            for group in self.optimizer.param_groups
+        ]
 
     def _check_first(self, arrived: Sequence[TrainedBlock]) -> None:
         """In the first step, something must train, and all of it but experts without tokens."""
