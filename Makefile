@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two test files at a time: they compute on one thread each, and wait for the drive. More workers, on more cores.
+# Two test files, and two compilers, at a time: tests compute on one thread each, and wait for the drive.
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -35,7 +35,7 @@ check: venv
 	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc native/tests/*.h
 
 native-test:
-	@if command -v $${CXX:-g++} >/dev/null; then $(MAKE) --no-print-directory -C native test; \
+	@if command -v $${CXX:-g++} >/dev/null; then $(MAKE) --no-print-directory -j$(WORKERS) -C native test; \
 	else echo "native tests skipped: no C++ compiler"; fi
 
 # A manylinux wheel with run-time instruction-set dispatch: users need no compiler.
