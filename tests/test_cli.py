@@ -56,6 +56,7 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
         for words in (
             ["--help"], [], ["--version"], ["trian"], ["--vresion"], ["train", "--help"],
             ["train", "--modle", "x"], ["train", "--model", "x"], ["clean", "--nvme", sys.argv[1]],
+            ["report", sys.argv[1]],
             ["train", "--model", "x", "--data", "y", "--out", "z", "--device-memory", "3 parsecs"],
             ["train", "--model", "x", "--data", "y", "--out", "z", "--adapters", "lora:rank=3"],
         ):
@@ -77,7 +78,7 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["xyz"], "unknown command 'xyz'; allowed: calibrate, clean, doctor, plan, train"),
+        (["xyz"], "unknown command 'xyz'; allowed: calibrate, clean, doctor, plan, report, train"),
         (["train", "--modle=x"], "unknown option --modle; did you mean '--model'?"),
         (["train", "--mod", "x"], "unknown option --mod; did you mean '--model'?"),
         (["train", "--model", "x"], "required: --data, --out (see offload-rt train --help)"),
@@ -279,6 +280,11 @@ def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
     assert main([*arguments, "--out", str(out), "--steps", "4", "--resume"]) == 0
     assert "resuming from checkpoint-2" in capsys.readouterr().out
     assert adapter_bytes(out) == adapter_bytes(straight)
+    capsys.readouterr()
+    assert main(["report", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "finished at step 4; checkpoints at 2, 4" in shown
+    assert "plan:" in shown and "memory:" in shown and "read," in shown
 
 
 def test_a_terminated_train_says_how_to_go_on_and_exits_with_the_signals_code(

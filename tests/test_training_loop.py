@@ -149,7 +149,7 @@ def test_checkpoints_come_when_asked_and_the_last_ones_stay(tmp_path: Path) -> N
     saves = [event for event in engine.events if event != "step"]
     assert saves == ["save checkpoint-2", "save checkpoint-4", "save checkpoint-6", "save checkpoint-7"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "checkpoint-6", "checkpoint-7", "metrics.jsonl", "run.json",
+        "checkpoint-6", "checkpoint-7", "metrics.jsonl", "report.json", "run.json",
     ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "what would happen, before anything does: no GPU, no weights, no torch",
     "calibrate": "measure this machine, in less than a minute, for plan --hardware",
     "train": "fine-tune a model on your data",
+    "report": "what a training run has come to, while it runs or later",
     "doctor": "what this machine offers, tried out; paste it into an issue",
     "clean": "list, and with --yes remove, weight stores that no run uses",
 }

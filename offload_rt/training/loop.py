@@ -189,6 +189,7 @@ def train(
             display.step(numbers)
             if options.save_every is not None and progress.step % options.save_every == 0:
                 saves.save()
+                folder.write_report(report)
                 saved_at = progress.step
             if options.copy_every is not None and progress.step % options.copy_every == 0:
                 saves.copy()
@@ -204,6 +205,7 @@ def train(
                 raise
         seconds = time.monotonic() - begin
         newest = saves.save() if saved_at != progress.step else saves.newest()
+        folder.write_report(engine.report())
         if stop.signal is not None and progress.step < total_steps:
             place = newest.describe if newest is not None else "nothing"
             display.say(

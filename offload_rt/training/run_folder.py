@@ -2,6 +2,7 @@
 
     out/run.json            the run's id, settings that must not change on resume, and the step of the run's end
     out/metrics.jsonl       one line a logged step, appended; a kill loses at most the line it was writing
+    out/report.json         what the engine said of itself when this run was last saved, or ended
     out/checkpoint-<step>/  complete: engines write elsewhere and rename
     out/<anything else>     not ours
 
@@ -29,6 +30,7 @@ class RunFolder:
         self.path = Path(path)
         self._run_file = self.path / "run.json"
         self._metrics_file = self.path / "metrics.jsonl"
+        self._report_file = self.path / "report.json"
         self._metrics: TextIO | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is a file, not a folder")
@@ -49,10 +51,31 @@ class RunFolder:
         """Of the run in this folder; a new one where there is none yet, which `begin` writes down."""
         return self._run_id
 
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self._run_file.exists()
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change on resume."""
+        settings = self._read_run().get("settings", {})
+        return settings if isinstance(settings, dict) else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged steps, in order."""
+        return [json.loads(line) for line in self._metric_lines()]
+
+    def report(self) -> dict[str, Any] | None:
+        """What `write_report` wrote last; None if it never did."""
+        return self._read_json(self._report_file) or None
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Replaces the engine's report, whole."""
+        self._write(self._report_file, json.dumps(report, indent=1))
+
     def last_step(self) -> int:
         """The step of the last line of metrics; 0 without one."""
-        steps = [json.loads(line).get("step", 0) for line in self._metric_lines()]
-        return max(steps, default=0)
+        return max((line.get("step", 0) for line in self.metrics()), default=0)
 
     def finished_at(self) -> int | None:
         """The step at which the run in this folder came to its end; None if it did not."""
@@ -138,13 +161,17 @@ class RunFolder:
             self._metrics = None
 
     def _read_run(self) -> dict[str, Any]:
-        if not self._run_file.exists():
+        return self._read_json(self._run_file)
+
+    @staticmethod
+    def _read_json(path: Path) -> dict[str, Any]:
+        if not path.exists():
             return {}
         try:
-            run = json.loads(self._run_file.read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self._run_file}: cannot be read ({error})") from error
-        return run if isinstance(run, dict) else {}
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        return data if isinstance(data, dict) else {}
 
     def _metric_lines(self) -> list[str]:
         """The lines that are whole; the last one may have been cut by a kill."""
