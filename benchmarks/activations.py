@@ -37,6 +37,7 @@ from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfer import Links
 from planners.activations import Action, ActivationPolicy, Chunk
+from planners.placement import Tier
 
 OURS = ["keep", "swap", "swap/recompute", "recompute"]
 STASH_BYTES = 2 << 30
@@ -57,9 +58,13 @@ def build_layer(hidden: int, tokens: int) -> tuple[torch.nn.Module, torch.Tensor
 def cut(layer: torch.nn.Module, actions: list[str], chunk: int) -> Tokenwise:
     """Runs `layer` by chunks from now on."""
     stash = HostStash(Arena("swapped", STASH_BYTES), Links())
-    tokenwise = Tokenwise(Places(swapped=stash))
+    tokenwise = Tokenwise(Places(swapped={Tier.HOST: stash}))
     block = Block("layer", (layer,), BlockSpec(name="layer", tensors=()), (), Decoder(Arena("decoded", 4096)))
-    policy = ActivationPolicy(chunks=tuple(Chunk(num_tokens=chunk, action=Action(a)) for a in actions))
+    policy = ActivationPolicy(
+        chunks=tuple(
+            Chunk(num_tokens=chunk, action=Action(a), tier=Tier.HOST if a == "swap" else None) for a in actions
+        )
+    )
     access = ResidentAccess(Arena("slot", 4096).acquire(4096, "layer"))
     TokenwiseLayer(layer, block, access, policy=policy, tokenwise=tokenwise).attach()
     return tokenwise

@@ -60,10 +60,11 @@ class Ours:
         from offload_rt._engine import Engine
         from offload_rt.assembly import RuntimeOptions
         from planners.activations import Action, ActivationPolicy, Chunk
-        from planners.plan import DecodeScope
+        from planners.plan import DecodeScope, Tier
 
         def one_chunk(action: str) -> ActivationPolicy:
-            return ActivationPolicy(chunks=(Chunk(num_tokens=settings["tokens"], action=Action(action)),))
+            tier = Tier.NVME if action == "swap" else None
+            return ActivationPolicy(chunks=(Chunk(num_tokens=settings["tokens"], action=Action(action), tier=tier),))
 
         switches = {name: value for name, value in settings["switches"].items() if name != "trim"}
         arguments: dict[str, Any] = {}

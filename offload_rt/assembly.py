@@ -278,7 +278,7 @@ class _Assembly:
 
     def _places(self) -> Places:
         """Where layer inputs and swapped activations wait; None keeps them where they are."""
-        home, swapped = self.plan.layer_inputs, self.plan.swapped
+        home = self.plan.layer_inputs
         if home is Tier.HOST and self.tiers.unified:
             home = Tier.DEVICE
         each = align_up(self.problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
@@ -286,8 +286,8 @@ class _Assembly:
         sizes = [each if policy_of(self.plan, draft) is None else 3 * each for draft in self.workload.layers]
         together = self.workload.config.accumulation_steps if self.plan.layer_major else 1
         inputs = together * sum(sizes)
-        swap = self._share_bytes(Action.SWAP)
-        on_nvme = 2 * inputs * (home is Tier.NVME) + swap * (swapped is Tier.NVME)
+        swapped = {tier: self._share_bytes(Action.SWAP, tier) for tier in (Tier.HOST, Tier.NVME)}
+        on_nvme = 2 * inputs * (home is Tier.NVME) + swapped[Tier.NVME]
         if on_nvme:
             if not self.workload.config.nvme:
                 raise ConfigError("plan: layer inputs or activations wait on NVME, but nvme= gives no folder")
@@ -302,9 +302,14 @@ class _Assembly:
             device.reserve("layer input in use", each)
         if together > 1:
             device.reserve("hidden states of other micro-batches", 2 * together * each)
+        largest = self._largest_saved_bytes()
         return Places(
             layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each)),
-            swapped=self._stash(swapped, "swapped activations", swap, self._largest_saved_bytes()) if swap else None,
+            swapped={
+                tier: stash
+                for tier, size in swapped.items()
+                if size and (stash := self._stash(tier, "swapped activations", size, largest)) is not None
+            },
         )
 
     def _stash(self, home: Tier, name: str, num_bytes: int, largest_bytes: int) -> Stash | None:
@@ -321,11 +326,12 @@ class _Assembly:
         staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 4 * largest_bytes)
         return NvmeStash(self.scratch, staging, self.links)
 
-    def _share_bytes(self, action: Action) -> int:
+    def _share_bytes(self, action: Action, tier: Tier | None = None) -> int:
         """An estimate of what all layers save of the chunks that are treated so, from that of one whole layer."""
         seq_len = self.workload.config.seq_len
         policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
-        chunks = [end - start for policy in policies for start, end, found in policy.spans(seq_len) if found is action]
+        spans = [span for policy in policies for span in policy.spans(seq_len)]
+        chunks = [span.end - span.start for span in spans if (span.action, span.tier) == (action, tier)]
         rounded_up = len(chunks) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
         return align_up(self.problem.activation_bytes * sum(chunks) // seq_len + rounded_up, IO_ALIGNMENT_BYTES)
 
@@ -334,10 +340,10 @@ class _Assembly:
         config = self.workload.config
         widest = max((size for d in self.workload.layers for t in d.spec.tensors for size in t.shape[-2:]), default=1)
         spans = [
-            end - start
+            span.end - span.start
             for draft in self.workload.layers
             if (policy := policy_of(self.plan, draft)) is not None
-            for start, end, _ in policy.spans(config.seq_len)
+            for span in policy.spans(config.seq_len)
         ]
         return align_up(4 * config.batch_size * max(spans, default=1) * widest, IO_ALIGNMENT_BYTES)
 

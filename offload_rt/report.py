@@ -122,7 +122,9 @@ def summary(runtime: Runtime, config: EngineConfig) -> str:
     if plan.layer_major:
         lines.append(f"the micro-batches of a train_batch go through the layers together, {declared} to a fetch")
     if plan.activations:
-        lines.append(f"activations by chunks of tokens; swapped ones wait in {plan.swapped.value}")
+        tiers = {chunk.tier.value for policy in plan.activations.values() for chunk in policy.chunks if chunk.tier}
+        swapped = f"; swapped ones wait in {' and '.join(sorted(tiers))}" if tiers else ""
+        lines.append(f"activations by chunks of tokens{swapped}")
     if config.bits == 4:
         lines.append(str(runtime.coverage))
     for tier, account in runtime.tiers.accounts.items():

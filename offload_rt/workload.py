@@ -68,8 +68,6 @@ class RuntimeOptions:
     """Rows of a tile of the loss head, in place of the plan's."""
     activations: ActivationPolicy | None = None
     """Of all layers, in place of the plan's."""
-    swapped: Tier | None = None
-    """Where swapped chunks wait, in place of the plan's choice."""
     rest: Tier | None = None
     """Where weights rest, in place of the rule's choice."""
     state: StatePlacement | None = None
@@ -311,12 +309,10 @@ def _check_activations(plan: Plan, problem: StreamingProblem, workload: Workload
         if name not in layers:
             raise ConfigError(f"plan: activations of {name!r}, which is no layer of this model nor a class of them")
         try:
-            num_swapped = policy.num_swapped(workload.config.seq_len)
+            to_host = policy.num_swapped(workload.config.seq_len, Tier.HOST)
         except ValueError as error:
             raise ConfigError(f"plan: {error}") from None
-        if num_swapped and plan.swapped is Tier.DEVICE:
-            raise ConfigError("plan: chunks are swapped to DEVICE, where they are; keep them, or swap to HOST or NVME")
-        if num_swapped and plan.swapped is Tier.HOST and problem.unified:
+        if to_host and problem.unified:
             raise ConfigError(
                 "plan: chunks are swapped to HOST, but DEVICE and HOST are one without host_memory=; keep them, or "
                 "swap to NVME"
@@ -333,8 +329,6 @@ def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) 
         plan = replace(plan, head_chunk_tokens=options.head_chunk_tokens)
     if options.activations is not None:
         plan = replace(plan, activations={d.name: options.activations for d in drafts if d.is_layer})
-    if options.swapped is not None:
-        plan = replace(plan, swapped=options.swapped)
     if options.state is not None:
         plan = replace(plan, state=options.state)
     if options.layer_major is not None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
+
+from planners.placement import Tier
 
 MAX_CHUNKS = 512
 """Chunks of a sequence nest in each other's stack frames; more were not tried."""
@@ -33,10 +35,26 @@ class Chunk:
 
     num_tokens: int
     action: Action
+    tier: Tier | None = None
+    """Where a swapped chunk waits: HOST or NVME. None for the others, which wait nowhere."""
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
             raise ValueError(f"activations: a chunk of {self.num_tokens} tokens; at least 1")
+        if self.action is Action.SWAP and self.tier not in (Tier.HOST, Tier.NVME):
+            where = "nowhere" if self.tier is None else f"to {self.tier.value}, where it is"
+            raise ValueError(f"activations: a chunk is swapped {where}; its tier must be host or nvme, or keep it")
+        if self.action is not Action.SWAP and self.tier is not None:
+            raise ValueError(f"activations: a chunk to {self.action.value} has tier {self.tier.value}; it must be null")
+
+
+class Span(NamedTuple):
+    """Tokens [start, end) of every row of a batch, and what becomes of them."""
+
+    start: int
+    end: int
+    action: Action
+    tier: Tier | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +70,30 @@ class ActivationPolicy:
         if not self.chunks:
             raise ValueError("activations: a policy without chunks; at least one")
 
-    def spans(self, num_tokens: int) -> tuple[tuple[int, int, Action], ...]:
+    def spans(self, num_tokens: int) -> tuple[Span, ...]:
         """The half-open ranges into which `num_tokens` are cut. ValueError if they are more than `MAX_CHUNKS`."""
-        spans: list[tuple[int, int, Action]] = []
-        while not spans or spans[-1][1] < num_tokens:
+        spans: list[Span] = []
+        while not spans or spans[-1].end < num_tokens:
             chunk = self.chunks[min(len(spans), len(self.chunks) - 1)]
-            start = spans[-1][1] if spans else 0
-            spans.append((start, min(start + chunk.num_tokens, num_tokens), chunk.action))
+            start = spans[-1].end if spans else 0
+            spans.append(Span(start, min(start + chunk.num_tokens, num_tokens), chunk.action, chunk.tier))
             if len(spans) > MAX_CHUNKS:
                 raise ValueError(
                     f"activations: {num_tokens} tokens are more than {MAX_CHUNKS} chunks; make them larger"
                 )
         return tuple(spans)
 
-    def num_swapped(self, num_tokens: int) -> int:
-        """How many of `num_tokens` lie in chunks that are swapped."""
-        return sum(end - start for start, end, action in self.spans(num_tokens) if action is Action.SWAP)
+    def num_swapped(self, num_tokens: int, tier: Tier | None = None) -> int:
+        """How many of `num_tokens` lie in chunks that are swapped, to `tier` or anywhere."""
+        swapped = [span for span in self.spans(num_tokens) if span.action is Action.SWAP]
+        return sum(span.end - span.start for span in swapped if tier in (None, span.tier))
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> ActivationPolicy:
         """Reads what `dataclasses.asdict` gave."""
-        chunks = tuple(Chunk(**{**chunk, "action": Action(chunk["action"])}) for chunk in data["chunks"])
-        return ActivationPolicy(**{**data, "chunks": chunks})
+        return ActivationPolicy(**{**data, "chunks": tuple(_chunk(chunk) for chunk in data["chunks"])})
+
+
+def _chunk(data: dict[str, Any]) -> Chunk:
+    tier = data.get("tier")
+    return Chunk(**{**data, "action": Action(data["action"]), "tier": None if tier is None else Tier(tier)})

@@ -30,7 +30,7 @@ from planners.placement import DecodeScope as DecodeScope
 from planners.placement import Tier as Tier
 from planners.training_state import StatePlacement as StatePlacement
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,6 @@ class Plan:
     """Freed memory that the allocator may hold back before it is told to give it back. Costs time where it is small."""
     activations: dict[str, ActivationPolicy] | None = None
     """By block, or by the class of its module; a layer that neither names is recomputed whole. Chunks are a cut."""
-    swapped: Tier = Tier.HOST
-    """Where swapped chunks of activations wait."""
     peak_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Predicted peak by tier, itemised."""
     machine: str = ""
@@ -156,7 +154,6 @@ class Plan:
             return Plan(
                 **{
                     **data,
-                    "swapped": Tier(data.get("swapped", Tier.HOST)),
                     "rings": rings,
                     "resident": tuple(data["resident"]),
                     "layer_inputs": Tier(data["layer_inputs"]),

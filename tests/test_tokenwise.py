@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload_rt.tokenwise.graphs import Sums, edge
+from offload_rt.tokenwise.tiles import Places
 from planners.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk
+from planners.placement import Tier
 from tests.conftest import PlainLayer, PlainModel
 from tests.tokenwise import (
     ARCHITECTURES,
@@ -19,6 +21,7 @@ from tests.tokenwise import (
     TOKENS,
     batch,
     build,
+    chunk,
     cut,
     decoder_layers,
     errors,
@@ -114,7 +117,7 @@ def test_policies_with_the_same_cuts_give_the_same_bits(action, store_qkv):
     model, inputs = build(dtype=torch.bfloat16, attention_dropout=0.1), batch()
     expected, _ = run(model, policy(0.0, 5), inputs)
     everything = ActivationPolicy(
-        chunks=tuple(Chunk(num_tokens=4, action=a) for a in (action, Action.RECOMPUTE, action, action, Action.SWAP)),
+        chunks=tuple(chunk(4, a) for a in (action, Action.RECOMPUTE, action, action, Action.SWAP)),
         store_qkv=store_qkv,
     )
     found, tokenwise = run(model, everything, inputs, stash_bytes=STASH_BYTES)
@@ -274,7 +277,7 @@ def test_recomputing_does_exactly_what_the_policy_says_and_attention_runs_once(s
     assert products - plain == layers * expected
     assert calls == {"attention": layers, "attention backward": layers}
     spans = chosen.spans(TOKENS)
-    num_again = sum(action is Action.RECOMPUTE for _, _, action in spans)
+    num_again = sum(span.action is Action.RECOMPUTE for span in spans)
     assert done["num_second_replays"] == layers * num_again
     assert done["num_chunks"] == layers * len(spans)
 
@@ -294,6 +297,26 @@ def test_swapping_moves_what_the_chunk_saves_and_nothing_else():
     per_quarter = moved[0.25] - always
     assert [moved[s] - always for s in (0.5, 0.75, 1.0)] == [2 * per_quarter, 3 * per_quarter, 4 * per_quarter]
     assert per_quarter > 0
+
+
+class CountingStash:
+    """Takes note of what is put into it, and has no room."""
+
+    def __init__(self):
+        self.num_bytes = 0
+
+    def put(self, tensor):
+        self.num_bytes += tensor.nbytes
+
+
+def test_each_swapped_chunk_goes_to_its_own_tier():
+    """Two chunks of 5 tokens to NVME, one of 10 to HOST: as many bytes; the layers' inputs to neither."""
+    model, inputs = build(), batch()
+    tiers = {Tier.HOST: CountingStash(), Tier.NVME: CountingStash()}
+    chunks = (chunk(5, Action.SWAP, Tier.NVME), chunk(10, Action.SWAP), chunk(5, Action.SWAP, Tier.NVME))
+    cut(model, ActivationPolicy(chunks=chunks)).places = Places(swapped=tiers)
+    step(model, inputs)
+    assert tiers[Tier.HOST].num_bytes == tiers[Tier.NVME].num_bytes > 0
 
 
 def test_a_kept_chunk_swaps_nothing_of_its_own():
@@ -466,7 +489,7 @@ def test_backward_twice_needs_retain_graph_and_then_doubles():
 def test_a_dropped_graph_gives_its_places_back():
     model, inputs = build(), batch()
     tokenwise = cut(model, policy(0.5, 2), stash_bytes=1 << 20)
-    arena = tokenwise.places.swapped._arena
+    arena = tokenwise.places.swapped[Tier.HOST]._arena
     loss = model(**inputs).loss
     assert arena.held_bytes() > 0
     del loss
@@ -489,15 +512,19 @@ def test_hooks_of_parameters_fire_once():
 
 def test_spans_of_longer_and_shorter_sequences():
     chosen = ActivationPolicy(
-        chunks=(Chunk(num_tokens=6, action=Action.SWAP), Chunk(num_tokens=4, action=Action.RECOMPUTE))
+        chunks=(
+            Chunk(num_tokens=6, action=Action.SWAP, tier=Tier.NVME),
+            Chunk(num_tokens=4, action=Action.RECOMPUTE),
+        )
     )
-    assert chosen.spans(5) == ((0, 5, Action.SWAP),)
-    assert chosen.spans(6) == ((0, 6, Action.SWAP),)
-    assert chosen.spans(7) == ((0, 6, Action.SWAP), (6, 7, Action.RECOMPUTE))
+    assert chosen.spans(5) == ((0, 5, Action.SWAP, Tier.NVME),)
+    assert chosen.spans(6) == ((0, 6, Action.SWAP, Tier.NVME),)
+    assert chosen.spans(7) == ((0, 6, Action.SWAP, Tier.NVME), (6, 7, Action.RECOMPUTE, None))
     assert chosen.spans(15) == (
-        (0, 6, Action.SWAP), (6, 10, Action.RECOMPUTE), (10, 14, Action.RECOMPUTE), (14, 15, Action.RECOMPUTE),
+        (0, 6, Action.SWAP, Tier.NVME), (6, 10, Action.RECOMPUTE, None), (10, 14, Action.RECOMPUTE, None),
+        (14, 15, Action.RECOMPUTE, None),
     )  # fmt: skip
-    assert chosen.num_swapped(15) == 6
+    assert (chosen.num_swapped(15), chosen.num_swapped(15, Tier.NVME), chosen.num_swapped(15, Tier.HOST)) == (6, 6, 0)
 
 
 def test_a_bad_policy_is_refused():
@@ -505,5 +532,11 @@ def test_a_bad_policy_is_refused():
         ActivationPolicy(chunks=())
     with pytest.raises(ValueError, match="at least 1"):
         Chunk(num_tokens=0, action=Action.KEEP)
+    with pytest.raises(ValueError, match="swapped nowhere"):
+        Chunk(num_tokens=1, action=Action.SWAP)
+    with pytest.raises(ValueError, match="device, where it is"):
+        Chunk(num_tokens=1, action=Action.SWAP, tier=Tier.DEVICE)
+    with pytest.raises(ValueError, match="must be null"):
+        Chunk(num_tokens=1, action=Action.KEEP, tier=Tier.HOST)
     with pytest.raises(ValueError, match="larger"):
         ActivationPolicy(chunks=(Chunk(num_tokens=1, action=Action.KEEP),)).spans(MAX_CHUNKS + 1)

@@ -12,7 +12,7 @@ from offload_rt.errors import ConfigError, UnsupportedModule
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.plan import DecodeScope, Plan, Tier
 from tests.conftest import build_lora, decode_in_place, language_batch
-from tests.tokenwise import errors, policy
+from tests.tokenwise import errors, policy, waiting_in
 
 SEQ_LEN = 16
 NUM_LAYERS = 3
@@ -20,14 +20,13 @@ LINEAR = {"decode_scope": DecodeScope.LINEAR}
 STRESS = {**LINEAR, "poison": True, "record": True, "delay_seconds": 0.002, "num_slots": 1, "stream_edges": True}
 
 PLACES = {
-    "in place": ({**LINEAR, "swapped": Tier.NVME}, {"nvme": True}),
-    "HOST": ({**STRESS, "layer_inputs": Tier.HOST}, {"nvme": True, "host_memory": "64MiB"}),
-    "NVME": ({**STRESS, "layer_inputs": Tier.NVME, "swapped": Tier.NVME}, {"nvme": True}),
-    "layers decoded whole": (
-        {**STRESS, "swapped": Tier.NVME, "decode_scope": DecodeScope.LAYER},
-        {"nvme": True},
-    ),
+    "in place": (LINEAR, {}, [Tier.NVME]),
+    "HOST": ({**STRESS, "layer_inputs": Tier.HOST}, {"host_memory": "64MiB"}, [Tier.HOST]),
+    "NVME": ({**STRESS, "layer_inputs": Tier.NVME}, {}, [Tier.NVME]),
+    "HOST and NVME": ({**STRESS, "layer_inputs": Tier.NVME}, {"host_memory": "64MiB"}, [Tier.HOST, Tier.NVME]),
+    "layers decoded whole": ({**STRESS, "decode_scope": DecodeScope.LAYER}, {}, [Tier.NVME]),
 }
+"""Options, arguments of the engine beside a drive, and the tiers in which swapped chunks wait by turns."""
 
 
 def chunked(share, chunks, **rest):
@@ -68,12 +67,12 @@ def run(make_engine, disk_folder):
     engines = []
 
     def make(chosen, place="in place", family="llama", bits=4, dropout=0.1):
-        options, arguments = PLACES[place]
-        arguments = {**arguments, "nvme": disk_folder} if arguments.get("nvme") else dict(arguments)
+        options, arguments, tiers = PLACES[place]
+        options = {**options, "activations": waiting_in(chosen, *tiers)}
         model = build_lora(family, torch.bfloat16, num_layers=NUM_LAYERS, dropout=dropout).train()
         while engines:
             engines.pop().close()  # the store is one's at a time
-        engine = make_engine(model, {**options, "activations": chosen}, bits=bits, seq_len=SEQ_LEN, **arguments)
+        engine = make_engine(model, options, bits=bits, seq_len=SEQ_LEN, nvme=disk_folder, **arguments)
         engines.append(engine)
         found = steps(engine, engine.step)
         recorder = engine._runtime.recorder
@@ -229,7 +228,7 @@ def test_a_layer_that_cannot_be_cut_is_reported_and_runs_whole(make_engine, disk
             layer.mlp = Shifted(layer.mlp)
         return made
 
-    options = {"activations": chunked(0.5, 2), "swapped": Tier.NVME}
+    options = {"activations": waiting_in(chunked(0.5, 2), Tier.NVME)}
     engine = make_engine(model(), options, seq_len=SEQ_LEN, nvme=disk_folder, bits=4)
     found = steps(engine, engine.step)
     report = engine.report()["tokenwise"]
@@ -251,18 +250,19 @@ def base_plan(make_engine, disk_folder, **arguments):
 def test_a_plan_with_activations_is_read_back_and_runs(make_engine, disk_folder):
     plan = base_plan(make_engine, disk_folder)
     assert plan.activations is None
-    chosen = replace(plan, activations={"LlamaDecoderLayer": chunked(0.5, 2)}, swapped=Tier.NVME)
+    policy = waiting_in(chunked(0.5, 2), Tier.NVME)
+    chosen = replace(plan, activations={"LlamaDecoderLayer": policy})
     assert Plan.from_json(chosen.to_json()) == chosen
     engine = make_engine(build_lora(num_layers=2), plan=chosen, seq_len=SEQ_LEN, nvme=disk_folder, bits=4)
     steps(engine, engine.step)
     assert engine.report()["tokenwise"]["swapped_bytes"] > 0
-    assert "chunks of tokens" in engine.summary()
+    assert "chunks of tokens; swapped ones wait in nvme\n" in engine.summary()
 
 
 def test_a_plan_of_before_activations_is_read(make_engine, disk_folder):
     plan = base_plan(make_engine, disk_folder)
     data = json.loads(plan.to_json())
-    del data["activations"], data["swapped"]
+    del data["activations"]
     assert Plan.from_json(json.dumps(data)) == plan
 
 
@@ -271,7 +271,6 @@ def test_a_plan_of_before_activations_is_read(make_engine, disk_folder):
     [
         ({"activations": {"NoSuchLayer": chunked(0.5, 2)}}, "NoSuchLayer"),
         ({"activations": {"LlamaDecoderLayer": chunked(0.5, 2)}}, "DEVICE and HOST are one"),
-        ({"activations": {"LlamaDecoderLayer": chunked(0.5, 2)}, "swapped": Tier.DEVICE}, "keep them"),
     ],
 )
 def test_a_plan_whose_activations_have_no_effect_is_refused(make_engine, disk_folder, changes, match):

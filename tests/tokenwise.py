@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfer import Links
 from planners.activations import Action, ActivationPolicy, Chunk
+from planners.placement import Tier
 
 VOCABULARY = 64
 TOKENS = 20
@@ -113,16 +115,27 @@ def policy(share: float, chunks: int, *, num_tokens: int = TOKENS, action: Actio
     if chunks > 1:
         edges.add(round(share * num_tokens))
     cuts = [
-        Chunk(num_tokens=end - start, action=action if start < round(share * num_tokens) else Action.RECOMPUTE)
+        chunk(end - start, action if start < round(share * num_tokens) else Action.RECOMPUTE)
         for start, end in itertools.pairwise(sorted(edges))
     ]
     return ActivationPolicy(chunks=tuple(cuts), **rest)
 
 
+def chunk(num_tokens: int, action: Action, tier: Tier = Tier.HOST) -> Chunk:
+    """`tier` is for chunks that are swapped."""
+    return Chunk(num_tokens=num_tokens, action=action, tier=tier if action is Action.SWAP else None)
+
+
+def waiting_in(chosen: ActivationPolicy, *tiers: Tier) -> ActivationPolicy:
+    """The policy with its chunks, where they are swapped, in these tiers by turns."""
+    pairs = zip(chosen.chunks, itertools.cycle(tiers), strict=False)
+    return replace(chosen, chunks=tuple(chunk(one.num_tokens, one.action, tier) for one, tier in pairs))
+
+
 def cut(model: nn.Module, chosen: ActivationPolicy, *, stash_bytes: int = 0) -> Tokenwise:
     """Runs the model's layers by chunks from now on. stash_bytes: HOST memory for what is put away."""
     stash = HostStash(Arena("stash", stash_bytes), Links()) if stash_bytes else None
-    tokenwise = Tokenwise(Places(layer_inputs=stash, swapped=stash))
+    tokenwise = Tokenwise(Places(layer_inputs=stash, swapped={} if stash is None else {Tier.HOST: stash}))
     slot = Arena("slots", 4096).acquire(4096, "block")
     decoder = Decoder(Arena("decoded", 4096))
     for index, layer in enumerate(decoder_layers(model)):

@@ -23,7 +23,7 @@ from offload_rt.autograd import Call, RecomputedLayer
 from offload_rt.tokenwise.graphs import Gradients
 from offload_rt.tokenwise.slicing import NotTokenLocal, first_tokens
 from offload_rt.tokenwise.tiles import Places, TileCounters, TiledPass
-from planners.activations import Action
+from planners.activations import Action, Span
 
 TRIED_TOKENS = 48
 _SMALL_SHARE = 0.05
@@ -46,7 +46,7 @@ def check_locality(
     inputs[hidden] = inputs[hidden].clone()
     edges = sorted({num_tokens * part // 3 for part in range(4)})
     actions = (Action.KEEP, Action.RECOMPUTE, Action.KEEP)
-    spans = tuple((start, end, action) for start, end, action in zip(edges, edges[1:], actions, strict=False))
+    spans = tuple(Span(start, end, action) for start, end, action in zip(edges, edges[1:], actions, strict=False))
     with _evaluating(owner.layer), without_hooks(call.trainable), torch.random.fork_rng(devices=[]):
         try:
             of_whole = _whole(owner, call, inputs, hidden)

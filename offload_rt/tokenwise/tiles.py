@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +34,8 @@ from offload_rt.tokenwise.graphs import Gradients, Sums, edge, enter, share
 from offload_rt.tokenwise.middle import InPlaceOfAttention, Middle
 from offload_rt.tokenwise.saved import Held, SavedCounters, SavedTensors, dense
 from offload_rt.tokenwise.slicing import NotTokenLocal, cut
-from planners.activations import Action
-
-Span = tuple[int, int, Action]
+from planners.activations import Action, Span
+from planners.placement import Tier
 
 _SPARE_FRAMES = 200
 """Python frames left to the layer below the deepest chunk."""
@@ -62,8 +61,8 @@ class Places:
 
     layer_inputs: Stash | None = None
     """For the layer's input, the attention's result and what the attention call saves besides."""
-    swapped: Stash | None = None
-    """For swapped chunks."""
+    swapped: Mapping[Tier, Stash] = field(default_factory=dict)
+    """For swapped chunks, by the tier that they wait in."""
 
 
 @dataclass(eq=False)
@@ -74,6 +73,7 @@ class _Tile:
     start: int
     end: int
     action: Action
+    tier: Tier | None
     rng_at_start: torch.Tensor | None = None
     rng_at_resume: torch.Tensor | None = None
     saved: SavedTensors | None = None
@@ -125,7 +125,7 @@ class TiledPass:
         self._places = places
         self._counters = counters
         self._store_qkv = store_qkv
-        self._middle = Middle(spans[-1][1])
+        self._middle = Middle(spans[-1].end)
         self.attention_bytes = 0
         """What the attention call has saved besides its operands and its result."""
         self._needs_input = False
@@ -269,7 +269,7 @@ class TiledPass:
             self._middle.drop()
             if not keep_graph:
                 self._middle.release()
-                self._tiles = [_Tile(t.index, t.start, t.end, t.action) for t in self._tiles]
+                self._tiles = [_Tile(t.index, t.start, t.end, t.action, t.tier) for t in self._tiles]
 
     def _backward_whole(self, grads: Gradients) -> torch.Tensor | None:
         (tile,) = self._tiles
@@ -404,7 +404,7 @@ class TiledPass:
         return known if result is None else {**known, "result": result}
 
     def _swapped(self, tile: _Tile) -> Stash | None:
-        return self._places.swapped if tile.action is Action.SWAP else None
+        return None if tile.tier is None else self._places.swapped.get(tile.tier)
 
     def _new_saved(self, stash: Stash | None, *, transient: bool = False) -> SavedTensors:
         return SavedTensors(self._block, self._stays, stash, self._counters, transient=transient)
