@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from offload_rt.assembly import RuntimeOptions, assemble
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
-from offload_rt.checkpoint.state import load_state, save_state
+from offload_rt.checkpoint.state import FolderCommits, load_state, save_state
 from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.device_cuda import find_device
@@ -57,7 +57,8 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
     batch_size, seq_len: the largest batch that will come; larger ones are refused.
     accumulation_steps, max_grad_norm: as the loop will do them; `step` clips to max_grad_norm.
     optimizer: None is AdamW; a torch.optim class, or a function of the list of parameters. lr: for the first two.
-    commit_every: steps between checkpoints that the engine writes beside the store; None leaves saving to the caller.
+    commit_every: steps between commits beside the store; each is made when the next forward begins, so that schedulers
+        stepped after `step` are part of it. None leaves saving to the caller (every step, where state rests on NVMe).
     plan: "auto" (the fixed streaming rule), a Plan, or the path of a plan file.
     progress: called with (phase, bytes done, bytes in all) while the store is built.
 
@@ -150,6 +151,12 @@ class Engine:
             self.optimizer = self._training.optimizer
             self._training.commits_with(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
         self._num_steps = 0
+        self._folder_commits: FolderCommits | None = None
+        if self.optimizer is not None and self._training is None and commit_every is not None:
+            self._folder_commits = FolderCommits(
+                self.trainable, self.optimizer, self._values, self._with_schedulers, every=commit_every,
+                folder=self.commit_folder,
+            )  # fmt: skip
         self._wear_from = (0, self._runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
         self._closed = False
@@ -188,7 +195,7 @@ class Engine:
         return self._num_steps if self._training is None else self._training.step_number
 
     def step(self) -> None:
-        """Clips if `max_grad_norm` was declared, updates, zeroes the gradients, commits if it is time."""
+        """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
         if self.optimizer is None:
             raise ConfigError("step: nothing trains; give adapters=, or leave some parameters requires_grad")
         self._warn_of_accumulation()
@@ -196,6 +203,7 @@ class Engine:
         if self._training is not None:
             self.optimizer.step()
             return
+        self._finish_commit()
         if self.step_number < CHECKED_STEPS:
             check_gradients(self.trainable, self.step_number + 1)
             before = {name: p.detach().clone() for name, p in self.trainable.items()} if self.step_number == 0 else {}
@@ -208,9 +216,13 @@ class Engine:
         self._check_moved(before)
         self.optimizer.zero_grad(set_to_none=True)
         self._num_steps += 1
-        every = self.config.commit_every
-        if every is not None and self.step_number % every == 0 and self._runtime.store is not None:
-            self.save_checkpoint(self.commit_folder)
+        if self._folder_commits is not None:
+            self._folder_commits.step_taken(self.step_number)
+
+    def _finish_commit(self) -> None:
+        """Makes the commit of the last step in memory, where it is due. Blocks."""
+        if self._folder_commits is not None:
+            self._folder_commits.finish()
 
     def _warn_of_accumulation(self) -> None:
         declared = self.config.accumulation_steps
@@ -288,7 +300,8 @@ class Engine:
     def committed(self) -> Mapping[str, Any] | None:
         """`step`, `tracked` and more of the newest commit of full fine-tuning; None where state is not committed.
 
-        A commit is made inside `step`: what is tracked is in it as it was then. Step 0 is a state that was just made.
+        What is tracked is in it as it was when `step` returned, schedulers as the next forward found them. Step 0 is a
+        state that was just made.
         """
         return None if self._training is None else committed_values(self._training)
 
@@ -302,8 +315,8 @@ class Engine:
         if self._training is not None:
             save_training(self._training, Path(folder))
             return
-        extra = {"step": self.step_number, "tracked": self._tracked_values()}
-        save_state(Path(folder), self.trainable, self.optimizer, extra)
+        self._finish_commit()
+        save_state(Path(folder), self.trainable, self.optimizer, self._values())
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it."""
@@ -318,11 +331,15 @@ class Engine:
         if self._training is not None:
             extra = load_training(self._training, Path(folder), check)
         else:
+            self._finish_commit()
             extra = load_state(Path(folder), self.trainable, self.optimizer, check)
             self._num_steps = int(extra["step"])
         for name, state in extra["tracked"].items():
             self._tracked[name].load_state_dict(state)
         self._wear_from = (self.step_number, self._runtime.links.counters.bytes_written)
+
+    def _values(self) -> dict[str, Any]:
+        return {"step": self.step_number, "tracked": self._tracked_values()}
 
     def _tracked_values(self) -> dict[str, Any]:
         return {name: tracked.state_dict() for name, tracked in self._tracked.items()}
@@ -378,10 +395,14 @@ class Engine:
 
     def close(self) -> None:
         """Waits for what is under way; gives memory, files and hooks back. May be called twice."""
-        self._closed = True
+        closed, self._closed = self._closed, True
         for handle in self._handles:
             handle.remove()
-        self._runtime.close()
+        try:
+            if not closed:
+                self._finish_commit()
+        finally:
+            self._runtime.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -397,6 +418,7 @@ class Engine:
                 "output_router_logits: the auxiliary loss would lose its gradient when layers are recomputed; set "
                 "config.output_router_logits = False"
             )
+        self._finish_commit()
         if self._training is not None:
             self._training.before_forward()
         if self._runtime.tokenwise is not None and kwargs.get("output_attentions"):

@@ -375,9 +375,9 @@ def test_what_could_not_be_read_again_is_refused_when_it_is_saved_and_not_when_i
     assert str(tracked.value) == str(value)
 
 
-def run(make_engine, folder, *, save_at=None, load=None, steps=5):
+def run(make_engine, folder, *, save_at=None, load=None, steps=5, at_end=lambda engine: None, **arguments):
     """Losses of each step and the parameters at the end; dropout and a schedule make every step depend on the past."""
-    engine = make_engine(build_lora(dropout=0.3), bits=4, nvme=folder, max_grad_norm=1.0)
+    engine = make_engine(build_lora(dropout=0.3), bits=4, nvme=folder, max_grad_norm=1.0, **arguments)
     scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1.0 / (1 + step))
     engine.track("scheduler", scheduler)
     torch.manual_seed(42)
@@ -393,6 +393,7 @@ def run(make_engine, folder, *, save_at=None, load=None, steps=5):
         losses.append(loss.item())
         if engine.step_number == save_at:
             engine.save_checkpoint(folder / "checkpoint")
+    at_end(engine)
     result = losses, {name: p.detach().clone() for name, p in engine.trainable.items()}
     engine.close()
     return result
@@ -409,11 +410,45 @@ def test_commits_are_written_beside_the_store_as_often_as_asked(make_engine, dis
     engine = make_engine(build_lora(dropout=0.0), nvme=disk_folder, commit_every=2)
     for step in range(3):
         engine.backward(engine(**language_batch(step)).loss)
+        assert is_complete(engine.commit_folder) is (step >= 2)  # made by the forward
         engine.step()
-        assert is_complete(engine.commit_folder) is (step >= 1)
     committed = engine.commit_folder
     engine.load_checkpoint(committed)
     assert engine.step_number == 2
+
+
+def evaluate(engine):
+    with torch.no_grad():
+        engine(**language_batch(9))
+    assert is_complete(engine.commit_folder)
+
+
+@pytest.mark.parametrize(
+    "at_end",
+    [lambda engine: None, evaluate, lambda engine: engine.save_checkpoint(engine.commit_folder.with_name("beside"))],
+)
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_commit_has_the_scheduler_that_was_stepped_after_its_step(make_engine, disk_folder, at_end, steps):
+    losses, parameters = run(make_engine, disk_folder, steps=6)
+    run(make_engine, disk_folder, steps=steps, commit_every=4, at_end=at_end)
+    (commit,) = disk_folder.glob("*/commit")
+    resumed_losses, resumed = run(make_engine, disk_folder, steps=6, load=commit)
+    assert resumed_losses == losses[4:]
+    assert equal(resumed, parameters)
+
+
+def test_a_commit_that_cannot_be_made_is_told_by_the_forward_and_made_by_the_next(
+    make_engine, disk_folder, monkeypatch
+):
+    engine = make_engine(build_lora(dropout=0.0), nvme=disk_folder, commit_every=1)
+    engine.backward(engine(**language_batch(0)).loss)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "save_state", lambda *a: (_ for _ in ()).throw(StorageFull("full", path="x")))
+        with pytest.raises(StorageFull):
+            engine(**language_batch(1))
+    engine(**language_batch(1))
+    assert is_complete(engine.commit_folder)
 
 
 def test_a_checkpoint_that_tracks_other_things_changes_nothing(make_engine, tmp_path):

@@ -10,6 +10,7 @@ The folder is made beside its place under another name, synced, and renamed. Not
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -37,7 +38,8 @@ def save_state(
 ) -> None:
     """Writes a checkpoint to `folder`, replacing one that is there. Blocks until it is durable.
 
-    `extra` holds plain values and tensors. Raises `StorageFull` before the first byte where space is short.
+    `extra` holds plain values and tensors; random numbers are those of now, unless it has `rng`. Raises `StorageFull`
+    before the first byte where space is short.
     """
     parameters = {name: p.detach().contiguous().clone() for name, p in trainable.items()}
     tensors, values = _optimizer_state(trainable, optimizer)
@@ -96,6 +98,43 @@ def load_state(
     _restore_optimizer(trainable, optimizer, tensors, values)
     restore_rng(rng)
     return state
+
+
+class FolderCommits:
+    """Commits of a run whose state is in memory: one folder, that of the last step that was to be committed.
+
+    Made when the next forward begins, see [Note: when a step is committed] in `optimizer.commits`. Used by one thread.
+    """
+
+    def __init__(
+        self,
+        trainable: Mapping[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        values: Callable[[], Mapping[str, Any]],
+        amend: Callable[[dict[str, Any]], dict[str, Any]],
+        *,
+        every: int,
+        folder: Path,
+    ) -> None:
+        """`values` gives what `save_state` calls extra, `amend` replaces of it what follows a step."""
+        self._trainable = trainable
+        self._optimizer = optimizer
+        self._values = values
+        self._amend = amend
+        self._every = every
+        self._folder = folder
+        self._due: dict[str, Any] | None = None
+
+    def step_taken(self, step: int) -> None:
+        """Notes the state of `step`, if it is to be committed."""
+        if step % self._every == 0:
+            self._due = copy.deepcopy({**self._values(), "rng": rng_state()})
+
+    def finish(self) -> None:
+        """Makes the commit of the last step, where it is due. Blocks; raises as `save_state` does, and stays due."""
+        if self._due is not None:
+            save_state(self._folder, self._trainable, self._optimizer, self._amend(self._due))
+            self._due = None
 
 
 def is_complete(folder: Path) -> bool:
