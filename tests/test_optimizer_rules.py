@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offload_rt import optim
 from offload_rt.errors import ConfigError
-from offload_rt.optimizer.rules import AdamWRule, TorchRule, UpdateRule, rule_for
+from offload_rt.optimizer.rules import AdamWRule, TorchRule, Update, UpdateRule, rule_for
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -67,11 +67,11 @@ class Tiered:
             self.ranges, self.masters, self.states, self.weights, strict=True
         ):
             part = grad.reshape(-1)[begin:end].view(master.shape)
-            found.append(
-                self.rule.update(
-                    master, part, state, self.scalars, weight, group=group, step=step, grad_scale=grad_scale
-                )
-            )
+            update = Update(
+                master=master, grad=part, grad_scale=grad_scale, state=state, scalars=self.scalars, weight=weight,
+                group=group, step=step,
+            )  # fmt: skip
+            found.append(self.rule.update(update))
         self.scalars = found[0]
 
     def bits(self) -> list[Tensor]:

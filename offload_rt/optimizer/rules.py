@@ -42,6 +42,30 @@ class StateTensor:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One update of a parameter, or of a range of it. Tensors are the caller's: contiguous, on the CPU, and of one
+    shape, but for `state`.
+    """
+
+    master: Tensor
+    """float32, stepped in place."""
+    grad: Tensor
+    """bfloat16 or float32, only read."""
+    grad_scale: float
+    """What `grad` is multiplied by first."""
+    state: Mapping[str, Tensor]
+    """Stepped in place; zero at step 1. As `UpdateRule.state` laid it out."""
+    scalars: Scalars
+    """What the last update returned; empty at step 1."""
+    weight: Tensor
+    """Receives the new master, rounded to its dtype."""
+    group: Mapping[str, Any]
+    """The param group of the parameter."""
+    step: int
+    """Which of the parameter's updates this is, from 1."""
+
+
 class UpdateRule(Protocol):
     """How one parameter is stepped."""
 
@@ -53,23 +77,8 @@ class UpdateRule(Protocol):
     def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
         """The state of a parameter, or of a range of it as a flat tensor."""
 
-    def update(
-        self,
-        master: Tensor,
-        grad: Tensor,
-        state: Mapping[str, Tensor],
-        scalars: Scalars,
-        weight: Tensor,
-        *,
-        group: Mapping[str, Any],
-        step: int,
-        grad_scale: float,
-    ) -> Scalars:
-        """Steps `master` and `state` in place and rounds the new master into `weight`; returns the new scalars.
-
-        All are of one shape, contiguous, on the CPU; `grad` is bfloat16 or float32 and only read. At step 1 `state` is
-        zero and `scalars` empty. Blocks until done.
-        """
+    def update(self, of: Update) -> Scalars:
+        """Does it, and returns the new scalars. Blocks until done."""
 
 
 class AdamWRule:
@@ -95,27 +104,16 @@ class AdamWRule:
             )
         )
 
-    def update(
-        self,
-        master: Tensor,
-        grad: Tensor,
-        state: Mapping[str, Tensor],
-        scalars: Scalars,
-        weight: Tensor,
-        *,
-        group: Mapping[str, Any],
-        step: int,
-        grad_scale: float,
-    ) -> Scalars:
+    def update(self, of: Update) -> Scalars:
         first: Tensor | Quantized
         second: Tensor | Quantized
         if self._moments == "8bit":
-            first, second = (Quantized(state[f"{name}.codes"], state[f"{name}.absmax"]) for name in _MOMENTS)
+            first, second = (Quantized(of.state[f"{name}.codes"], of.state[f"{name}.absmax"]) for name in _MOMENTS)
         else:
-            first, second = (state[name] for name in _MOMENTS)
+            first, second = (of.state[name] for name in _MOMENTS)
         cpu_adam.update(
-            grad, master, first, second, weight, step=step, numbers=cpu_adam.AdamW.from_group(group),
-            grad_scale=grad_scale,
+            of.grad, of.master, first, second, of.weight, step=of.step,
+            numbers=cpu_adam.AdamW.from_group(of.group), grad_scale=of.grad_scale,
         )  # fmt: skip
         return {}
 
@@ -150,27 +148,16 @@ class TorchRule:
             found.append(StateTensor(name, value.dtype, tuple(real[size] for size in value.shape)))
         return tuple(found)
 
-    def update(
-        self,
-        master: Tensor,
-        grad: Tensor,
-        state: Mapping[str, Tensor],
-        scalars: Scalars,
-        weight: Tensor,
-        *,
-        group: Mapping[str, Any],
-        step: int,
-        grad_scale: float,
-    ) -> Scalars:
-        grad = grad.float() * grad_scale
-        kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in scalars.items()}
-        before = {} if step == 1 else {**state, **kept}
-        after = self._step(nn.Parameter(master, requires_grad=True), grad, before, group)
-        for name, tensor in state.items():
+    def update(self, of: Update) -> Scalars:
+        grad = of.grad.float() * of.grad_scale
+        kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in of.scalars.items()}
+        before = {} if of.step == 1 else {**of.state, **kept}
+        after = self._step(nn.Parameter(of.master, requires_grad=True), grad, before, of.group)
+        for name, tensor in of.state.items():
             if after[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(after[name])
-        weight.copy_(master)
-        return {name: value for name, value in after.items() if name not in state}
+        of.weight.copy_(of.master)
+        return {name: value for name, value in after.items() if name not in of.state}
 
     def _step(
         self, parameter: nn.Parameter, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]

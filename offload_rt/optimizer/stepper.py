@@ -26,7 +26,7 @@ from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.pieces import Piece, TrainedBlock, segment_shape
-from offload_rt.optimizer.rules import Scalars, UpdateRule
+from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import StateHome, state_tensors, weight_range, weights_from_masters
 from offload_rt.transfer import Links, Transfer
 
@@ -240,11 +240,12 @@ class Stepper:
             tensors = state_tensors(slot, segment)
             master = tensors.pop("master").view(shape)
             gradient = self._gradients.of(block, job.gradients, segment.parameter, segment.begin, segment.end)
-            self.new_scalars[name] = self._rule.update(
-                master, gradient.view(shape), tensors, self._progress.scalars.get(name, {}),
-                weight_range(block, segment, weights).view(shape), group=self._group_of(name),
-                step=self._progress.steps.get(name, 0) + 1, grad_scale=job.grad_scale,
+            update = Update(
+                master=master, grad=gradient.view(shape), grad_scale=job.grad_scale, state=tensors,
+                scalars=self._progress.scalars.get(name, {}), step=self._progress.steps.get(name, 0) + 1,
+                weight=weight_range(block, segment, weights).view(shape), group=self._group_of(name),
             )  # fmt: skip
+            self.new_scalars[name] = self._rule.update(update)
             self.counters.num_elements += segment.end - segment.begin
         self.counters.num_pieces += 1
 
