@@ -149,7 +149,7 @@ class Engine:
         self._training = self._runtime.training
         if self._training is not None:
             self.optimizer = self._training.optimizer
-            self._training.commits_with(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
+            self._training.commits.carry(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
         self._num_steps = 0
         self._folder_commits: FolderCommits | None = None
         if self.optimizer is not None and self._training is None and commit_every is not None:
@@ -290,8 +290,8 @@ class Engine:
     @property
     def commit_folder(self) -> Path:
         """Where commits are. ConfigError without nvme=."""
-        if self._training is not None and self._training.commit_folder is not None:
-            return self._training.commit_folder
+        if self._training is not None and self._training.commits.folder is not None:
+            return self._training.commits.folder
         if self._runtime.store is None:
             raise ConfigError("commit_every: commits are written beside the store; give nvme= a folder")
         return self._runtime.store.folders[0] / "commit"

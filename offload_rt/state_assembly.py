@@ -130,7 +130,7 @@ class StateAssembly:
         progress = Progress()
         training: list[FullTraining] = []
         stepper = Stepper(
-            self._draft.rule, self.home, gradients, lambda name: training[0].group_of(name), progress, self._links,
+            self._draft.rule, self.home, gradients, lambda name: training[0].groups.of(name), progress, self._links,
             state_arena=self._state_arena, state_slot_bytes=self._sizes.piece_bytes,
             weights_arena=self._weights_arena, weights_slot_bytes=self._sizes.largest_weight_bytes,
             threaded=not (self._options.serial_updates or self._options.record),
@@ -148,7 +148,7 @@ class StateAssembly:
             )
         )  # fmt: skip
         if log is not None and not log.committed.step:
-            training[0].commit()
+            training[0].commits.commit()
         return training[0]
 
     def close(self) -> None:

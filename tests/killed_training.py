@@ -95,7 +95,7 @@ def resume(folder: Path, place: str) -> tuple[Made, Any, Position]:
     run.track("scheduler", scheduler)
     run.track("position", position)
     assert run._training is not None
-    if run._training.found_step is not None:
+    if run._training.commits.found_step is not None:
         run.load_checkpoint(run.commit_folder)
     return run, scheduler, position
 

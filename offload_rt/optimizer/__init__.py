@@ -5,5 +5,9 @@ rules       the arithmetic of one parameter's update
 gradients   where gradients wait between backward and update
 state       where masters, moments and new weights rest
 stepper     reads ahead, updates, writes behind
-training    the step: norm, clipping, redoing, dropping, committing; the optimizer that the user sees
+stand_ins   what `.grad` is while a gradient is elsewhere
+commits     which steps are committed, and whether the state is whole
+step        what has been done of a step
+training    the step itself: norm, clipping, redoing, dropping
+tiered      the optimizer that the user sees; its param_groups by name
 """

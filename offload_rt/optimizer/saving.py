@@ -30,7 +30,7 @@ def save_training(training: FullTraining, folder: Path) -> int:
     """
     training.before_forward("state was saved between backward and step")
     if training.home.log is not None:
-        training.commit()
+        training.commits.commit()
     if _is_commit_folder(training, folder):
         return 0
     return save_snapshot(
@@ -45,7 +45,7 @@ def load_training(training: FullTraining, folder: Path, check: Check) -> dict[st
     does not fit, `CheckpointVerifyError` where its bytes have changed.
     """
     log = training.home.log
-    training.finish_commit()
+    training.commits.finish()
     if _is_commit_folder(training, folder):
         if log is None or not log.committed.step:
             raise CheckpointError(f"{folder}: no step has been committed here")
@@ -63,7 +63,7 @@ def load_training(training: FullTraining, folder: Path, check: Check) -> dict[st
         try:
             load_snapshot(folder, _log(training), training.home.links, names=_is_state)
         except OffloadError as error:
-            training.break_because(f"loading {folder} failed: {error}")
+            training.commits.broken = f"loading {folder} failed: {error}"
             raise
         training.begin_again((), from_log=log is not None)
     restore_rng(values["rng"])
@@ -77,7 +77,7 @@ def committed_values(training: FullTraining) -> dict[str, Any] | None:
 
 
 def _is_commit_folder(training: FullTraining, folder: Path) -> bool:
-    return training.commit_folder is not None and folder.resolve() == training.commit_folder.resolve()
+    return training.commits.folder is not None and folder.resolve() == training.commits.folder.resolve()
 
 
 def _is_state(name: str) -> bool:
@@ -89,4 +89,6 @@ def _log(training: FullTraining) -> SnapshotLog:
     if home.log is not None:
         return home.log
     slots = {state_extent(piece): home.pieces[piece.name] for block in training.blocks for piece in block.pieces}
-    return MemoryLog(slots, home.links, training.step_number, pack_values(training.all_values(), of="a checkpoint"))
+    return MemoryLog(
+        slots, home.links, training.step_number, pack_values(training.commits.all_values(), of="a checkpoint")
+    )

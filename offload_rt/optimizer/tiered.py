@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from offload_rt.errors import UnsupportedModule
 
@@ -46,28 +45,3 @@ class TieredOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refused, as `state_dict` is."""
         raise UnsupportedModule("optimizer.load_state_dict: engine.load_checkpoint loads state into the tiers")
-
-
-class AbsentGradient(torch.Tensor):
-    """Stands for a gradient that rests in a tier: whatever computes with it is told where it is."""
-
-    @staticmethod
-    def of(parameter: nn.Parameter) -> AbsentGradient:
-        nan = torch.full((1,), float("nan"), dtype=parameter.dtype, device=parameter.device)
-        return nan.expand(parameter.shape).as_subclass(AbsentGradient)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _HARMLESS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        raise UnsupportedModule(
-            "the gradient of a streamed parameter is not in memory: use engine.clip_grad_norm_(max_norm), or "
-            "engine.gradients() between backward and step"
-        )
-
-
-_HARMLESS = tuple(
-    getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "layout", "is_sparse", "requires_grad", "grad_fn", "is_leaf", "is_cuda")
-) + (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__repr__)

@@ -1,0 +1,43 @@
+"""What has been done of one step, and what was done of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from offload_rt.optimizer.param_groups import Options
+from offload_rt.optimizer.pieces import TrainedBlock
+
+
+@dataclass(kw_only=True)
+class StepCounters:
+    """What happened to steps since the start."""
+
+    num_steps: int = 0
+    num_clipped: int = 0
+    num_ahead_of_norm: int = 0
+    """Blocks that were stepped before the norm was known."""
+    num_redone: int = 0
+    """Steps that were done again, because the norm asked for clipping or options had changed."""
+    num_skipped: int = 0
+    """Steps left out, because a gradient was not finite."""
+
+
+@dataclass(kw_only=True)
+class Step:
+    """What has been done of one step, made anew for each; and what it is to know of the step before."""
+
+    order: tuple[TrainedBlock, ...]
+    """That of the last step's gradients: so state is read ahead."""
+    follows_clipped: bool = False
+    num_skipped_before: int = 0
+    """Steps in a row right before this one that were left out."""
+    ahead: list[TrainedBlock] = field(default_factory=list)
+    """Blocks stepped in the log, while the step may still be taken back."""
+    options: list[Options] | None = None
+    """The optimizer's when the first gradient arrived."""
+    grad_scale: float | None = None
+    """What the caller has asked for by `clip_grad_norm_`."""
+
+    def again(self) -> Step:
+        """The same step with nothing done."""
+        return Step(order=self.order, follows_clipped=self.follows_clipped, num_skipped_before=self.num_skipped_before)
