@@ -12,14 +12,15 @@ from torch import nn
 from offload_rt.arena import Slot
 from offload_rt.block import Block
 from offload_rt.executor import RingExecutor
+from offload_rt.parted import BlockBytes, PartedBytes
 from planners.schedule import Phase
 
 
 class Access(Protocol):
     """Gets at a block's bytes."""
 
-    def acquire(self, phase: Phase, *, training: bool) -> Slot:
-        """The slot that holds them; blocks until they are there."""
+    def acquire(self, phase: Phase, *, training: bool) -> BlockBytes:
+        """What holds them; blocks until they are there."""
 
     def release(self) -> None:
         """Ends one `acquire`."""
@@ -32,11 +33,26 @@ class RingAccess:
         self._executor = executor
         self._index = index
 
-    def acquire(self, phase: Phase, *, training: bool) -> Slot:
+    def acquire(self, phase: Phase, *, training: bool) -> BlockBytes:
         return self._executor.acquire(self._index, phase, training=training)
 
     def release(self) -> None:
         self._executor.release(self._index)
+
+
+class PartedAccess:
+    """Access to a block that streams but for its first bytes, which never leave DEVICE memory."""
+
+    def __init__(self, resident: Slot, streamed: RingAccess, streamed_from_bytes: int) -> None:
+        self._resident = resident
+        self._streamed = streamed
+        self._streamed_from_bytes = streamed_from_bytes
+
+    def acquire(self, phase: Phase, *, training: bool) -> BlockBytes:
+        return PartedBytes(self._resident, self._streamed.acquire(phase, training=training), self._streamed_from_bytes)
+
+    def release(self) -> None:
+        self._streamed.release()
 
 
 class ResidentAccess:

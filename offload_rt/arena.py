@@ -129,6 +129,11 @@ class Slot:
         flat = torch.frombuffer(self._memory, dtype=dtype, count=num_elements, offset=self._offset_bytes + offset_bytes)
         return flat.view(tuple(shape))
 
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Where in this slot `tensor` begins; None if it begins elsewhere."""
+        offset = tensor.data_ptr() - self.tensor(torch.uint8, (1,)).data_ptr()
+        return offset if 0 <= offset < self.num_bytes else None
+
 
 @dataclass
 class _Lease:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.access import Access, ResidentAccess, RingAccess
-from offload_rt.arena import Arena
+from offload_rt.access import Access, ResidentAccess
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
 from offload_rt.checkpoint import open_checkpoint
-from offload_rt.checkpoint.ingest import block_pieces, fill_slot
+from offload_rt.checkpoint.ingest import block_pieces
 from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest, move_rest
 from offload_rt.config import EngineConfig
 from offload_rt.decoder import Decoder
@@ -32,6 +31,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import HeapGuard
 from offload_rt.loss_head import LossHead
+from offload_rt.plan_check import check_plan
 from offload_rt.recording import Recorder
 from offload_rt.runtime import Runtime
 from offload_rt.scratch import Scratch
@@ -40,22 +40,22 @@ from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
 from offload_rt.streams import COMPUTE
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.tiers import HostResidence, NvmeResidence, Residence, Tiers
+from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
-from offload_rt.transfer import WAIT_SECONDS, Links
+from offload_rt.transfer import Links
 from offload_rt.turns import Turns
+from offload_rt.weights_assembly import WeightsAssembly
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import (
     Workload,
-    check_plan,
     find_workload,
     policy_of,
     streaming_problem,
     with_options,
 )
 from planners.activations import Action
-from planners.plan import DecodeScope, Plan, Ring, Tier
+from planners.plan import DecodeScope, Plan, Tier
 from planners.streaming import KEPT_TENSORS, StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
@@ -155,9 +155,15 @@ class _Assembly:
         device.reserve("freed, held back by the allocator", self.plan.allocator_slack_bytes)
         if self.state is not None:
             self.state.open()
-        accesses = self._resident()
+        weights = WeightsAssembly(
+            self.workload, self.plan, self.tiers, self.links, self.store, self.state, self.recorder,
+            device_is_asynchronous=self.device is not None,
+        )  # fmt: skip
+        accesses = weights.resident()
         for ring in self.plan.rings:
-            accesses.update(self._ring(ring))
+            executor, streamed = weights.ring(ring)
+            self.executors.append(executor)
+            accesses.update(streamed)
         places = self._places()
         return self._attach(decoder, accesses, places, covered, optimizer)
 
@@ -200,81 +206,6 @@ class _Assembly:
     def _tensor_device(self) -> torch.device:
         """Where torch computes."""
         return torch.device("cpu") if self.device is None else self.device.device
-
-    def _resident(self) -> dict[str, Access]:
-        """Brings the blocks that stay into DEVICE memory."""
-        accesses: dict[str, Access] = {}
-        if not self.plan.resident:
-            return accesses
-        arena = self.tiers.arena(Tier.DEVICE, "resident blocks", self._stored_bytes(self.plan.resident))
-        staging = None
-        if self.device is not None:
-            largest = max(self._stored_bytes((name,)) for name in self.plan.resident)
-            staging = self.tiers.arena(Tier.HOST, "staging for resident blocks", largest)
-        for name in self.plan.resident:
-            draft = self.workload.draft(name)
-            slot = arena.acquire(draft.spec.stored_bytes, name)
-            if self.store is not None and not draft.trains:
-                NvmeResidence(self.store, name, slot.num_bytes, self.links, staging).fetch(slot).wait()
-            elif staging is None:
-                fill_slot(draft, self.workload.sources, slot)
-            else:
-                stage = staging.acquire(slot.num_bytes, name, patience_seconds=WAIT_SECONDS)
-                fill_slot(draft, self.workload.sources, stage)
-                self.links.wait(self.links.copy(stage, slot))
-                del stage  # the next block wants it
-            if self.state is not None and draft.trains:
-                self.state.weights_rest_in(name, slot)
-            accesses[name] = ResidentAccess(slot)
-        return accesses
-
-    def _ring(self, ring: Ring) -> dict[str, Access]:
-        """Slots for a ring, and what its blocks rest in."""
-        arena = self.tiers.arena(Tier.DEVICE, f"ring of {ring.name}", ring.device_bytes)
-        residences = self._residences(ring)
-        executor = RingExecutor(
-            ring, residences, arena, backward=self._visited_in_backward(ring), recorder=self.recorder
-        )
-        self.executors.append(executor)
-        return {name: RingAccess(executor, index) for index, name in enumerate(ring.blocks)}
-
-    def _residences(self, ring: Ring) -> list[Residence]:
-        if ring.rest is Tier.HOST:
-            arena = self.tiers.arena(Tier.HOST, "weights", self._stored_bytes(ring.blocks))
-            return [self._in_host(name, arena) for name in ring.blocks]
-        staging = None
-        if not self.tiers.unified:
-            staging = self.tiers.arena(Tier.HOST, f"staging for {ring.name}", ring.device_bytes)
-        return [self._on_nvme(ring, self.workload.draft(name), staging) for name in ring.blocks]
-
-    def _on_nvme(self, ring: Ring, draft: BlockDraft, staging: Arena | None) -> Residence:
-        if self.state is not None and draft.trains:
-            return self.state.residence(draft, staging)
-        if self.store is None:
-            raise ConfigError(f"plan: ring {ring.name!r} rests on NVME, but nvme= gives no folder")
-        return NvmeResidence(self.store, draft.name, draft.spec.stored_bytes, self.links, staging)
-
-    def _in_host(self, name: str, arena: Arena) -> Residence:
-        draft = self.workload.draft(name)
-        slot = arena.acquire(draft.spec.stored_bytes, name)
-        fill_slot(draft, self.workload.sources, slot)
-        if self.state is not None and draft.trains:
-            self.state.weights_rest_in(name, slot)
-        return HostResidence(slot, self.links)
-
-    def _visited_in_backward(self, ring: Ring) -> frozenset[int]:
-        """The hint for the ring's schedule: layers from the first one that trains on; the head, if anything."""
-        modules = [self.workload.draft(name).modules for name in ring.blocks]
-        if ring.name == "layers":
-            training = (
-                index
-                for index, owners in enumerate(modules)
-                if any(p.requires_grad for module in owners for p in module.parameters())
-            )
-            return frozenset(range(next(training, 0), len(modules)))
-        if self.plan.head_chunk_tokens is not None:
-            return frozenset()  # the gradients of tiles are taken in forward
-        return frozenset(i for i, owners in enumerate(modules) if any(isinstance(m, nn.Linear) for m in owners))
 
     def _places(self) -> Places:
         """Where layer inputs and swapped activations wait; None keeps them where they are."""
@@ -441,6 +372,3 @@ class _Assembly:
         head = LossHead(causal, chunk_tokens, *behind[:1])
         head.attach()
         return head
-
-    def _stored_bytes(self, names: tuple[str, ...]) -> int:
-        return sum(align_up(self.workload.draft(name).spec.stored_bytes, IO_ALIGNMENT_BYTES) for name in names)

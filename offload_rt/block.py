@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.arena import Slot
 from offload_rt.decoder import Decoder, PackedWeight
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import UnsupportedModule
+from offload_rt.parted import BlockBytes
 from offload_rt.tensor_spec import BlockSpec, TensorSpec
 
 
@@ -54,6 +54,12 @@ class WeightView:
     """From the start of the decoded tensor, or of the slot."""
 
 
+def weight_in(memory: BlockBytes, view: WeightView) -> torch.Tensor:
+    """The view of a weight that lies in `memory` in its own dtype. Holds its lease as long as it lives."""
+    num_elements = 1 + sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=True))
+    return memory.tensor(view.dtype, (num_elements,), view.offset_bytes).as_strided(view.size, view.stride)
+
+
 def placeholder(
     shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
 ) -> torch.Tensor:
@@ -72,7 +78,7 @@ class Block:
     spec: BlockSpec
     bindings: tuple[Binding, ...]
     decoder: Decoder
-    slot: Slot | None = None
+    slot: BlockBytes | None = None
     _num_open: int = 0
     _of_owner: dict[nn.Module, list[Binding]] = field(default_factory=dict)
     _shown: dict[nn.Module, _Shown] = field(default_factory=dict)
@@ -108,7 +114,7 @@ class Block:
         """Whether its bytes are in memory, shown to the modules."""
         return self.slot is not None
 
-    def open(self, slot: Slot) -> None:
+    def open(self, slot: BlockBytes) -> None:
         """Shows the block's bytes in `slot` to the modules. May nest; each `open` needs a `close`."""
         self._num_open += 1
         if self.slot is not None:
@@ -146,20 +152,19 @@ class Block:
         if weight is not None:
             offset = tensor.storage_offset() * tensor.element_size()
             return WeightView(weight.spec, tensor.dtype, tensor.size(), tensor.stride(), int(offset))
-        offset = tensor.data_ptr() - self.slot.tensor(torch.uint8, (1,)).data_ptr()
-        if not 0 <= offset < self.spec.stored_bytes:
+        begin = self.slot.offset_of(tensor)
+        if begin is None or begin >= self.spec.stored_bytes:  # a slot may be larger than its block
             return None
-        return WeightView(None, tensor.dtype, tensor.size(), tensor.stride(), int(offset))
+        return WeightView(None, tensor.dtype, tensor.size(), tensor.stride(), begin)
 
     def weight(self, view: WeightView) -> torch.Tensor:
         """The view again, of the slot or of the weight decoded once more. The block must be open."""
         if self.slot is None:
             raise UnsupportedModule(f"block {self.name}: a weight was asked for outside the layer's own passes")
-        offset = view.offset_bytes // view.dtype.itemsize
         if view.spec is not None:
+            offset = view.offset_bytes // view.dtype.itemsize
             return self._decoded(view.spec).as_strided(view.size, view.stride, offset)
-        num_elements = 1 + sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=True))
-        return self.slot.tensor(view.dtype, (num_elements,), view.offset_bytes).as_strided(view.size, view.stride)
+        return weight_in(self.slot, view)
 
     @contextlib.contextmanager
     def holding_decoded(self) -> Iterator[None]:

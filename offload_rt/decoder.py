@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from offload_rt import codec
-from offload_rt.arena import Arena, Slot
+from offload_rt.arena import Arena
 from offload_rt.dtypes import torch_dtype
 from offload_rt.nf4_layout import nf4_layout
+from offload_rt.parted import BlockBytes
 from offload_rt.tensor_spec import Encoding, TensorSpec
 
 
@@ -33,10 +34,10 @@ class DecodeCounters:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """An NF4 tensor in a resident block: its spec and the block's slot."""
+    """An NF4 tensor in a resident block: its spec and the block's bytes."""
 
     spec: TensorSpec
-    slot: Slot
+    slot: BlockBytes
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Decoder:
             yield
 
 
-def _decode_into(spec: TensorSpec, slot: Slot, out: torch.Tensor) -> None:
+def _decode_into(spec: TensorSpec, slot: BlockBytes, out: torch.Tensor) -> None:
     if spec.encoding is Encoding.NF4_EXPERTS:
         blob_bytes = nf4_layout(spec.num_elements // spec.shape[0]).total_bytes
         for expert in range(spec.shape[0]):

@@ -16,19 +16,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.access import Access, opened, put_forward_back
-from offload_rt.block import Block
+from offload_rt.block import Block, WeightView, weight_in
 from planners.schedule import Phase
 
 
 @dataclass(frozen=True)
 class BlockReference:
-    """What autograd keeps instead of a weight of a streamed block: the block, the tensor in it, and the view."""
+    """What autograd keeps instead of a weight of a streamed block: the block, and the view of it that was saved."""
 
     owner: StreamedModule
-    offset_bytes: int
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
+    view: WeightView
 
 
 class StreamedModule:
@@ -58,18 +55,12 @@ class StreamedModule:
             return self._forward(*args, **kwargs)
         training = torch.is_grad_enabled()
         with opened(self.block, self._access, Phase.FORWARD, training=training):
-            slot = self.block.slot
-            if not training or slot is None:
+            if not training:
                 return self._forward(*args, **kwargs)
-            start = slot.tensor(torch.uint8, (1,)).data_ptr()
-            end = start + self.block.spec.stored_bytes
-            del slot
 
             def pack(tensor: torch.Tensor) -> torch.Tensor | BlockReference:
-                address = tensor.data_ptr()
-                if not start <= address < end:
-                    return tensor
-                return BlockReference(self, address - start, tensor.dtype, tensor.size(), tensor.stride())
+                view = self.block.view_of(tensor)
+                return tensor if view is None else BlockReference(self, view)
 
             with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
                 return self._forward(*args, **kwargs)
@@ -78,11 +69,7 @@ class StreamedModule:
         """The saved view again. The tensor holds the slot's lease, so the access ends here."""
         slot = self._access.acquire(Phase.BACKWARD, training=True)
         try:
-            num_elements = 1 + sum(
-                (size - 1) * stride for size, stride in zip(reference.size, reference.stride, strict=True)
-            )
-            flat = slot.tensor(reference.dtype, (num_elements,), reference.offset_bytes)
-            return flat.as_strided(reference.size, reference.stride)
+            return weight_in(slot, reference.view)
         finally:
             del slot
             self._access.release()

@@ -18,7 +18,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,14 @@ class Store:
     def read(self, block: str, slot: Slot) -> Transfer:
         """Starts reading a whole block into `slot`, whose size is the block's. Does not block."""
         _, extent = self._blocks[block]
+        return self.read_range(block, 0, slot.part(0, extent.length_bytes))
+
+    def read_range(self, block: str, begin_bytes: int, slot: Slot) -> Transfer:
+        """Starts reading what `slot` holds of a block, from `begin_bytes` on; both whole pages. Does not block."""
+        _, extent = self._blocks[block]
         reads = [
             self._links.read(self._files[part.drive], part.offset_bytes, slot.part(part.begin_bytes, part.length_bytes))
-            for part in parts(extent.stripes, 0, extent.length_bytes)
+            for part in parts(extent.stripes, begin_bytes, slot.num_bytes)
         ]
         return reads[0] if len(reads) == 1 else self._links.join(f"read {block}", reads)
 
@@ -139,7 +144,26 @@ class Store:
         _, extent = self._blocks[block]
         if block in self._verified and not self._verify_all:
             return
-        found = crc32c(slot.part(0, extent.length_bytes).buffer())
+        self._check(block, crc32c(slot.part(0, extent.length_bytes).buffer()))
+
+    def slabs(self, block: str, staging: Arena) -> Iterator[tuple[int, Slot]]:
+        """Reads a whole block piece by piece: (offset in the block, the piece). A piece is valid until the next one.
+
+        Blocks for the drive. The last of `staging` pieces was yielded when the block is checked: `StoreCorrupt`.
+        """
+        _, extent = self._blocks[block]
+        crc = 0
+        for begin in range(0, extent.length_bytes, staging.num_bytes):
+            slab = staging.acquire(min(staging.num_bytes, extent.length_bytes - begin), block)
+            self._links.wait(self.read_range(block, begin, slab))
+            crc = crc32c(slab.buffer(), crc)
+            yield begin, slab
+            del slab
+        self._check(block, crc)
+
+    def _check(self, block: str, found: int) -> None:
+        """Holds the checksum of a whole block against the manifest's."""
+        _, extent = self._blocks[block]
         if found != extent.crc32c:
             places = " and ".join(
                 f"{self._files[stripe.drive].path} at offset {stripe.offset_bytes}, {stripe.length_bytes} bytes"

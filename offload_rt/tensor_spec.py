@@ -110,6 +110,25 @@ class BlockSpec:
     def compute_bytes(self) -> int:
         return sum(t.compute_bytes for t in self.tensors)
 
+    @property
+    def cuts_bytes(self) -> tuple[int, ...]:
+        """How many of its first bytes can stay in DEVICE memory while the rest streams, ascending.
+
+        What streams begins with a tensor, at the page that this begins in.
+        """
+        starts = {t.offset_bytes // IO_ALIGNMENT_BYTES * IO_ALIGNMENT_BYTES for t in self.tensors}
+        return tuple(sorted({0, *starts, self.stored_bytes}))
+
+    def first_streamed_bytes(self, device_bytes: int) -> int:
+        """Where the first tensor begins that streams, if `device_bytes`, one of the cuts, stay. ValueError if not one.
+
+        The end of the block if all of it stays.
+        """
+        if device_bytes not in self.cuts_bytes:
+            below = max((cut for cut in self.cuts_bytes if cut <= device_bytes), default=0)
+            raise ValueError(f"block {self.name}: cannot be cut at {device_bytes} bytes; below it, at {below}")
+        return min((t.offset_bytes for t in self.tensors if t.offset_bytes >= device_bytes), default=self.stored_bytes)
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "tensors": [t.to_json() for t in self.tensors]}
 

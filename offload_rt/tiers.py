@@ -5,11 +5,13 @@ Capacities are hard. Every arena is reserved from its tier here, by name, so tha
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from offload_rt.arena import Arena, Slot
-from offload_rt.errors import BudgetExceeded
+from offload_rt.errors import BudgetExceeded, OffloadError
 from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
@@ -165,3 +167,39 @@ class _Arrival:
         if self._store is not None and self._slot is not None:
             self._store.verify(self._block, self._slot)
             self._slot = None
+
+
+class SplitResidence:
+    """A block whose bytes come from several places, each to its own range of the slot: (where it begins, its place)."""
+
+    def __init__(self, parts: Sequence[tuple[int, Residence]]) -> None:
+        self.num_bytes = sum(residence.num_bytes for _, residence in parts)
+        self._parts = tuple(parts)
+
+    def fetch(self, slot: Slot) -> Fetch:
+        begun = _Arrivals()
+        try:
+            for begin_bytes, residence in self._parts:
+                begun.fetches.append(residence.fetch(slot.part(begin_bytes, residence.num_bytes)))
+        except BaseException:
+            with contextlib.suppress(OffloadError):  # the error that is told is the one that stopped it
+                begun.wait()
+            raise
+        return begun
+
+
+@dataclass
+class _Arrivals:
+    """Several fetches as one. If some fail, the first error is raised when none is under way any more."""
+
+    fetches: list[Fetch] = field(default_factory=list)
+
+    def wait(self) -> None:
+        failure: OffloadError | None = None
+        for fetch in self.fetches:
+            try:
+                fetch.wait()
+            except OffloadError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure

@@ -267,58 +267,6 @@ def policy_of(plan: Plan, draft: BlockDraft) -> ActivationPolicy | None:
     return policies.get(draft.name, policies.get(type(draft.modules[0]).__name__)) if draft.is_layer else None
 
 
-def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
-    """Raises `ConfigError` unless `plan` was made for this workload and places each of its blocks."""
-    drafts = workload.drafts
-    if plan.fingerprint != problem.fingerprint:
-        raise ConfigError(
-            f"plan: made for workload {plan.fingerprint}, this one is {problem.fingerprint} (model, batch_size, "
-            f"seq_len or bits differ)"
-        )
-    if plan.head_chunk_tokens is not None and not (problem.loss_head is not None and problem.loss_head.tiles):
-        raise ConfigError("plan: head_chunk_tokens is for causal language models of transformers; set it to null")
-    placed = {*plan.resident, *(name for ring in plan.rings for name in ring.blocks)}
-    if placed != {draft.name for draft in drafts}:
-        odd = sorted(placed ^ {draft.name for draft in drafts})
-        raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
-    _check_activations(plan, problem, workload)
-    _check_state(plan, problem)
-
-
-def _check_state(plan: Plan, problem: StreamingProblem) -> None:
-    if (plan.state is None) != (problem.training is None):
-        raise ConfigError(f"plan: state is {plan.state}, but layers {'do not ' if plan.state else ''}train")
-    if plan.state is None or problem.training is None:
-        return
-    blocks = {block.name for block in problem.training.blocks}
-    odd = sorted(set(plan.state.in_memory) - blocks)
-    if odd:
-        raise ConfigError(f"plan: state of {odd[0]!r} in memory, which is no block that trains ({len(odd)} are odd)")
-    on_nvme = len(plan.state.in_memory) < len(blocks)
-    if (on_nvme or plan.state.gradients is Tier.NVME) and problem.nvme_capacity_bytes is None:
-        raise ConfigError("plan: state or gradients rest on NVME, but nvme= gives no folder")
-    if on_nvme and plan.state.state_slots < 1:
-        raise ConfigError("plan: state rests on NVME and needs state_slots of at least 1")
-    if any(ring.rest is Tier.NVME for ring in plan.rings) and plan.state.weight_slots < 1:
-        raise ConfigError("plan: weights that train rest on NVME and need weight_slots of at least 1")
-
-
-def _check_activations(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
-    layers = {name for d in workload.layers for name in (d.name, type(d.modules[0]).__name__)}
-    for name, policy in (plan.activations or {}).items():
-        if name not in layers:
-            raise ConfigError(f"plan: activations of {name!r}, which is no layer of this model nor a class of them")
-        try:
-            to_host = policy.num_swapped(workload.config.seq_len, Tier.HOST)
-        except ValueError as error:
-            raise ConfigError(f"plan: {error}") from None
-        if to_host and problem.unified:
-            raise ConfigError(
-                "plan: chunks are swapped to HOST, but DEVICE and HOST are one without host_memory=; keep them, or "
-                "swap to NVME"
-            )
-
-
 def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) -> Plan:
     """The plan with what the options override."""
     if options.layer_inputs is not None:

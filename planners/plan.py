@@ -20,13 +20,13 @@ from planners.placement import (
     Buffers,
     ClassPlan,
     Cuts,
-    Split,
     TokenSplit,
     Update,
     UpdateMode,
     UpdatePlace,
 )
 from planners.placement import DecodeScope as DecodeScope
+from planners.placement import Split as Split
 from planners.placement import Tier as Tier
 from planners.training_state import StatePlacement as StatePlacement
 
@@ -115,6 +115,10 @@ class Plan:
             if entry.name == name:
                 return entry
         raise KeyError(f"plan: no class {name!r}")
+
+    def weights_of(self, block: str) -> Split | None:
+        """Which bytes of `block` rest where; None if it is in no class and so whole."""
+        return next((entry.weights for entry in self.classes if block in entry.blocks), None)
 
     def arena(self, name: str) -> Arena:
         """The arena `name`. ValueError if the plan has none."""

@@ -1,0 +1,93 @@
+"""Whether a plan can be run: it was made for this workload, places each of its blocks, and asks for nothing else.
+
+Everything that the runtime cannot do is a `ConfigError` here, before anything is changed.
+"""
+
+from __future__ import annotations
+
+from offload_rt.errors import ConfigError
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
+from offload_rt.workload import Workload
+from planners.plan import Plan, Ring, Split, Tier
+from planners.streaming import StreamingProblem
+
+
+def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
+    """Raises `ConfigError` unless `plan` was made for this workload and places each of its blocks."""
+    drafts = workload.drafts
+    if plan.fingerprint != problem.fingerprint:
+        raise ConfigError(
+            f"plan: made for workload {plan.fingerprint}, this one is {problem.fingerprint} (model, batch_size, "
+            f"seq_len or bits differ)"
+        )
+    if plan.head_chunk_tokens is not None and not (problem.loss_head is not None and problem.loss_head.tiles):
+        raise ConfigError("plan: head_chunk_tokens is for causal language models of transformers; set it to null")
+    placed = {*plan.resident, *(name for ring in plan.rings for name in ring.blocks)}
+    if placed != {draft.name for draft in drafts}:
+        odd = sorted(placed ^ {draft.name for draft in drafts})
+        raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
+    for ring in plan.rings:
+        for name in ring.blocks:
+            split = plan.weights_of(name)
+            if split is not None:
+                _check_split(plan, ring, split, workload, name)
+    for name in plan.resident:
+        split = plan.weights_of(name)
+        if split is not None and split.streamed_bytes:
+            raise ConfigError(f"plan: {name} is resident, but its class streams {split.streamed_bytes} bytes of it")
+    _check_activations(plan, problem, workload)
+    _check_state(plan, problem)
+
+
+def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name: str) -> None:
+    """Whether the runtime can take a block of a ring from where its class says that its bytes rest."""
+    draft = workload.draft(name)
+    spec, where = draft.spec, f"plan: weights of {name}"
+    if split.total_bytes != spec.stored_bytes:
+        raise ConfigError(f"{where}: {split.total_bytes} bytes are placed, it has {spec.stored_bytes}")
+    if not 0 < split.streamed_bytes <= ring.slot_bytes:
+        raise ConfigError(f"{where}: {split.streamed_bytes} bytes stream through slots of {ring.slot_bytes}")
+    if draft.trains and max(split.host_bytes, split.nvme_bytes) != spec.stored_bytes:
+        raise ConfigError(f"{where}: they train, and rest as a whole in HOST or on NVME, not in parts: {split}")
+    if split.nvme_bytes and not workload.config.nvme:
+        raise ConfigError(f"{where}: {split.nvme_bytes} bytes rest on NVME, but nvme= gives no folder")
+    try:
+        spec.first_streamed_bytes(split.device_bytes)
+    except ValueError as error:
+        raise ConfigError(f"plan: {error}") from None
+    if split.host_bytes % IO_ALIGNMENT_BYTES:
+        raise ConfigError(f"{where}: {split.host_bytes} bytes in HOST are not whole pages of {IO_ALIGNMENT_BYTES}")
+
+
+def _check_state(plan: Plan, problem: StreamingProblem) -> None:
+    if (plan.state is None) != (problem.training is None):
+        raise ConfigError(f"plan: state is {plan.state}, but layers {'do not ' if plan.state else ''}train")
+    if plan.state is None or problem.training is None:
+        return
+    blocks = {block.name for block in problem.training.blocks}
+    odd = sorted(set(plan.state.in_memory) - blocks)
+    if odd:
+        raise ConfigError(f"plan: state of {odd[0]!r} in memory, which is no block that trains ({len(odd)} are odd)")
+    on_nvme = len(plan.state.in_memory) < len(blocks)
+    if (on_nvme or plan.state.gradients is Tier.NVME) and problem.nvme_capacity_bytes is None:
+        raise ConfigError("plan: state or gradients rest on NVME, but nvme= gives no folder")
+    if on_nvme and plan.state.state_slots < 1:
+        raise ConfigError("plan: state rests on NVME and needs state_slots of at least 1")
+    if any(ring.rest is Tier.NVME for ring in plan.rings) and plan.state.weight_slots < 1:
+        raise ConfigError("plan: weights that train rest on NVME and need weight_slots of at least 1")
+
+
+def _check_activations(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
+    layers = {name for d in workload.layers for name in (d.name, type(d.modules[0]).__name__)}
+    for name, policy in (plan.activations or {}).items():
+        if name not in layers:
+            raise ConfigError(f"plan: activations of {name!r}, which is no layer of this model nor a class of them")
+        try:
+            to_host = policy.num_swapped(workload.config.seq_len, Tier.HOST)
+        except ValueError as error:
+            raise ConfigError(f"plan: {error}") from None
+        if to_host and problem.unified:
+            raise ConfigError(
+                "plan: chunks are swapped to HOST, but DEVICE and HOST are one without host_memory=; keep them, or "
+                "swap to NVME"
+            )

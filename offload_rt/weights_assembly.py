@@ -1,0 +1,222 @@
+"""Brings weights to where the plan says they rest, and makes the rings that they stream through.
+
+A block rests whole in DEVICE, HOST or NVME, or by byte ranges in several of them:
+
+    [0, device) stays in DEVICE   [device, + host) is copied from HOST   [.., + nvme) is read from NVME
+                                  |------------- one slot of the ring, `streamed_bytes` ---------------|
+
+Ranges are whole pages, and what streams begins with a tensor: see `BlockSpec.cuts_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from offload_rt.access import Access, PartedAccess, ResidentAccess, RingAccess
+from offload_rt.arena import Arena, Slot
+from offload_rt.checkpoint.ingest import block_pieces, fill_slot
+from offload_rt.discover import BlockDraft
+from offload_rt.errors import ConfigError
+from offload_rt.executor import RingExecutor
+from offload_rt.recording import Recorder
+from offload_rt.state_assembly import StateAssembly
+from offload_rt.store import STAGING_BYTES, Store
+from offload_rt.store_part import StorePart
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.tiers import HostResidence, NvmeResidence, Residence, SplitResidence, Tiers
+from offload_rt.transfer import WAIT_SECONDS, Links
+from offload_rt.workload import Workload
+from planners.plan import Plan, Ring, Split, Tier
+
+
+class WeightsAssembly:
+    """One engine's weights on their way to where they rest."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        plan: Plan,
+        tiers: Tiers,
+        links: Links,
+        store: Store | None,
+        state: StateAssembly | None,
+        recorder: Recorder | None,
+        *,
+        device_is_asynchronous: bool,
+    ) -> None:
+        self._workload = workload
+        self._plan = plan
+        self._tiers = tiers
+        self._links = links
+        self._store = store
+        self._state = state
+        self._recorder = recorder
+        self._device_is_asynchronous = device_is_asynchronous
+
+    def resident(self) -> dict[str, Access]:
+        """Brings the blocks that stay as a whole into DEVICE memory."""
+        accesses: dict[str, Access] = {}
+        names = self._plan.resident
+        if not names:
+            return accesses
+        sizes = {name: align_up(self._workload.draft(name).spec.stored_bytes, IO_ALIGNMENT_BYTES) for name in names}
+        arena = self._tiers.arena(Tier.DEVICE, "resident blocks", sum(sizes.values()))
+        staging = None
+        if self._device_is_asynchronous:
+            staging = self._tiers.arena(Tier.HOST, "staging for resident blocks", max(sizes.values()))
+        for name in names:
+            draft = self._workload.draft(name)
+            slot = arena.acquire(draft.spec.stored_bytes, name)
+            if self._store is not None and not draft.trains:
+                NvmeResidence(self._store, name, slot.num_bytes, self._links, staging).fetch(slot).wait()
+            elif staging is None:
+                fill_slot(draft, self._workload.sources, slot)
+            else:
+                stage = staging.acquire(slot.num_bytes, name, patience_seconds=WAIT_SECONDS)
+                fill_slot(draft, self._workload.sources, stage)
+                self._links.wait(self._links.copy(stage, slot))
+                del stage  # the next block wants it
+            if self._state is not None and draft.trains:
+                self._state.weights_rest_in(name, slot)
+            accesses[name] = ResidentAccess(slot)
+        return accesses
+
+    def ring(self, ring: Ring) -> tuple[RingExecutor, dict[str, Access]]:
+        """Slots for a ring, what its blocks rest in, and how to get at them."""
+        arena = self._tiers.arena(Tier.DEVICE, f"ring of {ring.name}", ring.device_bytes)
+        drafts = [self._workload.draft(name) for name in ring.blocks]
+        splits = [self._split(ring, draft) for draft in drafts]
+        staging = self._staging(ring, splits)
+        in_host = self._arena(Tier.HOST, "weights", [split.host_bytes for split in splits])
+        stays = [
+            draft.spec.first_streamed_bytes(split.device_bytes) for draft, split in zip(drafts, splits, strict=True)
+        ]
+        in_device = self._arena(Tier.DEVICE, f"what stays of {ring.name}", stays)
+        residents: list[Slot | None] = []
+        residences: list[Residence] = []
+        for draft, split, num_bytes in zip(drafts, splits, stays, strict=True):
+            resident = in_device.acquire(num_bytes, draft.name) if in_device is not None and num_bytes else None
+            host = in_host.acquire(split.host_bytes, draft.name) if in_host is not None and split.host_bytes else None
+            residents.append(resident)
+            residences.append(self._residence(ring, draft, split, resident, host, staging))
+        executor = RingExecutor(
+            ring, residences, arena, backward=self._visited_in_backward(ring), recorder=self._recorder
+        )
+        accesses: dict[str, Access] = {}
+        for index, (draft, split, resident) in enumerate(zip(drafts, splits, residents, strict=True)):
+            streamed = RingAccess(executor, index)
+            accesses[draft.name] = (
+                streamed if resident is None else PartedAccess(resident, streamed, split.device_bytes)
+            )
+        return executor, accesses
+
+    def _split(self, ring: Ring, draft: BlockDraft) -> Split:
+        """Where the block's bytes rest: as the plan's classes say, or whole."""
+        split = self._plan.weights_of(draft.name)
+        if split is not None:
+            return split
+        num_bytes, on_nvme = draft.spec.stored_bytes, ring.rest is Tier.NVME
+        return Split(device_bytes=0, host_bytes=0 if on_nvme else num_bytes, nvme_bytes=num_bytes if on_nvme else 0)
+
+    def _staging(self, ring: Ring, splits: Sequence[Split]) -> Arena | None:
+        """Where in HOST what comes from NVME lands, if it does not land where it is used."""
+        largest = max(split.nvme_bytes for split in splits)
+        if self._tiers.unified or not largest:
+            return None
+        slots = ring.num_slots
+        if self._plan.classes and ring.name == "layers":
+            slots = self._plan.buffers.host_slots
+        return self._tiers.arena(Tier.HOST, f"staging for {ring.name}", slots * align_up(largest, IO_ALIGNMENT_BYTES))
+
+    def _arena(self, tier: Tier, name: str, sizes: Sequence[int]) -> Arena | None:
+        num_bytes = sum(align_up(size, IO_ALIGNMENT_BYTES) for size in sizes)
+        return self._tiers.arena(tier, name, num_bytes) if num_bytes else None
+
+    def _residence(
+        self,
+        ring: Ring,
+        draft: BlockDraft,
+        split: Split,
+        resident: Slot | None,
+        host: Slot | None,
+        staging: Arena | None,
+    ) -> Residence:
+        whole = draft.spec.stored_bytes
+        if split.nvme_bytes == whole:
+            return self._on_nvme(ring, draft, staging)
+        if host is not None and split.host_bytes == whole:
+            fill_slot(draft, self._workload.sources, host)
+            if self._state is not None and draft.trains:
+                self._state.weights_rest_in(draft.name, host)
+            return HostResidence(host, self._links)
+        part = None
+        if split.nvme_bytes:
+            part = StorePart(self._open_store(ring), draft.name, whole - split.nvme_bytes, split.nvme_bytes)
+        for offset_bytes, piece in self._pieces(draft):
+            for begin_bytes, place in ((0, resident), (split.device_bytes, host)):
+                if place is not None:
+                    self._copy(offset_bytes, piece, begin_bytes, place)
+            if part is not None:
+                part.see(offset_bytes, piece)
+        parts: list[tuple[int, Residence]] = []
+        if host is not None:
+            parts.append((0, HostResidence(host, self._links)))
+        if part is not None:
+            parts.append((split.host_bytes, NvmeResidence(part, draft.name, part.num_bytes, self._links, staging)))
+        return SplitResidence(parts)
+
+    def _on_nvme(self, ring: Ring, draft: BlockDraft, staging: Arena | None) -> Residence:
+        if self._state is not None and draft.trains:
+            return self._state.residence(draft, staging)
+        return NvmeResidence(self._open_store(ring), draft.name, draft.spec.stored_bytes, self._links, staging)
+
+    def _open_store(self, ring: Ring) -> Store:
+        if self._store is None:
+            raise ConfigError(f"plan: ring {ring.name!r} rests on NVME, but nvme= gives no folder")
+        return self._store
+
+    def _pieces(self, draft: BlockDraft) -> Iterator[tuple[int, Slot]]:
+        """The bytes of a frozen block in order, in HOST: (offset in the block, a piece valid until the next one).
+
+        From the store where there is one, which verifies them; otherwise encoded once more. Blocks.
+        """
+        staging = Arena("pieces of weights", STAGING_BYTES)
+        if self._store is not None:
+            yield from self._store.slabs(draft.name, staging)
+            return
+        for offset_bytes, tensor in block_pieces(draft, self._workload.sources):
+            data = tensor.detach().reshape(-1).view(torch.uint8)
+            for begin in range(0, data.numel(), STAGING_BYTES):
+                piece = staging.acquire(min(STAGING_BYTES, data.numel() - begin), draft.name)
+                piece.tensor(torch.uint8, (piece.num_bytes,)).copy_(data[begin : begin + piece.num_bytes])
+                yield offset_bytes + begin, piece
+                del piece
+
+    def _copy(self, offset_bytes: int, piece: Slot, begin_bytes: int, place: Slot) -> None:
+        """Puts what of `piece` belongs to `place`, which holds the block from `begin_bytes` on, there. Blocks."""
+        first = max(offset_bytes, begin_bytes)
+        last = min(offset_bytes + piece.num_bytes, begin_bytes + place.num_bytes)
+        if first >= last:
+            return
+        source, target = piece.part(first - offset_bytes, last - first), place.part(first - begin_bytes, last - first)
+        if target.on_device:
+            self._links.wait(self._links.copy(source, target))
+        else:
+            target.tensor(torch.uint8, (last - first,)).copy_(source.tensor(torch.uint8, (last - first,)))
+
+    def _visited_in_backward(self, ring: Ring) -> frozenset[int]:
+        """The hint for the ring's schedule: layers from the first one that trains on; the head, if anything."""
+        modules = [self._workload.draft(name).modules for name in ring.blocks]
+        if ring.name == "layers":
+            training = (
+                index
+                for index, owners in enumerate(modules)
+                if any(p.requires_grad for module in owners for p in module.parameters())
+            )
+            return frozenset(range(next(training, 0), len(modules)))
+        if self._plan.head_chunk_tokens is not None:
+            return frozenset()  # the gradients of tiles are taken in forward
+        return frozenset(i for i, owners in enumerate(modules) if any(isinstance(m, nn.Linear) for m in owners))
