@@ -1,6 +1,7 @@
 """Layers by chunks of tokens: the numbers of plain autograd, with the work and the memory that the policy says."""
 
 import copy
+import gc
 import logging
 from collections import Counter
 
@@ -496,6 +497,21 @@ def test_a_dropped_graph_gives_its_places_back():
     assert arena.held_bytes() == 0
     step(model, inputs)
     assert arena.held_bytes() == 0
+
+
+@pytest.mark.parametrize("store_qkv", [True, False])
+def test_a_step_leaves_no_tensor_behind(store_qkv):
+    """A replay's way up to attention has a graph of which only a part is gone through."""
+    model, inputs = build(), batch()
+    cut(model, policy(0.5, 4, store_qkv=store_qkv))
+
+    def num_tensors():
+        step(model, inputs)
+        gc.collect()
+        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+    num_tensors()  # has tried the layers
+    assert num_tensors() == num_tensors()
 
 
 def test_hooks_of_parameters_fire_once():

@@ -175,7 +175,7 @@ class SavedTensors:
         if weight is not None:
             return weight
         if self._transient or address in self._stays:
-            return tensor
+            return tensor.detach()  # with its graph, an operation that saves its own result would hold itself
         entry = self._open.get(address)
         if entry is None:
             if self._stash is not None and storage.nbytes() > 2 * tensor.numel() * tensor.element_size():
