@@ -2,7 +2,7 @@
 
 A stashed input is copied out right after its layer's forward has begun to use it and fetched back before its layer's
 backward; while one layer is recomputed, the input of the one before it is on its way. In HOST it lies in an arena, on
-NVME in the scratch file, through two staging slots.
+NVME in the scratch file, through staging slots.
 """
 
 from __future__ import annotations
@@ -74,18 +74,36 @@ class _HostStashed:
 
 
 class NvmeStash:
-    """Tensors in a scratch file. `staging` holds four of the largest: two on their way out, two on their way in."""
+    """Tensors in a scratch file. `staging` has four slots: two on their way out, two on their way in.
+
+    A tensor that is larger than a slot goes in pieces, so that staging need not grow with what is put away.
+    """
 
     def __init__(self, scratch: Scratch, staging: Arena, links: Links) -> None:
         self._scratch = scratch
         self._staging = staging
+        self._piece_bytes = max(staging.num_bytes // 4 // IO_ALIGNMENT_BYTES, 1) * IO_ALIGNMENT_BYTES
         self._links = links
         self._last: weakref.ref[_NvmeStashed] | None = None
-        self._reading: weakref.WeakSet[_NvmeStashed] = weakref.WeakSet()
-        self._writing: list[_NvmeStashed] = []
+        self._reading: weakref.WeakSet[_Piece] = weakref.WeakSet()
+        self._writing: list[_Piece] = []
 
     def put(self, tensor: torch.Tensor) -> Stashed | None:
-        num_bytes = align_up(tensor.numel() * tensor.element_size(), IO_ALIGNMENT_BYTES)
+        source = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        stashed = _NvmeStashed(self, tensor.shape, tensor.dtype)
+        for part in torch.split(source, self._piece_bytes):
+            piece = self._write(part)
+            if piece is None:
+                stashed.release()
+                return None
+            stashed.pieces.append(piece)
+        stashed.previous = self._last
+        self._last = weakref.ref(stashed)
+        return stashed
+
+    def _write(self, part: torch.Tensor) -> _Piece | None:
+        """Starts writing `part` out of a slot; None where there is no slot or no room on the drive."""
+        num_bytes = align_up(part.numel(), IO_ALIGNMENT_BYTES)
         while len(self._writing) >= 2:
             self._writing.pop(0).finish_write()
         slot = self._staging.try_acquire(num_bytes, "activations on their way out")
@@ -98,35 +116,33 @@ class NvmeStash:
             place = self._scratch.acquire(num_bytes)
         except StorageFull:
             return None
-        slot.tensor(tensor.dtype, tensor.shape).copy_(tensor)
+        slot.tensor(part.dtype, part.shape).copy_(part)
         if self._links.recorder is not None:
             self._links.recorder.use("stash", writes=[slot.range])
-        stashed = _NvmeStashed(self, place, place.write(slot), tensor.shape, tensor.dtype)
-        self._writing.append(stashed)
-        stashed.previous = self._last
-        self._last = weakref.ref(stashed)
-        return stashed
+        piece = _Piece(self, place, place.write(slot), part.numel())
+        self._writing.append(piece)
+        return piece
 
-    def start_read(self, stashed: _NvmeStashed, place: ScratchRange) -> tuple[Slot, Transfer] | None:
+    def start_read(self, piece: _Piece, place: ScratchRange) -> tuple[Slot, Transfer] | None:
         """Starts reading `place` back, if there is a free slot."""
         slot = self._staging.try_acquire(place.num_bytes, "activations on their way in")
         if slot is None:
             return None
-        self._reading.add(stashed)
+        self._reading.add(piece)
         return slot, place.read(slot)
 
     def free_staging(self) -> None:
         """Waits for writes under way, and gives up what was read ahead: another tensor is wanted than foreseen."""
         while self._writing:
             self._writing.pop(0).finish_write()
-        for stashed in list(self._reading):
-            stashed.drop_read()
+        for piece in list(self._reading):
+            piece.drop_read()
 
     def start_previous(self, stashed: _NvmeStashed) -> None:
         """Starts reading the tensor stashed before this one: backward will want it next."""
         reference = stashed.previous
         while reference is not None and (before := reference()) is not None:
-            if before.is_held:
+            if before.pieces:
                 before.start_read()
                 return
             reference = before.previous
@@ -135,31 +151,27 @@ class NvmeStash:
         self._links.wait(transfer)
 
 
-class _NvmeStashed:
-    def __init__(
-        self, stash: NvmeStash, place: ScratchRange, write: Transfer, shape: torch.Size, dtype: torch.dtype
-    ) -> None:
-        self.previous: weakref.ref[_NvmeStashed] | None = None
+class _Piece:
+    """A range of a stashed tensor's bytes that moves at once."""
+
+    def __init__(self, stash: NvmeStash, place: ScratchRange, write: Transfer, num_bytes: int) -> None:
         self._stash = stash
         self._place: ScratchRange | None = place
         self._write: Transfer | None = write
         self._read: tuple[Slot, Transfer] | None = None
-        self._shape = shape
-        self._dtype = dtype
-
-    @property
-    def is_held(self) -> bool:
-        return self._place is not None
+        self.num_bytes = num_bytes
 
     def finish_write(self) -> None:
         if self._write is not None:
             self._stash.wait(self._write)  # raises again, as often as it is asked, if the write failed
             self._write = None
 
-    def start_read(self) -> None:
+    def start_read(self) -> bool:
+        """Whether it is on its way; not where there is no free slot."""
         self.finish_write()
         if self._read is None and self._place is not None:
             self._read = self._stash.start_read(self, self._place)
+        return self._read is not None
 
     def drop_read(self) -> None:
         """Gives up a read, which must be over before its place or its slot is used again."""
@@ -167,20 +179,17 @@ class _NvmeStashed:
             self._stash.wait(self._read[1])
             self._read = None
 
-    def load(self) -> torch.Tensor:
-        self.start_read()
-        if self._read is None and self._place is not None:
+    def load_into(self, part: torch.Tensor) -> None:
+        """Blocks until its bytes are in `part`."""
+        if not self.start_read():
             self._stash.free_staging()
             self.start_read()
         if self._read is None:
             raise RuntimeError("stash: loaded after its release, or no staging slot for it")
         slot, read = self._read
         self._stash.wait(read)
-        tensor = slot.tensor(self._dtype, self._shape).clone()
+        part.copy_(slot.tensor(part.dtype, part.shape))
         self._read = None
-        del slot, read
-        self._stash.start_previous(self)
-        return tensor
 
     def release(self) -> None:
         # Transfers own their memory, but the range on the drive must not be reused while one is under way. An error
@@ -190,3 +199,36 @@ class _NvmeStashed:
                 if transfer is not None:
                     self._stash.wait(transfer)
         self._place = self._write = self._read = None
+
+
+class _NvmeStashed:
+    def __init__(self, stash: NvmeStash, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.previous: weakref.ref[_NvmeStashed] | None = None
+        self.pieces: list[_Piece] = []
+        self._stash = stash
+        self._shape = shape
+        self._dtype = dtype
+
+    def start_read(self) -> None:
+        """Starts reading as much as has room on its way in."""
+        for piece in self.pieces[:2]:
+            if not piece.start_read():
+                return
+
+    def load(self) -> torch.Tensor:
+        if not self.pieces:
+            raise RuntimeError("stash: loaded after its release")
+        tensor = torch.empty(self._shape, dtype=self._dtype)
+        flat = tensor.view(-1).view(torch.uint8)
+        parts = torch.split(flat, [piece.num_bytes for piece in self.pieces])
+        for index, (piece, part) in enumerate(zip(self.pieces, parts, strict=True)):
+            if piece.start_read() and index + 1 < len(self.pieces):
+                self.pieces[index + 1].start_read()
+            piece.load_into(part)
+        self._stash.start_previous(self)
+        return tensor
+
+    def release(self) -> None:
+        for piece in self.pieces:
+            piece.release()
+        self.pieces = []

@@ -65,6 +65,25 @@ def test_the_next_one_is_on_its_way_while_one_is_used(parts):
     assert parts.links.counters.bytes_read == 2 * PAGE
 
 
+@pytest.mark.parametrize("num_bytes", [PAGE + 4, 4 * PAGE, 7 * PAGE])
+def test_what_is_larger_than_a_staging_slot_goes_in_pieces(parts, num_bytes):
+    if parts.kind == "host":
+        pytest.skip("HOST has no staging")
+    large = (torch.arange(num_bytes // 4) * 0.1).reshape(1, -1)
+    first, second = parts.stash.put(tensor(7)), parts.stash.put(large)
+    assert parts.links.counters.bytes_written == PAGE + -(-num_bytes // PAGE) * PAGE
+    for _ in range(2):
+        assert torch.equal(second.load(), large)
+        assert torch.equal(first.load(), tensor(7))
+    assert parts.stash.put(torch.ones(8 * PAGE // 4)) is None, "there is room for seven pages beside the first"
+    second.release()
+    first.release()
+    assert parts.arena.held_bytes() == 0
+    all_of_it = parts.stash.put(torch.ones(8 * PAGE // 4))
+    assert torch.equal(all_of_it.load(), torch.ones(8 * PAGE // 4))
+    assert parts.recorder.check() == []
+
+
 def test_any_order_works(parts):
     held = [parts.stash.put(tensor(i)) for i in range(6)]
     for number in (3, 0, 5, 5, 1, 4, 2, 3):
