@@ -104,6 +104,7 @@ class _Assembly:
         self.workload = workload
         self.problem = problem
         self.plan = plan
+        self.options = options
         self.progress = progress
         on_cpu = workload.config.device == "cpu"
         self.device = options.device if on_cpu else CudaDevice(workload.config.device)
@@ -350,7 +351,8 @@ class _Assembly:
 
         shared: dict[str, Any] = {
             "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
-            "between": between, "deliver": deliver, "together": lambda: runtime.turns.active,
+            "leave_out_product": self.options.leave_out_products, "between": between, "deliver": deliver,
+            "together": lambda: runtime.turns.active,
         }  # fmt: skip
         policy = policy_of(self.plan, draft)
         if policy is None or runtime.tokenwise is None:

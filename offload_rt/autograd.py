@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from offload_rt.access import Access, graph_is_kept, opened, put_forward_back, without_hooks
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
+from offload_rt.last_product import ResultWanted, is_product, left_out
 from offload_rt.stash import Stash
 from planners.schedule import Phase
 
@@ -45,6 +46,8 @@ class LayerCounters:
 
     num_forwards: int = 0
     num_recomputes: int = 0
+    num_products_left_out: int = 0
+    """Of the recomputes, those that went without the layer's last product; see `last_product`."""
     num_not_stashed: int = 0
     """Layer inputs that stayed in DEVICE memory because the place that the plan gave them was full."""
 
@@ -60,6 +63,7 @@ class RecomputedLayer:
         *,
         stash: Stash | None = None,
         hold_decoded: bool = False,
+        leave_out_product: bool = True,
         counters: LayerCounters | None = None,
         between: Callable[[], None] = lambda: None,
         deliver: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
@@ -88,6 +92,7 @@ class RecomputedLayer:
         self._forward: Callable[..., Any] = layer.forward
         self._had_own_forward = "forward" in layer.__dict__
         self._num_checks = 0
+        self._leave_out_product = leave_out_product
 
     def attach(self) -> None:
         self.layer.forward = self
@@ -199,6 +204,21 @@ class RecomputedLayer:
                 f"{self.block.name} gave NaN for finite inputs. Either the model itself does, or it reads a quantized "
                 f"weight without calling the module that owns it, which bits=4 does not support"
             )
+
+    def run_again(self, call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The recompute: outputs that have a graph, and perhaps no values. See `last_product`."""
+        last = self.block.last_called
+        if self._leave_out_product and last is not None and is_product(last) and self._num_checks >= CHECKED_CALLS:
+            try:
+                with self.recording(), left_out(last):
+                    outputs = call.run(tensors)
+                self.counters.num_products_left_out += 1
+                return outputs
+            except ResultWanted:
+                self._leave_out_product = False
+                call.draw_again()
+        with self.recording():
+            return call.run(tensors)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -312,10 +332,14 @@ class Call:
             torch.random.fork_rng(devices=[] if self.gpu_rng_state is None else [self.device]),
             torch.autocast(self.device.type, enabled=enabled, dtype=dtype, cache_enabled=self.autocast_cache),
         ):
-            torch.set_rng_state(self.rng_state)
-            if self.gpu_rng_state is not None:
-                torch.cuda.set_rng_state(self.gpu_rng_state, self.device)
+            self.draw_again()
             yield
+
+    def draw_again(self) -> None:
+        """Random numbers go on as they did in forward. Inside `as_in_forward`."""
+        torch.set_rng_state(self.rng_state)
+        if self.gpu_rng_state is not None:
+            torch.cuda.set_rng_state(self.gpu_rng_state, self.device)
 
 
 class _Recompute(torch.autograd.Function):
@@ -374,8 +398,7 @@ class _Recompute(torch.autograd.Function):
             without_hooks(call.trainable),
             call.as_in_forward(),
         ):
-            with owner.recording():
-                outputs = call.run(detached)
+            outputs = owner.run_again(call, detached)
             pairs = [
                 (out, grad)
                 for out, grad in zip(outputs, grad_outputs, strict=True)

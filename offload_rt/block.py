@@ -79,6 +79,8 @@ class Block:
     bindings: tuple[Binding, ...]
     decoder: Decoder
     slot: BlockBytes | None = None
+    last_called: nn.Module | None = None
+    """Of the modules that own its weights, the one that was called last, besides the block's own."""
     _num_open: int = 0
     _of_owner: dict[nn.Module, list[Binding]] = field(default_factory=dict)
     _shown: dict[nn.Module, _Shown] = field(default_factory=dict)
@@ -200,6 +202,7 @@ class Block:
             self._unshow(module)
 
     def _before(self, module: nn.Module, args: Any) -> None:
+        self.last_called = module
         self._show(module)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:

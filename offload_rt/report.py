@@ -50,6 +50,7 @@ def report(
         "training": None if runtime.training is None else runtime.training.report(),
         "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
         "recomputes": runtime.layer_counters.num_recomputes,
+        "products_left_out": runtime.layer_counters.num_products_left_out,
         "decodes": runtime.decoder.counters.num_decodes,
         "decoded_elements": runtime.decoder.counters.decoded_elements,
         "decode_overflow_bytes": runtime.decoder.counters.overflow_bytes,

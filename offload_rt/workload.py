@@ -64,6 +64,8 @@ class RuntimeOptions:
     layer_inputs: Tier | None = None
     """Where layer inputs wait, in place of the plan's choice."""
     decode_scope: DecodeScope | None = None
+    leave_out_products: bool = True
+    """Recompute layers without their last product, where nobody wants its result."""
     head_chunk_tokens: int | None = None
     """Rows of a tile of the loss head, in place of the plan's."""
     activations: ActivationPolicy | None = None
