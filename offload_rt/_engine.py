@@ -27,9 +27,9 @@ from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.device_cuda import find_device
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
+from offload_rt.heap import Base
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
 from offload_rt.optimizer.saving import committed_values, load_training, save_training
-from offload_rt.profile import resident_bytes
 from offload_rt.report import report, summary
 from offload_rt.runtime import Runtime
 from planners.plan import Plan
@@ -100,7 +100,6 @@ class Engine:
         progress: Progress | None = None,
         options: RuntimeOptions | None = None,
     ) -> None:
-        resident_at_start = resident_bytes()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
         if emulate is not None:
@@ -119,9 +118,6 @@ class Engine:
         )
         given_plan = _read_plan(plan)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
-        # What the model holds already is the plan's to account for.
-        held = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
-        self._base_bytes = max(0, resident_at_start - held)
         flags = {id(p): p.requires_grad for p in model.parameters()}
         self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
         try:
@@ -132,6 +128,9 @@ class Engine:
             self.optimizer: torch.optim.Optimizer | None = _make_optimizer(optimizer, lr, list(self.trainable.values()))
             if self.optimizer is not None:
                 check_optimizer(self.optimizer, self.trainable)
+            # What a first optimizer makes torch import is the base's, as peft is; what the model holds is the plan's.
+            held = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
+            self._base = Base.now(besides_bytes=held)
             self._runtime: Runtime = assemble(
                 self.model,
                 None if checkpoint is None else Path(checkpoint),
@@ -139,7 +138,7 @@ class Engine:
                 given_plan,
                 options if options is not None else RuntimeOptions(),
                 progress,
-                base_bytes=self._base_bytes,
+                base=self._base,
                 optimizer=self.optimizer,
             )
         except BaseException:
@@ -381,7 +380,11 @@ class Engine:
     def report(self) -> dict[str, Any]:
         """What moved, what it cost, and who holds memory, since the start. Bytes and seconds; see `report.report`."""
         return report(
-            self._runtime, self.config, step=self.step_number, wear_from=self._wear_from, base_bytes=self._base_bytes
+            self._runtime,
+            self.config,
+            step=self.step_number,
+            wear_from=self._wear_from,
+            base_bytes=self._base.resident_bytes,
         )
 
     def summary(self) -> str:

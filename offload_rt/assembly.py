@@ -29,7 +29,7 @@ from offload_rt.discover import BlockDraft, Coverage, check_coverage, coverage
 from offload_rt.edge import StreamedModule, keep_head_input_contiguous
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
-from offload_rt.heap import HeapGuard
+from offload_rt.heap import Base, HeapGuard
 from offload_rt.loss_head import LossHead
 from offload_rt.plan_check import check_plan
 from offload_rt.recording import Recorder
@@ -69,12 +69,12 @@ def assemble(
     options: RuntimeOptions,
     progress: Progress | None = None,
     *,
-    base_bytes: int = 0,
+    base: Base,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Runtime:
     """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all.
 
-    base_bytes: resident memory of the process without what the plan accounts for.
+    base: the process without what the plan accounts for.
     """
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
@@ -84,7 +84,7 @@ def assemble(
         chosen = plan if plan is not None else plan_streaming(problem, rest=options.rest)
         chosen = with_options(chosen, workload.drafts, options)
         check_plan(chosen, problem, workload)
-        with _Assembly(workload, problem, chosen, options, progress, base_bytes) as assembly:
+        with _Assembly(workload, problem, chosen, options, progress, base) as assembly:
             return assembly.run(covered, optimizer)
 
 
@@ -98,9 +98,9 @@ class _Assembly:
         plan: Plan,
         options: RuntimeOptions,
         progress: Progress | None,
-        base_bytes: int,
+        base: Base,
     ) -> None:
-        self.base_bytes = base_bytes
+        self.base = base
         self.workload = workload
         self.problem = problem
         self.plan = plan
@@ -288,8 +288,7 @@ class _Assembly:
         optimizer: torch.optim.Optimizer | None,
     ) -> Runtime:
         """Takes the weights out of the model and puts the hooks in. Nothing before this changed the model."""
-        memory = (self.tiers.account(Tier.DEVICE), self.tiers.account(Tier.HOST))
-        heap = HeapGuard(self.base_bytes + sum({account.tier: account.used_bytes for account in memory}.values()))
+        heap = self._heap()
         workload = self.workload
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
@@ -303,7 +302,7 @@ class _Assembly:
         materialise_rest(workload.model, workload.rest, stored)
         if self.state is not None and optimizer is not None:
             self.state.begin()
-            runtime.training = self.state.finish(optimizer, self._drain, self.turns)
+            runtime.training = self.state.finish(optimizer, self._drain, self.turns, make_room=heap.check)
         for draft in workload.drafts:
             bindings = tuple(
                 Binding(spec, entry.parameter, entry.owners)
@@ -329,7 +328,7 @@ class _Assembly:
         for module in runtime.streamed:
             module.attach()
         runtime.contiguous_head = keep_head_input_contiguous(workload.model)
-        runtime.loss_head = self._loss_head(runtime.streamed)
+        runtime.loss_head = self._loss_head(runtime)
         heap.trim()  # of what the weights and their encoding have left
         return runtime
 
@@ -361,7 +360,17 @@ class _Assembly:
             draft.modules[0], block, access, policy=policy, tokenwise=runtime.tokenwise, **shared
         )  # fmt: skip
 
-    def _loss_head(self, streamed: list[StreamedModule]) -> LossHead | None:
+    def _heap(self) -> HeapGuard:
+        """Guards what the plan leaves to the C library: all of memory on the CPU device, of HOST on a GPU."""
+        tiers = (Tier.DEVICE, Tier.HOST) if self.workload.config.device == "cpu" else (Tier.HOST,)
+        accounts = {account.tier: account for account in map(self.tiers.account, tiers)}.values()
+        return HeapGuard(
+            self.base, planned_bytes=sum(account.used_bytes for account in accounts),
+            arena_bytes=sum(account.arena_bytes for account in accounts),
+            slack_bytes=self.plan.allocator_slack_bytes,
+        )  # fmt: skip
+
+    def _loss_head(self, runtime: Runtime) -> LossHead | None:
         """Puts the loss into tiles, if the plan says so."""
         chunk_tokens = self.plan.head_chunk_tokens
         if chunk_tokens is None:
@@ -370,7 +379,9 @@ class _Assembly:
         if causal is None:
             raise ConfigError("plan: takes the loss in tiles, but the model has no loss that can be")
         output: Any = getattr(causal, "get_output_embeddings", lambda: None)()
-        behind = [module.held for module in streamed if output is not None and module.module in output.modules()]
-        head = LossHead(causal, chunk_tokens, *behind[:1])
+        behind = [
+            module.held for module in runtime.streamed if output is not None and module.module in output.modules()
+        ]
+        head = LossHead(causal, chunk_tokens, *behind[:1], between=runtime.heap.check)
         head.attach()
         return head

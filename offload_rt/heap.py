@@ -4,8 +4,10 @@
 PyTorch asks for aligned memory, and glibc does not find a freed block of exactly the wanted size again (its bug 14581:
 it looks for one that is larger by the alignment). Over a few steps whose tensors never exceed 60 MiB together, the heap
 of the SmolLM2 demo grew by 480 MiB of freed memory. `malloc_trim` gives the pages of such holes back to the system; to
-do so after every layer would cost the faults of taking them again, so it is done when the process has outgrown what the
-plan allows it, and at most once for every `margin_bytes` of growth.
+do so after every layer would cost the faults of taking them again. So it is done when there are more holes than the
+plan grants: then whatever comes fits, though none of them is used again. Holes are what the process has grown by, less
+what the heap has in use (`mallinfo2`). Where the C library does not say that, it is done when the process has outgrown
+the whole plan, which what comes next may exceed by its own size.
 """
 
 from __future__ import annotations
@@ -16,6 +18,44 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class _MallInfo2(ctypes.Structure):
+    """glibc's `struct mallinfo2`, of all its arenas."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+
+
+def heap_bytes() -> int | None:
+    """What is in use of the C library's heap, mapped blocks included; None where it does not say (glibc < 2.33)."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return None
+    mallinfo2.restype = _MallInfo2
+    found = mallinfo2()
+    return int(found.uordblks) + int(found.hblkhd)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a process held before there was an engine."""
+
+    resident_bytes: int
+    heap_bytes: int | None
+    """In use of the C library's heap; None where it does not say."""
+
+    @staticmethod
+    def now(*, besides_bytes: int = 0) -> Base:
+        """Of this process, without `besides_bytes` that are accounted for elsewhere."""
+        with open("/proc/self/statm", "rb", buffering=0) as statm:
+            resident = int(statm.read().split()[1]) * _PAGE_BYTES
+        in_use = heap_bytes()
+        return Base(max(0, resident - besides_bytes), None if in_use is None else max(0, in_use - besides_bytes))
 
 
 @dataclass
@@ -29,25 +69,31 @@ class HeapCounters:
 
 
 class HeapGuard:
-    """Called between layers. `limit_bytes`: resident memory of the process from which on holes are given back."""
+    """Called between layers, and wherever much memory is about to be asked for.
 
-    def __init__(self, limit_bytes: int, *, margin_bytes: int = 64 << 20) -> None:
+    The process may hold `planned_bytes` above `base`: `arena_bytes` of them lie outside the heap, and `slack_bytes` are
+    for holes.
+    """
+
+    def __init__(self, base: Base, *, planned_bytes: int, arena_bytes: int, slack_bytes: int) -> None:
         self.counters = HeapCounters()
-        self._margin_bytes = margin_bytes
-        self._limit_bytes = self._trim_at = limit_bytes
+        self._base = base
+        self._arena_bytes = arena_bytes
+        self._limit_bytes = base.resident_bytes + planned_bytes
+        self._holes_allowed = self._trim_at = slack_bytes
         self._statm: BinaryIO = open("/proc/self/statm", "rb", buffering=0)  # noqa: SIM115 - read between all layers
         # A C library without it (musl) holds nothing back.
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def check(self) -> None:
-        """Takes some microseconds, unless it is time to trim."""
+        """Takes some ten microseconds, unless it is time to trim."""
         resident = self.resident_bytes()
         self.counters.peak_bytes = max(self.counters.peak_bytes, resident)
-        if resident > self._trim_at:
+        if self._holes(resident) > self._trim_at:
             self.trim()
 
     def trim(self) -> None:
-        """Gives all holes back, whatever the limit."""
+        """Gives all holes back, whatever the plan grants."""
         if self._malloc_trim is None:
             return
         resident = self.resident_bytes()
@@ -55,7 +101,8 @@ class HeapGuard:
         left = self.resident_bytes()
         self.counters.num_trims += 1
         self.counters.returned_bytes += max(0, resident - left)
-        self._trim_at = max(self._limit_bytes, left + self._margin_bytes)
+        # What cannot be given back must not make every check a trim.
+        self._trim_at = max(self._holes_allowed, self._holes(left) + self._holes_allowed // 2)
 
     def resident_bytes(self) -> int:
         """Resident memory of this process now."""
@@ -63,3 +110,10 @@ class HeapGuard:
 
     def close(self) -> None:
         self._statm.close()
+
+    def _holes(self, resident_bytes: int) -> int:
+        """What of the resident memory is neither the base's nor an arena's nor in use. May be below 0."""
+        in_use = heap_bytes()
+        if in_use is None or self._base.heap_bytes is None:
+            return resident_bytes - self._limit_bytes + self._holes_allowed
+        return resident_bytes - self._base.resident_bytes - self._arena_bytes - (in_use - self._base.heap_bytes)

@@ -55,7 +55,8 @@ class LossHead:
     """Replaces the `forward` of a causal model while the engine lives.
 
     causal: what `find_causal_model` gave. chunk_tokens: most rows of a tile. held: makes the head's weights stay in
-    memory inside; a streamed head is fetched once a call and not once a tile.
+    memory inside; a streamed head is fetched once a call and not once a tile. between: called before a tile, and before
+    its gradients, which are as large as the vocabulary, are added up.
     """
 
     def __init__(
@@ -63,10 +64,13 @@ class LossHead:
         causal: nn.Module,
         chunk_tokens: int,
         held: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        *,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self.causal = causal
         self.chunk_tokens = chunk_tokens
         self.counters = LossHeadCounters()
+        self.between = between
         self._held = held
         self._forward: Callable[..., Any] = causal.forward
         self._had_own_forward = "forward" in causal.__dict__
@@ -215,6 +219,7 @@ class _Tail:
         self.ignore_index = int(arguments.get("ignore_index", IGNORED))
         self.chunk_tokens = head.chunk_tokens
         self.counters = head.counters
+        self.between = head.between
         self.wants_grad = torch.is_grad_enabled()
         self.output: Any = None
         """Of the last tile, without loss and logits."""
@@ -308,6 +313,7 @@ class _Tiles(torch.autograd.Function):
         losses: list[torch.Tensor] = []
         num_tiles = -(-rows_M.numel() // tail.chunk_tokens)
         for rows_C in rows_M.tensor_split(num_tiles):
+            tail.between()
             hidden_CD = hidden_ND.index_select(0, rows_C).requires_grad_(hidden_grad_ND is not None)
             with torch.set_grad_enabled(wants_grad), without_hooks(list(parameters)):
                 loss = tail.loss(hidden_CD, targets_N[rows_C], num_items)
@@ -315,6 +321,7 @@ class _Tiles(torch.autograd.Function):
                 found = torch.autograd.grad(loss, sources, allow_unused=True) if wants_grad else ()
             losses.append(loss.detach())
             del loss
+            tail.between()
             if hidden_grad_ND is not None and found[0] is not None:
                 hidden_grad_ND.index_copy_(0, rows_C, found[0])
             for index, gradient in enumerate(found[len(found) - len(parameters) :] if wants_grad else ()):

@@ -118,7 +118,12 @@ class StateAssembly:
             self._links.wait(write)
 
     def finish(
-        self, made: torch.optim.Optimizer, before_weights_change: Callable[[], None], turns: Turns
+        self,
+        made: torch.optim.Optimizer,
+        before_weights_change: Callable[[], None],
+        turns: Turns,
+        *,
+        make_room: Callable[[], None],
     ) -> FullTraining:
         """The training, begun: its first commit is there, unless the log goes on from an earlier run."""
         config = self._workload.config
@@ -143,7 +148,7 @@ class StateAssembly:
                 self._draft.blocks, self.home, gradients, stepper, progress, made, mode=self._plan.update_mode,
                 accumulation_steps=config.accumulation_steps, max_grad_norm=config.max_grad_norm,
                 commit_every=commit_every, before_weights_change=before_weights_change,
-                more_to_come=lambda: turns.active and not turns.is_last,
+                make_room=make_room, more_to_come=lambda: turns.active and not turns.is_last,
                 commit_folder=self.folders[0] if self.folders else None, on_close=self.close,
             )
         )  # fmt: skip

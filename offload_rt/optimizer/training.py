@@ -67,12 +67,14 @@ class FullTraining:
         max_grad_norm: float | None,
         commit_every: int | None,
         before_weights_change: Callable[[], None],
+        make_room: Callable[[], None],
         more_to_come: Callable[[], bool],
         commit_folder: Path | None,
         on_close: Callable[[], None],
     ) -> None:
-        """`before_weights_change` makes sure that nobody reads weights ahead; `more_to_come` is whether the next to
-        arrive are another micro-batch's gradients of the same block.
+        """`before_weights_change` makes sure that nobody reads weights ahead; `make_room` is called before memory is
+        taken for what is as large as a vocabulary; `more_to_come` is whether the next to arrive are another
+        micro-batch's gradients of the same block.
         """
         self.blocks = tuple(blocks)
         self.home = home
@@ -94,6 +96,7 @@ class FullTraining:
         self._declared = accumulation_steps
         self._max_grad_norm = max_grad_norm
         self._before_weights_change = before_weights_change
+        self._make_room = make_room
         self._more_to_come = more_to_come
         self._on_close = on_close
         self._now = Step(order=tuple(reversed(self.blocks)))
@@ -119,6 +122,8 @@ class FullTraining:
                 f"{why}, and had been updated by then, so that later ones were taken with new weights. This step was "
                 f"dropped; the next ones wait for step(). Declare engine(accumulation_steps=)"
             )
+        if block.weights is None:
+            self._make_room()
         last = self.gradients.num_arrivals(block) + 1 >= self._declared
         self.gradients.add(block, gradients, with_norms=last)
         self._stand_ins.put(block, gradients)
