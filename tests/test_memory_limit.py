@@ -1,4 +1,4 @@
-"""A kernel memory limit below the size of the stored weights: the run survives in it, and a plain one would not.
+"""A kernel memory limit below the size of what is trained: the run survives in it, and a plain one would not.
 
 The limit is a memory cgroup (v1 or v2), which counts everything the process touches, page cache included.
 """
@@ -11,10 +11,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from tests.limited_training import STEPS, Shape, adamw, model, train
+from tests.tiny_training import Plain
 
 LIMIT_BYTES = 640 << 20
 WIDTH, INNER, LAYERS = 2048, 8192, 12
@@ -137,3 +142,48 @@ def test_a_model_larger_than_the_memory_limit_trains_in_it(tmp_path: Path) -> No
         # The limit is real: holding the weights, as a plain run must, is killed by the kernel.
         plain = run_child(procs, checkpoint, tmp_path / "nvme", "plain")
         assert plain.returncode == -9, f"the limit did not hold: {plain.returncode} {plain.stderr[-500:]}"
+
+
+MIB = 1 << 20
+SHAPES = [
+    pytest.param(Shape(512, 2048, 8, 1 << 18, budget_bytes=32 * MIB, limit_bytes=64 * MIB), id="17M"),
+    pytest.param(
+        Shape(1024, 4096, 18, 1 << 20, budget_bytes=160 * MIB, limit_bytes=256 * MIB), id="151M", marks=pytest.mark.full
+    ),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_state_several_times_the_memory_limit_trains_in_it_to_the_bit(shape: Shape, disk_folder: Path) -> None:
+    """Masters, moments, weights and gradients on the drive; the same losses as plain PyTorch without a limit."""
+    checkpoint, nvme = disk_folder / "model.safetensors", disk_folder / "nvme"
+    nvme.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(model(shape).named_parameters())
+    save_file(
+        {n: (torch.randn(p.shape, generator=generator) / 50).to(p.dtype) for n, p in parameters.items()}, checkpoint
+    )
+    with memory_cgroup(shape.limit_bytes) as procs:
+        finished = subprocess.run(
+            [sys.executable, "-m", "tests.limited_training", str(procs), str(checkpoint), str(nvme),
+             json.dumps(asdict(shape))],
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr[-2000:]
+        hold = f"import os; open({str(procs)!r}, 'w').write(str(os.getpid())); b'x' * {state(shape)}"
+        held = subprocess.run([sys.executable, "-c", hold], check=False)
+        assert held.returncode == -9, "the limit did not hold"
+    found = json.loads(finished.stdout.splitlines()[-1])
+    training = found["report"]["training"]
+    assert found["state"]["in_memory"] == [] and found["state"]["gradients"] == "nvme"
+    assert training["state_bytes"] + found["report"]["stored_bytes"] > 14 / 16 * state(shape) > 3 * shape.limit_bytes
+    assert training["num_steps"] == training["num_commits"] == STEPS  # the first state, and all but the last step
+    assert found["report"]["bytes_read"] > STEPS * state(shape)
+    twin = model(shape).to_empty(device="cpu")
+    twin.load_state_dict(load_file(checkpoint))
+    assert found["losses"] == train(Plain(twin, adamw), shape)
+
+
+def state(shape: Shape) -> int:
+    """Bytes of masters, two moments, bfloat16 weights and gradients."""
+    return 16 * sum(parameter.numel() for parameter in model(shape).parameters())
