@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from offload_rt.checkpoint.optimizer_state import OptimizerState, TorchState, Write
+from offload_rt.checkpoint.safetensors_writer import READ_BYTES, Outline, SafetensorsWriter, file_bytes
 from offload_rt.checkpoint.values import pack_values, restore_rng, rng_state
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.checksum import crc32c
@@ -35,24 +37,34 @@ def save_state(
     trainable: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Any],
+    *,
+    state: OptimizerState | None = None,
 ) -> None:
     """Writes a checkpoint to `folder`, replacing one that is there. Blocks until it is durable.
 
+    `state` is the optimizer's where it is not in the optimizer itself, and need not be in memory.
     `extra` holds plain values and tensors; random numbers are those of now, unless it has `rng`. Raises `StorageFull`
     before the first byte where space is short.
     """
-    parameters = {name: p.detach().contiguous().clone() for name, p in trainable.items()}
-    tensors, values = _optimizer_state(trainable, optimizer)
-    need = sum(t.numel() * t.element_size() for t in [*parameters.values(), *tensors.values()]) + (1 << 20)
+    state = state if state is not None else TorchState(trainable, optimizer)
+    parameters = {name: torch.empty_like(p, device="meta") for name, p in trainable.items()}
+    tensors = state.outline()
+    values = {"state": state.values(), "groups": _group_values(trainable, optimizer)}
+    need = file_bytes(parameters) + file_bytes(tensors) + (1 << 20)
+
+    def give_parameters(write: Write) -> None:
+        for name, parameter in trainable.items():
+            write(name, parameter)
+
     with replaced_whole(folder, need, what="a checkpoint") as partial:
-        save_file(parameters, partial / _FILES[0])
-        save_file(tensors, partial / _FILES[1])
-        state = {"version": STATE_VERSION, "optimizer": values, "rng": rng_state(), **extra}
-        (partial / _FILES[2]).write_bytes(pack_values(state, of=str(folder)))
+        _write(partial / _FILES[0], parameters, give_parameters)
+        _write(partial / _FILES[1], tensors, state.write)
+        packed = {"version": STATE_VERSION, "optimizer": values, "rng": rng_state(), **extra}
+        (partial / _FILES[2]).write_bytes(pack_values(packed, of=str(folder)))
         sums = {}
         for name in _FILES:
-            content = (partial / name).read_bytes()
-            sums[name] = {"bytes": len(content), "crc32c": crc32c(memoryview(content))}
+            num_bytes, checksum = _sum(partial / name)
+            sums[name] = {"bytes": num_bytes, "crc32c": checksum}
             with open(partial / name, "rb") as file:
                 os.fsync(file.fileno())
         write_atomically(partial / "COMPLETE", json.dumps(sums, indent=1).encode())
@@ -63,17 +75,20 @@ def load_state(
     trainable: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     check: Callable[[Mapping[str, Any]], None] = lambda extra: None,
+    *,
+    state: OptimizerState | None = None,
 ) -> dict[str, Any]:
     """Puts a checkpoint's values into `trainable` and `optimizer`, restores random numbers, returns what was extra.
+
+    `state` takes the optimizer's where it is not in the optimizer itself.
 
     Everything is checked before anything is changed; `check` may refuse what was extra, by raising. Raises
     `CheckpointError` or `CheckpointVerifyError`.
     """
     _verify(folder)
     parameters = load_file(folder / _FILES[0])
-    tensors = load_file(folder / _FILES[1])
-    state: dict[str, Any] = torch.load(folder / _FILES[2], weights_only=True)
-    if state.pop("version") != STATE_VERSION:
+    extra: dict[str, Any] = torch.load(folder / _FILES[2], weights_only=True)
+    if extra.pop("version") != STATE_VERSION:
         raise CheckpointError(f"{folder}: written by another version of offload_rt")
     if set(parameters) != set(trainable):
         odd = sorted(set(parameters) ^ set(trainable))
@@ -84,20 +99,23 @@ def load_state(
                 f"{folder}: {name} is {tuple(value.shape)} {value.dtype}, here {tuple(trainable[name].shape)} "
                 f"{trainable[name].dtype}"
             )
-    values = state.pop("optimizer")
-    names = {id(parameter): name for name, parameter in trainable.items()}
-    here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    values = extra.pop("optimizer")
+    here = [group["params"] for group in _group_values(trainable, optimizer)]
     if here != [group["params"] for group in values["groups"]]:
         raise CheckpointError(f"{folder}: the optimizer's parameter groups are not those of this run")
-    rng = state.pop("rng")
-    check(state)
+    rng = extra.pop("rng")
+    check(extra)
+    state = state if state is not None else TorchState(trainable, optimizer)
+    state.check(folder / _FILES[1], values["state"])
 
     with torch.no_grad():
         for name, value in parameters.items():
             trainable[name].copy_(value)
-    _restore_optimizer(trainable, optimizer, tensors, values)
+    state.load(folder / _FILES[1], values["state"])
+    for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
     restore_rng(rng)
-    return state
+    return extra
 
 
 class FolderCommits:
@@ -160,45 +178,35 @@ def _verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: there is no such checkpoint")
     for name, (num_bytes, checksum) in _read_marker(folder).items():
         try:
-            content = (folder / name).read_bytes()
+            found = _sum(folder / name)
         except OSError as error:
             raise CheckpointError(f"{folder}: {name} cannot be read ({error})") from None
-        if len(content) != num_bytes or crc32c(memoryview(content)) != checksum:
-            raise CheckpointVerifyError(f"{folder}/{name}: {len(content)} bytes do not match the checkpoint's checksum")
+        if found != (num_bytes, checksum):
+            raise CheckpointVerifyError(f"{folder}/{name}: {found[0]} bytes do not match the checkpoint's checksum")
 
 
-def _optimizer_state(
-    trainable: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's state by parameter name: tensors, and everything else."""
+def _write(path: Path, outline: Outline, give: Callable[[Write], None]) -> None:
+    """Writes a safetensors file, tensor by tensor as `give` gives them."""
+    writer = SafetensorsWriter(path, outline)
+    try:
+        give(writer.write_next)
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _sum(path: Path) -> tuple[int, int]:
+    """Size and CRC32C of a file, a chunk in memory at a time."""
+    num_bytes = checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(READ_BYTES):
+            num_bytes, checksum = num_bytes + len(chunk), crc32c(memoryview(chunk), checksum)
+    return num_bytes, checksum
+
+
+def _group_values(trainable: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Param groups with names in place of parameters."""
     names = {id(parameter): name for name, parameter in trainable.items()}
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, Any] = {"state": {}, "groups": []}
-    for parameter, entries in optimizer.state.items():
-        name = names[id(parameter)]
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{key}"] = value.detach().contiguous().clone()
-            else:
-                values["state"].setdefault(name, {})[key] = value
-    for group in optimizer.param_groups:
-        plain = {key: value for key, value in group.items() if key != "params"}
-        values["groups"].append({"params": [names[id(p)] for p in group["params"]], **plain})
-    return tensors, values
-
-
-def _restore_optimizer(
-    trainable: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, torch.Tensor],
-    values: dict[str, Any],
-) -> None:
-    """Sets the state itself: `load_state_dict` would cast fp32 moments to the dtype of a bf16 parameter."""
-    optimizer.state.clear()
-    for name, entries in values["state"].items():
-        optimizer.state[trainable[name]].update(entries)
-    for key, tensor in tensors.items():
-        name, _, entry = key.rpartition("/")
-        optimizer.state[trainable[name]][entry] = tensor
-    for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})
+    return [
+        {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
+    ]
