@@ -29,7 +29,9 @@ from offload_rt.device_cuda import find_device
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
 from offload_rt.heap import Base
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
+from offload_rt.optimizer.adapter_saving import load_adapter_training, save_adapter_training
 from offload_rt.optimizer.saving import committed_values, load_training, save_training
+from offload_rt.optimizer.training import FullTraining
 from offload_rt.report import report, summary
 from offload_rt.runtime import Runtime
 from planners.plan import Plan
@@ -199,7 +201,7 @@ class Engine:
             raise ConfigError("step: nothing trains; give adapters=, or leave some parameters requires_grad")
         self._warn_of_accumulation()
         self._num_backwards = 0
-        if self._training is not None:
+        if isinstance(self._training, FullTraining):
             self.optimizer.step()
             return
         self._finish_commit()
@@ -267,13 +269,13 @@ class Engine:
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales the gradients so that their global norm is at most `max_norm`; returns the norm before. Exact."""
-        if self._training is not None:
+        if isinstance(self._training, FullTraining):
             return self._training.clip_grad_norm_(max_norm)
         return torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), max_norm)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradients that there are, by parameter name. Those of layers that train are in memory one by one."""
-        if self._training is not None:
+        if isinstance(self._training, FullTraining):
             yield from self._training.gradient_items()
             return
         for name, parameter in self.trainable.items():
@@ -311,8 +313,11 @@ class Engine:
         """
         if self.optimizer is None:
             raise ConfigError("save_checkpoint: nothing trains")
-        if self._training is not None:
+        if isinstance(self._training, FullTraining):
             save_training(self._training, Path(folder))
+            return
+        if self._training is not None:
+            save_adapter_training(self._training, Path(folder), self.trainable, self._values())
             return
         self._finish_commit()
         save_state(Path(folder), self.trainable, self.optimizer, self._values())
@@ -327,8 +332,10 @@ class Engine:
             if odd:
                 raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(odd)}")
 
-        if self._training is not None:
+        if isinstance(self._training, FullTraining):
             extra = load_training(self._training, Path(folder), check)
+        elif self._training is not None:
+            extra = load_adapter_training(self._training, Path(folder), self.trainable, check)
         else:
             self._finish_commit()
             extra = load_state(Path(folder), self.trainable, self.optimizer, check)
@@ -372,7 +379,7 @@ class Engine:
             source = self._checkpoint if self._checkpoint.is_dir() else self._checkpoint.parent
             if folder.samefile(source):
                 raise ConfigError(f"save_pretrained: {folder} is what this run began from; give another folder")
-        if self._training is not None:
+        if isinstance(self._training, FullTraining):
             self._training.before_forward("the model was saved between backward and step")
         blocks = [(block, self._runtime.accesses[block.name]) for block in self._runtime.blocks]
         save_model(self.model, tensor_groups(self.model, blocks), folder, max_shard_bytes=limit)

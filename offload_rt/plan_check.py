@@ -8,6 +8,7 @@ from __future__ import annotations
 from offload_rt.errors import ConfigError
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import Workload
+from planners.placement import UpdateMode
 from planners.plan import Plan, Ring, Split, Tier
 from planners.streaming import StreamingProblem
 
@@ -68,12 +69,19 @@ def _check_state(plan: Plan, problem: StreamingProblem) -> None:
     odd = sorted(set(plan.state.in_memory) - blocks)
     if odd:
         raise ConfigError(f"plan: state of {odd[0]!r} in memory, which is no block that trains ({len(odd)} are odd)")
+    waits = plan.state.gradients is Tier.HOST and plan.update_mode is UpdateMode.AFTER
+    if problem.training.adapters and not waits:
+        raise ConfigError(
+            "plan: gradients of adapters stay with them, and updates wait for all: give state gradients 'host' and "
+            "update_mode 'after'"
+        )
     on_nvme = len(plan.state.in_memory) < len(blocks)
     if (on_nvme or plan.state.gradients is Tier.NVME) and problem.nvme_capacity_bytes is None:
         raise ConfigError("plan: state or gradients rest on NVME, but nvme= gives no folder")
     if on_nvme and plan.state.state_slots < 1:
         raise ConfigError("plan: state rests on NVME and needs state_slots of at least 1")
-    if any(ring.rest is Tier.NVME for ring in plan.rings) and plan.state.weight_slots < 1:
+    weights_change = not problem.training.adapters
+    if weights_change and any(ring.rest is Tier.NVME for ring in plan.rings) and plan.state.weight_slots < 1:
         raise ConfigError("plan: weights that train rest on NVME and need weight_slots of at least 1")
 
 

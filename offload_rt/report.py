@@ -7,6 +7,7 @@ from typing import Any
 
 from offload_rt import codec
 from offload_rt.config import EngineConfig
+from offload_rt.optimizer.training import FullTraining
 from offload_rt.profile import peak_resident_bytes, resident_bytes
 from offload_rt.runtime import Runtime
 from planners.errors import format_bytes
@@ -117,7 +118,8 @@ def summary(runtime: Runtime, config: EngineConfig) -> str:
         state, held = report["state_bytes"], report["state_in_memory_bytes"]
         places = [f"{format_bytes(held)} in memory"] if held else []
         places += [f"{format_bytes(state - held)} on NVME"] if state > held else []
-        lines.append(f"masters and moments: {', '.join(places)}; updates: {report['mode']}")
+        what = "masters and moments" if isinstance(runtime.training, FullTraining) else "optimizer state of adapters"
+        lines.append(f"{what}: {', '.join(places)}; updates: {report['mode']}")
     if plan.head_chunk_tokens is not None:
         lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
     if plan.layer_major:

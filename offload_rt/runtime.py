@@ -17,6 +17,7 @@ from offload_rt.edge import StreamedModule
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import HeapGuard
 from offload_rt.loss_head import LossHead
+from offload_rt.optimizer.adapters import AdapterTraining
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
@@ -61,8 +62,8 @@ class Runtime:
     recorder: Recorder | None
     turns: Turns
     """Of the micro-batches of a `train_batch`, where the plan takes them layer by layer."""
-    training: FullTraining | None
-    """Of layers that train; None where only adapters do."""
+    training: FullTraining | AdapterTraining | None
+    """Of what has state in tiers; None where adapters keep theirs."""
     device: TensorDevice | None
     """DEVICE, where its work is asynchronous; None where it is RAM."""
     _closed: bool = field(default=False)

@@ -16,6 +16,7 @@ from offload_rt.config import NvmePath
 from offload_rt.discover import BlockDraft
 from offload_rt.drives import drive_profile, weights
 from offload_rt.errors import ConfigError
+from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.state import LogWeights, StateHome, begin_state, log_extents
 from offload_rt.optimizer.stepper import Progress, Stepper
@@ -117,6 +118,34 @@ class StateAssembly:
         for write in writes:
             self._links.wait(write)
 
+    def finish_adapters(self, made: torch.optim.Optimizer) -> AdapterTraining:
+        """The updates of adapters whose state this is, begun; a first commit is there, unless the log goes on."""
+        log, progress = self.home.log, Progress()
+        training: list[AdapterTraining] = []
+        stepper = Stepper(
+            self._draft.rule, self.home, ParameterGradients(), lambda name: training[0].groups.of(name), progress,
+            self._links, state_arena=self._state_arena, state_slot_bytes=self._sizes.piece_bytes,
+            weights_arena=self._weights_arena, weights_slot_bytes=0, threaded=False,
+        )  # fmt: skip
+        training.append(
+            AdapterTraining(
+                self._draft.blocks, self._draft.rule, self.home, stepper, progress, made,
+                commit_every=self._commit_every, commit_folder=self.folders[0] if self.folders else None,
+                on_close=self.close,
+            )
+        )  # fmt: skip
+        if log is not None and not log.committed.step:
+            training[0].commits.commit()
+        return training[0]
+
+    @property
+    def _commit_every(self) -> int | None:
+        """As declared; where state rests on NVMe, every step is committed unless fewer were asked for."""
+        every = self._workload.config.commit_every
+        if every is None and self.home.log is not None and len(self._placement.in_memory) < len(self._draft.blocks):
+            return 1
+        return every
+
     def finish(
         self,
         made: torch.optim.Optimizer,
@@ -140,14 +169,11 @@ class StateAssembly:
             weights_arena=self._weights_arena, weights_slot_bytes=self._sizes.largest_weight_bytes,
             threaded=not (self._options.serial_updates or self._options.record),
         )  # fmt: skip
-        commit_every = config.commit_every
-        if commit_every is None and log is not None and len(self._placement.in_memory) < len(self._draft.blocks):
-            commit_every = 1
         training.append(
             FullTraining(
                 self._draft.blocks, self.home, gradients, stepper, progress, made, mode=self._plan.update_mode,
                 accumulation_steps=config.accumulation_steps, max_grad_norm=config.max_grad_norm,
-                commit_every=commit_every, before_weights_change=before_weights_change,
+                commit_every=self._commit_every, before_weights_change=before_weights_change,
                 make_room=make_room, more_to_come=lambda: turns.active and not turns.is_last,
                 commit_folder=self.folders[0] if self.folders else None, on_close=self.close,
             )

@@ -93,6 +93,8 @@ class TrainingDraft:
     """In the order of the model's parameters."""
     key: str
     """Names the state."""
+    adapters: bool = False
+    """Only adapters train: weights and gradients stay in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class Workload:
     key: str
     """Names the store."""
     training: TrainingDraft | None = None
-    """None where only adapters train."""
+    """None where only adapters train, and their state is where they are."""
 
     @property
     def frozen(self) -> list[BlockDraft]:
@@ -188,14 +190,16 @@ def training_sizes(training: TrainingDraft, config: EngineConfig) -> TrainingSiz
     return TrainingSizes(
         blocks=tuple(
             TrainedSize(
-                name=block.name, state_bytes=block.state_bytes, gradient_bytes=block.gradients.stored_bytes,
+                name=block.name, state_bytes=block.state_bytes,
+                gradient_bytes=0 if training.adapters else block.gradients.stored_bytes,
                 weight_bytes=0 if block.weights is None else block.weights.stored_bytes,
             )
             for block in training.blocks
         ),
         piece_bytes=max(piece.num_bytes for block in training.blocks for piece in block.pieces),
         clips=config.max_grad_norm is not None,
-        commits_each_step=config.commit_every in (None, 1),
+        commits_each_step=config.commit_every in (None, 1) and not training.adapters,
+        adapters=training.adapters,
     )  # fmt: skip
 
 
@@ -211,6 +215,8 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         trainable_bytes = leftovers + sum(
             p.numel() * (2 * p.element_size() + OPTIMIZER_BYTES_PER_ELEMENT) for p in trainable
         )
+    elif workload.training.adapters:
+        trainable_bytes = leftovers + sum(2 * p.numel() * p.element_size() for p in trainable)
     else:
         in_memory = [p for p in trainable if id(p) not in stored]
         # gradients on their way to where they wait: of a layer, or of a head, which is summed in fp32 besides

@@ -11,7 +11,8 @@ first. The loss is taken in tiles that need no more memory than a layer's recomp
 Where layers train, their weights, state and gradients stay in memory if all of that fits, whatever drives there are;
 otherwise weights and state rest on NVME, gradients in HOST if they fit, and as many pieces of state are on their way at
 a time as there is room for. Activations are kept, and the loss is taken at once, where that fits besides. Updates run
-behind the backward pass where every step is committed.
+behind the backward pass where every step is committed. Adapters keep their optimizer state beside them; it rests in
+HOST or on NVME where DEVICE does not hold it (`TrainingSizes.adapters`).
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Pl
     `rest` is where weights rest, in place of the rule's choice.
     """
     rests = [Tier.HOST if problem.nvme_capacity_bytes is None else Tier.NVME]
-    if problem.training is not None and rests[0] is Tier.NVME:
+    if problem.training is not None and not problem.training.adapters and rests[0] is Tier.NVME:
         rests.insert(0, Tier.HOST)
     if rest is not None:
         rests = [rest]
@@ -131,6 +132,10 @@ def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None
     if sizes is None:
         return [None]
     everything = tuple(block.name for block in sizes.blocks)
+    if sizes.adapters:
+        on_nvme = [StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=slots) for slots in STATE_SLOTS]
+        in_host = StatePlacement(in_memory=everything, gradients=Tier.HOST)
+        return [in_host, *(on_nvme if problem.nvme_capacity_bytes is not None else [])]
     if rest is Tier.HOST:
         return [StatePlacement(in_memory=everything, gradients=Tier.HOST)]
     return [
@@ -176,6 +181,8 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
     ]
     if problem.num_micro_batches > 1 and not in_place:
         return plans  # what is kept would be kept of all micro-batches
+    if problem.training is None or problem.training.adapters:
+        return plans
     return [_keeping(problem, plan) for plan in plans if _could_keep(plan)] + plans
 
 

@@ -30,7 +30,9 @@ class TrainingSizes:
     clips: bool
     """A norm to clip to was declared."""
     commits_each_step: bool
-    """False: commits come less often, and no block can be stepped before the norm is known."""
+    """False: commits come less often, and no block can be stepped before the norm is known. So it is for adapters."""
+    adapters: bool = False
+    """Only adapters train: their weights and gradients stay in DEVICE memory, their state alone rests in a tier."""
 
     @property
     def state_bytes(self) -> int:

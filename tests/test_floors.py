@@ -80,6 +80,7 @@ FLOORS = {
     "offload_rt.calibrate": 8.4,
     "offload_rt.bench": 8.2,
     "offload_rt.workload": 8.5,
+    "offload_rt.adapter_draft": 8.6,
     "offload_rt.plan_check": 8.7,
     "offload_rt.state_assembly": 8.8,
     "offload_rt.weights_assembly": 8.85,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import nn
@@ -29,6 +30,17 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, TensorSpec, al
 PIECE_ELEMENTS = 1 << 20
 """12 MiB of fp32 AdamW state: a few large requests, and small against any budget that trains at all."""
 MASTER = "master"
+
+
+class Masters(Enum):
+    """What of a parameter is stepped, and what of it lies in its state besides moments."""
+
+    FLOAT32 = "float32"
+    """A float32 master is; the parameter is that, rounded."""
+    COPIES = "copies"
+    """The parameter itself is, as in memory; its state has a copy, in its dtype, which is what a commit holds of it."""
+    NONE = "none"
+    """The parameter itself is; nothing is committed."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,12 @@ class Segment:
     begin: int
     end: int
     state: tuple[TensorSpec, ...]
-    """The master first. Offsets are in the piece."""
+    """The master first, where there is one. Offsets are in the piece."""
+
+    @property
+    def master(self) -> TensorSpec | None:
+        first = next(iter(self.state), None)
+        return first if first is not None and first.name == MASTER else None
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class TrainedBlock:
     """Of the parameters that stream; None where all stay in memory."""
     gradients: BlockSpec
     """How its gradients lie while they wait, each parameter whole."""
+    masters: Masters = Masters.FLOAT32
 
     @property
     def state_bytes(self) -> int:
@@ -92,16 +110,24 @@ def trained_block(
     weights: BlockSpec | None = None,
     accumulates: bool,
     piece_elements: int = PIECE_ELEMENTS,
+    masters: Masters = Masters.FLOAT32,
 ) -> TrainedBlock:
     """Cuts the state of `parameters` into pieces. With `accumulates`, gradients wait in float32.
 
-    Raises ConfigError for a parameter that is not bfloat16 or float32.
+    Raises ConfigError for a parameter that is not bfloat16 or float32, and what `rule.state` raises.
     """
     for trained in parameters:
         if trained.parameter.dtype not in (torch.bfloat16, torch.float32):
             raise ConfigError(
                 f"{trained.name} is {trained.parameter.dtype}: full fine-tuning takes bfloat16 or float32 parameters; "
                 f"convert the model, or load it with torch_dtype=torch.bfloat16"
+                if masters is Masters.FLOAT32
+                else f"{trained.name} is {trained.parameter.dtype}: optimizer state rests in a tier for bfloat16 or "
+                f"float32 adapters; convert them, or give more memory"
+            )
+        if masters is not Masters.FLOAT32 and not trained.parameter.is_contiguous():
+            raise ConfigError(
+                f"{trained.name} is not contiguous, so that no range of it can be stepped: make it contiguous"
             )
     gradients = [
         TensorSpec(
@@ -113,14 +139,15 @@ def trained_block(
     return TrainedBlock(
         name=name,
         parameters=tuple(parameters),
-        pieces=tuple(_pieces(name, parameters, rule, piece_elements)),
+        pieces=tuple(_pieces(name, parameters, rule, piece_elements, masters)),
         weights=weights,
+        masters=masters,
         gradients=layout_block(f"gradients of {name}", gradients),
     )
 
 
 def _pieces(
-    name: str, parameters: Sequence[TrainedParameter], rule: UpdateRule, piece_elements: int
+    name: str, parameters: Sequence[TrainedParameter], rule: UpdateRule, piece_elements: int, masters: Masters
 ) -> Iterator[Piece]:
     ranges: list[tuple[int, int, int]] = []
     filled = 0
@@ -128,12 +155,12 @@ def _pieces(
     for index, trained in enumerate(parameters):
         for begin, end in _ranges(trained.num_elements, rule, piece_elements):
             if ranges and filled + end - begin > piece_elements:
-                yield _piece(f"{name}/{number}", ranges, parameters, rule)
+                yield _piece(f"{name}/{number}", ranges, parameters, rule, masters)
                 ranges, filled, number = [], 0, number + 1
             ranges.append((index, begin, end))
             filled += end - begin
     if ranges:
-        yield _piece(f"{name}/{number}", ranges, parameters, rule)
+        yield _piece(f"{name}/{number}", ranges, parameters, rule, masters)
 
 
 def _ranges(num_elements: int, rule: UpdateRule, piece_elements: int) -> list[tuple[int, int]]:
@@ -146,7 +173,11 @@ def _ranges(num_elements: int, rule: UpdateRule, piece_elements: int) -> list[tu
 
 
 def _piece(
-    name: str, ranges: Sequence[tuple[int, int, int]], parameters: Sequence[TrainedParameter], rule: UpdateRule
+    name: str,
+    ranges: Sequence[tuple[int, int, int]],
+    parameters: Sequence[TrainedParameter],
+    rule: UpdateRule,
+    masters: Masters,
 ) -> Piece:
     segments: list[Segment] = []
     offset = 0
@@ -154,19 +185,22 @@ def _piece(
         trained = parameters[index]
         whole = (begin, end) == (0, trained.num_elements)
         shape = tuple(trained.parameter.shape) if whole else (end - begin,)
-        specs = [TensorSpec(name=MASTER, shape=(end - begin,), dtype="F32")]
+        stepped = torch.float32 if masters is Masters.FLOAT32 else trained.parameter.dtype
+        specs = [TensorSpec(name=MASTER, shape=(end - begin,), dtype=dtype_name(stepped, of=trained.name))]
+        if masters is Masters.NONE:
+            specs.clear()
         specs += [
             TensorSpec(name=state.name, shape=state.shape, dtype=dtype_name(state.dtype, of=state.name))
-            for state in rule.state(shape)
+            for state in rule.state(shape, stepped)
         ]
         laid = layout_block(trained.name, specs).tensors
         moved = tuple(
             TensorSpec(name=s.name, shape=s.shape, dtype=s.dtype, offset_bytes=offset + s.offset_bytes) for s in laid
         )
         segments.append(Segment(index, begin, end, moved))
-        last = moved[-1]
-        offset = align_up(last.offset_bytes + last.stored_bytes, 64)
-    return Piece(name, tuple(segments), align_up(offset, IO_ALIGNMENT_BYTES))
+        if moved:
+            offset = align_up(moved[-1].offset_bytes + moved[-1].stored_bytes, 64)
+    return Piece(name, tuple(segments), max(IO_ALIGNMENT_BYTES, align_up(offset, IO_ALIGNMENT_BYTES)))
 
 
 def segment_shape(block: TrainedBlock, segment: Segment) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ the fused kernel of `cpu_adam`. `TorchRule` steps any optimizer of torch's kind 
 puts master, gradient and state into an instance of that optimizer and lets it step, so that its results are that
 optimizer's own, to the bit.
 
-Masters are float32. `step` counts the updates of a parameter from 1, as torch counts them: a parameter without a
+Masters are float32; what is stepped itself (adapters) may be bfloat16 as well, if its optimizer does so in memory.
+`step` counts the updates of a parameter from 1, as torch counts them: a parameter without a
 gradient is not stepped and not counted.
 """
 
@@ -25,7 +26,9 @@ from offload_rt.errors import ConfigError
 Scalars = Mapping[str, Any]
 """What an optimizer keeps of a parameter besides tensors of its size, such as its own step count."""
 
-_ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, optim.Lion)
+_ELEMENTWISE = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, optim.Lion,
+)  # fmt: skip
 """Optimizers each element of which is stepped by itself, so that a parameter can be stepped range by range."""
 _NOT_BY_PARAMETER = (torch.optim.LBFGS, torch.optim.SparseAdam)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,7 +52,7 @@ class Update:
     """
 
     master: Tensor
-    """float32, stepped in place."""
+    """Stepped in place."""
     grad: Tensor
     """bfloat16 or float32, only read."""
     grad_scale: float
@@ -58,8 +61,8 @@ class Update:
     """Stepped in place; zero at step 1. As `UpdateRule.state` laid it out."""
     scalars: Scalars
     """What the last update returned; empty at step 1."""
-    weight: Tensor
-    """Receives the new master, rounded to its dtype."""
+    weight: Tensor | None
+    """Receives the new master, rounded to its dtype; None: it is wanted nowhere else."""
     group: Mapping[str, Any]
     """The param group of the parameter."""
     step: int
@@ -74,8 +77,11 @@ class UpdateRule(Protocol):
     elementwise: bool
     """Whether any range of a parameter, begun at a multiple of 256, can be stepped by itself."""
 
-    def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
-        """The state of a parameter, or of a range of it as a flat tensor."""
+    def state(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[StateTensor, ...]:
+        """The state of a parameter, or of a range of it as a flat tensor, that is stepped in `dtype`.
+
+        ConfigError where the rule has none for it.
+        """
 
     def update(self, of: Update) -> Scalars:
         """Does it, and returns the new scalars. Blocks until done."""
@@ -90,10 +96,12 @@ class AdamWRule:
         self.name = f"AdamW moments={moments}"
         self._moments = moments
 
-    def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
+    def state(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[StateTensor, ...]:
+        if dtype != torch.float32:
+            raise ConfigError(f"optimizer: {self.name} steps float32 adapters, not {dtype}; convert them")
         if self._moments != "8bit":
-            dtype: torch.dtype = getattr(torch, self._moments)
-            return tuple(StateTensor(name, dtype, shape) for name in _MOMENTS)
+            of_moments: torch.dtype = getattr(torch, self._moments)
+            return tuple(StateTensor(name, of_moments, shape) for name in _MOMENTS)
         size = torch.Size(shape).numel()
         return tuple(
             tensor
@@ -115,7 +123,7 @@ class AdamWRule:
             of.grad, of.master, first, second, of.weight, step=of.step,
             numbers=cpu_adam.AdamW.from_group(of.group), grad_scale=of.grad_scale,
         )  # fmt: skip
-        return {}
+        return {"step": of.step}
 
 
 class TorchRule:
@@ -129,12 +137,12 @@ class TorchRule:
         self._kind = kind
         self._options = {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
 
-    def state(self, shape: tuple[int, ...]) -> tuple[StateTensor, ...]:
+    def state(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[StateTensor, ...]:
         """Found by stepping a parameter of small sizes."""
         sizes = _REHEARSED_SIZES[: len(shape)]
         rehearsed = tuple(size if of > 1 else 1 for size, of in zip(sizes, shape, strict=True))
-        parameter = nn.Parameter(torch.ones(rehearsed))
-        made = self._step(parameter, torch.ones(rehearsed), {}, self._options)
+        parameter = nn.Parameter(torch.ones(rehearsed, dtype=dtype))
+        made = self._step(parameter, torch.ones(rehearsed, dtype=dtype), {}, self._options)
         real = dict(zip(rehearsed, shape, strict=True)) | {1: 1}
         found = []
         for name, value in made.items():
@@ -149,14 +157,15 @@ class TorchRule:
         return tuple(found)
 
     def update(self, of: Update) -> Scalars:
-        grad = of.grad.float() * of.grad_scale
+        grad = of.grad.to(of.master.dtype) * of.grad_scale
         kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in of.scalars.items()}
         before = {} if of.step == 1 else {**of.state, **kept}
         after = self._step(nn.Parameter(of.master, requires_grad=True), grad, before, of.group)
         for name, tensor in of.state.items():
             if after[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(after[name])
-        of.weight.copy_(of.master)
+        if of.weight is not None:
+            of.weight.copy_(of.master)
         return {name: value for name, value in after.items() if name not in of.state}
 
     def _step(
@@ -177,9 +186,13 @@ _NOT_OPTIONS = ("params", "initial_lr", "decoupled_weight_decay")
 """Entries of a param group that are no arguments of the optimizer's constructor."""
 
 
-def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """The rule that steps as `optimizer` would. ConfigError where there is none."""
-    if type(optimizer) in (torch.optim.AdamW, optim.AdamW):
+def rule_for(optimizer: torch.optim.Optimizer, *, in_place: bool = False) -> UpdateRule:
+    """The rule that steps as `optimizer` would. ConfigError where there is none.
+
+    With `in_place` it is for parameters that are stepped themselves, and has the bits of `optimizer` on this machine:
+    torch's AdamW may take other square roots than the kernel, see `cpu_adam_torch`.
+    """
+    if type(optimizer) is optim.AdamW or (type(optimizer) is torch.optim.AdamW and not in_place):
         for group in optimizer.param_groups:
             cpu_adam.AdamW.from_group(group)  # refuses what has no twin
         return AdamWRule(getattr(optimizer, "moments", "float32"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from offload_rt.checkpoint.values import pack_values, restore_rng, unpack_values
 from offload_rt.errors import CheckpointError, OffloadError
+from offload_rt.optimizer.adapters import AdapterTraining
 from offload_rt.optimizer.by_name import LAYOUT, layout_json
 from offload_rt.optimizer.memory_log import MemoryLog
 from offload_rt.optimizer.state import STATE_PREFIX, state_extent
@@ -20,6 +21,7 @@ from offload_rt.optimizer.training import FullTraining
 from offload_rt.snapshot import SnapshotLog, load_snapshot, read_payload, save_snapshot
 
 Check = Callable[[Mapping[str, Any]], None]
+Training = FullTraining | AdapterTraining
 
 
 def save_training(training: FullTraining, folder: Path) -> int:
@@ -31,7 +33,7 @@ def save_training(training: FullTraining, folder: Path) -> int:
     training.before_forward("state was saved between backward and step")
     if training.home.log is not None:
         training.commits.commit()
-    if _is_commit_folder(training, folder):
+    if is_commit_folder(training, folder):
         return 0
     return save_snapshot(
         _log(training), folder, training.home.links, names=_is_state, beside={LAYOUT: layout_json(training.blocks)}
@@ -46,37 +48,45 @@ def load_training(training: FullTraining, folder: Path, check: Check) -> dict[st
     """
     log = training.home.log
     training.commits.finish()
-    if _is_commit_folder(training, folder):
-        if log is None or not log.committed.step:
-            raise CheckpointError(f"{folder}: no step has been committed here")
-        values = unpack_values(log.committed.payload)
-        check(values)
-        training.stop()
-        log.drop()
-        training.load_values(values)
-        training.begin_again(values["weights"])
-    else:
-        values = unpack_values(read_payload(folder)[1])
-        check(values)
-        training.stop()
-        training.load_values(values)
-        try:
-            load_snapshot(folder, _log(training), training.home.links, names=_is_state)
-        except OffloadError as error:
-            training.commits.broken = f"loading {folder} failed: {error}"
-            raise
-        training.begin_again((), from_log=log is not None)
+    if is_commit_folder(training, folder):
+        return load_commit(training, check)
+    values = unpack_values(read_payload(folder)[1])
+    check(values)
+    training.stop()
+    training.load_values(values)
+    try:
+        load_snapshot(folder, _log(training), training.home.links, names=_is_state)
+    except OffloadError as error:
+        training.commits.broken = f"loading {folder} failed: {error}"
+        raise
+    training.begin_again((), from_log=log is not None)
     restore_rng(values["rng"])
     return values
 
 
-def committed_values(training: FullTraining) -> dict[str, Any] | None:
+def load_commit(training: Training, check: Check) -> dict[str, Any]:
+    """Continues from the newest commit; the same as `load_training` for the commit folder."""
+    log = training.home.log
+    if log is None or not log.committed.step:
+        raise CheckpointError(f"{training.commits.folder}: no step has been committed here")
+    values = unpack_values(log.committed.payload)
+    check(values)
+    training.stop()
+    log.drop()
+    training.load_values(values)
+    training.begin_again(values["weights"])
+    restore_rng(values["rng"])
+    return values
+
+
+def committed_values(training: Training) -> dict[str, Any] | None:
     """What the newest commit holds besides the state; of a log that was just made, step 0. None without a log."""
     log = training.home.log
     return None if log is None else unpack_values(log.committed.payload)
 
 
-def _is_commit_folder(training: FullTraining, folder: Path) -> bool:
+def is_commit_folder(training: Training, folder: Path) -> bool:
+    """Whether `folder` is where the commits of this run are."""
     return training.commits.folder is not None and folder.resolve() == training.commits.folder.resolve()
 
 

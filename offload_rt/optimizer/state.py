@@ -118,7 +118,7 @@ def tensor_of(slot: Slot, spec: TensorSpec) -> Tensor:
 
 
 def state_tensors(slot: Slot, segment: Segment) -> dict[str, Tensor]:
-    """The segment's state in its piece's slot, the master first, flat as it lies."""
+    """The segment's state in its piece's slot, the master first where there is one, flat as it lies."""
     return {spec.name: tensor_of(slot, spec) for spec in segment.state}
 
 
@@ -138,10 +138,12 @@ def begin_state(slot: Slot, piece: Piece, block: TrainedBlock, weights: Slot | N
     """Fills a piece's slot as it is before the first step: masters from the weights, everything else zero."""
     slot.tensor(torch.uint8, (piece.num_bytes,)).zero_()
     for segment in piece.segments:
-        tensor_of(slot, segment.state[0]).copy_(weight_range(block, segment, weights))
+        if segment.master is not None:
+            tensor_of(slot, segment.master).copy_(weight_range(block, segment, weights))
 
 
 def weights_from_masters(slot: Slot, piece: Piece, block: TrainedBlock, weights: Slot | None) -> None:
     """Rounds a piece's masters into the weights."""
     for segment in piece.segments:
-        weight_range(block, segment, weights).copy_(tensor_of(slot, segment.state[0]))
+        if segment.master is not None:
+            weight_range(block, segment, weights).copy_(tensor_of(slot, segment.master))

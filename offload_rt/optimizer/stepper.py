@@ -19,13 +19,14 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
-from offload_rt.optimizer.gradients import Gradients
-from offload_rt.optimizer.pieces import Piece, TrainedBlock, segment_shape
+from offload_rt.optimizer.pieces import MASTER, Masters, Piece, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import StateHome, state_tensors, weight_range, weights_from_masters
 from offload_rt.transfer import Links, Transfer
@@ -44,12 +45,25 @@ class StepperCounters:
     num_elements: int = 0
 
 
+class GradientSource(Protocol):
+    """Where a block's gradients are: `Gradients`, or the parameters themselves."""
+
+    def load(self, block: TrainedBlock) -> Slot | None:
+        """What holds them in memory, if a slot does. Blocks while they are not there."""
+
+    def present(self, block: TrainedBlock) -> set[int]:
+        """The parameters of `block` that have a gradient, by index."""
+
+    def of(self, block: TrainedBlock, slot: Any, index: int, begin: int = 0, end: int | None = None) -> Tensor:
+        """Elements [begin, end) of a parameter's gradient, flat, in what `load` returned."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One block to be stepped."""
 
     block: TrainedBlock
-    gradients: Slot
+    gradients: Slot | None
     present: frozenset[int]
     grad_scale: float
 
@@ -69,7 +83,7 @@ class Stepper:
         self,
         rule: UpdateRule,
         home: StateHome,
-        gradients: Gradients,
+        gradients: GradientSource,
         group_of: Callable[[str], Mapping[str, Any]],
         progress: Progress,
         links: Links,
@@ -238,12 +252,16 @@ class Stepper:
             name = block.parameters[segment.parameter].name
             shape = segment_shape(block, segment)
             tensors = state_tensors(slot, segment)
-            master = tensors.pop("master").view(shape)
+            held = tensors.pop(MASTER).view(shape) if segment.master is not None else None
+            shown = weight_range(block, segment, weights).view(shape)
+            master, weight = shown, held
+            if block.masters is Masters.FLOAT32 and held is not None:
+                master, weight = held, shown
             gradient = self._gradients.of(block, job.gradients, segment.parameter, segment.begin, segment.end)
             update = Update(
-                master=master, grad=gradient.view(shape), grad_scale=job.grad_scale, state=tensors,
+                master=master, weight=weight, grad=gradient.view(shape), grad_scale=job.grad_scale, state=tensors,
                 scalars=self._progress.scalars.get(name, {}), step=self._progress.steps.get(name, 0) + 1,
-                weight=weight_range(block, segment, weights).view(shape), group=self._group_of(name),
+                group=self._group_of(name),
             )  # fmt: skip
             self.new_scalars[name] = self._rule.update(update)
             self.counters.num_elements += segment.end - segment.begin
