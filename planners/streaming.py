@@ -133,7 +133,11 @@ def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None
         return [None]
     everything = tuple(block.name for block in sizes.blocks)
     if sizes.adapters:
-        on_nvme = [StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=slots) for slots in STATE_SLOTS]
+        on_nvme = [
+            StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=slots)
+            for slots in STATE_SLOTS
+            if slots <= ENOUGH_STATE_SLOTS  # more would take the place of decoded weights
+        ]
         in_host = StatePlacement(in_memory=everything, gradients=Tier.HOST)
         return [in_host, *(on_nvme if problem.nvme_capacity_bytes is not None else [])]
     if rest is Tier.HOST:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from offload_rt.errors import ConfigError
+from offload_rt import optim
+from offload_rt._engine import Engine
+from offload_rt.errors import (
+    CheckpointError,
+    ConfigError,
+    OffloadError,
+    PlanInfeasible,
+    StorageError,
+    UnsupportedModule,
+)
+from offload_rt.workload import RuntimeOptions
+from planners.placement import UpdateMode
+from planners.plan import Plan, Tier
+from tests import parity
 from tests.adapter_tiers import (
+    IN_HOST,
+    ON_NVME,
     OPTIMIZERS,
     PLACES,
     STEPS,
@@ -19,10 +39,13 @@ from tests.adapter_tiers import (
     all_cases,
     make_engine,
     pairwise_cases,
+    run,
     run_plain,
     training_of,
     unequal,
 )
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch
+from tests.test_optimizer_training import FailingIO
 
 SELECTED = pairwise_cases()
 ONE = Case("llama", "nf4", "default", 1, 0.05, False, "on NVME")
@@ -117,3 +140,131 @@ def test_a_run_goes_on_from_its_commit_folder_with_the_scheduler_of_the_next_ste
         engine.load_checkpoint(engine.commit_folder)
         assert engine.committed is not None and engine.committed["step"] == engine.step_number == 2
         assert unequal(expected[2:], running.steps(range(2, STEPS))) == []
+
+
+def rank_24(folder: Path, **arguments: Any) -> Engine:
+    """An engine for adapters whose state is the largest item of the plan."""
+    folder = folder / str(len(list(folder.iterdir())))
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = peft.get_peft_model(FAMILIES["llama"](), peft.LoraConfig(r=24, target_modules="all-linear"))
+    options = RuntimeOptions(piece_elements=4096)
+    return Engine(model, bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, nvme=folder, options=options, **arguments)
+
+
+def two_steps(engine: Engine) -> list[Trace]:
+    with engine:
+        return run(ONE, engine, engine.backward, engine.trainable, engine.step, range(2))
+
+
+def test_the_rule_moves_state_only_where_memory_does_not_hold_it_beside_the_adapters(tmp_path: Path) -> None:
+    places, expected = [], two_steps(rank_24(tmp_path))
+    for budget in (3000, 2200, 1850, 1570):
+        try:
+            engine = rank_24(tmp_path, device_memory=f"{budget}KiB")
+        except PlanInfeasible as error:
+            places.append("infeasible")
+            assert error.needs["device"] > budget << 10
+            continue
+        places.append("memory" if engine.plan.state is None else f"{engine.plan.state.state_slots} pieces")
+        assert unequal(expected, two_steps(engine)) == []
+        assert engine.plan.predicted_bytes(Tier.DEVICE) <= budget << 10
+    assert places[0] == "memory" and places[-1] == "infeasible"
+    slots = [int(place.split()[0]) for place in places if place.endswith("pieces")]
+    assert len(slots) == 2 and slots == sorted(slots, reverse=True) and slots[0] == 8 and slots[-1] < 8
+    with rank_24(tmp_path, device_memory="2200KiB", host_memory="16MiB") as engine:
+        assert engine.plan.state == IN_HOST
+        assert unequal(expected, two_steps(engine)) == []
+
+
+def test_a_plan_file_may_say_where_state_rests_and_is_refused_where_it_has_no_effect(tmp_path: Path) -> None:
+    with rank_24(tmp_path, device_memory="2200KiB") as engine:
+        plan = engine.plan
+    assert "optimizer state of adapters: 1.16 MiB on NVME; updates: after" in engine.summary()
+    assert plan.state is not None
+    expected = two_steps(rank_24(tmp_path))
+    assert unequal(expected, two_steps(rank_24(tmp_path, plan=Plan.from_json(plan.to_json())))) == []
+    for change, why in (
+        ({"update_mode": UpdateMode.BACKWARD}, "updates wait for all"),
+        ({"state": replace(plan.state, gradients=Tier.NVME, gradient_slots=1)}, "gradients of adapters stay with them"),
+        ({"state": replace(plan.state, in_memory=("layers.7",))}, "layers.7"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            rank_24(tmp_path, plan=replace(plan, **change))
+
+
+@pytest.mark.parametrize(
+    "optimizer, dtype, why",
+    [
+        (torch.optim.LBFGS, torch.float32, "does not step each parameter by itself"),
+        (optim.AdamW, torch.bfloat16, "steps float32 adapters"),
+        (torch.optim.SGD, torch.float16, "bfloat16 or float32 adapters"),
+    ],
+)
+def test_state_that_cannot_be_tiered_is_refused_and_stays_in_memory_where_it_fits(
+    optimizer: Any, dtype: torch.dtype, why: str, tmp_path: Path
+) -> None:
+    def make(**arguments: Any) -> Engine:
+        model = parity.PlainModel().to(dtype)
+        return Engine(model, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, nvme=tmp_path, optimizer=optimizer, **arguments)
+
+    with pytest.raises(ConfigError, match=why):
+        make(options=RuntimeOptions(state=ON_NVME))
+    with pytest.raises(PlanInfeasible) as infeasible:
+        make(device_memory="150KiB")
+    assert why in str(infeasible.value.__cause__)
+    with make() as engine:
+        assert engine._training is None
+
+
+def test_gradients_are_where_torch_finds_them_and_the_optimizer_says_where_its_state_is(tmp_path: Path) -> None:
+    with make_engine(ONE, tmp_path) as engine:
+        assert engine.optimizer is not None
+        engine.backward(engine(**micro_batch(0, 0)).loss)
+        assert all(torch.equal(gradient, engine.trainable[name].grad) for name, gradient in engine.gradients())  # type: ignore[arg-type]
+        assert torch.nn.utils.clip_grad_norm_(engine.model.parameters(), 1.0) > 0
+        engine.optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in engine.trainable.values())
+        with pytest.raises(UnsupportedModule, match="engine.save_checkpoint"):
+            engine.optimizer.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "sync"])
+def test_a_failing_drive_is_told_and_leaves_a_committed_step(kind: str, tmp_path: Path) -> None:
+    expected = run_plain(ONE, steps=5)
+    failed = 0
+    for countdown in (0, 3):
+        folder = tmp_path / str(countdown)
+        folder.mkdir()
+        with contextlib.suppress(StorageError), make_engine(ONE, folder) as engine:
+            running = Running(ONE, engine)
+            running.steps(range(2))
+            FailingIO(engine, kind, countdown, errno.EIO)
+            try:
+                running.steps(range(2, 4))
+            except StorageError as error:
+                assert str(folder) in str(error)
+                failed += 1
+                engine.optimizer.zero_grad()  # type: ignore[union-attr]
+                with contextlib.suppress(OffloadError):  # refused, or done again: never wrong
+                    done = engine.step_number
+                    assert unequal(expected[done:], running.steps(range(done, 5))) == []
+        with make_engine(ONE, folder) as engine:
+            running = Running(ONE, engine)
+            engine.load_checkpoint(engine.commit_folder)
+            assert engine.step_number >= 1
+            assert unequal(expected[engine.step_number :], running.steps(range(engine.step_number, 5))) == []
+    assert failed
+
+
+def test_a_checkpoint_of_another_optimizer_changes_nothing(tmp_path: Path) -> None:
+    other = replace(ONE, optimizer="lion")
+    with make_engine(other, tmp_path, "memory") as engine:
+        Running(other, engine).steps(range(1))
+        engine.save_checkpoint(tmp_path / "saved")
+    with make_engine(ONE, tmp_path) as engine:
+        running = Running(ONE, engine)
+        expected = running.steps(range(1))
+        with pytest.raises(CheckpointError, match="holds nothing as exp_avg_sq of .*lora_A"):
+            engine.load_checkpoint(tmp_path / "saved")
+        assert unequal(run_plain(ONE), expected + running.steps(range(1, STEPS))) == []

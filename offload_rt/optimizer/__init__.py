@@ -1,4 +1,4 @@
-"""Training all parameters: fp32 masters and optimizer state in the tiers, updated where they lie.
+"""Training all parameters: fp32 masters and optimizer state in the tiers, updated where they lie. And adapters.
 
 pieces      what state there is and in which units it moves
 rules       the arithmetic of one parameter's update
@@ -10,4 +10,5 @@ commits     which steps are committed, and whether the state is whole
 step        what has been done of a step
 training    the step itself: norm, clipping, redoing, dropping
 tiered      the optimizer that the user sees; its param_groups by name
+adapters    the same for adapters: weights and gradients in memory, state in the tiers
 """

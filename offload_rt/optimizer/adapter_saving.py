@@ -104,7 +104,7 @@ class TieredState:
 
     def check(self, file: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
         with open_checkpoint(file) as saved:
-            for name in {key.rpartition("/")[0] for key in saved.tensors} | values.keys():
+            for name in sorted({key.rpartition("/")[0] for key in saved.tensors} | values.keys()):
                 for state, tensor in self._tensors.get(name, {}).items():
                     entry = saved.tensors.get(f"{name}/{state}")
                     found = None if entry is None else (tuple(entry.shape), torch_dtype(entry.dtype))
