@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from offload_rt import transfer
-from tests.tiny_training import ROWS, TOKENS, VOCABULARY, Made, Plain, State, adamw, engine, model
+from offload_rt.optimizer.training import FullTraining
+from planners.plan import StatePlacement, Tier
+from tests.tiny_training import ROWS, TOKENS, VOCABULARY, Made, Model, Plain, State, adamw, engine, model
 
 ACKNOWLEDGEMENT = struct.Struct("<qd")
 COMMIT_EVERY = {"AFTER": 3}
+ADAPTERS = "adapters, state on NVME"
 MAX_NORM = 2.9
 """Clips some of the steps, so that runs are killed in steps that are done again."""
 SKIPPED = 5
@@ -53,7 +56,7 @@ def one_step(run: Any, scheduler: Any, position: Position) -> float:
         loss = run(input_ids=ids).loss
         if position.number % SKIPPED:
             break
-        if isinstance(run, Made):  # the twin leaves it out
+        if isinstance(run, Made) and isinstance(run._training, FullTraining):  # the others leave it out
             run.backward(loss + (loss * 0).sqrt())
             run.step()
     run.backward(loss)
@@ -62,13 +65,24 @@ def one_step(run: Any, scheduler: Any, position: Position) -> float:
     return float(loss.detach())
 
 
+def built(place: str) -> Model:
+    """What is trained in `place`: all of it, or what stands for adapters, which are fp32 as peft's are."""
+    if place != ADAPTERS:
+        return model(dropout=0.2)
+    made = model(torch.float32, dropout=0.2).requires_grad_(False)
+    for layer in made.layers:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name not in ("up.weight", "down.weight"))
+    return made
+
+
 class Twin:
     """The run that never was killed: what it is after each of its steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: str = "") -> None:
         torch.manual_seed(11)
         self._generator = torch.get_rng_state()
-        self._run = Plain(model(dropout=0.2), adamw, max_grad_norm=MAX_NORM)
+        self._run = Plain(built(place), adamw, max_grad_norm=MAX_NORM)
         self._scheduler, self._position = scheduled(self._run), Position()
         self.losses: list[float] = []
         self.states: list[State] = [self._run.state()]
@@ -89,7 +103,11 @@ def resume(folder: Path, place: str) -> tuple[Made, Any, Position]:
     """An engine at the last commit in `folder`; at the beginning where there is none."""
     torch.manual_seed(11)
     begin = torch.get_rng_state()
-    run = engine(model(dropout=0.2), place, folder, max_grad_norm=MAX_NORM)
+    arguments: dict[str, Any] = {"max_grad_norm": MAX_NORM}
+    if place == ADAPTERS:
+        state = StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=2)
+        arguments |= {"nvme": folder, "options": {"state": state, "piece_elements": 50}}
+    run = engine(built(place), place, folder, **arguments)
     torch.set_rng_state(begin)
     scheduler, position = scheduled(run), Position()
     run.track("scheduler", scheduler)

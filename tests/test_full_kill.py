@@ -1,4 +1,4 @@
-"""SIGKILL at any point of full fine-tuning, inside write-back and commit too: a resumed run is one never killed."""
+"""SIGKILL at any point of training, inside write-back and commit too: a resumed run is one never killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killed_training import ACKNOWLEDGEMENT, COMMIT_EVERY, Twin, resume
+from tests.killed_training import ACKNOWLEDGEMENT, ADAPTERS, COMMIT_EVERY, Twin, resume
 from tests.tiny_training import differences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +92,22 @@ def test_killed_seven_times_it_trains_as_if_it_had_not_been(
 ) -> None:
     step, _ = kill_many(runs, twin, disk_folder, place, 7)
     assert step >= 3
+
+
+def test_adapters_killed_seven_times_train_as_if_they_had_not_been(
+    runs: subprocess.Popen[str], disk_folder: Path
+) -> None:
+    step, _ = kill_many(runs, Twin(ADAPTERS), disk_folder, ADAPTERS, 7)
+    assert step >= 3
+
+
+@pytest.mark.full
+def test_adapters_killed_sixty_times_train_as_if_they_had_not_been(
+    runs: subprocess.Popen[str], disk_folder: Path
+) -> None:
+    step, cut_off = kill_many(runs, Twin(ADAPTERS), disk_folder, ADAPTERS, 60)
+    assert step > 30
+    assert cut_off > 5
 
 
 @pytest.mark.full

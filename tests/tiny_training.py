@@ -145,9 +145,10 @@ class Made(Engine):
 
 
 def engine(made: nn.Module, place: str, folder: Path, **arguments: Any) -> Made:
-    """An engine around `made` in one of `PLACES`; `options` are added to the place's."""
-    given = {"optimizer": adamw, "batch_size": ROWS, "seq_len": TOKENS, **PLACES[place], **arguments}
-    options = {"piece_elements": 600, **PLACES[place].get("options", {}), **arguments.get("options", {})}
+    """An engine around `made` in one of `PLACES`, or one of the caller's; `options` are added to the place's."""
+    of_place = PLACES.get(place, {})
+    given = {"optimizer": adamw, "batch_size": ROWS, "seq_len": TOKENS, **of_place, **arguments}
+    options = {"piece_elements": 600, **of_place.get("options", {}), **arguments.get("options", {})}
     if given.pop("nvme", False) is True:
         given["nvme"] = folder
     elif "nvme" in arguments:
