@@ -175,8 +175,6 @@ class _Assembly:
                 self.store.close()
 
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
-        if self.device is not None and self.plan.activations:
-            raise ConfigError("plan: activations by chunks of tokens are not offered on a GPU yet; set them to null")
         if self.plan.layer_major and self.workload.config.device != "cpu":
             raise ConfigError("plan: micro-batches go together on the CPU only so far; set layer_major to false")
         if self.device is not None and self.state is not None:
@@ -269,26 +267,31 @@ class _Assembly:
         if together > 1:
             device.reserve("hidden states of other micro-batches", 2 * together * each)
         largest = self._largest_saved_bytes()
+        window = self._largest_swapped_bytes() if self.device is not None and any(swapped.values()) else 0
+        device.reserve("swapped activations on their way", window)
         return Places(
-            layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each)),
+            layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each), max(sizes, default=each)),
             swapped={
                 tier: stash
                 for tier, size in swapped.items()
-                if size and (stash := self._stash(tier, "swapped activations", size, largest)) is not None
+                if size and (stash := self._stash(tier, "swapped activations", size, largest, window)) is not None
             },
         )
 
-    def _stash(self, home: Tier, name: str, num_bytes: int, largest_bytes: int) -> Stash | None:
-        """A place for `num_bytes` in tensors of at most `largest_bytes`."""
+    def _stash(self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int) -> Stash | None:
+        """A place for `num_bytes` in tensors of at most `largest_bytes`; a device has at most a window on their way."""
         if home is Tier.DEVICE:
             return None
         if home is Tier.HOST:
             arena = self.tiers.arena(Tier.HOST, name, num_bytes)
-            return HostStash(arena, self.links) if self.device is None else DeviceStash(arena, self.links)
-        if self.device is not None:
-            raise ConfigError(f"plan: {name} wait on NVME, which is not offered on a GPU yet; raise host_memory=")
+            if self.device is None:
+                return HostStash(arena, self.links)
+            return DeviceStash(arena, self.links, window_bytes=window_bytes)
         if self.scratch is None:
             raise ConfigError(f"plan: {name} wait on NVME, but nvme= gives no folder")
+        if self.device is not None:
+            staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 2 * (window_bytes + largest_bytes))
+            return DeviceStash(staging, self.links, window_bytes=window_bytes, scratch=self.scratch)
         staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 4 * largest_bytes)
         return NvmeStash(self.scratch, staging, self.links)
 
@@ -300,6 +303,14 @@ class _Assembly:
         chunks = [span.end - span.start for span in spans if (span.action, span.tier) == (action, tier)]
         rounded_up = len(chunks) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
         return align_up(self.problem.activation_bytes * sum(chunks) // seq_len + rounded_up, IO_ALIGNMENT_BYTES)
+
+    def _largest_swapped_bytes(self) -> int:
+        """An estimate of what a layer saves of its largest chunk that is swapped."""
+        seq_len = self.workload.config.seq_len
+        policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
+        spans = [span for policy in policies for span in policy.spans(seq_len) if span.action is Action.SWAP]
+        largest = max((span.end - span.start for span in spans), default=0)
+        return align_up(self.problem.activation_bytes * largest // seq_len, IO_ALIGNMENT_BYTES)
 
     def _largest_saved_bytes(self) -> int:
         """One tensor of one chunk at most: the widest a layer has, in fp32."""

@@ -30,6 +30,7 @@ from offload_rt.access import Access, graph_is_kept, opened, put_forward_back, w
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
 from offload_rt.last_product import ResultWanted, is_product, left_out
+from offload_rt.random_state import RandomState, kept_random_state
 from offload_rt.stash import Stash
 from planners.schedule import Phase
 
@@ -216,7 +217,7 @@ class RecomputedLayer:
                 return outputs
             except ResultWanted:
                 self._leave_out_product = False
-                call.draw_again()
+                call.random_state.restore()
         with self.recording():
             return call.run(tensors)
 
@@ -263,8 +264,7 @@ class Call:
         self._output_constants: list[Any] = []
         gpu = next((tensor.device for tensor in self.tensors if tensor.is_cuda), None)
         self.device = torch.device("cpu") if gpu is None else gpu
-        self.rng_state = torch.get_rng_state()
-        self.gpu_rng_state = None if gpu is None else torch.cuda.get_rng_state(gpu)
+        self.random_state = RandomState.now(self.device)
         kind = self.device.type
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self.autocast_cache = torch.is_autocast_cache_enabled()
@@ -329,17 +329,11 @@ class Call:
         """Random numbers and autocast as they were in forward."""
         enabled, dtype = self.autocast
         with (
-            torch.random.fork_rng(devices=[] if self.gpu_rng_state is None else [self.device]),
+            kept_random_state(self.device),
             torch.autocast(self.device.type, enabled=enabled, dtype=dtype, cache_enabled=self.autocast_cache),
         ):
-            self.draw_again()
+            self.random_state.restore()
             yield
-
-    def draw_again(self) -> None:
-        """Random numbers go on as they did in forward. Inside `as_in_forward`."""
-        torch.set_rng_state(self.rng_state)
-        if self.gpu_rng_state is not None:
-            torch.cuda.set_rng_state(self.gpu_rng_state, self.device)
 
 
 class _Recompute(torch.autograd.Function):

@@ -1,77 +1,181 @@
-"""Layer inputs in HOST memory, for a device whose work is asynchronous: out and back by the device's own copies.
+"""Tensors that wait in HOST memory or on NVMe, for a device whose work is asynchronous: by the device's own copies.
 
-A tensor that is put away stays in the device's memory until its copy is done, whoever lets go of it. When one is
-fetched back, the one put away before it is asked for too: backward wants it next, and its copy runs under the layer
-that is recomputed meanwhile. So two are in the device's memory at a time. (`stash` has the same where DEVICE is RAM.)
+    put     compute ─► to_host: tensor -> HOST                      -> drive, when the copy is over
+    load                              HOST <- drive ─► to_device: HOST -> tensor ─► compute
+
+A tensor that is put away stays in the device's memory until its copy is done, whoever lets go of it; and the host,
+which is ahead of the device, would put away more and more. So at most a *window* of bytes is on its way: `put` blocks
+until the oldest copies are over. When a tensor is fetched back, those put away before it are asked for too, as far as
+the window goes: backward wants them next, and their copies run under what is computed meanwhile. (`stash` has the same
+where DEVICE is RAM.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections import deque
+from functools import partial
 
 import torch
 
 from offload_rt.arena import Arena, Slot
+from offload_rt.errors import OffloadError, StorageFull
+from offload_rt.scratch import Scratch, ScratchRange
 from offload_rt.stash import Stashed
-from offload_rt.transfer import Links, Transfer
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
 
 
 class DeviceStash:
-    """A `Stash` in an arena of HOST memory."""
+    """A `Stash` in an arena of HOST memory; or in a scratch file, to and from which tensors come through the arena."""
 
-    def __init__(self, arena: Arena, links: Links) -> None:
-        self._arena = arena
+    def __init__(self, arena: Arena, links: Links, *, window_bytes: int, scratch: Scratch | None = None) -> None:
+        """`window_bytes`: of the device's memory that copies under way may hold; a single tensor may be larger.
+
+        With `scratch`, `arena` has room for twice the window, and for two of the largest tensors besides.
+        """
         self.links = links
+        self._arena = arena
+        self._window_bytes = window_bytes
+        self._scratch = scratch
+        self._leaving: deque[Transfer] = deque()
+        self._writing: dict[Transfer, ScratchRange] = {}
+        """Ranges are not leased again while they are written to, whoever lets go of what lies there."""
         self._last: weakref.ref[_DeviceStashed] | None = None
 
     def put(self, tensor: torch.Tensor) -> Stashed | None:
-        """As `Stash.put`. Does not block: the copy runs behind what computes `tensor`."""
-        source = _bytes_of(tensor.contiguous())
-        slot = self._arena.try_acquire(source.numel(), "layer input")
+        """As `Stash.put`; the copy runs behind what computes `tensor`. Blocks while the window is full."""
+        source = tensor.contiguous()
+        num_bytes = align_up(source.nbytes, IO_ALIGNMENT_BYTES)
+        self._wait_for_window(source.nbytes)
+        slot = self._arena.try_acquire(num_bytes, "put away") if self._scratch is None else self.room(num_bytes)
         if slot is None:
             return None
-        stashed = _DeviceStashed(self.links, slot, self.links.save(source, slot), tensor, self._last)
+        place = None
+        if self._scratch is not None and (place := self._place(self._scratch, num_bytes)) is None:
+            return None
+        saved = self.links.save(source, slot)
+        self._leaving.append(saved)
+        if place is None:
+            stashed = _DeviceStashed(self, tensor, self._last, saved=saved, slot=slot)
+        else:
+            written = self.links.behind(saved, partial(place.write, slot))
+            self._writing[written] = place
+            stashed = _DeviceStashed(self, tensor, self._last, saved=written, place=place)
         self._last = weakref.ref(stashed)
         return stashed
 
+    def room(self, num_bytes: int) -> Slot | None:
+        """HOST memory on the way from or to the drive. Blocks until some is free; None if there is never so much."""
+        if num_bytes > self._arena.num_bytes:
+            return None
+        while (slot := self._arena.try_acquire(num_bytes, "on its way")) is None and self._writing:
+            self._finish_a_write()
+        if slot is None:  # the device copies out of it, and lets go without being asked
+            slot = self._arena.acquire(num_bytes, "on its way", patience_seconds=WAIT_SECONDS)
+        return slot
+
+    def look_ahead(self, stashed: _DeviceStashed) -> None:
+        """Starts fetching those put away before `stashed`, one at least, as far as the window goes."""
+        left = self._window_bytes
+        before = stashed.previous()
+        while before is not None:
+            left -= before.num_bytes
+            if before.is_held:
+                before.start()
+            before = before.previous() if left > 0 else None
+
+    def written(self, write: Transfer) -> None:
+        """`write` is over, whatever became of it."""
+        self._writing.pop(write, None)
+
+    def _place(self, scratch: Scratch, num_bytes: int) -> ScratchRange | None:
+        while True:
+            try:
+                return scratch.acquire(num_bytes)
+            except StorageFull:
+                if not self._writing:
+                    return None
+                self._finish_a_write()
+
+    def _finish_a_write(self) -> None:
+        write = next(iter(self._writing))
+        with contextlib.suppress(OffloadError):  # whoever wants what was written raises it
+            self.links.wait(write)
+        self.written(write)
+
+    def _wait_for_window(self, num_bytes: int) -> None:
+        num_bytes += sum(transfer.num_bytes for transfer in self._leaving)
+        while self._leaving and num_bytes > self._window_bytes:
+            oldest = self._leaving.popleft()
+            oldest.wait()
+            num_bytes -= oldest.num_bytes
+
 
 class _DeviceStashed:
+    """Waits in `slot`, which `saved` fills, or in `place`, to which `saved` writes."""
+
     def __init__(
         self,
-        links: Links,
-        slot: Slot,
-        written: Transfer,
+        stash: DeviceStash,
         like: torch.Tensor,
         previous: weakref.ref[_DeviceStashed] | None,
+        *,
+        saved: Transfer,
+        slot: Slot | None = None,
+        place: ScratchRange | None = None,
     ) -> None:
-        self._links = links
-        self._slot: Slot | None = slot
-        self._written = written
+        self.num_bytes = like.nbytes
+        self._stash = stash
+        self._saved = saved
+        self._slot = slot
+        self._place = place
         self._shape, self._dtype, self._device = like.shape, like.dtype, like.device
         self._previous = previous
+        self._read: Transfer | None = None
         self._ahead: tuple[torch.Tensor, Transfer] | None = None
 
+    @property
+    def is_held(self) -> bool:
+        return self._slot is not None or self._place is not None
+
+    def previous(self) -> _DeviceStashed | None:
+        return None if self._previous is None else self._previous()
+
     def load(self) -> torch.Tensor:
-        """The tensor again; kernels given from now on are ordered after its arrival. Does not block."""
-        tensor, arrival = self._start()
+        """The tensor again; kernels given from now on are ordered after its arrival. Blocks for a drive only."""
+        tensor, arrival = self.start()
         self._ahead = None
-        self._links.wait(arrival)
-        before = self._previous() if self._previous is not None else None
-        if before is not None and before._slot is not None:
-            before._ahead = before._start()
+        self._stash.links.wait(arrival)
+        self._stash.look_ahead(self)
         return tensor
 
-    def release(self) -> None:
-        self._slot = None
-
-    def _start(self) -> tuple[torch.Tensor, Transfer]:
-        if self._ahead is not None:
-            return self._ahead
-        if self._slot is None:
+    def start(self) -> tuple[torch.Tensor, Transfer]:
+        """Starts fetching it, once. Blocks until it has been written, where it waits on NVMe."""
+        if self._ahead is None:
+            links = self._stash.links
+            if not self.is_held:
+                raise RuntimeError("stash: loaded after its release")
+            tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            if self._slot is not None:
+                self._ahead = tensor, links.load(self._slot, tensor, saved=self._saved)
+            elif self._place is not None:
+                links.wait(self._saved)
+                stage = self._stash.room(self._place.num_bytes)
+                if stage is None:
+                    raise RuntimeError(f"stash: no room for {self._place.num_bytes} bytes that were put away")
+                self._read = self._place.read(stage)
+                self._ahead = tensor, links.load(stage, tensor, after=self._read)
+        if self._ahead is None:
             raise RuntimeError("stash: loaded after its release")
-        tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        return tensor, self._links.load(self._slot, _bytes_of(tensor), saved=self._written)
+        return self._ahead
 
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(-1).view(torch.uint8)
+    def release(self) -> None:
+        """Blocks until the drive is done with its place. An error of what nobody wants any more is nobody's."""
+        for transfer in (self._saved, self._read) if self._place is not None else ():
+            with contextlib.suppress(OffloadError):
+                if transfer is not None:
+                    self._stash.links.finish(transfer)
+        self._stash.written(self._saved)
+        self._slot = self._place = self._read = self._ahead = None

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
@@ -157,29 +157,69 @@ class Links:
         return self._recorded(transfer, reads=source, writes=destination, after=after)
 
     def save(self, source: torch.Tensor, destination: Slot) -> Transfer:
-        """Starts copying `source`, flat bytes that `compute` was given to make, to HOST. For a device with streams."""
-        self.counters.bytes_copied += source.numel()
+        """Starts copying `source`, contiguous, that `compute` was given to make, to HOST. For a device with streams."""
+        flat = _bytes_of(source)
+        self.counters.bytes_copied += flat.numel()
         copy = self._streams.start(
             f"save to {destination.range.arena}",
-            source,
-            destination.tensor(torch.uint8, (source.numel(),)),
+            flat,
+            destination.tensor(torch.uint8, (flat.numel(),)),
             inward=False,
             writes=[destination.range],
         )
-        return self._transfer_of(copy, source.numel())
+        return self._transfer_of(copy, flat.numel())
 
-    def load(self, source: Slot, destination: torch.Tensor, *, saved: Transfer) -> Transfer:
-        """Starts copying `source`, in HOST once `saved` is done, to `destination`, flat bytes of the device."""
-        self.counters.bytes_copied += destination.numel()
+    def load(
+        self,
+        source: Slot,
+        destination: torch.Tensor,
+        *,
+        saved: Transfer | None = None,
+        after: Transfer | None = None,
+    ) -> Transfer:
+        """Starts copying `source` to `destination`, contiguous and of the device, in place of what it holds.
+
+        `saved` is the copy, `after` the read from a drive, that fills `source`, where that may be under way. Does not
+        block. For a device with streams.
+        """
+        flat = _bytes_of(destination)
+        self.counters.bytes_copied += flat.numel()
         copy = self._streams.start(
             f"load from {source.range.arena}",
-            source.tensor(torch.uint8, (destination.numel(),)),
-            destination,
+            source.tensor(torch.uint8, (flat.numel(),)),
+            flat,
             inward=True,
             reads=[source.range],
-            behind=saved.copy,
+            behind=None if saved is None else saved.copy,
+            after=None if after is None else after.wait,
+            after_operations=[] if after is None or after.operation is None else [after.operation],
         )
-        return self._transfer_of(copy, destination.numel())
+        return self._transfer_of(copy, flat.numel())
+
+    def behind(self, saved: Transfer, start: Callable[[], Transfer]) -> Transfer:
+        """What `start` starts when `saved`, a device's own copy, is over: by the thread that sees it. Never blocks."""
+        if saved.copy is None:
+            raise ValueError(f"{saved.name}: is no copy of a device's")
+        begun: Future[Transfer] = Future()
+        to_start = [start]  # emptied when it begins: what a copy that is over refers to must hold no memory
+
+        def begin(copied: Future[None]) -> None:
+            try:
+                copied.result()
+                begun.set_result(to_start.pop()())
+            except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+                to_start.clear()
+                begun.set_exception(error.with_traceback(None))
+
+        def wait(timeout_seconds: float) -> None:
+            deadline = time.monotonic() + timeout_seconds
+            started = wait_future(begun, timeout_seconds, self._streams.outstanding)
+            transfer.operation = started.operation
+            started.wait(max(0.0, deadline - time.monotonic()))
+
+        transfer = Transfer(f"what follows {saved.name}", saved.num_bytes, wait, ())
+        saved.copy.done.add_done_callback(begin)
+        return transfer
 
     @property
     def _streams(self) -> Copier:
@@ -252,10 +292,14 @@ class Links:
         if self.device is not None and copy is not None and copy.inward:
             self.device.order(copy, WAIT_SECONDS)  # and the recorder's compute lane
         else:
-            transfer.wait()
-            if self.recorder is not None and transfer.operation is not None:
-                self.recorder.join(transfer.operation)
+            self.finish(transfer)
         self.counters.stall_seconds += time.perf_counter() - start
+
+    def finish(self, transfer: Transfer) -> None:
+        """Blocks until `transfer` is over, also where a device does it, so that the host may change what it reads."""
+        transfer.wait()
+        if self.recorder is not None and transfer.operation is not None:
+            self.recorder.join(transfer.operation)
 
     def close(self) -> None:
         if self._delayer is not None:
@@ -315,3 +359,7 @@ class Links:
                 lane=RETURNED,
             )
         return transfer
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1).view(torch.uint8)

@@ -112,6 +112,8 @@ class Workload:
     """Names the store."""
     training: TrainingDraft | None = None
     """None where only adapters train, and their state is where they are."""
+    has_streams: bool = False
+    """DEVICE is a device whose work is asynchronous."""
 
     @property
     def frozen(self) -> list[BlockDraft]:
@@ -143,7 +145,7 @@ def find_workload(
     frozen = [draft for draft in drafts if not draft.trains]
     return Workload(
         model=model, config=config, drafts=drafts, sources=sources, rest=rest, key=store_key(frozen, sources),
-        training=training,
+        training=training, has_streams=config.device != "cpu" or options.device is not None,
     )  # fmt: skip
 
 
@@ -226,6 +228,9 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         weights_bytes = sum(p.numel() * p.element_size() for p in in_memory)
         trainable_bytes = leftovers + weights_bytes + max(of_layers + of_others)
     activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
+    input_bytes = layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len)
+    if workload.has_streams:
+        activation_bytes += input_bytes  # of another layer, on its way to where it waits or back
     on_gpu = config.device != "cpu"
     unified = config.host_memory_bytes is None and not on_gpu
     nvme_capacity = None
@@ -240,7 +245,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         layers=tuple(_size(d) for d in drafts if d.is_layer),
         edges=tuple(_size(d) for d in drafts if not d.is_layer),
         trainable_bytes=trainable_bytes,
-        layer_input_bytes=layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len),
+        layer_input_bytes=input_bytes,
         activation_bytes=activation_bytes,
         allocator_slack_bytes=min(MAX_ALLOCATOR_SLACK_BYTES, 2 * (trainable_bytes + activation_bytes)),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),

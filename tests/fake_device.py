@@ -45,11 +45,11 @@ class FakeStream:
         self._random = random.Random(seed)
         self._going = threading.Event()
         self._going.set()
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"fake-{name}", daemon=True)
         self._thread.start()
 
-    def give(self, kernel: Callable[[], None]) -> None:
+    def give(self, kernel: Callable[[], object]) -> None:
         """A kernel: runs when everything given before is over."""
         self._work.put(kernel)
 

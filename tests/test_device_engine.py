@@ -14,7 +14,6 @@ import torch
 from offload_rt._engine import Engine
 from offload_rt.assembly import RuntimeOptions
 from offload_rt.errors import ConfigError
-from planners.activations import Action, ActivationPolicy, Chunk
 from planners.plan import DecodeScope, Tier
 from tests.fake_device import FakeDevice
 from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, _run, build, run_plain
@@ -94,17 +93,6 @@ def test_a_steady_step_makes_no_arena_and_leases_the_same(tmp_path: Path) -> Non
         assert third[2] == first[2]
         assert (third[0] - second[0], third[1] - second[1]) == (second[0] - first[0], second[1] - first[1])
         assert third[1] - second[1] == 4 * STEPS
-    device.close()
-
-
-def test_what_a_device_does_not_do_yet_is_refused(tmp_path: Path) -> None:
-    case = Case("llama", "nf4", 1, False, False, "from NVME")
-    device = FakeDevice(kernels_are_late=False)
-    with pytest.raises(ConfigError, match="wait on NVME, which is not offered on a GPU yet"):
-        engine_on(device, case, tmp_path, layer_inputs=Tier.NVME)
-    policy = ActivationPolicy(chunks=(Chunk(num_tokens=4, action=Action.KEEP),))
-    with pytest.raises(ConfigError, match="not offered on a GPU yet"):
-        engine_on(device, case, tmp_path, activations=policy)
     device.close()
 
 

@@ -35,6 +35,7 @@ FLOORS = {
     "offload_rt.parted": 1.2,
     "offload_rt.heap": 1.0,
     "offload_rt.turns": 1.0,
+    "offload_rt.random_state": 1.0,
     "offload_rt.blockwise": 1.0,
     "offload_rt.cpu_adam_torch": 1.2,
     "offload_rt.nf4_triton": 1.2,

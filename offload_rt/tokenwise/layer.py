@@ -20,6 +20,7 @@ import torch
 
 from offload_rt.access import graph_is_kept, opened, without_hooks
 from offload_rt.autograd import Call, RecomputedLayer
+from offload_rt.random_state import RandomState
 from offload_rt.tokenwise.locality import check_locality
 from offload_rt.tokenwise.saved import Held
 from offload_rt.tokenwise.slicing import NotTokenLocal, tensor_names, token_dims
@@ -65,14 +66,14 @@ class TokenwiseLayer(RecomputedLayer):
 
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         if self.kind not in self.tokenwise.refused:
-            rng_state = torch.get_rng_state()
+            before = RandomState.now(call.device)
             try:
                 outputs: tuple[torch.Tensor, ...] = _Tokenwise.apply(  # type: ignore[no-untyped-call]
                     call, *call.tensors, *call.graph_parameters()
                 )
                 return outputs
             except NotTokenLocal as error:
-                torch.set_rng_state(rng_state)
+                before.restore()
                 self._refuse(str(error))
         self.tokenwise.num_whole += 1
         return super().apply(call)

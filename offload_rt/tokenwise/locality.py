@@ -20,6 +20,7 @@ from torch import nn
 
 from offload_rt.access import without_hooks
 from offload_rt.autograd import Call, RecomputedLayer
+from offload_rt.random_state import kept_random_state
 from offload_rt.tokenwise.graphs import Gradients
 from offload_rt.tokenwise.slicing import NotTokenLocal, first_tokens
 from offload_rt.tokenwise.tiles import Places, TileCounters, TiledPass
@@ -47,7 +48,7 @@ def check_locality(
     edges = sorted({num_tokens * part // 3 for part in range(4)})
     actions = (Action.KEEP, Action.RECOMPUTE, Action.KEEP)
     spans = tuple(Span(start, end, action) for start, end, action in zip(edges, edges[1:], actions, strict=False))
-    with _evaluating(owner.layer), without_hooks(call.trainable), torch.random.fork_rng(devices=[]):
+    with _evaluating(owner.layer), without_hooks(call.trainable), kept_random_state(call.device):
         try:
             of_whole = _whole(owner, call, inputs, hidden)
             tiled = TiledPass(call, owner.block, spans, dims, hidden, Places(), TileCounters())
@@ -65,7 +66,7 @@ def _whole(owner: RecomputedLayer, call: Call, inputs: list[torch.Tensor], hidde
     """Outputs and the input's gradient; the parameters' gradients."""
     given = inputs[hidden].detach().requires_grad_()
     enabled, dtype = call.autocast
-    with torch.autocast("cpu", enabled=enabled, dtype=dtype, cache_enabled=False), owner.recording():
+    with torch.autocast(call.device.type, enabled=enabled, dtype=dtype, cache_enabled=False), owner.recording():
         outputs = call.run([given if index == hidden else t for index, t in enumerate(inputs)])
         pairs = [
             (o, d) for o, d in zip(outputs, _directions(outputs), strict=True) if d is not None and o.requires_grad

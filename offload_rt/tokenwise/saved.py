@@ -196,7 +196,9 @@ class SavedTensors:
             known = self.known[of]
             return known.as_strided(saved.size, saved.stride, saved.offset + int(known.storage_offset()))
         memory = of.bytes().untyped_storage()
-        return torch.empty(0, dtype=saved.dtype).set_(memory, saved.offset, saved.size, saved.stride)
+        return torch.empty(0, dtype=saved.dtype, device=memory.device).set_(
+            memory, saved.offset, saved.size, saved.stride
+        )
 
     def recognise(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` is known from now on. What was saved of its storage already is a view of it, if it starts there."""

@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge
 
 from offload_rt.autograd import Call
 from offload_rt.block import Block
+from offload_rt.random_state import RandomState, kept_random_state
 from offload_rt.stash import Stash
 from offload_rt.tokenwise.attention import QKV_TOKEN_DIM, AttentionCall, Handler, intercepted
 from offload_rt.tokenwise.graphs import Gradients, Sums, edge, enter, share
@@ -74,8 +75,8 @@ class _Tile:
     end: int
     action: Action
     tier: Tier | None
-    rng_at_start: torch.Tensor | None = None
-    rng_at_resume: torch.Tensor | None = None
+    random_at_start: RandomState | None = None
+    random_at_resume: RandomState | None = None
     saved: SavedTensors | None = None
     """What its graph has saved; None for a chunk that is recomputed."""
     input: GradientEdge | None = None
@@ -137,7 +138,7 @@ class TiledPass:
         self._whole: dict[int, torch.Tensor] = {}
         self._outputs: list[torch.Tensor] = []
         self._depth = 0
-        self._rng: torch.Tensor | None = None
+        self._random: RandomState | None = None
         self._sums = self._new_sums()
 
     @property
@@ -176,7 +177,7 @@ class TiledPass:
     def _run(self, tile: _Tile) -> None:
         """One chunk from the layer's input to its output; on its way, at attention, all chunks after it."""
         self._current = tile
-        tile.rng_at_start = self._rng_state()
+        tile.random_at_start = self._random_state()
         tensors = self._rows(tile)
         hooks: Any = contextlib.nullcontext()
         if tile.action is not Action.RECOMPUTE:
@@ -220,7 +221,7 @@ class TiledPass:
             saved = self._new_saved(self._places.layer_inputs)
             self.attention_bytes = self._middle.attend(call, self._whole, saved)
         torch.set_grad_enabled(grads_on)
-        tile.rng_at_resume = self._rng_state()
+        tile.random_at_resume = self._random_state()
         self._current = tile
         rows = self._middle.rows(tile.start, tile.end)
         if tile.saved is not None:
@@ -260,7 +261,7 @@ class TiledPass:
         self._sums = self._new_sums()
         try:
             self._middle.load()
-            with torch.random.fork_rng(devices=[]), self._autocast():
+            with kept_random_state(self._call.device), self._autocast():
                 of_input = self._backward_whole(grads) if self._is_whole else self._backward_tiles(grads)
             return of_input, self._sums.gradients()
         finally:
@@ -280,7 +281,7 @@ class TiledPass:
 
             def put_back(call: AttentionCall) -> torch.Tensor:
                 self._middle.gather(call.qkv, 0, empty=False)
-                _set_rng_state(tile.rng_at_resume)
+                _restore(tile.random_at_resume)
                 result: torch.Tensor = InPlaceOfAttention.apply(  # type: ignore[no-untyped-call]
                     self._middle, self._sums, self._keeps_graph, *call.qkv
                 )
@@ -324,7 +325,7 @@ class TiledPass:
 
         def resume(call: AttentionCall) -> torch.Tensor:
             self._middle.gather(call.qkv, tile.start, empty=True)
-            _set_rng_state(tile.rng_at_resume)
+            _restore(tile.random_at_resume)
             rows, rows_edge = enter(self._middle.rows(tile.start, tile.end))
             attended.append(rows_edge)
             return rows
@@ -385,7 +386,7 @@ class TiledPass:
         tensors, entry = self._rows(tile), None
         if with_graph and self._needs_input:
             tensors[self._hidden], entry = enter(tensors[self._hidden])
-        _set_rng_state(tile.rng_at_start)
+        _restore(tile.random_at_start)
         return tensors, entry
 
     # both ways
@@ -422,15 +423,15 @@ class TiledPass:
     def _autocast(self) -> Iterator[None]:
         """Autocast as the layer was called; without its cache, in which casts with and without a graph would mix."""
         enabled, dtype = self._call.autocast
-        with torch.autocast("cpu", enabled=enabled, dtype=dtype, cache_enabled=False):
+        with torch.autocast(self._call.device.type, enabled=enabled, dtype=dtype, cache_enabled=False):
             yield
 
-    def _rng_state(self) -> torch.Tensor:
+    def _random_state(self) -> RandomState:
         """The state now; moments between which nothing random happened share it."""
-        state = torch.get_rng_state()
-        if self._rng is None or not torch.equal(self._rng, state):
-            self._rng = state
-        return self._rng
+        state = RandomState.now(self._call.device)
+        if self._random is None or not self._random.equals(state):
+            self._random = state
+        return self._random
 
     def _make_room_for_frames(self, tile: _Tile) -> None:
         """Chunks nest: the first raises Python's recursion limit, until the pass is over, to what all of them need."""
@@ -440,9 +441,9 @@ class TiledPass:
             sys.setrecursionlimit(max(needed, sys.getrecursionlimit()))
 
 
-def _set_rng_state(state: torch.Tensor | None) -> None:
+def _restore(state: RandomState | None) -> None:
     if state is not None:
-        torch.set_rng_state(state)
+        state.restore()
 
 
 def _depth() -> int:
