@@ -95,7 +95,7 @@ class Decoder:
                 return tensor
             weight = self.find(tensor)
             if weight is None:
-                return tensor
+                return _without_graph(tensor)
             return PackedReference(weight, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
         def unpack(saved: torch.Tensor | PackedReference) -> torch.Tensor:
@@ -114,10 +114,19 @@ class Decoder:
         """
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach() if tensor.numel() and self.find(tensor) is not None else tensor
+            if tensor.numel() and self.find(tensor) is not None:
+                return tensor.detach()
+            return _without_graph(tensor)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
+
+
+def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """What a hook may hold: an operation that saves its own result with the graph (tanh, exp) would hold itself, and
+    for ever, if backward never comes to it.
+    """
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 def _decode_into(spec: TensorSpec, slot: BlockBytes, out: torch.Tensor) -> None:
