@@ -37,6 +37,7 @@ from tests.adapter_tiers import (
     Case,
     Running,
     all_cases,
+    build,
     make_engine,
     pairwise_cases,
     run,
@@ -227,6 +228,29 @@ def test_gradients_are_where_torch_finds_them_and_the_optimizer_says_where_its_s
         assert all(parameter.grad is None for parameter in engine.trainable.values())
         with pytest.raises(UnsupportedModule, match="engine.save_checkpoint"):
             engine.optimizer.state_dict()
+
+
+def test_weights_that_somebody_changes_between_steps_are_the_ones_that_are_stepped(tmp_path: Path) -> None:
+    """The copies in the pieces are for commits: a step begins with the parameters, as torch's does."""
+
+    def go(trainable: Any, step: Any) -> None:
+        for number in range(2):
+            for index, parameter in enumerate(trainable.values()):
+                parameter.grad = torch.full_like(parameter, 0.1 * (number + 1) + index)
+            step()
+            with torch.no_grad():
+                for parameter in trainable.values():
+                    parameter.mul_(0.5)
+
+    plain = {name: p for name, p in build(ONE).named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(list(plain.values()), lr=1e-2)
+    go(plain, optimizer.step)
+    with make_engine(replace(ONE, max_grad_norm=None), tmp_path) as engine:
+        go(engine.trainable, engine.step)
+        assert all(torch.equal(plain[name], parameter) for name, parameter in engine.trainable.items())
+        engine.save_checkpoint(tmp_path / "saved")
+        saved = load_file(tmp_path / "saved" / "trainable.safetensors")
+        assert all(torch.equal(plain[name], saved[name]) for name in saved)
 
 
 @pytest.mark.parametrize("kind", ["read", "write", "sync"])

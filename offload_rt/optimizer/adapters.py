@@ -3,7 +3,7 @@
 Weights and gradients stay in memory, where autograd and torch's own tools find them. Only the update differs: state is
 read piece by piece, many small parameters to a piece, stepped by the user's own optimizer, and written back. Parameters
 are stepped themselves, in their dtype, so that every bit is that of the optimizer in memory. The copy of the weights in
-the pieces is what a commit holds of them.
+the pieces is what a commit holds of them: what somebody changes by hand is in a commit from the next step on.
 """
 
 from __future__ import annotations
