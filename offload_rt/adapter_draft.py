@@ -1,4 +1,4 @@
-"""Adapters' optimizer state as a plan may place it: cut into pieces, before any of it is anywhere."""
+"""Adapters' optimizer state as a plan may place it, cut into pieces before any of it is anywhere; and when one does."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import replace
 
 import torch
 
+from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.optimizer.pieces import Masters, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import rule_for
-from offload_rt.workload import TrainingDraft, Workload
+from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, streaming_problem
+from planners.plan import Plan
+from planners.streaming import StreamingProblem, plan_streaming
 
 BLOCK = "adapters"
 """All of them are one block, so that pieces are full however small the parameters are."""
@@ -37,3 +40,37 @@ def with_adapter_state(workload: Workload, optimizer: torch.optim.Optimizer, *, 
     text = json.dumps(["adapters/1", rule.name, workload.sources.fingerprint, names, pieces])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return replace(workload, training=TrainingDraft(rule=rule, blocks=(block,), key=key, adapters=True))
+
+
+def planned(
+    workload: Workload, plan: Plan | None, optimizer: torch.optim.Optimizer | None, options: RuntimeOptions
+) -> tuple[Workload, StreamingProblem, Plan]:
+    """The plan, the question that it answers, and the workload: adapters' state is in tiers where the plan says so, or
+    where memory does not hold it beside them.
+    """
+
+    def in_tiers() -> Workload:
+        if optimizer is None:
+            raise ConfigError("plan: places optimizer state, but nothing trains")
+        if options.device is not None or workload.config.device != "cpu":
+            raise ConfigError("plan: optimizer state of adapters stays on a GPU with them so far; set state to null")
+        return with_adapter_state(workload, optimizer, piece_elements=options.piece_elements)
+
+    asked_for = options.state if plan is None else plan.state
+    if asked_for is not None and workload.training is None:
+        workload = in_tiers()
+    problem = streaming_problem(workload)
+    if plan is not None:
+        return workload, problem, plan
+    try:
+        return workload, problem, plan_streaming(problem, rest=options.rest)
+    except PlanInfeasible as infeasible:
+        one_tier = problem.unified and problem.nvme_capacity_bytes is None
+        if workload.training is not None or optimizer is None or one_tier:
+            raise
+        try:
+            workload = in_tiers()
+        except ConfigError as reason:
+            raise infeasible from reason
+    problem = streaming_problem(workload)
+    return workload, problem, plan_streaming(problem, rest=options.rest)

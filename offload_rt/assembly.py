@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from offload_rt.access import Access, ResidentAccess
-from offload_rt.adapter_draft import with_adapter_state
+from offload_rt.adapter_draft import planned
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
@@ -28,7 +28,7 @@ from offload_rt.device_cuda import CudaDevice
 from offload_rt.device_stash import DeviceStash
 from offload_rt.discover import BlockDraft, Coverage, check_coverage, coverage
 from offload_rt.edge import StreamedModule, keep_head_input_contiguous
-from offload_rt.errors import ConfigError, PlanInfeasible
+from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import Base, HeapGuard
 from offload_rt.loss_head import LossHead
@@ -53,12 +53,11 @@ from offload_rt.workload import (
     Workload,
     find_workload,
     policy_of,
-    streaming_problem,
     with_options,
 )
 from planners.activations import Action
 from planners.plan import DecodeScope, Plan, Tier
-from planners.streaming import KEPT_TENSORS, StreamingProblem, plan_streaming
+from planners.streaming import KEPT_TENSORS, StreamingProblem
 
 Progress = Callable[[str, int, int], None]
 
@@ -82,44 +81,11 @@ def assemble(
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
         workload = find_workload(model, opened, config, optimizer, options)
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
-        workload, problem, chosen = _planned(workload, plan, optimizer, options)
+        workload, problem, chosen = planned(workload, plan, optimizer, options)
         chosen = with_options(chosen, workload.drafts, options)
         check_plan(chosen, problem, workload)
         with _Assembly(workload, problem, chosen, options, progress, base) as assembly:
             return assembly.run(covered, optimizer)
-
-
-def _planned(
-    workload: Workload, plan: Plan | None, optimizer: torch.optim.Optimizer | None, options: RuntimeOptions
-) -> tuple[Workload, StreamingProblem, Plan]:
-    """The plan, the question that it answers, and the workload: adapters' state is in tiers where the plan says so, or
-    where memory does not hold it beside them.
-    """
-
-    def in_tiers() -> Workload:
-        if optimizer is None:
-            raise ConfigError("plan: places optimizer state, but nothing trains")
-        return with_adapter_state(workload, optimizer, piece_elements=options.piece_elements)
-
-    asked_for = options.state if plan is None else plan.state
-    if asked_for is not None and workload.training is None:
-        workload = in_tiers()
-    problem = streaming_problem(workload)
-    if plan is not None:
-        return workload, problem, plan
-    try:
-        return workload, problem, plan_streaming(problem, rest=options.rest)
-    except PlanInfeasible as infeasible:
-        one_tier = problem.unified and problem.nvme_capacity_bytes is None
-        on_gpu = options.device is not None or workload.config.device != "cpu"
-        if workload.training is not None or optimizer is None or one_tier or on_gpu:
-            raise
-        try:
-            workload = in_tiers()
-        except ConfigError as reason:
-            raise infeasible from reason
-    problem = streaming_problem(workload)
-    return workload, problem, plan_streaming(problem, rest=options.rest)
 
 
 class _Assembly:

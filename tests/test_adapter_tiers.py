@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from offload_rt.errors import (
     StorageError,
     UnsupportedModule,
 )
+from offload_rt.training.run_folder import RunFolder
+from offload_rt.training.saves import Progress, Saves
 from offload_rt.workload import RuntimeOptions
 from planners.placement import UpdateMode
 from planners.plan import Plan, Tier
@@ -47,6 +50,7 @@ from tests.adapter_tiers import (
 )
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch
 from tests.test_optimizer_training import FailingIO
+from tests.tiny_checkpoints import meta_model, new_model
 
 SELECTED = pairwise_cases()
 ONE = Case("llama", "nf4", "default", 1, 0.05, False, "on NVME")
@@ -292,3 +296,37 @@ def test_a_checkpoint_of_another_optimizer_changes_nothing(tmp_path: Path) -> No
         with pytest.raises(CheckpointError, match="holds nothing as exp_avg_sq of .*lora_A"):
             engine.load_checkpoint(tmp_path / "saved")
         assert unequal(run_plain(ONE), expected + running.steps(range(1, STEPS))) == []
+
+
+def test_a_model_on_the_meta_device_trains_as_with_state_in_memory(tmp_path: Path) -> None:
+    new_model("llama").save_pretrained(tmp_path / "model")
+    found = []
+    for options in ({}, {"state": ON_NVME, "piece_elements": 512}, {"state": IN_HOST}):
+        torch.manual_seed(0)
+        with Engine(
+            meta_model("llama"), checkpoint=tmp_path / "model", bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN,
+            adapters=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), max_grad_norm=1.0,
+            nvme=tmp_path, options=RuntimeOptions(**options), lr=1e-2,
+        ) as engine:  # fmt: skip
+            found.append(run(ONE, engine, engine.backward, engine.trainable, engine.step, range(3)))
+            assert (engine.report()["training"] is not None) is bool(options)
+            engine.save_pretrained(tmp_path / "adapter")
+        saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(saved[name.replace(".default", "")], p) for name, p in engine.trainable.items())
+        for folder in tmp_path.glob("offload_rt-*"):  # IN_HOST would go on from it
+            if (folder / "state.bin").exists():
+                shutil.rmtree(folder)
+    assert unequal(found[0], found[1]) == [] and unequal(found[0], found[2]) == []
+
+
+def test_a_run_whose_steps_were_committed_does_not_begin_again_where_nobody_looks_for_them(tmp_path: Path) -> None:
+    """Its budgets are larger now, so that its state would be in memory."""
+    with rank_24(tmp_path) as engine:
+        folder = RunFolder(tmp_path / "run")
+        progress = Progress(folder.run_id, folder.path)
+        folder.begin(at_step=0, settings={}, committed=True)
+        with pytest.raises(ConfigError, match="committed on NVMe, and with these budgets its state would be in memory"):
+            Saves(engine, folder, progress, keep_last=1).require_commit()
+        Saves(engine, folder, progress, keep_last=1).copy()
+        Saves(engine, folder, progress, keep_last=1).require_commit()
+        folder.close()

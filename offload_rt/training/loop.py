@@ -132,7 +132,7 @@ def train(
         saved_at = progress.step
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-    folder.begin(at_step=progress.step, settings=fixed)
+    folder.begin(at_step=progress.step, settings=fixed, committed=saves.commits)
 
     loss: float | None = None
     tokens = 0

@@ -73,6 +73,11 @@ class RunFolder:
         """Replaces the engine's report, whole."""
         self._write(self._report_file, json.dumps(report, indent=1))
 
+    @property
+    def was_committed(self) -> bool:
+        """Whether the run in this folder had its steps committed on NVMe, where it was gone on with last."""
+        return bool(self._read_run().get("committed"))
+
     def last_step(self) -> int:
         """The step of the last line of metrics; 0 without one."""
         return max((line.get("step", 0) for line in self.metrics()), default=0)
@@ -110,18 +115,18 @@ class RunFolder:
         if changed:
             raise ConfigError(f"resume: {self.path} was begun with other settings: {'; '.join(changed)}")
 
-    def begin(self, *, at_step: int, settings: Mapping[str, Any]) -> None:
-        """Makes the folder; drops the metrics of steps after `at_step`, which will be taken again."""
+    def begin(self, *, at_step: int, settings: Mapping[str, Any], committed: bool = False) -> None:
+        """Makes the folder; drops the metrics of steps after `at_step`, which will be taken again.
+
+        `committed`: the run's steps are committed on NVMe, and are no checkpoints here.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for entry in self.path.glob("checkpoint-*.removing"):
                 shutil.rmtree(entry)
-            self._write(
-                self._run_file,
-                json.dumps(
-                    {"id": self._run_id, "settings": {**self._read_run().get("settings", {}), **settings}}, indent=1
-                ),
-            )
+            settings = {**self._read_run().get("settings", {}), **settings}
+            run = {"id": self._run_id, "committed": committed, "settings": settings}
+            self._write(self._run_file, json.dumps(run, indent=1))
             kept = [line for line in self._metric_lines() if 0 < json.loads(line).get("step", 0) <= at_step]
             self._write(self._metrics_file, "".join(f"{line}\n" for line in kept))
             self._metrics = open(self._metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`

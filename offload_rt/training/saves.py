@@ -82,6 +82,11 @@ class Saves:
 
     def require_commit(self) -> None:
         """Raises `ConfigError` where this run's commits should be on the drive and are not."""
+        if not self.commits and self._folder.was_committed and not self._folder.checkpoints():
+            raise ConfigError(
+                f"resume: the steps of {self._folder.path} were committed on NVMe, and with these budgets its state "
+                f"would be in memory; give the --nvme and the budgets that it was begun with"
+            )
         commit = self._commit()
         if commit is not None and commit["run"] != self._folder.run_id:
             raise ConfigError(self._in_the_way(commit))
