@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from offload_rt import optim
@@ -25,6 +26,8 @@ from offload_rt.errors import (
     StorageError,
     UnsupportedModule,
 )
+from offload_rt.training.loop import train
+from offload_rt.training.options import TrainingOptions
 from offload_rt.training.run_folder import RunFolder
 from offload_rt.training.saves import Progress, Saves
 from offload_rt.workload import RuntimeOptions
@@ -50,6 +53,7 @@ from tests.adapter_tiers import (
 )
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch
 from tests.test_optimizer_training import FailingIO
+from tests.test_training_loop import make_batches
 from tests.tiny_checkpoints import meta_model, new_model
 
 SELECTED = pairwise_cases()
@@ -317,6 +321,26 @@ def test_a_model_on_the_meta_device_trains_as_with_state_in_memory(tmp_path: Pat
             if (folder / "state.bin").exists():
                 shutil.rmtree(folder)
     assert unequal(found[0], found[1]) == [] and unequal(found[0], found[2]) == []
+
+
+def test_the_loop_goes_on_from_commits_of_adapters_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    def go(name: str, steps: int, **options: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        with make_engine(ONE, tmp_path / name) as engine:
+            rate = {"lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
+            made = TrainingOptions(out=tmp_path / name / "run", steps=steps, **rate, **options)
+            result = train(engine, make_batches(), made, console=Console(quiet=True))
+            assert result.step == engine.step_number == steps
+            assert result.checkpoint == engine.commit_folder
+            return {name: parameter.detach().clone() for name, parameter in engine.trainable.items()}
+
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    expected = go("straight", 4)
+    go("stopped", 2)
+    assert not list((tmp_path / "stopped" / "run").glob("checkpoint-*"))
+    found = go("stopped", 4, resume=True)
+    assert {name for name in expected if not torch.equal(expected[name], found[name])} == set()
 
 
 def test_a_run_whose_steps_were_committed_does_not_begin_again_where_nobody_looks_for_them(tmp_path: Path) -> None:
