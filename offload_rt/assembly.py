@@ -143,8 +143,6 @@ class _Assembly:
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
         if self.plan.layer_major and self.workload.config.device != "cpu":
             raise ConfigError("plan: micro-batches go together on the CPU only so far; set layer_major to false")
-        if self.device is not None and self.state is not None:
-            raise ConfigError("full fine-tuning is not offered on a GPU yet; give adapters=, or device='cpu'")
         if self.workload.config.nvme and self.workload.frozen:
             self._open_store()
         decoder = self._decoder()

@@ -101,12 +101,17 @@ class Recorder:
         reads: Iterable[MemoryRange] = (),
         writes: Iterable[MemoryRange] = (),
         lane: str | None = None,
+        also: str | None = None,
     ) -> int:
-        """Records something that `lane` (None: compute) itself does with memory, in the lane's order."""
+        """Records something that `lane` (None: compute) itself does with memory, in the lane's order.
+
+        It comes after what `also` was behind too; what the lane does next does not.
+        """
         lane = self.compute if lane is None else lane
         with self._lock:
-            number = self._append(name, lane, reads, writes, self._head(lane))
-            self._lane_heads[lane] = self.operations[number].ancestors | (1 << number)
+            head = self._head(lane)
+            number = self._append(name, lane, reads, writes, head | (0 if also is None else self._head(also)))
+            self._lane_heads[lane] = head | (1 << number)
             return number
 
     def _head(self, lane: str) -> int:

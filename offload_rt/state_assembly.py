@@ -17,7 +17,9 @@ from offload_rt.discover import BlockDraft
 from offload_rt.drives import drive_profile, weights
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
+from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
 from offload_rt.optimizer.gradients import Gradients
+from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
 from offload_rt.optimizer.state import LogWeights, StateHome, begin_state, log_extents
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.training import FullTraining
@@ -47,9 +49,10 @@ class StateAssembly:
         self._tiers = tiers
         self._links = links
         self._options = options
-        self._sizes = training_sizes(self._draft, workload.config)
+        self._sizes = training_sizes(workload)
         self._drafts = {draft.name: draft for draft in workload.drafts if draft.trains}
         self._scratch: Scratch | None = None
+        self._arrivals: Arrivals | None = None
         self.home = StateHome(log=None, links=links)
         self.folders: list[Path] = []
 
@@ -58,20 +61,28 @@ class StateAssembly:
         sizes, placement = self._sizes, self._placement
         in_memory = [block for block in self._draft.blocks if block.name in placement.in_memory]
         if in_memory:
-            arena = self._arena("optimizer state", sum(block.state_bytes for block in in_memory))
+            arena = self._arena("optimizer state", sum(block.state_bytes for block in in_memory), copied=False)
             for block in in_memory:
                 for piece in block.pieces:
                     self.home.pieces[piece.name] = arena.acquire(piece.num_bytes, piece.name)
-        self._state_arena = self._arena("optimizer state on its way", placement.state_slots * sizes.piece_bytes)
-        self._weights_arena = self._arena(
-            "new weights on their way", placement.weight_slots * sizes.largest_weight_bytes
+        self._state_arena = self._arena(
+            "optimizer state on its way", placement.state_slots * sizes.piece_bytes, copied=False
         )
+        self._weights_arena = self._arena(
+            "new weights on their way", placement.weight_slots * sizes.largest_weight_bytes, copied=False
+        )
+        if self._links.device is not None:
+            landing = self._arena("new weights on their way to DEVICE", sizes.landing_bytes)
+            self.home.landing = Landing(landing, sizes.landing_bytes // LANDING_SLOTS, self._links)
         waiting = sizes.gradient_bytes
         if placement.gradients is Tier.NVME:
             waiting = placement.gradient_slots * sizes.largest_gradient_bytes
             self._tiers.account(Tier.NVME).reserve("gradients", sizes.gradient_bytes)
             self._scratch = Scratch(self._workload.config.nvme[0].path, sizes.gradient_bytes, self._links)
         self._gradient_arena = self._arena("gradients", waiting)
+        if self._links.device is not None:
+            staging = self._arena("gradients arriving", sizes.arriving_bytes) if sizes.arriving_bytes else None
+            self._arrivals = Arrivals(self._links, staging, sizes.arriving_bytes // ARRIVING_SLOTS)
         if self._workload.config.nvme:
             self._open_log()
 
@@ -82,9 +93,11 @@ class StateAssembly:
         source = LogWeights(self.home.log)
         return NvmeResidence(source, draft.name, draft.spec.stored_bytes, self._links, staging)
 
-    def weights_rest_in(self, name: str, slot: Slot) -> None:
-        """Says that a block's weights rest in `slot`, where they are stepped in place."""
+    def weights_rest_in(self, name: str, slot: Slot, before_change: Callable[[], None] | None = None) -> None:
+        """Says that a block's weights rest in `slot`, where they are stepped in place, after `before_change`."""
         self.home.weights[name] = slot
+        if before_change is not None:
+            self.home.before_change[name] = before_change
 
     def begin(self) -> None:
         """Writes the state that training begins with. All parameters that stay in memory have their values.
@@ -159,7 +172,7 @@ class StateAssembly:
         log = self.home.log
         gradients = Gradients(
             self._draft.blocks, self._gradient_arena, self._scratch, self._links,
-            accumulates=config.accumulation_steps > 1,
+            accumulates=config.accumulation_steps > 1, arrivals=self._arrivals,
         )  # fmt: skip
         progress = Progress()
         training: list[FullTraining] = []
@@ -208,8 +221,8 @@ class StateAssembly:
             )
         self.home.log = CommitLog(self.folders, self._links)
 
-    def _arena(self, name: str, num_bytes: int) -> Arena:
-        return self._tiers.arena(Tier.HOST, name, align_up(num_bytes, IO_ALIGNMENT_BYTES))
+    def _arena(self, name: str, num_bytes: int, *, copied: bool = True) -> Arena:
+        return self._tiers.arena(Tier.HOST, name, align_up(num_bytes, IO_ALIGNMENT_BYTES), copied=copied)
 
     def _room(self, arena: Arena, num_bytes: int, writes: deque[Transfer]) -> Slot:
         while (slot := arena.try_acquire(num_bytes, "first state")) is None and writes:

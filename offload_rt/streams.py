@@ -30,7 +30,8 @@ neither the host nor the rest of the device. Three rules make every copy safe, a
     compute    layer 1 --e1           layer 2 --e2    [wait copy 3] layer 3
 
 Never is the whole device waited for, and never a stream by the host; but copies are: for bytes that the host itself
-wants, and so that what copies hold of the device's memory is bounded, however far the host is ahead.
+wants (gradients), before it changes bytes that a copy may still read (weights stepped in HOST), and so that what
+copies hold of the device's memory is bounded, however far the host is ahead.
 
 The recorder sees the same: `compute` is a lane; a copy is ordered after its head, `order` joins it to the lane, and a
 reaper joins it to `RETURNED`, which drives and copies that fill HOST memory are ordered after, kernels not: one that

@@ -6,6 +6,7 @@ Capacities are hard. Every arena is reserved from its tier here, by name, so tha
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -71,15 +72,15 @@ class Tiers:
     def account(self, tier: Tier) -> TierAccount:
         return self.accounts[Tier.DEVICE if self.unified and tier is Tier.HOST else tier]
 
-    def arena(self, tier: Tier, name: str, num_bytes: int) -> Arena:
-        """Reserves an arena of `num_bytes` in `tier`."""
+    def arena(self, tier: Tier, name: str, num_bytes: int, *, copied: bool = True) -> Arena:
+        """Reserves an arena of `num_bytes` in `tier`. `copied`: a device copies to and from it, if it is in HOST."""
         account, num_bytes = self.account(tier), align_up(num_bytes, IO_ALIGNMENT_BYTES)
         account.reserve(name, num_bytes)
         account.arena_bytes += num_bytes
         if self._device is not None and tier is Tier.DEVICE:
             return self._device.arena(name, num_bytes, poison=self._poison)
         arena = Arena(name, num_bytes, poison=self._poison)
-        if self._device is not None:
+        if self._device is not None and copied:
             self._device.lock(arena)
         return arena
 
@@ -107,10 +108,21 @@ class HostResidence:
         self.num_bytes = slot.num_bytes
         self._slot = slot
         self._links = links
+        self._copies: deque[Transfer] = deque()
+        """Some may be under way: a device is behind, and whoever waits for the fetch waits for it in the device."""
 
     def fetch(self, slot: Slot) -> Fetch:
         transfer = self._links.copy(self._slot, slot.part(0, self.num_bytes))
+        if self._links.recorder is None:
+            self._copies.clear()  # the last one is over last
+        self._copies.append(transfer)
         return _Arrival(self._links, transfer)
+
+    def settle(self) -> None:
+        """Blocks until no copy of it is under way, so that its bytes may change. Errors are the fetches' to tell."""
+        while self._copies:
+            with contextlib.suppress(OffloadError):
+                self._links.finish(self._copies.popleft())
 
 
 class BlockSource(Protocol):

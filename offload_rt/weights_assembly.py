@@ -149,9 +149,10 @@ class WeightsAssembly:
             return self._on_nvme(ring, draft, staging)
         if host is not None and split.host_bytes == whole:
             fill_slot(draft, self._workload.sources, host)
+            residence = HostResidence(host, self._links)
             if self._state is not None and draft.trains:
-                self._state.weights_rest_in(draft.name, host)
-            return HostResidence(host, self._links)
+                self._state.weights_rest_in(draft.name, host, residence.settle)
+            return residence
         part = None
         if split.nvme_bytes:
             part = StorePart(self._open_store(ring), draft.name, whole - split.nvme_bytes, split.nvme_bytes)

@@ -19,6 +19,8 @@ from offload_rt.checkpoint.sources import TensorSource
 from offload_rt.config import EngineConfig
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
+from offload_rt.optimizer.landing import LANDING_SLOTS, largest_range_bytes
 from offload_rt.optimizer.pieces import PIECE_ELEMENTS, TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import UpdateRule, rule_for
 from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, layer_input_bytes, loss_head_size
@@ -187,8 +189,12 @@ def _find_training(
     return TrainingDraft(rule=rule, blocks=tuple(blocks.values()), key=key)
 
 
-def training_sizes(training: TrainingDraft, config: EngineConfig) -> TrainingSizes:
+def training_sizes(workload: Workload) -> TrainingSizes:
     """What trains, as the planner sees it."""
+    training, config = workload.training, workload.config
+    if training is None:
+        raise ConfigError("optimizer: no layer trains")
+    on_a_device = workload.has_streams
     return TrainingSizes(
         blocks=tuple(
             TrainedSize(
@@ -202,6 +208,10 @@ def training_sizes(training: TrainingDraft, config: EngineConfig) -> TrainingSiz
         clips=config.max_grad_norm is not None,
         commits_each_step=config.commit_every in (None, 1) and not training.adapters,
         adapters=training.adapters,
+        landing_bytes=LANDING_SLOTS * largest_range_bytes(training.blocks) if on_a_device else 0,
+        arriving_bytes=ARRIVING_SLOTS * largest_arrival_bytes(training.blocks)
+        if on_a_device and config.accumulation_steps > 1
+        else 0,
     )  # fmt: skip
 
 
@@ -227,6 +237,8 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         of_others = [p.numel() * (3 * p.element_size() + 4) for p in in_memory]
         weights_bytes = sum(p.numel() * p.element_size() for p in in_memory)
         trainable_bytes = leftovers + weights_bytes + max(of_layers + of_others)
+        if workload.has_streams:  # and those of the block before, on their way to HOST
+            trainable_bytes += max(of_layers, default=0)
     activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     input_bytes = layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     if workload.has_streams:
@@ -253,7 +265,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         host_capacity_bytes=config.host_memory_bytes or (free_memory_bytes() if on_gpu else None),
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
-        training=None if workload.training is None else training_sizes(workload.training, config),
+        training=None if workload.training is None else training_sizes(workload),
         # CUDA's backward runs on a thread of autograd's, where calls cannot take turns.
         num_micro_batches=1 if on_gpu else config.accumulation_steps,
     )

@@ -33,6 +33,10 @@ class TrainingSizes:
     """False: commits come less often, and no block can be stepped before the norm is known. So it is for adapters."""
     adapters: bool = False
     """Only adapters train: their weights and gradients stay in DEVICE memory, their state alone rests in a tier."""
+    landing_bytes: int = 0
+    """HOST memory through which new weights come to a device whose own memory holds them."""
+    arriving_bytes: int = 0
+    """HOST memory through which gradients come from a device to be added to those of other micro-batches."""
 
     @property
     def state_bytes(self) -> int:
@@ -86,12 +90,17 @@ class StatePlacement:
         waiting = sizes.gradient_bytes
         if self.gradients is Tier.NVME:
             waiting = self.gradient_slots * sizes.largest_gradient_bytes
-        return {
+        items = {
             "optimizer state": in_memory,
             "optimizer state on its way": self.state_slots * sizes.piece_bytes,
             "new weights on their way": self.weight_slots * sizes.largest_weight_bytes,
             "gradients": waiting,
         }
+        on_a_device = {
+            "new weights on their way to DEVICE": sizes.landing_bytes,
+            "gradients arriving": sizes.arriving_bytes,
+        }
+        return items | {name: num_bytes for name, num_bytes in on_a_device.items() if num_bytes}
 
     def nvme_bytes(self, sizes: TrainingSizes) -> dict[str, int]:
         """What lies on NVME, itemised: two slots of everything that changes."""

@@ -2,8 +2,10 @@
 
 pieces      what state there is and in which units it moves
 rules       the arithmetic of one parameter's update
+arrivals    gradients on their way from a device
 gradients   where gradients wait between backward and update
 state       where masters, moments and new weights rest
+landing     new weights on their way into a device's memory
 stepper     reads ahead, updates, writes behind
 stand_ins   what `.grad` is while a gradient is elsewhere
 commits     which steps are committed, and whether the state is whole

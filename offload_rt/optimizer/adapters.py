@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from offload_rt.checkpoint.values import rng_state
+from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.commits import Commits
 from offload_rt.optimizer.param_groups import ParamGroups
 from offload_rt.optimizer.pieces import TrainedBlock
@@ -30,8 +31,9 @@ from offload_rt.optimizer.writes import bytes_written_per_step
 class ParameterGradients:
     """Gradients where autograd puts them."""
 
-    def load(self, block: TrainedBlock) -> None:
-        """They are in memory."""
+    def submitted(self, block: TrainedBlock) -> tuple[None, tuple[Arrival, ...]]:
+        """No slot holds them, and nothing is under way."""
+        return None, ()
 
     def present(self, block: TrainedBlock) -> set[int]:
         return {index for index, trained in enumerate(block.parameters) if trained.parameter.grad is not None}

@@ -6,6 +6,9 @@ they are there and read back when they are wanted; the arena then holds a few bl
 
 Norms are taken of whole parameters in float32 when the last micro-batch arrives, while the gradient is in the caches.
 Used by one thread; slots that it hands out may be read by another.
+
+From a device with streams, gradients come by its own copies, see [Note: gradients behind the device] in `arrivals`:
+`add` and `put_away` do not wait for them, `load` and `norms` do, and `submitted` says what is to be waited for.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from offload_rt.arena import Arena, Slot
 from offload_rt.cpu_adam import gradient_norm
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import ConfigError, StorageError
+from offload_rt.optimizer.arrivals import Arrival, Arrivals
 from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.recording import HOST
 from offload_rt.scratch import Scratch, ScratchRange
 from offload_rt.transfer import Links, Transfer
 
@@ -36,6 +41,8 @@ class _Waiting:
     write: Transfer | None = None
     present: set[int] = field(default_factory=set)
     """Parameters that received a gradient, by index."""
+    arrivals: list[Arrival] = field(default_factory=list)
+    """Of its micro-batches, in their order; some may be under way."""
     norms: dict[int, Tensor] = field(default_factory=dict)
     num_arrivals: int = 0
     is_gone: bool = False
@@ -53,18 +60,25 @@ class Gradients:
         links: Links,
         *,
         accumulates: bool,
+        arrivals: Arrivals | None = None,
         wait_for_room: Callable[[], bool] = lambda: False,
+        in_background: Callable[[Arrival], None] = lambda arrival: None,
     ) -> None:
         """With `scratch`, gradients wait there; `arena` then holds those in use. `wait_for_room` blocks until somebody
-        else may have let go of a slot, and is False when nobody else holds one.
+        else may have let go of a slot, and is False when nobody else holds one. `arrivals` is how gradients come from
+        a device with streams; `in_background` may have somebody else settle one.
         """
         self._blocks = {block.name: block for block in blocks}
         self._arena = arena
         self._scratch = scratch
         self._links = links
         self._accumulates = accumulates
+        self._arrivals = arrivals
         self.wait_for_room = wait_for_room
+        self.in_background = in_background
         self._waiting: dict[str, _Waiting] = {}
+        self._late: list[TrainedBlock] = []
+        """To be put away when their gradients have arrived."""
 
     @property
     def blocks(self) -> list[TrainedBlock]:
@@ -85,8 +99,8 @@ class Gradients:
         """The parameters of `block` that have a gradient, by index."""
         return self._waiting[block.name].present
 
-    def add(self, block: TrainedBlock, gradients: Mapping[int, Tensor], *, with_norms: bool) -> Slot:
-        """Adds one micro-batch's gradients, by parameter index; returns the slot that holds the sums.
+    def add(self, block: TrainedBlock, gradients: Mapping[int, Tensor], *, with_norms: bool) -> None:
+        """Adds one micro-batch's gradients, by parameter index.
 
         Blocks while there is no room. Raises ConfigError for a second micro-batch where one was declared.
         """
@@ -96,28 +110,43 @@ class Gradients:
                 f"accumulation_steps=1 was declared, but {block.name} received gradients twice before step(); declare "
                 f"engine(accumulation_steps=...), so that they are summed in float32"
             )
-        slot = self.load(block)
-        waiting.norms.clear()
-        for index, gradient in gradients.items():
-            held = self._view(block, slot, index)
-            if index in waiting.present:
-                held.add_(gradient)
-            else:
-                held.copy_(gradient)
-                waiting.present.add(index)
-            if with_norms:
-                waiting.norms[index] = gradient_norm(held)
-        if with_norms:
-            for index in waiting.present - gradients.keys():
-                waiting.norms[index] = gradient_norm(self._view(block, slot, index))
+        self._put_late_ones_away()
+        slot = self._lease(block)
+        before = frozenset(waiting.present)
+        waiting.present |= gradients.keys()
         waiting.num_arrivals += 1
-        return slot
+
+        def take(arrived: Mapping[int, Tensor]) -> None:
+            self._sum(block, slot, arrived, before, waiting.norms if with_norms else None)
+
+        if self._arrivals is None:
+            take(gradients)
+            return
+        specs = block.gradients.tensors
+        places = {index: slot.part(specs[index].offset_bytes, specs[index].stored_bytes) for index in gradients}
+        arrival = self._arrivals.start(block, gradients, places, take)
+        waiting.arrivals.append(arrival)
+        self.in_background(arrival)
+
+    def submitted(self, block: TrainedBlock) -> tuple[Slot, tuple[Arrival, ...]]:
+        """The slot with the block's gradients, for whoever settles what is under way to it first. Does not wait."""
+        return self._lease(block), tuple(self._waiting[block.name].arrivals)
 
     def put_away(self, block: TrainedBlock) -> None:
         """Starts writing the block's gradients to where they wait, if that is not memory. Does not block."""
+        if self._scratch is None:
+            return
+        if self._arrivals is not None:
+            self._late.append(block)
+        else:
+            self._write_out(block)
+
+    def _write_out(self, block: TrainedBlock) -> None:
+        """Blocks for gradients that have not arrived."""
         waiting = self._waiting[block.name]
         if self._scratch is None or waiting.slot is None:
             return
+        self._settle(waiting)
         if waiting.place is None:
             waiting.place = self._scratch.acquire(block.gradients.stored_bytes)
         waiting.write = waiting.place.write(waiting.slot)
@@ -125,6 +154,13 @@ class Gradients:
 
     def load(self, block: TrainedBlock) -> Slot:
         """The block's gradients in memory. Blocks while they are not, or there is no room."""
+        self._put_late_ones_away()
+        slot = self._lease(block)
+        self._settle(self._waiting[block.name])
+        return slot
+
+    def _lease(self, block: TrainedBlock) -> Slot:
+        """The slot that holds the block's gradients, or what is there of them. Blocks for a drive, and for room."""
         waiting = self._waiting[block.name]
         if waiting.slot is None:
             slot = self._room(block)
@@ -159,8 +195,10 @@ class Gradients:
     def norms(self) -> dict[str, Tensor]:
         """The norm of each gradient, by parameter name. Reads back what was put away without."""
         found = {}
+        self._put_late_ones_away()
         for name, waiting in self._waiting.items():
             block = self._blocks[name]
+            self._settle(waiting)
             for index in sorted(waiting.present):
                 if index not in waiting.norms:
                     waiting.norms[index] = gradient_norm(self._view(block, self.load(block), index))
@@ -174,7 +212,44 @@ class Gradients:
             if waiting.write is not None:
                 with suppress(StorageError):
                     self._links.wait(waiting.write)
+        if self._arrivals is not None:
+            self._arrivals.drop()
+        self._late.clear()
         self._waiting.clear()
+
+    def _sum(
+        self,
+        block: TrainedBlock,
+        slot: Slot,
+        gradients: Mapping[int, Tensor],
+        before: frozenset[int],
+        norms: dict[int, Tensor] | None,
+    ) -> None:
+        """Adds gradients that are there to those in `slot` of the parameters in `before`; others begin with them.
+
+        `norms` receives those of the sums, unless more is to come.
+        """
+        if self._links.recorder is not None:
+            self._links.recorder.use(f"gradients of {block.name}", writes=[slot.range], lane=HOST)
+        for index, gradient in gradients.items():
+            held = self._view(block, slot, index)
+            if index in before:
+                held.add_(gradient)
+            elif held.data_ptr() != gradient.data_ptr():
+                held.copy_(gradient)
+            if norms is not None:
+                norms[index] = gradient_norm(held)
+        if norms is not None:
+            for index in before - gradients.keys():
+                norms[index] = gradient_norm(self._view(block, slot, index))
+
+    def _settle(self, waiting: _Waiting) -> None:
+        for arrival in waiting.arrivals:
+            arrival.settle(self._links.wait)
+
+    def _put_late_ones_away(self) -> None:
+        while self._late:
+            self._write_out(self._late.pop(0))
 
     def _view(self, block: TrainedBlock, slot: Slot, index: int) -> Tensor:
         spec = block.gradients.tensors[index]
@@ -191,7 +266,7 @@ class Gradients:
         """Gives up the slot of gradients that were held for the next micro-batch."""
         for name, waiting in self._waiting.items():
             if self._scratch is not None and waiting.slot is not None and name != block.name:
-                self.put_away(self._blocks[name])
+                self._write_out(self._blocks[name])
                 return True
         return False
 

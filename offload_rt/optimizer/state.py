@@ -1,9 +1,10 @@
 """Where masters, moments and weights of trained blocks rest, and how a step gets at them.
 
 A block's state rests in HOST memory, piece by piece, or in the commit log on NVMe. Its weights stay in the parameters,
-or in a slot of HOST or DEVICE memory that is stepped in place, or in the log as one extent that a ring fetches. Weights
-are always the masters rounded to their dtype; so only what streams from the log is written there, and no checkpoint
-holds weights besides masters.
+or in a slot of HOST or DEVICE memory that is stepped in place, or in the log as one extent that a ring fetches. Those
+that a device holds in memory of its own are stepped in HOST and copied there, see `landing`. Weights are always the
+masters rounded to their dtype; so only what streams from the log is written there, and no checkpoint holds weights
+besides masters.
 
     log   "state/<piece>"     of every block, wherever it rests: what rests in memory is written by a commit
           "weights/<block>"   of every layer; written only where weights stream from NVMe
@@ -11,7 +12,8 @@ holds weights besides masters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +23,7 @@ from offload_rt.arena import Slot
 from offload_rt.commit_layout import MutableExtent
 from offload_rt.commit_log import CommitLog
 from offload_rt.dtypes import torch_dtype
+from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock
 from offload_rt.tensor_spec import TensorSpec
 from offload_rt.transfer import Links, Transfer
@@ -75,6 +78,10 @@ class StateHome:
     """State that rests in memory, by piece."""
     weights: dict[str, Slot] = field(default_factory=dict)
     """Weights that rest in memory and are stepped in place, by block."""
+    before_change: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """Of these, what blocks until no copy out of them is under way."""
+    landing: Landing | None = None
+    """How weights come to where parameters and slots of DEVICE are a device's own memory; None where that is RAM."""
 
     def rests_in_memory(self, block: TrainedBlock) -> bool:
         """Whether the block's state does, all of it."""
@@ -83,6 +90,19 @@ class StateHome:
     def streams_weights(self, block: TrainedBlock) -> bool:
         """Whether the block's weights rest in the log."""
         return block.weights is not None and block.name not in self.weights
+
+    def new_weights(
+        self, block: TrainedBlock, segment: Segment, weights: Slot | None
+    ) -> AbstractContextManager[Tensor]:
+        """Inside, memory of the CPU's into which the segment's new weights are to be rounded, flat; see `weight_range`.
+
+        Where that is not where they rest, they are on their way there afterwards, until `landing.order`.
+        """
+        resting = weight_range(block, segment, weights)
+        on_device = weights.on_device if block.parameters[segment.parameter].streamed is not None and weights else True
+        if self.landing is None or not on_device:
+            return nullcontext(resting)
+        return self.landing.room_for(resting)
 
     def fetch(self, piece: Piece, slot: Slot) -> Transfer:
         """Starts reading a piece that rests in the log. Does not block but for a write of it that is under way."""
@@ -142,8 +162,11 @@ def begin_state(slot: Slot, piece: Piece, block: TrainedBlock, weights: Slot | N
             tensor_of(slot, segment.master).copy_(weight_range(block, segment, weights))
 
 
-def weights_from_masters(slot: Slot, piece: Piece, block: TrainedBlock, weights: Slot | None) -> None:
+def weights_from_masters(home: StateHome, slot: Slot, piece: Piece, block: TrainedBlock, weights: Slot | None) -> None:
     """Rounds a piece's masters into the weights."""
     for segment in piece.segments:
-        if segment.master is not None:
-            weight_range(block, segment, weights).copy_(tensor_of(slot, segment.master))
+        if segment.master is None:
+            continue
+        with home.new_weights(block, segment, weights) as new:
+            new.copy_(tensor_of(slot, segment.master))
+        del new  # the next range wants its room

@@ -19,6 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,9 +27,11 @@ from torch import Tensor
 from offload_rt.arena import Arena, Slot
 from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
-from offload_rt.optimizer.pieces import MASTER, Masters, Piece, TrainedBlock, segment_shape
+from offload_rt.optimizer.arrivals import Arrival
+from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
-from offload_rt.optimizer.state import StateHome, state_tensors, weight_range, weights_from_masters
+from offload_rt.optimizer.state import StateHome, state_tensors, weights_from_masters
+from offload_rt.recording import HOST
 from offload_rt.transfer import Links, Transfer
 
 
@@ -48,14 +51,14 @@ class StepperCounters:
 class GradientSource(Protocol):
     """Where a block's gradients are: `Gradients`, or the parameters themselves."""
 
-    def load(self, block: TrainedBlock) -> Slot | None:
-        """What holds them in memory, if a slot does. Blocks while they are not there."""
+    def submitted(self, block: TrainedBlock) -> tuple[Slot | None, tuple[Arrival, ...]]:
+        """What holds them, if a slot does, and what is under way to it, which whoever reads them settles first."""
 
     def present(self, block: TrainedBlock) -> set[int]:
         """The parameters of `block` that have a gradient, by index."""
 
     def of(self, block: TrainedBlock, slot: Any, index: int, begin: int = 0, end: int | None = None) -> Tensor:
-        """Elements [begin, end) of a parameter's gradient, flat, in what `load` returned."""
+        """Elements [begin, end) of a parameter's gradient, flat, in what `submitted` returned."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Job:
 
     block: TrainedBlock
     gradients: Slot | None
+    arrivals: tuple[Arrival, ...]
+    """What may still be under way to `gradients`."""
     present: frozenset[int]
     grad_scale: float
 
@@ -112,7 +117,7 @@ class Stepper:
         self._to_read: deque[Piece] = deque()
         self._ahead: dict[str, tuple[Slot, Transfer]] = {}
         self._writes: deque[Transfer] = deque()
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._num_open = 0
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -135,14 +140,22 @@ class Stepper:
 
     def submit(self, block: TrainedBlock, *, grad_scale: float = 1.0) -> None:
         """Steps `block` with the gradients that it has now. Raises what an earlier block's update raised."""
-        job = Job(block, self._gradients.load(block), frozenset(self._gradients.present(block)), grad_scale)
+        slot, arrivals = self._gradients.submitted(block)
+        job = Job(block, slot, arrivals, frozenset(self._gradients.present(block)), grad_scale)
         if self._thread is None:
             self._step_block(job)
             return
         with self._changed:
             self._raise_failure()
             self._num_open += 1
-        self._jobs.put(job)
+        self._jobs.put(partial(self._step_block, job))
+
+    def settle(self, arrival: Arrival) -> None:
+        """Settles `arrival` behind what was submitted, where there is a thread; whoever wants it can do so before."""
+        if self._thread is not None:
+            with self._changed:
+                self._num_open += 1
+            self._jobs.put(partial(arrival.settle, self._wait))
 
     def wait_for_one(self) -> bool:
         """Blocks until a block that was submitted is done; False where none is open."""
@@ -156,10 +169,14 @@ class Stepper:
             return True
 
     def finish(self) -> None:
-        """Blocks until every block that was submitted is stepped. Writes may be under way still: a commit waits."""
+        """Blocks until every block that was submitted is stepped. Writes may be under way still: a commit waits.
+
+        A device sees new weights in what it is given from now on.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._num_open)
             self._raise_failure()
+        self._order_weights()
 
     def forget(self) -> None:
         """Drops what was read ahead, and the error of a block that failed. Blocks until nothing is under way."""
@@ -194,10 +211,11 @@ class Stepper:
             if resting is None:
                 resting = self._take_slot(self._state_arena, self._state_slot_bytes, piece.name)
                 self._wait(self._home.fetch(piece, resting.part(0, piece.num_bytes)))
-            weights_from_masters(resting, piece, block, weights)
+            weights_from_masters(self._home, resting, piece, block, weights)
             del resting
         if weights is not None and self._home.streams_weights(block):
             self._wait(self._home.write_weights(block, weights))
+        self._order_weights()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -205,7 +223,7 @@ class Stepper:
                 with self._changed:
                     skip = self._failure is not None  # what follows a failed block is not worth stepping
                 if not skip:
-                    self._step_block(job)
+                    job()
             except BaseException as error:  # noqa: BLE001 - handed to whoever waits
                 traceback.clear_frames(error.__traceback__)  # whoever keeps it must not keep slots with it
                 with self._changed:
@@ -224,9 +242,15 @@ class Stepper:
         block = job.block
         if not job.present:
             return
+        for arrival in job.arrivals:
+            arrival.settle(self._wait)
         weights = self._weights_slot(block)
         if weights is not None and self._home.streams_weights(block) and len(job.present) < len(block.parameters):
             self._wait(self._home.fetch_weights(block, weights))
+        if self._links.recorder is not None:
+            read = [] if job.gradients is None else [job.gradients.range]
+            changed = [] if weights is None or weights.on_device else [weights.range]
+            self._links.recorder.use(f"step {block.name}", reads=read, writes=changed, lane=HOST)
         for piece in block.pieces:
             if not any(segment.parameter in job.present for segment in piece.segments):
                 continue
@@ -245,27 +269,29 @@ class Stepper:
             self._writes.append(self._home.write_weights(block, weights))
 
     def _step_piece(self, job: Job, piece: Piece, slot: Slot, weights: Slot | None) -> None:
-        block = job.block
         for segment in piece.segments:
-            if segment.parameter not in job.present:
-                continue
-            name = block.parameters[segment.parameter].name
-            shape = segment_shape(block, segment)
-            tensors = state_tensors(slot, segment)
-            held = tensors.pop(MASTER).view(shape) if segment.master is not None else None
-            shown = weight_range(block, segment, weights).view(shape)
-            master, weight = shown, held
+            if segment.parameter in job.present:
+                self._step_segment(job, segment, slot, weights)
+                self.counters.num_elements += segment.end - segment.begin
+        self.counters.num_pieces += 1
+
+    def _step_segment(self, job: Job, segment: Segment, slot: Slot, weights: Slot | None) -> None:
+        block = job.block
+        name = block.parameters[segment.parameter].name
+        shape = segment_shape(block, segment)
+        tensors = state_tensors(slot, segment)
+        held = tensors.pop(MASTER).view(shape) if segment.master is not None else None
+        gradient = self._gradients.of(block, job.gradients, segment.parameter, segment.begin, segment.end)
+        with self._home.new_weights(block, segment, weights) as new:
+            master, weight = new.view(shape), held
             if block.masters is Masters.FLOAT32 and held is not None:
-                master, weight = held, shown
-            gradient = self._gradients.of(block, job.gradients, segment.parameter, segment.begin, segment.end)
+                master, weight = held, new.view(shape)
             update = Update(
                 master=master, weight=weight, grad=gradient.view(shape), grad_scale=job.grad_scale, state=tensors,
                 scalars=self._progress.scalars.get(name, {}), step=self._progress.steps.get(name, 0) + 1,
                 group=self._group_of(name),
             )  # fmt: skip
             self.new_scalars[name] = self._rule.update(update)
-            self.counters.num_elements += segment.end - segment.begin
-        self.counters.num_pieces += 1
 
     def _weights_slot(self, block: TrainedBlock) -> Slot | None:
         """Where the block's new weights are collected; None where its parameters hold them."""
@@ -273,6 +299,9 @@ class Stepper:
             return None
         resting = self._home.weights.get(block.name)
         if resting is not None:
+            wait = self._home.before_change.get(block.name)
+            if wait is not None:
+                wait()
             return resting
         slot = self._take_slot(self._weights_arena, self._weights_slot_bytes, f"weights of {block.name}")
         return slot.part(0, _stored_bytes(block))
@@ -331,6 +360,10 @@ class Stepper:
             self._links.wait(transfer)
         else:
             transfer.wait()
+
+    def _order_weights(self) -> None:
+        if self._home.landing is not None:
+            self._home.landing.order()
 
     def _settle_writes(self, num_left: int) -> None:
         while len(self._writes) > num_left:

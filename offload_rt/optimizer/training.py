@@ -102,6 +102,7 @@ class FullTraining:
         self._now = Step(order=tuple(reversed(self.blocks)))
         self._stand_ins = StandIns(blocks, self.deliver)
         gradients.wait_for_room = stepper.wait_for_one
+        gradients.in_background = stepper.settle
 
     def taker(self, name: str) -> Callable[[Mapping[int, Tensor]], None]:
         """`deliver` for the block `name`."""
