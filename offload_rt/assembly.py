@@ -120,7 +120,7 @@ class _Assembly:
         self.store_was_cached = False
         self.scratch: Scratch | None = None
         self.executors: list[RingExecutor] = []
-        self.turns = Turns()
+        self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.state: StateAssembly | None = None
         if workload.training is not None:
             self.state = StateAssembly(workload, plan, self.tiers, self.links, options)
@@ -141,8 +141,6 @@ class _Assembly:
                 self.store.close()
 
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
-        if self.plan.layer_major and self.workload.config.device != "cpu":
-            raise ConfigError("plan: micro-batches go together on the CPU only so far; set layer_major to false")
         if self.workload.config.nvme and self.workload.frozen:
             self._open_store()
         decoder = self._decoder()

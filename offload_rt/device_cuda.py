@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,10 @@ class CudaDevice:
                 f"the model runs on {current}, the engine was made on {self.compute.stream}: make the engine "
                 f"inside the `torch.cuda.stream` block that trains"
             )
+
+    def on_compute(self) -> AbstractContextManager[None]:
+        stream: AbstractContextManager[None] = torch.cuda.stream(self.compute.stream)
+        return stream
 
     def report(self) -> dict[str, Any]:
         """The GPU's name; bytes of HOST memory locked or not; what torch's allocator took at most, arenas included."""

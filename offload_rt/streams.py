@@ -44,6 +44,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -94,6 +95,9 @@ class Device(Protocol):
 
     def check_stream(self) -> None:
         """Raises `ConfigError` where the caller's kernels do not go to `compute`."""
+
+    def on_compute(self) -> AbstractContextManager[None]:
+        """Inside, the kernels of the calling thread, which may be a new one, go to `compute`."""
 
     def lock(self, arena: Arena) -> None:
         """Makes a HOST arena reachable for the device's own copies, where the system lets us."""

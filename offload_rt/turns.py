@@ -8,6 +8,9 @@ So micro-batches go through a model layer by layer, and a weight that was fetche
 Each call is a thread, for its stack; only one runs at a time, so that nothing needs to be safe for threads but what is
 left changed while others run (see `shown`). Every call is the one that it would have been alone: the same operations on
 the same operands, in the same order, and sums over calls in their order. Random numbers are drawn in another order.
+
+For a GPU, autograd runs backward passes on a thread of its own, where nobody could take turns. So each call tells it,
+for its own thread alone, to stay where it was called; for the CPU, that changes nothing (`set_multithreading_enabled`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -26,7 +30,9 @@ Result = TypeVar("Result")
 class Turns:
     """Runs calls in turns, again and again; `pass_on` does nothing outside of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext) -> None:
+        """`inside` is entered by the thread of each call: it makes kernels go where the caller's do."""
+        self._inside = inside
         self._condition = threading.Condition()
         self._threads: dict[int, int] = {}
         self._waiting: list[int] = []
@@ -50,12 +56,17 @@ class Turns:
         results: dict[int, Result] = {}
         errors: list[BaseException] = []
         grad = torch.is_grad_enabled()
-        autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+        casts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
 
         def one(index: int, call: Callable[[], Result]) -> None:
             self._threads[threading.get_ident()] = index
             try:
-                with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=autocast[0], dtype=autocast[1]):
+                with contextlib.ExitStack() as as_the_caller:
+                    as_the_caller.enter_context(torch.set_grad_enabled(grad))
+                    as_the_caller.enter_context(torch.autograd.set_multithreading_enabled(False))
+                    as_the_caller.enter_context(self._inside())
+                    for kind, dtype in casts:
+                        as_the_caller.enter_context(torch.autocast(kind, dtype=dtype))
                     self._wait(index)
                     results[index] = call()
             except _Cancelled:

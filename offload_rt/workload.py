@@ -266,8 +266,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
         training=None if workload.training is None else training_sizes(workload),
-        # CUDA's backward runs on a thread of autograd's, where calls cannot take turns.
-        num_micro_batches=1 if on_gpu else config.accumulation_steps,
+        num_micro_batches=config.accumulation_steps,
     )
 
 

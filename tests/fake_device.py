@@ -6,12 +6,13 @@ Its DEVICE memory is RAM, so that tensors in it can be computed with. A copy goe
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -158,6 +159,7 @@ class FakeDevice:
         self.to_host = FakeStream("to_host", late_seconds, seed + 2)
         self.arenas: list[str] = []
         self.locked: list[str] = []
+        self.threads_on_compute: set[int] = set()
 
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         self.arenas.append(name)
@@ -165,6 +167,11 @@ class FakeDevice:
 
     def check_stream(self) -> None:
         pass
+
+    @contextlib.contextmanager
+    def on_compute(self) -> Iterator[None]:
+        self.threads_on_compute.add(threading.get_ident())
+        yield
 
     def lock(self, arena: Arena) -> None:
         self.locked.append(arena.name)

@@ -1,5 +1,7 @@
 """Micro-batches that go through the model together: the bits of one after the other, and a fetch for all of them."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from offload_rt._engine import Engine
 from offload_rt.assembly import RuntimeOptions
 from offload_rt.turns import Turns, shown
 from planners.plan import StatePlacement, Tier
+from tests.fake_device import FakeDevice
 from tests.full_parity import Case, build, state_of, training_of
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, micro_batch
 from tests.parity import Case as AdapterCase
@@ -63,6 +66,52 @@ def test_full_fine_tuning_layer_by_layer_has_the_bits_of_one_after_the_other(fam
 
             assert [str(race) for race in engine._runtime.recorder.check()] == []
             found[layer_major] = (losses, state_of(training_of(engine)))
+    assert found[True][0] == found[False][0]
+    for name, (master, weight) in found[False][1].items():
+        assert torch.equal(master, found[True][1][name][0]), name
+        assert torch.equal(weight, found[True][1][name][1]), name
+
+
+@pytest.fixture
+def autograd_has_threads(monkeypatch):
+    """Runs backward passes as torch does for a GPU: on another thread, unless the calling one is told to do it."""
+    here = torch.Tensor.backward
+    ran = []
+
+    def backward(loss, *args, **kwargs):
+        if not torch._C._is_multithreading_enabled():
+            return here(loss, *args, **kwargs)
+        ran.append(loss)
+        with ThreadPoolExecutor(1) as autograd:
+            return autograd.submit(here, loss, *args, **kwargs).result()
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    return ran
+
+
+def test_on_a_device_backward_passes_take_turns_too(autograd_has_threads, tmp_path):
+    case = Case("llama", "bfloat16", "adamw", MICRO_BATCHES, "not", False, "in place")
+    found = {}
+    for layer_major in (False, True):
+        folder = tmp_path / str(layer_major)
+        folder.mkdir()
+        device = FakeDevice(late_seconds=0.0005, kernels_are_late=False)
+        with Engine(
+            quiet(build(case)), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=MICRO_BATCHES, lr=1e-2,
+            max_grad_norm=1e6, nvme=folder, device="cpu", host_memory="64MiB",
+            options=options(layer_major=layer_major, num_slots=1, poison=True, device=device),
+        ) as engine:  # fmt: skip
+            losses = train(engine)
+            report = engine.report()
+            visits = 2 * 4 - 1
+            assert report["fetches"] == STEPS * (visits if layer_major else MICRO_BATCHES * visits - 2)
+            assert report["passed_on"] == layer_major * STEPS * MICRO_BATCHES * 2 * 4
+            assert report["prefetch_misses"] == 0
+            assert [str(race) for race in engine._runtime.recorder.check()] == []
+            found[layer_major] = (losses, state_of(training_of(engine)))
+        assert len(device.threads_on_compute) >= layer_major
+        device.close()
+    assert len(autograd_has_threads) == STEPS * MICRO_BATCHES, "those that were not to take turns"
     assert found[True][0] == found[False][0]
     for name, (master, weight) in found[False][1].items():
         assert torch.equal(master, found[True][1][name][0]), name
