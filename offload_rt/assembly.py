@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ from offload_rt.weights_assembly import WeightsAssembly
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import (
     Workload,
+    chunk_tokens_of,
     find_workload,
     policy_of,
     with_options,
 )
 from planners.activations import Action
 from planners.plan import DecodeScope, Plan, Tier
-from planners.streaming import KEPT_TENSORS, StreamingProblem
+from planners.streaming import INPUTS_OF_CHUNKS, KEPT_TENSORS, STAGING_PIECE_BYTES, StreamingProblem
 
 Progress = Callable[[str, int, int], None]
 
@@ -146,7 +148,7 @@ class _Assembly:
         decoder = self._decoder()
         device = self.tiers.account(Tier.DEVICE)
         device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
-        device.reserve("activations", self.problem.transient_bytes(self.plan.head_chunk_tokens))
+        device.reserve("activations", self._transient_bytes())
         device.reserve("freed, held back by the allocator", self.plan.allocator_slack_bytes)
         if self.state is not None:
             self.state.open()
@@ -186,6 +188,10 @@ class _Assembly:
                 builder.close()
         self.tiers.account(Tier.NVME).reserve("weights", self.store.stored_bytes)
 
+    def _transient_bytes(self) -> int:
+        chunk_tokens = chunk_tokens_of(self.plan, self.workload)
+        return self.problem.transient_bytes(self.plan.head_chunk_tokens, chunk_tokens)
+
     @property
     def _holds_decoded(self) -> bool:
         return self.plan.decode_scope is DecodeScope.LAYER
@@ -209,7 +215,8 @@ class _Assembly:
             home = Tier.DEVICE
         each = align_up(self.problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
         # With its input, a layer in chunks keeps the attention's result, which may be wider, and a log-sum-exp.
-        sizes = [each if policy_of(self.plan, draft) is None else 3 * each for draft in self.workload.layers]
+        by_chunks = [policy_of(self.plan, draft) is not None for draft in self.workload.layers]
+        sizes = [each * (INPUTS_OF_CHUNKS if chunked else 1) for chunked in by_chunks]
         together = self.workload.config.accumulation_steps if self.plan.layer_major else 1
         inputs = together * sum(sizes)
         swapped = {tier: self._share_bytes(Action.SWAP, tier) for tier in (Tier.HOST, Tier.NVME)}
@@ -254,7 +261,7 @@ class _Assembly:
         if self.device is not None:
             staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 2 * (window_bytes + largest_bytes))
             return DeviceStash(staging, self.links, window_bytes=window_bytes, scratch=self.scratch)
-        staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 4 * largest_bytes)
+        staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 4 * min(largest_bytes, STAGING_PIECE_BYTES))
         return NvmeStash(self.scratch, staging, self.links)
 
     def _share_bytes(self, action: Action, tier: Tier | None = None) -> int:
@@ -297,11 +304,12 @@ class _Assembly:
         """Takes the weights out of the model and puts the hooks in. Nothing before this changed the model."""
         heap = self._heap()
         workload = self.workload
+        tokenwise = Tokenwise(replace(places, between_chunks=heap.check)) if self.plan.activations else None
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
             executors=self.executors,
             layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
-            tokenwise=Tokenwise(places) if self.plan.activations else None, coverage=covered, store=self.store,
+            tokenwise=tokenwise, coverage=covered, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, turns=self.turns,
             training=None, device=self.device,
         )  # fmt: skip

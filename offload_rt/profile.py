@@ -18,7 +18,7 @@ from torch import nn
 
 from offload_rt.backbone import find_causal_model
 from offload_rt.discover import BlockDraft
-from planners.streaming import LossHeadSize
+from planners.streaming import ChunkedSize, LossHeadSize
 
 _LAYER_FACTOR = 2.0
 _HEAD_BYTES_PER_LOGIT = 4 + 4 + 4
@@ -34,6 +34,28 @@ def estimate_activation_bytes(model: nn.Module, drafts: list[BlockDraft], *, bat
         heads = int(getattr(config, "num_attention_heads", 1))
         layers = [peak + batch_size * heads * seq_len**2 * 10 for peak in layers]
     return int(max(layers, default=0))
+
+
+def chunked_size(model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int) -> ChunkedSize | None:
+    """What layers need by chunks of tokens; None where the model's configuration says nothing of attention heads.
+
+    Of all tokens there are, in backward: input, gradient of output and of input; attention's operands, its result, the
+    gradients of these, and what its kernel takes besides (on the CPU, keys and values in another order, and fp32 sums).
+    """
+    config: Any = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or find_causal_model(model) is None:
+        return None
+    hidden = int(getattr(config, "hidden_size", 0))
+    width = int(getattr(config, "head_dim", None) or -(-hidden // heads))
+    if getattr(config, "qk_nope_head_dim", None):  # latent attention: queries and keys are wider than values
+        width = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    per_token = 3 * hidden + 5 * int(heads) * width + 4 * kv_heads * width
+    tokens = batch_size * seq_len
+    of_all_pairs = batch_size * int(heads) * seq_len**2 * 10 if config._attn_implementation == "eager" else 0
+    item_bytes = max((_item_bytes(draft) for draft in drafts if draft.is_layer), default=4)
+    return ChunkedSize(num_tokens=seq_len, sequence_bytes=tokens * per_token * item_bytes + of_all_pairs)
 
 
 def loss_head_size(model: nn.Module, *, batch_size: int, seq_len: int) -> LossHeadSize | None:

@@ -23,7 +23,13 @@ from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
 from offload_rt.optimizer.landing import LANDING_SLOTS, largest_range_bytes
 from offload_rt.optimizer.pieces import PIECE_ELEMENTS, TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import UpdateRule, rule_for
-from offload_rt.profile import estimate_activation_bytes, free_memory_bytes, layer_input_bytes, loss_head_size
+from offload_rt.profile import (
+    chunked_size,
+    estimate_activation_bytes,
+    free_memory_bytes,
+    layer_input_bytes,
+    loss_head_size,
+)
 from offload_rt.store import store_folders, usable_bytes
 from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
@@ -244,6 +250,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     if workload.has_streams:
         activation_bytes += input_bytes  # of another layer, on its way to where it waits or back
     on_gpu = config.device != "cpu"
+    chunked = chunked_size(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     unified = config.host_memory_bytes is None and not on_gpu
     nvme_capacity = None
     if config.nvme:
@@ -266,6 +273,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
         training=None if workload.training is None else training_sizes(workload),
+        chunked=None if on_gpu else chunked,
         num_micro_batches=config.accumulation_steps,
     )
 
@@ -289,6 +297,18 @@ def policy_of(plan: Plan, draft: BlockDraft) -> ActivationPolicy | None:
     """How the plan wants a layer's activations treated; None recomputes it whole."""
     policies = plan.activations or {}
     return policies.get(draft.name, policies.get(type(draft.modules[0]).__name__)) if draft.is_layer else None
+
+
+def chunk_tokens_of(plan: Plan, workload: Workload) -> int | None:
+    """The largest chunk in which `plan` runs layers; None where one of them runs whole."""
+    largest = 0
+    for draft in workload.layers:
+        policy = policy_of(plan, draft)
+        spans = () if policy is None else policy.spans(workload.config.seq_len)
+        if len(spans) < 2:
+            return None
+        largest = max(largest, *(span.end - span.start for span in spans))
+    return largest or None
 
 
 def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) -> Plan:

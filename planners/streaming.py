@@ -8,6 +8,9 @@ from its recompute to its backward, which saves one decode of three, where there
 first. The loss is taken in tiles that need no more memory than a layer's recompute, but of no fewer than
 `MIN_CHUNK_TOKENS`, which a product needs to be efficient.
 
+Where a layer's recompute does not fit whole, layers are recomputed by chunks of tokens, the largest that fit: a cut,
+which is taken only then.
+
 Where layers train, their weights, state and gradients stay in memory if all of that fits, whatever drives there are;
 otherwise weights and state rest on NVME, gradients in HOST if they fit, and as many pieces of state are on their way at
 a time as there is room for. Activations are kept, and the loss is taken at once, where that fits besides. Updates run
@@ -30,8 +33,14 @@ MIN_CHUNK_TOKENS = 64
 MIN_CHUNK_TOKENS_TRAINED = 256
 """Of a head that trains: each tile adds a gradient of the head's size to a sum."""
 ALL_TOKENS = 1 << 40
+CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
+"""Of a sequence whose layers do not fit whole, the best first: smaller chunks decode and launch more often."""
+STAGING_PIECE_BYTES = 4 << 20
+"""The most that is put away or fetched back at once; a drive is as fast with it as with more."""
 KEPT_TENSORS = 64
 """Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
+INPUTS_OF_CHUNKS = 3
+"""Layer inputs' sizes that a layer in chunks puts away: its input, and attention's result, which may be wider."""
 STATE_SLOTS = (128, 64, 32, 16, 8, 4, 2)
 """Pieces of state on their way, the best first: what is read ahead while a layer computes."""
 ENOUGH_STATE_SLOTS = 8
@@ -75,6 +84,16 @@ class LossHeadSize:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChunkedSize:
+    """Layers by chunks of tokens as the planner sees them, for the largest batch."""
+
+    num_tokens: int
+    """Of a sequence."""
+    sequence_bytes: int
+    """What a layer's backward holds of all tokens: its input, attention's operands and result, and their gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamingProblem:
     """What the rule decides from. Bytes; None as a capacity means that the tier is not limited."""
 
@@ -103,10 +122,23 @@ class StreamingProblem:
     num_micro_batches: int = 1
     """Of a step, as declared."""
 
-    def transient_bytes(self, head_chunk_tokens: int | None) -> int:
+    chunked: ChunkedSize | None = None
+    """None where layers cannot run by chunks of tokens."""
+
+    def layer_bytes(self, chunk_tokens: int | None) -> int:
+        """Peak of transient activations of one layer, by chunks of so many tokens or, with None, whole.
+
+        A chunk has half as much again: what the formula for a layer lacks (adapters) counts for more in a small one.
+        """
+        if chunk_tokens is None or self.chunked is None or chunk_tokens >= self.chunked.num_tokens:
+            return self.activation_bytes
+        of_chunk = self.activation_bytes * chunk_tokens // self.chunked.num_tokens
+        return self.chunked.sequence_bytes + of_chunk * 3 // 2
+
+    def transient_bytes(self, head_chunk_tokens: int | None, chunk_tokens: int | None = None) -> int:
         """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more."""
         head = 0 if self.loss_head is None else self.loss_head.peak_bytes(head_chunk_tokens)
-        return max(self.activation_bytes, head)
+        return max(self.layer_bytes(chunk_tokens), head)
 
 
 def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Plan:
@@ -119,10 +151,15 @@ def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Pl
         rests.insert(0, Tier.HOST)
     if rest is not None:
         rests = [rest]
-    candidates = [plan for rest in rests for plan in _attempts(problem, rest)]
-    for plan in candidates:
-        if not _shortages(problem, plan):
-            return plan
+    chunks: list[int | None] = [None]
+    if problem.chunked is not None:
+        chunks += [tokens for tokens in CHUNK_TOKENS if tokens < problem.chunked.num_tokens]
+    candidates: list[Plan] = []
+    for chunk_tokens in chunks:
+        for plan in (plan for rest in rests for plan in _attempts(problem, rest, chunk_tokens)):
+            if not _shortages(problem, plan):
+                return plan
+            candidates.append(plan)
     raise _infeasible(problem, candidates)
 
 
@@ -152,8 +189,8 @@ def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None
     ]  # fmt: skip
 
 
-def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
-    """All plans of the rule with weights resting there, the fast ones first."""
+def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -> list[Plan]:
+    """All plans of the rule with weights resting there, the fast ones first. chunk_tokens: None for whole layers."""
     homes = [Tier.DEVICE]
     if not problem.unified:
         homes.append(Tier.HOST)
@@ -173,6 +210,7 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
             stream_edges=stream_edges,
             slack_bytes=slack_bytes,
             layer_major=layer_major,
+            chunk_tokens=chunk_tokens,
         )
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for state in _states(problem, rest)
@@ -183,7 +221,7 @@ def _attempts(problem: StreamingProblem, rest: Tier) -> list[Plan]:
         for slack_bytes in (problem.allocator_slack_bytes, problem.allocator_slack_bytes // 4)
         for scope in scopes
     ]
-    if problem.num_micro_batches > 1 and not in_place:
+    if chunk_tokens is not None or problem.num_micro_batches > 1 and not in_place:
         return plans  # what is kept would be kept of all micro-batches
     if problem.training is None or problem.training.adapters:
         return plans
@@ -206,7 +244,7 @@ def _keeping(problem: StreamingProblem, plan: Plan) -> Plan:
         **plan.peak_bytes["device"],
         "activations": problem.transient_bytes(None),
         "kept activations": num_layers * (problem.activation_bytes + KEPT_TENSORS * 4096),
-        "layer inputs": 3 * _pages(problem.layer_input_bytes) * num_layers,
+        "layer inputs": INPUTS_OF_CHUNKS * _pages(problem.layer_input_bytes) * num_layers,
     }
     return replace(
         plan,
@@ -227,6 +265,7 @@ def _plan(
     stream_edges: bool,
     slack_bytes: int,
     layer_major: bool,
+    chunk_tokens: int | None,
 ) -> Plan:
     streamed_edges = tuple(block for block in problem.edges if stream_edges and block.streams)
     resident = tuple(block for block in problem.edges if block not in streamed_edges)
@@ -245,13 +284,14 @@ def _plan(
     together = problem.num_micro_batches if layer_major else 1
     one = _pages(problem.layer_input_bytes)
     each = one * together
-    chunk_tokens = _head_chunk_tokens(problem)
+    waiting = each if chunk_tokens is None else INPUTS_OF_CHUNKS * each
+    head_chunk_tokens = _head_chunk_tokens(problem, problem.layer_bytes(chunk_tokens))
     device = {
         "resident blocks": sum(block.stored_bytes for block in resident),
         **{f"ring of {ring.name}": ring.device_bytes for ring in rings},
         "decoded weights": scratch,
         "adapters, gradients, optimizer": problem.trainable_bytes,
-        "activations": problem.transient_bytes(chunk_tokens),
+        "activations": problem.transient_bytes(head_chunk_tokens, chunk_tokens),
         "freed, held back by the allocator": slack_bytes,
     }
     host: dict[str, int] = {}
@@ -266,10 +306,10 @@ def _plan(
         host["weights"] = sum(block.stored_bytes for ring in rings for block in _members(problem, ring))
     if home is Tier.NVME:
         # Twice: a second micro-batch may begin before the first one's graph is gone. Staging: two out, two in.
-        nvme["layer inputs"] = 2 * each * len(problem.layers)
-        host["staging for layer inputs"] = 4 * one
+        nvme["layer inputs"] = 2 * waiting * len(problem.layers)
+        host["staging for layer inputs"] = 4 * min(waiting // together, STAGING_PIECE_BYTES)
     else:
-        (device if home is Tier.DEVICE else host)["layer inputs"] = each * len(problem.layers)
+        (device if home is Tier.DEVICE else host)["layer inputs"] = waiting * len(problem.layers)
     if home is not Tier.DEVICE:
         device["layer input in use"] = one
     if layer_major:
@@ -287,7 +327,8 @@ def _plan(
         rings=tuple(rings),
         layer_inputs=home,
         decode_scope=scope,
-        head_chunk_tokens=chunk_tokens,
+        head_chunk_tokens=head_chunk_tokens,
+        activations=None if chunk_tokens is None else _recomputed_by(chunk_tokens, problem),
         allocator_slack_bytes=slack_bytes,
         layer_major=layer_major,
         update_mode=_update_mode(problem, state),
@@ -303,13 +344,18 @@ def _update_mode(problem: StreamingProblem, state: StatePlacement | None) -> Upd
     return UpdateMode.SPECULATIVE if sizes.clips else UpdateMode.BACKWARD
 
 
-def _head_chunk_tokens(problem: StreamingProblem) -> int | None:
+def _recomputed_by(chunk_tokens: int, problem: StreamingProblem) -> dict[str, ActivationPolicy]:
+    policy = ActivationPolicy(chunks=(Chunk(num_tokens=chunk_tokens, action=Action.RECOMPUTE),))
+    return {block.name: policy for block in problem.layers}
+
+
+def _head_chunk_tokens(problem: StreamingProblem, layer_bytes: int) -> int | None:
     """The largest tile, halving from the whole batch, that needs no more memory than a layer does; None: the whole."""
     head = problem.loss_head
     if head is None or not head.tiles:
         return None
     chunk, least = head.num_tokens, MIN_CHUNK_TOKENS_TRAINED if head.trains else MIN_CHUNK_TOKENS
-    while chunk > least and head.peak_bytes(chunk) > problem.activation_bytes:
+    while chunk > least and head.peak_bytes(chunk) > layer_bytes:
         chunk = max(least, -(-chunk // 2))
     return chunk if chunk < head.num_tokens else None
 

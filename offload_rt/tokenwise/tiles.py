@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,8 @@ class Places:
     """For the layer's input, the attention's result and what the attention call saves besides."""
     swapped: Mapping[Tier, Stash] = field(default_factory=dict)
     """For swapped chunks, by the tier that they wait in."""
+    between_chunks: Callable[[], None] = lambda: None
+    """Called when a chunk's memory is free again."""
 
 
 @dataclass(eq=False)
@@ -246,6 +248,7 @@ class TiledPass:
         with torch.no_grad():
             for whole, rows in zip(self._outputs, outputs, strict=True):
                 tile.rows(whole).copy_(rows)
+        self._places.between_chunks()
 
     # backward
 
@@ -299,6 +302,8 @@ class TiledPass:
                 self._middle.rows(tile.start, tile.end, of_result).copy_(attended)
             if of_input is not None and rows is not None:
                 tile.rows(of_input).copy_(rows)
+            del attended, rows
+            self._places.between_chunks()
         for tile in self._tiles:
             if tile.saved is not None:
                 self._middle.gather(self._stored_qkv(tile), tile.start, empty=False)
@@ -308,6 +313,8 @@ class TiledPass:
             rows = self._backward_first(tile, of_qkv)
             if of_input is not None and rows is not None:
                 tile.rows(of_input).add_(rows)
+            del rows
+            self._places.between_chunks()
         return of_input
 
     def _backward_second(self, tile: _Tile, grads: Gradients) -> Gradients:
