@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from planners.placement import Buffers, ClassPlan, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
-from planners.problem import BlockClass, Problem
+from planners.problem import BlockClass, MeasuredSeconds, Problem
 from planners.schedule import Phase, Step, StepKind, ring_schedule, walk
 from planners.trace import ITEM_BYTES
 
@@ -38,6 +38,8 @@ class Knobs:
     boundary: Tier = Tier.DEVICE
     decode_scope: DecodeScope = DecodeScope.LINEAR
     buffers: Buffers = Buffers()
+    inputs: Tier | None = None
+    """Where all layer inputs wait; None leaves that to the fractions."""
 
 
 def knobs_of(plan: Plan) -> Knobs:
@@ -145,14 +147,15 @@ def class_costs(problem: Problem, cuts: Cuts, decode_scope: DecodeScope) -> tupl
 
 
 def _class_cost(problem: Problem, entry: BlockClass, cuts: Cuts, decode_scope: DecodeScope) -> ClassCost:
+    if entry.measured is not None:
+        return _measured_cost(entry, entry.measured, cuts, num_chunks(problem, cuts), decode_scope)
     device, tokens, chunks = problem.hardware.device, problem.workload.tokens, num_chunks(problem, cuts)
     matmul, memory = device.matmul_flops_per_second, device.memory_bytes_per_second
     attention = tokens * entry.attention_flops / matmul
     attention_forward = attention / device.attention_forward_efficiency
     attention_backward = FLASH_BACKWARD * attention / device.attention_backward_efficiency
     decode = entry.decoded_bytes / device.nf4_decode_bytes_per_second
-    # LINEAR decodes for every product of every chunk, and once more for what is computed again.
-    decodes = (1, 1) if decode_scope is DecodeScope.LAYER else (chunks, 2 * chunks)
+    decodes = _decodes(decode_scope, chunks)
     fixed = chunks * device.operation_seconds
     spill = (0.0, 0.0)
     if cuts.attention_groups > 1 and entry.attention_bytes:
@@ -175,6 +178,31 @@ def _class_cost(problem: Problem, entry: BlockClass, cuts: Cuts, decode_scope: D
             for saved in entry.saved
         ),
         spill_bytes=spill,
+    )
+
+
+def _decodes(scope: DecodeScope, chunks: int) -> tuple[int, int]:
+    """How often weights are decoded in forward, and in backward with what it computes again.
+
+    LINEAR decodes for every product of every chunk, and once more for what is computed again.
+    """
+    return (1, 1) if scope is DecodeScope.LAYER else (chunks, 2 * chunks)
+
+
+def _measured_cost(
+    entry: BlockClass, seconds: MeasuredSeconds, cuts: Cuts, chunks: int, scope: DecodeScope
+) -> ClassCost:
+    """What was measured is of the whole batch at once. ValueError for what that says nothing about."""
+    if chunks > 1 or cuts.attention_groups > 1 or any(saved.recomputable for saved in entry.saved):
+        raise ValueError(f"{entry.name!r}: its seconds were measured for whole batches and whole recomputation")
+    decodes = _decodes(scope, chunks)
+    return ClassCost(
+        forward_seconds=seconds.forward + decodes[0] * seconds.decode,
+        backward_seconds=seconds.backward + decodes[1] * seconds.decode if entry.visits_backward else 0.0,
+        forward_attention_seconds=0.0,
+        backward_attention_seconds=0.0,
+        recompute_seconds=(0.0,) * len(entry.saved),
+        spill_bytes=(0.0, 0.0),
     )
 
 

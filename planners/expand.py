@@ -14,6 +14,8 @@ from planners.simulate import Simulation
 UpdateKey = tuple[Tier, UpdatePlace, bool]
 """Where state rests, who steps it, and whether in the next forward."""
 NEGLIGIBLE = 1e-6
+PAGE_BYTES = 4096
+"""What drives read whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,6 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
 
 
 def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassPlan:
-    device, host, nvme = whole_numbers(entry.stored_bytes, fractions.weights)
     tokens = []
     for saved, split in zip(entry.saved, fractions.tokens, strict=True):
         parts = whole_numbers(problem.workload.seq_len, split)
@@ -103,10 +104,21 @@ def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassP
     return ClassPlan(
         name=entry.name,
         blocks=entry.blocks,
-        weights=Split(device_bytes=device, host_bytes=host, nvme_bytes=nvme),
+        weights=_split(entry, fractions.weights, drives=bool(problem.hardware.drives)),
         tokens=tuple(tokens),
         updates=tuple(updates),
     )
+
+
+def _split(entry: BlockClass, fractions: tuple[float, float, float], *, drives: bool) -> Split:
+    """A block's bytes as the fractions say; where they can only be cut in some places, lower tiers get the more."""
+    device, host, nvme = whole_numbers(entry.stored_bytes, fractions)
+    if entry.weight_cuts and device < entry.stored_bytes:
+        device = max(cut for cut in entry.weight_cuts if cut <= device)
+        streamed = entry.stored_bytes - device
+        host = host // PAGE_BYTES * PAGE_BYTES if drives and nvme else streamed if not nvme else host
+        nvme = streamed - host
+    return Split(device_bytes=device, host_bytes=host, nvme_bytes=nvme)
 
 
 def with_prediction(

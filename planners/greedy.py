@@ -38,12 +38,14 @@ class Shortage:
 def chunk_choices(problem: Problem) -> list[Cuts]:
     """Cuts that make sense, the coarse ones first: whole sequences, then halves of one."""
     workload = problem.workload
-    sizes, rows = [], workload.batch_size
-    while rows >= 1:
+    can = problem.capabilities
+    sizes: list[int] = []
+    rows = workload.batch_size
+    while rows >= 1 and (can.batch_cuts or not sizes):
         sizes.append(rows * workload.seq_len)
         rows //= 2
     size = workload.seq_len // 2
-    while size >= MIN_CHUNK_TOKENS and problem.capabilities.token_chunks:
+    while size >= MIN_CHUNK_TOKENS and can.token_chunks and can.batch_cuts:
         sizes.append(size)
         size //= 2
     groups = max(entry.attention_groups for entry in workload.classes)
@@ -59,6 +61,18 @@ def boundaries(problem: Problem, cuts: Cuts) -> list[Tier]:
     """Where activations between layers may lie."""
     one = num_chunks(problem, cuts) == 1 or problem.hardware.unified
     return [Tier.DEVICE] if one else [Tier.DEVICE, Tier.HOST]
+
+
+def input_tiers(problem: Problem) -> list[Tier | None]:
+    """Where all layer inputs may wait together, the fast tiers first; None where they can be in several."""
+    if problem.capabilities.input_shares:
+        return [None]
+    found: list[Tier | None] = [Tier.DEVICE]
+    if not problem.hardware.unified:
+        found.append(Tier.HOST)
+    if problem.hardware.drives:
+        found.append(Tier.NVME)
+    return found
 
 
 def default_mode(problem: Problem) -> UpdateMode:
@@ -144,12 +158,15 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     inputs_device = 1.0 if device >= total_inputs else 0.0
     device -= inputs_device * total_inputs
     inputs_host = 0.0 if unified else (1 - inputs_device) * share(host, total_inputs)
+    if not problem.capabilities.input_shares:
+        inputs_host = float(inputs_host == 1.0)
     host -= inputs_host * total_inputs
     weights_device = share(device, total_weights)
     device -= weights_device * total_weights
     weights_host = 0.0 if unified else min(1 - weights_device, share(host, total_weights))
     host -= weights_host * total_weights
     state_device = share(device, total_state) if unified or not total_state else 0.0
+    state_tiers = problem.capabilities.state_tiers
     # Without a drive, what does not fit above has to be in HOST (or DEVICE), and the shortage is found there.
     drives = room["nvme"] > 0
     if not drives:
@@ -158,6 +175,8 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     state_host = 0.0 if unified else (share(host, total_state) if drives else 1.0)
     state_device = 1.0 if unified and not drives else state_device
     inputs = (0.0, max(0.0, 1 - inputs_device - inputs_host), inputs_host, inputs_device)
+    if state_tiers == (Tier.DEVICE,):
+        state_device, state_host = 1.0, 0.0
     place = UpdatePlace.DEVICE if unified else UpdatePlace.CPU
     deferred = knobs.update_mode is UpdateMode.DEFERRED
     updates = {

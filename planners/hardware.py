@@ -139,7 +139,11 @@ _TOP = ("schema", "name", "device", "host", "links", "drives", "drive_mix", "max
 
 def load_hardware(path: Path | str) -> Hardware:
     """Reads what `Hardware.to_json` writes. `ProblemError` names path, line and key."""
-    file = JsonFile.load(path)
+    return read_hardware(JsonFile.load(path))
+
+
+def read_hardware(file: JsonFile) -> Hardware:
+    """As `load_hardware`, from a file that was opened."""
     data = file.data
     if data.get("schema") != HARDWARE_SCHEMA:
         raise file.error(("schema",), f"expected {HARDWARE_SCHEMA!r}, got {data.get('schema')!r}")
@@ -157,7 +161,7 @@ def load_hardware(path: Path | str) -> Hardware:
         raise file.error(("unified",), f"expected true or false, got {unified!r}")
     if not isinstance(data.get("measured", {}), dict):
         raise file.error(("measured",), f"expected an object, got {type(data['measured']).__name__}")
-    name = data.get("name", Path(path).stem)
+    name = data.get("name", Path(file.path).stem)
     if not isinstance(name, str):
         raise file.error(("name",), f"expected a text, got {name!r}")
     optional = {

@@ -17,7 +17,16 @@ from dataclasses import dataclass, field
 
 from planners.cost import Knobs, capacities
 from planners.expand import expand, with_prediction
-from planners.greedy import SLACK_BYTES, Shortage, boundaries, chunk_choices, infeasible, room_left, shortages
+from planners.greedy import (
+    SLACK_BYTES,
+    Shortage,
+    boundaries,
+    chunk_choices,
+    infeasible,
+    input_tiers,
+    room_left,
+    shortages,
+)
 from planners.placement import Buffers, DecodeScope, UpdateMode
 from planners.plan import Plan
 from planners.problem import Problem
@@ -171,7 +180,9 @@ def _try(
             break
         found.short = found.short or short
         for shortage in short:
-            room[shortage.tier] -= 1.05 * (shortage.need_bytes - shortage.have_bytes) + SLACK_BYTES
+            # Rounding and layout take their own; of a small tier less.
+            slack = min(SLACK_BYTES, shortage.have_bytes / 1024)
+            room[shortage.tier] -= 1.05 * (shortage.need_bytes - shortage.have_bytes) + slack
         current = solve_steady(problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price)
         found.num_programs += 1
     else:
@@ -200,14 +211,15 @@ def combinations(problem: Problem) -> Iterator[list[Knobs]]:
         own = [
             knobs
             for cuts in group
-            for mode, slots, gradients, swaps, boundary, scope in itertools.product(
-                _modes(problem), (2, 3, 1), gradient_slots, swap_slots, boundaries(problem, cuts), scopes
+            for mode, slots, gradients, swaps, boundary, scope, inputs in itertools.product(
+                _modes(problem), (2, 3, 1), gradient_slots, swap_slots, boundaries(problem, cuts), scopes,
+                input_tiers(problem),
             )
             if _may_fit(
                 problem,
                 knobs := Knobs(
                     update_mode=mode, slots=slots, cuts=cuts, boundary=boundary, decode_scope=scope,
-                    buffers=Buffers(gradient_slots=gradients, swap_slots=swaps),
+                    buffers=Buffers(gradient_slots=gradients, swap_slots=swaps), inputs=inputs,
                 ),
                 room,
             )

@@ -100,8 +100,11 @@ class _Passes(Operations):
             staged = self.staged.setdefault(ring, [])
             if len(staged) >= slots:
                 waits.append((staged[-slots], 0))
+            if not self.problem.capabilities.reads_ahead:
+                waits += deps
             read = self.op(Resource.SSD_READ, weights.nvme_bytes, use - 0.5, waits, phase, ("read", position, 0))
-            self.late.extend((read, what) for what in late if not what.startswith("last"))
+            ahead = self.problem.capabilities.reads_ahead
+            self.late.extend((read, what) for what in late if not (ahead and what.startswith("last")))
             if len(staged) < slots:
                 self.late.append((read, f"staged {len(staged) - slots} {ring}"))
         move = self.op(

@@ -19,7 +19,7 @@ from enum import Enum
 
 from planners.hardware import Hardware
 from planners.model import Layer, Linear, ModelShape, stored_bytes
-from planners.placement import UpdateMode
+from planners.placement import Tier, UpdateMode
 from planners.schedule import Phase
 from planners.trace import ITEM_BYTES, NUM_OPERATIONS, Saved, Transient, saved_tensors, transients
 from planners.units import ProblemError, nearest
@@ -34,6 +34,17 @@ class Training(str, Enum):
 
     FULL = "full"
     ADAPTERS = "adapters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSeconds:
+    """What one block took on the machine at hand, with a step's whole batch and its weights in memory."""
+
+    forward: float
+    backward: float
+    """With what backward computes again of the block."""
+    decode: float = 0.0
+    """Of all its quantized weights, once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +82,11 @@ class BlockClass:
     """Transient, whatever the chunk (a tile of logits)."""
     visits_backward: bool = True
     """Its weights are needed in backward."""
+    weight_cuts: tuple[int, ...] = ()
+    """How many of a block's first bytes can stay in DEVICE memory while the rest streams, ascending from 0; then HOST
+    holds whole pages. Empty: bytes are cut anywhere."""
+    measured: MeasuredSeconds | None = None
+    """Counts in place of FLOPs, moved bytes and the rates of decoding."""
 
     @property
     def count(self) -> int:
@@ -150,6 +166,14 @@ class Capabilities:
     """A sequence can go through a block in chunks."""
     token_policy: bool = True
     """Saved tensors other than layer inputs can be kept and swapped."""
+    batch_cuts: bool = True
+    """A batch can go through a block in parts, be they whole sequences."""
+    input_shares: bool = True
+    """Layer inputs can wait in several tiers, by tokens. False: all of them in one."""
+    state_tiers: tuple[Tier, ...] = tuple(Tier)
+    """Where optimizer state can rest. Restricts full fine-tuning and adapters alike."""
+    reads_ahead: bool = True
+    """A block can be read into HOST before it has a slot in DEVICE memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,10 +158,11 @@ class _Builder(Rows):
             free |= not saved.recomputable
             drive = bool(self.hardware.drives) and free and self.freedoms.nvme_activations
             drive |= bool(self.hardware.drives) and not saved.recomputable
+            allowed = {Tier.NVME: drive, Tier.HOST: free and not self.unified, Tier.DEVICE: free}
+            if saved.name == "input" and self.knobs.inputs is not None:
+                allowed = {tier: ok and tier is self.knobs.inputs for tier, ok in allowed.items()}
             redo = self.program.variable(0.0, float(saved.recomputable))
-            nvme = self.program.variable(0.0, float(drive))
-            host = self.program.variable(0.0, float(free and not self.unified))
-            kept = self.program.variable(0.0, float(free))
+            nvme, host, kept = (self.program.variable(0.0, float(ok)) for ok in allowed.values())
             self.program.row([(redo, 1.0), (nvme, 1.0), (host, 1.0), (kept, 1.0)], 1.0, 1.0)
             n = entry.count
             self.work(BACKWARD, "compute", redo, n * seconds)

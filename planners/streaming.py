@@ -285,13 +285,13 @@ def _plan(
     one = _pages(problem.layer_input_bytes)
     each = one * together
     waiting = each if chunk_tokens is None else INPUTS_OF_CHUNKS * each
-    head_chunk_tokens = _head_chunk_tokens(problem, problem.layer_bytes(chunk_tokens))
+    tile_tokens = head_chunk_tokens(problem, chunk_tokens)
     device = {
         "resident blocks": sum(block.stored_bytes for block in resident),
         **{f"ring of {ring.name}": ring.device_bytes for ring in rings},
         "decoded weights": scratch,
         "adapters, gradients, optimizer": problem.trainable_bytes,
-        "activations": problem.transient_bytes(head_chunk_tokens, chunk_tokens),
+        "activations": problem.transient_bytes(tile_tokens, chunk_tokens),
         "freed, held back by the allocator": slack_bytes,
     }
     host: dict[str, int] = {}
@@ -327,7 +327,7 @@ def _plan(
         rings=tuple(rings),
         layer_inputs=home,
         decode_scope=scope,
-        head_chunk_tokens=head_chunk_tokens,
+        head_chunk_tokens=tile_tokens,
         activations=None if chunk_tokens is None else _recomputed_by(chunk_tokens, problem),
         allocator_slack_bytes=slack_bytes,
         layer_major=layer_major,
@@ -349,13 +349,13 @@ def _recomputed_by(chunk_tokens: int, problem: StreamingProblem) -> dict[str, Ac
     return {block.name: policy for block in problem.layers}
 
 
-def _head_chunk_tokens(problem: StreamingProblem, layer_bytes: int) -> int | None:
+def head_chunk_tokens(problem: StreamingProblem, chunk_tokens: int | None = None) -> int | None:
     """The largest tile, halving from the whole batch, that needs no more memory than a layer does; None: the whole."""
     head = problem.loss_head
     if head is None or not head.tiles:
         return None
     chunk, least = head.num_tokens, MIN_CHUNK_TOKENS_TRAINED if head.trains else MIN_CHUNK_TOKENS
-    while chunk > least and head.peak_bytes(chunk) > layer_bytes:
+    while chunk > least and head.peak_bytes(chunk) > problem.layer_bytes(chunk_tokens):
         chunk = max(least, -(-chunk // 2))
     return chunk if chunk < head.num_tokens else None
 

@@ -88,7 +88,8 @@ class UpdateRows:
     def _update_keys(self) -> list[UpdateKey]:
         mode, freedoms = self.knobs.update_mode, self.rows.freedoms
         times = [False] if mode is not UpdateMode.DEFERRED else ([True] if self.workload.clips else [False, True])
-        tiers = [t for t, ok in zip(Tier, freedoms.states, strict=True) if ok]
+        can = self.problem.capabilities.state_tiers
+        tiers = [t for t, ok in zip(Tier, freedoms.states, strict=True) if ok and t in can]
         tiers = [t for t in tiers if not (t is Tier.HOST and self.unified) and (t is not Tier.NVME or self._drives)]
         on_device = freedoms.device_updates and self.problem.capabilities.device_updates
         keys: list[UpdateKey] = []

@@ -121,6 +121,22 @@ def check_modes(problem: Problem, plan: Plan) -> None:
     cuts = knobs_of(plan).cuts
     if cuts.chunk_tokens < workload.seq_len and not can.token_chunks:
         raise InvalidPlan("cuts sequences into chunks, which the runtime cannot")
+    if cuts.chunk_tokens < workload.tokens and not can.batch_cuts:
+        raise InvalidPlan("cuts the batch, which the runtime cannot")
+    if any(update.tier not in can.state_tiers for _, update in updates):
+        raise InvalidPlan("optimizer state rests where the runtime cannot have it")
+    inputs = [split for entry in plan.classes for split in entry.tokens if split.name == "input"]
+    homes = {
+        tier
+        for split in inputs
+        for tier, tokens in ((0, split.device_tokens), (1, split.host_tokens), (2, split.nvme_tokens))
+        if tokens
+    }
+    if len(homes) > 1 and not can.input_shares:
+        raise InvalidPlan("layer inputs wait in several tiers, which the runtime cannot")
+    for kind, placed in zip(workload.classes, plan.classes, strict=True):
+        if kind.weight_cuts and placed.weights.device_bytes not in kind.weight_cuts:
+            raise InvalidPlan(f"{kind.name!r}: blocks cannot be cut at {placed.weights.device_bytes} bytes")
     if cuts.chunk_tokens > workload.seq_len and cuts.chunk_tokens % workload.seq_len:
         raise InvalidPlan(f"chunks of {cuts.chunk_tokens} tokens are no whole sequences of {workload.seq_len}")
     for entry in plan.classes:
@@ -317,7 +333,8 @@ def floor_seconds(problem: Problem) -> float:
     # Backward of attention is at least twice its forward.
     forward = attention / (device.matmul_flops_per_second * device.attention_forward_efficiency)
     backward = 2 * attention / (device.matmul_flops_per_second * device.attention_backward_efficiency)
-    compute = seconds + forward + backward
+    measured = [(e.count, e.measured) for e in workload.classes if e.measured is not None]
+    compute = seconds + forward + backward + sum(n * (taken.forward + taken.decode) for n, taken in measured)
     layers = sum(e.count * e.stored_bytes for e in workload.classes if e.is_layer)
     above = capacities(problem)["device"]
     link = hardware.links.host_to_device_bytes_per_second

@@ -263,3 +263,23 @@ def test_a_step_is_steady_when_it_is_measured(mode, monkeypatch):
     measured = simulate(p, plan).step_seconds
     monkeypatch.setattr("planners.simulate.NUM_STEPS", {False: 7, True: 6})
     assert simulate(p, plan).step_seconds == pytest.approx(measured, rel=1e-9)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_runtime_that_does_not_read_ahead_reads_when_a_slot_is_free(slots):
+    """slots 1:   read 1 into HOST | read 2 ...   against   compute 0 | read 1 | move 1 | compute 1"""
+    ahead = problem()
+    plan = plan_of(ahead, weights=(0, 0, 1), slots=slots)
+    waits = replace(ahead, capabilities=replace(ahead.capabilities, reads_ahead=False))
+    first, second = (simulate(p, plan, keep_events=True) for p in (ahead, waits))
+    assert second.step_seconds > first.step_seconds
+    check_busy(waits, plan, second)
+    for run_, is_waiting in ((first, False), (second, True)):
+        begins = {e.label[1]: e.start_seconds for e in run_.events if e.label[0] == "read"}
+        ends = {}
+        for event in run_.events:
+            if event.label[0] == "backward":
+                ends[event.label[1]] = max(event.finish_seconds, ends.get(event.label[1], 0.0))
+        layers = range(1, 1 + 6 - slots)  # positions that backward fetches again, from high to low
+        late = [begins[k] >= ends[k + slots] - 1e-9 for k in layers]
+        assert all(late) is is_waiting
