@@ -20,12 +20,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload_rt.assembly import RuntimeOptions, assemble
+from offload_rt.calibrate import calibrated
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.state import FolderCommits, load_state, save_state
 from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.device_cuda import find_device
+from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
 from offload_rt.heap import Base
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
@@ -34,11 +36,14 @@ from offload_rt.optimizer.saving import committed_values, load_training, save_tr
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.report import report, summary
 from offload_rt.runtime import Runtime
+from planners.hardware import Hardware
 from planners.plan import Plan
 
 logger = logging.getLogger("offload_rt")
 
 Progress = Callable[[str, int, int], None]
+OPTIMISE = "optimise"
+"""The plan that the optimiser makes of this model and machine."""
 OptimizerSpec = type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -61,7 +66,10 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
     optimizer: None is AdamW; a torch.optim class, or a function of the list of parameters. lr: for the first two.
     commit_every: steps between commits beside the store; each is made when the next forward begins, so that schedulers
         stepped after `step` are part of it. None leaves saving to the caller (every step, where state rests on NVMe).
-    plan: "auto" (the fixed streaming rule), a Plan, or the path of a plan file.
+    plan: "auto" (the fixed streaming rule), "optimise" (what the optimiser makes of the model's blocks, of which it
+        times one, and this machine's calibrated rates; adapters only so far), a Plan, or the path of a plan file.
+    emulate: a hardware profile, its name or a file, on the CPU device: its tier sizes are budgets, and transfers take
+        the time of its links and drives. Adapters only so far.
     progress: called with (phase, bytes done, bytes in all) while the store is built.
 
     Outputs of a call with labels have no `logits`: the loss is taken in tiles of tokens. Call without labels for them.
@@ -104,8 +112,6 @@ class Engine:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if emulate is not None:
-            raise ConfigError("emulate: throttled links are not offered yet; leave it None")
         self.config = EngineConfig(
             bits=bits,
             device=find_device(device),
@@ -118,7 +124,11 @@ class Engine:
             max_grad_norm=max_grad_norm,
             commit_every=commit_every,
         )
+        emulated = None if emulate is None else emulated_hardware(emulate)
+        if emulated is not None:
+            self.config = emulated_config(self.config, emulated)
         given_plan = _read_plan(plan)
+        optimise_for = self._machine(emulated) if plan == OPTIMISE else None
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         flags = {id(p): p.requires_grad for p in model.parameters()}
         self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
@@ -142,6 +152,8 @@ class Engine:
                 progress,
                 base=self._base,
                 optimizer=self.optimizer,
+                optimise_for=optimise_for,
+                emulated=emulated,
             )
         except BaseException:
             if adapters is not None:  # so that the same call with other arguments works
@@ -171,6 +183,18 @@ class Engine:
             ),
         ]
         logger.info("%s", self.summary())
+
+    def _machine(self, emulated: Hardware | None) -> Hardware:
+        """The machine that the optimiser plans for: the emulated one, or what was calibrated here."""
+        if emulated is not None:
+            return emulated
+        found = calibrated("cpu", tuple(drive.path.resolve() for drive in self.config.nvme))
+        if found is None:
+            folders = " ".join(f"--nvme {drive.path}" for drive in self.config.nvme)
+            raise ConfigError(
+                f"plan: {OPTIMISE!r} needs this machine's rates: run `offload-rt calibrate {folders}` once"
+            )
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""
@@ -467,7 +491,7 @@ class Engine:
 def _read_plan(plan: Plan | str | Path) -> Plan | None:
     if isinstance(plan, Plan):
         return plan
-    if plan == "auto":
+    if plan in ("auto", OPTIMISE):
         return None
     if not isinstance(plan, (str, Path)):
         raise ConfigError(f"plan: expected 'auto', a Plan or the path of one, got {plan!r}")

@@ -34,7 +34,9 @@ from offload_rt.executor import RingExecutor
 from offload_rt.heap import Base, HeapGuard
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.training import FullTraining
+from offload_rt.paced_stash import PacedStash
 from offload_rt.plan_check import check_plan
+from offload_rt.planning import lowered, measured_problem
 from offload_rt.recording import Recorder
 from offload_rt.runtime import Runtime
 from offload_rt.scratch import Scratch
@@ -43,6 +45,7 @@ from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
 from offload_rt.streams import COMPUTE
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.throttle import Throttle
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
@@ -55,9 +58,12 @@ from offload_rt.workload import (
     chunk_tokens_of,
     find_workload,
     policy_of,
+    streaming_problem,
     with_options,
 )
 from planners.activations import Action
+from planners.hardware import Hardware
+from planners.mip import plan_optimal
 from planners.plan import DecodeScope, Plan, Tier
 from planners.streaming import INPUTS_OF_CHUNKS, KEPT_TENSORS, STAGING_PIECE_BYTES, StreamingProblem
 
@@ -74,19 +80,30 @@ def assemble(
     *,
     base: Base,
     optimizer: torch.optim.Optimizer | None = None,
+    optimise_for: Hardware | None = None,
+    emulated: Hardware | None = None,
 ) -> Runtime:
     """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all.
 
-    base: the process without what the plan accounts for.
+    base: the process without what the plan accounts for. optimise_for: the machine that the optimiser plans for, where
+    `plan` is None; None takes the fixed rule. emulated: the machine whose links are imposed.
     """
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
         workload = find_workload(model, opened, config, optimizer, options)
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
+        if plan is None and optimise_for is not None:
+            problem = streaming_problem(workload)
+            plan = lowered(plan_optimal(measured_problem(workload, problem, optimise_for)), problem)
         workload, problem, chosen = planned(workload, plan, optimizer, options)
         chosen = with_options(chosen, workload.drafts, options)
         check_plan(chosen, problem, workload)
-        with _Assembly(workload, problem, chosen, options, progress, base) as assembly:
+        if emulated is not None and workload.training is not None:
+            raise ConfigError(
+                "emulate: layers train, whose state and gradients cross no emulated link yet; leave it None"
+            )
+        throttle = None if emulated is None else Throttle(emulated)
+        with _Assembly(workload, problem, chosen, options, progress, base, throttle) as assembly:
             return assembly.run(covered, optimizer)
 
 
@@ -101,6 +118,7 @@ class _Assembly:
         options: RuntimeOptions,
         progress: Progress | None,
         base: Base,
+        throttle: Throttle | None,
     ) -> None:
         self.base = base
         self.workload = workload
@@ -113,7 +131,9 @@ class _Assembly:
         self.recorder = None
         if options.record:
             self.recorder = Recorder() if self.device is None else Recorder(compute=COMPUTE)
-        self.links = Links(recorder=self.recorder, device=self.device, delay_seconds=options.delay_seconds)
+        self.links = Links(
+            recorder=self.recorder, device=self.device, delay_seconds=options.delay_seconds, throttle=throttle
+        )
         self.tiers = Tiers(
             problem.device_capacity_bytes, problem.host_capacity_bytes, problem.nvme_capacity_bytes,
             unified=problem.unified, poison=options.poison, device=self.device,
@@ -248,6 +268,12 @@ class _Assembly:
         )
 
     def _stash(self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int) -> Stash | None:
+        """As `_place`; behind the emulated link, if there is one."""
+        stash = self._place(home, name, num_bytes, largest_bytes, window_bytes)
+        link = self.links.throttle.link if self.links.throttle is not None else None
+        return stash if stash is None or link is None else PacedStash(stash, link)
+
+    def _place(self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int) -> Stash | None:
         """A place for `num_bytes` in tensors of at most `largest_bytes`; a device has at most a window on their way."""
         if home is Tier.DEVICE:
             return None

@@ -7,6 +7,7 @@ torch. Quartiles say how steady the machine was. On the CPU, DEVICE and HOST are
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -37,8 +38,9 @@ from offload_rt.drives import drive_identity, drive_profile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull
 from offload_rt.transfer import Links
 from planners.errors import format_bytes
-from planners.hardware import Device, Drive, Hardware, Host
+from planners.hardware import Device, Drive, Hardware, Host, read_hardware
 from planners.hardware import Links as LinkRates
+from planners.units import JsonFile
 
 MAX_AGE_SECONDS = 30 * 24 * 3600.0
 RESERVE = 0.1
@@ -175,6 +177,18 @@ def remembered(name: str, known: dict[str, Any]) -> dict[str, Any] | None:
     measured = data.get("measured")
     fresh = isinstance(measured, (int, float)) and 0 <= time.time() - measured <= MAX_AGE_SECONDS
     return data["profile"] if fresh else None
+
+
+def cache_name(known: dict[str, Any]) -> str:
+    """Under which the profile of the machine that is `known` is remembered."""
+    return f"calibration-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def calibrated(device: str, folders: tuple[Path, ...]) -> Hardware | None:
+    """The profile that was measured on this machine within a month, or None."""
+    known = identity(device, folders)
+    profile = remembered(cache_name(known), known)
+    return None if profile is None else read_hardware(JsonFile(cache_name(known), json.dumps(profile)))
 
 
 def keep(name: str, known: dict[str, Any], measurement: Measurement) -> None:

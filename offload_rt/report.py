@@ -21,7 +21,8 @@ def report(
 
     Of the process's memory, `base_bytes` were there before the engine; `managed_bytes` are booked against the
     budgets: `arena_bytes` of them lie in our arenas, the rest is left to PyTorch's allocator, whose own entry says
-    what it was planned to take and what it took, by the resident memory seen between layers.
+    what it was planned to take and what it took, by the resident memory seen between layers. `predicted` is the
+    optimiser's expectation of a steady step; `link_busy_seconds` what emulated links and drives worked.
     """
     links = runtime.links.counters
     executors = [executor.counters for executor in runtime.executors]
@@ -35,6 +36,8 @@ def report(
     return {
         "step": step,
         "plan": runtime.plan.planner,
+        "predicted": runtime.plan.predicted or None,
+        "link_busy_seconds": None if runtime.links.throttle is None else runtime.links.throttle.busy_seconds(),
         "bytes_read": links.bytes_read,
         "bytes_written": links.bytes_written,
         **_bytes_written_per_step(runtime, config, step, wear_from),
@@ -111,6 +114,10 @@ def summary(runtime: Runtime, config: EngineConfig) -> str:
             f"{ring.name}: {len(ring.blocks)} blocks rest in {ring.rest.value}, {ring.num_slots} at a time in "
             f"device memory ({format_bytes(ring.device_bytes)})"
         )
+    if plan.predicted:
+        busy = plan.predicted["busy_seconds"]
+        binding = max(busy, key=lambda name: float(busy[name]))
+        lines.append(f"predicted: {plan.predicted['step_seconds']:.3g} s a step, {busy[binding]:.3g} of it {binding}")
     if plan.resident:
         lines.append(f"resident: {len(plan.resident)} blocks")
     if runtime.training is not None:

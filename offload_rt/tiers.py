@@ -112,7 +112,7 @@ class HostResidence:
         """Some may be under way: a device is behind, and whoever waits for the fetch waits for it in the device."""
 
     def fetch(self, slot: Slot) -> Fetch:
-        transfer = self._links.copy(self._slot, slot.part(0, self.num_bytes))
+        transfer = self._links.copy(self._slot, slot.part(0, self.num_bytes), inward=True)
         if self._links.recorder is None:
             self._copies.clear()  # the last one is over last
         self._copies.append(transfer)
@@ -152,8 +152,9 @@ class NvmeResidence:
         stage = self._staging.acquire(self.num_bytes, self._block, patience_seconds=WAIT_SECONDS)
         read = self._store.read(self._block, stage)
         copy = self._links.copy(
-            stage, slot.part(0, self.num_bytes), after=read, check=lambda: self._store.verify(self._block, stage)
-        )
+            stage, slot.part(0, self.num_bytes), after=read, inward=True,
+            check=lambda: self._store.verify(self._block, stage),
+        )  # fmt: skip
         return _Arrival(self._links, copy)
 
 

@@ -24,6 +24,7 @@ from offload_rt.file_io import FileIO, file_io, wait_future
 from offload_rt.file_io import OpenFile as OpenFile
 from offload_rt.recording import RETURNED, Recorder
 from offload_rt.streams import Copier, Copy, Device
+from offload_rt.throttle import IN, OUT, Throttle
 
 WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
 
@@ -80,7 +81,7 @@ class Links:
 
     `device` is what DEVICE memory belongs to, where its work is asynchronous; None where DEVICE is RAM.
     `delay_seconds` (the stress mode) starts every operation late by a random time up to that, so that a use that does
-    not wait for its arrival meets poisoned memory.
+    not wait for its arrival meets poisoned memory. `throttle` makes transfers take the time of another machine's.
     """
 
     def __init__(
@@ -91,7 +92,10 @@ class Links:
         device: Device | None = None,
         delay_seconds: float = 0.0,
         seed: int = 0,
+        throttle: Throttle | None = None,
     ) -> None:
+        self.throttle = throttle
+        self._paced = None if throttle is None else ThreadPoolExecutor(1, thread_name_prefix="offload_rt-link")
         self.io = io if io is not None else file_io()
         self.counters = TransferCounters()
         self.recorder = recorder
@@ -122,9 +126,11 @@ class Links:
         *,
         after: Transfer | None = None,
         check: Callable[[], None] | None = None,
+        inward: bool = False,
     ) -> Transfer:
         """Starts copying `source` to `destination` (equal sizes), once `after` has arrived. Does not block.
 
+        `inward` says that it goes from HOST to DEVICE, where both are RAM and a link between them is emulated.
         `check` looks at the source when `after` has arrived; what it raises, the transfer raises.
         """
         if source.num_bytes != destination.num_bytes:
@@ -133,6 +139,7 @@ class Links:
         if self.device is not None:
             return self._device_copy(self.device, source, destination, after, check)
 
+        link = self.throttle.link if self.throttle is not None and inward else None
         ends = [(source.buffer(), destination.buffer(), check)]
 
         def run() -> None:
@@ -148,8 +155,12 @@ class Links:
                 (ctypes.c_char * num_bytes).from_buffer(origin),
                 num_bytes,
             )
+            del origin, target, look
+            if link is not None:
+                link.wait(link.submit(IN, num_bytes))
 
-        future = self._copier.submit(run)
+        # What waits for its link must not keep other copies waiting.
+        future = (self._copier if link is None or self._paced is None else self._paced).submit(run)
         transfer = Transfer(
             "copy", source.num_bytes, lambda seconds: wait_future(future, seconds, lambda: "a copy"),
             (source, destination),
@@ -305,6 +316,8 @@ class Links:
         if self._delayer is not None:
             self._delayer.shutdown()
         self._copier.shutdown()
+        if self._paced is not None:
+            self._paced.shutdown()
         if self.device is not None:
             self.device.close()
         self.io.close()
@@ -312,11 +325,24 @@ class Links:
     def _file(self, kind: str, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
         self.io.adopt(file, slot.region)
         buffer = slot.buffer()
-        wait = self._start(kind, file, offset_bytes, buffer)
+        wait = self._paced_wait(kind, slot.num_bytes, self._start(kind, file, offset_bytes, buffer))
         transfer = Transfer(f"{kind} {file.path}", slot.num_bytes, wait, (slot, buffer))
         if kind == "read":
             return self._recorded(transfer, writes=slot)
         return self._recorded(transfer, reads=slot)
+
+    def _paced_wait(self, kind: str, num_bytes: int, wait: Callable[[float], None]) -> Callable[[float], None]:
+        """What waits for the transfer, and for the emulated drives, which begin with it now."""
+        drives = None if self.throttle is None else self.throttle.drives
+        if drives is None:
+            return wait
+        ticket = drives.submit(IN if kind == "read" else OUT, num_bytes)
+
+        def both(timeout_seconds: float) -> None:
+            wait(timeout_seconds)
+            drives.wait(ticket)
+
+        return both
 
     def _start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
         if self._delayer is None:

@@ -9,7 +9,6 @@ A measurement is kept in the user's cache folder under the machine's identity. T
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -45,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device not in DEVICES:
         raise ConfigError(f"device: {arguments.device!r} cannot be calibrated yet; allowed: {', '.join(DEVICES)}")
     known = calibrate.identity(arguments.device, folders)
-    name = f"calibration-{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]}"
+    name = calibrate.cache_name(known)
     say = sys.stderr.write if arguments.out == "-" else sys.stdout.write
     profile = None if arguments.again else calibrate.remembered(name, known)
     if profile is not None:

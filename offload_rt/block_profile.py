@@ -1,0 +1,172 @@
+"""What one layer, and the head with the loss, take on this machine: measured before anything is planned.
+
+A stand-in of one layer runs with random weights on what the model really hands to its layers, for the largest batch;
+nothing of the model is changed. NF4 decoding is timed by itself, through the code that training runs. Each time is the
+median of a few runs. The machine is taken to have this much memory free: a decoded layer and its activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from offload_rt import codec
+from offload_rt.discover import BlockDraft
+from offload_rt.errors import ConfigError
+from planners.problem import MeasuredSeconds
+
+RUNS = 5
+HEAD_ROWS = 16384
+"""Of the vocabulary, at most; the rest takes as long in proportion."""
+DECODED_ELEMENTS = 1 << 22
+"""Weights decoded in one go; a layer takes as long in proportion."""
+
+
+class _Reached(Exception):
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args_given, self.kwargs_given = args, kwargs
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer is called with."""
+
+    hidden: torch.Tensor
+    rest: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def profile_layer(model: nn.Module, draft: BlockDraft, *, batch_size: int, seq_len: int) -> MeasuredSeconds:
+    """Times the layer of `draft` with a batch of the largest size. Blocks for that.
+
+    ConfigError where `model` cannot be called with token ids alone, or the layer not be copied and called by itself.
+    """
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        return _profile(model, draft, batch_size, seq_len)
+
+
+def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int) -> MeasuredSeconds:
+    call = _call_of(model, draft.modules[0], batch_size, seq_len)
+    layer = _stand_in(draft.modules[0])
+    hidden_BTD = call.hidden.requires_grad_()
+
+    def forward() -> Any:
+        found = layer(hidden_BTD, *call.rest, **call.kwargs)
+        return found[0] if isinstance(found, tuple) else found
+
+    def with_gradients() -> None:
+        out = forward()
+        torch.autograd.grad(out, [hidden_BTD, *(p for p in layer.parameters() if p.requires_grad)], out.detach())
+
+    try:
+        with torch.no_grad():
+            ahead = _seconds(forward)
+        back = _seconds(with_gradients)
+    except Exception as error:
+        raise ConfigError(
+            f"{draft.name}: a stand-in of this layer does not run by itself ({type(error).__name__}: {error})"
+        ) from error
+    elements = sum(spec.num_elements for spec in draft.spec.tensors if spec.is_quantized)
+    return MeasuredSeconds(forward=ahead, backward=back, decode=_decode_seconds(elements) if elements else 0.0)
+
+
+def updates_per_second(parameters: Sequence[nn.Parameter]) -> float:
+    """Parameters that torch's AdamW steps in a second, in tensors of these shapes. Blocks."""
+    stand_ins = [nn.Parameter(torch.zeros(p.shape, dtype=p.dtype)) for p in parameters]
+    for parameter in stand_ins:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(stand_ins)
+    return sum(p.numel() for p in stand_ins) / _seconds(optimizer.step)
+
+
+def profile_head(
+    *, hidden_size: int, vocabulary: int, num_tokens: int, tile_tokens: int, dtype: torch.dtype
+) -> MeasuredSeconds:
+    """Times head and loss with their gradient, which tiles take in forward, for `num_tokens`. Blocks."""
+    rows, tile = min(vocabulary, HEAD_ROWS), min(num_tokens, tile_tokens)
+    weight_VD = torch.zeros(rows, hidden_size, dtype=dtype)
+    hidden_ND = torch.zeros(tile, hidden_size, dtype=dtype).requires_grad_()
+    labels_N = torch.zeros(tile, dtype=torch.long)
+
+    def run() -> None:
+        logits_NV = nn.functional.linear(hidden_ND, weight_VD).float()
+        torch.autograd.grad(nn.functional.cross_entropy(logits_NV, labels_N), hidden_ND)
+
+    return MeasuredSeconds(forward=_seconds(run) * (vocabulary / rows) * (num_tokens / tile), backward=0.0)
+
+
+def _call_of(model: nn.Module, layer: nn.Module, batch_size: int, seq_len: int) -> _Call:
+    """Calls the model until it reaches `layer`. What was on the meta device has values then."""
+
+    def reached(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args, kwargs)
+
+    on_meta = any(p.is_meta for p in model.parameters())
+    ids_BT = torch.zeros(batch_size, seq_len, dtype=torch.long, device="meta" if on_meta else "cpu")
+    handle = layer.register_forward_pre_hook(reached, with_kwargs=True, prepend=True)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids_BT)
+    except _Reached as found:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _real, (found.args_given, found.kwargs_given))
+    except Exception as error:
+        raise ConfigError(
+            f"{type(model).__name__}: cannot be called with input_ids alone ({type(error).__name__}: {error})"
+        ) from error
+    else:
+        raise ConfigError(f"{type(model).__name__}: does not reach its first layer when it is called")
+    finally:
+        handle.remove()
+    if not args and "hidden_states" in kwargs:
+        args = (kwargs.pop("hidden_states"),)
+    if not args or not isinstance(args[0], torch.Tensor):
+        raise ConfigError(f"{type(layer).__name__}: is not called with hidden states first")
+    return _Call(hidden=args[0].detach().clone(), rest=args[1:], kwargs={**kwargs, "past_key_values": None})
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or ones in its place where it is on the meta device: rotations and masks take as long with them."""
+    return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
+
+
+def _stand_in(layer: nn.Module) -> nn.Module:
+    """A copy of the layer with values of its own, which trains what the layer does."""
+    with torch.no_grad():
+        found = copy.deepcopy(layer).to_empty(device="cpu")
+        for tensor in (*found.parameters(), *found.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.02)
+            else:
+                tensor.zero_()
+    for module in found.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            with contextlib.suppress(AttributeError):
+                module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag of transformers' layers
+    return found
+
+
+def _decode_seconds(elements: int) -> float:
+    size = min(elements, DECODED_ELEMENTS) // 64 * 64
+    blob = codec.encode(torch.zeros(size, dtype=torch.bfloat16))
+    out = torch.empty(size, dtype=torch.bfloat16)
+    return _seconds(lambda: codec.decode_into(blob, out)) * (elements / size)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The median of a few runs, after one that warms up."""
+    work()
+    taken = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)

@@ -1,0 +1,239 @@
+"""The optimiser's question about the model at hand, and its plan as the runtime executes it.
+
+Blocks have the bytes that they are stored in and the seconds that one of them was measured to take; capacities are the
+budgets. Memory that the runtime needs besides (activations, freed memory held back, rounding to pages) is what the
+fixed rule plans for it, so that a plan that fits the question fits the runtime.
+
+    Workload, StreamingProblem ──► Problem ──► `planners.mip` ──► Plan with classes ──► `lowered` ──► check_plan
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from offload_rt.block_profile import profile_head, profile_layer, updates_per_second
+from offload_rt.discover import BlockDraft
+from offload_rt.dtypes import torch_dtype
+from offload_rt.errors import ConfigError
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
+from offload_rt.workload import OPTIMIZER_BYTES_PER_ELEMENT, Workload
+from planners.hardware import Drive, Hardware
+from planners.placement import Tier, UpdateMode
+from planners.plan import Plan
+from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
+from planners.problem import Workload as PlannedWorkload
+from planners.schedule import Phase
+from planners.streaming import StreamingProblem, head_chunk_tokens
+from planners.trace import Saved, Transient
+
+CAPABILITIES = Capabilities(
+    update_modes=(UpdateMode.AFTER,),
+    device_updates=False,
+    token_chunks=False,
+    token_policy=False,
+    batch_cuts=False,
+    input_shares=False,
+    state_tiers=(Tier.DEVICE,),
+    reads_ahead=False,
+)
+"""What the runtime does with a plan for adapters: weights by byte ranges, layer inputs in one tier, layers recomputed
+whole, adapters stepped where they are after the last backward."""
+
+SLACK_DIVISOR = 4
+"""Of the freed memory that the allocator would hold back at best: memory is worth more to what streams."""
+
+
+def measured_problem(workload: Workload, streaming: StreamingProblem, hardware: Hardware) -> Problem:
+    """The question, after one layer and the head were timed: blocks for seconds.
+
+    `hardware` gives rates; memory and drives are as `streaming` says. ConfigError for what cannot be asked.
+    """
+    if workload.training is not None:
+        raise ConfigError("plan: the optimiser plans adapters only so far; layers train here: give plan='auto'")
+    config = workload.config
+    if config.device != "cpu":
+        raise ConfigError("plan: the optimiser's plans run on the CPU device only so far; give plan='auto'")
+    first: dict[str, MeasuredSeconds] = {}
+    for draft in workload.layers:
+        kind = _kind(draft)
+        if kind not in first:
+            size = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+            first[kind] = profile_layer(workload.model, draft, **size)
+    seconds = {draft.name: first[_kind(draft)] for draft in workload.layers}
+    trained = [p for p in workload.layers[0].modules[0].parameters() if p.requires_grad]
+    if trained:
+        device = replace(hardware.device, adamw_params_per_second=updates_per_second(trained))
+        hardware = replace(hardware, device=device)
+    return problem_of(workload, streaming, hardware, seconds, _head_seconds(workload, streaming))
+
+
+def problem_of(
+    workload: Workload,
+    streaming: StreamingProblem,
+    hardware: Hardware,
+    layer_seconds: dict[str, MeasuredSeconds],
+    head_seconds: MeasuredSeconds,
+) -> Problem:
+    """The question, with the seconds that each layer takes, by its name, and those of head and loss."""
+    config = workload.config
+    kinds: dict[tuple[str, MeasuredSeconds], list[BlockDraft]] = {}
+    for draft in workload.layers:
+        kinds.setdefault((_kind(draft), layer_seconds[draft.name]), []).append(draft)
+    order = {draft.name: position for position, draft in enumerate(_in_order(workload))}
+    tokens = config.batch_size * config.seq_len
+    transient_bytes = streaming.transient_bytes(head_chunk_tokens(streaming))
+    classes = []
+    for number, ((_, seconds), drafts) in enumerate(kinds.items()):
+        classes.append(
+            _class_of(
+                f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, seconds, is_layer=True,
+                trainable_params=sum(p.numel() for p in drafts[0].modules[0].parameters() if p.requires_grad),
+                input_bytes_per_token=streaming.layer_input_bytes / tokens,
+                transient_bytes_per_token=transient_bytes / tokens,
+            )
+        )  # fmt: skip
+    edges = [draft for draft in workload.drafts if not draft.is_layer]
+    nothing = MeasuredSeconds(forward=0.0, backward=0.0)
+    for draft in edges:
+        seconds = head_seconds if draft is edges[-1] else nothing
+        classes.append(_class_of(draft.name, [draft], order, seconds, is_layer=False, again=_again(draft, streaming)))
+    trainable = [p for p in workload.model.parameters() if p.requires_grad]
+    item_bytes = max((p.element_size() for p in trainable), default=4)
+    planned = PlannedWorkload(
+        name=type(workload.model).__name__,
+        training=Training.ADAPTERS,
+        classes=tuple(classes),
+        hidden=round(streaming.layer_input_bytes / tokens / 2),
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        state_bytes_per_param=OPTIMIZER_BYTES_PER_ELEMENT,
+        gradient_bytes_per_param=item_bytes,
+        weight_bytes_per_param=item_bytes,
+        clips=config.max_grad_norm is not None,
+    )
+    counted = planned.trainable_params * (2 * item_bytes + OPTIMIZER_BYTES_PER_ELEMENT)
+    # What lies in DEVICE memory besides, whatever the plan.
+    reserve = max(0, streaming.trainable_bytes - counted) + streaming.allocator_slack_bytes // SLACK_DIVISOR
+    return Problem(
+        hardware=_within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES),
+        workload=planned,
+        capabilities=CAPABILITIES,
+    )
+
+
+def lowered(plan: Plan, streaming: StreamingProblem) -> Plan:
+    """The optimiser's plan with what the runtime decides by itself: tiles of the loss, freed memory held back."""
+    return replace(
+        plan,
+        fingerprint=streaming.fingerprint,
+        machine="",
+        head_chunk_tokens=head_chunk_tokens(streaming),
+        allocator_slack_bytes=streaming.allocator_slack_bytes // SLACK_DIVISOR,
+    )
+
+
+def _class_of(
+    name: str,
+    drafts: list[BlockDraft],
+    order: dict[str, int],
+    seconds: MeasuredSeconds,
+    *,
+    is_layer: bool,
+    again: bool = True,
+    trainable_params: int = 0,
+    input_bytes_per_token: float = 0.0,
+    transient_bytes_per_token: float = 0.0,
+) -> BlockClass:
+    spec = drafts[0].spec
+    quantized = [tensor.compute_bytes for tensor in spec.tensors if tensor.is_quantized]
+    saved = Saved(name="input", bytes_per_token=input_bytes_per_token, recomputable=False)
+    transient = [
+        Transient(name="activations", bytes_per_token=transient_bytes_per_token, phase=phase, begin=0, end=1)
+        for phase in Phase
+    ]
+    return BlockClass(
+        name=name,
+        blocks=tuple(draft.name for draft in drafts),
+        positions=tuple(order[draft.name] for draft in drafts),
+        is_layer=is_layer,
+        stored_bytes=spec.stored_bytes,
+        decoded_bytes=sum(quantized),
+        largest_linear_bytes=max(quantized, default=0),
+        trainable_params=trainable_params,
+        forward_flops=0.0,
+        backward_flops=0.0,
+        attention_flops=0.0,
+        moved_bytes=0.0,
+        saved=(saved,) if is_layer else (),
+        attention_bytes=0.0,
+        attention_groups=1,
+        transients=tuple(transient) if is_layer else (),
+        visits_backward=again,
+        weight_cuts=spec.cuts_bytes,
+        measured=seconds,
+    )
+
+
+def _again(draft: BlockDraft, streaming: StreamingProblem) -> bool:
+    """Whether an edge's weights are needed in backward: a product's, unless tiles take its gradients in forward."""
+    return head_chunk_tokens(streaming) is None and any(isinstance(module, nn.Linear) for module in draft.modules)
+
+
+def _kind(draft: BlockDraft) -> str:
+    """Layers of one kind take equally long."""
+    shapes = [(tensor.shape, tensor.dtype, tensor.encoding.value) for tensor in draft.spec.tensors]
+    trained = [tuple(p.shape) for p in draft.modules[0].parameters() if p.requires_grad]
+    return repr((type(draft.modules[0]).__name__, shapes, trained))
+
+
+def _in_order(workload: Workload) -> list[BlockDraft]:
+    """All blocks as forward visits them: the last edge is the head, the others come before the layers."""
+    edges = [draft for draft in workload.drafts if not draft.is_layer]
+    return [*edges[:-1], *workload.layers, *edges[-1:]]
+
+
+def _head_seconds(workload: Workload, streaming: StreamingProblem) -> MeasuredSeconds:
+    """Of head and loss; nothing where the model has none that the runtime knows."""
+    edges = [draft for draft in workload.drafts if not draft.is_layer]
+    if streaming.loss_head is None or not edges:
+        return MeasuredSeconds(forward=0.0, backward=0.0)
+    (vocabulary, hidden), dtype = edges[-1].spec.tensors[0].shape[:2], edges[-1].spec.tensors[0].dtype
+    tokens = streaming.loss_head.num_tokens
+    return profile_head(
+        hidden_size=hidden, vocabulary=vocabulary, num_tokens=tokens,
+        tile_tokens=head_chunk_tokens(streaming) or tokens, dtype=torch_dtype(dtype),
+    )  # fmt: skip
+
+
+def _within_budgets(
+    hardware: Hardware, streaming: StreamingProblem, reserve_bytes: int, rounding_bytes: int
+) -> Hardware:
+    """The machine with the memory that it may use. Its drives' rates are summed, their room is what is free.
+
+    `rounding_bytes` is what whole pages of one thing per block may take more than its bytes: in HOST an input, in
+    DEVICE an input, two ends of what stays of the block, and a slot's.
+    """
+    reserve = reserve_bytes + 4 * rounding_bytes
+    capacity = streaming.device_capacity_bytes or hardware.device.memory_bytes
+    drives = hardware.drives
+    if streaming.nvme_capacity_bytes is None:
+        drives = ()
+    elif not drives:
+        raise ConfigError("plan: nvme= gives a folder, but the hardware profile knows no drive; calibrate with --nvme")
+    else:
+        one = Drive(
+            capacity_bytes=max(1, streaming.nvme_capacity_bytes),
+            read_bytes_per_second=hardware.read_bytes_per_second,
+            write_bytes_per_second=hardware.write_bytes_per_second,
+        )
+        drives = (one,)
+    host = 0 if streaming.unified else streaming.host_capacity_bytes or hardware.host.memory_bytes
+    return replace(
+        hardware,
+        device=replace(hardware.device, memory_bytes=max(capacity, reserve + 1), reserve_bytes=reserve),
+        host=replace(hardware.host, memory_bytes=max(0, host - rounding_bytes)),
+        drives=drives,
+        unified=streaming.unified,
+    )
