@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from offload_rt.access import Access, graph_is_kept, opened, put_forward_back, without_hooks
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
+from offload_rt.heap import places_for, put_into
 from offload_rt.last_product import ResultWanted, is_product, left_out
 from offload_rt.random_state import RandomState, kept_random_state
 from offload_rt.stash import Stash
@@ -387,6 +388,7 @@ class _Recompute(torch.autograd.Function):
         owner.counters.num_recomputes += 1
         wanted = [tensor for tensor in detached if tensor.requires_grad]
         sources = wanted + call.trainable
+        places = places_for(sources[: len(sources) - len(call.streamed)])  # [Note: pins] in heap
         with (
             opened(owner.block, owner.access, Phase.BACKWARD, training=True),
             without_hooks(call.trainable),
@@ -407,8 +409,8 @@ class _Recompute(torch.autograd.Function):
             else:
                 gradients = (None,) * len(sources)
             del pairs  # and with it the recompute's graph, before the weights go
-        supply = iter(gradients)
-        del gradients
+        supply = iter([*map(put_into, gradients, places), *gradients[len(places) :]])
+        del gradients, places
         of_inputs = [next(supply) if tensor.requires_grad else None for tensor in detached]
         of_parameters = call.of_graph(list(supply))
         owner.between()

@@ -8,14 +8,24 @@ do so after every layer would cost the faults of taking them again. So it is don
 plan grants: then whatever comes fits, though none of them is used again. Holes are what the process has grown by, less
 what the heap has in use (`mallinfo2`). Where the C library does not say that, it is done when the process has outgrown
 the whole plan, which what comes next may exceed by its own size.
+
+[Note: pins]
+A layer's transients come and go together, and leave one large hole, unless something that stays was put among them:
+holes on both sides of it are too small for the next layer's largest tensors, by a few bytes. In backward that was the
+gradients, some twenty small tensors a layer. So their memory is taken while no transient is there, and what autograd
+gives is copied into it. With 22 layers of TinyLlama's shape at 512 tokens the heap no longer grows by 400 MiB in each
+backward: 0.15 instead of 0.45 million page faults a step.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
+
+import torch
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -117,3 +127,15 @@ class HeapGuard:
         if in_use is None or self._base.heap_bytes is None:
             return resident_bytes - self._limit_bytes + self._holes_allowed
         return resident_bytes - self._base.resident_bytes - self._arena_bytes - (in_use - self._base.heap_bytes)
+
+
+def places_for(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Memory for the gradients of `tensors`, see [Note: pins]; None on a device, whose allocator is another."""
+    return [torch.empty_like(tensor) if tensor.device.type == "cpu" else None for tensor in tensors]
+
+
+def put_into(gradient: torch.Tensor | None, place: torch.Tensor | None) -> torch.Tensor | None:
+    """`gradient`, in its place if it has one. One of another layout stays where it is: further products see it."""
+    if gradient is None or place is None or gradient.layout is not place.layout:
+        return gradient
+    return place.copy_(gradient) if gradient.stride() == place.stride() else gradient
