@@ -15,6 +15,8 @@ The sections, in this order; one that fails is recorded with its error, and the 
                  plain      bf16 in device memory, transformers + peft, every layer recomputed
                  resident   ours, NF4, all layers in device memory after the first step
                  host       ours, NF4, layers stream from HOST
+                 swap       the same, of whose activations half are swapped to HOST, by chunks of tokens
+                 full       ours, bf16, all parameters train; masters, moments and weights rest in HOST
                  nvme       ours, NF4, layers stream from NVMe (--nvme DIR; not by default)
              with the streams' busy time in a profiled step, and what `host` should take: the larger of `resident`'s
              time and the bytes that it moves at the bandwidth of `links`
@@ -44,6 +46,7 @@ from offload_rt import codec, cpu_adam  # noqa: E402
 from offload_rt.arena import Arena  # noqa: E402
 from offload_rt.cpu_adam import AdamW  # noqa: E402
 from offload_rt.nf4_layout import nf4_layout  # noqa: E402
+from offload_rt.profile import free_memory_bytes  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -57,7 +60,9 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 STEP_SECONDS = {"tiny": 20.0, "1b": 40.0, "3b": 60.0, "8b": 75.0, "13b": 100.0}
 """Left on the clock, or a contender is not begun: starting, filling, encoding, warming up and five steps."""
-KINDS = ("plain", "resident", "host")
+KINDS = ("plain", "resident", "host", "swap", "full")
+BYTES_PER_PARAMETER = 24
+"""Of HOST memory, for `full`: the model as it is made, weights, gradients, master, two moments, and some room."""
 RATE = "bytes_per_second"
 
 
@@ -101,7 +106,8 @@ def machine() -> dict[str, Any]:
 
 def parity(options: argparse.Namespace) -> dict[str, Any]:
     """The gate. Each module of tests in a process of its own, with the kernels compiled, not interpreted."""
-    files = ["tests/test_streams.py"] if options.smoke else ["tests/test_gpu.py", "tests/test_streams.py"]
+    late = ["tests/test_streams.py", "tests/test_arrivals.py", "tests/test_device_stash.py"]
+    files = late if options.smoke else ["tests/test_gpu.py", *late]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *files]
     done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -247,6 +253,10 @@ def steps(options: argparse.Namespace, deadline: float, found: dict[str, Any]) -
     for shape in options.shapes:
         rows: dict[str, Any] = {}
         for kind in contenders:
+            needed = BYTES_PER_PARAMETER * parameters_of(SHAPES[shape])
+            if kind == "full" and needed > free_memory_bytes():
+                rows[kind] = {"skipped": f"{needed / 2**30:.0f} GiB of RAM are needed"}
+                continue
             left = deadline - time.monotonic()
             if left < STEP_SECONDS[shape]:
                 rows[kind] = {"skipped": f"{left:.0f} s were left"}
@@ -256,11 +266,19 @@ def steps(options: argparse.Namespace, deadline: float, found: dict[str, Any]) -
     return results
 
 
+def parameters_of(shape: tuple[int, ...]) -> int:
+    """Parameters of a Llama, norms left out."""
+    hidden, intermediate, layers, heads, key_value_heads, vocabulary = shape
+    attention = 2 * hidden * hidden + 2 * hidden * hidden * key_value_heads // heads
+    return layers * (attention + 3 * hidden * intermediate) + 2 * vocabulary * hidden
+
+
 def _contender(options: argparse.Namespace, shape: str, kind: str, left: float) -> dict[str, Any]:
     settings = {
         "kind": kind, "shape": SHAPES[shape], "tokens": options.tokens, "steps": 2 if options.smoke else 5,
         "device": DEVICE, "device_memory": options.device_memory, "nvme": options.nvme,
-        "trace": options.trace if (kind, shape) == ("host", options.shapes[-1]) else None,
+        "profiled": kind in ("host", "full"),
+        "trace": options.trace if (kind, shape) == (options.traced, options.shapes[-1]) else None,
     }  # fmt: skip
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -282,7 +300,7 @@ def _verdict(rows: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Ratios of medians, and the prediction: these processes did not share a round, so spreads stand beside them."""
     took = {kind: row["seconds"]["median"] for kind, row in rows.items() if "seconds" in row}
     verdict: dict[str, Any] = {
-        "time_over_plain": {kind: took[kind] / took["plain"] for kind in took if kind != "plain" and "plain" in took},
+        "time_over_plain": {kind: took[kind] / took["plain"] for kind in KINDS[1:-1] if {kind, "plain"} <= took.keys()},
     }
     link = found.get("links", {}).get(RATE, {}).get("to_device")
     if "host" in took and "resident" in took and link:
@@ -301,7 +319,8 @@ def _verdict(rows: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--trace", help="where the profiled step of the last shape's `host` goes (Perfetto, .json.gz)")
+    parser.add_argument("--trace", help="where a profiled step of the last shape goes (Perfetto, .json.gz)")
+    parser.add_argument("--traced", choices=("host", "full"), default="host", help="whose step that is")
     parser.add_argument("--minutes", type=float, default=7.5, help="no contender is begun that would end later")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))

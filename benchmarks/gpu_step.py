@@ -17,12 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from offload_rt._engine import Engine
 from offload_rt.assembly import RuntimeOptions
 from offload_rt.config import parse_bytes
+from planners.activations import Action, ActivationPolicy, Chunk
+from planners.placement import Tier
 
 WARM_UP = 2
 
 
-def llama(shape: list[int]) -> torch.nn.Module:
-    """A Llama with random weights in RAM. They repeat every million: random numbers for billions would take minutes."""
+def llama(shape: list[int], *, adapters: bool = True) -> torch.nn.Module:
+    """A Llama with random weights in RAM, all of which train without `adapters`. They repeat every million: random
+    numbers for billions would take minutes.
+    """
     hidden, intermediate, layers, heads, key_value_heads, vocabulary = shape
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
@@ -43,6 +47,8 @@ def llama(shape: list[int]) -> torch.nn.Module:
         flat[whole:] = pattern[: flat.numel() - whole]
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were on meta
     model.config.use_cache = False
+    if not adapters:
+        return model
     return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
@@ -66,15 +72,25 @@ class Plain:
         return {}
 
 
+def swapping(tokens: int) -> ActivationPolicy:
+    """Four chunks of tokens: what half of them saves is swapped to HOST, that of the others computed again."""
+    actions = [(Action.SWAP, Tier.HOST), (Action.RECOMPUTE, None)] * 2
+    return ActivationPolicy(chunks=tuple(Chunk(num_tokens=tokens // 4, action=a, tier=tier) for a, tier in actions))
+
+
 class Ours:
-    """The engine: all layers in slots (`resident`), or streamed through the plan's."""
+    """The engine: all layers in slots (`resident`), or streamed through the plan's; adapters train, or all (`full`)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         kind, shape = settings["kind"], settings["shape"]
         on_gpu = settings["device"] == "cuda"
+        options = RuntimeOptions(
+            num_slots=shape[2] if kind == "resident" else None,
+            activations=swapping(settings["tokens"]) if kind == "swap" else None,
+        )
         self.engine = Engine(
-            llama(shape).train(),
-            bits=4,
+            llama(shape, adapters=kind != "full").train(),
+            bits=None if kind == "full" else 4,
             batch_size=1,
             seq_len=settings["tokens"],
             lr=1e-4,
@@ -82,7 +98,7 @@ class Ours:
             device_memory=settings["device_memory"] if on_gpu else None,
             host_memory=None if on_gpu else "1GiB",
             nvme=settings["nvme"] if kind == "nvme" else None,
-            options=RuntimeOptions(num_slots=shape[2] if kind == "resident" else None),
+            options=options,
         )
 
     def step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -177,8 +193,10 @@ def main() -> None:
         "a_step": {name: (after[name] - before[name]) / settings["steps"] for name in counted if name in after},
         "copied_bytes_a_step": (after.get("bytes_copied", 0) - before.get("bytes_copied", 0)) / settings["steps"],
         "gpu": after.get("gpu"),
+        "training": after.get("training"),
+        "tokenwise": after.get("tokenwise"),
         "summary": contender.engine.summary().splitlines() if isinstance(contender, Ours) else None,
-        "profile": profiled(contender, batch, settings["trace"]) if on_gpu and settings["kind"] == "host" else None,
+        "profile": profiled(contender, batch, settings["trace"]) if on_gpu and settings["profiled"] else None,
     }
     Path(settings["out"]).write_text(json.dumps(result), encoding="utf-8")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,6 @@ BUDGETS = ["--device", "cuda", "--device-memory", "22GiB", "--host-memory", "56G
 """What is left beside the desktop, the CUDA context and the operating system."""
 SMOKE_BUDGETS = ["--device", "cpu", "--device-memory", "50MiB", "--host-memory", "50MiB"]
 
-Train = Callable[[list[str]], int]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
@@ -35,7 +32,6 @@ class Demo:
     plan: list[str]
     settings: list[str]
     smoke: list[str]
-    train: Train = lambda arguments: offload_rt(["train", *arguments])
 
 
 def run(demo: Demo, arguments: list[str] | None = None) -> int:
@@ -51,8 +47,8 @@ def run(demo: Demo, arguments: list[str] | None = None) -> int:
         return offload_rt(["plan", *demo.plan, *MACHINE, *html, *rest])
     if options.smoke:
         with tempfile.TemporaryDirectory(prefix="offload_rt-smoke-") as folder:
-            return demo.train([*tiny_job(Path(folder)), *demo.settings, *SMOKE_BUDGETS, *demo.smoke, *rest])
-    return demo.train([*BUDGETS, *demo.settings, *rest])
+            return offload_rt(["train", *tiny_job(Path(folder)), *demo.settings, *SMOKE_BUDGETS, *demo.smoke, *rest])
+    return offload_rt(["train", *BUDGETS, *demo.settings, *rest])
 
 
 def tiny_job(folder: Path) -> list[str]:

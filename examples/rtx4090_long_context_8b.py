@@ -4,8 +4,8 @@
     python examples/rtx4090_long_context_8b.py --smoke
     python examples/rtx4090_long_context_8b.py --model ./Llama-3-8B --data books.jsonl --nvme /mnt/ssd --out run
 
-The dry run keeps, swaps or recomputes each layer's activations by chunks of tokens. On the CPU the runtime does so too
-(the smoke run does not need it); on a GPU it does not yet, and says what would fit instead: rows of 32768 tokens, say.
+The dry run keeps, swaps or recomputes each layer's activations by chunks of tokens. The runtime does so where a plan
+file asks for it; its own rule recomputes layers whole, and says what would fit instead: rows of 32768 tokens, say.
 """
 
 import sys

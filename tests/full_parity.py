@@ -128,11 +128,15 @@ def scheduled(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSc
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
 
 
-def run_plain(case: Case, steps: int = STEPS) -> list[Trace]:
-    """Losses, gradients, masters and weights of every step, in plain PyTorch."""
-    model = build(case)
+def run_plain(case: Case, steps: int = STEPS, device: str = "cpu") -> list[Trace]:
+    """Losses, gradients, masters and weights of every step, in plain PyTorch. The optimizer steps on the CPU."""
+    model = build(case).to(device)
     weights = dict(model.named_parameters())
-    masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in weights.items()}
+    masters = {name: nn.Parameter(p.detach().float().cpu().clone()) for name, p in weights.items()}
+
+    def forward(**batch: torch.Tensor) -> Any:
+        return model(**{name: value.to(device) for name, value in batch.items()})
+
     optimizer = OPTIMIZERS[case.optimizer](groups_of(case, list(masters.values())))
     scheduler = scheduled(optimizer)
     max_norm = NORMS[case.clipping]
@@ -140,13 +144,14 @@ def run_plain(case: Case, steps: int = STEPS) -> list[Trace]:
     for step in range(steps):
         trace: Trace = {}
         for index in range(case.accumulation):
-            loss = one_loss(model, step, index)
-            trace[f"loss {index}"] = loss.detach().clone()
+            loss = one_loss(forward, step, index)
+            trace[f"loss {index}"] = loss.detach().cpu().clone()
             loss.backward()  # type: ignore[no-untyped-call]
             for name, parameter in weights.items():
-                gradient, master = parameter.grad, masters[name]
-                if gradient is not None:
-                    master.grad = gradient.float() if master.grad is None else master.grad + gradient.float()
+                master = masters[name]
+                if parameter.grad is not None:
+                    gradient = parameter.grad.float().cpu()
+                    master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
         for name, master in masters.items():
             if master.grad is not None:
@@ -160,7 +165,7 @@ def run_plain(case: Case, steps: int = STEPS) -> list[Trace]:
             for name, parameter in weights.items():
                 parameter.copy_(masters[name])
                 trace[f"master {name}"] = masters[name].detach().clone()
-                trace[f"weight {name}"] = parameter.detach().clone()
+                trace[f"weight {name}"] = parameter.detach().cpu().clone()
         traces.append(trace)
     return traces
 
@@ -195,7 +200,7 @@ def one_step(case: Case, engine: Engine, scheduler: torch.optim.lr_scheduler.LRS
     trace: Trace = {}
     for index in range(case.accumulation):
         loss = one_loss(engine, step, index)
-        trace[f"loss {index}"] = loss.detach().clone()
+        trace[f"loss {index}"] = loss.detach().cpu().clone()
         engine.backward(loss)
     if step == 0:
         trace |= {f"gradient {name}": gradient.float() for name, gradient in engine.gradients()}
@@ -248,5 +253,5 @@ def state_of(training: FullTraining) -> dict[str, tuple[torch.Tensor, torch.Tens
             if trained.streamed is not None:
                 assert weights is not None
                 weight = weights.tensor(weight.dtype, shape, trained.streamed.offset_bytes)
-            found[trained.name] = (torch.cat(masters[index]).view(shape), weight.detach().clone())
+            found[trained.name] = (torch.cat(masters[index]).view(shape), weight.detach().cpu().clone())
     return found

@@ -13,7 +13,9 @@ pytest.importorskip("peft")
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 
 
-@pytest.mark.parametrize("kinds", [["resident", "host"], pytest.param(["plain"], marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "kinds", [["resident", "host", "swap", "full"], pytest.param(["plain"], marks=pytest.mark.full)]
+)
 def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, kinds):
     out = disk_folder / "out.json"
     command = [sys.executable, str(SCRIPT), "--smoke", "--json", str(out), "--sections", "links", "decode", "adam"]
@@ -28,10 +30,12 @@ def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, kinds):
     rows = found["steps"]["tiny"]["contenders"]
     assert list(rows) == kinds
     assert all(len(row["losses"]) == 2 for row in rows.values())
-    if kinds == ["resident", "host"]:
+    if kinds[0] == "resident":
         assert rows["resident"]["losses"] == rows["host"]["losses"], "a plan changes no number"
         assert rows["resident"]["a_step"]["fetches"] == 0 < rows["host"]["a_step"]["fetches"]
         assert found["steps"]["tiny"]["predicted_seconds"] > 0
+        assert rows["swap"]["tokenwise"]["swapped_bytes"] > 0
+        assert rows["full"]["training"]["num_steps"] == 4
 
 
 def test_without_a_gpu_it_says_so_instead_of_measuring(disk_folder):

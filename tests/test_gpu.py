@@ -6,6 +6,7 @@ Skipped where torch finds no GPU. `benchmarks/gpu.py` runs it before it measures
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,21 @@ from offload_rt.assembly import RuntimeOptions
 from offload_rt.cpu_adam import AdamW
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
+from offload_rt.optimizer.arrivals import Arrivals
+from offload_rt.optimizer.landing import Landing
+from offload_rt.optimizer.pieces import TrainedParameter, trained_block
+from offload_rt.optimizer.rules import AdamWRule
 from offload_rt.recording import Recorder
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
 from offload_rt.transfer import Links
+from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
-from planners.plan import DecodeScope, Ring
+from planners.plan import DecodeScope, Ring, StatePlacement
 from planners.schedule import walk
-from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, Trace, _run, build, decode_in_place
+from tests import full_parity as full
+from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, Trace, _run, build, decode_in_place, micro_batch
+from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of this module too
 from tests.test_parity import differences
 from tests.test_streams import FakeStore
 from tests.test_triton import DTYPES, adam_state, same_bits, weights_of
@@ -228,6 +236,118 @@ def test_training_on_the_gpu_is_bit_equal_to_plain_pytorch(
         assert report["gpu"]["pageable_bytes"] == 0
         if case.weights == "nf4":
             assert report["decodes"] > 0
+
+
+FULL_PLACES = {
+    "from HOST": {},
+    "on NVME": {"rest": Tier.NVME, "piece_elements": 8192},
+    "gradients on NVME": {
+        "rest": Tier.NVME, "piece_elements": 8192,
+        "state": StatePlacement(
+            in_memory=(), gradients=Tier.NVME, state_slots=2, weight_slots=1, gradient_slots=1
+        ),
+    },
+}  # fmt: skip
+FULL_CASES = [
+    full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "from HOST"),
+    full.Case("qwen", "bfloat16", "adamw", 4, "rarely", True, "on NVME"),
+    full.Case("gpt2", "float32", "lion", 1, "not", False, "on NVME"),
+    full.Case("llama", "bfloat16", "adamw 8bit", 4, "not", False, "gradients on NVME"),
+]
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_full_fine_tuning_on_the_gpu_is_bit_equal_to_plain_pytorch(
+    case: full.Case, tmp_path: Path, exact_attention: None
+) -> None:
+    expected = full.run_plain(case, device="cuda")
+    place = FULL_PLACES[case.place]
+    options = RuntimeOptions(num_slots=2, layer_inputs=Tier.HOST, poison=True, **place)
+    with full.make_engine(
+        replace(case, place="in place"), tmp_path, device="cuda", device_memory="1GiB", host_memory="256MiB",
+        nvme=bool(place), options=options,
+    ) as engine:  # fmt: skip
+        for step, (want, got) in enumerate(zip(expected, full.run_engine(case, engine), strict=True), 1):
+            assert [f"step {step}: {name}" for name in got if not torch.equal(want[name], got[name])] == []
+        report = engine.report()
+        assert report["training"]["num_steps"] == full.STEPS
+        assert report["prefetch_misses"] == 0
+        assert full.training_of(engine).home.landing.num_copies > 0
+
+
+@pytest.mark.parametrize("tier, layer_inputs", [(Tier.HOST, Tier.HOST), (Tier.NVME, Tier.NVME)])
+def test_activations_put_away_on_the_gpu_change_no_bit(
+    tier: Tier, layer_inputs: Tier, tmp_path: Path, exact_attention: None
+) -> None:
+    case = Case("llama", "nf4", 1, False, False, "from NVME")
+    found = []
+    for policy in (None, ActivationPolicy(chunks=(Chunk(num_tokens=SEQ_LEN, action=Action.SWAP, tier=tier),))):
+        with Engine(
+            build(case), bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, lr=1e-2, device="cuda", host_memory="256MiB",
+            nvme=tmp_path, options=RuntimeOptions(activations=policy, layer_inputs=layer_inputs, poison=True),
+        ) as engine:  # fmt: skip
+            found.append(_run(case, engine, engine.backward, engine.trainable, engine.step))
+            report = engine.report()
+        if policy is not None:
+            assert report["tokenwise"]["swapped_bytes"] == report["tokenwise"]["loaded_bytes"] > 0
+            assert report["tokenwise"]["refused"] == {}
+    assert differences(*found) == []
+
+
+def test_micro_batches_take_turns_on_the_gpu(tmp_path: Path, exact_attention: None) -> None:
+    case = full.Case("llama", "bfloat16", "adamw", 3, "not", False, "in place")
+    found = []
+    for layer_major in (False, True):
+        folder = tmp_path / str(layer_major)
+        folder.mkdir()
+        with Engine(
+            full.build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=3, lr=1e-2, nvme=folder,
+            device="cuda", host_memory="256MiB",
+            options=RuntimeOptions(rest=Tier.NVME, num_slots=1, layer_major=layer_major, piece_elements=8192),
+        ) as engine:  # fmt: skip
+            losses = [engine.train_batch([micro_batch(step, index) for index in range(3)]) for step in range(3)]
+            assert (engine.report()["passed_on"] > 0) == layer_major
+            found.append((losses, full.state_of(full.training_of(engine))))
+    assert found[0][0] == found[1][0]
+    for name, (master, weight) in found[0][1].items():
+        assert torch.equal(master, found[1][1][name][0]) and torch.equal(weight, found[1][1][name][1]), name
+
+
+def test_new_weights_land_behind_long_kernels_and_before_the_next(device) -> None:
+    links = Links(device=device)
+    arena = Arena("landing", 2 * MIB)
+    device.lock(arena)
+    landing = Landing(arena, MIB, links)
+    weights = torch.zeros(MIB // 4, device="cuda")
+    seen = []
+    for value in range(8):
+        torch.cuda._sleep(LONG)
+        seen.append(torch.stack([weights.min(), weights.max()]))
+        with landing.room_for(weights) as new:
+            new.fill_(value + 1)
+        landing.order()
+    assert torch.stack(seen).tolist() == [[value, value] for value in range(8)]
+    links.close()
+
+
+def test_gradients_of_long_kernels_arrive_whole(device) -> None:
+    links = Links(device=device)
+    arena = Arena("gradients", 8 * MIB, poison=True)
+    device.lock(arena)
+    parameters = [TrainedParameter("p", torch.nn.Parameter(torch.zeros(MIB // 4, device="cuda")), None)]
+    blocks = [trained_block(f"b{index}", parameters, AdamWRule("float32"), accumulates=False) for index in range(8)]
+    arrivals, found, under_way = Arrivals(links, None), [], []
+    for index, block in enumerate(blocks):
+        torch.cuda._sleep(LONG)
+        gradient = torch.full((MIB // 4,), float(index), device="cuda")
+        place = arena.acquire(MIB, block.name)
+        under_way.append(arrivals.start(block, {0: gradient}, {0: place}, lambda one: found.append(one[0].clone())))
+        del gradient, place  # what is computed next takes its memory, as far as the device lets it
+        torch.full((MIB // 4,), -1.0, device="cuda")
+    for arrival in under_way:
+        arrival.settle(links.wait)
+    assert [(float(one.min()), float(one.max())) for one in found] == [(float(i), float(i)) for i in range(8)]
+    links.close()
 
 
 def test_a_steady_step_takes_nothing_from_the_driver(tmp_path: Path) -> None:
