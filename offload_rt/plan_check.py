@@ -65,17 +65,19 @@ def _check_state(plan: Plan, problem: StreamingProblem) -> None:
         raise ConfigError(f"plan: state is {plan.state}, but layers {'do not ' if plan.state else ''}train")
     if plan.state is None or problem.training is None:
         return
-    blocks = {block.name for block in problem.training.blocks}
-    odd = sorted(set(plan.state.in_memory) - blocks)
-    if odd:
-        raise ConfigError(f"plan: state of {odd[0]!r} in memory, which is no block that trains ({len(odd)} are odd)")
+    num_pieces = {block.name: len(block.pieces) for block in problem.training.blocks}
+    for name, count in plan.state.in_memory.items():
+        if name not in num_pieces:
+            raise ConfigError(f"plan: state of {name!r} in memory, which is no block that trains")
+        if count > num_pieces[name]:
+            raise ConfigError(f"plan: {count} pieces of state of {name!r} in memory, which has {num_pieces[name]}")
     waits = plan.state.gradients is Tier.HOST and plan.update_mode is UpdateMode.AFTER
     if problem.training.adapters and not waits:
         raise ConfigError(
             "plan: gradients of adapters stay with them, and updates wait for all: give state gradients 'host' and "
             "update_mode 'after'"
         )
-    on_nvme = len(plan.state.in_memory) < len(blocks)
+    on_nvme = not plan.state.is_all_in_memory(problem.training)
     if (on_nvme or plan.state.gradients is Tier.NVME) and problem.nvme_capacity_bytes is None:
         raise ConfigError("plan: state or gradients rest on NVME, but nvme= gives no folder")
     if on_nvme and plan.state.state_slots < 1:

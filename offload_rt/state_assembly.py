@@ -20,7 +20,7 @@ from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
-from offload_rt.optimizer.state import LogWeights, StateHome, begin_state, log_extents
+from offload_rt.optimizer.state import LogWeights, Part, StateHome, begin_state, log_extents
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.scratch import Scratch
@@ -59,11 +59,10 @@ class StateAssembly:
     def open(self) -> None:
         """Reserves memory, and finds the log or makes it."""
         sizes, placement = self._sizes, self._placement
-        in_memory = [block for block in self._draft.blocks if block.name in placement.in_memory]
-        if in_memory:
-            arena = self._arena("optimizer state", sum(block.state_bytes for block in in_memory), copied=False)
-            for block in in_memory:
-                for piece in block.pieces:
+        if placement.in_memory:
+            arena = self._arena("optimizer state", placement.in_memory_bytes(sizes), copied=False)
+            for block in self._draft.blocks:
+                for piece in block.pieces[: placement.in_memory.get(block.name, 0)]:
                     self.home.pieces[piece.name] = arena.acquire(piece.num_bytes, piece.name)
         self._state_arena = self._arena(
             "optimizer state on its way", placement.state_slots * sizes.piece_bytes, copied=False
@@ -111,7 +110,7 @@ class StateAssembly:
         for block in self._draft.blocks:
             rests = self.home.weights.get(block.name)
             streams = self.home.streams_weights(block)
-            if not fresh and (streams or not self.home.rests_in_memory(block)):
+            if not fresh and (streams or self.home.part(block, Part.IN_LOG)):
                 continue
             if streams:
                 rests = self._room(self._weights_arena, self._sizes.largest_weight_bytes, writes)
@@ -155,7 +154,7 @@ class StateAssembly:
     def _commit_every(self) -> int | None:
         """As declared; where state rests on NVMe, every step is committed unless fewer were asked for."""
         every = self._workload.config.commit_every
-        if every is None and self.home.log is not None and len(self._placement.in_memory) < len(self._draft.blocks):
+        if every is None and self.home.log is not None and not self._placement.is_all_in_memory(self._sizes):
             return 1
         return every
 

@@ -204,13 +204,12 @@ def training_sizes(workload: Workload) -> TrainingSizes:
     return TrainingSizes(
         blocks=tuple(
             TrainedSize(
-                name=block.name, state_bytes=block.state_bytes,
+                name=block.name, pieces=tuple(piece.num_bytes for piece in block.pieces),
                 gradient_bytes=0 if training.adapters else block.gradients.stored_bytes,
                 weight_bytes=0 if block.weights is None else block.weights.stored_bytes,
             )
             for block in training.blocks
         ),
-        piece_bytes=max(piece.num_bytes for block in training.blocks for piece in block.pieces),
         clips=config.max_grad_norm is not None,
         commits_each_step=config.commit_every in (None, 1) and not training.adapters,
         adapters=training.adapters,

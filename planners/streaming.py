@@ -13,9 +13,10 @@ which is taken only then.
 
 Where layers train, their weights, state and gradients stay in memory if all of that fits, whatever drives there are;
 otherwise weights and state rest on NVME, gradients in HOST if they fit, and as many pieces of state are on their way at
-a time as there is room for. Activations are kept, and the loss is taken at once, where that fits besides. Updates run
-behind the backward pass where every step is committed. Adapters keep their optimizer state beside them; it rests in
-HOST or on NVME where DEVICE does not hold it (`TrainingSizes.adapters`).
+a time as there is room for. What room is left then holds state, piece by piece, of the first blocks: their gradients
+arrive last, when no computation is left to hide the drive behind. Activations are kept, and the loss is taken at once,
+where that fits besides. Updates run behind the backward pass where every step is committed. Adapters keep their
+optimizer state beside them; it rests in HOST or on NVME where DEVICE does not hold it (`TrainingSizes.adapters`).
 """
 
 from __future__ import annotations
@@ -158,9 +159,33 @@ def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Pl
     for chunk_tokens in chunks:
         for plan in (plan for rest in rests for plan in _attempts(problem, rest, chunk_tokens)):
             if not _shortages(problem, plan):
-                return plan
+                return _filled(problem, plan)
             candidates.append(plan)
     raise _infeasible(problem, candidates)
+
+
+def _filled(problem: StreamingProblem, plan: Plan) -> Plan:
+    """The plan with pieces of state in the memory that is left. One stays on NVME, as each step is to be committed."""
+    state, sizes = plan.state, problem.training
+    tier, capacity = Tier.HOST, problem.host_capacity_bytes
+    if problem.unified:
+        tier, capacity = Tier.DEVICE, problem.device_capacity_bytes
+    if state is None or sizes is None or sizes.adapters or capacity is None or state.in_memory:
+        return plan
+    left = capacity - plan.predicted_bytes(tier)
+    in_memory: dict[str, int] = {}
+    for block in sizes.blocks:
+        fitting = block.pieces[: -1 if block is sizes.blocks[-1] else None]
+        for num_pieces, piece_bytes in enumerate(fitting, 1):
+            if piece_bytes > left:
+                break
+            left -= piece_bytes
+            in_memory[block.name] = num_pieces
+    state = replace(state, in_memory=in_memory)
+    items = {**plan.peak_bytes[tier.value], **state.memory_bytes(sizes)}
+    return replace(
+        plan, state=state, update_mode=_update_mode(problem, state), peak_bytes={**plan.peak_bytes, tier.value: items}
+    )
 
 
 def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None]:
@@ -168,10 +193,10 @@ def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None
     sizes = problem.training
     if sizes is None:
         return [None]
-    everything = tuple(block.name for block in sizes.blocks)
+    everything = {block.name: len(block.pieces) for block in sizes.blocks}
     if sizes.adapters:
         on_nvme = [
-            StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=slots)
+            StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=slots)
             for slots in STATE_SLOTS
             if slots <= ENOUGH_STATE_SLOTS  # more would take the place of decoded weights
         ]
@@ -181,7 +206,7 @@ def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None
         return [StatePlacement(in_memory=everything, gradients=Tier.HOST)]
     return [
         StatePlacement(
-            in_memory=(), gradients=gradients, state_slots=slots, weight_slots=2 if slots > 2 else 1,
+            in_memory={}, gradients=gradients, state_slots=slots, weight_slots=2 if slots > 2 else 1,
             gradient_slots=(3 if slots > 4 else 2 if slots > 2 else 1) if gradients is Tier.NVME else 0,
         )
         for gradients in (Tier.HOST, Tier.NVME)
@@ -232,7 +257,7 @@ def _could_keep(plan: Plan) -> bool:
     """Whether memory is better spent on kept activations than on more of what is on its way."""
     if plan.state is None or plan.layer_inputs is not Tier.DEVICE:
         return False
-    enough = len(plan.state.in_memory) > 0 or plan.state.state_slots >= ENOUGH_STATE_SLOTS
+    enough = bool(plan.state.in_memory) or plan.state.state_slots >= ENOUGH_STATE_SLOTS
     return enough and all(ring.num_slots > 1 for ring in plan.rings if ring.name == "layers")
 
 
@@ -243,7 +268,7 @@ def _keeping(problem: StreamingProblem, plan: Plan) -> Plan:
     device = {
         **plan.peak_bytes["device"],
         "activations": problem.transient_bytes(None),
-        "kept activations": num_layers * (problem.activation_bytes + KEPT_TENSORS * 4096),
+        "kept activations": _pages(num_layers * (problem.activation_bytes + KEPT_TENSORS * 4096)),
         "layer inputs": INPUTS_OF_CHUNKS * _pages(problem.layer_input_bytes) * num_layers,
     }
     return replace(
@@ -339,7 +364,7 @@ def _plan(
 
 def _update_mode(problem: StreamingProblem, state: StatePlacement | None) -> UpdateMode:
     sizes = problem.training
-    if state is None or sizes is None or not sizes.commits_each_step or len(state.in_memory) == len(sizes.blocks):
+    if state is None or sizes is None or not sizes.commits_each_step or state.is_all_in_memory(sizes):
         return UpdateMode.AFTER
     return UpdateMode.SPECULATIVE if sizes.clips else UpdateMode.BACKWARD
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,15 @@ class TrainedSize:
     """A block that trains. Bytes."""
 
     name: str
-    state_bytes: int
-    """Masters and moments."""
+    pieces: tuple[int, ...]
+    """Of masters and moments, each of which moves as one."""
     gradient_bytes: int
     weight_bytes: int
     """Of weights that stream; 0 where they stay in memory."""
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.pieces)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +30,7 @@ class TrainingSizes:
     """All that trains."""
 
     blocks: tuple[TrainedSize, ...]
-    piece_bytes: int
-    """The most state that moves as one."""
+    """In the order of the model."""
     clips: bool
     """A norm to clip to was declared."""
     commits_each_step: bool
@@ -41,6 +45,11 @@ class TrainingSizes:
     @property
     def state_bytes(self) -> int:
         return sum(block.state_bytes for block in self.blocks)
+
+    @property
+    def piece_bytes(self) -> int:
+        """The most state that moves as one."""
+        return max(max(block.pieces) for block in self.blocks)
 
     @property
     def gradient_bytes(self) -> int:
@@ -59,8 +68,8 @@ class TrainingSizes:
 class StatePlacement:
     """Where the state of what trains rests, and through how much memory it moves."""
 
-    in_memory: tuple[str, ...]
-    """Blocks whose masters and moments rest in HOST memory; those of the others rest on NVME."""
+    in_memory: Mapping[str, int]
+    """How many pieces of a block's masters and moments rest in HOST memory: the first ones. The others rest on NVME."""
     gradients: Tier
     """Where gradients wait for the update: HOST or NVME."""
     state_slots: int = 0
@@ -73,6 +82,9 @@ class StatePlacement:
     def __post_init__(self) -> None:
         if self.gradients is Tier.DEVICE:
             raise ValueError("plan: state: gradients wait in HOST or on NVME")
+        for block, count in self.in_memory.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"plan: state: pieces of {block} in memory must be a whole number of at least 1")
         for name in ("state_slots", "weight_slots", "gradient_slots"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -82,16 +94,25 @@ class StatePlacement:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> StatePlacement:
-        return StatePlacement(**{**data, "in_memory": tuple(data["in_memory"]), "gradients": Tier(data["gradients"])})
+        if not isinstance(data["in_memory"], dict):
+            raise ValueError("plan: state: in_memory must be an object: a number of pieces by block")
+        return StatePlacement(**{**data, "gradients": Tier(data["gradients"])})
+
+    def in_memory_bytes(self, sizes: TrainingSizes) -> int:
+        """Of the masters and moments that rest in HOST memory."""
+        return sum(sum(block.pieces[: self.in_memory.get(block.name, 0)]) for block in sizes.blocks)
+
+    def is_all_in_memory(self, sizes: TrainingSizes) -> bool:
+        """Whether no masters and moments rest on NVME."""
+        return all(self.in_memory.get(block.name, 0) == len(block.pieces) for block in sizes.blocks)
 
     def memory_bytes(self, sizes: TrainingSizes) -> dict[str, int]:
         """What lies in HOST memory, itemised."""
-        in_memory = sum(block.state_bytes for block in sizes.blocks if block.name in self.in_memory)
         waiting = sizes.gradient_bytes
         if self.gradients is Tier.NVME:
             waiting = self.gradient_slots * sizes.largest_gradient_bytes
         items = {
-            "optimizer state": in_memory,
+            "optimizer state": self.in_memory_bytes(sizes),
             "optimizer state on its way": self.state_slots * sizes.piece_bytes,
             "new weights on their way": self.weight_slots * sizes.largest_weight_bytes,
             "gradients": waiting,

@@ -21,8 +21,8 @@ from tests.full_parity import groups_of, scheduled
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, pairwise
 
 STEPS = 3
-IN_HOST = StatePlacement(in_memory=("adapters",), gradients=Tier.HOST)
-ON_NVME = StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=2)
+IN_HOST = StatePlacement(in_memory={"adapters": 1}, gradients=Tier.HOST)
+ON_NVME = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "default": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
@@ -44,7 +44,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "stress": {
         "nvme": True, "host_memory": "64MiB",
         "options": {
-            "state": StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=1), "piece_elements": 1024,
+            "state": StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=1), "piece_elements": 1024,
             "record": True, "poison": True, "delay_seconds": 0.002, "num_slots": 2,
         },
     },

@@ -14,10 +14,10 @@ from torch import nn
 from offload_rt import optim
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena, Slot
-from offload_rt.discover import find_blocks
+from offload_rt.config import EngineConfig
 from offload_rt.optimizer.state import state_tensors
 from offload_rt.optimizer.training import FullTraining
-from offload_rt.workload import RuntimeOptions
+from offload_rt.workload import RuntimeOptions, find_workload
 from planners.plan import StatePlacement, Tier
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, pairwise
 
@@ -45,14 +45,21 @@ PLACES: dict[str, dict[str, Any]] = {
         "nvme": True, "commit_every": 3,
         "options": RuntimeOptions(
             rest=Tier.NVME, piece_elements=8192, serial_updates=True,
-            state=StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=4, weight_slots=1),
+            state=StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=4, weight_slots=1),
         ),
     },
     "on NVME but for two layers": {
         "nvme": True,
         "options": RuntimeOptions(
             rest=Tier.NVME, piece_elements=12288,
-            state=StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=4, weight_slots=2),
+            state=StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=4, weight_slots=2),
+        ),
+    },
+    "split": {
+        "nvme": True,
+        "options": RuntimeOptions(
+            rest=Tier.NVME, piece_elements=4096,
+            state=StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=4, weight_slots=2),
         ),
     },
     "recorded, gradients on NVME": {
@@ -60,7 +67,7 @@ PLACES: dict[str, dict[str, Any]] = {
         "options": RuntimeOptions(
             rest=Tier.NVME, record=True, piece_elements=8192,
             state=StatePlacement(
-                in_memory=(), gradients=Tier.NVME, state_slots=2, weight_slots=1, gradient_slots=1
+                in_memory={}, gradients=Tier.NVME, state_slots=2, weight_slots=1, gradient_slots=1
             ),
         ),
     },
@@ -69,7 +76,7 @@ PLACES: dict[str, dict[str, Any]] = {
         "options": RuntimeOptions(
             rest=Tier.NVME, num_slots=1, piece_elements=12288, poison=True, delay_seconds=0.002,
             state=StatePlacement(
-                in_memory=(), gradients=Tier.NVME, state_slots=3, weight_slots=1, gradient_slots=2
+                in_memory={}, gradients=Tier.NVME, state_slots=3, weight_slots=1, gradient_slots=2
             ),
         ),
     },
@@ -177,14 +184,27 @@ def make_engine(case: Case, folder: Path, **arguments: Any) -> Engine:
         place["nvme"] = folder
     make = OPTIMIZERS[case.optimizer]
     model = build(case)
-    if case.place == "on NVME but for two layers":
-        names = tuple(draft.name for draft in find_blocks(model, bits=None) if draft.is_layer)[:2]
+    if case.place in ("on NVME but for two layers", "split"):
         options = place["options"]
-        place["options"] = replace(options, state=replace(options.state, in_memory=names))
+        in_memory = pieces_in_memory(case, model, options.piece_elements)
+        place["options"] = replace(options, state=replace(options.state, in_memory=in_memory))
     return Engine(
         model, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=case.accumulation,
         max_grad_norm=NORMS[case.clipping], optimizer=lambda parameters: make(groups_of(case, parameters)), **place,
     )  # fmt: skip
+
+
+def pieces_in_memory(case: Case, model: nn.Module, piece_elements: int) -> dict[str, int]:
+    """All of two layers. Where blocks are split: one of the first layer, all but one of every other block."""
+    optimizer = OPTIMIZERS[case.optimizer](groups_of(case, list(model.parameters())))
+    options = RuntimeOptions(piece_elements=piece_elements)
+    training = find_workload(model, None, EngineConfig(), optimizer, options).training
+    assert training is not None
+    layers = [block for block in training.blocks if block.weights is not None]
+    if case.place == "on NVME but for two layers":
+        return {block.name: len(block.pieces) for block in layers[:2]}
+    counts = {block.name: len(block.pieces) - 1 for block in training.blocks} | {layers[0].name: 1}
+    return {name: count for name, count in counts.items() if count}
 
 
 def run_engine(case: Case, engine: Engine, first: int = 0, steps: int = STEPS) -> list[Trace]:

@@ -105,7 +105,7 @@ def resume(folder: Path, place: str) -> tuple[Made, Any, Position]:
     begin = torch.get_rng_state()
     arguments: dict[str, Any] = {"max_grad_norm": MAX_NORM}
     if place == ADAPTERS:
-        state = StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=2)
+        state = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)
         arguments |= {"nvme": folder, "options": {"state": state, "piece_elements": 50}}
     run = engine(built(place), place, folder, **arguments)
     torch.set_rng_state(begin)

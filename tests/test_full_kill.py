@@ -83,7 +83,7 @@ def check(twin: Twin, folder: Path, place: str) -> int:
     return step
 
 
-PLACES = ("BACKWARD, tight", "SPECULATIVE", "AFTER")
+PLACES = ("BACKWARD, tight", "SPECULATIVE, split", "AFTER")
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -111,7 +111,7 @@ def test_adapters_killed_sixty_times_train_as_if_they_had_not_been(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("place", [*PLACES, "BACKWARD", "SPECULATIVE, serial"])
+@pytest.mark.parametrize("place", [*PLACES, "BACKWARD", "BACKWARD, split", "SPECULATIVE", "SPECULATIVE, serial"])
 def test_killed_sixty_times_it_trains_as_if_it_had_not_been(
     runs: subprocess.Popen[str], twin: Twin, disk_folder: Path, place: str
 ) -> None:

@@ -56,7 +56,7 @@ def check_that_it_fired(case: Case, engine) -> None:  # type: ignore[no-untyped-
     assert report["num_steps"] == STEPS
     assert report["num_clipped"] == {"not": 0, "rarely": 1, "always": STEPS}[case.clipping]
     blocks = len(training.blocks)
-    ahead = "NVME" in case.place or case.place == "stress"
+    ahead = "NVME" in case.place or case.place in ("stress", "split")
     if ahead and case.place != "on NVME, after backward":
         assert training._mode is (UpdateMode.BACKWARD if case.clipping == "not" else UpdateMode.SPECULATIVE)
         # The first step waits for its norm, and so does one that follows a step that clipped.
@@ -67,6 +67,8 @@ def check_that_it_fired(case: Case, engine) -> None:  # type: ignore[no-untyped-
         assert report["num_commits"] == STEPS  # the last step's is made when the engine is closed
     else:
         assert report["num_ahead_of_norm"] == report["num_redone"] == 0
+    is_split = case.place in ("on NVME but for two layers", "split")
+    assert (0 < report["state_in_memory_bytes"] < report["state_bytes"]) == is_split
     if ahead:
         assert report["num_read_on_demand"] <= report["num_redone"] * report["num_pieces"]
         assert engine.report()["bytes_read"] > STEPS * report["state_bytes"] * 0.9

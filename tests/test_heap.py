@@ -179,7 +179,7 @@ def test_full_fine_tuning_of_a_large_vocabulary_stays_within_its_budget(disk_fol
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
     report = json.loads(ran.stdout.splitlines()[-1])
-    assert report["training"]["state_in_memory_bytes"] == 0 and report["training"]["num_steps"] == 3
+    assert report["training"]["state_in_memory_bytes"] < MIB and report["training"]["num_steps"] == 3
     assert report["managed_bytes"] > 390 * MIB
     assert report["peak_resident_bytes"] - report["base_bytes"] <= 400 * MIB
     assert report["allocator"]["trims"] > 3

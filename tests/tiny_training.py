@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,9 @@ from planners.plan import StatePlacement, Tier
 from tests.full_parity import state_of, training_of
 
 VOCABULARY, WIDTH, ROWS, TOKENS = 32, 16, 2, 8
-ON_NVME = StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=4, weight_slots=2)
+ON_NVME = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=4, weight_slots=2)
+SPLIT = {"layers.1": 3, "layers.2": 1}
+"""Pieces in memory: of the second layer all but one, of the third one."""
 
 PLACES: dict[str, dict[str, Any]] = {
     "in place": {},
@@ -28,12 +31,25 @@ PLACES: dict[str, dict[str, Any]] = {
     "SPECULATIVE, serial": {
         "nvme": True, "options": {"rest": Tier.NVME, "serial_updates": True}, "max_grad_norm": 1e6
     },
+    "BACKWARD, split": {
+        "nvme": True,
+        "options": {"rest": Tier.NVME, "state": replace(ON_NVME, in_memory=SPLIT)},
+    },
+    "SPECULATIVE, split": {
+        "nvme": True, "max_grad_norm": 1e6,
+        "options": {
+            "rest": Tier.NVME,
+            "state": StatePlacement(
+                in_memory=SPLIT, gradients=Tier.NVME, state_slots=2, weight_slots=1, gradient_slots=1
+            ),
+        },
+    },
     "BACKWARD, tight": {
         "nvme": True,
         "options": {
             "rest": Tier.NVME, "num_slots": 1,
             "state": StatePlacement(
-                in_memory=(), gradients=Tier.NVME, state_slots=1, weight_slots=1, gradient_slots=1
+                in_memory={}, gradients=Tier.NVME, state_slots=1, weight_slots=1, gradient_slots=1
             ),
         },
     },
@@ -149,6 +165,10 @@ def engine(made: nn.Module, place: str, folder: Path, **arguments: Any) -> Made:
     of_place = PLACES.get(place, {})
     given = {"optimizer": adamw, "batch_size": ROWS, "seq_len": TOKENS, **of_place, **arguments}
     options = {"piece_elements": 600, **of_place.get("options", {}), **arguments.get("options", {})}
+    if options.get("state") is not None:
+        trains = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
+        split = {n: c for n, c in options["state"].in_memory.items() if any(t.startswith(f"{n}.") for t in trains)}
+        options["state"] = replace(options["state"], in_memory=split)
     if given.pop("nvme", False) is True:
         given["nvme"] = folder
     elif "nvme" in arguments:

@@ -26,6 +26,7 @@ from offload_rt.optimizer.state import StateHome
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered import TieredOptimizer
 from offload_rt.optimizer.writes import bytes_written_per_step
+from planners.placement import UpdateMode
 
 
 class ParameterGradients:
@@ -128,7 +129,7 @@ class AdapterTraining:
             "mode": "after", "state_bytes": sum(block.state_bytes for block in self.blocks),
             "state_in_memory_bytes": sum(slot.num_bytes for slot in self.home.pieces.values()),
             "expected_bytes_written_per_step": bytes_written_per_step(
-                self.blocks, self.home, commit_every=self.commits.every, gradient_passes=0
+                self.blocks, self.home, mode=UpdateMode.AFTER, commit_every=self.commits.every, gradient_passes=0
             ),
         }  # fmt: skip
 

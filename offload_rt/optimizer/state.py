@@ -1,10 +1,10 @@
 """Where masters, moments and weights of trained blocks rest, and how a step gets at them.
 
-A block's state rests in HOST memory, piece by piece, or in the commit log on NVMe. Its weights stay in the parameters,
-or in a slot of HOST or DEVICE memory that is stepped in place, or in the log as one extent that a ring fetches. Those
-that a device holds in memory of its own are stepped in HOST and copied there, see `landing`. Weights are always the
-masters rounded to their dtype; so only what streams from the log is written there, and no checkpoint holds weights
-besides masters.
+Each piece of a block's state rests in HOST memory or in the commit log on NVMe. The block's weights stay in the
+parameters, or in a slot of HOST or DEVICE memory that is stepped in place, or in the log as one extent that a ring
+fetches. Those that a device holds in memory of its own are stepped in HOST and copied there, see `landing`. Weights are
+always the masters rounded to their dtype; so only what streams from the log is written there, and no checkpoint holds
+weights besides masters.
 
     log   "state/<piece>"     of every block, wherever it rests: what rests in memory is written by a commit
           "weights/<block>"   of every layer; written only where weights stream from NVMe
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -68,6 +69,15 @@ class LogWeights:
         pass
 
 
+class Part(Enum):
+    """Which pieces of a block are meant."""
+
+    ALL = "all"
+    IN_LOG = "in the log"
+    """Those that have a second copy: what is committed."""
+    IN_MEMORY = "in memory"
+
+
 @dataclass
 class StateHome:
     """Who rests where. Slots belong to arenas that the assembly has booked."""
@@ -83,9 +93,11 @@ class StateHome:
     landing: Landing | None = None
     """How weights come to where parameters and slots of DEVICE are a device's own memory; None where that is RAM."""
 
-    def rests_in_memory(self, block: TrainedBlock) -> bool:
-        """Whether the block's state does, all of it."""
-        return all(piece.name in self.pieces for piece in block.pieces)
+    def part(self, block: TrainedBlock, part: Part) -> tuple[Piece, ...]:
+        """The pieces of `block` that rest there."""
+        if part is Part.ALL:
+            return block.pieces
+        return tuple(piece for piece in block.pieces if (piece.name in self.pieces) == (part is Part.IN_MEMORY))
 
     def streams_weights(self, block: TrainedBlock) -> bool:
         """Whether the block's weights rest in the log."""

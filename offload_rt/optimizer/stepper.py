@@ -30,7 +30,7 @@ from offload_rt.errors import OffloadError
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
-from offload_rt.optimizer.state import StateHome, state_tensors, weights_from_masters
+from offload_rt.optimizer.state import Part, StateHome, state_tensors, weights_from_masters
 from offload_rt.recording import HOST
 from offload_rt.transfer import Links, Transfer
 
@@ -66,11 +66,16 @@ class Job:
     """One block to be stepped."""
 
     block: TrainedBlock
+    pieces: tuple[Piece, ...]
     gradients: Slot | None
     arrivals: tuple[Arrival, ...]
     """What may still be under way to `gradients`."""
     present: frozenset[int]
     grad_scale: float
+
+    @property
+    def changes_all_weights(self) -> bool:
+        return len(self.present) == len(self.block.parameters) and len(self.pieces) == len(self.block.pieces)
 
 
 @dataclass
@@ -138,10 +143,13 @@ class Stepper:
             )
             self._read_ahead()
 
-    def submit(self, block: TrainedBlock, *, grad_scale: float = 1.0) -> None:
-        """Steps `block` with the gradients that it has now. Raises what an earlier block's update raised."""
+    def submit(self, block: TrainedBlock, part: Part = Part.ALL, *, grad_scale: float = 1.0) -> None:
+        """Steps `part` of `block` with the gradients that it has now. Raises what an earlier block's update raised."""
         slot, arrivals = self._gradients.submitted(block)
-        job = Job(block, slot, arrivals, frozenset(self._gradients.present(block)), grad_scale)
+        job = Job(
+            block=block, pieces=self._home.part(block, part), gradients=slot, arrivals=arrivals,
+            present=frozenset(self._gradients.present(block)), grad_scale=grad_scale,
+        )  # fmt: skip
         if self._thread is None:
             self._step_block(job)
             return
@@ -240,20 +248,19 @@ class Stepper:
 
     def _step_block(self, job: Job) -> None:
         block = job.block
-        if not job.present:
+        pieces = [p for p in job.pieces if any(segment.parameter in job.present for segment in p.segments)]
+        if not pieces:
             return
         for arrival in job.arrivals:
             arrival.settle(self._wait)
         weights = self._weights_slot(block)
-        if weights is not None and self._home.streams_weights(block) and len(job.present) < len(block.parameters):
+        if weights is not None and self._home.streams_weights(block) and not job.changes_all_weights:
             self._wait(self._home.fetch_weights(block, weights))
         if self._links.recorder is not None:
             read = [] if job.gradients is None else [job.gradients.range]
             changed = [] if weights is None or weights.on_device else [weights.range]
             self._links.recorder.use(f"step {block.name}", reads=read, writes=changed, lane=HOST)
-        for piece in block.pieces:
-            if not any(segment.parameter in job.present for segment in piece.segments):
-                continue
+        for piece in pieces:
             resting = self._home.pieces.get(piece.name)
             if resting is not None:
                 self._step_piece(job, piece, resting, weights)

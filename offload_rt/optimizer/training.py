@@ -9,9 +9,10 @@ the next block: the committed state stays whole in the other slot. When the last
     not finite             the log drops it, and the step is left out
 
 So the result is that of clipping first, to the bit. It takes a commit each step (with two slots an extent there is one
-state to go back to), and gradients that stay until the commit, unless no clipping was declared. State that rests in
-memory has one copy and is stepped when the norm is known. After a step that clipped, the next one waits for its norm:
-clipping comes in runs, and doing a step twice costs more than waiting.
+state to go back to), and gradients that stay until the commit, unless no clipping was declared. Pieces that rest in
+memory have one copy and are stepped when the norm is known, those of a block whose other pieces rest in the log too.
+After a step that clipped, the next one waits for its norm: clipping comes in runs, and doing a step twice costs more
+than waiting.
 
 The first step always waits: so a loop is seen that clips, changes the learning rate or accumulates between backward and
 step without having declared it; such a loop goes on waiting, and the report says why.
@@ -37,7 +38,7 @@ from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.optimizer.param_groups import ParamGroups
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.stand_ins import StandIns
-from offload_rt.optimizer.state import StateHome
+from offload_rt.optimizer.state import Part, StateHome
 from offload_rt.optimizer.step import Step, StepCounters
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered import TieredOptimizer
@@ -129,10 +130,10 @@ class FullTraining:
         self.gradients.add(block, gradients, with_norms=last)
         self._stand_ins.put(block, gradients)
         if last and self._steps_ahead(block):
-            self.stepper.submit(block)
+            self.stepper.submit(block, Part.IN_LOG)
             self._now.ahead.append(block)
             self.counters.num_ahead_of_norm += 1
-            if self._mode is UpdateMode.BACKWARD:
+            if self._mode is UpdateMode.BACKWARD and not self.home.part(block, Part.IN_MEMORY):
                 self.gradients.keep_norms_only(block)
                 return
         if not self._more_to_come():
@@ -234,7 +235,6 @@ class FullTraining:
 
     def report(self) -> dict[str, Any]:
         """Counts and seconds since the start, bytes at rest."""
-        passes = self._declared - (self._mode is UpdateMode.BACKWARD) if self.gradients.on_drive else 0
         return {
             **asdict(self.counters), **asdict(self.commits.counters), **asdict(self.stepper.counters),
             "mode": self._mode.value,
@@ -242,7 +242,8 @@ class FullTraining:
             "state_bytes": sum(block.state_bytes for block in self.blocks),
             "state_in_memory_bytes": sum(slot.num_bytes for slot in self.home.pieces.values()),
             "expected_bytes_written_per_step": bytes_written_per_step(
-                self.blocks, self.home, commit_every=self.commits.every, gradient_passes=passes
+                self.blocks, self.home, mode=self._mode, commit_every=self.commits.every,
+                gradient_passes=self._declared if self.gradients.on_drive else 0,
             ),
         }  # fmt: skip
 
@@ -267,7 +268,7 @@ class FullTraining:
             and self.step_number > 0
             and self.gradients.num_arrivals(block) == self._declared
             and self.commits.can_go_back
-            and not self.home.rests_in_memory(block)
+            and bool(self.home.part(block, Part.IN_LOG))
         )
 
     def _norm(self, max_norm: float | None) -> tuple[float, float]:
@@ -299,14 +300,17 @@ class FullTraining:
         if now.ahead and scale != 1.0:
             self.counters.num_redone += 1
             self._undo()
-        left = [block for block in arrived if block not in now.ahead]
-        now.ahead += [block for block in left if not self.home.rests_in_memory(block)]
+        left = [(block, Part.IN_MEMORY if block in now.ahead else Part.ALL) for block in arrived]
+        left = [(block, part) for block, part in left if self.home.part(block, part)]
+        whole = [block for block, part in left if part is Part.ALL]
+        now.ahead += [block for block in whole if self.home.part(block, Part.IN_LOG)]
         half = "half a step was made of what rests in memory"
-        with self.commits.broken_unless_done(half) if len(now.ahead) < len(arrived) else nullcontext():
-            if left:
-                self.stepper.expect(left)
-            for block in left:
-                self.stepper.submit(block, grad_scale=scale)
+        in_memory = any(self.home.part(block, Part.IN_MEMORY) for block in arrived)
+        with self.commits.broken_unless_done(half) if in_memory else nullcontext():
+            if whole:
+                self.stepper.expect(whole)
+            for block, part in left:
+                self.stepper.submit(block, part, grad_scale=scale)
                 self.gradients.release(block)
             self.stepper.finish()
             for block in arrived:

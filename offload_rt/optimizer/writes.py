@@ -5,29 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.optimizer.state import StateHome
+from offload_rt.optimizer.state import Part, StateHome
+from planners.placement import UpdateMode
 
 
 def bytes_written_per_step(
     blocks: Sequence[TrainedBlock],
     home: StateHome,
     *,
+    mode: UpdateMode,
     commit_every: int | None,
     gradient_passes: int,
 ) -> int:
     """Bytes of a mean step that is not done twice; a commit's own records, some KiB, are left out.
 
-    State that rests in the log is written in every step, with the weights that stream from there; state in memory by
-    commits alone. `gradient_passes`: how often a step writes all gradients, 0 where they wait in memory.
+    State that rests in the log is written in every step, with the weights that stream from there: twice of a block that
+    is stepped in two parts, ahead of the norm and after it. State in memory is written by commits alone.
+    `gradient_passes`: how often a step's gradients come, 0 where they wait in memory; the last ones of a block that is
+    stepped behind the backward pass are not written.
     """
     total = 0.0
     for block in blocks:
+        in_memory, in_log = home.part(block, Part.IN_MEMORY), home.part(block, Part.IN_LOG)
+        ahead = mode is not UpdateMode.AFTER and bool(in_log)
         for piece in block.pieces:
             if piece.name not in home.pieces:
                 total += piece.num_bytes
             elif commit_every is not None:
                 total += piece.num_bytes / commit_every
         if block.weights is not None and home.streams_weights(block):
-            total += block.weights.stored_bytes
-        total += gradient_passes * block.gradients.stored_bytes
+            total += block.weights.stored_bytes * (2 if ahead and in_memory else 1)
+        gone = mode is UpdateMode.BACKWARD and ahead and not in_memory
+        total += max(0, gradient_passes - gone) * block.gradients.stored_bytes
     return round(total)
