@@ -127,6 +127,7 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
     from offload_rt import autograd, commit_log, edge, executor
     from offload_rt._engine import Engine
     from offload_rt.loss_head import LossHead
+    from offload_rt.optimizer.commits import Commits
     from offload_rt.optimizer.gradients import Gradients
     from offload_rt.optimizer.stepper import Stepper
     from offload_rt.optimizer.training import FullTraining
@@ -163,7 +164,7 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
             (Stepper, "_settle_writes", spans.wrapper("room for reads")),
             (Stepper, "_arrived", spans.wrapper("state arrives")),
             (FullTraining, "step", spans.wrapper("step, besides")),
-            (FullTraining, "_commit", spans.wrapper("commit")),
+            (Commits, "_commit", spans.wrapper("commit")),
             (commit_log, "barrier", spans.wrapper("commit: fdatasync")),
             (commit_log, "crc32c", spans.wrapper("checksum")),
             (Transfer, "wait", spans.wrapper(WAIT)),
