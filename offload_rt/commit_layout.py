@@ -8,7 +8,8 @@
 
 The home drive is the first. A log is complete when its home has a `log.json`, which is written last. Every byte was
 written once by then, as zeros, and synced: an extent that is merely reserved becomes durable only with the file
-system's next journal commit, which costs the first step, and may still be refused by a full drive.
+system's next journal commit, which costs the first step, and may still be refused by a full drive. But what the first
+commit is to hold is written once by that: whoever makes the log names it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from offload_rt.drive_files import (
     sync_folder,
     write_atomically,
 )
+from offload_rt.drives import tune
 from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Links, OpenFile, Transfer
@@ -112,9 +114,16 @@ class Layout:
 
 
 def make_log(
-    drives: Sequence[NvmePath], extents: Sequence[MutableExtent], links: Links, *, payload_bytes: int = PAYLOAD_BYTES
+    drives: Sequence[NvmePath],
+    extents: Sequence[MutableExtent],
+    links: Links,
+    *,
+    payload_bytes: int = PAYLOAD_BYTES,
+    written_first: Collection[str] = (),
 ) -> None:
     """Makes a log whose extents are zero, committed as step 0 with an empty payload. Blocks until it is durable.
+
+    `written_first` names extents that the caller writes before the first commit: their free slots are left to that.
 
     `drives` are the log's own folders, made if missing; `capacity_bytes` bounds each. `payload_bytes` is the most that
     a commit can carry besides. Raises `StorageFull` before the first byte, and ConfigError where a folder already holds
@@ -145,7 +154,9 @@ def make_log(
             files.append(open_fenced(folder / "state.bin", 0.0))
             if file_bytes:
                 preallocate(files[-1], file_bytes)
-        _fill(layout, files, links, in_flight)
+        for file in files:
+            tune(file, links.io)
+        _fill(layout, frozenset(written_first), files, links, in_flight)
         for folder in folders:
             sync_folder(folder)
             sync_folder(folder.parent)
@@ -203,16 +214,26 @@ def _read_part(folder: Path) -> tuple[int, Layout] | None:
     return body["drive"], Layout(**{**body["layout"], "extents": extents})
 
 
-def _fill(layout: Layout, files: Sequence[OpenFile], links: Links, in_flight: deque[Transfer]) -> None:
-    """Writes every byte: zeros, and on the home drive the first record, which nobody believes before `log.json`."""
+def _fill(
+    layout: Layout, left_out: Collection[str], files: Sequence[OpenFile], links: Links, in_flight: deque[Transfer]
+) -> None:
+    """Writes every byte but slot 1 of the extents `left_out`: zeros, and on the home drive the first record, which
+    nobody believes before `log.json`.
+    """
     zeros = Arena("commit log zeros", _FILL_BYTES).acquire(_FILL_BYTES, "zeros")
-    for file, file_bytes in zip(files, layout.file_bytes(), strict=True):
-        for offset in range(0, file_bytes, _FILL_BYTES):
-            if len(in_flight) == _FILLS_IN_FLIGHT:
-                links.wait(in_flight[0])
-                in_flight.popleft()
-            piece = zeros.part(0, min(_FILL_BYTES, file_bytes - offset))
-            in_flight.append(links.write(file, offset, piece))
+    for drive, (file, file_bytes) in enumerate(zip(files, layout.file_bytes(), strict=True)):
+        holes = [
+            (e.slot_offset(1), e.slot_offset(2)) for e in layout.extents if e.drive == drive and e.name in left_out
+        ]
+        begins = [0, *(end for _, end in holes)]
+        ends = [*(begin for begin, _ in holes), file_bytes]
+        for begin, end in zip(begins, ends, strict=True):  # extents lie in their order
+            for offset in range(begin, end, _FILL_BYTES):
+                if len(in_flight) == _FILLS_IN_FLIGHT:
+                    links.wait(in_flight[0])
+                    in_flight.popleft()
+                piece = zeros.part(0, min(_FILL_BYTES, end - offset))
+                in_flight.append(links.write(file, offset, piece))
     finish(links, in_flight)
     checksums = {length: _zeros_crc32c(length, zeros.buffer()) for length in {e.length_bytes for e in layout.extents}}
     body = pack_body([Version(slot=0, crc32c=checksums[extent.length_bytes]) for extent in layout.extents], b"")

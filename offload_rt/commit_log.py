@@ -34,6 +34,7 @@ from offload_rt.checksum import crc32c
 from offload_rt.commit_layout import Layout, MutableExtent, barrier, finish, put, read_layout, settle
 from offload_rt.commit_record import RECORD_BYTES, Record, RecordInvalid, Version, body_bytes, pack_body, unpack_body
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
+from offload_rt.drives import tune
 from offload_rt.errors import ConfigError, StorageError, StorageTimeout, StoreCorrupt, nearest
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import WAIT_SECONDS, Links, OpenFile, Transfer
@@ -97,6 +98,7 @@ class CommitLog:
                 if size < file_bytes:
                     raise StoreCorrupt(f"{path}: {size} bytes, the layout needs {file_bytes}")
                 self._files.append(open_fenced(path, patience_seconds))
+                tune(self._files[-1], links.io)
             self._arena = Arena("commit log", self.layout.body_capacity_bytes + RECORD_BYTES)
             self._recover()
         except BaseException:

@@ -86,6 +86,12 @@ def drive_profile(folder: Path, io: FileIO) -> DriveProfile:
     return profile
 
 
+def tune(file: OpenFile, io: FileIO) -> None:
+    """Tells `io` what keeps the drive busy that `file` lies on. Blocks for a probe, where there has been none."""
+    profile = drive_profile(Path(file.path).parent, io)
+    io.tune(file, profile.depth, profile.io_bytes)
+
+
 def drive_identity(folder: Path, backend: str) -> dict[str, str]:
     """What a profile is good for: the drive, its file system, the kernel, and how files are read."""
     number = os.stat(folder).st_dev

@@ -13,6 +13,7 @@ from collections import deque
 from pathlib import Path
 
 from offload_rt.arena import Slot
+from offload_rt.drives import tune
 from offload_rt.errors import StorageError, StorageFull
 from offload_rt.file_io import open_file, storage_error
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
@@ -69,6 +70,7 @@ class Scratch:
                         errno=errno.ENOSPC,
                     ) from None
                 raise StorageError("cannot preallocate", path=path, errno=error.errno or 0) from None
+            tune(self.file, links.io)
         finally:
             os.unlink(path)
 

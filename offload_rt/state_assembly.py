@@ -20,7 +20,15 @@ from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
-from offload_rt.optimizer.state import LogWeights, Part, StateHome, begin_state, log_extents
+from offload_rt.optimizer.state import (
+    STATE_PREFIX,
+    WEIGHTS_PREFIX,
+    LogWeights,
+    Part,
+    StateHome,
+    begin_state,
+    log_extents,
+)
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.scratch import Scratch
@@ -217,8 +225,18 @@ class StateAssembly:
                 self._links,
                 payload_bytes=PAYLOAD_BYTES
                 + PARAMETER_BYTES * sum(len(block.parameters) for block in self._draft.blocks),
+                written_first={extent.name for extent in extents if self._writes_first(extent.name)},
             )
         self.home.log = CommitLog(self.folders, self._links)
+
+    def _writes_first(self, extent: str) -> bool:
+        """Whether the first commit has it: all state, and weights that stream from the log."""
+        if extent.startswith(STATE_PREFIX):
+            return True
+        name = extent.removeprefix(WEIGHTS_PREFIX)
+        split = self._plan.weights_of(name)
+        streams = any(ring.rest is Tier.NVME and name in ring.blocks for ring in self._plan.rings)
+        return streams and (split is None or split.nvme_bytes > 0)
 
     def _arena(self, name: str, num_bytes: int, *, copied: bool = True) -> Arena:
         return self._tiers.arena(Tier.HOST, name, align_up(num_bytes, IO_ALIGNMENT_BYTES), copied=copied)

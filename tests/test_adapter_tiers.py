@@ -196,7 +196,7 @@ def test_a_plan_file_may_say_where_state_rests_and_is_refused_where_it_has_no_ef
     for change, why in (
         ({"update_mode": UpdateMode.BACKWARD}, "updates wait for all"),
         ({"state": replace(plan.state, gradients=Tier.NVME, gradient_slots=1)}, "gradients of adapters stay with them"),
-        ({"state": replace(plan.state, in_memory=("layers.7",))}, "layers.7"),
+        ({"state": replace(plan.state, in_memory={"layers.7": 1})}, "layers.7"),
     ):
         with pytest.raises(ConfigError, match=why):
             rank_24(tmp_path, plan=replace(plan, **change))

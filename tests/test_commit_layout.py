@@ -1,5 +1,6 @@
 """Making a commit log: every byte written and synced before it is one, and never over another."""
 
+import contextlib
 import fcntl
 import struct
 from pathlib import Path
@@ -41,6 +42,25 @@ def test_every_byte_is_written_when_it_is_made(disk_folder, links):
     assert links.counters.bytes_written >= path.stat().st_size >= 2 * sum(SIZES.values())
     assert path.stat().st_blocks * 512 >= path.stat().st_size
     assert not any(flags & UNWRITTEN for flags in extent_flags(path)), "reserved, but not written"
+
+
+def test_what_the_first_commit_holds_is_left_to_it(disk_folder, links):
+    folder = disk_folder / "log"
+    names = [extent.name for extent in extents()]
+    make_log([NvmePath(path=folder)], extents(), links, written_first=names)
+    file_bytes = (folder / "state.bin").stat().st_size
+    with contextlib.closing(CommitLog([folder], links)) as log:
+        left = sum(log.length_bytes(name) for name in names)
+        bodies = log.layout.extents[0].offset_bytes
+        assert file_bytes - left <= links.counters.bytes_written <= file_bytes - left + bodies
+        for name in names:
+            slot = Arena(f"room for {name}", log.length_bytes(name)).acquire(log.length_bytes(name), name)
+            links.wait(log.read(name, slot))
+            assert not any(slot.buffer())
+            slot.buffer()[:] = b"\1" * slot.num_bytes
+            links.wait(log.write(name, slot))
+        log.commit(1, b"")
+    assert not any(flags & UNWRITTEN for flags in extent_flags(folder / "state.bin")), "reserved, but not written"
 
 
 UNWRITTEN = 0x800

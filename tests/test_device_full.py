@@ -29,7 +29,7 @@ from tests.parity import micro_batch
 from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of this module too
 
 LATE = 0.0005
-ON_NVME = StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=4, weight_slots=2)
+ON_NVME = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=4, weight_slots=2)
 
 PLACES: dict[str, dict[str, Any]] = {
     "from HOST": {},

@@ -244,7 +244,7 @@ FULL_PLACES = {
     "gradients on NVME": {
         "rest": Tier.NVME, "piece_elements": 8192,
         "state": StatePlacement(
-            in_memory=(), gradients=Tier.NVME, state_slots=2, weight_slots=1, gradient_slots=1
+            in_memory={}, gradients=Tier.NVME, state_slots=2, weight_slots=1, gradient_slots=1
         ),
     },
 }  # fmt: skip

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from offload_rt import drives, transfer
 from offload_rt.workload import RuntimeOptions
 from planners.plan import Tier
 from tests.full_parity import Case, make_engine, one_loss
@@ -40,6 +43,58 @@ def test_a_step_writes_what_was_expected(place: str, clipping: str, accumulation
             return
         assert expected > 10 * RECORDS_BYTES
         assert expected - 1 <= written <= expected + RECORDS_BYTES
+
+
+class Writes:
+    """What an engine's I/O was asked to write, by the end of the path, and what it was told of drives."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ranges: list[tuple[str, int, int]] = []
+        self.tuned: dict[str, tuple[int, int]] = {}
+        make = transfer.file_io
+        monkeypatch.setattr(transfer, "file_io", lambda: self._watch(make()))
+
+    def _watch(self, io: Any) -> Any:
+        start, tune = io.start, io.tune
+
+        def starting(kind: str, file: Any, offset_bytes: int, buffer: memoryview) -> Any:
+            if kind == "write":
+                self.ranges.append((Path(file.path).name, offset_bytes, offset_bytes + len(buffer)))
+            return start(kind, file, offset_bytes, buffer)
+
+        def tuning(file: Any, depth: int, io_bytes: int) -> None:
+            self.tuned[Path(file.path).name] = (depth, io_bytes)
+            tune(file, depth, io_bytes)
+
+        io.start, io.tune = starting, tuning
+        return io
+
+
+@pytest.mark.parametrize("place", ["on NVME", "split", "state in HOST, committed"])
+def test_a_first_start_writes_each_byte_of_the_log_once(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = Writes(monkeypatch)
+    case = Case("llama", "bfloat16", "adamw", 1, "not", False, place)
+    with make_engine(case, tmp_path) as engine:
+        layout = engine._training.home.log.layout  # type: ignore[union-attr]
+        begins, ends = layout.extents[0].offset_bytes, layout.file_bytes()[0]
+        ranges = sorted((b, e) for name, b, e in writes.ranges if name == "state.bin" and e > begins)
+        assert ranges[-1][1] == ends
+        # The zeros before the first extent may go on into it.
+        assert ranges[0][0] <= begins and all(end == begin for (_, end), (begin, _) in pairwise(ranges))
+
+
+def test_the_log_and_the_gradients_are_written_as_the_drive_likes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depth, io_bytes = drives.CANDIDATES[-1]
+    monkeypatch.setattr(drives, "drive_profile", lambda *_: drives.DriveProfile(depth=depth, io_bytes=io_bytes))
+    writes = Writes(monkeypatch)
+    with make_engine(Case("plain", "bfloat16", "adamw", 1, "not", False, "stress"), tmp_path):
+        scratch = [name for name in writes.tuned if name.startswith("scratch-")]
+        assert len(scratch) == 1
+        assert {writes.tuned["state.bin"], writes.tuned[scratch[0]]} == {(depth, io_bytes)}
 
 
 def test_layer_inputs_that_wait_on_the_drive_are_counted(tmp_path: Path) -> None:
