@@ -63,7 +63,8 @@ def test_train_leaves_a_model_and_goes_on_from_its_commits_without_a_copy(
     assert main([*elsewhere, "--out", str(straight), "--steps", "4"]) == 0
     shown = capsys.readouterr().out
     assert f"all parameters, by {optimizer}" in shown and "on NVME; updates: speculative" in shown
-    assert {path.name for path in straight.iterdir()} == {"run.json", "metrics.jsonl", "model"}  # no copy of the state
+    no_copy_of_state = {"run.json", "metrics.jsonl", "report.json", "model"}
+    assert {path.name for path in straight.iterdir()} == no_copy_of_state
     assert not torch.equal(
         AutoModelForCausalLM.from_pretrained(straight / "model").lm_head.weight,
         AutoModelForCausalLM.from_pretrained(model_folder).lm_head.weight,
