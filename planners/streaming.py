@@ -165,23 +165,14 @@ def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Pl
 
 
 def _filled(problem: StreamingProblem, plan: Plan) -> Plan:
-    """The plan with pieces of state in the memory that is left. One stays on NVME, as each step is to be committed."""
+    """The plan with pieces of state in the memory that is left."""
     state, sizes = plan.state, problem.training
     tier, capacity = Tier.HOST, problem.host_capacity_bytes
     if problem.unified:
         tier, capacity = Tier.DEVICE, problem.device_capacity_bytes
     if state is None or sizes is None or sizes.adapters or capacity is None or state.in_memory:
         return plan
-    left = capacity - plan.predicted_bytes(tier)
-    in_memory: dict[str, int] = {}
-    for block in sizes.blocks:
-        fitting = block.pieces[: -1 if block is sizes.blocks[-1] else None]
-        for num_pieces, piece_bytes in enumerate(fitting, 1):
-            if piece_bytes > left:
-                break
-            left -= piece_bytes
-            in_memory[block.name] = num_pieces
-    state = replace(state, in_memory=in_memory)
+    state = state.filled(sizes, capacity - plan.predicted_bytes(tier))
     items = {**plan.peak_bytes[tier.value], **state.memory_bytes(sizes)}
     return replace(
         plan, state=state, update_mode=_update_mode(problem, state), peak_bytes={**plan.peak_bytes, tier.value: items}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planners.placement import Tier
@@ -105,6 +105,20 @@ class StatePlacement:
     def is_all_in_memory(self, sizes: TrainingSizes) -> bool:
         """Whether no masters and moments rest on NVME."""
         return all(self.in_memory.get(block.name, 0) == len(block.pieces) for block in sizes.blocks)
+
+    def filled(self, sizes: TrainingSizes, left_bytes: int) -> StatePlacement:
+        """With as many pieces in memory as fit into `left_bytes`, of the first blocks first.
+
+        One piece stays on NVME: so each step is committed, whatever fits.
+        """
+        in_memory: dict[str, int] = {}
+        for block in sizes.blocks:
+            for number, piece_bytes in enumerate(block.pieces[: -1 if block is sizes.blocks[-1] else None], 1):
+                if piece_bytes > left_bytes:
+                    break
+                left_bytes -= piece_bytes
+                in_memory[block.name] = number
+        return replace(self, in_memory=in_memory)
 
     def memory_bytes(self, sizes: TrainingSizes) -> dict[str, int]:
         """What lies in HOST memory, itemised."""
