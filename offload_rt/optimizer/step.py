@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from offload_rt.errors import IntegrityError
 from offload_rt.optimizer.param_groups import Options
 from offload_rt.optimizer.pieces import TrainedBlock
 
@@ -41,3 +43,15 @@ class Step:
     def again(self) -> Step:
         """The same step with nothing done."""
         return Step(order=self.order, follows_clipped=self.follows_clipped, num_skipped_before=self.num_skipped_before)
+
+
+def check_first(names: Sequence[str], present: Collection[str], norm: float) -> None:
+    """In the first step, something must train, and all of `names` but experts without tokens. IntegrityError if not."""
+    missing = [name for name in names if name not in present and ".experts." not in name]
+    if missing:
+        raise IntegrityError(
+            f"{len(missing)} of {len(names)} trainable tensors received no gradient in step 1 (first: {missing[0]}). "
+            f"Usual causes: a module that the forward skips; freeze what does not train"
+        )
+    if norm == 0:
+        raise IntegrityError(f"step 1: all {len(names)} gradients are zero; the loss does not reach them")

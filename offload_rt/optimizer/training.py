@@ -39,7 +39,7 @@ from offload_rt.optimizer.param_groups import ParamGroups
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.stand_ins import StandIns
 from offload_rt.optimizer.state import Part, StateHome
-from offload_rt.optimizer.step import Step, StepCounters
+from offload_rt.optimizer.step import Step, StepCounters, check_first
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered import TieredOptimizer
 from offload_rt.optimizer.writes import bytes_written_per_step
@@ -290,7 +290,9 @@ class FullTraining:
             scale = now.grad_scale
         self.grad_norm = total
         arrived = self.gradients.blocks
-        self._check_first(arrived)
+        if not self.step_number:
+            present = {block.parameters[i].name for block in arrived for i in self.gradients.present(block)}
+            check_first(self._names, present, total)
         if not total < float("inf"):
             self._skip()
             return False
@@ -393,17 +395,3 @@ class FullTraining:
         if self.waits_because is None and self._mode is not UpdateMode.AFTER:
             self.waits_because = why
             logger.warning("updates wait for step() from now on, and do not run behind the backward pass: %s", why)
-
-    def _check_first(self, arrived: Sequence[TrainedBlock]) -> None:
-        """In the first step, something must train, and all of it but experts without tokens."""
-        if self.step_number:
-            return
-        present = {block.parameters[i].name for block in arrived for i in self.gradients.present(block)}
-        missing = [name for name in self._names if name not in present and ".experts." not in name]
-        if missing:
-            raise IntegrityError(
-                f"{len(missing)} of {len(self._names)} trainable tensors received no gradient in step 1 (first: "
-                f"{missing[0]}). Usual causes: a module that the forward skips; freeze what does not train"
-            )
-        if self.grad_norm == 0:
-            raise IntegrityError(f"step 1: all {len(self._names)} gradients are zero; the loss does not reach them")
