@@ -1,8 +1,9 @@
 """What one layer, and the head with the loss, take on this machine: measured before anything is planned.
 
-A stand-in of one layer runs with random weights on what the model really hands to its layers, for the largest batch;
-nothing of the model is changed. NF4 decoding is timed by itself, through the code that training runs. Each time is the
-median of a few runs. The machine is taken to have this much memory free: a decoded layer and its activations.
+A stand-in of one layer runs with random weights, as the runtime runs layers, on what the model really hands to its
+layers, for the largest batch; nothing of the model is changed. NF4 decoding is timed by itself, through the code that
+training runs. Each time is the median of a few runs. The machine is taken to have this much memory free: a decoded
+layer and its activations.
 """
 
 from __future__ import annotations
@@ -20,8 +21,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload_rt import codec
-from offload_rt.discover import BlockDraft
+from offload_rt.access import ResidentAccess
+from offload_rt.arena import Arena
+from offload_rt.autograd import CHECKED_CALLS, RecomputedLayer
+from offload_rt.block import Binding, Block
+from offload_rt.checkpoint.ingest import fill_slot, sources_in_memory
+from offload_rt.checkpoint.materialise import make_absent
+from offload_rt.decoder import Decoder
+from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import ConfigError
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.problem import MeasuredSeconds
 
 RUNS = 5
@@ -56,27 +65,53 @@ def profile_layer(model: nn.Module, draft: BlockDraft, *, batch_size: int, seq_l
 
 def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int) -> MeasuredSeconds:
     call = _call_of(model, draft.modules[0], batch_size, seq_len)
-    layer = _stand_in(draft.modules[0])
-    hidden_BTD = call.hidden.requires_grad_()
-
-    def forward() -> Any:
-        found = layer(hidden_BTD, *call.rest, **call.kwargs)
-        return found[0] if isinstance(found, tuple) else found
-
-    def with_gradients() -> None:
-        out = forward()
-        torch.autograd.grad(out, [hidden_BTD, *(p for p in layer.parameters() if p.requires_grad)], out.detach())
-
     try:
-        with torch.no_grad():
-            ahead = _seconds(forward)
-        back = _seconds(with_gradients)
+        layer, elements = _managed(_stand_in(draft.modules[0]), draft)
+        forward, backward = _passes(layer, call)
     except Exception as error:
         raise ConfigError(
             f"{draft.name}: a stand-in of this layer does not run by itself ({type(error).__name__}: {error})"
         ) from error
-    elements = sum(spec.num_elements for spec in draft.spec.tensors if spec.is_quantized)
-    return MeasuredSeconds(forward=ahead, backward=back, decode=_decode_seconds(elements) if elements else 0.0)
+    decode = _decode_seconds(elements) if elements else 0.0
+    # The runtime decoded each linear once in forward, and twice in backward.
+    return MeasuredSeconds(forward=max(0.0, forward - decode), backward=max(0.0, backward - 2 * decode), decode=decode)
+
+
+def _managed(stand_in: nn.Module, draft: BlockDraft) -> tuple[nn.Module, int]:
+    """The stand-in as the runtime runs layers whose weights are in memory; how many of its weights are quantized."""
+    holder = nn.Module()
+    holder.layers = nn.ModuleList([stand_in])
+    bits = 4 if any(spec.is_quantized for spec in draft.spec.tensors) else None
+    (alone,) = find_blocks(holder, bits=bits)
+    slot = Arena("profile", alone.spec.stored_bytes).acquire(alone.spec.stored_bytes, "profile")
+    fill_slot(alone, sources_in_memory([alone]), slot)
+    quantized = [spec for spec in alone.spec.tensors if spec.is_quantized]
+    scratch = 2 * align_up(max((spec.compute_bytes for spec in quantized), default=0), IO_ALIGNMENT_BYTES)
+    bindings = []
+    for spec, stored in zip(alone.spec.tensors, alone.parameters, strict=True):
+        bindings.append(Binding(spec, stored.parameter, stored.owners))
+        make_absent(stored.parameter)
+    block = Block(alone.name, alone.modules, alone.spec, tuple(bindings), Decoder(Arena("profile, decoded", scratch)))
+    block.open(slot)
+    block.attach()
+    RecomputedLayer(stand_in, block, ResidentAccess(slot)).attach()
+    return stand_in, sum(spec.num_elements for spec in quantized)
+
+
+def _passes(layer: nn.Module, call: _Call) -> tuple[float, float]:
+    """Median seconds of the layer's forward, and of its backward with the recompute."""
+    hidden_BTD = call.hidden.requires_grad_()
+    wanted = [hidden_BTD, *(p for p in layer.parameters() if p.requires_grad)]
+    taken: list[tuple[float, float]] = []
+    for _ in range(CHECKED_CALLS + 1 + RUNS):
+        start = time.perf_counter()
+        found = layer(hidden_BTD, *call.rest, **call.kwargs)
+        out = found[0] if isinstance(found, tuple) else found
+        between = time.perf_counter()
+        torch.autograd.grad(out, wanted, torch.ones_like(out))
+        taken.append((between - start, time.perf_counter() - between))
+    timed = taken[-RUNS:]  # the first calls are checked, and warm up
+    return statistics.median(f for f, _ in timed), statistics.median(b for _, b in timed)
 
 
 def updates_per_second(parameters: Sequence[nn.Parameter]) -> float:

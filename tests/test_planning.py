@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import calibrate, planning
+from offload_rt import block_profile, calibrate, planning
 from offload_rt._engine import Engine
+from offload_rt.autograd import CHECKED_CALLS, RecomputedLayer
 from offload_rt.block_profile import profile_head, profile_layer, updates_per_second
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.discover import find_blocks
@@ -173,6 +174,26 @@ def test_a_profile_measures_and_leaves_the_model_and_the_random_numbers_alone():
     head = profile_head(hidden_size=8, vocabulary=40000, num_tokens=64, tile_tokens=16, dtype=torch.float32)
     assert head.forward > 0 == head.backward
     assert updates_per_second([p for p in model.parameters() if p.requires_grad]) > 0
+
+
+def test_a_profile_runs_a_layer_as_the_runtime_does(monkeypatch):
+    made = []
+
+    class Spy(RecomputedLayer):
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
+            made.append(self)
+
+    monkeypatch.setattr(block_profile, "RecomputedLayer", Spy)
+    model = build_lora("llama")
+    (first, *_) = [draft for draft in find_blocks(model, bits=4) if draft.is_layer]
+    profile_layer(model, first, batch_size=2, seq_len=16)
+    (layer,) = made
+    assert layer.counters.num_recomputes == CHECKED_CALLS + 1 + block_profile.RUNS
+    assert layer.counters.num_products_left_out >= block_profile.RUNS
+    quantized = [spec for spec in first.spec.tensors if spec.is_quantized]
+    assert layer.block.decoder.counters.num_decodes == 3 * len(quantized) * layer.counters.num_recomputes
+    assert layer.block.decoder.counters.overflow_bytes == 0
 
 
 def test_a_model_on_meta_is_profiled_as_one_in_memory():
