@@ -1,0 +1,240 @@
+"""Predicted against measured: plans that differ in what binds, simulated, then run under emulated links.
+
+    python benchmarks/prediction.py [--hidden 512] [--layers 8] [--tokens 512] [--steps 6] [--json FILE]
+
+A Llama of random weights trains LoRA adapters. What computes is this machine: before and after each run one layer and
+the head are timed, and the mean of both is what the simulator is given. Links and drives are emulated: in each case the
+rates are such that the named resources work so many times as long as the device computes, all others a tenth of that.
+Nothing else is fitted. Beside the step's time, what each resource worked is compared.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rounds import circumstances, summary
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import offload_rt
+from offload_rt.config import EngineConfig, NvmePath
+from offload_rt.emulation import emulated_config
+from offload_rt.planning import lowered, measured_problem
+from offload_rt.workload import Workload, find_workload, streaming_problem
+from planners.cost import Knobs
+from planners.expand import Fractions, expand, with_prediction
+from planners.hardware import Device, Drive, Hardware, Host, Links
+from planners.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plan import Plan
+from planners.problem import Problem
+from planners.simulate import simulate
+from planners.validate import busy_seconds
+
+FAST = 0.1
+"""Work of what does not bind, over compute."""
+WARM_STEPS = 2
+PLENTY = 4 << 30
+UPDATE = {(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A plan, and which resources work how many times as long as the device computes."""
+
+    weights: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    """Of a layer, in DEVICE, HOST, NVME."""
+    inputs: Tier = Tier.DEVICE
+    slots: int = 2
+    scope: DecodeScope = DecodeScope.LINEAR
+    bits: int | None = 4
+    unified: bool = False
+    work: dict[str, float] = field(default_factory=dict)
+
+
+CASES = {
+    "compute, decoding linears": Case(),
+    "compute, decoding layers": Case(scope=DecodeScope.LAYER),
+    "compute, 16-bit weights": Case(bits=None),
+    "weights from HOST": Case(weights=(0, 1, 0), work={"host_to_device": 0.8}),
+    "link in": Case(weights=(0, 1, 0), work={"host_to_device": 1.5}),
+    "link in, one slot": Case(weights=(0, 1, 0), slots=1, work={"host_to_device": 0.7}),
+    "link in, 16-bit weights": Case(weights=(0, 1, 0), bits=None, slots=3, work={"host_to_device": 1.4}),
+    "SSD read": Case(weights=(0, 0, 1), work={"ssd_read": 1.5}),
+    "SSD read, three slots": Case(weights=(0, 0, 1), slots=3, work={"ssd_read": 1.0, "host_to_device": 0.8}),
+    "SSD read, one tier": Case(weights=(0, 0, 1), unified=True, work={"ssd_read": 1.5}),
+    "all tiers, SSD read": Case(weights=(0.3, 0.3, 0.4), work={"ssd_read": 1.4, "host_to_device": 0.7}),
+    "all tiers, link in": Case(weights=(0.3, 0.3, 0.4), work={"ssd_read": 0.6, "host_to_device": 1.4}),
+    "link out": Case(inputs=Tier.HOST, work={"device_to_host": 1.2}),
+    "inputs in": Case(inputs=Tier.HOST, work={"host_to_device": 1.2}),
+    "SSD write": Case(inputs=Tier.NVME, work={"ssd_write": 1.2}),
+    "weights and inputs on NVMe": Case(
+        weights=(0, 0, 1), inputs=Tier.NVME, work={"ssd_read": 1.2, "ssd_write": 0.4}
+    ),
+}  # fmt: skip
+
+
+def build(arguments: argparse.Namespace) -> torch.nn.Module:
+    """The model with its adapters, equal at every call."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    hidden = arguments.hidden
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=arguments.layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def machine(unified: bool, rates: dict[str, float]) -> Hardware:
+    """Memory for everything, and these rates of links and drives, in bytes a second."""
+    rate = {name: rates.get(name, 1e12) for name in ("host_to_device", "device_to_host", "ssd_read", "ssd_write")}
+    return Hardware(
+        name="emulated",
+        device=Device(
+            memory_bytes=PLENTY, reserve_bytes=0, matmul_flops_per_second=1e12, attention_forward_efficiency=1.0,
+            attention_backward_efficiency=1.0, memory_bytes_per_second=1e12, nf4_decode_bytes_per_second=1e12,
+            adamw_params_per_second=1e9, operation_seconds=0.0,
+        ),
+        host=Host(memory_bytes=0 if unified else PLENTY, adamw_params_per_second=1e9),
+        links=Links(
+            host_to_device_bytes_per_second=rate["host_to_device"],
+            device_to_host_bytes_per_second=rate["device_to_host"],
+            duplex=0.8,
+        ),
+        drives=(
+            Drive(
+                capacity_bytes=PLENTY, read_bytes_per_second=rate["ssd_read"], write_bytes_per_second=rate["ssd_write"]
+            ),
+        ),
+        unified=unified,
+    )  # fmt: skip
+
+
+def plan_of(case: Case, problem: Problem) -> Plan:
+    """The case's plan; blocks outside the layers stay in DEVICE memory."""
+    kept = tuple(float(case.inputs is tier) for tier in (Tier.NVME, Tier.HOST, Tier.DEVICE))
+    knobs = Knobs(
+        update_mode=UpdateMode.AFTER, slots=case.slots, cuts=Cuts(chunk_tokens=problem.workload.tokens),
+        decode_scope=case.scope, inputs=case.inputs,
+    )  # fmt: skip
+    fractions = [
+        Fractions(
+            weights=case.weights if entry.is_layer else (1.0, 0.0, 0.0),
+            tokens=tuple((0.0, *kept) for _ in entry.saved),
+            updates=UPDATE,
+        )
+        for entry in problem.workload.classes
+    ]
+    return expand(problem, knobs, fractions, planner="by hand")
+
+
+def rates_for(case: Case, problem: Problem) -> dict[str, float]:
+    """Rates at which the case's resources work as long as it says."""
+    seconds = busy_seconds(problem, plan_of(case, problem))
+    compute = seconds["compute"]
+    found = {}
+    for name in ("host_to_device", "device_to_host", "ssd_read", "ssd_write"):
+        num_bytes = seconds[name] * 1e12  # what `machine` gives each without rates
+        if num_bytes:
+            found[name] = num_bytes / (case.work.get(name, FAST) * compute)
+    return found
+
+
+def asked(arguments: argparse.Namespace, case: Case, folder: Path, hardware: Hardware) -> tuple[Workload, Any]:
+    """A fresh model taken apart, and the sizes that the runtime plans with."""
+    config = EngineConfig(bits=case.bits, batch_size=1, seq_len=arguments.tokens, nvme=(NvmePath(path=folder),))
+    workload = find_workload(build(arguments), None, emulated_config(config, hardware))
+    return workload, streaming_problem(workload)
+
+
+def run(arguments: argparse.Namespace, case: Case, folder: Path) -> dict[str, Any]:
+    """Predicts and measures one case."""
+    plain = machine(case.unified, {})
+    workload, streaming = asked(arguments, case, folder, plain)
+    first = measured_problem(workload, streaming, plain)
+    rates = rates_for(case, first)
+    hardware = machine(case.unified, rates)
+    plan = lowered(plan_of(case, first), streaming)
+    steps, worked = trained(arguments, case, folder, hardware, plan)
+    last = measured_problem(workload, streaming, hardware)
+    predictions = []
+    for problem in (first, last):
+        problem = replace(problem, hardware=replace(problem.hardware, links=hardware.links, drives=hardware.drives))
+        drawn = plan_of(case, problem)
+        predictions.append(with_prediction(problem, drawn, simulate(problem, drawn)).predicted)
+    predicted = mean(p["step_seconds"] for p in predictions)
+    measured = median(steps)
+    return {
+        "predicted_seconds": predicted,
+        "measured_seconds": summary(steps),
+        "error": predicted / measured - 1,
+        "compute_seconds": [p["busy_seconds"]["compute"] for p in predictions],
+        "predicted_busy_seconds": predictions[0]["busy_seconds"],
+        "measured_busy_seconds": worked,
+        "bytes_per_second": rates,
+    }
+
+
+def trained(
+    arguments: argparse.Namespace, case: Case, folder: Path, hardware: Hardware, plan: Plan
+) -> tuple[list[float], dict[str, float]]:
+    """Seconds of each step, and what links and drives worked in one, on the emulated machine."""
+    ids = torch.randint(4096, (1, arguments.tokens))
+    seconds = []
+    with offload_rt.engine(
+        build(arguments), bits=case.bits, batch_size=1, seq_len=arguments.tokens, nvme=folder, lr=1e-4, device="cpu",
+        plan=plan, emulate=hardware,
+    ) as engine:  # fmt: skip
+        before: dict[str, float] = {}
+        for step in range(WARM_STEPS + arguments.steps):
+            if step == WARM_STEPS:
+                before = engine.report()["link_busy_seconds"]
+            start = time.perf_counter()
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+            seconds.append(time.perf_counter() - start)
+        after = engine.report()["link_busy_seconds"]
+    return seconds[WARM_STEPS:], {name: (after[name] - before[name]) / arguments.steps for name in after}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 128")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
+    parser.add_argument("--folder", type=Path, help="for the store; its speed hides behind the emulated drive's")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = {}
+    for name in arguments.cases:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            results[name] = found = run(arguments, CASES[name], Path(folder))
+        step = found["measured_seconds"]
+        print(
+            f"{name:28} predicted {found['predicted_seconds']:6.3f} s   measured {step['median']:6.3f} "
+            f"({step['min']:.3f} to {step['max']:.3f})   {found['error']:+6.1%}",
+            flush=True,
+        )
+    errors = sorted(abs(found["error"]) for found in results.values())
+    print(f"{len(errors)} plans: error {median(errors):.1%} in the median, {errors[-1]:.1%} at worst")
+    if arguments.json is not None:
+        shape = {key: getattr(arguments, key) for key in ("hidden", "layers", "tokens", "steps", "threads")}
+        run_ = {**circumstances(), "torch": torch.__version__, "configuration": shape, "results": results}
+        arguments.json.write_text(json.dumps({"runs": [run_]}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
