@@ -66,7 +66,13 @@ class ActivationPolicy:
     store_qkv: bool = True
     """Whether kept and swapped chunks save queries, keys and values; otherwise what leads up to them runs again."""
 
+    attention_groups: int = 1
+    """Groups of heads of keys and values that attention takes one after the other; at most one for each head. Bounds
+    what its kernel needs besides operands and result. None in a single chunk with a graph, which is not cut."""
+
     def __post_init__(self) -> None:
+        if self.attention_groups < 1:
+            raise ValueError(f"activations: attention in {self.attention_groups} groups of heads; at least 1")
         if not self.chunks:
             raise ValueError("activations: a policy without chunks; at least one")
 

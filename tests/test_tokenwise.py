@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -556,3 +557,86 @@ def test_a_bad_policy_is_refused():
         Chunk(num_tokens=1, action=Action.KEEP, tier=Tier.HOST)
     with pytest.raises(ValueError, match="larger"):
         ActivationPolicy(chunks=(Chunk(num_tokens=1, action=Action.KEEP),)).spans(MAX_CHUNKS + 1)
+
+
+# attention by groups of heads
+
+
+class CountingAttention:
+    """Takes note of the heads of keys that each attention call of the model's layers is given."""
+
+    def __init__(self, monkeypatch):
+        self.heads = []
+        original = nn.functional.scaled_dot_product_attention
+
+        def attend(query, key, value, *args, **kwargs):
+            self.heads.append(key.shape[1])
+            return original(query, key, value, *args, **kwargs)
+
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "architecture, changes",
+    [
+        ("llama", {}), ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+        ("mistral", {"sliding_window": 5, "attn_implementation": "eager"}), ("deepseek_v3", {}),
+    ],
+    ids=["GQA", "four heads", "eager", "latent"],
+)  # fmt: skip
+def test_attention_by_groups_of_heads_gives_the_same_bits(architecture, changes, dtype):
+    """Forward and backward of a head do not depend on the others, neither sdpa's nor eager products."""
+    sizes = {**ARCHITECTURES[architecture], **changes}
+    model, inputs = build(architecture, dtype, sizes), batch(padded=True)
+    for chosen in (policy(0.5, 2), policy(0.0, 1), policy(0.5, 3, store_qkv=False)):
+        expected, _ = run(model, chosen, inputs, stash_bytes=STASH_BYTES)
+        for groups in (2, 4, 64):
+            grouped = replace(chosen, attention_groups=groups)
+            found, tokenwise = run(model, grouped, inputs, stash_bytes=STASH_BYTES)
+            same_bits(found, expected)
+            assert (tokenwise.num_whole, tokenwise.counters.no_room_bytes) == (0, 0)
+
+
+def test_each_group_has_its_heads_and_no_head_has_two(monkeypatch):
+    model, inputs = build(num_attention_heads=8, num_key_value_heads=4), batch()
+    cut(model, replace(policy(0.5, 2), attention_groups=3))
+    step(model, inputs)
+    counting = CountingAttention(monkeypatch)
+    step(model, inputs)
+    assert counting.heads == [1, 1, 2] * len(decoder_layers(model))
+
+
+def test_groups_of_heads_bound_what_attention_needs_at_once():
+    """In eager attention, probabilities of all pairs of tokens; in sdpa, gradients take their operands' place."""
+    inputs = batch(num_tokens=512)
+    for implementation, share in (("eager", 0.5), ("sdpa", 0.95)):
+        model = build(
+            sizes={}, num_hidden_layers=1, attn_implementation=implementation, num_attention_heads=8,
+            num_key_value_heads=8, max_position_embeddings=512,
+        )  # fmt: skip
+        chosen = policy(0.0, 16, num_tokens=512)
+        whole = peaks(model, chosen, inputs)
+        grouped = peaks(model, replace(chosen, attention_groups=8), inputs)
+        assert grouped[1] < share * whole[1], implementation
+
+
+def test_attention_whose_parameters_go_by_heads_is_not_made_by_groups():
+    """gpt-oss has a sink for each head, of which a group's call would be given all."""
+    model, inputs = build("gpt_oss"), batch()
+    plain = step(copy.deepcopy(model), inputs)
+    for chunks in (1, 2):
+        found, tokenwise = run(model, replace(policy(0.0, chunks), attention_groups=2), inputs)
+        same_bits(found, plain)
+        assert tokenwise.num_whole == 2
+        assert "group of heads" in next(iter(tokenwise.refused.values()))
+
+
+def test_a_graph_whose_attention_was_made_by_groups_is_gone_through_twice():
+    model, inputs = build(), batch()
+    cut(model, replace(policy(0.5, 3), attention_groups=2), stash_bytes=STASH_BYTES)
+    loss = model(**inputs).loss
+    loss.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * once[n]) for n, p in model.named_parameters() if n in once)

@@ -114,11 +114,11 @@ class TokenwiseLayer(RecomputedLayer):
             dims = token_dims(names, tensors, hidden)
             tensors[hidden] = tensors[hidden].contiguous()
             if self.kind not in self.tokenwise.tried:
-                check_locality(self, call, names, tensors, dims, hidden)
+                check_locality(self, call, names, tensors, dims, hidden, self.policy.attention_groups)
                 self.tokenwise.tried.add(self.kind)
         tiled = TiledPass(
             call, self.block, spans, dims, hidden, self.tokenwise.places, self.tokenwise.counters,
-            store_qkv=self.policy.store_qkv,
+            store_qkv=self.policy.store_qkv, attention_groups=self.policy.attention_groups,
         )  # fmt: skip
         return tiled, tensors, hidden
 

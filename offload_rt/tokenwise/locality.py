@@ -40,6 +40,7 @@ def check_locality(
     tensors: list[torch.Tensor],
     dims: list[int | None],
     hidden: int,
+    attention_groups: int = 1,
 ) -> None:
     """Raises `NotTokenLocal` unless the layer gives the same by chunks. Its block is open. Changes no state."""
     num_tokens = min(TRIED_TOKENS, tensors[hidden].shape[1])
@@ -51,7 +52,9 @@ def check_locality(
     with _evaluating(owner.layer), without_hooks(call.trainable), kept_random_state(call.device):
         try:
             of_whole = _whole(owner, call, inputs, hidden)
-            tiled = TiledPass(call, owner.block, spans, dims, hidden, Places(), TileCounters())
+            tiled = TiledPass(
+                call, owner.block, spans, dims, hidden, Places(), TileCounters(), attention_groups=attention_groups
+            )
             outputs = tiled.forward(inputs, needs_input=True)
             of_input, of_parameters = tiled.backward(inputs, _directions(outputs), keep_graph=False)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:

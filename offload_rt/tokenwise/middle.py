@@ -4,10 +4,19 @@ Queries, keys and values are gathered chunk by chunk. The call is a black box un
 beginning of a graph and its result: no kernel is known here. What it saves of its operands and of its result it saves
 by reference, so that between forward and backward there is only the result, and what else the kernel wants (say, a
 log-sum-exp). Before backward the operands are gathered again, in the same memory layout, or the references would lie.
+
+[Note: groups of heads]
+Heads of keys and values, with the queries that share them, need nothing of each other: the call may be made for some of
+them at a time. What a kernel takes besides (masks and probabilities of all pairs of tokens, copies of keys for each
+query) is then that of a group; and as a group's operands are done with, its gradients take their place. Kernels without
+dropout give the same bits for a head whichever others they are given.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,20 +28,39 @@ from offload_rt.tokenwise.graphs import Gradients, Sums, enter
 from offload_rt.tokenwise.saved import Held, SavedCounters, SavedTensors, dense, memory_order
 from offload_rt.tokenwise.slicing import NotTokenLocal
 
+_HEAD_DIM = 1
+"""Of queries, keys and values."""
+
+
+@dataclass(eq=False)
+class _HeadGroup:
+    """One attention call, of some heads of keys and values and the queries that belong to them."""
+
+    heads: tuple[slice, slice, slice]
+    """Of queries, keys and values."""
+    saved: SavedTensors
+    result: torch.Tensor | None
+    edge: GradientEdge | None
+    inputs: list[GradientEdge]
+    held: Held | None = None
+
+    def of(self, tensor: torch.Tensor, index: int, dim: int = _HEAD_DIM) -> torch.Tensor:
+        """Its heads of a tensor like queries (0), keys (1) or values (2), as a view."""
+        heads = self.heads[index]
+        return tensor.narrow(dim, heads.start, heads.stop - heads.start)
+
 
 class Middle:
-    """One attention call, from forward to backward."""
+    """The attention of one pass, from forward to backward. See [Note: groups of heads]."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, num_groups: int = 1) -> None:
         self._num_tokens = num_tokens
+        self._num_groups = num_groups
         self._token_dim = 0
+        self._result_head_dim = 0
         self._orders: list[list[int]] = []
         self._qkv: list[torch.Tensor] = []
-        self._result: torch.Tensor | None = None
-        self._held: Held | None = None
-        self._saved: SavedTensors | None = None
-        self._edge: GradientEdge | None = None
-        self._inputs: list[GradientEdge] = []
+        self._groups: list[_HeadGroup] = []
 
     def gather(self, qkv: tuple[torch.Tensor, ...], start: int, *, empty: bool) -> None:
         """Puts a chunk's queries, keys and values, from token `start` on, among those of all tokens.
@@ -53,84 +81,147 @@ class Middle:
             for tensor in qkv:
                 tensor.data = tensor.new_empty(0)
 
-    def attend(self, call: AttentionCall, whole: dict[int, torch.Tensor], saved: SavedTensors) -> int:
+    def attend(self, call: AttentionCall, whole: dict[int, torch.Tensor], new_saved: Callable[[], SavedTensors]) -> int:
         """Makes the call over all tokens. `whole`: by identity, what its other arguments were cut from.
 
         Returns the bytes that it saves besides operands and result. Raises `NotTokenLocal` where it is more than a
-        function of queries, keys, values, arguments and parameters.
+        function of queries, keys, values, arguments and parameters, or cannot be made for a group of heads.
         """
         args, kwargs = _arguments(call, whole)
-        saved.known = self._known()
+        self._token_dim = call.out_token_dim
+        self._result_head_dim = 2 if call.out_token_dim == 1 else 1
         versions = [tensor._version for tensor in self._qkv]
-        entered = [enter(tensor) for tensor in self._qkv]
-        with intercepted(None), torch.enable_grad(), saved.hooks():
-            result = call.run(*[tensor for tensor, _ in entered], args, kwargs)
+        num_bytes = 0
+        for heads in self._cut_heads():
+            saved = new_saved()
+            saved.known = self._known()
+            group = _HeadGroup(heads, saved, None, None, [])
+            entered = [enter(group.of(tensor, index)) for index, tensor in enumerate(self._qkv)]
+            with intercepted(None), torch.enable_grad(), saved.hooks():
+                result = self._call(call, [tensor for tensor, _ in entered], args, kwargs, heads[0])
+            group.inputs = [edge for _, edge in entered]
+            group.edge = get_gradient_edge(result)
+            group.result = dense(result.detach())
+            saved.recognise(f"result{len(self._groups)}", group.result)
+            self._groups.append(group)
+            num_bytes += saved.seal()
         if [tensor._version for tensor in self._qkv] != versions:
             raise NotTokenLocal("its attention function changes its operands in place")
+        self._qkv = []
+        return num_bytes
+
+    def _cut_heads(self) -> list[tuple[slice, slice, slice]]:
+        """Heads of queries, keys and values by group; all of them for one group."""
+        queries, keys, values = (tensor.shape[_HEAD_DIM] for tensor in self._qkv)
+        if self._num_groups == 1:
+            return [(slice(0, queries), slice(0, keys), slice(0, values))]
+        if keys != values or queries % keys:
+            raise NotTokenLocal(f"its {queries}, {keys} and {values} heads of q, k and v cannot be taken in groups")
+        num_groups = min(self._num_groups, keys)
+        edges = [keys * number // num_groups for number in range(num_groups + 1)]
+        shared = queries // keys
+        return [
+            (slice(shared * begin, shared * end), slice(begin, end), slice(begin, end))
+            for begin, end in itertools.pairwise(edges)
+        ]
+
+    def _call(
+        self, call: AttentionCall, qkv: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], heads: slice
+    ) -> torch.Tensor:
+        try:
+            result = call.run(*qkv, args, kwargs)
+        except RuntimeError as error:
+            if self._num_groups == 1:
+                raise
+            raise NotTokenLocal(f"its attention cannot be made for a group of heads: {error}") from None
         if result.shape[call.out_token_dim] != self._num_tokens:
             raise NotTokenLocal(f"its attention gives {tuple(result.shape)} for {self._num_tokens} tokens")
-        self._saved = saved
-        self._inputs = [edge for _, edge in entered]
-        self._edge = get_gradient_edge(result)
-        self._token_dim = call.out_token_dim
-        self._result = dense(result.detach())
-        saved.recognise("result", self._result)
-        self._qkv = []
-        return saved.seal()
+        if self._num_groups > 1 and result.shape[self._result_head_dim] != heads.stop - heads.start:
+            raise NotTokenLocal(f"its attention gives {tuple(result.shape)} for {heads.stop - heads.start} heads")
+        return result
 
     @property
     def result(self) -> torch.Tensor | None:
-        """What the call has given, while a pass is under way."""
-        return self._result
+        """What the call has given, while a pass is under way, as one tensor; None where it was made by groups."""
+        return self._groups[0].result if len(self._groups) == 1 else None
 
-    def rows(self, start: int, end: int, of: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens [start, end) of the result, or of a tensor like it, as a view."""
-        tensor = self._result if of is None else of
-        if tensor is None:
+    def rows(self, start: int, end: int) -> torch.Tensor:
+        """Tokens [start, end) of the result: a view of it, or a copy where it was made by groups."""
+        parts = [group.result for group in self._groups if group.result is not None]
+        if not parts:
             raise RuntimeError("activations: the attention's result is not in memory")
-        return tensor.narrow(self._token_dim, start, end - start)
+        rows = [part.narrow(self._token_dim, start, end - start) for part in parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, self._result_head_dim)
+
+    def rows_of(self, gradient: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Tokens [start, end) of a tensor like `new_gradient`'s, as a view."""
+        return gradient.narrow(self._token_dim, start, end - start)
+
+    def new_gradient(self) -> torch.Tensor:
+        """Zeros for the gradient of the result."""
+        first = self._groups[0].result
+        if first is None:
+            raise RuntimeError("activations: the attention's result is not in memory")
+        if len(self._groups) == 1:
+            return torch.zeros_like(first)
+        shape = list(first.shape)
+        shape[self._result_head_dim] = self._groups[-1].heads[0].stop
+        return torch.empty_permuted(shape, memory_order(first), dtype=first.dtype, device=first.device).zero_()
 
     def hold(self, stash: Stash | None, counters: SavedCounters) -> None:
         """Forward is over: the result goes to `stash`."""
-        if self._result is None:
+        if not self._groups:
             raise NotTokenLocal("it never calls the attention function")
-        self._held = Held(self._result, stash, counters)
-        self._result = None
+        for group in self._groups:
+            if group.result is not None:
+                group.held = Held(group.result, stash, counters)
+                group.result = None
 
     def load(self) -> None:
         """Backward begins: the result comes back."""
-        if self._held is not None:
-            self._result = self._held.load()
+        for group in self._groups:
+            if group.held is not None:
+                group.result = group.held.load()
 
     def backward(self, of_result: torch.Tensor, sums: Sums, *, keep_graph: bool) -> Gradients:
         """Gradients of queries, keys and values, which `gather` has put together again."""
-        if self._edge is None or self._saved is None:
-            raise RuntimeError("activations: a second backward through a graph that was not retained")
-        self._saved.known = self._known()
-        gradients = sums.backward([self._edge], [of_result], self._inputs, keep_graph=keep_graph)
-        self._saved.known = {}
+        gradients: Gradients = [None, None, None]
+        for group in self._groups:
+            if group.edge is None:
+                raise RuntimeError("activations: a second backward through a graph that was not retained")
+            group.saved.known = self._known()
+            of_group = group.of(of_result, 0, self._result_head_dim)
+            found = sums.backward([group.edge], [of_group], group.inputs, keep_graph=keep_graph)
+            group.saved.known = {}
+            if not keep_graph:
+                group.edge = None
+            if len(self._groups) == 1:
+                gradients = found
+                continue
+            for index, gradient in enumerate(found):  # nobody wants the group's operands any more
+                if gradient is not None:
+                    group.of(self._qkv[index], index).copy_(gradient)
+                    gradients[index] = self._qkv[index]
         self._qkv = []
-        if not keep_graph:
-            self._edge = None
         return gradients
 
     def drop(self) -> None:
         """Lets go of what only a pass under way needs."""
-        self._qkv, self._result = [], None
+        self._qkv = []
+        for group in self._groups:
+            group.result = None
 
     def release(self) -> None:
         """No backward follows: gives everything back."""
-        self.drop()
-        if self._held is not None:
-            self._held.release()
-        self._held = self._saved = self._edge = None
-        self._inputs = []
+        for group in self._groups:
+            if group.held is not None:
+                group.held.release()
+        self._groups, self._qkv = [], []
 
     def _known(self) -> dict[str, torch.Tensor]:
         known = {f"qkv{index}": tensor for index, tensor in enumerate(self._qkv)}
-        if self._result is not None:
-            known["result"] = self._result
-        return known
+        results = {f"result{number}": group.result for number, group in enumerate(self._groups)}
+        return known | {name: result for name, result in results.items() if result is not None}
 
 
 class InPlaceOfAttention(torch.autograd.Function):
@@ -139,9 +230,7 @@ class InPlaceOfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, middle: Middle, sums: Sums, keep_graph: bool, *qkv: torch.Tensor) -> torch.Tensor:
         ctx.middle, ctx.sums, ctx.keep_graph = middle, sums, keep_graph
-        if middle.result is None:
-            raise RuntimeError("activations: the attention's result is not in memory")
-        return middle.result.detach()
+        return middle.rows(0, qkv[0].shape[QKV_TOKEN_DIM]).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

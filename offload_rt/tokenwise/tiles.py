@@ -118,6 +118,7 @@ class TiledPass:
         counters: TileCounters,
         *,
         store_qkv: bool = True,
+        attention_groups: int = 1,
     ) -> None:
         """dims: of each tensor of the call, the one that counts tokens. hidden: which of them is the layer's input."""
         self._call = call
@@ -128,7 +129,7 @@ class TiledPass:
         self._places = places
         self._counters = counters
         self._store_qkv = store_qkv
-        self._middle = Middle(spans[-1].end)
+        self._middle = Middle(spans[-1].end, attention_groups)
         self.attention_bytes = 0
         """What the attention call has saved besides its operands and its result."""
         self._needs_input = False
@@ -220,8 +221,9 @@ class TiledPass:
             self._run(self._tiles[tile.index + 1])
         else:
             self._counters.num_attentions += 1
-            saved = self._new_saved(self._places.layer_inputs)
-            self.attention_bytes = self._middle.attend(call, self._whole, saved)
+            self.attention_bytes = self._middle.attend(
+                call, self._whole, lambda: self._new_saved(self._places.layer_inputs)
+            )
         torch.set_grad_enabled(grads_on)
         tile.random_at_resume = self._random_state()
         self._current = tile
@@ -295,11 +297,11 @@ class TiledPass:
 
     def _backward_tiles(self, grads: Gradients) -> torch.Tensor | None:
         of_input = torch.zeros_like(self._inputs[self._hidden]) if self._needs_input else None
-        of_result = torch.zeros_like(self._middle.rows(0, self._tiles[-1].end))
+        of_result = self._middle.new_gradient()
         for tile in self._tiles:
             attended, rows = self._backward_second(tile, grads)
             if attended is not None:
-                self._middle.rows(tile.start, tile.end, of_result).copy_(attended)
+                self._middle.rows_of(of_result, tile.start, tile.end).copy_(attended)
             if of_input is not None and rows is not None:
                 tile.rows(of_input).copy_(rows)
             del attended, rows
