@@ -215,6 +215,10 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
     quantized = any(layer.decoded_bytes for layer in problem.layers)
     scopes = [DecodeScope.LAYER, DecodeScope.LINEAR] if quantized else [DecodeScope.LINEAR]
     in_place = problem.unified and rest is Tier.HOST
+    most_slack_bytes = problem.allocator_slack_bytes
+    if chunk_tokens is not None:
+        in_use = problem.trainable_bytes + problem.layer_bytes(chunk_tokens)
+        most_slack_bytes = min(most_slack_bytes, 2 * in_use)
     plans = [
         _plan(
             problem,
@@ -234,7 +238,7 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
         for layer_major in ((True, False) if problem.num_micro_batches > 1 and not in_place else (False,))
         for home in homes
         for slots in slot_choices
-        for slack_bytes in (problem.allocator_slack_bytes, problem.allocator_slack_bytes // 4)
+        for slack_bytes in (most_slack_bytes, most_slack_bytes // 4)
         for scope in scopes
     ]
     if chunk_tokens is not None or problem.num_micro_batches > 1 and not in_place:
