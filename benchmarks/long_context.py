@@ -193,6 +193,7 @@ def main() -> int:
     counted = run(settings, contender="plain", count=True, tokens=arguments.tokens // SCALE, steps=1)
     results: dict[str, Any] = {"limit_bytes": limit_bytes, "activation_bytes": SCALE * counted["saved_bytes"]}
     results["activations_to_limit"] = results["activation_bytes"] / limit_bytes
+    print(f"activations are {results['activations_to_limit']:.1f} times the limit", file=sys.stderr)
     with memory_cgroup(limit_bytes) as group:
         limited = run(settings, contender="ours", procs=str(group / "cgroup.procs"))
         if "killed" in limited:
