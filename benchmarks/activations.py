@@ -8,8 +8,12 @@ minute of the machine hits all alike; ratios are taken within a round, to plain 
     plain        autograd keeps everything
     checkpoint   torch.utils.checkpoint, without reentry
     save_on_cpu  torch.autograd.graph.save_on_cpu; on the CPU it copies nothing, so it shows the cost of hooks alone
+    offload      what TRL's activation_offloading does: hooks put each saved tensor of 1024 elements or more that is no
+                 parameter away, whole, and fetch it back when it is asked for (here by copies to and from an arena)
     keep, swap, recompute, or several joined by "/", one for each chunk: this library, in chunks of --chunk tokens;
                  swapped chunks are copied to an arena on the same processor, so that nothing overlaps
+
+Beside its time, each has the most that PyTorch's allocator held in a pass, arenas apart: compare at equal peaks.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from typing import Any
 
 import torch
 from rounds import circumstances, interleave, ratio, summary
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
@@ -70,16 +75,53 @@ def cut(layer: torch.nn.Module, actions: list[str], chunk: int) -> Tokenwise:
     return tokenwise
 
 
+class Offloading:
+    """Every large saved tensor goes to HOST memory and comes back."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self._stash = HostStash(Arena("offloaded", STASH_BYTES), Links())
+        self._stays = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+
+    def hooks(self) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        if tensor.numel() < 1024 or tensor.untyped_storage().data_ptr() in self._stays:
+            return tensor.detach()
+        return self._stash.put(tensor)
+
+    def _unpack(self, saved: Any) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        tensor: torch.Tensor = saved.load()
+        saved.release()
+        return tensor
+
+
+def peak_bytes(action: Callable[[], Any]) -> int:
+    """The most that PyTorch's allocator holds above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        action()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: int(e.start_ns())):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
 def contender(name: str, arguments: argparse.Namespace) -> tuple[Callable[[], float], Tokenwise | None]:
     """What does one pass and returns its seconds; and what the library counted."""
     layer, given, rotary = build_layer(arguments.hidden, arguments.tokens)
-    theirs = name in ("plain", "checkpoint", "save_on_cpu")
+    theirs = name in ("plain", "checkpoint", "save_on_cpu", "offload")
+    offloading = Offloading(layer) if name == "offload" else None
     tokenwise = None if theirs else cut(layer, name.split("/"), arguments.chunk)
 
     def forward() -> Any:
         if name == "checkpoint":
             return torch.utils.checkpoint.checkpoint(layer, given, position_embeddings=rotary, use_reentrant=False)
-        with torch.autograd.graph.save_on_cpu() if name == "save_on_cpu" else contextlib.nullcontext():
+        hooks: Any = torch.autograd.graph.save_on_cpu() if name == "save_on_cpu" else contextlib.nullcontext()
+        with hooks if offloading is None else offloading.hooks():
             return layer(given, position_embeddings=rotary)
 
     def one_pass() -> float:
@@ -99,20 +141,26 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=512, help="a multiple of 128")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--contenders", nargs="+", default=["checkpoint", "save_on_cpu", *OURS])
+    parser.add_argument("--contenders", nargs="+", default=["checkpoint", "save_on_cpu", "offload", *OURS])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     made = {name: contender(name, arguments) for name in ["plain", *arguments.contenders]}
     seconds = interleave({name: one_pass for name, (one_pass, _) in made.items()}, arguments.rounds)
+    num_passes = arguments.rounds + 2  # with the one that warms up, and that in which memory is measured
+    peaks = {name: peak_bytes(one_pass) for name, (one_pass, _) in made.items()}
     results: dict[str, Any] = {}
     for name, (_, tokenwise) in made.items():
-        swapped_bytes = 0 if tokenwise is None else tokenwise.counters.swapped_bytes // (arguments.rounds + 1)
+        swapped_bytes = 0 if tokenwise is None else tokenwise.counters.swapped_bytes // num_passes
         to_plain = ratio(seconds, name, "plain")
-        results[name] = {"seconds": summary(seconds[name]), "to_plain": to_plain, "swapped_bytes": swapped_bytes}
+        results[name] = {
+            "seconds": summary(seconds[name]), "to_plain": to_plain, "swapped_bytes": swapped_bytes,
+            "peak_bytes": peaks[name],
+        }  # fmt: skip
         print(
             f"{name:16} {1e3 * median(seconds[name]):8.0f} ms   {to_plain['median']:5.3f} x plain "
-            f"({to_plain['min']:.3f} to {to_plain['max']:.3f})   {swapped_bytes / 2**20:7.1f} MiB swapped"
+            f"({to_plain['min']:.3f} to {to_plain['max']:.3f})   {swapped_bytes / 2**20:7.1f} MiB swapped   "
+            f"{peaks[name] / 2**20:7.1f} MiB at once"
         )
     if arguments.json is not None:
         shape = {key: getattr(arguments, key) for key in ("tokens", "chunk", "hidden", "rounds", "threads")}
