@@ -79,7 +79,7 @@ class RuntimeOptions:
     activations: ActivationPolicy | None = None
     """Of all layers, in place of the plan's."""
     rest: Tier | None = None
-    """Where weights rest, in place of the rule's choice."""
+    """Where weights and state rest, all of them, in place of the rule's choice."""
     state: StatePlacement | None = None
     """Of what trains in blocks, in place of the plan's."""
     update_mode: UpdateMode | None = None

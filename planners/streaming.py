@@ -145,7 +145,7 @@ class StreamingProblem:
 def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Plan:
     """A plan within the budgets, or `PlanInfeasible` with what is short and what would fit.
 
-    `rest` is where weights rest, in place of the rule's choice.
+    `rest` is where weights and state rest, all of them, in place of the rule's choice.
     """
     rests = [Tier.HOST if problem.nvme_capacity_bytes is None else Tier.NVME]
     if problem.training is not None and not problem.training.adapters and rests[0] is Tier.NVME:
@@ -157,9 +157,9 @@ def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Pl
         chunks += [tokens for tokens in CHUNK_TOKENS if tokens < problem.chunked.num_tokens]
     candidates: list[Plan] = []
     for chunk_tokens in chunks:
-        for plan in (plan for rest in rests for plan in _attempts(problem, rest, chunk_tokens)):
+        for plan in (plan for tier in rests for plan in _attempts(problem, tier, chunk_tokens)):
             if not _shortages(problem, plan):
-                return _filled(problem, plan)
+                return _filled(problem, plan) if rest is None else plan
             candidates.append(plan)
     raise _infeasible(problem, candidates)
 

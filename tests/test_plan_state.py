@@ -13,7 +13,7 @@ from planners.plan import Plan, StatePlacement, Tier
 from planners.streaming import StreamingProblem, plan_streaming
 from planners.training_state import TrainedSize, TrainingSizes
 from tests.test_plan import KIB, problem
-from tests.tiny_training import ON_NVME, engine, model
+from tests.tiny_training import ON_NVME, Plain, differences, engine, model, train
 
 PIECES = (40 * KIB, 24 * KIB, 8 * KIB)
 
@@ -101,7 +101,19 @@ def test_pieces_that_there_are_not_are_refused(in_memory: dict[str, int], messag
 
 
 def test_an_engine_runs_the_plan_that_fills_its_memory(tmp_path: Path) -> None:
-    with engine(model(), "BACKWARD", tmp_path, device_memory="1MiB") as run:
-        state = run.plan.state
-        assert state is not None and state.in_memory
-        assert run.report()["training"]["state_in_memory_bytes"] > 0
+    twin = Plain(model())
+    train(twin, range(2))
+    for budget in range(360, 100, -20):  # KiB: from where all fits to where nothing is left
+        folder = tmp_path / str(budget)
+        folder.mkdir()
+        try:
+            run = engine(model(), "in place", folder, nvme=folder, device_memory=budget << 10)
+        except PlanInfeasible:
+            continue
+        with run:
+            training = run.report()["training"]
+            if 0 < training["state_in_memory_bytes"] < training["state_bytes"]:
+                train(run, range(2))
+                assert differences(twin.state(), run.state()) == []
+                return
+    raise AssertionError("no budget left room for a part of the state")
