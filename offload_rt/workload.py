@@ -272,6 +272,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
         training=None if workload.training is None else training_sizes(workload),
+        stages_pieces=not workload.has_streams,
         chunked=None if on_gpu else chunked,
         num_micro_batches=config.accumulation_steps,
     )

@@ -42,6 +42,8 @@ KEPT_TENSORS = 64
 """Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
 INPUTS_OF_CHUNKS = 3
 """Layer inputs' sizes that a layer in chunks puts away: its input, and attention's result, which may be wider."""
+TIGHT_SLACK_BYTES = 64 << 20
+"""Of freed memory held back, where a budget is tight."""
 STATE_SLOTS = (128, 64, 32, 16, 8, 4, 2)
 """Pieces of state on their way, the best first: what is read ahead while a layer computes."""
 ENOUGH_STATE_SLOTS = 8
@@ -109,7 +111,7 @@ class StreamingProblem:
     activation_bytes: int
     """Peak of transient activations of one layer's recompute."""
     allocator_slack_bytes: int = 0
-    """Freed memory that the allocator should be able to hold back; a tight plan grants a quarter of it."""
+    """Freed memory that the allocator should be able to hold back; a tight plan grants a quarter of it at most."""
     loss_head: LossHeadSize | None = None
     """None where the model has no head that could be found."""
     device_capacity_bytes: int | None
@@ -123,6 +125,8 @@ class StreamingProblem:
     num_micro_batches: int = 1
     """Of a step, as declared."""
 
+    stages_pieces: bool = True
+    """What waits on NVMe goes there in pieces; False: whole, as on a GPU."""
     chunked: ChunkedSize | None = None
     """None where layers cannot run by chunks of tokens."""
 
@@ -219,6 +223,7 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
     if chunk_tokens is not None:
         in_use = problem.trainable_bytes + problem.layer_bytes(chunk_tokens)
         most_slack_bytes = min(most_slack_bytes, 2 * in_use)
+    slacks = (most_slack_bytes, most_slack_bytes * 2 // 3, min(most_slack_bytes // 4, TIGHT_SLACK_BYTES))
     plans = [
         _plan(
             problem,
@@ -238,7 +243,7 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
         for layer_major in ((True, False) if problem.num_micro_batches > 1 and not in_place else (False,))
         for home in homes
         for slots in slot_choices
-        for slack_bytes in (most_slack_bytes, most_slack_bytes // 4)
+        for slack_bytes in slacks
         for scope in scopes
     ]
     if chunk_tokens is not None or problem.num_micro_batches > 1 and not in_place:
@@ -327,7 +332,8 @@ def _plan(
     if home is Tier.NVME:
         # Twice: a second micro-batch may begin before the first one's graph is gone. Staging: two out, two in.
         nvme["layer inputs"] = 2 * waiting * len(problem.layers)
-        host["staging for layer inputs"] = 4 * min(waiting // together, STAGING_PIECE_BYTES)
+        largest = waiting // together
+        host["staging for layer inputs"] = 4 * min(largest, STAGING_PIECE_BYTES if problem.stages_pieces else largest)
     else:
         (device if home is Tier.DEVICE else host)["layer inputs"] = waiting * len(problem.layers)
     if home is not Tier.DEVICE:
