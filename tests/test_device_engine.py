@@ -98,8 +98,8 @@ def test_a_steady_step_makes_no_arena_and_leases_the_same(tmp_path: Path) -> Non
 
 def test_adapters_whose_state_is_to_rest_in_a_tier_are_refused_on_a_device(tmp_path: Path) -> None:
     device = FakeDevice(kernels_are_late=False)
-    state = StatePlacement(in_memory=(), gradients=Tier.HOST, state_slots=4)
-    with pytest.raises(ConfigError, match="stays in a GPU's memory; set state to null"):
+    state = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=4)
+    with pytest.raises(ConfigError, match="stays on a GPU with them so far; set state to null"):
         engine_on(device, Case("llama", "nf4", 1, False, False, "from NVME"), tmp_path, state=state)
     device.close()
 

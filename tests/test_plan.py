@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from planners.errors import PlanInfeasible, format_bytes
 from planners.plan import DecodeScope, Plan, Ring, Tier
-from planners.streaming import MIN_CHUNK_TOKENS, BlockSize, LossHeadSize, StreamingProblem, plan_streaming
+from planners.streaming import (
+    MIN_CHUNK_TOKENS,
+    TIGHT_SLACK_BYTES,
+    BlockSize,
+    LossHeadSize,
+    StreamingProblem,
+    plan_streaming,
+)
 
 KIB = 1024
 
@@ -326,8 +333,17 @@ def test_a_tight_budget_leaves_the_allocator_less_to_hold_back():
     assert plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=enough)) == roomy
     tight = plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=enough - 1))
     assert (tight.allocator_slack_bytes, tight.decode_scope) == (wanted, DecodeScope.LINEAR)
-    tight = plan_streaming(
-        problem(allocator_slack_bytes=wanted, device_capacity_bytes=tight.predicted_bytes(Tier.DEVICE) - 1)
-    )
-    assert tight.allocator_slack_bytes == wanted // 4
-    assert tight.rings == roomy.rings
+    granted = [wanted]
+    while tight.rings == roomy.rings:
+        granted.append(tight.allocator_slack_bytes)
+        capacity = tight.predicted_bytes(Tier.DEVICE) - 1
+        tight = plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=capacity))
+    assert list(dict.fromkeys(granted)) == [wanted, wanted * 2 // 3, wanted // 4]
+
+
+def test_what_a_tight_budget_leaves_the_allocator_has_a_bound_of_its_own():
+    wanted = 100 * TIGHT_SLACK_BYTES
+    roomy = plan_streaming(problem(allocator_slack_bytes=wanted))
+    capacity = roomy.predicted_bytes(Tier.DEVICE) - wanted + TIGHT_SLACK_BYTES
+    tight = plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=capacity))
+    assert (tight.allocator_slack_bytes, tight.rings) == (TIGHT_SLACK_BYTES, roomy.rings)
