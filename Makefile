@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two test files, and two compilers, at a time: tests compute on one thread each, and wait for the drive.
+# So many test files, compilers and checks at a time: tests compute on one thread each, and wait for the drive.
 WORKERS ?= 2
+MAKEFLAGS += -j$(WORKERS)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: venv demo test test-all check native-test wheel clean
@@ -35,7 +36,7 @@ check: venv
 	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc native/tests/*.h
 
 native-test:
-	@if command -v $${CXX:-g++} >/dev/null; then $(MAKE) --no-print-directory -j$(WORKERS) -C native test; \
+	@if command -v $${CXX:-g++} >/dev/null; then $(MAKE) --no-print-directory -C native test; \
 	else echo "native tests skipped: no C++ compiler"; fi
 
 # A manylinux wheel with run-time instruction-set dispatch: users need no compiler.
