@@ -54,8 +54,8 @@ MAX_ALLOCATOR_SLACK_BYTES = 384 << 20
 SLACK_PER_ACTIVATION_BYTE = 2.0
 """What the C library may hold back of freed memory, see `heap`: that much, or 256 MiB and such a share of what a
 layer's activations take, where that is more; at most twice what is in use. Measured on TinyLlama's shape. 512 tokens,
-one thread: with 256 MiB two trims and 0.8 seconds of system time a step, with 384 none and 0.5. 2048 tokens, two threads:
-with 384 MiB 25 trims and 15 seconds, with a share of 1.25 eight and 7.5, of 2.0 four and 6.3."""
+one thread: with 256 MiB two trims and 0.8 seconds of system time a step, with 384 none and 0.5. 2048 tokens, two
+threads: with 384 MiB 25 trims and 15 seconds, with a share of 1.25 eight and 7.5, of 2.0 four and 6.3."""
 
 
 @dataclass(frozen=True, kw_only=True)
