@@ -93,7 +93,7 @@ class Store:
         self._files: list[OpenFile] = []
         self._blocks: dict[str, tuple[BlockSpec, Extent]] = {}
         self._verified: set[str] = set()
-        self._verify_all = os.environ.get("OFFLOAD_RT_VERIFY") == "all"
+        self.verifies_every_read = os.environ.get("OFFLOAD_RT_VERIFY") == "all"
         try:
             for folder in self.folders:
                 make_folder(folder)
@@ -142,7 +142,7 @@ class Store:
         `OFFLOAD_RT_VERIFY=all` in the environment checks every read. Raises `StoreCorrupt`.
         """
         _, extent = self._blocks[block]
-        if block in self._verified and not self._verify_all:
+        if block in self._verified and not self.verifies_every_read:
             return
         self._check(block, crc32c(slot.part(0, extent.length_bytes).buffer()))
 

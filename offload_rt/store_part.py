@@ -6,8 +6,6 @@ verified once, piece by piece, at the start.
 
 from __future__ import annotations
 
-import os
-
 from offload_rt.arena import Slot
 from offload_rt.checksum import crc32c
 from offload_rt.errors import StoreCorrupt
@@ -28,7 +26,6 @@ class StorePart:
         self._begin_bytes = begin_bytes
         self._crc32c = 0
         self._is_verified = False
-        self._verify_all = os.environ.get("OFFLOAD_RT_VERIFY") == "all"
 
     def see(self, offset_bytes: int, piece: Slot) -> None:
         """Takes note of what of `piece`, which begins at `offset_bytes` of the block, is in this part."""
@@ -46,7 +43,7 @@ class StorePart:
 
         Raises `StoreCorrupt`.
         """
-        if self._is_verified and not self._verify_all:
+        if self._is_verified and not self._store.verifies_every_read:
             return
         found = crc32c(slot.part(0, self.num_bytes).buffer())
         if found != self._crc32c:

@@ -50,9 +50,10 @@ class TensorDevice(Device, Protocol):
 OPTIMIZER_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments, which is the most that the usual optimizers keep for an adapter."""
 
-MAX_ALLOCATOR_SLACK_BYTES = 384 << 20
-SLACK_PER_ACTIVATION_BYTE = 2.0
-"""What the C library may hold back of freed memory, see `heap`: that much, or 256 MiB and such a share of what a
+ALLOCATOR_SLACK_BYTES = 384 << 20
+SLACK_BESIDE_ACTIVATIONS_BYTES = 256 << 20
+SLACK_PER_ACTIVATION_BYTE = 2
+"""What the C library may hold back of freed memory, see `heap`: the first, or the second and such a share of what a
 layer's activations take, where that is more; at most twice what is in use. Measured on TinyLlama's shape. 512 tokens,
 one thread: with 256 MiB two trims and 0.8 seconds of system time a step, with 384 none and 0.5. 2048 tokens, two
 threads: with 384 MiB 25 trims and 15 seconds, with a share of 1.25 eight and 7.5, of 2.0 four and 6.3."""
@@ -268,7 +269,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         trainable_bytes=trainable_bytes,
         layer_input_bytes=input_bytes,
         activation_bytes=activation_bytes,
-        allocator_slack_bytes=_allocator_slack_bytes(trainable_bytes, activation_bytes),
+        allocator_slack_bytes=allocator_slack_bytes(trainable_bytes, activation_bytes),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
         device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(config.device),
         host_capacity_bytes=config.host_memory_bytes or (free_memory_bytes() if on_gpu else None),
@@ -281,9 +282,10 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     )
 
 
-def _allocator_slack_bytes(trainable_bytes: int, activation_bytes: int) -> int:
-    wanted = max(MAX_ALLOCATOR_SLACK_BYTES, (256 << 20) + int(SLACK_PER_ACTIVATION_BYTE * activation_bytes))
-    return min(wanted, 2 * (trainable_bytes + activation_bytes))
+def allocator_slack_bytes(trainable_bytes: int, activation_bytes: int) -> int:
+    """Freed memory that the C library may hold back, where a budget has room for it."""
+    beside = SLACK_BESIDE_ACTIVATIONS_BYTES + SLACK_PER_ACTIVATION_BYTE * activation_bytes
+    return min(max(ALLOCATOR_SLACK_BYTES, beside), 2 * (trainable_bytes + activation_bytes))
 
 
 def _size(draft: BlockDraft) -> BlockSize:

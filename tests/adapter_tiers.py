@@ -16,22 +16,18 @@ from offload_rt._engine import Engine
 from offload_rt.optimizer.adapters import AdapterTraining
 from offload_rt.workload import RuntimeOptions
 from planners.plan import StatePlacement, Tier
-from tests import parity
+from tests import full_parity, parity
 from tests.full_parity import groups_of, scheduled
-from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, pairwise
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, pairwise, run_steps
 
 STEPS = 3
 IN_HOST = StatePlacement(in_memory={"adapters": 1}, gradients=Tier.HOST)
 ON_NVME = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "default": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    "default": full_parity.OPTIMIZERS["adamw"],
     "adamw kernel": lambda groups: optim.AdamW(groups, lr=1e-2),
-    "adamw bf16": lambda groups: optim.AdamW(groups, lr=1e-2, moments="bfloat16"),
-    "adamw 8bit": lambda groups: optim.AdamW(groups, lr=1e-2, moments="8bit"),
-    "lion": lambda groups: optim.Lion(groups, lr=1e-3, weight_decay=0.1),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9, dampening=0.1),
-    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=1e-2),
+    **{name: make for name, make in full_parity.OPTIMIZERS.items() if name != "adamw"},
 }
 
 PLACES: dict[str, dict[str, Any]] = {
@@ -112,7 +108,7 @@ def run_plain(case: Case, steps: int = STEPS) -> list[Trace]:
         optimizer.zero_grad()
         scheduler.step()
 
-    return run(case, model, lambda loss: loss.backward(), trainable, update, range(steps))
+    return run_steps(case.accumulation, model, lambda loss: loss.backward(), trainable, update, range(steps))
 
 
 def make_engine(case: Case, folder: Path, place: str | None = None, **arguments: Any) -> Engine:
@@ -145,33 +141,7 @@ class Running:
             engine.step()
             self._scheduler.step()
 
-        return run(self._case, engine, engine.backward, engine.trainable, update, numbers)
-
-
-def run(
-    case: Case,
-    forward: Callable[..., Any],
-    backward: Callable[[torch.Tensor], None],
-    trainable: dict[str, nn.Parameter],
-    update: Callable[[], None],
-    numbers: range,
-) -> list[Trace]:
-    traces = []
-    for step in numbers:
-        trace: Trace = {}
-        for index in range(case.accumulation):
-            torch.manual_seed(5000 + 10 * step + index)
-            batch = micro_batch(step, index)
-            loss = forward(**batch).loss
-            trace[f"loss {index}"] = loss.detach().clone()
-            backward(loss)
-        for name, parameter in trainable.items():
-            if parameter.grad is not None:
-                trace[f"gradient {name}"] = parameter.grad.clone()
-        update()
-        trace |= {f"parameter {name}": parameter.detach().clone() for name, parameter in trainable.items()}
-        traces.append(trace)
-    return traces
+        return run_steps(self._case.accumulation, engine, engine.backward, engine.trainable, update, numbers)
 
 
 def unequal(expected: list[Trace], found: list[Trace]) -> list[str]:

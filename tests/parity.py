@@ -287,7 +287,7 @@ def run_plain(case: Case) -> list[Trace]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return _run(case, model, lambda loss: loss.backward(), trainable, update)
+    return run_steps(case.accumulation, model, lambda loss: loss.backward(), trainable, update)
 
 
 def run_engine(case: Case, folder: Path) -> tuple[list[Trace], Engine]:
@@ -306,23 +306,24 @@ def run_engine(case: Case, folder: Path) -> tuple[list[Trace], Engine]:
         **place,
     )
     try:
-        return _run(case, engine, engine.backward, engine.trainable, engine.step), engine
+        return run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step), engine
     except BaseException:
         engine.close()
         raise
 
 
-def _run(
-    case: Case,
+def run_steps(
+    accumulation: int,
     forward: Callable[..., Any],
     backward: Callable[[torch.Tensor], None],
     trainable: dict[str, nn.Parameter],
     update: Callable[[], None],
+    numbers: range = range(STEPS),
 ) -> list[Trace]:
     traces = []
-    for step in range(STEPS):
+    for step in numbers:
         trace: Trace = {}
-        for index in range(case.accumulation):
+        for index in range(accumulation):
             batch = micro_batch(step, index)
             torch.manual_seed(5000 + 10 * step + index)
             loss = forward(**batch).loss

@@ -46,12 +46,11 @@ from tests.adapter_tiers import (
     build,
     make_engine,
     pairwise_cases,
-    run,
     run_plain,
     training_of,
     unequal,
 )
-from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, run_steps
 from tests.test_optimizer_training import FailingIO
 from tests.test_training_loop import make_batches
 from tests.tiny_checkpoints import meta_model, new_model
@@ -163,7 +162,7 @@ def rank_24(folder: Path, **arguments: Any) -> Engine:
 
 def two_steps(engine: Engine) -> list[Trace]:
     with engine:
-        return run(ONE, engine, engine.backward, engine.trainable, engine.step, range(2))
+        return run_steps(ONE.accumulation, engine, engine.backward, engine.trainable, engine.step, range(2))
 
 
 def test_the_rule_moves_state_only_where_memory_does_not_hold_it_beside_the_adapters(tmp_path: Path) -> None:
@@ -315,7 +314,7 @@ def test_a_model_on_the_meta_device_trains_as_with_state_in_memory(tmp_path: Pat
             adapters=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), max_grad_norm=1.0,
             nvme=tmp_path, options=RuntimeOptions(**options), lr=1e-2,
         ) as engine:  # fmt: skip
-            found.append(run(ONE, engine, engine.backward, engine.trainable, engine.step, range(3)))
+            found.append(run_steps(ONE.accumulation, engine, engine.backward, engine.trainable, engine.step, range(3)))
             assert (engine.report()["training"] is not None) is bool(options)
             engine.save_pretrained(tmp_path / "adapter")
         saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

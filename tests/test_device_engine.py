@@ -16,7 +16,7 @@ from offload_rt.assembly import RuntimeOptions
 from offload_rt.errors import ConfigError
 from planners.plan import DecodeScope, StatePlacement, Tier
 from tests.fake_device import FakeDevice
-from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, _run, build, run_plain
+from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, build, run_plain, run_steps
 from tests.test_parity import differences
 
 CASES = [
@@ -50,7 +50,7 @@ def engine_on(device: FakeDevice, case: Case, folder: Path, **options) -> Engine
 def test_training_on_a_late_device_is_bit_equal_to_plain_pytorch(case: Case, tmp_path: Path) -> None:
     device = FakeDevice(late_seconds=0.002, kernels_are_late=False)
     with engine_on(device, case, tmp_path) as engine:
-        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         assert differences(run_plain(case), found) == []
         report, recorder = engine.report(), engine._runtime.recorder
         fetches = sum(executor.counters.num_fetches for executor in engine._runtime.executors)
@@ -74,7 +74,7 @@ def test_what_is_resident_comes_by_copies_too(place: str, tmp_path: Path) -> Non
     with engine_on(device, case, tmp_path, stream_edges=None, layer_inputs=Tier.DEVICE) as engine:
         assert len(engine.plan.resident) == 2
         assert device.to_device.num_copies == 2
-        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         assert differences(run_plain(case), found) == []
         assert device.to_host.num_copies == 0
         assert engine._runtime.recorder is not None and engine._runtime.recorder.check() == []
@@ -87,7 +87,7 @@ def test_a_steady_step_makes_no_arena_and_leases_the_same(tmp_path: Path) -> Non
     with engine_on(device, case, tmp_path, decode_scope=DecodeScope.LAYER) as engine:
         counts = []
         for _ in range(3):
-            _run(case, engine, engine.backward, engine.trainable, engine.step)
+            run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
             counts.append((device.to_device.num_copies, device.to_host.num_copies, len(device.arenas)))
         (first, second, third) = counts
         assert third[2] == first[2]

@@ -32,7 +32,7 @@ from planners.placement import Tier
 from planners.plan import DecodeScope, Ring, StatePlacement
 from planners.schedule import walk
 from tests import full_parity as full
-from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, Trace, _run, build, decode_in_place, micro_batch
+from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, Trace, build, decode_in_place, micro_batch, run_steps
 from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of this module too
 from tests.test_parity import differences
 from tests.test_streams import FakeStore
@@ -176,7 +176,7 @@ def gpu_plain(case: Case) -> list[Trace]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return _run(case, forward, lambda loss: loss.backward(), trainable, update)
+    return run_steps(case.accumulation, forward, lambda loss: loss.backward(), trainable, update)
 
 
 @pytest.fixture
@@ -226,7 +226,10 @@ def test_training_on_the_gpu_is_bit_equal_to_plain_pytorch(
         ),
     )  # fmt: skip
     with engine:
-        assert differences(expected, _run(case, engine, engine.backward, engine.trainable, engine.step)) == []
+        assert (
+            differences(expected, run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step))
+            == []
+        )
         report = engine.report()
         recorder = engine._runtime.recorder
         assert recorder is not None and [str(race) for race in recorder.check()] == []
@@ -286,7 +289,7 @@ def test_activations_put_away_on_the_gpu_change_no_bit(
             build(case), bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, lr=1e-2, device="cuda", host_memory="256MiB",
             nvme=tmp_path, options=RuntimeOptions(activations=policy, layer_inputs=layer_inputs, poison=True),
         ) as engine:  # fmt: skip
-            found.append(_run(case, engine, engine.backward, engine.trainable, engine.step))
+            found.append(run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step))
             report = engine.report()
         if policy is not None:
             assert report["tokenwise"]["swapped_bytes"] == report["tokenwise"]["loaded_bytes"] > 0
@@ -359,7 +362,7 @@ def test_a_steady_step_takes_nothing_from_the_driver(tmp_path: Path) -> None:
     with engine:
         counts = []
         for _ in range(3):
-            _run(case, engine, engine.backward, engine.trainable, engine.step)
+            run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
             counts.append((torch.cuda.memory_stats()["num_device_alloc"], engine.report()["gpu"]["locked_bytes"]))
     assert counts[2] == counts[1]
     assert STEPS > 1

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_rt.workload import allocator_slack_bytes
 from planners.errors import PlanInfeasible, format_bytes
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import (
@@ -347,3 +348,10 @@ def test_what_a_tight_budget_leaves_the_allocator_has_a_bound_of_its_own():
     capacity = roomy.predicted_bytes(Tier.DEVICE) - wanted + TIGHT_SLACK_BYTES
     tight = plan_streaming(problem(allocator_slack_bytes=wanted, device_capacity_bytes=capacity))
     assert (tight.allocator_slack_bytes, tight.rings) == (TIGHT_SLACK_BYTES, roomy.rings)
+
+
+def test_what_the_allocator_may_hold_back_grows_with_a_layers_activations_and_never_passes_twice_what_is_in_use():
+    mib = KIB**2
+    assert allocator_slack_bytes(1000 * mib, 10 * mib) == 384 * mib
+    assert allocator_slack_bytes(1000 * mib, 280 * mib) == 816 * mib
+    assert allocator_slack_bytes(1 * mib, 2 * mib) == 6 * mib

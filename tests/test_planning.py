@@ -24,7 +24,7 @@ from planners.placement import Cuts, Tier, UpdatePlace
 from planners.problem import MeasuredSeconds
 from planners.validate import InvalidPlan, check, check_modes
 from tests.conftest import build_lora, build_plain
-from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, _run, build, run_plain
+from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, build, run_plain, run_steps
 from tests.test_parity import differences
 
 KIB, MIB, PAGE = 1 << 10, 1 << 20, 4096
@@ -121,10 +121,10 @@ def test_an_optimised_plan_runs_with_the_bits_of_plain_pytorch_and_the_bytes_it_
     ) as engine:  # fmt: skip
         plan = engine.plan
         assert plan.planner == "optimiser" and plan.entry("layer").weights.nvme_bytes
-        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         assert differences(run_plain(case), found) == []
         before = engine.report()
-        _run(case, engine, engine.backward, engine.trainable, engine.step)
+        run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         report = engine.report()
         assert engine._runtime.executors[0].counters.num_replans == 0
     assert max(tiers) > 0 and report["prefetch_misses"] == 0

@@ -18,7 +18,7 @@ from offload_rt.tiers import SplitResidence
 from planners.placement import ClassPlan
 from planners.plan import Plan, Split, Tier
 from tests.fake_device import FakeDevice
-from tests.parity import BATCH_SIZE, SEQ_LEN, Case, _run, build, run_plain
+from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, run_plain, run_steps
 from tests.test_parity import differences
 
 PAGE = 4096
@@ -76,7 +76,7 @@ def test_any_split_has_the_bits_of_plain_pytorch_and_moves_what_it_says(weights,
     options = RuntimeOptions(record=True, poison=True)
     with engine_for(case, tmp_path, Plan.from_json(plan.to_json()), options=options, **common) as engine:
         before = engine.report()
-        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         after, holdings = engine.report(), engine.report()["holdings"]
         assert differences(run_plain(case), found) == []
         assert [str(race) for race in engine._runtime.recorder.check()] == []
@@ -99,7 +99,7 @@ def test_a_split_on_a_late_device_is_bit_equal_and_ordered(tmp_path):
     device = FakeDevice(late_seconds=0.002, kernels_are_late=False)
     options = RuntimeOptions(device=device, record=True, poison=True)
     with engine_for(case, tmp_path, plan, host_memory="64MiB", options=options) as engine:
-        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         assert differences(run_plain(case), found) == []
         assert [str(race) for race in engine._runtime.recorder.check()] == []
     device.close()
@@ -112,7 +112,7 @@ def test_edges_stream_from_host_and_nvme(tmp_path):
     assert len(plan.rings) == 2
     arguments = {"accumulation_steps": 2, "max_grad_norm": 0.05, "options": RuntimeOptions(poison=True)}
     with engine_for(case, tmp_path, plan, **arguments) as engine:
-        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         assert differences(run_plain(case), found) == []
         counters = [executor.counters for executor in engine._runtime.executors]
     assert all(counter.num_fetches > 0 for counter in counters)
@@ -127,7 +127,7 @@ def test_without_a_drive_a_split_is_encoded_into_its_places(tmp_path):
         plan, splits = with_splits(engine.plan, specs, SHARES["DEVICE and HOST"])
     with Engine(build(case), bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, lr=1e-2, plan=plan, **arguments) as engine:
         assert all(splits[name].device_bytes > 0 for name in plan.rings[0].blocks)
-        found = _run(case, engine, engine.backward, engine.trainable, engine.step)
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
     assert differences(run_plain(case), found) == []
 
 
@@ -153,7 +153,7 @@ def test_a_flipped_bit_is_found_wherever_it_would_have_gone(tmp_path):
     with engine_for(case, tmp_path, plan) as engine:
         flip(tmp_path, first, first.device_bytes + first.host_bytes + 8)  # after the start: only this part is read
         with pytest.raises(StoreCorrupt, match="which is what the block held at the start"):
-            _run(case, engine, engine.backward, engine.trainable, engine.step)
+            run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
 
 
 def test_splits_that_cannot_be_run_are_refused_by_name(tmp_path):

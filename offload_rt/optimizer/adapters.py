@@ -25,7 +25,7 @@ from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.state import StateHome
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered import TieredOptimizer
-from offload_rt.optimizer.writes import bytes_written_per_step
+from offload_rt.optimizer.writes import state_report
 from planners.placement import UpdateMode
 
 
@@ -126,9 +126,8 @@ class AdapterTraining:
         """Counts and seconds since the start, bytes at rest."""
         return {
             "num_steps": self.step_number, **asdict(self.commits.counters), **asdict(self.stepper.counters),
-            "mode": "after", "state_bytes": sum(block.state_bytes for block in self.blocks),
-            "state_in_memory_bytes": sum(slot.num_bytes for slot in self.home.pieces.values()),
-            "expected_bytes_written_per_step": bytes_written_per_step(
+            "mode": UpdateMode.AFTER.value,
+            **state_report(
                 self.blocks, self.home, mode=UpdateMode.AFTER, commit_every=self.commits.every, gradient_passes=0
             ),
         }  # fmt: skip

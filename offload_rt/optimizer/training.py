@@ -42,7 +42,7 @@ from offload_rt.optimizer.state import Part, StateHome
 from offload_rt.optimizer.step import Step, StepCounters, check_first
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered import TieredOptimizer
-from offload_rt.optimizer.writes import bytes_written_per_step
+from offload_rt.optimizer.writes import state_report
 from planners.placement import UpdateMode
 
 logger = logging.getLogger("offload_rt")
@@ -239,9 +239,7 @@ class FullTraining:
             **asdict(self.counters), **asdict(self.commits.counters), **asdict(self.stepper.counters),
             "mode": self._mode.value,
             "waits_because": self.waits_because, "grad_norm": self.grad_norm,
-            "state_bytes": sum(block.state_bytes for block in self.blocks),
-            "state_in_memory_bytes": sum(slot.num_bytes for slot in self.home.pieces.values()),
-            "expected_bytes_written_per_step": bytes_written_per_step(
+            **state_report(
                 self.blocks, self.home, mode=self._mode, commit_every=self.commits.every,
                 gradient_passes=self._declared if self.gradients.on_drive else 0,
             ),

@@ -1,4 +1,4 @@
-"""What a step of full fine-tuning writes to the drive, known before it runs."""
+"""What state takes, and what a step writes of it to the drive, known before it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,25 @@ from offload_rt.optimizer.state import Part, StateHome
 from planners.placement import UpdateMode
 
 
-def bytes_written_per_step(
+def state_report(
+    blocks: Sequence[TrainedBlock],
+    home: StateHome,
+    *,
+    mode: UpdateMode,
+    commit_every: int | None,
+    gradient_passes: int,
+) -> dict[str, int]:
+    """Bytes at rest, and those of a mean step; see `_bytes_written_per_step`."""
+    return {
+        "state_bytes": sum(block.state_bytes for block in blocks),
+        "state_in_memory_bytes": sum(slot.num_bytes for slot in home.pieces.values()),
+        "expected_bytes_written_per_step": _bytes_written_per_step(
+            blocks, home, mode=mode, commit_every=commit_every, gradient_passes=gradient_passes
+        ),
+    }
+
+
+def _bytes_written_per_step(
     blocks: Sequence[TrainedBlock],
     home: StateHome,
     *,
