@@ -8,6 +8,7 @@ norm of all gradients declared and not reached (`clipped` says whether it was). 
     torch       transformers and torch's fused AdamW, everything in memory
     ours        offload_rt, everything in memory
     ours_nvme   offload_rt, weights, masters and moments on NVMe, committed each step
+    ours_tiers  offload_rt with the same drive, and as much of it in memory as the budget holds
     zero3_cpu   DeepSpeed ZeRO-3, parameters and optimizer offloaded to CPU memory
     zero3_nvme  the same, offloaded to NVMe
 
@@ -23,7 +24,8 @@ the drive's mixed bandwidth: half reads and half writes, by fio in the same roun
 Switches, joined by "+": recompute=0 (all but zero3_nvme); sub_group_size=N (zero3); pipeline=1, buffer_count=N
 (zero3_nvme); device_memory=SIZE, host_memory=SIZE, num_slots=N, piece_elements=N, head_chunk_tokens=N, stream_edges=1,
 serial_updates=1, commit_every=N, update_mode=speculative|backward|after (ours). SIZE may be the measured peak of
-another contender, or a part of it: device_memory=zero3_nvme/4. A switch in capitals is set in the environment.
+another contender, the first of its kind, or a part of it: device_memory=zero3_nvme/4. A switch in capitals is set in
+the environment.
 
 DeepSpeed is optional, and left out with a sentence where it is not installed (`pip install deepspeed`). Its NVMe path
 needs libaio with its header (libaio-dev); its first start compiles for minutes.
@@ -60,19 +62,20 @@ SWITCHES = {
     "torch": {"recompute"},
     "ours": {"device_memory", "host_memory"} | OF_OURS,
     "ours_nvme": {"device_memory", "host_memory"} | OF_OURS,
+    "ours_tiers": {"device_memory", "host_memory"} | OF_OURS,
     "zero3_cpu": {"recompute", "sub_group_size"},
     "zero3_nvme": {"sub_group_size", "pipeline", "buffer_count"},
 }
 DEFAULT = (
     "torch", "torch+recompute=0", "ours", "zero3_cpu", "zero3_nvme", "ours_nvme", "ours_nvme+update_mode=after",
-    "ours_nvme+device_memory=zero3_nvme", "ours_nvme+device_memory=zero3_nvme/4",
+    "ours_tiers+device_memory=zero3_nvme", "ours_tiers+device_memory=zero3_nvme/4",
 )  # fmt: skip
 SIZES = {
     "117m": {"hidden": 768, "layers": 12, "intermediate": 2048, "heads": 12, "kv_heads": 12},
     "1b": {"hidden": 2048, "layers": 16, "intermediate": 5632, "heads": 32, "kv_heads": 32},
     "smoke": {"hidden": 128, "layers": 2, "intermediate": 256, "heads": 4, "kv_heads": 2, "vocabulary": 256},
 }
-SMOKE = ("torch", "ours", "ours_nvme+device_memory=torch*4")
+SMOKE = ("torch", "ours", "ours_nvme+device_memory=torch*4", "ours_tiers+device_memory=torch*4")
 COUNTERS = (
     "num_steps", "num_ahead_of_norm", "num_clipped", "num_redone", "num_skipped", "num_pieces", "num_read_ahead",
     "num_read_on_demand", "num_read_in_vain", "num_commits", "commit_seconds", "mode", "waits_because", "grad_norm",
@@ -135,8 +138,18 @@ def reference_of(size: str) -> tuple[str | None, float]:
     return (size, 1.0) if size in SWITCHES else (None, 1.0)
 
 
+def kind_of(name: str) -> str:
+    """The contender's kind, without its switches."""
+    return parse(name)[0]
+
+
+def first_of(kind: str, names: list[str]) -> str:
+    """The contender that a budget means by `kind`."""
+    return next(name for name in names if kind_of(name) == kind)
+
+
 def references(name: str) -> set[str]:
-    """The contenders whose peaks must be known before `name` can be started."""
+    """The kinds of contenders whose peaks must be known before `name` can be started."""
     _, switches = parse(name)
     found = {reference_of(switches.get(key, ""))[0] for key in ("device_memory", "host_memory")}
     return {reference for reference in found if reference is not None}
@@ -195,7 +208,7 @@ def together(settings: dict[str, Any], speed: Any, arguments: Namespace) -> tupl
                 left_out[name] = why
                 continue
             for reference in references(name) - peaks.keys():
-                seat, contender = next((s, c) for s, c in living if s.name == reference)
+                seat, contender = next((s, c) for s, c in living if kind_of(s.name) == reference)
                 for _ in range(arguments.unrecorded):
                     contender.step()
                 peaks[reference] = contender.ask("memory")["peak_bytes"]
@@ -238,11 +251,16 @@ def apart(settings: dict[str, Any], speed: Any, arguments: Namespace) -> tuple[l
                 seats[name] = Seat(name, settings)
             try:
                 seconds.setdefault(name, []).append(seats[name].visit(resolved(name, peaks), arguments))
-            except ContenderMissing as missing:
-                left_out[name] = str(missing)
+            except ContenderFailed as failed:
+                if name.startswith("ours") and not isinstance(failed, ContenderMissing):
+                    raise
+                left_out[name] = str(failed)  # others may need more memory than there is
                 del seats[name]
+                seconds.pop(name, None)
                 continue
-            peaks[name] = max(peaks.get(name, 0), seats[name].memory["peak_bytes"])
+            kind = kind_of(name)
+            if name == first_of(kind, names):
+                peaks[kind] = max(peaks.get(kind, 0), seats[name].memory["peak_bytes"])
     return list(seats.values()), seconds, left_out
 
 
@@ -253,7 +271,7 @@ def in_order(names: list[str]) -> list[str]:
 
 def lacks(name: str, left_out: dict[str, str]) -> str | None:
     """Why `name` cannot be started, if a contender that its budget refers to was left out."""
-    missing = sorted(references(name) & left_out.keys())
+    missing = sorted(references(name) & {kind_of(other) for other in left_out})
     return f"its budget is the peak of {missing[0]}, which was left out" if missing else None
 
 
@@ -370,7 +388,9 @@ def parse_arguments() -> Namespace:
     parser.set_defaults(**SIZES[known.size])
     arguments = parser.parse_args()
     wrong = check_names(arguments.contenders, SWITCHES)
-    odd = sorted({ref for name in arguments.contenders for ref in references(name)} - set(arguments.contenders))
+    odd = sorted(
+        {ref for name in arguments.contenders for ref in references(name)} - set(map(kind_of, arguments.contenders))
+    )
     if odd and wrong is None:
         wrong = f"--contenders: a budget is the peak of {odd[0]}, which does not take part"
     if wrong is not None:

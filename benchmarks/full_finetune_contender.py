@@ -77,7 +77,7 @@ class Torch:
 
 
 class Ours:
-    """offload_rt: all in memory, or, as `ours_nvme`, weights and state on NVMe."""
+    """offload_rt: all in memory; with a drive as `ours_tiers`; with weights and state on it as `ours_nvme`."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from offload_rt._engine import Engine
@@ -97,11 +97,12 @@ class Ours:
             chunk = Chunk(num_tokens=settings["tokens"], action=Action.KEEP)
             options["activations"] = ActivationPolicy(chunks=(chunk,))
         arguments: dict[str, Any] = {}
-        if settings["kind"] == "ours_nvme":
+        if settings["kind"] != "ours":
             nvme = Path(settings["store"])
             shutil.rmtree(nvme, ignore_errors=True)  # of a run that was killed
             nvme.mkdir(parents=True)
             arguments["nvme"] = nvme
+        if settings["kind"] == "ours_nvme":
             options["rest"] = Tier.NVME
         arguments |= {key: switches[key] for key in ("device_memory", "host_memory") if key in switches}
         if "commit_every" in switches:
@@ -229,7 +230,7 @@ class Zero3:
             shutil.rmtree(self.store, ignore_errors=True)
 
 
-KINDS = {"torch": Torch, "ours": Ours, "ours_nvme": Ours, "zero3_cpu": Zero3, "zero3_nvme": Zero3}
+KINDS = {"torch": Torch, "ours": Ours, "ours_nvme": Ours, "ours_tiers": Ours, "zero3_cpu": Zero3, "zero3_nvme": Zero3}
 
 
 class Server:

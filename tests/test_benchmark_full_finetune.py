@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 OURS = "ours_nvme+device_memory=torch*4"
+TIERS = "ours_tiers+device_memory=torch*4"
 
 
 def run(folder, *arguments):
@@ -29,7 +30,7 @@ def test_the_benchmark_measures_what_it_says(disk_folder):
     assert str(disk_folder) not in out.read_text()
     assert results["drive"]["bytes_per_second"]["median"] > 0
     rows = results["contenders"]
-    assert list(rows) == ["torch", "ours", OURS] and not results["left_out"]
+    assert list(rows) == ["torch", "ours", OURS, TIERS] and not results["left_out"]
     for row in rows.values():
         assert len(row["seconds"]["values"]) == 1 and row["peak_bytes"] > 0 and row["num_clipped"] == 0
         assert sum(row["phases"].values()) == pytest.approx(row["seconds"]["median"], rel=0.1)
@@ -37,6 +38,8 @@ def test_the_benchmark_measures_what_it_says(disk_folder):
         assert row["losses"][:3] == pytest.approx(rows["torch"]["losses"][:3], abs=2e-3)
     in_memory, on_nvme = rows["ours"], rows[OURS]
     assert in_memory["training"]["mode"] == "after" and in_memory["bytes_written"] == 0
+    fits = rows[TIERS]  # the same budget and drive as OURS, which may not use the memory
+    assert fits["training"]["mode"] == "after" and fits["bytes_written"] == 0
     assert on_nvme["training"]["mode"] == "speculative" and on_nvme["training"]["num_ahead_of_norm"] > 0
     assert on_nvme["training"]["num_commits"] == on_nvme["training"]["num_steps"]
     assert on_nvme["planned_bytes"] <= 4 * rows["torch"]["peak_bytes"]
