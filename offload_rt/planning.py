@@ -112,6 +112,7 @@ def problem_of(
         gradient_bytes_per_param=item_bytes,
         weight_bytes_per_param=item_bytes,
         clips=config.max_grad_norm is not None,
+        slab_bytes=0,  # slabs are ordinary memory, and come when a step's activations are gone
     )
     counted = planned.trainable_params * (2 * item_bytes + OPTIMIZER_BYTES_PER_ELEMENT)
     # What lies in DEVICE memory besides, whatever the plan.

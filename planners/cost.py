@@ -321,6 +321,22 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
     return {"device": device, "host": host, "nvme": nvme}
 
 
+def saving_bytes(problem: Problem, plan: Plan) -> dict[str, float]:
+    """What lies in each tier while a model is saved: all but a layer's activations, and two slabs that it goes through.
+
+    A step may hold less besides what lies there all the time, and so may reading the model in.
+    """
+    items = static_bytes(problem, plan)
+    totals = {tier: sum(sizes.values()) - sizes.get("transient activations", 0.0) for tier, sizes in items.items()}
+    totals["device" if problem.hardware.unified else "host"] += slab_bytes(problem)
+    return totals
+
+
+def slab_bytes(problem: Problem) -> int:
+    """Memory through which a model is read in and saved: one slab while another is on its way."""
+    return 2 * min(problem.workload.slab_bytes, max(entry.stored_bytes for entry in problem.workload.classes))
+
+
 def _host_rings(problem: Problem, plan: Plan) -> dict[str, float]:
     """Slots in HOST through which activations, gradients and optimizer state pass."""
     workload, buffers = problem.workload, plan.buffers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from planners.arenas import with_arenas
-from planners.cost import EDGE_SLOTS, Knobs, buckets, static_bytes
+from planners.cost import EDGE_SLOTS, Knobs, buckets, saving_bytes, slab_bytes, static_bytes
 from planners.placement import ClassPlan, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
 from planners.plan import Plan, Ring
 from planners.problem import BlockClass, Problem
@@ -178,27 +178,23 @@ def expected_redo_seconds(problem: Problem, plan: Plan) -> float:
     return workload.redo_probability * max(cpu, device, drives)
 
 
-INGEST_SLAB_BYTES = 32 * 2**20
-
-
 def phase_peaks(problem: Problem, plan: Plan, simulation: Simulation) -> dict[str, dict[str, int]]:
     """Peak bytes by tier in every phase of a run. Reading a model in and saving it go through slabs."""
     static = static_bytes(problem, plan)
     weights = {tier: static[tier].get("weights", 0.0) + static[tier].get("optimizer state", 0.0) for tier in static}
     weights["device"] += static["device"].get("resident weights", 0.0)
     weights["device"] += static["device"].get("adapters and their gradients", 0.0)
-    slabs = {"device": 0, "host": 2 * INGEST_SLAB_BYTES, "nvme": 0}
-    if problem.hardware.unified:
-        slabs = {"device": 2 * INGEST_SLAB_BYTES, "host": 0, "nvme": 0}
+    slab, through = slab_bytes(problem), "device" if problem.hardware.unified else "host"
+    saving = saving_bytes(problem, plan)
     everything = {tier: sum(items.values()) for tier, items in static.items()}
     phases = {}
     for tier in ("device", "host", "nvme"):
-        at_rest = round(weights[tier]) + slabs[tier]
+        at_rest = round(weights[tier]) + (slab if tier == through else 0)
         own = simulation.phase_peak_bytes.get(tier, {})
         phases[tier] = {
             "ingest": at_rest,
             **{phase: round(own.get(phase, everything[tier])) for phase in ("forward", "backward", "update")},
-            "save": round(everything[tier]) + slabs[tier],
+            "save": round(saving[tier]),
             "resume": at_rest,
         }
     return phases

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from planners.arenas import chunk_bytes, peak_bytes, peak_phase
-from planners.cost import EDGE_SLOTS, Knobs, capacities, fixed_device_bytes, fixed_host_bytes, num_chunks
+from planners.cost import EDGE_SLOTS, Knobs, capacities, fixed_device_bytes, fixed_host_bytes, num_chunks, saving_bytes
 from planners.errors import PlanInfeasible, format_bytes_up
 from planners.expand import Fractions, expand, with_prediction
 from planners.placement import Buffers, Cuts, Tier, UpdateMode, UpdatePlace
@@ -195,9 +195,14 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
 
 
 def shortages(problem: Problem, plan: Plan) -> list[Shortage]:
-    """Tiers that the plan's layout overfills, with the phase of the peak."""
-    need, have = peak_bytes(problem, plan), capacities(problem)
-    return [Shortage(t, need[t], have[t], peak_phase(problem, plan, t)) for t in have if need[t] > have[t]]
+    """Tiers that a step or a save overfills, with the phase of the peak."""
+    step, save, have = peak_bytes(problem, plan), saving_bytes(problem, plan), capacities(problem)
+    found = []
+    for tier in have:
+        if (need := max(step[tier], save[tier])) > have[tier]:
+            phase = "save" if save[tier] > step[tier] else peak_phase(problem, plan, tier)
+            found.append(Shortage(tier, need, have[tier], phase))
+    return found
 
 
 def infeasible(short: list[Shortage], ways_out: list[str] | None = None) -> PlanInfeasible:

@@ -114,6 +114,8 @@ class Workload:
     """That a speculative step has to be done again."""
     commit_every: int | None = None
     """Steps between durable commits; None: none."""
+    slab_bytes: int = 32 << 20
+    """Of a model that is read in or saved, at once; two of them are in memory."""
 
     @property
     def tokens(self) -> int:

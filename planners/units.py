@@ -31,7 +31,7 @@ class ProblemError(ValueError):
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Ends an error about an unknown name: the nearest match if there is one, otherwise all that is allowed."""
-    names = sorted(allowed)
+    names = sorted(name for name in allowed if name)
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
 

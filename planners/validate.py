@@ -18,7 +18,7 @@ from planners.arenas import (
     step_buffers,
     swapped_bytes,
 )
-from planners.cost import capacities, class_costs, fetch_counts, knobs_of
+from planners.cost import capacities, class_costs, fetch_counts, knobs_of, saving_bytes
 from planners.errors import format_bytes
 from planners.layout import Arena, Buffer
 from planners.placement import Tier, UpdateMode, UpdatePlace
@@ -42,7 +42,7 @@ def check(problem: Problem, plan: Plan) -> Simulation:
     check_modes(problem, plan)
     check_layout(problem, plan)
     replay = simulate(problem, plan, keep_events=True)
-    check_capacity(problem, replay)
+    check_capacity(problem, plan, replay)
     check_busy(problem, plan, replay)
     check_replay(problem, plan, replay)
     floor = floor_seconds(problem)
@@ -197,17 +197,18 @@ def check_arena(arena: Arena, wanted: Sequence[Buffer]) -> None:
                 raise InvalidPlan(f"arena {arena.name!r}, tick {tick}: {low.name!r} and {high.name!r} overlap")
 
 
-def check_capacity(problem: Problem, replay: Simulation) -> None:
+def check_capacity(problem: Problem, plan: Plan, replay: Simulation) -> None:
     """No tier holds more than it may, in any phase, and the replay no more than the layout has room for."""
     for tier, live in replay.live_bytes.items():
         if live > replay.peak_bytes[tier] + 1:
             raise InvalidPlan(f"{live:.0f} bytes of {tier} are live at once, the layout has {replay.peak_bytes[tier]}")
+    saving = saving_bytes(problem, plan)
     for tier, capacity in capacities(problem).items():
-        need = replay.peak_bytes[tier]
+        need, phase = max((replay.peak_bytes[tier], "a step"), (saving[tier], "saving"))
         if need > capacity:
             short = format_bytes(need - capacity)
             raise InvalidPlan(
-                f"needs {format_bytes(need)} of {tier}, which has {format_bytes(capacity)}: short {short}"
+                f"{phase} needs {format_bytes(need)} of {tier}, which has {format_bytes(capacity)}: short {short}"
             )
 
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from planners.cost import capacities
+from planners.arenas import peak_bytes
+from planners.cost import capacities, saving_bytes
 from planners.errors import PlanInfeasible
-from planners.greedy import plan_greedy
+from planners.greedy import plan_greedy, shortages
 from planners.placement import Cuts, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Capabilities
@@ -120,6 +121,21 @@ def test_a_limit_on_writes_holds():
     p = problem(machine_=machine(**ROOMY))
     with pytest.raises(InvalidPlan, match="writes"):
         check(replace(p, max_written_bytes=1000), plan_of(p))
+
+
+def test_a_step_that_fits_must_leave_room_for_what_a_save_goes_through():
+    """Weights in HOST to the last byte: nothing else of a step needs it."""
+    p = problem(machine_=machine(**ROOMY))
+    plan = plan_of(p, weights=(0, 1, 0), tokens=(0, 0, 0, 1))
+    room = saving_bytes(p, plan)["host"]
+    assert room > peak_bytes(p, plan)["host"]
+    for host, fits in ((math.ceil(room), True), (math.ceil(room) - 1, False)):
+        tight = replace(p, hardware=machine(**{**ROOMY, "host": host}))
+        plan_there = replace(plan, machine=tight.machine)
+        assert (shortages(tight, plan_there) == []) is fits
+        if not fits:
+            with pytest.raises(InvalidPlan, match="saving needs"):
+                check(tight, plan_there)
 
 
 def test_no_plan_beats_the_floor():
