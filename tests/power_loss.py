@@ -60,8 +60,9 @@ class PlainIO:
 class RecordingIO(PlainIO):
     """Keeps what the drives were told. `kill_at` raises `Killed` instead of starting so many operations later."""
 
-    def __init__(self, paths):
-        self.base = {str(path): path.read_bytes() for path in paths}
+    def __init__(self, base):
+        """`base`: path to what is on the drive of a file before it is told anything."""
+        self.base = {str(path): content for path, content in base.items()}
         self.operations = []
         self.now = 0
         self.kill_at = None

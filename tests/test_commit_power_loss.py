@@ -16,16 +16,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import offload_rt.commit_layout as commit_layout_module
 import offload_rt.commit_log as commit_log_module
 from offload_rt.arena import Arena
-from offload_rt.commit_layout import MutableExtent, make_log
+from offload_rt.commit_layout import Layout, MutableExtent, make_log, read_layout
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
-from offload_rt.errors import StoreCorrupt
+from offload_rt.errors import ConfigError, StoreCorrupt
 from offload_rt.transfer import Links
 from tests.power_loss import Killed, PlainIO, RecordingIO, every_outcome, random_outcome
 
 PAGE = 4096
+PAYLOAD_BYTES = 64
 EXTENTS = [
     MutableExtent(name="a", length_bytes=PAGE),
     MutableExtent(name="b", length_bytes=2 * PAGE, drive=1),
@@ -50,15 +52,29 @@ class Run:
     """A run on recorded drives, and what it was told: the states it committed, and when."""
 
     def __init__(self, folder):
+        self._new(folder)
+        self.make(Links(io=PlainIO()))
+        self._record({f / "state.bin": (f / "state.bin").read_bytes() for f in self.folders})
+        self.open()
+
+    def _new(self, folder):
         self.folders = [folder / "one", folder / "two"]
-        make_log([NvmePath(path=f) for f in self.folders], EXTENTS, Links(io=PlainIO()), payload_bytes=64)
         self.state = {extent.name: bytes(extent.length_bytes) for extent in EXTENTS}
         self.states = {0: (b"", dict(self.state))}
         self.begun, self.acknowledged = [(0, 0)], [(0, 0)]  # (moment, step)
-        self.io = RecordingIO([f / "state.bin" for f in self.folders])
-        self.links = Links(io=self.io)
         self.log = None
-        self.open()
+
+    def _record(self, base):
+        self.io = RecordingIO(base)
+        self.links = Links(io=self.io)
+
+    def make(self, links, **options):
+        drives = [NvmePath(path=folder) for folder in self.folders]
+        make_log(drives, EXTENTS, links, payload_bytes=PAYLOAD_BYTES, **options)
+
+    def laid_out(self, moment):
+        """The sets of folders that may have a `log.json` after a crash at `moment`, with its content."""
+        return [{folder: (folder / "log.json").read_bytes() for folder in self.folders}]
 
     def open(self):
         self.log = CommitLog(self.folders, self.links)
@@ -87,7 +103,8 @@ class Run:
 
     def kill(self):
         self.io.finish()
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
 
     def allowed(self, moment):
         """The steps that opening may give after a crash at `moment`."""
@@ -97,6 +114,51 @@ class Run:
 
     def close(self):
         self.log.close()
+
+
+class FirstStart(Run):
+    """A run that is recorded from the first byte of making its log on. In the files lies garbage: nothing that was
+    never written may be believed.
+
+    one/log.json    ..........?????-------     . not there    - there
+    two/log.json    .....????-------------     ? either
+    one, two        make      first commit
+    """
+
+    def __init__(self, folder, written_first):
+        self._new(folder)
+        self.written_first = written_first
+        sizes = Layout.of(EXTENTS, num_drives=2, payload_bytes=PAYLOAD_BYTES).file_bytes()
+        self._record(
+            {f / "state.bin": content(n, size) for n, (f, size) in enumerate(zip(self.folders, sizes, strict=True))}
+        )
+        self.named = []  # (begun, there, folder, log.json), the home's last
+        self.kill_before_naming = None
+
+    def start(self):
+        """Makes the log and opens it. May be killed."""
+        real = commit_layout_module._write_layout
+
+        def write_layout(layout, number, folder):
+            if number == self.kill_before_naming:
+                raise Killed
+            begun = self.io.tick()
+            real(layout, number, folder)
+            self.named.append((begun, self.io.tick(), folder, (folder / "log.json").read_bytes()))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commit_layout_module, "_write_layout", write_layout)
+            self.make(self.links, written_first=self.written_first)
+        self.open()
+
+    def laid_out(self, moment):
+        there = [{}]
+        for begun, done, folder, text in self.named:
+            if begun <= moment:
+                there.append({**there[-1], folder: text})
+            if done <= moment:
+                there = there[-1:]
+        return there
 
 
 class Judge:
@@ -109,18 +171,29 @@ class Judge:
         self.num_opened = 0
 
     def verdict(self, images, moment):
+        """Of what the drives hold: `images` of the files, and every set of layouts that there may be."""
+        return next(filter(None, (self._verdict(images, moment, named) for named in self.run.laid_out(moment))), None)
+
+    def _verdict(self, images, moment, named):
         allowed = self.run.allowed(moment)
-        key = (hashlib.sha256(b"".join(images.values())).digest(), frozenset(allowed))
+        key = (hashlib.sha256(b"".join(images.values())).digest(), frozenset(allowed), frozenset(named))
         if key in self.seen:
             return None
         self.seen.add(key)
         self.num_opened += 1
         for path, image in images.items():
             Path(path).write_bytes(image)
+        for folder in self.run.folders:
+            (folder / "log.json").unlink(missing_ok=True)
+        for folder, text in named.items():
+            (folder / "log.json").write_bytes(text)
         try:
             log = CommitLog(self.run.folders, self.links)
         except StoreCorrupt as error:
             return f"at {moment}: does not open: {error}"
+        except ConfigError as error:
+            said_so = "no commit log here" in str(error) and self.run.folders[0] not in named
+            return None if said_so else f"at {moment}: {error}"
         try:
             if log.committed.step not in allowed:
                 return f"at {moment}: opens at step {log.committed.step}, allowed: {sorted(allowed)}"
@@ -177,19 +250,21 @@ def test_a_power_loss_at_any_moment_leaves_a_committed_step_whole(folder):
     assert num_opened > 500
 
 
+NUM_SYNCED = {"after the data": 2, "after the record": 1}  # files, by a barrier of a commit
+
+
 def skip_barrier(which):
     """Breaks the protocol: every commit leaves out one of its two barriers."""
-    calls, real = [0], commit_log_module.barrier
+    real = commit_log_module.barrier
 
     def barrier(links, files, in_flight):
-        calls[0] += 1
-        if calls[0] % 2 != which:
+        if len(files) != NUM_SYNCED[which]:
             real(links, files, in_flight)
 
     return barrier
 
 
-@pytest.mark.parametrize("which", [1, 0], ids=["after the data", "after the record"])
+@pytest.mark.parametrize("which", NUM_SYNCED)
 def test_without_either_barrier_a_power_loss_is_noticed(folder, monkeypatch, which):
     monkeypatch.setattr(commit_log_module, "barrier", skip_barrier(which))
     run = Run(folder)
@@ -219,6 +294,73 @@ def test_a_commit_that_does_not_wait_for_its_writes_is_noticed(folder, monkeypat
 
 
 NUM_OPERATIONS_OF_A_COMMIT = 9  # writes: 3 extents, body, record; syncs: 2 files, then 1; and one past the end
+SOME_FIRST, ALL_FIRST = ("b",), ("a", "b", "c")
+NUM_OPERATIONS_OF_MAKING = 7  # writes: 3 of zeros around the room of "b", body, record; syncs: 2 files
+NUM_OPERATIONS_OF_A_START = NUM_OPERATIONS_OF_MAKING + 1 + NUM_OPERATIONS_OF_A_COMMIT  # opening syncs
+
+
+def first_start(folder, written_first, kill_at=None, kill_before_naming=None):
+    """Makes a log and commits twice; again from the beginning, or from where it is, if killed. Loses power then."""
+    run, since = FirstStart(folder, written_first), 0
+    run.io.kill_at, run.kill_before_naming = kill_at, kill_before_naming
+    try:
+        run.start()
+        run.write("a", 1), run.write("b", 2), run.write("c", 3)
+        run.commit()
+    except Killed:
+        run.kill()
+        since = run.io.now
+        if read_layout(run.folders) is None:
+            run = FirstStart(folder, written_first)
+            run.start()
+            since = run.io.now  # what was before is that of a run that was not killed
+        else:
+            run.open()
+        run.write("a", 4), run.write("b", 5)
+        run.commit()
+    run.io.kill_at = None
+    run.write("b", 7)
+    run.commit()
+    run.close()
+    return lose_power_everywhere(run, since)
+
+
+@pytest.mark.parametrize("written_first", [SOME_FIRST, ALL_FIRST], ids=["one extent", "all extents"])
+def test_a_power_loss_in_a_first_start_leaves_a_committed_state_or_none(folder, written_first):
+    complaints, num_opened = first_start(folder, written_first)
+    assert complaints == []
+    assert num_opened > 500
+
+
+@pytest.mark.parametrize("kill_at", range(NUM_OPERATIONS_OF_A_START))
+def test_killed_in_a_first_start_and_then_a_power_loss(folder, kill_at):
+    complaints, num_opened = first_start(folder, SOME_FIRST, kill_at)
+    assert complaints == []
+    assert num_opened > 50
+
+
+@pytest.mark.parametrize("number", [1, 0], ids=["before the first layout", "between the layouts"])
+def test_killed_where_a_log_gets_its_layout_and_then_a_power_loss(folder, number):
+    complaints, num_opened = first_start(folder, SOME_FIRST, kill_before_naming=number)
+    assert complaints == []
+    assert num_opened > 50
+
+
+def test_a_log_that_is_named_before_it_is_durable_is_noticed(folder, monkeypatch):
+    monkeypatch.setattr(commit_layout_module, "barrier", lambda *_: None)
+    assert "does not open" in first_start(folder, SOME_FIRST)[0][0]
+
+
+def test_a_layout_that_the_home_gets_first_is_noticed(folder, monkeypatch):
+    """Then it is read with a part missing, where nothing is missing but time."""
+    monkeypatch.setattr(commit_layout_module, "reversed", lambda numbers: numbers, raising=False)
+    assert first_start(folder, SOME_FIRST)[0]
+
+
+@pytest.mark.parametrize("which", NUM_SYNCED)
+def test_without_either_barrier_a_power_loss_in_a_first_start_is_noticed(folder, monkeypatch, which):
+    monkeypatch.setattr(commit_log_module, "barrier", skip_barrier(which))
+    assert first_start(folder, ALL_FIRST)[0]
 
 
 def killed_then_lost(folder, kill_at):
