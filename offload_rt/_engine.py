@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,23 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt.assembly import RuntimeOptions, assemble
-from offload_rt.calibrate import calibrated
+from offload_rt.arguments import OptimizerSpec, machine_to_plan_for, make_optimizer, read_plan
+from offload_rt.assembly import Progress, RuntimeOptions, assemble
+from offload_rt.batch_check import check_batch
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
-from offload_rt.checkpoint.state import FolderCommits, load_state, save_state
 from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.device_cuda import find_device
 from offload_rt.emulation import emulated_config, emulated_hardware
-from offload_rt.errors import ConfigError, IntegrityError, OffloadError, UnsupportedModule, nearest
+from offload_rt.errors import ConfigError, OffloadError, nearest
 from offload_rt.heap import Base
-from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_loss, check_norm, check_optimizer
-from offload_rt.optimizer.adapter_saving import load_adapter_training, save_adapter_training
-from offload_rt.optimizer.saving import committed_values, load_training, save_training
-from offload_rt.optimizer.training import FullTraining
+from offload_rt.integrity import check_loss, check_optimizer
 from offload_rt.report import report, summary
 from offload_rt.runtime import Runtime
-from planners.hardware import Hardware
 from planners.plan import Plan
 
 logger = logging.getLogger("offload_rt")
-
-Progress = Callable[[str, int, int], None]
-OPTIMISE = "optimise"
-"""The plan that the optimiser makes of this model and machine."""
-OptimizerSpec = type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 def engine(model: nn.Module, **arguments: Any) -> Engine:
@@ -127,8 +118,8 @@ class Engine:
         emulated = None if emulate is None else emulated_hardware(emulate)
         if emulated is not None:
             self.config = emulated_config(self.config, emulated)
-        given_plan = _read_plan(plan)
-        optimise_for = self._machine(emulated) if plan == OPTIMISE else None
+        given_plan = read_plan(plan)
+        optimise_for = machine_to_plan_for(plan, self.config, emulated)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         flags = {id(p): p.requires_grad for p in model.parameters()}
         self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
@@ -137,7 +128,7 @@ class Engine:
                 name: p for name, p in self.model.named_parameters() if p.requires_grad
             }
             """What trains, by name. Parameters keep their identity when those on meta become real."""
-            self.optimizer: torch.optim.Optimizer | None = _make_optimizer(optimizer, lr, list(self.trainable.values()))
+            self.optimizer: torch.optim.Optimizer | None = make_optimizer(optimizer, lr, list(self.trainable.values()))
             if self.optimizer is not None:
                 check_optimizer(self.optimizer, self.trainable)
             # What a first optimizer makes torch import is the base's, as peft is; what the model holds is the plan's.
@@ -160,16 +151,8 @@ class Engine:
                 remove_adapters(self.model, model, flags)
             raise
         self._training = self._runtime.training
-        if self._training is not None:
-            self.optimizer = self._training.optimizer
-            self._training.commits.carry(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
-        self._num_steps = 0
-        self._folder_commits: FolderCommits | None = None
-        if self.optimizer is not None and self._training is None and commit_every is not None:
-            self._folder_commits = FolderCommits(
-                self.trainable, self.optimizer, self._values, self._with_schedulers, every=commit_every,
-                folder=self.commit_folder,
-            )  # fmt: skip
+        self._training.carry(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
+        self.optimizer = self._training.optimizer
         self._wear_from = (0, self._runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
         self._closed = False
@@ -177,24 +160,12 @@ class Engine:
         self._num_backwards = 0
         self._warned_accumulation = False
         self._handles = [
-            self.model.register_forward_pre_hook(self._check_batch, with_kwargs=True),
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
                 lambda *arguments: self._leave_out_absent(*arguments)  # torch marks the hook: a method takes no marks
             ),
         ]
         logger.info("%s", self.summary())
-
-    def _machine(self, emulated: Hardware | None) -> Hardware:
-        """The machine that the optimiser plans for: the emulated one, or what was calibrated here."""
-        if emulated is not None:
-            return emulated
-        found = calibrated("cpu", tuple(drive.path.resolve() for drive in self.config.nvme))
-        if found is None:
-            folders = " ".join(f"--nvme {drive.path}" for drive in self.config.nvme)
-            raise ConfigError(
-                f"plan: {OPTIMISE!r} needs this machine's rates: run `offload-rt calibrate {folders}` once"
-            )
-        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""
@@ -217,37 +188,13 @@ class Engine:
     @property
     def step_number(self) -> int:
         """Steps made since the run began, those of the run that it goes on from included."""
-        return self._num_steps if self._training is None else self._training.step_number
+        return self._training.step_number
 
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
-        if self.optimizer is None:
-            raise ConfigError("step: nothing trains; give adapters=, or leave some parameters requires_grad")
         self._warn_of_accumulation()
         self._num_backwards = 0
-        if isinstance(self._training, FullTraining):
-            self.optimizer.step()
-            return
-        self._finish_commit()
-        if self.step_number < CHECKED_STEPS:
-            check_gradients(self.trainable, self.step_number + 1)
-            before = {name: p.detach().clone() for name, p in self.trainable.items()} if self.step_number == 0 else {}
-            check_optimizer(self.optimizer, self.trainable)
-        else:
-            before = {}
-        if self.config.max_grad_norm is not None:
-            check_norm(self.clip_grad_norm_(self.config.max_grad_norm), self.step_number + 1)
-        self.optimizer.step()
-        self._check_moved(before)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._num_steps += 1
-        if self._folder_commits is not None:
-            self._folder_commits.step_taken(self.step_number)
-
-    def _finish_commit(self) -> None:
-        """Makes the commit of the last step in memory, where it is due. Blocks."""
-        if self._folder_commits is not None:
-            self._folder_commits.finish()
+        self._training.take_step()
 
     def _warn_of_accumulation(self) -> None:
         declared = self.config.accumulation_steps
@@ -293,18 +240,11 @@ class Engine:
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales the gradients so that their global norm is at most `max_norm`; returns the norm before. Exact."""
-        if isinstance(self._training, FullTraining):
-            return self._training.clip_grad_norm_(max_norm)
-        return torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), max_norm)
+        return self._training.clip_grad_norm_(max_norm)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradients that there are, by parameter name. Those of layers that train are in memory one by one."""
-        if isinstance(self._training, FullTraining):
-            yield from self._training.gradient_items()
-            return
-        for name, parameter in self.trainable.items():
-            if parameter.grad is not None:
-                yield name, parameter.grad
+        return self._training.gradient_items()
 
     def track(self, name: str, tracked: Any) -> None:
         """Makes anything with `state_dict` and `load_state_dict` a part of every checkpoint."""
@@ -315,11 +255,7 @@ class Engine:
     @property
     def commit_folder(self) -> Path:
         """Where commits are. ConfigError without nvme=."""
-        if self._training is not None and self._training.commits.folder is not None:
-            return self._training.commits.folder
-        if self._runtime.store is None:
-            raise ConfigError("commit_every: commits are written beside the store; give nvme= a folder")
-        return self._runtime.store.folders[0] / "commit"
+        return self._training.commit_folder
 
     @property
     def committed(self) -> Mapping[str, Any] | None:
@@ -328,48 +264,27 @@ class Engine:
         What is tracked is in it as it was when `step` returned, schedulers as the next forward found them. Step 0 is a
         state that was just made.
         """
-        return None if self._training is None else committed_values(self._training)
+        return self._training.committed
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Writes parameters that train, optimizer, random numbers and everything tracked. Atomic and durable.
 
         In full fine-tuning, the commit folder stands for a commit of what is there now, which copies nothing.
         """
-        if self.optimizer is None:
-            raise ConfigError("save_checkpoint: nothing trains")
-        if isinstance(self._training, FullTraining):
-            save_training(self._training, Path(folder))
-            return
-        if self._training is not None:
-            save_adapter_training(self._training, Path(folder), self.trainable, self._values())
-            return
-        self._finish_commit()
-        save_state(Path(folder), self.trainable, self.optimizer, self._values())
+        self._training.save(Path(folder))
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it."""
-        if self.optimizer is None:
-            raise ConfigError("load_checkpoint: nothing trains")
 
         def check(extra: Mapping[str, Any]) -> None:
             odd = sorted(set(extra["tracked"]) ^ set(self._tracked))
             if odd:
                 raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(odd)}")
 
-        if isinstance(self._training, FullTraining):
-            extra = load_training(self._training, Path(folder), check)
-        elif self._training is not None:
-            extra = load_adapter_training(self._training, Path(folder), self.trainable, check)
-        else:
-            self._finish_commit()
-            extra = load_state(Path(folder), self.trainable, self.optimizer, check)
-            self._num_steps = int(extra["step"])
+        extra = self._training.load(Path(folder), check)
         for name, state in extra["tracked"].items():
             self._tracked[name].load_state_dict(state)
         self._wear_from = (self.step_number, self._runtime.links.counters.bytes_written)
-
-    def _values(self) -> dict[str, Any]:
-        return {"step": self.step_number, "tracked": self._tracked_values()}
 
     def _tracked_values(self) -> dict[str, Any]:
         return {name: tracked.state_dict() for name, tracked in self._tracked.items()}
@@ -403,8 +318,7 @@ class Engine:
             source = self._checkpoint if self._checkpoint.is_dir() else self._checkpoint.parent
             if folder.samefile(source):
                 raise ConfigError(f"save_pretrained: {folder} is what this run began from; give another folder")
-        if isinstance(self._training, FullTraining):
-            self._training.before_forward("the model was saved between backward and step")
+        self._training.before_weights_are_read()
         blocks = [(block, self._runtime.accesses[block.name]) for block in self._runtime.blocks]
         save_model(self.model, tensor_groups(self.model, blocks), folder, max_shard_bytes=limit)
 
@@ -429,14 +343,10 @@ class Engine:
 
     def close(self) -> None:
         """Waits for what is under way; gives memory, files and hooks back. May be called twice."""
-        closed, self._closed = self._closed, True
+        self._closed = True
         for handle in self._handles:
             handle.remove()
-        try:
-            if not closed:
-                self._finish_commit()
-        finally:
-            self._runtime.close()
+        self._runtime.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -444,34 +354,9 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuses a batch larger than planned, and outputs whose gradients recomputing would lose."""
-        configured = getattr(getattr(module, "config", None), "output_router_logits", False)
-        if torch.is_grad_enabled() and kwargs.get("output_router_logits", configured):
-            raise UnsupportedModule(
-                "output_router_logits: the auxiliary loss would lose its gradient when layers are recomputed; set "
-                "config.output_router_logits = False"
-            )
-        self._finish_commit()
-        if self._training is not None:
-            self._training.before_forward()
-        if self._runtime.tokenwise is not None and kwargs.get("output_attentions"):
-            raise UnsupportedModule("output_attentions: layers that run by chunks of tokens have no attention weights")
-        candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
-        tokens = next((value for value in candidates if value is not None), None)
-        if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
-            return
-        rows, length = tokens.shape[0], tokens.shape[1]
-        if length > self.config.seq_len:
-            raise ConfigError(
-                f"seq_len: a batch of {length} tokens a row came, the plan was made for {self.config.seq_len}; give "
-                f"engine(seq_len={length}) or cut the rows"
-            )
-        if torch.is_grad_enabled() and rows * length > self.config.batch_size * self.config.seq_len:
-            raise ConfigError(
-                f"batch_size: a batch of {rows} x {length} tokens came, the plan was made for "
-                f"{self.config.batch_size} x {self.config.seq_len}"
-            )
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._training.before_forward()
+        check_batch(model, args, kwargs, self.config, by_chunks=self._runtime.tokenwise is not None)
 
     def _leave_out_absent(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         """A state_dict has no entry for a weight that is at rest: better missing than NaN. Adapters are all there."""
@@ -479,46 +364,3 @@ class Engine:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if id(parameter) in absent:
                 state.pop(prefix + name, None)
-
-    def _check_moved(self, before: dict[str, torch.Tensor]) -> None:
-        """After the first step: something must have changed, unless the learning rate is still zero."""
-        if not before or self.optimizer is None or not any(group.get("lr", 1) for group in self.optimizer.param_groups):
-            return
-        if all(torch.equal(before[name], p.detach()) for name, p in self.trainable.items()):
-            raise IntegrityError("step 1 changed no parameter: the optimizer does not update this model's parameters")
-
-
-def _read_plan(plan: Plan | str | Path) -> Plan | None:
-    if isinstance(plan, Plan):
-        return plan
-    if plan in ("auto", OPTIMISE):
-        return None
-    if not isinstance(plan, (str, Path)):
-        raise ConfigError(f"plan: expected 'auto', a Plan or the path of one, got {plan!r}")
-    try:
-        return Plan.load(Path(plan))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"plan: {error}") from None
-
-
-def _make_optimizer(
-    spec: OptimizerSpec | None, lr: float | None, parameters: list[nn.Parameter]
-) -> torch.optim.Optimizer | None:
-    if not parameters:
-        return None
-    arguments: dict[str, Any] = {} if lr is None else {"lr": lr}
-    if spec is None:
-        return torch.optim.AdamW(parameters, **arguments)
-    if isinstance(spec, type) and issubclass(spec, torch.optim.Optimizer):
-        kind: Any = spec
-        made: torch.optim.Optimizer = kind(parameters, **arguments)
-        return made
-    if not callable(spec):
-        raise ConfigError("optimizer: expected a class or a function of the parameters, got an optimizer that is built")
-    if lr is not None:
-        raise ConfigError("lr: belongs into the function given as optimizer=, which makes the optimizer")
-    factory: Any = spec
-    built = factory(parameters)
-    if not isinstance(built, torch.optim.Optimizer):
-        raise ConfigError(f"optimizer: the function returned {type(built).__name__}, not a torch.optim.Optimizer")
-    return built

@@ -33,6 +33,8 @@ from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import Base, HeapGuard
 from offload_rt.loss_head import LossHead
+from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
+from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.paced_stash import PacedStash
 from offload_rt.plan_check import check_plan
@@ -330,6 +332,8 @@ class _Assembly:
         """Takes the weights out of the model and puts the hooks in. Nothing before this changed the model."""
         heap = self._heap()
         workload = self.workload
+        stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
+        materialise_rest(workload.model, workload.rest, stored)
         tokenwise = Tokenwise(replace(places, between_chunks=heap.check)) if self.plan.activations else None
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
@@ -337,16 +341,8 @@ class _Assembly:
             layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
             tokenwise=tokenwise, coverage=covered, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, turns=self.turns,
-            training=None, device=self.device,
+            training=self._training(optimizer, make_room=heap.check), device=self.device,
         )  # fmt: skip
-        stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
-        materialise_rest(workload.model, workload.rest, stored)
-        if self.state is not None and optimizer is not None:
-            self.state.begin()
-            if self.problem.training is not None and self.problem.training.adapters:
-                runtime.training = self.state.finish_adapters(optimizer)
-            else:
-                runtime.training = self.state.finish(optimizer, self._drain, self.turns, make_room=heap.check)
         for draft in workload.drafts:
             bindings = tuple(
                 Binding(spec, entry.parameter, entry.owners)
@@ -375,6 +371,20 @@ class _Assembly:
         runtime.loss_head = self._loss_head(runtime)
         heap.trim()  # of what the weights and their encoding have left
         return runtime
+
+    def _training(self, optimizer: torch.optim.Optimizer | None, *, make_room: Callable[[], None]) -> Training:
+        """What trains, with the state that it begins with. Parameters that stay in memory have their values."""
+        config = self.workload.config
+        steps = AdapterSteps(
+            {name: p for name, p in self.workload.model.named_parameters() if p.requires_grad}, config.max_grad_norm
+        )
+        if self.state is None or optimizer is None:
+            folder = None if self.store is None else self.store.folders[0] / "commit"
+            return MemoryTraining(steps, optimizer, commit_every=config.commit_every, commit_folder=folder)
+        self.state.begin()
+        if self.problem.training is not None and self.problem.training.adapters:
+            return self.state.finish_adapters(optimizer, steps)
+        return self.state.finish(optimizer, self._drain, self.turns, make_room=make_room)
 
     def _drain(self) -> None:
         """Nobody reads weights ahead when this returns."""

@@ -17,6 +17,8 @@ _UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 
+NO_COMMIT_FOLDER = "commit_every: commits are written beside the store; give nvme= a folder"
+
 
 def parse_bytes(value: int | str, *, field: str) -> int:
     """Bytes from a number or a text such as `"22GiB"`. Binary and decimal units are told apart."""
@@ -109,7 +111,7 @@ class EngineConfig:
             if isinstance(self.commit_every, bool) or not isinstance(self.commit_every, int) or self.commit_every < 1:
                 raise ConfigError(f"commit_every: must be a whole number of at least 1, got {self.commit_every!r}")
             if not self.nvme:
-                raise ConfigError("commit_every: commits are written beside the store; give nvme= a folder")
+                raise ConfigError(NO_COMMIT_FOLDER)
 
 
 def parse_adapters(text: str) -> dict[str, Any]:

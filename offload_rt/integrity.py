@@ -66,3 +66,13 @@ def check_norm(norm: torch.Tensor, step: int) -> None:
             f"step {step}: the gradients' norm is not finite ({float(norm)}); nothing was updated. Zero the gradients "
             f"to skip this batch"
         )
+
+
+def check_moved(
+    before: Mapping[str, torch.Tensor], trainable: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raises `IntegrityError` where nothing differs from `before` after step 1, unless all learning rates are zero."""
+    if not any(group.get("lr", 1) for group in optimizer.param_groups):
+        return
+    if all(torch.equal(before[name], p.detach()) for name, p in trainable.items()):
+        raise IntegrityError("step 1 changed no parameter: the optimizer does not update this model's parameters")

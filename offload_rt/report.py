@@ -7,7 +7,6 @@ from typing import Any
 
 from offload_rt import codec
 from offload_rt.config import EngineConfig
-from offload_rt.optimizer.training import FullTraining
 from offload_rt.profile import peak_resident_bytes, resident_bytes
 from offload_rt.runtime import Runtime
 from planners.errors import format_bytes
@@ -51,7 +50,7 @@ def report(
         "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
         "loss_head": None if runtime.loss_head is None else runtime.loss_head.report(),
         "passed_on": runtime.turns.num_passed_on,
-        "training": None if runtime.training is None else runtime.training.report(),
+        "training": runtime.training.report(),
         "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
         "recomputes": runtime.layer_counters.num_recomputes,
         "products_left_out": runtime.layer_counters.num_products_left_out,
@@ -96,8 +95,9 @@ def _bytes_written_per_step(
     waiting = runtime.tiers.accounts[Tier.NVME].holdings.get("layer inputs, activations", 0)
     micro_batches = 1 if runtime.plan.layer_major else config.accumulation_steps  # together, they all have room
     expected = waiting / (1 + (runtime.plan.layer_inputs is Tier.NVME)) * micro_batches
-    if runtime.training is not None:
-        expected += runtime.training.report()["expected_bytes_written_per_step"]
+    training = runtime.training.report()
+    if training is not None:
+        expected += training["expected_bytes_written_per_step"]
     return {
         "bytes_written_per_step": (runtime.links.counters.bytes_written - written) / steps if steps else 0.0,
         "expected_bytes_written_per_step": expected,
@@ -120,13 +120,12 @@ def summary(runtime: Runtime, config: EngineConfig) -> str:
         lines.append(f"predicted: {plan.predicted['step_seconds']:.3g} s a step, {busy[binding]:.3g} of it {binding}")
     if plan.resident:
         lines.append(f"resident: {len(plan.resident)} blocks")
-    if runtime.training is not None:
-        report = runtime.training.report()
-        state, held = report["state_bytes"], report["state_in_memory_bytes"]
+    training = runtime.training.report()
+    if training is not None:
+        state, held = training["state_bytes"], training["state_in_memory_bytes"]
         places = [f"{format_bytes(held)} in memory"] if held else []
         places += [f"{format_bytes(state - held)} on NVME"] if state > held else []
-        what = "masters and moments" if isinstance(runtime.training, FullTraining) else "optimizer state of adapters"
-        lines.append(f"{what}: {', '.join(places)}; updates: {report['mode']}")
+        lines.append(f"{runtime.training.state_name}: {', '.join(places)}; updates: {training['mode']}")
     if plan.head_chunk_tokens is not None:
         lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
     if plan.layer_major:

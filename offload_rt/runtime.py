@@ -17,8 +17,7 @@ from offload_rt.edge import StreamedModule
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import HeapGuard
 from offload_rt.loss_head import LossHead
-from offload_rt.optimizer.adapters import AdapterTraining
-from offload_rt.optimizer.training import FullTraining
+from offload_rt.optimizer.interface import Training
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.store import Store
@@ -27,9 +26,7 @@ from offload_rt.tokenwise.layer import Tokenwise
 from offload_rt.transfer import Links
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
-from offload_rt.workload import (
-    TensorDevice,
-)
+from offload_rt.workload import TensorDevice
 from planners.plan import Plan
 
 T = TypeVar("T")
@@ -62,8 +59,7 @@ class Runtime:
     recorder: Recorder | None
     turns: Turns
     """Of the micro-batches of a `train_batch`, where the plan takes them layer by layer."""
-    training: FullTraining | AdapterTraining | None
-    """Of what has state in tiers; None where adapters keep theirs."""
+    training: Training
     device: TensorDevice | None
     """DEVICE, where its work is asynchronous; None where it is RAM."""
     _closed: bool = field(default=False)
@@ -96,8 +92,7 @@ class Runtime:
         for executor in self.executors:
             executor.drain()
         try:
-            if self.training is not None:
-                self.training.close()  # a commit that is due may fail
+            self.training.close()  # a commit that is due may fail
         finally:
             self.links.close()
             self.heap.close()

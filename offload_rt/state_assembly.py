@@ -19,6 +19,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
 from offload_rt.optimizer.gradients import Gradients
+from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
 from offload_rt.optimizer.state import (
     STATE_PREFIX,
@@ -138,7 +139,7 @@ class StateAssembly:
         for write in writes:
             self._links.wait(write)
 
-    def finish_adapters(self, made: torch.optim.Optimizer) -> AdapterTraining:
+    def finish_adapters(self, made: torch.optim.Optimizer, steps: AdapterSteps) -> AdapterTraining:
         """The updates of adapters whose state this is, begun; a first commit is there, unless the log goes on."""
         log, progress = self.home.log, Progress()
         training: list[AdapterTraining] = []
@@ -149,7 +150,7 @@ class StateAssembly:
         )  # fmt: skip
         training.append(
             AdapterTraining(
-                self._draft.blocks, self._draft.rule, self.home, stepper, progress, made,
+                steps, self._draft.blocks, self._draft.rule, self.home, stepper, progress, made,
                 commit_every=self._commit_every, commit_folder=self.folders[0] if self.folders else None,
                 on_close=self.close,
             )

@@ -26,6 +26,7 @@ from offload_rt.errors import (
     StorageError,
     UnsupportedModule,
 )
+from offload_rt.optimizer.in_memory import MemoryTraining
 from offload_rt.training.loop import train
 from offload_rt.training.options import TrainingOptions
 from offload_rt.training.run_folder import RunFolder
@@ -225,7 +226,7 @@ def test_state_that_cannot_be_tiered_is_refused_and_stays_in_memory_where_it_fit
         make(device_memory="150KiB")
     assert why in str(infeasible.value.__cause__)
     with make() as engine:
-        assert engine._training is None
+        assert isinstance(engine._training, MemoryTraining)
 
 
 def test_gradients_are_where_torch_finds_them_and_the_optimizer_says_where_its_state_is(tmp_path: Path) -> None:

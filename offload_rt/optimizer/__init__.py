@@ -1,5 +1,6 @@
 """Training all parameters: fp32 masters and optimizer state in the tiers, updated where they lie. And adapters.
 
+interface   what an engine asks of whatever trains
 pieces      what state there is and in which units it moves
 rules       the arithmetic of one parameter's update
 arrivals    gradients on their way from a device
@@ -13,4 +14,5 @@ step        what has been done of a step
 training    the step itself: norm, clipping, redoing, dropping
 tiered      the optimizer that the user sees; its param_groups by name
 adapters    the same for adapters: weights and gradients in memory, state in the tiers
+in_memory   and for adapters whose state torch holds
 """

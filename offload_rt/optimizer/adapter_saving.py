@@ -15,57 +15,22 @@ from torch import Tensor
 from offload_rt.arena import Arena, Slot
 from offload_rt.checkpoint import open_checkpoint
 from offload_rt.checkpoint.optimizer_state import Write
-from offload_rt.checkpoint.state import load_state, save_state
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError
-from offload_rt.optimizer.adapters import AdapterTraining
 from offload_rt.optimizer.pieces import MASTER, Piece, Segment, TrainedBlock
-from offload_rt.optimizer.rules import StateTensor
-from offload_rt.optimizer.saving import Check, is_commit_folder, load_commit
+from offload_rt.optimizer.rules import StateTensor, UpdateRule
 from offload_rt.optimizer.state import begin_state, state_tensors
-
-Trainable = Mapping[str, Tensor]
-
-
-def save_adapter_training(
-    training: AdapterTraining, folder: Path, trainable: Trainable, extra: Mapping[str, Any]
-) -> None:
-    """Saves the state as it is now, durably; for the commit folder, by a commit. Blocks.
-
-    `extra` is that of `save_state`, whose errors these are.
-    """
-    training.before_forward()
-    if is_commit_folder(training, folder):
-        training.commits.commit()
-        return
-    save_state(folder, trainable, training.optimizer, extra, state=TieredState(training))
-
-
-def load_adapter_training(
-    training: AdapterTraining, folder: Path, trainable: Trainable, check: Check
-) -> dict[str, Any]:
-    """Continues from a checkpoint, or from the commit folder; returns what was saved besides. Blocks.
-
-    Raises as `load_state` does.
-    """
-    training.commits.finish()
-    if is_commit_folder(training, folder):
-        return load_commit(training, check)
-    values = load_state(folder, trainable, training.optimizer, check, state=TieredState(training))
-    training.step_number = int(values["step"])
-    training.begin_again(from_log=False)
-    return values
+from offload_rt.optimizer.tiered_training import TieredTraining
 
 
 class TieredState:
     """State in tiers, as `checkpoint.state` sees it."""
 
-    def __init__(self, training: AdapterTraining) -> None:
+    def __init__(self, training: TieredTraining, rule: UpdateRule) -> None:
         self._training = training
         self._tensors: dict[str, dict[str, StateTensor]] = {
             trained.name: {
-                tensor.name: tensor
-                for tensor in training.rule.state(tuple(trained.parameter.shape), trained.parameter.dtype)
+                tensor.name: tensor for tensor in rule.state(tuple(trained.parameter.shape), trained.parameter.dtype)
             }
             for block in training.blocks
             for trained in block.parameters

@@ -8,23 +8,25 @@ the pieces is what a commit holds of them: what somebody changes by hand is in a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload_rt.checkpoint.values import rng_state
+from offload_rt.checkpoint.state import load_state, save_state
+from offload_rt.checkpoint.values import restore_rng
+from offload_rt.optimizer.adapter_saving import TieredState
 from offload_rt.optimizer.arrivals import Arrival
-from offload_rt.optimizer.commits import Commits
-from offload_rt.optimizer.param_groups import ParamGroups
+from offload_rt.optimizer.in_memory import AdapterSteps
+from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.rules import UpdateRule
+from offload_rt.optimizer.saving import load_commit
 from offload_rt.optimizer.state import StateHome
 from offload_rt.optimizer.stepper import Progress, Stepper
-from offload_rt.optimizer.tiered import TieredOptimizer
+from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.writes import state_report
 from planners.placement import UpdateMode
 
@@ -46,11 +48,14 @@ class ParameterGradients:
         return trained.parameter.grad.detach().reshape(-1)[begin:end]
 
 
-class AdapterTraining:
-    """The updates of one engine, and their commits. Used by one thread."""
+class AdapterTraining(TieredTraining):
+    """An `interface.Training`. The updates of one engine, and their commits. Used by one thread."""
+
+    state_name = "optimizer state of adapters"
 
     def __init__(
         self,
+        steps: AdapterSteps,
         blocks: Sequence[TrainedBlock],
         rule: UpdateRule,
         home: StateHome,
@@ -62,22 +67,28 @@ class AdapterTraining:
         commit_folder: Path | None,
         on_close: Callable[[], None],
     ) -> None:
-        self.blocks = tuple(blocks)
-        self.rule = rule
-        self.home = home
-        self.stepper = stepper
-        self.progress = progress
-        self.optimizer = TieredOptimizer(made, self.step, lambda: None)
-        names = {id(trained.parameter): trained.name for block in blocks for trained in block.parameters}
-        self.groups = ParamGroups(self.optimizer, names)
-        self.commits = Commits(blocks, home, self._values, self.groups.values, every=commit_every, folder=commit_folder)
-        self.step_number = 0
-        self._on_close = on_close
+        super().__init__(
+            blocks, home, stepper, progress, made, commit_every=commit_every, commit_folder=commit_folder,
+            on_close=on_close,
+        )  # fmt: skip
+        self._steps = steps
+        self._rule = rule
 
     def before_forward(self) -> None:
-        """Makes the commit of the last step, where it is due. Blocks."""
         self.commits.check_usable()
         self.commits.finish()
+
+    def before_weights_are_read(self) -> None:
+        """They are in memory, always."""
+
+    def take_step(self) -> None:
+        self._steps.take(self.optimizer, self.step_number + 1)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        return self._steps.clip(max_norm)
+
+    def gradient_items(self) -> Iterator[tuple[str, Tensor]]:
+        return self._steps.gradients()
 
     def step(self) -> None:
         """Updates every parameter that has a gradient. Blocks."""
@@ -98,31 +109,40 @@ class AdapterTraining:
         self.commits.step_taken(self.step_number)
         self._expect_next()
 
+    def forget(self) -> None:
+        """Nothing: gradients are where the optimizer forgets them itself."""
+
     def stop(self) -> None:
-        """Reads nothing ahead any more. Blocks."""
         self.stepper.forget()
         self.stepper.new_scalars.clear()
 
-    def load_values(self, values: Mapping[str, Any]) -> None:
-        """Takes over what a commit carries. ConfigError where param groups are not those of this run."""
-        self.groups.load(values["groups"])
-        self.progress.steps = dict(values["steps"])
-        self.progress.scalars = dict(values["scalars"])
-        self.step_number = int(values["step"])
+    def save(self, folder: Path) -> None:
+        """The folder is that of `checkpoint.state`, whose errors these are."""
+        self.before_forward()
+        if self.is_commit_folder(folder):
+            self.commits.commit()
+            return
+        values = {"step": self.step_number, **self.commits.extra()}
+        save_state(folder, self._steps.trainable, self.optimizer, values, state=TieredState(self, self._rule))
 
-    def begin_again(self, weights: Sequence[str] = (), *, from_log: bool = True) -> None:
-        """After state was loaded: brings what rests in memory there, and weights to where they are used. Blocks.
-
-        Without `from_log`, both are there already.
-        """
-        if from_log:
+    def load(self, folder: Path, check: Check) -> Values:
+        """Raises as `load_state` does."""
+        self.commits.finish()
+        if self.is_commit_folder(folder):
+            values = load_commit(self, check)
             for block in self.blocks:
                 self.stepper.load_what_rests_in_memory(block)
                 self.stepper.rebuild_weights(block)
-        self.commits.begin_again(self.step_number)
-        self._expect_next()
+            self._begin_again()
+            restore_rng(values["rng"])
+            return values
+        state = TieredState(self, self._rule)
+        values = load_state(folder, self._steps.trainable, self.optimizer, check, state=state)
+        self.step_number = int(values["step"])
+        self._begin_again()
+        return values
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Values:
         """Counts and seconds since the start, bytes at rest."""
         return {
             "num_steps": self.step_number, **asdict(self.commits.counters), **asdict(self.stepper.counters),
@@ -132,24 +152,12 @@ class AdapterTraining:
             ),
         }  # fmt: skip
 
-    def close(self) -> None:
-        """Makes the commit that is due; what was not committed is lost. The log is the caller's to close."""
-        try:
-            if self.commits.is_due:
-                self.stop()
-                self.commits.finish()
-        finally:
-            self.stepper.close()
-            self._on_close()
+    def _begin_again(self) -> None:
+        """After state was loaded, to where it rests."""
+        self.commits.begin_again(self.step_number)
+        self._expect_next()
 
     def _expect_next(self) -> None:
         """Reads the first state of the next step while its forward runs."""
         if self.home.log is not None:
             self.stepper.expect(self.blocks)
-
-    def _values(self) -> dict[str, Any]:
-        return {
-            "step": self.step_number, "steps": dict(self.progress.steps),
-            "scalars": {name: dict(scalars) for name, scalars in self.progress.scalars.items() if scalars},
-            "groups": self.groups.values(), "rng": rng_state(),
-        }  # fmt: skip

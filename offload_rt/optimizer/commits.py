@@ -61,19 +61,20 @@ class Commits:
         self._home = home
         self._values = values
         self._groups = groups
-        self._extra: Callable[[], Mapping[str, Any]] = dict
+        self.extra: Callable[[], Mapping[str, Any]] = dict
+        """What the owner's `carry` has set."""
         self._amend: Callable[[dict[str, Any]], dict[str, Any]] = dict
         self._due: dict[str, Any] | None = None
         """What the commit of the last step carries; None where it is made, or not wanted."""
 
     def carry(self, extra: Callable[[], Mapping[str, Any]], amend: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Sets what a commit carries besides: plain values and tensors. `amend` replaces what follows a step."""
-        self._extra = extra
+        self.extra = extra
         self._amend = amend
 
     def all_values(self) -> dict[str, Any]:
         """What is saved besides masters and moments: plain values and tensors, the owner's included."""
-        return {**self._values(), **self._extra()}
+        return {**self._values(), **self.extra()}
 
     def check_usable(self) -> None:
         """Raises `OffloadError` where the state is broken, `ConfigError` where it is an earlier run's."""

@@ -24,24 +24,25 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload_rt.checkpoint.values import rng_state
+from offload_rt.checkpoint.values import restore_rng
 from offload_rt.cpu_adam import clip_scale
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError
-from offload_rt.optimizer.commits import Commits
 from offload_rt.optimizer.gradients import Gradients, is_finite
-from offload_rt.optimizer.param_groups import ParamGroups
+from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.optimizer.saving import load_commit, load_training, save_training
 from offload_rt.optimizer.stand_ins import StandIns
 from offload_rt.optimizer.state import Part, StateHome
 from offload_rt.optimizer.step import Step, StepCounters, check_first
 from offload_rt.optimizer.stepper import Progress, Stepper
-from offload_rt.optimizer.tiered import TieredOptimizer
+from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.writes import state_report
 from planners.placement import UpdateMode
 
@@ -51,8 +52,10 @@ MAX_SKIPPED_IN_A_ROW = 5
 """Steps whose gradients are not finite, after which something is broken."""
 
 
-class FullTraining:
-    """What an engine does between backward passes where all parameters train. Used by one thread."""
+class FullTraining(TieredTraining):
+    """An `interface.Training`. What happens between backward passes where all parameters train. Used by one thread."""
+
+    state_name = "masters and moments"
 
     def __init__(
         self,
@@ -77,18 +80,12 @@ class FullTraining:
         taken for what is as large as a vocabulary; `more_to_come` is whether the next to arrive are another
         micro-batch's gradients of the same block.
         """
-        self.blocks = tuple(blocks)
-        self.home = home
+        super().__init__(
+            blocks, home, stepper, progress, made, commit_every=commit_every, commit_folder=commit_folder,
+            on_close=partial(self._let_go, on_close),
+        )  # fmt: skip
         self.gradients = gradients
-        self.stepper = stepper
-        self.progress = progress
         self.counters = StepCounters()
-        self.optimizer = TieredOptimizer(made, self.step, self.forget)
-        names = {id(trained.parameter): trained.name for block in blocks for trained in block.parameters}
-        self._names = tuple(names.values())
-        self.groups = ParamGroups(self.optimizer, names)
-        self.commits = Commits(blocks, home, self._values, self.groups.values, every=commit_every, folder=commit_folder)
-        self.step_number = 0
         self.grad_norm: float | None = None
         """Of the last step, before clipping."""
         self.waits_because: str | None = None
@@ -99,7 +96,6 @@ class FullTraining:
         self._before_weights_change = before_weights_change
         self._make_room = make_room
         self._more_to_come = more_to_come
-        self._on_close = on_close
         self._now = Step(order=tuple(reversed(self.blocks)))
         self._stand_ins = StandIns(blocks, self.deliver)
         gradients.wait_for_room = stepper.wait_for_one
@@ -139,11 +135,15 @@ class FullTraining:
         if not self._more_to_come():
             self.gradients.put_away(block)
 
-    def before_forward(self, why: str = "the model was called between backward and step") -> None:
-        """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights.
+    def before_forward(self) -> None:
+        """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
+        self._between_steps("the model was called between backward and step")
 
-        So does whoever saves them, and says `why`.
-        """
+    def before_weights_are_read(self) -> None:
+        self._between_steps("the model was saved between backward and step")
+
+    def _between_steps(self, why: str) -> None:
+        """Makes state that of the last step, and its commit. `why` that is wanted, where the next has begun already."""
         self.commits.check_usable()
         self.commits.finish()
         if self._stand_ins.were_zeroed(self.gradients):
@@ -203,21 +203,26 @@ class FullTraining:
             self._drop()
         self._forget_all()
 
-    def _values(self) -> dict[str, Any]:
-        return {
-            "step": self.step_number, "steps": dict(self.progress.steps),
-            "scalars": {name: dict(scalars) for name, scalars in self.progress.scalars.items() if scalars},
-            "groups": self.groups.values(), "rng": rng_state(),
-        }  # fmt: skip
+    def take_step(self) -> None:
+        self.optimizer.step()
 
-    def load_values(self, values: Mapping[str, Any]) -> None:
-        """Takes over what was saved of `commits.all_values`. ConfigError where these are other param groups."""
-        self.groups.load(values["groups"])
-        self.progress.steps = dict(values["steps"])
-        self.progress.scalars = dict(values["scalars"])
-        self.step_number = int(values["step"])
+    def save(self, folder: Path) -> None:
+        """A copy of the state, a clone where the file system can; of the commit folder, none."""
+        self._between_steps("state was saved between backward and step")
+        save_training(self, folder)
 
-    def begin_again(self, weights: Sequence[str], *, from_log: bool = True) -> None:
+    def load(self, folder: Path, check: Check) -> Values:
+        self.commits.finish()
+        if self.is_commit_folder(folder):
+            values = load_commit(self, check)
+            self._begin_again(values["weights"], from_log=True)
+        else:
+            values = load_training(self, folder, check)
+            self._begin_again((), from_log=self.home.log is not None)
+        restore_rng(values["rng"])
+        return values
+
+    def _begin_again(self, weights: Sequence[str], *, from_log: bool) -> None:
         """After state was loaded: brings what rests in memory there, rounds masters into weights, and reads ahead anew.
 
         `weights` names blocks whose weights in the log are those of the state. Without `from_log`, state is in memory
@@ -246,17 +251,13 @@ class FullTraining:
         }  # fmt: skip
 
     def close(self) -> None:
-        """Ends the updates; what was not committed is not part of the state. The log is the caller's to close."""
         self._stand_ins.close()
-        try:
-            if self.commits.is_due:
-                self.stop()
-                self.commits.finish()
-        finally:
-            self.stepper.close()
-            with suppress(OffloadError):
-                self.gradients.clear()
-            self._on_close()
+        super().close()
+
+    def _let_go(self, on_close: Callable[[], None]) -> None:
+        with suppress(OffloadError):
+            self.gradients.clear()
+        on_close()
 
     def _steps_ahead(self, block: TrainedBlock) -> bool:
         return (

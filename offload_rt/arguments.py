@@ -1,0 +1,74 @@
+"""Arguments of `offload_rt.engine` that stand for more than a number: a plan, a machine to plan for, an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_rt.calibrate import calibrated
+from offload_rt.config import EngineConfig
+from offload_rt.errors import ConfigError
+from planners.hardware import Hardware
+from planners.plan import Plan
+
+OPTIMISE = "optimise"
+"""The plan that the optimiser makes of this model and machine."""
+OptimizerSpec = type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def read_plan(plan: Plan | str | Path) -> Plan | None:
+    """The plan that is given; None where one is to be made. Raises `ConfigError`."""
+    if isinstance(plan, Plan):
+        return plan
+    if plan in ("auto", OPTIMISE):
+        return None
+    if not isinstance(plan, (str, Path)):
+        raise ConfigError(f"plan: expected 'auto', a Plan or the path of one, got {plan!r}")
+    try:
+        return Plan.load(Path(plan))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"plan: {error}") from None
+
+
+def machine_to_plan_for(plan: Plan | str | Path, config: EngineConfig, emulated: Hardware | None) -> Hardware | None:
+    """The machine that the optimiser plans for: the emulated one, or what was calibrated here. None for another plan.
+
+    Raises `ConfigError` where this machine was not calibrated.
+    """
+    if plan != OPTIMISE:
+        return None
+    if emulated is not None:
+        return emulated
+    found = calibrated("cpu", tuple(drive.path.resolve() for drive in config.nvme))
+    if found is None:
+        folders = " ".join(f"--nvme {drive.path}" for drive in config.nvme)
+        raise ConfigError(f"plan: {OPTIMISE!r} needs this machine's rates: run `offload-rt calibrate {folders}` once")
+    return found
+
+
+def make_optimizer(
+    spec: OptimizerSpec | None, lr: float | None, parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer | None:
+    """The optimizer of `parameters`; AdamW where `spec` is None. None for no parameters. Raises `ConfigError`."""
+    if not parameters:
+        return None
+    arguments: dict[str, Any] = {} if lr is None else {"lr": lr}
+    if spec is None:
+        return torch.optim.AdamW(parameters, **arguments)
+    if isinstance(spec, type) and issubclass(spec, torch.optim.Optimizer):
+        kind: Any = spec
+        made: torch.optim.Optimizer = kind(parameters, **arguments)
+        return made
+    if not callable(spec):
+        raise ConfigError("optimizer: expected a class or a function of the parameters, got an optimizer that is built")
+    if lr is not None:
+        raise ConfigError("lr: belongs into the function given as optimizer=, which makes the optimizer")
+    factory: Any = spec
+    built = factory(parameters)
+    if not isinstance(built, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer: the function returned {type(built).__name__}, not a torch.optim.Optimizer")
+    return built

@@ -1,0 +1,140 @@
+"""Adapters that train in memory, with torch's own optimizer; and how a step of adapters is taken wherever they rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from offload_rt.checkpoint.state import FolderCommits, load_state, save_state
+from offload_rt.config import NO_COMMIT_FOLDER
+from offload_rt.errors import ConfigError
+from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_moved, check_norm, check_optimizer
+from offload_rt.optimizer.interface import Check, Values
+
+
+class AdapterSteps:
+    """Steps of adapters whose weights and gradients are where torch put them, checked while they are the first."""
+
+    def __init__(self, trainable: Mapping[str, nn.Parameter], max_grad_norm: float | None) -> None:
+        """`trainable` is in the model's order, in which norms are summed. `max_grad_norm`: as declared."""
+        self.trainable = trainable
+        self._max_grad_norm = max_grad_norm
+
+    def take(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Takes the step number `step`, from 1. Raises `IntegrityError`, then before anything was updated but for
+        a first step that changed nothing.
+        """
+        if step <= CHECKED_STEPS:
+            check_gradients(self.trainable, step)
+            check_optimizer(optimizer, self.trainable)
+        before = {name: p.detach().clone() for name, p in self.trainable.items()} if step == 1 else {}
+        if self._max_grad_norm is not None:
+            check_norm(self.clip(self._max_grad_norm), step)
+        optimizer.step()
+        if before:
+            check_moved(before, self.trainable, optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """As torch does, by torch."""
+        return torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), max_norm)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Of every parameter that has one, the tensor itself."""
+        for name, parameter in self.trainable.items():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+
+class MemoryTraining:
+    """An `interface.Training`. Without an optimizer nothing trains, and steps, saves and loads are refused."""
+
+    state_name = "optimizer state of adapters"
+
+    def __init__(
+        self,
+        steps: AdapterSteps,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        commit_every: int | None,
+        commit_folder: Path | None,
+    ) -> None:
+        """`commit_every`: steps between commits to `commit_folder`, which is None without a drive."""
+        self.optimizer = optimizer
+        self.step_number = 0
+        self._steps = steps
+        self._extra: Callable[[], Values] = dict
+        self._amend: Callable[[Values], Values] = dict
+        self._commit_folder = commit_folder
+        self._commits: FolderCommits | None = None
+        if optimizer is not None and commit_every is not None:
+            self._commits = FolderCommits(
+                steps.trainable, optimizer, self._values, lambda values: self._amend(values), every=commit_every,
+                folder=self.commit_folder,
+            )  # fmt: skip
+
+    @property
+    def committed(self) -> None:
+        """None: there is no log."""
+        return None
+
+    @property
+    def commit_folder(self) -> Path:
+        if self._commit_folder is None:
+            raise ConfigError(NO_COMMIT_FOLDER)
+        return self._commit_folder
+
+    def carry(self, extra: Callable[[], Values], amend: Callable[[Values], Values]) -> None:
+        self._extra, self._amend = extra, amend
+
+    def before_forward(self) -> None:
+        if self._commits is not None:
+            self._commits.finish()
+
+    def before_weights_are_read(self) -> None:
+        """They are, always."""
+
+    def take_step(self) -> None:
+        optimizer = self._training("step: nothing trains; give adapters=, or leave some parameters requires_grad")
+        self.before_forward()
+        self._steps.take(optimizer, self.step_number + 1)
+        self.step_number += 1
+        if self._commits is not None:
+            self._commits.step_taken(self.step_number)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        return self._steps.clip(max_norm)
+
+    def gradient_items(self) -> Iterator[tuple[str, Tensor]]:
+        return self._steps.gradients()
+
+    def save(self, folder: Path) -> None:
+        optimizer = self._training("save_checkpoint: nothing trains")
+        self.before_forward()
+        save_state(folder, self._steps.trainable, optimizer, self._values())
+
+    def load(self, folder: Path, check: Check) -> Values:
+        optimizer = self._training("load_checkpoint: nothing trains")
+        self.before_forward()
+        values = load_state(folder, self._steps.trainable, optimizer, check)
+        self.step_number = int(values["step"])
+        return values
+
+    def report(self) -> None:
+        """None: there is nothing that torch does not know."""
+        return None
+
+    def close(self) -> None:
+        self.before_forward()
+
+    def _values(self) -> Values:
+        return {"step": self.step_number, **self._extra()}
+
+    def _training(self, otherwise: str) -> torch.optim.Optimizer:
+        """The optimizer. ConfigError, which says `otherwise`, where nothing trains."""
+        if self.optimizer is None:
+            raise ConfigError(otherwise)
+        return self.optimizer

@@ -1,0 +1,105 @@
+"""What training all parameters and training adapters have in common where their state rests in tiers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload_rt.checkpoint.values import rng_state, unpack_values
+from offload_rt.config import NO_COMMIT_FOLDER
+from offload_rt.errors import ConfigError
+from offload_rt.optimizer.commits import Commits
+from offload_rt.optimizer.interface import Values
+from offload_rt.optimizer.param_groups import ParamGroups
+from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.optimizer.state import StateHome
+from offload_rt.optimizer.stepper import Progress, Stepper
+from offload_rt.optimizer.tiered import TieredOptimizer
+
+
+class TieredTraining(ABC):
+    """State in pieces, the optimizer that the user sees of it, and what a commit carries."""
+
+    def __init__(
+        self,
+        blocks: Sequence[TrainedBlock],
+        home: StateHome,
+        stepper: Stepper,
+        progress: Progress,
+        made: torch.optim.Optimizer,
+        *,
+        commit_every: int | None,
+        commit_folder: Path | None,
+        on_close: Callable[[], None],
+    ) -> None:
+        self.blocks = tuple(blocks)
+        self.home = home
+        self.stepper = stepper
+        self.progress = progress
+        self.optimizer = TieredOptimizer(made, self.step, self.forget)
+        names = {id(trained.parameter): trained.name for block in blocks for trained in block.parameters}
+        self._names = tuple(names.values())
+        self.groups = ParamGroups(self.optimizer, names)
+        self.commits = Commits(blocks, home, self._values, self.groups.values, every=commit_every, folder=commit_folder)
+        self.step_number = 0
+        self._on_close = on_close
+
+    @abstractmethod
+    def step(self) -> None:
+        """What the optimizer's `step` does: updates everything that has gradients. Blocks."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """What the optimizer's `zero_grad` does besides."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Drops what was stepped ahead, and reads nothing ahead any more. Blocks."""
+
+    @property
+    def committed(self) -> Values | None:
+        """See `interface.Training`."""
+        return None if self.home.log is None else unpack_values(self.home.log.committed.payload)
+
+    @property
+    def commit_folder(self) -> Path:
+        """See `interface.Training`."""
+        if self.commits.folder is None:
+            raise ConfigError(NO_COMMIT_FOLDER)
+        return self.commits.folder
+
+    def is_commit_folder(self, folder: Path) -> bool:
+        """Whether `folder` is where the commits of this run are."""
+        return self.commits.folder is not None and folder.resolve() == self.commits.folder.resolve()
+
+    def carry(self, extra: Callable[[], Values], amend: Callable[[Values], Values]) -> None:
+        """See `interface.Training`."""
+        self.commits.carry(extra, amend)
+
+    def load_values(self, values: Mapping[str, Any]) -> None:
+        """Takes over what was saved of `commits.all_values`. ConfigError where these are other param groups."""
+        self.groups.load(values["groups"])
+        self.progress.steps = dict(values["steps"])
+        self.progress.scalars = dict(values["scalars"])
+        self.step_number = int(values["step"])
+
+    def close(self) -> None:
+        """Makes the commit that is due; what was not committed is lost. Ends the updates and closes the log."""
+        try:
+            if self.commits.is_due:
+                self.stop()
+                self.commits.finish()
+        finally:
+            self.stepper.close()
+            self._on_close()
+
+    def _values(self) -> Values:
+        return {
+            "step": self.step_number, "steps": dict(self.progress.steps),
+            "scalars": {name: dict(scalars) for name, scalars in self.progress.scalars.items() if scalars},
+            "groups": self.groups.values(), "rng": rng_state(),
+        }  # fmt: skip
