@@ -63,7 +63,7 @@ from offload_rt.workload import (
     streaming_problem,
     with_options,
 )
-from planners.activations import Action
+from planners.activations import Action, Treatment
 from planners.hardware import Hardware
 from planners.mip import plan_optimal
 from planners.plan import DecodeScope, Plan, Tier
@@ -262,6 +262,7 @@ class _Assembly:
         device.reserve("swapped activations on their way", window)
         return Places(
             layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each), max(sizes, default=each)),
+            layer_inputs_tier=home,
             swapped={
                 tier: stash
                 for tier, size in swapped.items()
@@ -293,20 +294,22 @@ class _Assembly:
         return NvmeStash(self.scratch, staging, self.links)
 
     def _share_bytes(self, action: Action, tier: Tier | None = None) -> int:
-        """An estimate of what all layers save of the chunks that are treated so, from that of one whole layer."""
+        """An estimate of what all layers save that is treated so, from what one whole layer saves."""
         seq_len = self.workload.config.seq_len
         policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
-        spans = [span for policy in policies for span in policy.spans(seq_len)]
-        chunks = [span.end - span.start for span in spans if (span.action, span.tier) == (action, tier)]
-        rounded_up = len(chunks) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
-        return align_up(self.problem.activation_bytes * sum(chunks) // seq_len + rounded_up, IO_ALIGNMENT_BYTES)
+        treatment = Treatment(action=action, tier=tier)
+        shares = [(s.end - s.start, s.share(treatment)) for policy in policies for s in policy.spans(seq_len)]
+        tokens = sum(num_tokens * share for num_tokens, share in shares)
+        rounded_up = sum(share > 0 for _, share in shares) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
+        return align_up(int(self.problem.activation_bytes * tokens / seq_len) + rounded_up, IO_ALIGNMENT_BYTES)
 
     def _largest_swapped_bytes(self) -> int:
         """An estimate of what a layer saves of its largest chunk that is swapped."""
         seq_len = self.workload.config.seq_len
         policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
-        spans = [span for policy in policies for span in policy.spans(seq_len) if span.action is Action.SWAP]
-        largest = max((span.end - span.start for span in spans), default=0)
+        spans = [span for policy in policies for span in policy.spans(seq_len)]
+        swapped = [s for s in spans if any(one.action is Action.SWAP for one in s.treatments())]
+        largest = max((span.end - span.start for span in swapped), default=0)
         return align_up(self.problem.activation_bytes * largest // seq_len, IO_ALIGNMENT_BYTES)
 
     def _largest_saved_bytes(self) -> int:

@@ -131,7 +131,7 @@ def summary(runtime: Runtime, config: EngineConfig) -> str:
     if plan.layer_major:
         lines.append(f"the micro-batches of a train_batch go through the layers together, {declared} to a fetch")
     if plan.activations:
-        tiers = {chunk.tier.value for policy in plan.activations.values() for chunk in policy.chunks if chunk.tier}
+        tiers = {tier.value for policy in plan.activations.values() for tier in policy.tiers}
         swapped = f"; swapped ones wait in {' and '.join(sorted(tiers))}" if tiers else ""
         lines.append(f"activations by chunks of tokens{swapped}")
     if config.bits == 4:

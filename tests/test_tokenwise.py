@@ -3,8 +3,10 @@
 import copy
 import gc
 import logging
+import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offload_rt.tokenwise.graphs import Sums, edge
 from offload_rt.tokenwise.tiles import Places
-from planners.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk
+from planners.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk, Span
 from planners.placement import Tier
 from tests.conftest import PlainLayer, PlainModel
 from tests.tokenwise import (
@@ -234,7 +236,7 @@ def counted(model, chosen, inputs):
     twin = copy.deepcopy(model)
     tokenwise = cut(twin, chosen) if chosen is not None else None
     step(twin, inputs)
-    before = copy.copy(tokenwise.counters) if tokenwise else None
+    before = copy.deepcopy(tokenwise.counters) if tokenwise else None
     calls = Counter()
 
     def dense(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
@@ -534,12 +536,12 @@ def test_spans_of_longer_and_shorter_sequences():
             Chunk(num_tokens=4, action=Action.RECOMPUTE),
         )
     )
-    assert chosen.spans(5) == ((0, 5, Action.SWAP, Tier.NVME),)
-    assert chosen.spans(6) == ((0, 6, Action.SWAP, Tier.NVME),)
-    assert chosen.spans(7) == ((0, 6, Action.SWAP, Tier.NVME), (6, 7, Action.RECOMPUTE, None))
+    swapped, again = (Action.SWAP, Tier.NVME), (Action.RECOMPUTE, None)
+    assert chosen.spans(5) == (Span(0, 5, *swapped),)
+    assert chosen.spans(6) == (Span(0, 6, *swapped),)
+    assert chosen.spans(7) == (Span(0, 6, *swapped), Span(6, 7, *again))
     assert chosen.spans(15) == (
-        (0, 6, Action.SWAP, Tier.NVME), (6, 10, Action.RECOMPUTE, None), (10, 14, Action.RECOMPUTE, None),
-        (14, 15, Action.RECOMPUTE, None),
+        Span(0, 6, *swapped), Span(6, 10, *again), Span(10, 14, *again), Span(14, 15, *again)
     )  # fmt: skip
     assert (chosen.num_swapped(15), chosen.num_swapped(15, Tier.NVME), chosen.num_swapped(15, Tier.HOST)) == (6, 6, 0)
 
@@ -640,3 +642,17 @@ def test_a_graph_whose_attention_was_made_by_groups_is_gone_through_twice():
     once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     loss.backward()
     assert all(torch.equal(p.grad, 2 * once[n]) for n, p in model.named_parameters() if n in once)
+
+
+# what the documentation says
+
+
+def test_the_documented_architectures_are_those_that_are_run():
+    """And those that run whole are the ones that are tested to do so."""
+    page = (Path(__file__).parent.parent / "docs" / "tokenwise.md").read_text(encoding="utf-8")
+    by_chunks, whole = page.split("## Architectures")[1].split("Found out and run whole")
+    named = {word for row in by_chunks.splitlines() if row.startswith("| ") for word in re.split(r"[ ,|()]+", row)}
+    missing = {name for name in ARCHITECTURES if name not in named}
+    assert not missing and len(ARCHITECTURES) == 33
+    refused = {row.split()[1] for row in whole.splitlines() if row.startswith("| ")} - {"architecture", "---"}
+    assert refused == set(REFUSED)

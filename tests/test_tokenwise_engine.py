@@ -9,7 +9,7 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.errors import ConfigError, UnsupportedModule
-from planners.activations import Action, ActivationPolicy, Chunk
+from planners.activations import Action, ActivationPolicy, Chunk, Treatment
 from planners.plan import DecodeScope, Plan, Tier
 from tests.conftest import build_lora, decode_in_place, language_batch
 from tests.tokenwise import errors, policy, waiting_in
@@ -130,6 +130,26 @@ def test_several_chunks_agree_with_plain_and_to_the_bit_wherever_they_wait(run, 
         same_bits(found, results[0])
     first = {n: t for n, t in results[0].items() if n.endswith(" 0")}
     assert max(errors(first, {n: plain[n] for n in first}).values()) < 4e-2
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_groups_of_a_chunk_wait_in_tiers_of_their_own(run, chunks):
+    """What precedes attention stays, its operands go to HOST, and the rest to NVME, or is computed again."""
+    in_host, on_nvme = (Treatment(action=Action.SWAP, tier=tier) for tier in (Tier.HOST, Tier.NVME))
+    again = Treatment(action=Action.RECOMPUTE)
+    expected, _ = run(chunked(1.0, chunks), "HOST and NVME")
+    for after in (on_nvme, again):
+        one = Chunk(num_tokens=SEQ_LEN // chunks, action=Action.KEEP, qkv=in_host, result=on_nvme, after=after)
+        found, engine = run(ActivationPolicy(chunks=(one,)), "HOST and NVME")
+        same_bits(found, expected)
+        counters = engine.report()["tokenwise"]
+        assert (counters["num_whole"], counters["no_room_bytes"]) == (0, 0)
+        assert counters["num_second_replays"] == (2 * NUM_LAYERS * chunks if after is again else 0)
+        whole_again = chunks == 1 and after is again
+        waited = {name for name, size in counters["bytes_by_group"].items() if size and not name.endswith("device")}
+        assert {name for name in waited if name.split()[0] in ("qkv", "after")} == (
+            set() if whole_again else {"qkv in host"} | ({"after in nvme"} if after is on_nvme else set())
+        )
 
 
 def test_adapter_dropout_in_chunks_is_the_same_at_every_share(run):

@@ -129,7 +129,9 @@ def chunk(num_tokens: int, action: Action, tier: Tier = Tier.HOST) -> Chunk:
 def waiting_in(chosen: ActivationPolicy, *tiers: Tier) -> ActivationPolicy:
     """The policy with its chunks, where they are swapped, in these tiers by turns."""
     pairs = zip(chosen.chunks, itertools.cycle(tiers), strict=False)
-    return replace(chosen, chunks=tuple(chunk(one.num_tokens, one.action, tier) for one, tier in pairs))
+    return replace(
+        chosen, chunks=tuple(replace(one, tier=tier if one.action is Action.SWAP else None) for one, tier in pairs)
+    )
 
 
 def cut(model: nn.Module, chosen: ActivationPolicy, *, stash_bytes: int = 0) -> Tokenwise:

@@ -21,10 +21,12 @@ import torch
 from offload_rt.access import graph_is_kept, opened, without_hooks
 from offload_rt.autograd import Call, RecomputedLayer
 from offload_rt.random_state import RandomState
+from offload_rt.tokenwise.first_products import FirstProducts
 from offload_rt.tokenwise.locality import check_locality
 from offload_rt.tokenwise.saved import Held
 from offload_rt.tokenwise.slicing import NotTokenLocal, tensor_names, token_dims
-from offload_rt.tokenwise.tiles import Places, TileCounters, TiledPass
+from offload_rt.tokenwise.tiled_pass import TiledPass
+from offload_rt.tokenwise.tiles import Places, TileCounters
 from planners.activations import ActivationPolicy
 from planners.errors import format_bytes
 from planners.schedule import Phase
@@ -63,6 +65,7 @@ class TokenwiseLayer(RecomputedLayer):
         self.policy = policy
         self.tokenwise = tokenwise
         self.kind = _kind(self.layer)
+        self._first_products = FirstProducts()
 
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         if self.kind not in self.tokenwise.refused:
@@ -118,7 +121,7 @@ class TokenwiseLayer(RecomputedLayer):
                 self.tokenwise.tried.add(self.kind)
         tiled = TiledPass(
             call, self.block, spans, dims, hidden, self.tokenwise.places, self.tokenwise.counters,
-            store_qkv=self.policy.store_qkv, attention_groups=self.policy.attention_groups,
+            first_products=self._first_products, attention_groups=self.policy.attention_groups,
         )  # fmt: skip
         return tiled, tensors, hidden
 
@@ -139,7 +142,7 @@ class _Tokenwise(torch.autograd.Function):
         ctx.tiled = tiled
         ctx.hidden = hidden
         ctx.needs = [needs_input and index == hidden for index in range(len(inputs))]
-        held = Held(inputs[hidden], owner.tokenwise.places.layer_inputs, owner.tokenwise.counters)
+        held = Held(inputs[hidden], owner.tokenwise.places.with_input("input"), owner.tokenwise.counters)
         ctx.input = held if held.is_stashed else None
         kept = list(inputs)
         if ctx.input is not None:

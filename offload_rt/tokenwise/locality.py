@@ -23,7 +23,8 @@ from offload_rt.autograd import Call, RecomputedLayer
 from offload_rt.random_state import kept_random_state
 from offload_rt.tokenwise.graphs import Gradients
 from offload_rt.tokenwise.slicing import NotTokenLocal, first_tokens
-from offload_rt.tokenwise.tiles import Places, TileCounters, TiledPass
+from offload_rt.tokenwise.tiled_pass import TiledPass
+from offload_rt.tokenwise.tiles import Places, TileCounters
 from planners.activations import Action, Span
 
 TRIED_TOKENS = 48

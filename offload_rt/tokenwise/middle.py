@@ -15,17 +15,16 @@ dropout give the same bits for a head whichever others they are given.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from offload_rt.stash import Stash
 from offload_rt.tokenwise.attention import QKV_TOKEN_DIM, AttentionCall, intercepted
 from offload_rt.tokenwise.graphs import Gradients, Sums, enter
-from offload_rt.tokenwise.saved import Held, SavedCounters, SavedTensors, dense, memory_order
+from offload_rt.tokenwise.saved import Held, Place, SavedCounters, SavedTensors, dense, memory_order
 from offload_rt.tokenwise.slicing import NotTokenLocal
 
 _HEAD_DIM = 1
@@ -42,7 +41,10 @@ class _HeadGroup:
     result: torch.Tensor | None
     edge: GradientEdge | None
     inputs: list[GradientEdge]
-    held: Held | None = None
+    held: list[tuple[int, int, Held]] = field(default_factory=list)
+    """Tokens [start, end) of the result, each part in its own place."""
+    order: list[int] = field(default_factory=list)
+    """The result's dimensions from the slowest to the fastest in memory."""
 
     def of(self, tensor: torch.Tensor, index: int, dim: int = _HEAD_DIM) -> torch.Tensor:
         """Its heads of a tensor like queries (0), keys (1) or values (2), as a view."""
@@ -168,20 +170,35 @@ class Middle:
         shape[self._result_head_dim] = self._groups[-1].heads[0].stop
         return torch.empty_permuted(shape, memory_order(first), dtype=first.dtype, device=first.device).zero_()
 
-    def hold(self, stash: Stash | None, counters: SavedCounters) -> None:
-        """Forward is over: the result goes to `stash`."""
+    def hold(self, places: Sequence[tuple[int, int, Place]], counters: SavedCounters) -> None:
+        """Forward is over: the result's tokens [start, end) go to their places."""
         if not self._groups:
             raise NotTokenLocal("it never calls the attention function")
+        if len({place for _, _, place in places}) == 1:
+            places = [(0, self._num_tokens, places[0][2])]
         for group in self._groups:
-            if group.result is not None:
-                group.held = Held(group.result, stash, counters)
-                group.result = None
+            result, group.result = group.result, None
+            if result is None:
+                continue
+            group.order = memory_order(result)
+            for start, end, place in places:
+                rows = result.narrow(self._token_dim, start, end - start)
+                own = rows if len(places) == 1 else _copied(rows, group.order)  # a view would hold all of it
+                group.held.append((start, end, Held(own, place, counters)))
 
     def load(self) -> None:
-        """Backward begins: the result comes back."""
+        """Backward begins: the result comes back, in the memory layout that it had."""
         for group in self._groups:
-            if group.held is not None:
-                group.result = group.held.load()
+            if len(group.held) == 1:
+                group.result = group.held[0][2].load()
+            elif group.held:
+                parts = [(start, end, held.load()) for start, end, held in group.held]
+                shape, first = list(parts[0][2].shape), parts[0][2]
+                shape[self._token_dim] = self._num_tokens
+                result = torch.empty_permuted(shape, group.order, dtype=first.dtype, device=first.device)
+                for start, end, rows in parts:
+                    result.narrow(self._token_dim, start, end - start).copy_(rows)
+                group.result = result
 
     def backward(self, of_result: torch.Tensor, sums: Sums, *, keep_graph: bool) -> Gradients:
         """Gradients of queries, keys and values, which `gather` has put together again."""
@@ -214,8 +231,8 @@ class Middle:
     def release(self) -> None:
         """No backward follows: gives everything back."""
         for group in self._groups:
-            if group.held is not None:
-                group.held.release()
+            for _, _, held in group.held:
+                held.release()
         self._groups, self._qkv = [], []
 
     def _known(self) -> dict[str, torch.Tensor]:
@@ -235,6 +252,10 @@ class InPlaceOfAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, None, *ctx.middle.backward(grad, ctx.sums, keep_graph=ctx.keep_graph)
+
+
+def _copied(tensor: torch.Tensor, order: list[int]) -> torch.Tensor:
+    return torch.empty_permuted(tensor.shape, order, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _arguments(call: AttentionCall, whole: dict[int, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,13 +11,15 @@ has saved: as it is consumed, or dropped unused, places are given back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from offload_rt.block import Block, WeightView
 from offload_rt.stash import Stash, Stashed
+from planners.placement import Tier
 
 MIN_SWAPPED_BYTES = 1024
 """Smaller tensors are not worth a transfer and stay."""
@@ -34,26 +36,45 @@ class SavedCounters:
     no_room_bytes: int = 0
     """Left there because the stash was full: a plan that was too lean."""
     loaded_bytes: int = 0
+    bytes_by_group: Counter[str] = field(default_factory=Counter)
+    """By group and tier, as in `after in nvme`."""
+
+    def add(self, num_bytes: int, place: Place, *, stashed: bool) -> None:
+        """Counts what waits now: in `place`, or in DEVICE memory."""
+        if stashed:
+            self.swapped_bytes += num_bytes
+        else:
+            self.kept_bytes += num_bytes
+        self.bytes_by_group[f"{place.group} in {(place.tier if stashed else Tier.DEVICE).value}"] += num_bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a group of saved tensors waits."""
+
+    group: str
+    stash: Stash | None = None
+    """None: in DEVICE memory."""
+    tier: Tier = Tier.DEVICE
+    """That of the stash."""
 
 
 class Held:
-    """A dense tensor that waits in `stash`, or here. It comes back with the memory layout that it had."""
+    """A dense tensor that waits in a stash, or here. It comes back with the memory layout that it had."""
 
-    def __init__(self, tensor: torch.Tensor, stash: Stash | None, counters: SavedCounters) -> None:
+    def __init__(self, tensor: torch.Tensor, place: Place, counters: SavedCounters) -> None:
         self.num_bytes = tensor.numel() * tensor.element_size()
         self._order = memory_order(tensor)
         self._counters = counters
         self._tensor: torch.Tensor | None = tensor
         self._stashed: Stashed | None = None
-        if stash is not None and self.num_bytes >= MIN_SWAPPED_BYTES:
-            self._stashed = stash.put(tensor.detach().permute(self._order))
+        if place.stash is not None and self.num_bytes >= MIN_SWAPPED_BYTES:
+            self._stashed = place.stash.put(tensor.detach().permute(self._order))
             if self._stashed is None:
                 counters.no_room_bytes += self.num_bytes
             else:
-                counters.swapped_bytes += self.num_bytes
                 self._tensor = None
-                return
-        counters.kept_bytes += self.num_bytes
+        counters.add(self.num_bytes, place, stashed=self.is_stashed)
 
     @property
     def is_stashed(self) -> bool:
@@ -95,6 +116,7 @@ class _Storage:
     """A storage some of whose views were saved."""
 
     memory: torch.UntypedStorage | None
+    place: Place
     held: Held | None = None
     known: str | None = None
     """The name of the known tensor that has turned out to own it."""
@@ -137,25 +159,17 @@ class SavedTensors:
     """The saved tensors of one piece of a graph. See [Note: what is saved as what].
 
     `known` maps names to the tensors that the pass stores itself; whoever runs the backward puts them there again.
-    `stays`: addresses of storages that the graph may hold. `stash`: where `seal` puts the rest. transient: the graph's
-    backward follows at once, so that nothing is put away.
+    `stays`: addresses of storages that the graph may hold. `place`: where what is saved from now on waits; storages at
+    the addresses in `places` wait there. None: the graph's backward follows at once, so that nothing is put away.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        stays: frozenset[int],
-        stash: Stash | None,
-        counters: SavedCounters,
-        *,
-        transient: bool = False,
-    ) -> None:
+    def __init__(self, block: Block, stays: frozenset[int], place: Place | None, counters: SavedCounters) -> None:
         self.known: dict[str, torch.Tensor] = {}
+        self.place = place
+        self.places: dict[int, Place] = {}
         self._block = block
         self._stays = stays
-        self._stash = stash
         self._counters = counters
-        self._transient = transient
         self._open: dict[int, _Storage] = {}
 
     def hooks(self) -> Any:
@@ -174,15 +188,16 @@ class SavedTensors:
         weight = self._block.view_of(tensor)
         if weight is not None:
             return weight
-        if self._transient or address in self._stays:
+        if self.place is None or address in self._stays:
             return tensor.detach()  # with its graph, an operation that saves its own result would hold itself
         entry = self._open.get(address)
         if entry is None:
-            if self._stash is not None and storage.nbytes() > 2 * tensor.numel() * tensor.element_size():
+            place = self.places.get(address, self.place)
+            if place.stash is not None and storage.nbytes() > 2 * tensor.numel() * tensor.element_size():
                 tensor = tensor.detach().clone()
                 storage, offset = tensor.untyped_storage(), 0
                 address = storage.data_ptr()
-            entry = self._open[address] = _Storage(storage)
+            entry = self._open[address] = _Storage(storage, place)
         entry.num_views += 1
         return _View(entry, tensor.dtype, tensor.size(), tensor.stride(), offset)
 
@@ -207,15 +222,21 @@ class SavedTensors:
         if entry is not None and tensor.storage_offset() == 0:
             entry.known, entry.memory = name, None
 
+    def move(self, tensor: torch.Tensor, place: Place) -> None:
+        """What was saved of the storage of `tensor` since the last `seal` is to wait in `place`."""
+        entry = self._open.get(tensor.untyped_storage().data_ptr())
+        if entry is not None:
+            entry.place = place
+
     def seal(self) -> int:
-        """This piece's forward is done: what it has saved goes to the stash, and nothing of the known is held.
+        """This piece's forward is done: what it has saved goes to its place, and nothing of the known is held.
 
         Returns the bytes of what is put away or kept now.
         """
         num_bytes = 0
         for entry in self._open.values():
             if entry.memory is not None:
-                entry.held = Held(_as_bytes(entry.memory), self._stash, self._counters)
+                entry.held = Held(_as_bytes(entry.memory), entry.place, self._counters)
                 entry.memory = None
                 num_bytes += entry.held.num_bytes
         self._open.clear()
