@@ -100,10 +100,8 @@ def assemble(
         workload, problem, chosen = planned(workload, plan, optimizer, options)
         chosen = with_options(chosen, workload.drafts, options)
         check_plan(chosen, problem, workload)
-        if emulated is not None and workload.training is not None:
-            raise ConfigError(
-                "emulate: layers train, whose state and gradients cross no emulated link yet; leave it None"
-            )
+        if emulated is not None and workload.training is not None and workload.training.adapters:
+            raise ConfigError("emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory")
         throttle = None if emulated is None else Throttle(emulated)
         with _Assembly(workload, problem, chosen, options, progress, base, throttle) as assembly:
             return assembly.run(covered, optimizer)

@@ -181,6 +181,7 @@ class StateAssembly:
         gradients = Gradients(
             self._draft.blocks, self._gradient_arena, self._scratch, self._links,
             accumulates=config.accumulation_steps > 1, arrivals=self._arrivals,
+            device_slots=self._plan.buffers.gradient_slots,
         )  # fmt: skip
         progress = Progress()
         training: list[FullTraining] = []

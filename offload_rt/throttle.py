@@ -5,7 +5,8 @@ A transfer really happens, as fast as it can; then whoever waits for it sleeps u
 done with it. A `Pipe` has two directions. Each serves one transfer at a time, in the order in which they were given to
 it, at its rate; while both are busy, each runs at (1 + share) / 2 of it, as the simulator assumes. When a transfer is
 done depends on what comes the other way meanwhile, so a waiter looks again when it wakes. Nobody spins, and the
-processor is free for what computes.
+processor is free for what computes. Gradients and new weights of layers that train are where they go at once; the one
+that wants them waits for the link (`Links.pace`).
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ class Pipe:
         self._queues: tuple[deque[Ticket], deque[Ticket]] = (deque(), deque())
         self._now = clock()
         self._lock = threading.Lock()
-        self.busy_seconds = [0.0, 0.0]
-        """By direction: how long a transfer was on its way."""
+        self._busy = [0.0, 0.0]
 
     def submit(self, way: int, num_bytes: int) -> Ticket:
         """Puts a transfer behind those of its direction. Does not block."""
@@ -63,6 +63,13 @@ class Pipe:
             if num_bytes:
                 self._queues[way].append(ticket)
             return ticket
+
+    @property
+    def busy_seconds(self) -> tuple[float, float]:
+        """By direction: what it worked until now, as long as that takes at its full rate. So the simulator counts."""
+        with self._lock:
+            self._advance()
+            return self._busy[IN], self._busy[OUT]
 
     def wait(self, ticket: Ticket) -> None:
         """Sleeps until `ticket` is through."""
@@ -90,7 +97,7 @@ class Pipe:
             ends = {way: self._queues[way][0].left_bytes / (self._rates[way] * share) for way in active}
             passed = min(now - self._now, *ends.values())
             for way in active:
-                self.busy_seconds[way] += passed
+                self._busy[way] += passed * share
                 head = self._queues[way][0]
                 if ends[way] <= passed:
                     head.left_bytes = 0.0

@@ -293,6 +293,18 @@ class Links:
             joined.operation = self.recorder.submit(name, after=before)
         return joined
 
+    def pace(self, name: str, num_bytes: int, *, inward: bool) -> Transfer | None:
+        """The way of bytes over the emulated link between HOST and DEVICE, begun now; both ends are the caller's.
+
+        For what has no copy to be waited for where both are RAM. None where no link is emulated. Does not block.
+        """
+        link = None if self.throttle is None else self.throttle.link
+        if link is None:
+            return None
+        ticket = link.submit(IN if inward else OUT, num_bytes)
+        self.counters.num_transfers += 1
+        return Transfer(name, num_bytes, lambda seconds: link.wait(ticket), ())
+
     def wait(self, transfer: Transfer) -> None:
         """Blocks until `transfer` has arrived, counts the stall, and orders the caller after it.
 

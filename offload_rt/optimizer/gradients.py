@@ -8,11 +8,13 @@ Norms are taken of whole parameters in float32 when the last micro-batch arrives
 Used by one thread; slots that it hands out may be read by another.
 
 From a device with streams, gradients come by its own copies, see [Note: gradients behind the device] in `arrivals`:
-`add` and `put_away` do not wait for them, `load` and `norms` do, and `submitted` says what is to be waited for.
+`add` and `put_away` do not wait for them, `load` and `norms` do, and `submitted` says what is to be waited for. Over
+an emulated link it is the same: they are there at once, and have come when the link has brought them.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -61,12 +63,14 @@ class Gradients:
         *,
         accumulates: bool,
         arrivals: Arrivals | None = None,
+        device_slots: int = 1,
         wait_for_room: Callable[[], bool] = lambda: False,
         in_background: Callable[[Arrival], None] = lambda arrival: None,
     ) -> None:
         """With `scratch`, gradients wait there; `arena` then holds those in use. `wait_for_room` blocks until somebody
         else may have let go of a slot, and is False when nobody else holds one. `arrivals` is how gradients come from
-        a device with streams; `in_background` may have somebody else settle one.
+        a device with streams; `in_background` may have somebody else settle one. `device_slots`: blocks' gradients that
+        an emulated device has room for until its link has taken them away.
         """
         self._blocks = {block.name: block for block in blocks}
         self._arena = arena
@@ -74,6 +78,8 @@ class Gradients:
         self._links = links
         self._accumulates = accumulates
         self._arrivals = arrivals
+        self._device_slots = device_slots
+        self._leaving: deque[Transfer] = deque()
         self.wait_for_room = wait_for_room
         self.in_background = in_background
         self._waiting: dict[str, _Waiting] = {}
@@ -121,12 +127,24 @@ class Gradients:
 
         if self._arrivals is None:
             take(gradients)
+            self._leave(block, waiting, gradients)
             return
         specs = block.gradients.tensors
         places = {index: slot.part(specs[index].offset_bytes, specs[index].stored_bytes) for index in gradients}
         arrival = self._arrivals.start(block, gradients, places, take)
         waiting.arrivals.append(arrival)
         self.in_background(arrival)
+
+    def _leave(self, block: TrainedBlock, waiting: _Waiting, gradients: Mapping[int, Tensor]) -> None:
+        """Lets the emulated link take time for gradients. Blocks until DEVICE has a free slot for the next block's."""
+        num_bytes = sum(block.parameters[index].parameter.nbytes for index in gradients)
+        out = self._links.pace(f"gradients of {block.name}", num_bytes, inward=False)
+        if out is None:
+            return
+        waiting.arrivals.append(Arrival([out], lambda: None))
+        self._leaving.append(out)
+        while len(self._leaving) >= self._device_slots:
+            self._links.wait(self._leaving.popleft())
 
     def submitted(self, block: TrainedBlock) -> tuple[Slot, tuple[Arrival, ...]]:
         """The slot with the block's gradients, for whoever settles what is under way to it first. Does not wait."""
@@ -136,7 +154,7 @@ class Gradients:
         """Starts writing the block's gradients to where they wait, if that is not memory. Does not block."""
         if self._scratch is None:
             return
-        if self._arrivals is not None:
+        if self._waiting[block.name].arrivals:
             self._late.append(block)
         else:
             self._write_out(block)

@@ -101,6 +101,13 @@ class TrainedBlock:
     def state_bytes(self) -> int:
         return sum(piece.num_bytes for piece in self.pieces)
 
+    @property
+    def weights_bytes(self) -> int:
+        """As they are stored where they stream, or in the parameters."""
+        if self.weights is not None:
+            return self.weights.stored_bytes
+        return sum(trained.parameter.nbytes for trained in self.parameters)
+
 
 def trained_block(
     name: str,

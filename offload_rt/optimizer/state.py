@@ -89,7 +89,7 @@ class StateHome:
     weights: dict[str, Slot] = field(default_factory=dict)
     """Weights that rest in memory and are stepped in place, by block."""
     before_change: dict[str, Callable[[], None]] = field(default_factory=dict)
-    """Of these, what blocks until no copy out of them is under way."""
+    """Of these, what blocks until no copy out of them is under way. The others are where they are used, in DEVICE."""
     landing: Landing | None = None
     """How weights come to where parameters and slots of DEVICE are a device's own memory; None where that is RAM."""
 
@@ -102,6 +102,10 @@ class StateHome:
     def streams_weights(self, block: TrainedBlock) -> bool:
         """Whether the block's weights rest in the log."""
         return block.weights is not None and block.name not in self.weights
+
+    def stays_in_device(self, block: TrainedBlock) -> bool:
+        """Whether the block's weights are in DEVICE memory all the time."""
+        return block.weights is None or (block.name in self.weights and block.name not in self.before_change)
 
     def new_weights(
         self, block: TrainedBlock, segment: Segment, weights: Slot | None

@@ -122,6 +122,8 @@ class Stepper:
         self._to_read: deque[Piece] = deque()
         self._ahead: dict[str, tuple[Slot, Transfer]] = {}
         self._writes: deque[Transfer] = deque()
+        self._landing: deque[Transfer] = deque()
+        """New weights on their way to DEVICE over an emulated link."""
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._num_open = 0
         self._changed = threading.Condition()
@@ -223,6 +225,7 @@ class Stepper:
             del resting
         if weights is not None and self._home.streams_weights(block):
             self._wait(self._home.write_weights(block, weights))
+        self._land(block, block.pieces)
         self._order_weights()
 
     def _work(self) -> None:
@@ -274,6 +277,16 @@ class Stepper:
                 self._read_ahead()
         if weights is not None and self._home.streams_weights(block):
             self._writes.append(self._home.write_weights(block, weights))
+        self._land(block, pieces)
+
+    def _land(self, block: TrainedBlock, pieces: Sequence[Piece]) -> None:
+        """Lets the emulated link take time for the new weights of `pieces`, where they are used in DEVICE."""
+        if self._links.throttle is None or not self._home.stays_in_device(block):
+            return
+        num_bytes = block.weights_bytes * sum(map(_num_elements, pieces)) // sum(map(_num_elements, block.pieces))
+        landing = self._links.pace(f"new weights of {block.name}", num_bytes, inward=True)
+        if landing is not None:
+            self._landing.append(landing)
 
     def _step_piece(self, job: Job, piece: Piece, slot: Slot, weights: Slot | None) -> None:
         for segment in piece.segments:
@@ -369,12 +382,18 @@ class Stepper:
             transfer.wait()
 
     def _order_weights(self) -> None:
+        while self._landing:
+            self._links.wait(self._landing.popleft())
         if self._home.landing is not None:
             self._home.landing.order()
 
     def _settle_writes(self, num_left: int) -> None:
         while len(self._writes) > num_left:
             self._wait(self._writes.popleft())
+
+
+def _num_elements(piece: Piece) -> int:
+    return sum(segment.end - segment.begin for segment in piece.segments)
 
 
 def _stored_bytes(block: TrainedBlock) -> int:

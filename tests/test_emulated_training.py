@@ -1,0 +1,142 @@
+"""Layers that train behind emulated links: the same numbers, and the time that their bytes take there.
+
+link out   gradients of every block, once a step
+link in    weights that stream, at each fetch; new weights of what stays in DEVICE
+drives     state and new weights of what rests on NVMe, and a commit's own records
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_rt._engine import Engine
+from offload_rt.arena import Arena
+from offload_rt.errors import ConfigError
+from offload_rt.optimizer.gradients import Gradients
+from offload_rt.throttle import Pipe, Throttle
+from offload_rt.transfer import Links as Connections
+from offload_rt.workload import RuntimeOptions
+from planners.hardware import Drive, Hardware, Links, named_hardware
+from planners.plan import StatePlacement, Tier
+from tests.conftest import build_lora
+from tests.full_parity import training_of
+from tests.parity import BATCH_SIZE, SEQ_LEN
+from tests.tiny_blocks import blocks, gradients_of
+from tests.tiny_training import ON_NVME, SPLIT, Made, Plain, differences, engine, model, train
+
+MIB = 1 << 20
+IN_RATE, OUT_RATE, READ_RATE, WRITE_RATE = 2e9, 1e9, 1.5e9, 0.5e9
+STEPS = range(2, 6)
+
+
+def machine() -> Hardware:
+    card = named_hardware("rtx4090")
+    return replace(
+        card,
+        device=replace(card.device, memory_bytes=64 * MIB, reserve_bytes=0),
+        host=replace(card.host, memory_bytes=64 * MIB),
+        links=Links(host_to_device_bytes_per_second=IN_RATE, device_to_host_bytes_per_second=OUT_RATE, duplex=0.5),
+        drives=(
+            Drive(capacity_bytes=1 << 30, read_bytes_per_second=READ_RATE, write_bytes_per_second=WRITE_RATE),
+        ),
+        drive_mix=0.2,
+    )  # fmt: skip
+
+
+PLACES: dict[str, dict[str, Any]] = {
+    "from HOST": {},
+    "on NVME": {"nvme": True, "options": {"rest": Tier.NVME}},
+    "on NVME, clipped": {"nvme": True, "options": {"rest": Tier.NVME}, "max_grad_norm": 1e6},
+    "split": {"nvme": True, "options": {"rest": Tier.NVME, "state": replace(ON_NVME, in_memory=SPLIT)}},
+    "gradients on NVME": {
+        "nvme": True,
+        "options": {
+            "rest": Tier.NVME,
+            "state": StatePlacement(
+                in_memory=SPLIT, gradients=Tier.NVME, state_slots=2, weight_slots=1, gradient_slots=1
+            ),
+        },
+    },
+}  # fmt: skip
+
+
+def counted(run: Made) -> dict[str, float]:
+    """Seconds that links and drives worked so far, and bytes that moved; nothing is under way."""
+    time.sleep(0.02)  # a hundred times what is read ahead takes
+    report = run.report()
+    moved = {key: report[key] for key in ("bytes_read", "bytes_written")}
+    return {**report["link_busy_seconds"], **moved, "fetched": fetched_bytes(run)}
+
+
+def fetched_bytes(run: Made) -> int:
+    return sum(executor.counters.fetched_bytes for executor in run._runtime.executors)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_numbers_are_those_without_links_and_gradients_and_weights_take_their_time(place: str, tmp_path: Path) -> None:
+    plain = Plain(model())
+    expected = train(plain, range(6))
+    with engine(model(), "emulated", tmp_path, **{**PLACES[place], "emulate": machine()}) as run:
+        losses = train(run, range(2))
+        before = counted(run)
+        losses += train(run, STEPS)
+        after = counted(run)
+        assert losses == expected
+        assert differences(plain.state(), run.state()) == []
+        trained = training_of(run).blocks
+    each = {name: (after[name] - before[name]) / len(STEPS) for name in after}
+    gradients = sum(one.parameter.nbytes for block in trained for one in block.parameters)
+    stay = sum(block.weights_bytes for block in trained if block.weights is None)
+    assert gradients > stay > 0 and each["fetched"] > 0
+    assert each["device_to_host"] == pytest.approx(gradients / OUT_RATE, rel=1e-6)
+    assert each["host_to_device"] == pytest.approx((each["fetched"] + stay) / IN_RATE, rel=1e-6)
+    assert each["ssd_read"] == pytest.approx(each["bytes_read"] / READ_RATE, rel=1e-6)
+    assert each["ssd_write"] == pytest.approx(each["bytes_written"] / WRITE_RATE, rel=1e-6)
+    assert (each["bytes_read"] > 0) is (place != "from HOST")
+
+
+@pytest.mark.parametrize("way", ["host_to_device", "device_to_host"])
+def test_a_step_is_over_when_its_gradients_and_new_weights_have_come(way: str, tmp_path: Path) -> None:
+    slow = {f"{way}_bytes_per_second": 100e3}
+    hardware = replace(machine(), links=replace(machine().links, **slow))
+    with engine(model(), "emulated", tmp_path, emulate=hardware) as run:
+        train(run, range(2))
+        busy = run.report()["link_busy_seconds"][way]
+        time.sleep(0.02)
+        assert run.report()["link_busy_seconds"][way] == busy > 0.1, "something was under way when the step ended"
+
+
+def test_a_block_waits_until_the_device_has_room_for_its_gradients() -> None:
+    throttle = Throttle(machine())
+    seconds: list[float] = []
+    throttle.link = Pipe((1e6, 1e6), 1.0, clock=lambda: sum(seconds), sleep=seconds.append)
+    made = blocks(3)
+    num_bytes = made[0].weights_bytes
+    links = Connections(throttle=throttle)
+    for device_slots, gone in ((1, [1, 2, 3]), (2, [0, 1, 2])):
+        gradients = Gradients(
+            made, Arena("gradients", 1 << 20), None, links, accumulates=False, device_slots=device_slots
+        )
+        before = throttle.link.busy_seconds[1]
+        left = []
+        for block in made:
+            gradients.add(block, gradients_of(block, 1.0), with_norms=True)
+            left.append(round((throttle.link.busy_seconds[1] - before) * 1e6 / num_bytes))
+        assert left == gone
+        gradients.norms()  # which are known when all have come
+        assert throttle.link.busy_seconds[1] - before == pytest.approx(3 * num_bytes / 1e6)
+    links.close()
+
+
+def test_adapters_whose_state_is_in_tiers_cross_no_emulated_link(tmp_path: Path) -> None:
+    options = RuntimeOptions(state=StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2))
+    with pytest.raises(ConfigError, match="of adapters, in tiers, crosses no emulated link"):
+        Engine(
+            build_lora("llama"), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, nvme=tmp_path, emulate=machine(),
+            options=options,
+        )  # fmt: skip
