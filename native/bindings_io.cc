@@ -202,6 +202,8 @@ py::dict counters_dict(const PyRing& ring) {
   dict["max_in_flight"] = counters.max_in_flight;
   dict["fixed_memory_requests"] = counters.fixed_memory_requests;
   dict["fixed_file_requests"] = counters.fixed_file_requests;
+  dict["read_seconds"] = counters.read_seconds;
+  dict["write_seconds"] = counters.write_seconds;
   return dict;
 }
 

@@ -50,6 +50,8 @@ struct IoCounters {
   std::uint64_t max_in_flight = 0;          // requests at once
   std::uint64_t fixed_memory_requests = 0;  // of `requests`, those into registered memory
   std::uint64_t fixed_file_requests = 0;    // of `requests`, those of registered files
+  double read_seconds = 0;                  // with a read submitted and not finished
+  double write_seconds = 0;                 // with a write or a sync submitted and not finished
 };
 
 enum class IoBackend : std::uint8_t { automatic, io_uring, threads };

@@ -32,6 +32,7 @@
 #include <utility>
 #include <vector>
 
+#include "busy_time.h"
 #include "io_devices.h"
 #include "io_kernel.h"
 #include "io_operation.h"
@@ -87,6 +88,7 @@ class IoRingOf final : public IoRing {
         return {};
       }
       progress.device->queue.push_back(&progress);
+      busy(progress).begin(progress.submitted);
     }
     kernel_->wake();
     return {};
@@ -161,7 +163,10 @@ class IoRingOf final : public IoRing {
 
   IoCounters counters() const override {
     const std::lock_guard lock(mutex_);
-    return counters_;
+    IoCounters counters = counters_;
+    counters.read_seconds = reading_.seconds(Clock::now());
+    counters.write_seconds = writing_.seconds(Clock::now());
+    return counters;
   }
 
   Status close() override {
@@ -340,7 +345,12 @@ class IoRingOf final : public IoRing {
       std::erase(progress.device->queue, &progress);  // it may not have been cut to its end
     }
     progress.finished = true;
+    busy(progress).end(Clock::now());
     finished_.notify_all();
+  }
+
+  BusyTime& busy(const Progress& progress) {
+    return progress.operation.kind == IoKind::read ? reading_ : writing_;
   }
 
   void forget_queued() {
@@ -386,6 +396,8 @@ class IoRingOf final : public IoRing {
   std::deque<std::uint32_t> again_;  // slots whose rest is to be submitted
   std::vector<std::uint32_t> free_slots_;
   IoCounters counters_;
+  BusyTime reading_;
+  BusyTime writing_;
   bool closing_ = false;
   bool forget_queued_ = false;
   std::mutex close_mutex_;

@@ -33,6 +33,7 @@ from offload_rt.heap import Base
 from offload_rt.integrity import check_loss, check_optimizer
 from offload_rt.report import report, summary
 from offload_rt.runtime import Runtime
+from offload_rt.steps import StepMeter, measured_update
 from planners.plan import Plan
 
 logger = logging.getLogger("offload_rt")
@@ -153,6 +154,9 @@ class Engine:
         self._training = self._runtime.training
         self._training.carry(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
         self.optimizer = self._training.optimizer
+        self.step_meter = StepMeter(
+            lambda: self._runtime.links.reading(), is_asynchronous=self._runtime.device is not None
+        )
         self._wear_from = (0, self._runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
         self._closed = False
@@ -164,6 +168,7 @@ class Engine:
             self.model.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
                 lambda *arguments: self._leave_out_absent(*arguments)  # torch marks the hook: a method takes no marks
             ),
+            *self.step_meter.attach(self.model),
         ]
         logger.info("%s", self.summary())
 
@@ -190,6 +195,7 @@ class Engine:
         """Steps made since the run began, those of the run that it goes on from included."""
         return self._training.step_number
 
+    @measured_update
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
         self._warn_of_accumulation()
@@ -330,11 +336,12 @@ class Engine:
             step=self.step_number,
             wear_from=self._wear_from,
             base_bytes=self._base.resident_bytes,
+            step_meter=self.step_meter,
         )
 
     def summary(self) -> str:
         """What is in effect, in a few lines."""
-        return summary(self._runtime, self.config)
+        return summary(self._runtime, self.config, self.step_meter)
 
     @property
     def plan(self) -> Plan:

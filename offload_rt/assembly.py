@@ -272,7 +272,7 @@ class _Assembly:
         """As `_place`; behind the emulated link, if there is one."""
         stash = self._place(home, name, num_bytes, largest_bytes, window_bytes)
         link = self.links.throttle.link if self.links.throttle is not None else None
-        return stash if stash is None or link is None else PacedStash(stash, link)
+        return stash if stash is None or link is None else PacedStash(stash, link, self.links.meter)
 
     def _place(self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int) -> Stash | None:
         """A place for `num_bytes` in tensors of at most `largest_bytes`; a device has at most a window on their way."""

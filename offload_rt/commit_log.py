@@ -156,7 +156,7 @@ class CommitLog:
             self._verify(extent, version, unverified.pop())
 
         transfer = Transfer(arriving.name, arriving.num_bytes, wait, ())
-        transfer.operation = arriving.operation
+        transfer.operation, transfer.legs = arriving.operation, arriving.legs
         return transfer
 
     def write(self, name: str, slot: Slot) -> Transfer:

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from offload_rt.arena import Region
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
+from offload_rt.meter import SSD_READ, SSD_WRITE, Meter
 from offload_rt.native import native_core
 
 Result = TypeVar("Result")
@@ -83,6 +84,9 @@ class FileIO(Protocol):
     def tune(self, file: OpenFile, depth: int, io_bytes: int) -> None:
         """Requests in flight, at most `RING_DEPTH`, and the length of one, for the drive that `file` lies on."""
 
+    def busy_seconds(self) -> tuple[float, float]:
+        """How long reads, and writes with syncs, were under way since the start: what overlaps counts once."""
+
     def outstanding(self) -> str:
         """What is under way, for the message of a timeout."""
 
@@ -134,7 +138,7 @@ class RingIO:
         self._ring.tune(file.fd, depth, io_bytes)
 
     def counters(self) -> dict[str, int]:
-        """What the ring counted: bytes, operations, requests, those resubmitted, those on registered memory."""
+        """What the ring counted: bytes, operations, requests, those resubmitted and on registered memory; seconds."""
         return dict(self._ring.counters())
 
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
@@ -157,6 +161,10 @@ class RingIO:
 
         return wait
 
+    def busy_seconds(self) -> tuple[float, float]:
+        counters = self._ring.counters()
+        return float(counters["read_seconds"]), float(counters["write_seconds"])
+
     def outstanding(self) -> str:
         return str(self._ring.outstanding())
 
@@ -174,13 +182,21 @@ class AiofilesIO:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._names: dict[int, str] = {}
+        self._meter = Meter()
         self._thread = threading.Thread(target=self._loop.run_forever, name="offload_rt-aiofiles", daemon=True)
         self._thread.start()
 
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
+        resource = SSD_READ if kind == "read" else SSD_WRITE
+        self._meter.begin(resource)
         future = asyncio.run_coroutine_threadsafe(self._run(kind, file, offset_bytes, buffer), self._loop)
         self._names[id(future)] = f"{kind} {file.path} at {offset_bytes}, {len(buffer)} bytes"
-        future.add_done_callback(lambda done: self._names.pop(id(done), None))
+
+        def over(done: Future[None]) -> None:
+            self._names.pop(id(done), None)
+            self._meter.end(resource)
+
+        future.add_done_callback(over)
         return lambda timeout_seconds: wait_future(future, timeout_seconds, self.outstanding)
 
     def adopt(self, file: OpenFile, region: Region) -> None:
@@ -220,6 +236,10 @@ class AiofilesIO:
                 f"{kind} failed", path=file.path, offset=offset_bytes, wanted=len(buffer), done=done,
                 errno=error.errno or 0,
             ) from None  # fmt: skip
+
+    def busy_seconds(self) -> tuple[float, float]:
+        busy = self._meter.reading().busy_seconds
+        return busy.get(SSD_READ, 0.0), busy.get(SSD_WRITE, 0.0)
 
     def outstanding(self) -> str:
         return "; ".join(list(self._names.values())) or "nothing"

@@ -10,16 +10,18 @@ import weakref
 
 import torch
 
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, Meter
 from offload_rt.stash import Stash, Stashed
 from offload_rt.throttle import IN, OUT, Pipe, Ticket
 
 
 class PacedStash:
-    """A stash on the other side of `link`."""
+    """A stash on the other side of `link`. Waits for it are counted by `meter`."""
 
-    def __init__(self, inner: Stash, link: Pipe) -> None:
+    def __init__(self, inner: Stash, link: Pipe, meter: Meter) -> None:
         self._inner = inner
         self.link = link
+        self._meter = meter
         self._last: weakref.ref[_PacedStashed] | None = None
 
     def put(self, tensor: torch.Tensor) -> Stashed | None:
@@ -28,17 +30,28 @@ class PacedStash:
         if stashed is None:
             return None
         num_bytes = tensor.numel() * tensor.element_size()
-        paced = _PacedStashed(stashed, self.link, self.link.submit(OUT, num_bytes), num_bytes, self._last)
+        paced = _PacedStashed(stashed, self, self.link.submit(OUT, num_bytes), num_bytes, self._last)
         self._last = weakref.ref(paced)
         return paced
+
+    def wait(self, ticket: Ticket) -> None:
+        """Blocks until `ticket` is through."""
+        start = self._meter.clock()
+        self.link.wait(ticket)
+        self._meter.stalled(HOST_TO_DEVICE if ticket.way == IN else DEVICE_TO_HOST, self._meter.clock() - start)
 
 
 class _PacedStashed:
     def __init__(
-        self, inner: Stashed, link: Pipe, out: Ticket, num_bytes: int, previous: weakref.ref[_PacedStashed] | None
+        self,
+        inner: Stashed,
+        stash: PacedStash,
+        out: Ticket,
+        num_bytes: int,
+        previous: weakref.ref[_PacedStashed] | None,
     ) -> None:
         self._inner = inner
-        self._link = link
+        self._stash = stash
         self._out = out
         self._num_bytes = num_bytes
         self._previous = previous
@@ -48,15 +61,15 @@ class _PacedStashed:
     def begin(self) -> None:
         """Puts it on its way back, if it is not."""
         if self._back is None:
-            self._link.wait(self._out)
-            self._back = self._link.submit(IN, self._num_bytes)
+            self._stash.wait(self._out)
+            self._back = self._stash.link.submit(IN, self._num_bytes)
 
     def load(self) -> torch.Tensor:
         """The tensor again; blocks until the link has brought it. A second one takes the way once more."""
         self.begin()
         tensor = self._inner.load()
         if self._back is not None:
-            self._link.wait(self._back)
+            self._stash.wait(self._back)
         self._back = None
         before = self._previous
         while before is not None and (stashed := before()) is not None:

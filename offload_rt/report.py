@@ -5,23 +5,32 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from offload_rt import codec
+from offload_rt import codec, comparison
+from offload_rt.comparison import compared
 from offload_rt.config import EngineConfig
 from offload_rt.profile import peak_resident_bytes, resident_bytes
 from offload_rt.runtime import Runtime
+from offload_rt.steps import StepMeter
 from planners.errors import format_bytes
 from planners.plan import Tier
 
 
 def report(
-    runtime: Runtime, config: EngineConfig, *, step: int, wear_from: tuple[int, int], base_bytes: int
+    runtime: Runtime,
+    config: EngineConfig,
+    *,
+    step: int,
+    wear_from: tuple[int, int],
+    base_bytes: int,
+    step_meter: StepMeter,
 ) -> dict[str, Any]:
     """What moved, what it cost, and who holds memory, since the start. Bytes and seconds.
 
     Of the process's memory, `base_bytes` were there before the engine; `managed_bytes` are booked against the
     budgets: `arena_bytes` of them lie in our arenas, the rest is left to PyTorch's allocator, whose own entry says
     what it was planned to take and what it took, by the resident memory seen between layers. `predicted` is the
-    optimiser's expectation of a steady step; `link_busy_seconds` what emulated links and drives worked.
+    optimiser's expectation of a steady step, `steady_step` what the newest steps took beside it (`comparison`);
+    `link_busy_seconds` what emulated links and drives worked.
     """
     links = runtime.links.counters
     executors = [executor.counters for executor in runtime.executors]
@@ -36,6 +45,7 @@ def report(
         "step": step,
         "plan": runtime.plan.planner,
         "predicted": runtime.plan.predicted or None,
+        "steady_step": _steady_step(runtime, step_meter),
         "link_busy_seconds": None if runtime.links.throttle is None else runtime.links.throttle.busy_seconds(),
         "bytes_read": links.bytes_read,
         "bytes_written": links.bytes_written,
@@ -104,8 +114,17 @@ def _bytes_written_per_step(
     }
 
 
-def summary(runtime: Runtime, config: EngineConfig) -> str:
-    """What is in effect, in a few lines."""
+def _steady_step(runtime: Runtime, step_meter: StepMeter) -> dict[str, Any] | None:
+    steady = step_meter.steady()
+    if steady is None:
+        return None
+    return compared(
+        steady.seconds, steady.outside_seconds, steady.resources, len(step_meter.steps), runtime.plan.predicted
+    )
+
+
+def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter) -> str:
+    """What is in effect, in a few lines, and what a steady step takes, once there are some."""
     plan = runtime.plan
     declared = config.accumulation_steps
     lines = [f"plan: {plan.planner}; layer inputs wait in {plan.layer_inputs.value}"]
@@ -144,4 +163,6 @@ def summary(runtime: Runtime, config: EngineConfig) -> str:
     if runtime.store is not None and runtime.store.direct and runtime.links.io.direct:
         direct = " past the page cache"
     lines.append(f"I/O by {runtime.links.io.name}{direct}; NF4 by {codec.backend(device=config.device)}")
+    if (steady := _steady_step(runtime, step_meter)) is not None:
+        lines += comparison.lines(steady)
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import torch
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError, StorageFull
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.scratch import Scratch, ScratchRange
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Links, Transfer
@@ -51,7 +52,9 @@ class HostStash:
         slot = self._arena.try_acquire(tensor.numel() * tensor.element_size(), "layer input")
         if slot is None:
             return None
-        slot.tensor(tensor.dtype, tensor.shape).copy_(tensor)
+        with self._links.meter.inline(DEVICE_TO_HOST):
+            slot.tensor(tensor.dtype, tensor.shape).copy_(tensor)
+        self._links.meter.moved(DEVICE_TO_HOST, slot.num_bytes)
         self._links.counters.bytes_copied += slot.num_bytes
         return _HostStashed(slot, tensor.shape, tensor.dtype, self._links)
 
@@ -67,7 +70,9 @@ class _HostStashed:
         if self._slot is None:
             raise RuntimeError("stash: loaded after its release")
         self._links.counters.bytes_copied += self._slot.num_bytes
-        return self._slot.tensor(self._dtype, self._shape).clone()
+        self._links.meter.moved(HOST_TO_DEVICE, self._slot.num_bytes)
+        with self._links.meter.inline(HOST_TO_DEVICE):
+            return self._slot.tensor(self._dtype, self._shape).clone()
 
     def release(self) -> None:
         self._slot = None

@@ -14,9 +14,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from planners.hardware import Hardware
 
 IN, OUT = 0, 1
@@ -54,12 +55,15 @@ class Pipe:
         self._now = clock()
         self._lock = threading.Lock()
         self._busy = [0.0, 0.0]
+        self.moved_bytes = [0, 0]
+        """By direction: what was given to it."""
 
     def submit(self, way: int, num_bytes: int) -> Ticket:
         """Puts a transfer behind those of its direction. Does not block."""
         with self._lock:
             self._advance()
             ticket = Ticket(way, float(num_bytes))
+            self.moved_bytes[way] += num_bytes
             if num_bytes:
                 self._queues[way].append(ticket)
             return ticket
@@ -130,10 +134,19 @@ class Throttle:
             self.drives = Pipe(rates, hardware.drive_mix, clock=clock, sleep=sleep)
 
     def busy_seconds(self) -> dict[str, float]:
-        """What each direction worked since the start, named as the simulator's resources are."""
-        found: dict[str, float] = {}
+        """What each direction worked since the start, by resource."""
+        return {
+            name: seconds
+            for names, pipe in self._pipes()
+            for name, seconds in zip(names, pipe.busy_seconds, strict=True)
+        }
+
+    def moved_bytes(self) -> dict[str, int]:
+        """What each direction was given since the start, by resource."""
+        return {name: size for names, pipe in self._pipes() for name, size in zip(names, pipe.moved_bytes, strict=True)}
+
+    def _pipes(self) -> Iterator[tuple[tuple[str, str], Pipe]]:
         if self.link is not None:
-            found["host_to_device"], found["device_to_host"] = self.link.busy_seconds
+            yield (HOST_TO_DEVICE, DEVICE_TO_HOST), self.link
         if self.drives is not None:
-            found["ssd_read"], found["ssd_write"] = self.drives.busy_seconds
-        return found
+            yield (SSD_READ, SSD_WRITE), self.drives

@@ -11,10 +11,12 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -22,6 +24,7 @@ from offload_rt.arena import Slot
 from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.file_io import FileIO, file_io, wait_future
 from offload_rt.file_io import OpenFile as OpenFile
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter, Reading
 from offload_rt.recording import RETURNED, Recorder
 from offload_rt.streams import Copier, Copy, Device
 from offload_rt.throttle import IN, OUT, Throttle
@@ -41,6 +44,15 @@ class TransferCounters:
     """Time in which a wait really waited."""
 
 
+@dataclass
+class Leg:
+    """What a transfer has to wait for on one resource."""
+
+    resource: str
+    arrived_at: float | None = None
+    """When whoever waited for it went on, by the meter's clock; None while nobody has."""
+
+
 class Transfer:
     """One asynchronous copy of `num_bytes`. Holds both ends until `wait` has returned or raised.
 
@@ -54,6 +66,8 @@ class Transfer:
         """Its number in the recorder, if there is one."""
         self.copy: Copy | None = None
         """The device's own copy that this is, if it is one."""
+        self.legs: tuple[Leg, ...] = ()
+        """What it waits for, one after the other; empty where nobody measures that."""
         self._wait = wait
         self._owned: tuple[object, ...] | None = owned
         self._error: Exception | None = None
@@ -75,6 +89,15 @@ class Transfer:
                 raise
             self._owned = None
 
+    def stalls(self, begin_seconds: float, end_seconds: float) -> Iterator[tuple[str, float]]:
+        """How a wait for it, that has returned, divides into waits for its legs: resource and seconds."""
+        at = begin_seconds
+        for number, leg in enumerate(self.legs):
+            is_last = number + 1 == len(self.legs)
+            until = end_seconds if is_last or leg.arrived_at is None else min(max(at, leg.arrived_at), end_seconds)
+            yield leg.resource, until - at
+            at = until
+
 
 class Links:
     """All connections between the tiers. One per engine; `close` waits for what is under way.
@@ -93,8 +116,10 @@ class Links:
         delay_seconds: float = 0.0,
         seed: int = 0,
         throttle: Throttle | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.throttle = throttle
+        self.meter = Meter() if meter is None else meter
         self._paced = None if throttle is None else ThreadPoolExecutor(1, thread_name_prefix="offload_rt-link")
         self.io = io if io is not None else file_io()
         self.counters = TransferCounters()
@@ -108,16 +133,21 @@ class Links:
     def read(self, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
         """Starts filling `slot` from `file`. Does not block."""
         self.counters.bytes_read += slot.num_bytes
+        self.meter.moved(SSD_READ, slot.num_bytes)
         return self._file("read", file, offset_bytes, slot)
 
     def write(self, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
         """Starts writing `slot` to `file`. Does not block; durable only after the store's barrier."""
         self.counters.bytes_written += slot.num_bytes
+        self.meter.moved(SSD_WRITE, slot.num_bytes)
         return self._file("write", file, offset_bytes, slot)
 
     def sync(self, file: OpenFile) -> Transfer:
         """Starts fdatasync: when it has been waited for, every write that was waited for before it is durable."""
-        return Transfer(f"sync {file.path}", 0, self._start("sync", file, 0, memoryview(b"")), ())
+        wait, legs = self._arriving(SSD_WRITE, self._start("sync", file, 0, memoryview(b"")))
+        transfer = Transfer(f"sync {file.path}", 0, wait, ())
+        transfer.legs = legs
+        return transfer
 
     def copy(
         self,
@@ -150,27 +180,33 @@ class Links:
             if look is not None:
                 look()
             num_bytes = len(origin)
-            ctypes.memmove(
-                (ctypes.c_char * num_bytes).from_buffer(target),
-                (ctypes.c_char * num_bytes).from_buffer(origin),
-                num_bytes,
-            )
+            with self.meter.busy(HOST_TO_DEVICE) if inward else nullcontext():
+                ctypes.memmove(
+                    (ctypes.c_char * num_bytes).from_buffer(target),
+                    (ctypes.c_char * num_bytes).from_buffer(origin),
+                    num_bytes,
+                )
             del origin, target, look
             if link is not None:
                 link.wait(link.submit(IN, num_bytes))
 
         # What waits for its link must not keep other copies waiting.
         future = (self._copier if link is None or self._paced is None else self._paced).submit(run)
-        transfer = Transfer(
-            "copy", source.num_bytes, lambda seconds: wait_future(future, seconds, lambda: "a copy"),
-            (source, destination),
-        )  # fmt: skip
+
+        wait: Callable[[float], None] = partial(wait_future, future, outstanding=lambda: "a copy")
+        legs: tuple[Leg, ...] = ()
+        if inward:
+            self.meter.moved(HOST_TO_DEVICE, source.num_bytes)
+            wait, legs = self._arriving(HOST_TO_DEVICE, wait)
+        transfer = Transfer("copy", source.num_bytes, wait, (source, destination))
+        transfer.legs = legs if after is None else after.legs + legs
         return self._recorded(transfer, reads=source, writes=destination, after=after)
 
     def save(self, source: torch.Tensor, destination: Slot) -> Transfer:
         """Starts copying `source`, contiguous, that `compute` was given to make, to HOST. For a device with streams."""
         flat = _bytes_of(source)
         self.counters.bytes_copied += flat.numel()
+        self.meter.moved(DEVICE_TO_HOST, flat.numel())
         copy = self._streams.start(
             f"save to {destination.range.arena}",
             flat,
@@ -195,6 +231,7 @@ class Links:
         """
         flat = _bytes_of(destination)
         self.counters.bytes_copied += flat.numel()
+        self.meter.moved(HOST_TO_DEVICE, flat.numel())
         copy = self._streams.start(
             f"load from {source.range.arena}",
             source.tensor(torch.uint8, (flat.numel(),)),
@@ -250,6 +287,7 @@ class Links:
     ) -> Transfer:
         if source.on_device == destination.on_device:
             raise ValueError(f"copy: {source.range} and {destination.range} are on the same side of the device")
+        self.meter.moved(HOST_TO_DEVICE if destination.on_device else DEVICE_TO_HOST, source.num_bytes)
 
         def arrived() -> None:
             if after is not None:
@@ -288,6 +326,7 @@ class Links:
                 raise failure
 
         joined = Transfer(name, sum(transfer.num_bytes for transfer in transfers), wait, tuple(transfers))
+        joined.legs = tuple(leg for transfer in transfers for leg in transfer.legs)
         if self.recorder is not None:
             before = [transfer.operation for transfer in transfers if transfer.operation is not None]
             joined.operation = self.recorder.submit(name, after=before)
@@ -310,13 +349,30 @@ class Links:
 
         What arrives on an asynchronous device is waited for by its compute stream, not by the caller.
         """
-        start = time.perf_counter()
+        start = self.meter.clock()
         copy = transfer.copy
         if self.device is not None and copy is not None and copy.inward:
             self.device.order(copy, WAIT_SECONDS)  # and the recorder's compute lane
         else:
             self.finish(transfer)
-        self.counters.stall_seconds += time.perf_counter() - start
+        end = self.meter.clock()
+        self.counters.stall_seconds += end - start
+        for resource, seconds in transfer.stalls(start, end):
+            self.meter.stalled(resource, seconds)
+
+    def reading(self) -> Reading:
+        """What drives and links did since the start; of an emulated machine's, what those did.
+
+        A device's own copies are counted in bytes alone: only the device knows when they were under way.
+        """
+        found = self.meter.reading()
+        read_seconds, write_seconds = self.io.busy_seconds()
+        busy = {**found.busy_seconds, SSD_READ: read_seconds, SSD_WRITE: write_seconds}
+        moved = dict(found.moved_bytes)
+        if self.throttle is not None:
+            busy.update(self.throttle.busy_seconds())
+            moved.update(self.throttle.moved_bytes())
+        return replace(found, busy_seconds=busy, moved_bytes=moved)
 
     def finish(self, transfer: Transfer) -> None:
         """Blocks until `transfer` is over, also where a device does it, so that the host may change what it reads."""
@@ -337,11 +393,26 @@ class Links:
     def _file(self, kind: str, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
         self.io.adopt(file, slot.region)
         buffer = slot.buffer()
-        wait = self._paced_wait(kind, slot.num_bytes, self._start(kind, file, offset_bytes, buffer))
+        resource = SSD_READ if kind == "read" else SSD_WRITE
+        arrived = self._paced_wait(kind, slot.num_bytes, self._start(kind, file, offset_bytes, buffer))
+        wait, legs = self._arriving(resource, arrived)
         transfer = Transfer(f"{kind} {file.path}", slot.num_bytes, wait, (slot, buffer))
+        transfer.legs = legs
         if kind == "read":
             return self._recorded(transfer, writes=slot)
         return self._recorded(transfer, reads=slot)
+
+    def _arriving(
+        self, resource: str, wait: Callable[[float], None]
+    ) -> tuple[Callable[[float], None], tuple[Leg, ...]]:
+        """`wait`, which notes when it has returned, and where it does."""
+        leg = Leg(resource)
+
+        def noting(timeout_seconds: float) -> None:
+            wait(timeout_seconds)
+            leg.arrived_at = self.meter.clock()
+
+        return noting, (leg,)
 
     def _paced_wait(self, kind: str, num_bytes: int, wait: Callable[[float], None]) -> Callable[[float], None]:
         """What waits for the transfer, and for the emulated drives, which begin with it now."""

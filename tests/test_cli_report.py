@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from offload_rt.cli.main import main
+from offload_rt.comparison import compared
+from offload_rt.meter import Reading
 from offload_rt.training.run_folder import RunFolder
 
 
@@ -66,3 +68,22 @@ def test_what_is_no_run_or_broken_is_said(
     (folder.path / "report.json").write_text("{")
     assert main(["report", str(folder.path)]) == 1
     assert "report.json: cannot be read" in capsys.readouterr().err
+
+
+def test_a_steady_step_is_shown_beside_its_prediction(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    reading = Reading(busy_seconds={"compute": 2.0, "ssd_read": 3.0}, moved_bytes={"ssd_read": 4096})
+    predicted = {"step_seconds": 2.5, "busy_seconds": {"compute": 2.4, "ssd_read": 1.0}}
+    report = {
+        "allocator": {"peak_bytes": 1, "planned_bytes": 2}, "memory": {"device": 3}, "plan": "optimiser", "io": "x",
+        "nf4": "y", "device": "cpu", "peak_resident_bytes": 4, "bytes_read": 0, "bytes_written": 0,
+        "bytes_written_per_step": 0.0, "stall_seconds": 0.0, "prefetch_misses": 0,
+        "steady_step": compared(3.5, 0.1, reading, 8, predicted),
+    }  # fmt: skip
+    folder.write_report(report)
+    assert main(["report", str(folder.path)]) == 0
+    shown = capsys.readouterr().out
+    assert "measured:    a steady step takes 3.500 s in the median of 8, 2.500 s predicted; ssd_read binds" in shown
+    assert "ssd_read       3.000 s busy, 1.000 s predicted, 4 KiB" in shown
+    folder.write_report({**report, "steady_step": None})
+    assert main(["report", str(folder.path)]) == 0
+    assert "steady step" not in capsys.readouterr().out

@@ -11,6 +11,7 @@ import torch
 
 from offload_rt.arena import Arena
 from offload_rt.drive_files import open_file
+from offload_rt.meter import Meter
 from offload_rt.paced_stash import PacedStash
 from offload_rt.stash import HostStash
 from offload_rt.throttle import IN, OUT, Pipe, Throttle
@@ -125,7 +126,7 @@ def test_transfers_arrive_whole_and_no_sooner_than_the_emulated_machine_allows(t
 
 def test_a_paced_stash_goes_out_behind_and_comes_back_one_ahead():
     ways, clock = pipe(rate_in=400.0, rate_out=400.0)
-    stash = PacedStash(HostStash(Arena("stash", 16 * 4096), Links()), ways)
+    stash = PacedStash(HostStash(Arena("stash", 16 * 4096), Links()), ways, Meter())
     tensors = [torch.full((100,), float(i)) for i in range(3)]  # 400 bytes: a second each
     stashed = [stash.put(tensor) for tensor in tensors]
     assert clock.now == 0.0  # nobody waits for the way out
@@ -143,6 +144,6 @@ def test_a_paced_stash_goes_out_behind_and_comes_back_one_ahead():
 
 def test_a_full_stash_stays_full_behind_a_link():
     ways, _ = pipe()
-    stash = PacedStash(HostStash(Arena("stash", 4096), Links()), ways)
+    stash = PacedStash(HostStash(Arena("stash", 4096), Links()), ways, Meter())
     held = stash.put(torch.zeros(4))
     assert held is not None and stash.put(torch.zeros(4)) is None

@@ -342,6 +342,7 @@ class Part:
 
     num_bytes = 1
     operation = None
+    legs = ()
 
     def __init__(self, clock, seconds):
         self.clock, self.seconds, self.allowed = clock, seconds, None

@@ -258,6 +258,34 @@ void destruction_waits_for_slow_requests_and_forgets_the_queue() {
   CHECK(num_offered < 32);
 }
 
+// ---- busy seconds ----
+
+// Two reads, held in the kernel together:
+//
+//     first   |====================|
+//     second    |==================|        busy: from the first's begin to the last's end, not the sum
+template <class Inner>
+void reads_that_overlap_are_busy_once_and_idle_time_is_nobodys() {
+  Rig<Inner> rig(
+      [](const IoRequest& request, std::uint64_t) { return Fault{.held = request.kind == IoKind::read}; });
+  const auto begin = std::chrono::steady_clock::now();
+  const Buffer other(rig.in.size(), 3);
+  const Ticket first = rig.submit(IoKind::read, rig.in), second = rig.submit(IoKind::read, other);
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK(rig.ring->counters().read_seconds >= 0.02);
+  rig.kernel->let_go();
+  expect_ok(rig.ring->wait(first, kPatience));
+  expect_ok(rig.ring->wait(second, kPatience));
+  const double busy = rig.ring->counters().read_seconds;
+  CHECK(busy <= std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  CHECK_EQUAL(rig.ring->counters().read_seconds, busy);
+  CHECK_EQUAL(rig.ring->counters().write_seconds, 0.0);
+  expect_ok(rig.write());
+  CHECK(rig.ring->counters().write_seconds > 0);
+  CHECK_EQUAL(rig.ring->counters().read_seconds, busy);
+}
+
 // ---- syncs ----
 
 template <class Inner>
@@ -287,6 +315,7 @@ void run_all(Suite& suite, const std::string& name) {
   RUN(an_error_of_one_operation_leaves_the_others_alone);
   RUN(interruptions_are_retried);
   RUN(an_endless_refusal_ends_as_an_error);
+  RUN(reads_that_overlap_are_busy_once_and_idle_time_is_nobodys);
   RUN(a_sync_is_retried_when_interrupted_and_told_when_it_fails);
   RUN(a_full_queue_delays_and_loses_nothing);
   RUN(a_failed_operation_is_not_over_while_a_request_is_in_flight);

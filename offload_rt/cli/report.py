@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offload_rt import comparison
 from offload_rt.errors import ConfigError
 from offload_rt.training.run_folder import RunFolder
 from planners.errors import format_bytes
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(numbers, indent=1) + "\n")
         return 0
     for name, text in lines(numbers):
-        sys.stdout.write(f"{name + ':':<12} {text}\n")
+        sys.stdout.write(f"{name + ':' if name else '':<12} {text}\n")
     return 0
 
 
@@ -119,6 +120,8 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Of the last process's engine."""
     allocator = engine["allocator"]
     memory = ", ".join(f"{tier} {format_bytes(used)}" for tier, used in engine["memory"].items() if used)
+    steady = engine.get("steady_step")  # a run that ended early has none
+    steps = comparison.lines(steady) if steady else []
     return [
         ("plan", f"{engine['plan']}; I/O by {engine['io']}, NF4 by {engine['nf4']}, on {engine['device']}"),
         ("memory", f"{memory or 'none'} planned"),
@@ -133,4 +136,5 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"({format_bytes(int(engine['bytes_written_per_step']))} a step); "
             f"{engine['stall_seconds']:.2f} s waited, {engine['prefetch_misses']} prefetches missed",
         ),
+        *(("" if number else "measured", line) for number, line in enumerate(steps)),
     ]

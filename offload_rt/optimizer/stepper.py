@@ -16,8 +16,9 @@ from __future__ import annotations
 import queue
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from torch import Tensor
 from offload_rt.arena import Arena, Slot
 from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
+from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
@@ -128,6 +130,8 @@ class Stepper:
         self._num_open = 0
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
+        self._waited: defaultdict[str, float] = defaultdict(float)
+        """Seconds that the thread of its own has waited for transfers, by resource."""
         self._read_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         if threaded:
@@ -174,7 +178,8 @@ class Stepper:
             before = self._num_open
             if not before:
                 return False
-            self._changed.wait_for(lambda: self._num_open < before or self._failure is not None)
+            with self._computing_waits():
+                self._changed.wait_for(lambda: self._num_open < before or self._failure is not None)
             self._raise_failure()
             return True
 
@@ -183,7 +188,7 @@ class Stepper:
 
         A device sees new weights in what it is given from now on.
         """
-        with self._changed:
+        with self._changed, self._computing_waits():
             self._changed.wait_for(lambda: not self._num_open)
             self._raise_failure()
         self._order_weights()
@@ -311,7 +316,9 @@ class Stepper:
                 scalars=self._progress.scalars.get(name, {}), step=self._progress.steps.get(name, 0) + 1,
                 group=self._group_of(name),
             )  # fmt: skip
-            self.new_scalars[name] = self._rule.update(update)
+            meter = self._links.meter
+            with meter.inline(CPU) if self._thread is None else meter.busy(CPU):
+                self.new_scalars[name] = self._rule.update(update)
 
     def _weights_slot(self, block: TrainedBlock) -> Slot | None:
         """Where the block's new weights are collected; None where its parameters hold them."""
@@ -375,11 +382,27 @@ class Stepper:
                 continue
 
     def _wait(self, transfer: Transfer) -> None:
-        """On a thread of its own a wait keeps nobody from computing: it is not counted as a stall."""
+        """On a thread of its own a wait keeps nobody from computing, unless somebody waits for that thread."""
         if self._thread is None:
             self._links.wait(transfer)
-        else:
-            transfer.wait()
+            return
+        begin = self._links.meter.clock()
+        transfer.wait()
+        for resource, seconds in transfer.stalls(begin, self._links.meter.clock()):
+            self._waited[resource] += seconds
+
+    @contextmanager
+    def _computing_waits(self) -> Iterator[None]:
+        """Computing waits inside for updates: for what these wait for meanwhile, and else for the processor."""
+        meter = self._links.meter
+        begin, before = meter.clock(), self._waited.copy()
+        yield
+        left = meter.clock() - begin
+        for resource, seconds in self._waited.copy().items():  # its thread goes on
+            seconds = min(left, seconds - before[resource])
+            meter.stalled(resource, seconds)
+            left -= seconds
+        meter.stalled(CPU, left)
 
     def _order_weights(self) -> None:
         while self._landing:

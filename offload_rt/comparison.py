@@ -1,0 +1,75 @@
+"""A steady step beside what its plan predicted: by resource, which one binds, and how that is said. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from offload_rt.meter import RESOURCES, Reading
+from planners.errors import format_bytes
+
+
+def compared(
+    seconds: float, outside_seconds: float, resources: Reading, num_steps: int, predicted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The medians of `num_steps` steps beside a plan's `predicted`, which is empty where its planner predicts nothing.
+
+    A resource that was not measured has busy seconds of None, one that nobody predicted has predicted seconds of None.
+    """
+    expected: Mapping[str, float] = predicted.get("busy_seconds", {})
+    busy, moved, stalls = resources.busy_seconds, resources.moved_bytes, resources.stall_seconds
+    names = [name for name in RESOURCES if any(of.get(name) for of in (busy, moved, stalls, expected))]
+    return {
+        "num_steps": num_steps,
+        "seconds": seconds,
+        "predicted_seconds": predicted.get("step_seconds"),
+        "outside_seconds": outside_seconds,
+        "binding": binding(busy),
+        "predicted_binding": binding(expected),
+        "resources": {
+            name: {
+                "busy_seconds": busy.get(name),
+                "predicted_seconds": expected.get(name),
+                "stall_seconds": stalls.get(name, 0.0),
+                "bytes": moved.get(name, 0),
+            }
+            for name in names
+        },
+    }
+
+
+def binding(busy_seconds: Mapping[str, float]) -> str | None:
+    """The resource that works longest: a step cannot take less. None where none works."""
+    return max(busy_seconds, key=lambda name: busy_seconds[name], default=None)
+
+
+def lines(steady: Mapping[str, Any]) -> list[str]:
+    """`compared` for people: the step, then a line for each resource, the longest at work first."""
+    text = f"a steady step takes {_seconds(steady['seconds'])} in the median of {steady['num_steps']}"
+    if steady["predicted_seconds"] is not None:
+        text += f", {_seconds(steady['predicted_seconds'])} predicted"
+    if steady["binding"] is not None:
+        text += f"; {steady['binding']} binds"
+        if steady["predicted_binding"] not in (None, steady["binding"]):
+            text += f", {steady['predicted_binding']} was to"
+    found = [text]
+    resources: Mapping[str, Mapping[str, Any]] = steady["resources"]
+    for name in sorted(resources, key=lambda name: -(resources[name]["busy_seconds"] or 0.0)):
+        found.append(f"  {name:<15}{', '.join(_parts(resources[name]))}")
+    return found
+
+
+def _parts(resource: Mapping[str, Any]) -> Sequence[str]:
+    busy, predicted = resource["busy_seconds"], resource["predicted_seconds"]
+    parts = ["not timed" if busy is None else f"{_seconds(busy)} busy"]
+    if predicted is not None:
+        parts.append(f"{_seconds(predicted)} predicted")
+    if resource["bytes"]:
+        parts.append(format_bytes(resource["bytes"]))
+    if resource["stall_seconds"]:
+        parts.append(f"computing waited {_seconds(resource['stall_seconds'])} for it")
+    return parts
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds < 9.9995 else f"{seconds:.1f} s"

@@ -1,0 +1,227 @@
+"""What a step takes, resource by resource: computing and updates by the clock, drives and links by their meter.
+
+    caller     batch |-- forward --|-- backward --|-- step() --| batch ...
+    model            |============================|                         less its waits: computing
+    update                                        |============|            less its waits: updates where parameters lie
+    outside    |-----|                                         |-----|      the caller's own
+
+Forward begins and ends by hooks of the model; backward begins when the first gradient of an output is there, and ends
+when autograd has gone through its graph, whoever called it. What is measured costs a few calls a step, none a layer.
+On an asynchronous device the host's clock says nothing of computing: only the step's seconds and the drives' are known.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from offload_rt.meter import COMPUTE, DEVICE_UPDATE, Reading
+
+WARM_STEPS = 2
+"""Left out: they check what later ones trust, and touch memory for the first time."""
+KEPT_STEPS = 32
+"""The newest, of which medians are taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReading:
+    """One step, or the median of several, resource by resource."""
+
+    seconds: float
+    """Forward, backward and update."""
+    outside_seconds: float
+    """Between them and before, in the caller's hands."""
+    resources: Reading
+
+
+class StepMeter:
+    """Watches the calls of one model. `read` gives the meters of drives and links; `clock` is in seconds."""
+
+    def __init__(
+        self,
+        read: Callable[[], Reading],
+        *,
+        is_asynchronous: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.steps: deque[StepReading] = deque(maxlen=KEPT_STEPS)
+        self.num_steps = 0
+        self._read, self._clock = read, clock
+        self._is_asynchronous = is_asynchronous
+        self._lock = threading.RLock()
+        self._num_open = 0
+        self._backwards: set[int] = set()
+        self._restart()
+
+    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+        """Puts hooks into `model`. To be the first ones, so that what others do counts as part of a step."""
+        return [
+            model.register_forward_pre_hook(self._forward_begins, prepend=True),
+            model.register_forward_hook(self._forward_is_over, always_call=True),
+        ]
+
+    def forget(self) -> None:
+        """Drops what has been measured of the step under way: it is none that should count."""
+        with self._lock:
+            self._is_clean = False
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """The update is made inside, and is the end of a step. A step that fails does not count."""
+        with self._lock:
+            self._give_up_open()
+            begin, stalls = self._clock(), self._stalls()
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+        finally:
+            with self._lock:
+                self._finish(self._clock() - begin, self._stalls() - stalls)
+
+    def steady(self) -> StepReading | None:
+        """The median of the newest steps, by resource; None while there is none."""
+        steps = list(self.steps)
+        if not steps:
+            return None
+
+        def medians(of: Callable[[Reading], Mapping[str, float]]) -> dict[str, float]:
+            names = {name for step in steps for name in of(step.resources)}
+            return {name: median(of(step.resources).get(name, 0.0) for step in steps) for name in sorted(names)}
+
+        return StepReading(
+            seconds=median(step.seconds for step in steps),
+            outside_seconds=median(step.outside_seconds for step in steps),
+            resources=Reading(
+                busy_seconds=medians(lambda reading: reading.busy_seconds),
+                moved_bytes={name: round(size) for name, size in medians(lambda reading: reading.moved_bytes).items()},
+                stall_seconds=medians(lambda reading: reading.stall_seconds),
+            ),
+        )
+
+    def _restart(self) -> None:
+        """A step begins now."""
+        self._begin, self._before = self._clock(), self._read()
+        self._model_seconds = self._model_stalls = 0.0
+        self._is_clean = True
+
+    def _stalls(self) -> float:
+        return sum(self._read().stall_seconds.values())
+
+    def _enter(self) -> None:
+        with self._lock:
+            if not self._num_open:
+                self._entered = self._clock(), self._stalls()
+            self._num_open += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            if not self._num_open:  # it was given up
+                return
+            self._num_open -= 1
+            if not self._num_open:
+                begin, stalls = self._entered
+                self._model_seconds += self._clock() - begin
+                self._model_stalls += self._stalls() - stalls
+
+    def _give_up_open(self) -> None:
+        """A backward pass that failed never says that it is over."""
+        self._backwards.clear()
+        if self._num_open:
+            self._num_open = 0
+            self._is_clean = False
+
+    def _forward_begins(self, module: nn.Module, args: Any) -> None:
+        with self._lock:
+            if self._backwards:
+                self._give_up_open()
+            self._is_clean &= torch.is_grad_enabled()  # an evaluation is no part of a step
+        self._enter()
+
+    def _forward_is_over(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._leave()
+        for tensor in _values(output):
+            if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+                tensor.register_hook(self._backward_begins)  # type: ignore[no-untyped-call]
+
+    def _backward_begins(self, gradient: torch.Tensor) -> None:
+        number = torch._C._current_graph_task_id()
+        with self._lock:
+            if number in self._backwards:
+                return
+            self._backwards.add(number)
+        self._enter()
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._backward_is_over, number))
+
+    def _backward_is_over(self, number: int) -> None:
+        with self._lock:
+            if number in self._backwards:
+                self._backwards.discard(number)
+                self._leave()
+
+    def _finish(self, update_seconds: float, update_stalls: float) -> None:
+        found = self._read().since(self._before)
+        busy = dict(found.busy_seconds)
+        if not self._is_asynchronous:
+            busy[COMPUTE] = self._model_seconds - self._model_stalls
+            busy[DEVICE_UPDATE] = update_seconds - update_stalls
+        seconds = self._model_seconds + update_seconds
+        step = StepReading(
+            seconds=seconds,
+            outside_seconds=self._clock() - self._begin - seconds,
+            resources=Reading(
+                busy_seconds=busy, moved_bytes=found.moved_bytes, stall_seconds=found.stall_seconds
+            ),
+        )  # fmt: skip
+        if self._is_clean:
+            self.num_steps += 1
+            if self.num_steps > WARM_STEPS:
+                self.steps.append(step)
+        self._restart()
+
+
+def _values(output: Any) -> list[Any]:
+    """What a model's output is made of, whatever it is: a tensor, several, a mapping, an object with attributes."""
+    if isinstance(output, torch.Tensor) or output is None:
+        return [output]
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(output) if isinstance(output, (list, tuple)) else list(getattr(output, "__dict__", {}).values())
+
+
+class HasStepMeter(Protocol):
+    """What makes steps."""
+
+    @property
+    def step_meter(self) -> StepMeter: ...
+
+
+Owner = TypeVar("Owner", bound=HasStepMeter)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def measured_update(
+    method: Callable[Concatenate[Owner, Arguments], Result],
+) -> Callable[Concatenate[Owner, Arguments], Result]:
+    """The method ends a step of its owner's meter."""
+
+    @functools.wraps(method)
+    def measured(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with owner.step_meter.updating():
+            return method(owner, *args, **kwargs)
+
+    return measured
