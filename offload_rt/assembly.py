@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from offload_rt.heap import Base, HeapGuard
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
 from offload_rt.optimizer.interface import Training
+from offload_rt.optimizer.log_commit import open_log
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.paced_stash import PacedStash
 from offload_rt.plan_check import check_plan
@@ -381,7 +383,10 @@ class _Assembly:
         )
         if self.state is None or optimizer is None:
             folder = None if self.store is None else self.store.folders[0] / "commit"
-            return MemoryTraining(steps, optimizer, commit_every=config.commit_every, commit_folder=folder)
+            opens = partial(open_log, drives=[drive.path for drive in config.nvme], links=self.links)
+            return MemoryTraining(
+                steps, optimizer, commit_every=config.commit_every, commit_folder=folder, open_log=opens
+            )
         self.state.begin()
         if self.problem.training is not None and self.problem.training.adapters:
             return self.state.finish_adapters(optimizer, steps)

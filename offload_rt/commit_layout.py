@@ -194,6 +194,22 @@ def read_layout(folders: Sequence[Path]) -> tuple[Layout, list[Path]] | None:
     return layout, in_order
 
 
+def folders_of_log(folder: Path, elsewhere: Sequence[Path]) -> tuple[list[Path], int]:
+    """`folder` and those of `elsewhere` that hold other parts of the log there, and on how many drives it lies.
+
+    Raises ConfigError where `folder` holds no part of one, `StoreCorrupt` where a part is damaged.
+    """
+    own = _read_part(folder)
+    if own is None:
+        raise ConfigError(f"{folder}: no commit log here")
+    found = {own[0]: folder}
+    for other in elsewhere:
+        part = _read_part(other)
+        if part is not None and part[1].log_id == own[1].log_id:
+            found.setdefault(part[0], other)
+    return list(found.values()), own[1].num_drives
+
+
 def _read_part(folder: Path) -> tuple[int, Layout] | None:
     """Which drive of which log a folder is; None where it has no `log.json`."""
     path = folder / "log.json"

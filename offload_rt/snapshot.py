@@ -28,7 +28,7 @@ from typing import Any, Protocol
 from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
 from offload_rt.commit_layout import barrier, finish, settle
-from offload_rt.commit_log import Commit
+from offload_rt.commit_log import Commit, CommitLog
 from offload_rt.commit_record import Version
 from offload_rt.drive_files import digest, open_file, os_error, sync_folder, write_atomically
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageError, StorageFull
@@ -117,23 +117,54 @@ def load_snapshot(
     found = read_payload(folder)
     saved = {extent["name"]: extent for extent in body["extents"]}
     here = {name: log.length_bytes(name) for name in log.names if names(name)}
-    odd = {(name, extent["length_bytes"]) for name, extent in saved.items()} ^ set(here.items())
-    if odd:
-        raise CheckpointError(f"{folder}: holds other extents than this run, first: {min(odd)} ({len(odd)} differ)")
-    log.drop()
+    _check_same(folder, {name: extent["length_bytes"] for name, extent in saved.items()}, here)
     if not (folder / "state.bin").is_file():
         raise CheckpointError(f"{folder}: state.bin is missing")
     file = open_file(folder / "state.bin", writable=False)
-    largest = max(here.values(), default=0)
-    arena = Arena("snapshot", 2 * largest)
     reads: deque[Transfer] = deque()
+
+    def read(name: str, slot: Slot) -> None:
+        reads.append(links.read(file, saved[name]["offset_bytes"], slot))
+        finish(links, reads)
+        _verify(folder / "state.bin", slot.buffer(), saved[name]["crc32c"])
+
+    try:
+        _bring(log, {name: here[name] for name in saved}, links, read)
+    finally:
+        settle(reads)
+        os.close(file.fd)
+    return found
+
+
+def copy_commit(
+    folder: Path, source: CommitLog, log: SnapshotLog, links: Links, *, names: Callable[[str], bool]
+) -> None:
+    """Writes what the log in `folder` has committed into `log`, as `load_snapshot` does a snapshot. Blocks.
+
+    Raises `CheckpointError` where they hold other extents, `StoreCorrupt` where bytes have changed.
+    """
+    here = {name: log.length_bytes(name) for name in log.names if names(name)}
+    there = {name: source.length_bytes(name) for name in source.names if names(name)}
+    _check_same(folder, there, here)
+    _bring(log, here, links, lambda name, slot: links.wait(source.read(name, slot, committed=True)))
+
+
+def _check_same(folder: Path, there: Mapping[str, int], here: Mapping[str, int]) -> None:
+    odd = set(there.items()) ^ set(here.items())
+    if odd:
+        raise CheckpointError(f"{folder}: holds other extents than this run, first: {min(odd)} ({len(odd)} differ)")
+
+
+def _bring(log: SnapshotLog, lengths: Mapping[str, int], links: Links, read: Callable[[str, Slot], None]) -> None:
+    """Writes extents into `log` that `read` brings, one while the one before it is written. Drops all if one fails."""
+    log.drop()
+    largest = max(lengths.values(), default=0)
+    arena = Arena("snapshot", 2 * largest)
     writes: deque[Transfer] = deque()  # the log owns them too
     try:
-        for name, extent in saved.items():
-            slot = arena.acquire(largest, name).part(0, here[name])
-            reads.append(links.read(file, extent["offset_bytes"], slot))
-            finish(links, reads)
-            _verify(folder / "state.bin", slot.buffer(), extent["crc32c"])
+        for name, num_bytes in lengths.items():
+            slot = arena.acquire(largest, name).part(0, num_bytes)
+            read(name, slot)
             finish(links, writes)
             writes.append(log.write(name, slot))
             del slot
@@ -141,10 +172,6 @@ def load_snapshot(
     except BaseException:
         log.drop()
         raise
-    finally:
-        settle(reads)
-        os.close(file.fd)
-    return found
 
 
 def _save(log: SnapshotLog, folder: Path, links: Links, names: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +15,16 @@ from offload_rt.commit_layout import PAYLOAD_BYTES, make_log, read_layout
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
 from offload_rt.discover import BlockDraft
+from offload_rt.drive_files import write_atomically
 from offload_rt.drives import drive_profile, weights
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
+from offload_rt.optimizer.by_name import LAYOUT, layout_json
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
+from offload_rt.optimizer.log_commit import OpenLog, open_log
 from offload_rt.optimizer.state import (
     STATE_PREFIX,
     WEIGHTS_PREFIX,
@@ -152,7 +156,7 @@ class StateAssembly:
             AdapterTraining(
                 steps, self._draft.blocks, self._draft.rule, self.home, stepper, progress, made,
                 commit_every=self._commit_every, commit_folder=self.folders[0] if self.folders else None,
-                on_close=self.close,
+                open_log=self._open_other_log, on_close=self.close,
             )
         )  # fmt: skip
         if log is not None and not log.committed.step:
@@ -193,11 +197,13 @@ class StateAssembly:
         )  # fmt: skip
         training.append(
             FullTraining(
-                self._draft.blocks, self.home, gradients, stepper, progress, made, mode=self._plan.update_mode,
-                accumulation_steps=config.accumulation_steps, max_grad_norm=config.max_grad_norm,
-                commit_every=self._commit_every, before_weights_change=before_weights_change,
+                self._draft.blocks, self._draft.rule, self.home, gradients, stepper, progress, made,
+                mode=self._plan.update_mode, accumulation_steps=config.accumulation_steps,
+                max_grad_norm=config.max_grad_norm, commit_every=self._commit_every,
+                before_weights_change=before_weights_change,
                 make_room=make_room, more_to_come=lambda: turns.active and not turns.is_last,
-                commit_folder=self.folders[0] if self.folders else None, on_close=self.close,
+                commit_folder=self.folders[0] if self.folders else None, open_log=self._open_other_log,
+                on_close=self.close,
             )
         )  # fmt: skip
         if log is not None and not log.committed.step:
@@ -230,6 +236,12 @@ class StateAssembly:
                 written_first={extent.name for extent in extents if self._writes_first(extent.name)},
             )
         self.home.log = CommitLog(self.folders, self._links)
+        if not (self.folders[0] / LAYOUT).exists():
+            write_atomically(self.folders[0] / LAYOUT, layout_json(self._draft.blocks, self._draft.rule.name))
+
+    @property
+    def _open_other_log(self) -> OpenLog:
+        return partial(open_log, drives=[drive.path for drive in self._workload.config.nvme], links=self._links)
 
     def _writes_first(self, extent: str) -> bool:
         """Whether the first commit has it: all state, and weights that stream from the log."""

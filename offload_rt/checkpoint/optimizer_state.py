@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from offload_rt.blockwise import Quantized
+from offload_rt.checkpoint.saved_tensors import SavedTensors, read_tensor
 
 Write = Callable[[str, Tensor], None]
 """Takes the elements of a tensor, by its name, that follow those that it was given before."""
@@ -28,10 +27,10 @@ class OptimizerState(Protocol):
     def values(self) -> dict[str, dict[str, Any]]:
         """What is kept besides tensors, by parameter name."""
 
-    def check(self, file: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
+    def check(self, saved: SavedTensors, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises `CheckpointError` where what a checkpoint holds cannot be loaded. Changes nothing."""
 
-    def load(self, file: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
+    def load(self, saved: SavedTensors, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Takes it over. Parameters have the checkpoint's values by then. Blocks."""
 
 
@@ -58,16 +57,16 @@ class TorchState:
             for parameter, entries in self._optimizer.state.items()
         }
 
-    def check(self, file: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
+    def check(self, saved: SavedTensors, values: Mapping[str, Mapping[str, Any]]) -> None:
         pass
 
-    def load(self, file: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
+    def load(self, saved: SavedTensors, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Sets the state itself: `load_state_dict` would cast fp32 moments to the dtype of a bf16 parameter."""
         state = self._optimizer.state
         state.clear()
         for name, entries in values.items():
             state[self._trainable[name]].update(entries)
-        tensors = load_file(file)
+        tensors = {key: read_tensor(saved, key) for key in saved.outline}
         for key, tensor in tensors.items():
             name, _, entry = key.rpartition("/")
             moment = entry.removesuffix(".codes").removesuffix(".absmax")

@@ -13,15 +13,16 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from offload_rt.checkpoint.optimizer_state import OptimizerState, TorchState, Write
 from offload_rt.checkpoint.safetensors_writer import READ_BYTES, Outline, SafetensorsWriter, file_bytes
+from offload_rt.checkpoint.saved_tensors import FileTensors, SavedTensors, read_tensor
 from offload_rt.checkpoint.values import pack_values, restore_rng, rng_state
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.checksum import crc32c
@@ -70,6 +71,22 @@ def save_state(
         write_atomically(partial / "COMPLETE", json.dumps(sums, indent=1).encode())
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """What a run has saved, wherever it lies: read, and found to be whole."""
+
+    parameters: SavedTensors
+    """Those that train, by name."""
+    optimizer: SavedTensors
+    """Its state, as `<parameter name>/<state name>`."""
+    state: Mapping[str, Mapping[str, Any]]
+    """What it keeps besides tensors, by parameter name."""
+    groups: Sequence[Mapping[str, Any]]
+    """Param groups with names in place of parameters."""
+    rng: dict[str, Any]
+    extra: dict[str, Any]
+
+
 def load_state(
     folder: Path,
     trainable: Mapping[str, torch.Tensor],
@@ -78,44 +95,60 @@ def load_state(
     *,
     state: OptimizerState | None = None,
 ) -> dict[str, Any]:
-    """Puts a checkpoint's values into `trainable` and `optimizer`, restores random numbers, returns what was extra.
+    """Puts a checkpoint's values into `trainable` and `optimizer`; see `restore`."""
+    _verify(folder)
+    extra: dict[str, Any] = torch.load(folder / _FILES[2], weights_only=True)
+    if extra.pop("version") != STATE_VERSION:
+        raise CheckpointError(f"{folder}: written by another version of offload_rt")
+    values, rng = extra.pop("optimizer"), extra.pop("rng")
+    with FileTensors(folder / _FILES[0]) as parameters, FileTensors(folder / _FILES[1]) as tensors:
+        saved = SavedRun(
+            parameters=parameters, optimizer=tensors, state=values["state"], groups=values["groups"], rng=rng,
+            extra=extra,
+        )  # fmt: skip
+        return restore(saved, trainable, optimizer, check, state=state)
+
+
+def restore(
+    saved: SavedRun,
+    trainable: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    check: Callable[[Mapping[str, Any]], None],
+    *,
+    state: OptimizerState | None = None,
+) -> dict[str, Any]:
+    """Puts what was saved into `trainable` and `optimizer`, restores random numbers, returns what was extra. Blocks.
 
     `state` takes the optimizer's where it is not in the optimizer itself.
 
     Everything is checked before anything is changed; `check` may refuse what was extra, by raising. Raises
     `CheckpointError` or `CheckpointVerifyError`.
     """
-    _verify(folder)
-    parameters = load_file(folder / _FILES[0])
-    extra: dict[str, Any] = torch.load(folder / _FILES[2], weights_only=True)
-    if extra.pop("version") != STATE_VERSION:
-        raise CheckpointError(f"{folder}: written by another version of offload_rt")
+    parameters, of = saved.parameters.outline, saved.parameters.path.parent
     if set(parameters) != set(trainable):
         odd = sorted(set(parameters) ^ set(trainable))
-        raise CheckpointError(f"{folder}: trains other parameters than this run, first: {odd[0]} ({len(odd)} differ)")
+        raise CheckpointError(f"{of}: trains other parameters than this run, first: {odd[0]} ({len(odd)} differ)")
     for name, value in parameters.items():
         if value.shape != trainable[name].shape or value.dtype != trainable[name].dtype:
             raise CheckpointError(
-                f"{folder}: {name} is {tuple(value.shape)} {value.dtype}, here {tuple(trainable[name].shape)} "
+                f"{of}: {name} is {tuple(value.shape)} {value.dtype}, here {tuple(trainable[name].shape)} "
                 f"{trainable[name].dtype}"
             )
-    values = extra.pop("optimizer")
     here = [group["params"] for group in _group_values(trainable, optimizer)]
-    if here != [group["params"] for group in values["groups"]]:
-        raise CheckpointError(f"{folder}: the optimizer's parameter groups are not those of this run")
-    rng = extra.pop("rng")
-    check(extra)
+    if here != [group["params"] for group in saved.groups]:
+        raise CheckpointError(f"{of}: the optimizer's parameter groups are not those of this run")
+    check(saved.extra)
     state = state if state is not None else TorchState(trainable, optimizer)
-    state.check(folder / _FILES[1], values["state"])
+    state.check(saved.optimizer, saved.state)
 
     with torch.no_grad():
-        for name, value in parameters.items():
-            trainable[name].copy_(value)
-    state.load(folder / _FILES[1], values["state"])
-    for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})
-    restore_rng(rng)
-    return extra
+        for name in parameters:
+            trainable[name].copy_(read_tensor(saved.parameters, name))
+    state.load(saved.optimizer, saved.state)
+    for group, values in zip(optimizer.param_groups, saved.groups, strict=True):
+        group.update({key: value for key, value in values.items() if key != "params"})
+    restore_rng(saved.rng)
+    return saved.extra
 
 
 class FolderCommits:

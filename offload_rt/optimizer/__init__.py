@@ -10,6 +10,7 @@ landing     new weights on their way into a device's memory
 stepper     reads ahead, updates, writes behind
 stand_ins   what `.grad` is while a gradient is elsewhere
 commits     which steps are committed, and whether the state is whole
+log_commit  what another run has committed, taken over
 step        what has been done of a step
 training    the step itself: norm, clipping, redoing, dropping
 tiered      the optimizer that the user sees; its param_groups by name

@@ -6,19 +6,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload_rt.arena import Arena, Slot
-from offload_rt.checkpoint import open_checkpoint
 from offload_rt.checkpoint.optimizer_state import Write
-from offload_rt.dtypes import torch_dtype
+from offload_rt.checkpoint.saved_tensors import SavedTensors, bytes_of, read_tensor
 from offload_rt.errors import CheckpointError
 from offload_rt.optimizer.pieces import MASTER, Piece, Segment, TrainedBlock
-from offload_rt.optimizer.rules import StateTensor, UpdateRule
+from offload_rt.optimizer.rules import StateTensor
 from offload_rt.optimizer.state import begin_state, state_tensors
 from offload_rt.optimizer.tiered_training import TieredTraining
 
@@ -26,11 +24,12 @@ from offload_rt.optimizer.tiered_training import TieredTraining
 class TieredState:
     """State in tiers, as `checkpoint.state` sees it."""
 
-    def __init__(self, training: TieredTraining, rule: UpdateRule) -> None:
+    def __init__(self, training: TieredTraining) -> None:
         self._training = training
         self._tensors: dict[str, dict[str, StateTensor]] = {
             trained.name: {
-                tensor.name: tensor for tensor in rule.state(tuple(trained.parameter.shape), trained.parameter.dtype)
+                tensor.name: tensor
+                for tensor in training.rule.state(tuple(trained.parameter.shape), trained.parameter.dtype)
             }
             for block in training.blocks
             for trained in block.parameters
@@ -67,29 +66,28 @@ class TieredState:
             for name in self._training.progress.steps
         }
 
-    def check(self, file: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
-        with open_checkpoint(file) as saved:
-            for name in sorted({key.rpartition("/")[0] for key in saved.tensors} | values.keys()):
-                for state, tensor in self._tensors.get(name, {}).items():
-                    entry = saved.tensors.get(f"{name}/{state}")
-                    found = None if entry is None else (tuple(entry.shape), torch_dtype(entry.dtype))
-                    if found != (tuple(tensor.shape), tensor.dtype):
-                        raise CheckpointError(
-                            f"{file}: holds {found or 'nothing'} as {state} of {name}, where this run's optimizer has "
-                            f"{(tuple(tensor.shape), tensor.dtype)}"
-                        )
+    def check(self, saved: SavedTensors, values: Mapping[str, Mapping[str, Any]]) -> None:
+        for name in sorted({key.rpartition("/")[0] for key in saved.outline} | values.keys()):
+            for state, tensor in self._tensors.get(name, {}).items():
+                entry = saved.outline.get(f"{name}/{state}")
+                found = None if entry is None else (tuple(entry.shape), entry.dtype)
+                if found != (tuple(tensor.shape), tensor.dtype):
+                    raise CheckpointError(
+                        f"{saved.path}: holds {found or 'nothing'} as {state} of {name}, where this run's optimizer "
+                        f"has {(tuple(tensor.shape), tensor.dtype)}"
+                    )
 
-    def load(self, file: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
+    def load(self, saved: SavedTensors, values: Mapping[str, Mapping[str, Any]]) -> None:
         training = self._training
         training.stop()
         if training.home.log is not None:
             training.home.log.drop()
-        with training.commits.broken_unless_done(f"loading {file.parent} failed"), open_checkpoint(file) as saved:
+        with training.commits.broken_unless_done(f"loading {saved.path.parent} failed"):
             done: Counter[str] = Counter()
 
             def read(name: str, into: Tensor) -> None:
-                buffer = memoryview(into.view(-1).view(torch.uint8).numpy().data)
-                saved.read_into(saved.tensors[name], done[name], buffer)
+                buffer = bytes_of(into)
+                saved.read_into(name, done[name], buffer)
                 done[name] += len(buffer)
 
             for block, piece in self._pieces():
@@ -98,18 +96,17 @@ class TieredState:
                 for segment in piece.segments:
                     name = block.parameters[segment.parameter].name
                     for state, tensor in _moments(slot, segment).items():
-                        if f"{name}/{state}" in saved.tensors:
+                        if f"{name}/{state}" in saved.outline:
                             read(f"{name}/{state}", tensor)
                 if piece.name not in training.home.pieces:
                     training.home.links.wait(training.home.write_back(piece, slot))
                 del slot
             scalars = {name: dict(entries) for name, entries in values.items()}
-            for key, entry in saved.tensors.items():
+            for key in saved.outline:
                 name, _, state = key.rpartition("/")
                 entries = scalars.setdefault(name, {})
                 if state not in self._tensors[name]:
-                    entries[state] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-                    read(key, entries[state])
+                    entries[state] = read_tensor(saved, key)
         training.progress.scalars = dict(scalars)
         # An optimizer that counts no steps needs to know only whether there was one.
         training.progress.steps = {name: int(entries.get("step", 1)) for name, entries in scalars.items()}

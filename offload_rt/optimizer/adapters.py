@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload_rt.checkpoint.state import load_state, save_state
+from offload_rt.checkpoint.state import load_state, restore, save_state
 from offload_rt.checkpoint.values import restore_rng
 from offload_rt.optimizer.adapter_saving import TieredState
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.interface import Check, Values
+from offload_rt.optimizer.log_commit import OpenLog, is_log
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.saving import load_commit
@@ -65,14 +66,14 @@ class AdapterTraining(TieredTraining):
         *,
         commit_every: int | None,
         commit_folder: Path | None,
+        open_log: OpenLog,
         on_close: Callable[[], None],
     ) -> None:
         super().__init__(
-            blocks, home, stepper, progress, made, commit_every=commit_every, commit_folder=commit_folder,
-            on_close=on_close,
+            blocks, rule, home, stepper, progress, made, commit_every=commit_every, commit_folder=commit_folder,
+            open_log=open_log, on_close=on_close,
         )  # fmt: skip
         self._steps = steps
-        self._rule = rule
 
     def before_forward(self) -> None:
         self.commits.check_usable()
@@ -123,7 +124,7 @@ class AdapterTraining(TieredTraining):
             self.commits.commit()
             return
         values = {"step": self.step_number, **self.commits.extra()}
-        save_state(folder, self._steps.trainable, self.optimizer, values, state=TieredState(self, self._rule))
+        save_state(folder, self._steps.trainable, self.optimizer, values, state=TieredState(self))
 
     def load(self, folder: Path, check: Check) -> Values:
         """Raises as `load_state` does."""
@@ -136,8 +137,12 @@ class AdapterTraining(TieredTraining):
             self._begin_again()
             restore_rng(values["rng"])
             return values
-        state = TieredState(self, self._rule)
-        values = load_state(folder, self._steps.trainable, self.optimizer, check, state=state)
+        trainable, state = self._steps.trainable, TieredState(self)
+        if is_log(folder):
+            with self.open_log(folder) as commit:
+                values = restore(commit.saved_run(self.rule.name), trainable, self.optimizer, check, state=state)
+        else:
+            values = load_state(folder, trainable, self.optimizer, check, state=state)
         self.step_number = int(values["step"])
         self._begin_again()
         return values

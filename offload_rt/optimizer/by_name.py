@@ -33,8 +33,8 @@ LAYOUT = "layout.json"
 LAYOUT_VERSION = 1
 
 
-def layout_json(blocks: Sequence[TrainedBlock]) -> bytes:
-    """What `layout.json` holds: where the state of each parameter lies in the extents."""
+def layout_json(blocks: Sequence[TrainedBlock], rule: str | None = None) -> bytes:
+    """What `layout.json` holds: where the state of each parameter lies in the extents. Of a log, also whose it is."""
     parameters: dict[str, dict[str, Any]] = {}
     for block in blocks:
         for piece in block.pieces:
@@ -46,7 +46,8 @@ def layout_json(blocks: Sequence[TrainedBlock]) -> bytes:
                 entry["segments"].append(
                     {"extent": state_extent(piece), "begin": segment.begin, "end": segment.end, "state": state}
                 )
-    return json.dumps({"version": LAYOUT_VERSION, "parameters": parameters}).encode()
+    layout: dict[str, Any] = {"version": LAYOUT_VERSION, "parameters": parameters}
+    return json.dumps(layout if rule is None else {**layout, "rule": rule}).encode()
 
 
 def export_state(checkpoint: Path, out: Path) -> None:
@@ -58,7 +59,7 @@ def export_state(checkpoint: Path, out: Path) -> None:
     """
     if out.exists():
         raise ConfigError(f"{out} exists; give a folder that does not")
-    layout = _read_layout(checkpoint)
+    layout = read_layout_json(checkpoint)["parameters"]
     extents = {extent["name"]: extent for extent in read_manifest(checkpoint)["extents"]}
     outlines = _outlines(layout)
     writers: dict[str, SafetensorsWriter] = {}
@@ -83,15 +84,16 @@ def export_state(checkpoint: Path, out: Path) -> None:
             writer.verify()
 
 
-def _read_layout(checkpoint: Path) -> dict[str, dict[str, Any]]:
+def read_layout_json(folder: Path) -> dict[str, Any]:
+    """What `layout_json` gave. Raises `CheckpointError`."""
     try:
-        data = json.loads((checkpoint / LAYOUT).read_text())
+        data: dict[str, Any] = json.loads((folder / LAYOUT).read_text())
         if data["version"] != LAYOUT_VERSION:
-            raise CheckpointError(f"{checkpoint}: written by another version of offload_rt ({data['version']})")
-        parameters: dict[str, dict[str, Any]] = data["parameters"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}: not a checkpoint of full fine-tuning ({error!r})") from None
-    return parameters
+            raise CheckpointError(f"{folder}: written by another version of offload_rt ({data['version']})")
+        data["parameters"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: not a checkpoint of full fine-tuning ({error!r})") from None
+    return data
 
 
 def _outlines(layout: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:

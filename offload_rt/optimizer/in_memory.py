@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from offload_rt.checkpoint.state import FolderCommits, load_state, save_state
+from offload_rt.checkpoint.state import FolderCommits, load_state, restore, save_state
 from offload_rt.config import NO_COMMIT_FOLDER
 from offload_rt.errors import ConfigError
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_moved, check_norm, check_optimizer
 from offload_rt.optimizer.interface import Check, Values
+from offload_rt.optimizer.log_commit import OpenLog, is_log
+from offload_rt.optimizer.rules import rule_for
 
 
 class AdapterSteps:
@@ -61,6 +63,7 @@ class MemoryTraining:
         *,
         commit_every: int | None,
         commit_folder: Path | None,
+        open_log: OpenLog,
     ) -> None:
         """`commit_every`: steps between commits to `commit_folder`, which is None without a drive."""
         self.optimizer = optimizer
@@ -69,6 +72,7 @@ class MemoryTraining:
         self._extra: Callable[[], Values] = dict
         self._amend: Callable[[Values], Values] = dict
         self._commit_folder = commit_folder
+        self._open_log = open_log
         self._commits: FolderCommits | None = None
         if optimizer is not None and commit_every is not None:
             self._commits = FolderCommits(
@@ -119,7 +123,12 @@ class MemoryTraining:
     def load(self, folder: Path, check: Check) -> Values:
         optimizer = self._training("load_checkpoint: nothing trains")
         self.before_forward()
-        values = load_state(folder, self._steps.trainable, optimizer, check)
+        if is_log(folder):
+            with self._open_log(folder) as commit:
+                saved = commit.saved_run(rule_for(optimizer, in_place=True).name)
+                values = restore(saved, self._steps.trainable, optimizer, check)
+        else:
+            values = load_state(folder, self._steps.trainable, optimizer, check)
         self.step_number = int(values["step"])
         return values
 

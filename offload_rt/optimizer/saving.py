@@ -7,12 +7,14 @@ folder is a checkpoint too, which is continued from without copying anything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from offload_rt.checkpoint.values import pack_values, unpack_values
 from offload_rt.errors import CheckpointError, OffloadError
 from offload_rt.optimizer.by_name import LAYOUT, layout_json
 from offload_rt.optimizer.interface import Check, Values
+from offload_rt.optimizer.log_commit import is_log
 from offload_rt.optimizer.memory_log import MemoryLog
 from offload_rt.optimizer.state import STATE_PREFIX, state_extent
 from offload_rt.optimizer.tiered_training import TieredTraining
@@ -36,17 +38,17 @@ def save_training(training: TieredTraining, folder: Path) -> int:
 def load_training(training: TieredTraining, folder: Path, check: Check) -> Values:
     """Brings a checkpoint to where state rests; returns what was saved besides. The caller begins again. Blocks.
 
-    Raises `CheckpointError` where the checkpoint does not fit, `CheckpointVerifyError` where its bytes have changed.
+    It may be the log of another run. Raises `CheckpointError` where it does not fit, `CheckpointVerifyError` where its
+    bytes have changed.
     """
+    if is_log(folder):
+        with training.open_log(folder) as commit:
+            commit.check_fits(training.blocks, training.rule.name)
+            _take_over(training, folder, check, commit.values, commit.copy_into)
+            return commit.values
     values = unpack_values(read_payload(folder)[1])
-    check(values)
-    training.stop()
-    training.load_values(values)
-    try:
-        load_snapshot(folder, _log(training), training.home.links, names=_is_state)
-    except OffloadError as error:
-        training.commits.broken = f"loading {folder} failed: {error}"
-        raise
+    links = training.home.links
+    _take_over(training, folder, check, values, lambda log: load_snapshot(folder, log, links, names=_is_state))
     return values
 
 
@@ -61,6 +63,19 @@ def load_commit(training: TieredTraining, check: Check) -> Values:
     log.drop()
     training.load_values(values)
     return values
+
+
+def _take_over(
+    training: TieredTraining, folder: Path, check: Check, values: Values, bring: Callable[[SnapshotLog], object]
+) -> None:
+    check(values)
+    training.stop()
+    training.load_values(values)
+    try:
+        bring(_log(training))
+    except OffloadError as error:
+        training.commits.broken = f"loading {folder} failed: {error}"
+        raise
 
 
 def _is_state(name: str) -> bool:

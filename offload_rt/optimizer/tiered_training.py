@@ -14,8 +14,10 @@ from offload_rt.config import NO_COMMIT_FOLDER
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.commits import Commits
 from offload_rt.optimizer.interface import Values
+from offload_rt.optimizer.log_commit import OpenLog
 from offload_rt.optimizer.param_groups import ParamGroups
 from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.state import StateHome
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered import TieredOptimizer
@@ -27,6 +29,7 @@ class TieredTraining(ABC):
     def __init__(
         self,
         blocks: Sequence[TrainedBlock],
+        rule: UpdateRule,
         home: StateHome,
         stepper: Stepper,
         progress: Progress,
@@ -34,9 +37,12 @@ class TieredTraining(ABC):
         *,
         commit_every: int | None,
         commit_folder: Path | None,
+        open_log: OpenLog,
         on_close: Callable[[], None],
     ) -> None:
         self.blocks = tuple(blocks)
+        self.rule = rule
+        self.open_log = open_log
         self.home = home
         self.stepper = stepper
         self.progress = progress

@@ -36,7 +36,9 @@ from offload_rt.cpu_adam import clip_scale
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError
 from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.optimizer.interface import Check, Values
+from offload_rt.optimizer.log_commit import OpenLog
 from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.saving import load_commit, load_training, save_training
 from offload_rt.optimizer.stand_ins import StandIns
 from offload_rt.optimizer.state import Part, StateHome
@@ -60,6 +62,7 @@ class FullTraining(TieredTraining):
     def __init__(
         self,
         blocks: Sequence[TrainedBlock],
+        rule: UpdateRule,
         home: StateHome,
         gradients: Gradients,
         stepper: Stepper,
@@ -74,6 +77,7 @@ class FullTraining(TieredTraining):
         make_room: Callable[[], None],
         more_to_come: Callable[[], bool],
         commit_folder: Path | None,
+        open_log: OpenLog,
         on_close: Callable[[], None],
     ) -> None:
         """`before_weights_change` makes sure that nobody reads weights ahead; `make_room` is called before memory is
@@ -81,8 +85,8 @@ class FullTraining(TieredTraining):
         micro-batch's gradients of the same block.
         """
         super().__init__(
-            blocks, home, stepper, progress, made, commit_every=commit_every, commit_folder=commit_folder,
-            on_close=partial(self._let_go, on_close),
+            blocks, rule, home, stepper, progress, made, commit_every=commit_every, commit_folder=commit_folder,
+            open_log=open_log, on_close=partial(self._let_go, on_close),
         )  # fmt: skip
         self.gradients = gradients
         self.counters = StepCounters()
