@@ -14,10 +14,10 @@ one step of each and a slow minute of the machine hits all alike. Ratios are tak
 of the machine's processors that went to them in the median step. Peak memory is VmHWM above what was resident after the
 imports, for the steps and, apart, for everything before the first step.
 
-Switches of `ours`, joined by "+": decode_scope=linear, num_slots=N, stream_edges=1, activations=recompute (fields of
-RuntimeOptions; activations are one chunk's), device_memory=SIZE, decode_threads=N, fused=1 (torch's fused AdamW). Of
-any contender: trim=1 gives the C library's free memory back to the system before the head; NAME=VALUE in capitals is
-set in the environment of that process: `bf16+MALLOC_TOP_PAD_=67108864`.
+Switches of `ours`, joined by "+": decode_scope=linear, num_slots=N, stream_edges=1, activations=recompute,
+placed_bytes=0 (fields of RuntimeOptions; activations are one chunk's), device_memory=SIZE, decode_threads=N, fused=1
+(torch's fused AdamW). Of any contender: trim=1 gives the C library's free memory back to the system before the head;
+NAME=VALUE in capitals is set in the environment of that process: `bf16+MALLOC_TOP_PAD_=67108864`.
 """
 
 import argparse
@@ -35,6 +35,7 @@ SCRIPT = "qlora_contender.py"
 SWITCHES = {
     "ours": {
         "decode_scope", "num_slots", "stream_edges", "activations", "device_memory", "decode_threads", "fused", "trim",
+        "placed_bytes",
     },
     "bf16": {"trim"},
     "bnb": {"trim"},

@@ -77,7 +77,12 @@ class Ours:
         num_threads = switches.pop("decode_threads", None)
         if num_threads is not None:
             codec.thread_count = lambda requested: int(num_threads)
-        read = {"decode_scope": DecodeScope, "num_slots": int, "stream_edges": lambda text: text == "1"}
+        read = {
+            "decode_scope": DecodeScope,
+            "num_slots": int,
+            "placed_bytes": int,
+            "stream_edges": lambda text: text == "1",
+        }
         read["activations"] = one_chunk
         options = RuntimeOptions(**{name: read[name](value) for name, value in switches.items()})
         nvme = Path(settings["store"])

@@ -54,6 +54,7 @@ from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfer import Links
+from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.weights_assembly import WeightsAssembly
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
@@ -61,6 +62,7 @@ from offload_rt.workload import (
     Workload,
     chunk_tokens_of,
     find_workload,
+    places_transients,
     policy_of,
     streaming_problem,
     with_options,
@@ -72,6 +74,11 @@ from planners.plan import DecodeScope, Plan, Tier
 from planners.streaming import INPUTS_OF_CHUNKS, KEPT_TENSORS, STAGING_PIECE_BYTES, StreamingProblem
 
 Progress = Callable[[str, int, int], None]
+
+ROOM_FOR_GAPS = 4
+"""Such a part of the activations is added to their arena, for gaps between them and what an estimate lacks. It is taken
+from what the plan lets the C library hold back for the same reasons. A layer of TinyLlama's shape at 2048 tokens took
+335 MiB of 280 estimated."""
 
 
 def assemble(
@@ -126,6 +133,8 @@ class _Assembly:
         self.workload = workload
         self.problem = problem
         self.plan = plan
+        self.slack_bytes = plan.allocator_slack_bytes
+        """Freed memory that the C library may hold back."""
         self.options = options
         self.progress = progress
         on_cpu = workload.config.device == "cpu"
@@ -170,8 +179,8 @@ class _Assembly:
         decoder = self._decoder()
         device = self.tiers.account(Tier.DEVICE)
         device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
-        device.reserve("activations", self._transient_bytes())
-        device.reserve("freed, held back by the allocator", self.plan.allocator_slack_bytes)
+        transients = self._transients()
+        device.reserve("freed, held back by the allocator", self.slack_bytes)
         if self.state is not None:
             self.state.open()
         weights = WeightsAssembly(
@@ -184,7 +193,7 @@ class _Assembly:
             self.executors.append(executor)
             accesses.update(streamed)
         places = self._places()
-        return self._attach(decoder, accesses, places, covered, optimizer)
+        return self._attach(decoder, accesses, places, transients, covered, optimizer)
 
     def _open_store(self) -> None:
         """Finds the store, or builds it."""
@@ -210,9 +219,17 @@ class _Assembly:
                 builder.close()
         self.tiers.account(Tier.NVME).reserve("weights", self.store.stored_bytes)
 
-    def _transient_bytes(self) -> int:
+    def _transients(self) -> Transients:
+        """Room for what a layer, or a tile of the loss, holds while it runs: in an arena, where that gains."""
         chunk_tokens = chunk_tokens_of(self.plan, self.workload)
-        return self.problem.transient_bytes(self.plan.head_chunk_tokens, chunk_tokens)
+        num_bytes = self.problem.transient_bytes(self.plan.head_chunk_tokens, chunk_tokens)
+        least_bytes = self.options.placed_bytes
+        if self.plan.activations or not places_transients(self.workload, num_bytes, least_bytes):
+            self.tiers.account(Tier.DEVICE).reserve("activations", num_bytes)
+            return Transients()
+        gaps = min(num_bytes // ROOM_FOR_GAPS, self.plan.allocator_slack_bytes // 2)
+        self.slack_bytes -= gaps
+        return Transients(self.tiers.arena(Tier.DEVICE, "activations", num_bytes + gaps), least_bytes)
 
     @property
     def _holds_decoded(self) -> bool:
@@ -329,6 +346,7 @@ class _Assembly:
         decoder: Decoder,
         accesses: dict[str, Access],
         places: Places,
+        transients: Transients,
         covered: Coverage,
         optimizer: torch.optim.Optimizer | None,
     ) -> Runtime:
@@ -344,7 +362,7 @@ class _Assembly:
             layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
             tokenwise=tokenwise, coverage=covered, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, turns=self.turns,
-            training=self._training(optimizer, make_room=heap.check), device=self.device,
+            training=self._training(optimizer, make_room=heap.check), device=self.device, transients=transients,
         )  # fmt: skip
         for draft in workload.drafts:
             bindings = tuple(
@@ -411,7 +429,7 @@ class _Assembly:
         shared: dict[str, Any] = {
             "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
             "leave_out_product": self.options.leave_out_products, "between": between, "deliver": deliver,
-            "together": lambda: runtime.turns.active,
+            "together": lambda: runtime.turns.active, "transients": runtime.transients,
         }  # fmt: skip
         policy = policy_of(self.plan, draft)
         if policy is None or runtime.tokenwise is None:
@@ -427,7 +445,7 @@ class _Assembly:
         return HeapGuard(
             self.base, planned_bytes=sum(account.used_bytes for account in accounts),
             arena_bytes=sum(account.arena_bytes for account in accounts),
-            slack_bytes=self.plan.allocator_slack_bytes,
+            slack_bytes=self.slack_bytes,
         )  # fmt: skip
 
     def _loss_head(self, runtime: Runtime) -> LossHead | None:
@@ -442,6 +460,8 @@ class _Assembly:
         behind = [
             module.held for module in runtime.streamed if output is not None and module.module in output.modules()
         ]
-        head = LossHead(causal, chunk_tokens, *behind[:1], between=runtime.heap.check)
+        head = LossHead(
+            causal, chunk_tokens, *behind[:1], between=runtime.heap.check, transients=runtime.transients
+        )  # fmt: skip
         head.attach()
         return head

@@ -33,6 +33,7 @@ from offload_rt.heap import places_for, put_into
 from offload_rt.last_product import ResultWanted, is_product, left_out
 from offload_rt.random_state import RandomState, kept_random_state
 from offload_rt.stash import Stash
+from offload_rt.transients import Transients
 from planners.schedule import Phase
 
 CHECKED_CALLS = 2
@@ -70,6 +71,7 @@ class RecomputedLayer:
         between: Callable[[], None] = lambda: None,
         deliver: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
         together: Callable[[], bool] = lambda: False,
+        transients: Transients | None = None,
     ) -> None:
         """`deliver` takes the gradients of the block's own parameters, by index, where these train; None: frozen.
         `together` is whether several backward passes go through the model together.
@@ -80,6 +82,7 @@ class RecomputedLayer:
         self.stash = stash
         self.hold_decoded = hold_decoded
         self.counters = counters if counters is not None else LayerCounters()
+        self.transients = transients if transients is not None else Transients()
         self.between = between
         """Called when the layer has run and its memory is free again: after each forward and each backward."""
         self._deliver = deliver
@@ -345,8 +348,9 @@ class _Recompute(torch.autograd.Function):
         owner = call.owner
         inputs = list(tensors[: len(call.tensors)])
         versions = [tensor._version for tensor in inputs]
-        with opened(owner.block, owner.access, Phase.FORWARD, training=True):
+        with opened(owner.block, owner.access, Phase.FORWARD, training=True), owner.transients.placed():
             outputs = call.run(inputs)
+        outputs = [owner.transients.kept(output) for output in outputs]
         if [tensor._version for tensor in inputs] != versions:
             raise UnsupportedModule(
                 f"{owner.block.name}: the layer changed its input in place, so that it cannot be run again in backward"
@@ -393,6 +397,7 @@ class _Recompute(torch.autograd.Function):
             opened(owner.block, owner.access, Phase.BACKWARD, training=True),
             without_hooks(call.trainable),
             call.as_in_forward(),
+            owner.transients.placed(),
         ):
             outputs = owner.run_again(call, detached)
             pairs = [
@@ -409,8 +414,9 @@ class _Recompute(torch.autograd.Function):
             else:
                 gradients = (None,) * len(sources)
             del pairs  # and with it the recompute's graph, before the weights go
-        supply = iter([*map(put_into, gradients, places), *gradients[len(places) :]])
-        del gradients, places
+        placed = [*map(put_into, gradients, places), *gradients[len(places) :]]
+        supply = iter([None if gradient is None else owner.transients.kept(gradient) for gradient in placed])
+        del gradients, places, placed
         of_inputs = [next(supply) if tensor.requires_grad else None for tensor in detached]
         of_parameters = call.of_graph(list(supply))
         owner.between()

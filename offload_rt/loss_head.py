@@ -30,6 +30,7 @@ from torch import nn
 
 from offload_rt.access import graph_is_kept, put_forward_back, without_hooks
 from offload_rt.backbone import Backbone, with_hidden
+from offload_rt.transients import Transients
 
 logger = logging.getLogger("offload_rt")
 
@@ -66,11 +67,13 @@ class LossHead:
         held: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         *,
         between: Callable[[], None] = lambda: None,
+        transients: Transients | None = None,
     ) -> None:
         self.causal = causal
         self.chunk_tokens = chunk_tokens
         self.counters = LossHeadCounters()
         self.between = between
+        self.transients = transients if transients is not None else Transients()
         self._held = held
         self._forward: Callable[..., Any] = causal.forward
         self._had_own_forward = "forward" in causal.__dict__
@@ -220,6 +223,7 @@ class _Tail:
         self.chunk_tokens = head.chunk_tokens
         self.counters = head.counters
         self.between = head.between
+        self.transients = head.transients
         self.wants_grad = torch.is_grad_enabled()
         self.output: Any = None
         """Of the last tile, without loss and logits."""
@@ -315,7 +319,7 @@ class _Tiles(torch.autograd.Function):
         for rows_C in rows_M.tensor_split(num_tiles):
             tail.between()
             hidden_CD = hidden_ND.index_select(0, rows_C).requires_grad_(hidden_grad_ND is not None)
-            with torch.set_grad_enabled(wants_grad), without_hooks(list(parameters)):
+            with torch.set_grad_enabled(wants_grad), without_hooks(list(parameters)), tail.transients.placed():
                 loss = tail.loss(hidden_CD, targets_N[rows_C], num_items)
                 sources = ([hidden_CD] if hidden_grad_ND is not None else []) + list(parameters)
                 found = torch.autograd.grad(loss, sources, allow_unused=True) if wants_grad else ()
@@ -327,7 +331,7 @@ class _Tiles(torch.autograd.Function):
             for index, gradient in enumerate(found[len(found) - len(parameters) :] if wants_grad else ()):
                 if gradient is not None:
                     so_far = sums[index]
-                    sums[index] = gradient.float() if so_far is None else so_far.add_(gradient)
+                    sums[index] = tail.transients.kept(gradient.float()) if so_far is None else so_far.add_(gradient)
             del found
             tail.counters.num_tiles += 1
             tail.counters.num_tokens += rows_C.numel()

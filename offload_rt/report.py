@@ -62,6 +62,7 @@ def report(
         "passed_on": runtime.turns.num_passed_on,
         "training": runtime.training.report(),
         "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
+        "transients": asdict(runtime.transients.counters),
         "recomputes": runtime.layer_counters.num_recomputes,
         "products_left_out": runtime.layer_counters.num_products_left_out,
         "decodes": runtime.decoder.counters.num_decodes,

@@ -24,6 +24,7 @@ from offload_rt.store import Store
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise
 from offload_rt.transfer import Links
+from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import TensorDevice
@@ -48,6 +49,7 @@ class Runtime:
     streamed: list[StreamedModule]
     loss_head: LossHead | None
     heap: HeapGuard
+    transients: Transients
     contiguous_head: RemovableHandle | None
     layer_counters: LayerCounters
     tokenwise: Tokenwise | None

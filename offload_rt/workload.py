@@ -33,6 +33,7 @@ from offload_rt.profile import (
 from offload_rt.store import store_folders, usable_bytes
 from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.transients import LEAST_BYTES
 from planners.activations import ActivationPolicy
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
@@ -56,7 +57,11 @@ SLACK_PER_ACTIVATION_BYTE = 2
 """What the C library may hold back of freed memory, see `heap`: the first, or the second and such a share of what a
 layer's activations take, where that is more; at most twice what is in use. Measured on TinyLlama's shape. 512 tokens,
 one thread: with 256 MiB two trims and 0.8 seconds of system time a step, with 384 none and 0.5. 2048 tokens, two
-threads: with 384 MiB 25 trims and 15 seconds, with a share of 1.25 eight and 7.5, of 2.0 four and 6.3."""
+threads: with 384 MiB 25 trims and 15 seconds, with a share of 1.25 eight and 7.5, of 2.0 four and 6.3. Activations
+that lie in an arena (`transients`) need no such share: then 384 MiB and none."""
+
+PLACED_RESULTS = 64
+"""Of the least size that is placed: so many make the activations of a layer for which an arena is worth its while."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,9 @@ class RuntimeOptions:
     decode_scope: DecodeScope | None = None
     leave_out_products: bool = True
     """Recompute layers without their last product, where nobody wants its result."""
+    placed_bytes: int = LEAST_BYTES
+    """The least result of an operation that lies in the activations' arena (see `transients`); 0 leaves all results to
+    the allocator."""
     head_chunk_tokens: int | None = None
     """Rows of a tile of the loss head, in place of the plan's."""
     activations: ActivationPolicy | None = None
@@ -269,7 +277,9 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         trainable_bytes=trainable_bytes,
         layer_input_bytes=input_bytes,
         activation_bytes=activation_bytes,
-        allocator_slack_bytes=allocator_slack_bytes(trainable_bytes, activation_bytes),
+        allocator_slack_bytes=allocator_slack_bytes(
+            trainable_bytes, activation_bytes, placed=places_transients(workload, activation_bytes)
+        ),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
         device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(config.device),
         host_capacity_bytes=config.host_memory_bytes or (free_memory_bytes() if on_gpu else None),
@@ -282,9 +292,18 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     )
 
 
-def allocator_slack_bytes(trainable_bytes: int, activation_bytes: int) -> int:
-    """Freed memory that the C library may hold back, where a budget has room for it."""
-    beside = SLACK_BESIDE_ACTIVATIONS_BYTES + SLACK_PER_ACTIVATION_BYTE * activation_bytes
+def places_transients(workload: Workload, num_bytes: int, least_bytes: int = LEAST_BYTES) -> bool:
+    """Whether `num_bytes` of activations are an arena, with results of at least `least_bytes` in it: on the CPU, where
+    layers are frozen and run whole, and results of that size are what a layer's time goes to.
+    """
+    frozen = workload.training is None or workload.training.adapters
+    on_cpu = workload.config.device == "cpu" and not workload.has_streams
+    return on_cpu and frozen and 0 < PLACED_RESULTS * least_bytes <= num_bytes
+
+
+def allocator_slack_bytes(trainable_bytes: int, activation_bytes: int, *, placed: bool = False) -> int:
+    """Freed memory that the C library may hold back, where a budget has room. placed: activations are in an arena."""
+    beside = SLACK_BESIDE_ACTIVATIONS_BYTES + (0 if placed else SLACK_PER_ACTIVATION_BYTE * activation_bytes)
     return min(max(ALLOCATOR_SLACK_BYTES, beside), 2 * (trainable_bytes + activation_bytes))
 
 

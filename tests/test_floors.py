@@ -35,6 +35,7 @@ FLOORS = {
     "offload_rt.checksum": 1.0,
     "offload_rt.comparison": 1.0,
     "offload_rt.parted": 1.2,
+    "offload_rt.transients": 1.2,
     "offload_rt.heap": 1.0,
     "offload_rt.turns": 1.0,
     "offload_rt.random_state": 1.0,

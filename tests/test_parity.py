@@ -47,6 +47,8 @@ def _check_that_it_fired(case: Case, engine) -> None:  # type: ignore[no-untyped
             quantized = sum(b.spec.is_quantized for block in engine._runtime.blocks for b in block.bindings)
             twice = report["decodes"] == 2 * quantized * micro_batches  # and a third time where backward decodes again
             assert twice is (engine.plan.decode_scope is DecodeScope.LAYER)
+    if case.place == "stress":
+        assert report["transients"]["num_placed"] > 0
     recorder = engine._runtime.recorder
     if recorder is not None:
         assert recorder.operations
