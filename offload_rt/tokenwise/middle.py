@@ -219,6 +219,7 @@ class Middle:
                 if gradient is not None:
                     group.of(self._qkv[index], index).copy_(gradient)
                     gradients[index] = self._qkv[index]
+            found, gradient = [], None  # or they would be there while the next group's are made
         self._qkv = []
         return gradients
 
