@@ -38,6 +38,9 @@ ALL_CELLS = [
 ]
 """The issue's matrix; what else there is to choose takes turns."""
 
+TOLERANCES = {"granite": 5e-6}
+"""In fp32, where it is more than for others: plain PyTorch itself is 9e-6 from fp64 there, for llama 1.4e-6."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -93,7 +96,7 @@ def check(architecture, cells, tiers):
         if cell.chunks == 1 or tokenwise.refused:
             assert [name for name in plain if not torch.equal(found[name], plain[name])] == [], cell
         else:
-            assert max(errors(found, plain).values()) < 2e-6, cell
+            assert max(errors(found, plain).values()) < TOLERANCES.get(architecture, 2e-6), cell
             cuts = tuple(chunk.num_tokens for chunk in cell.policy().chunks)
             first = by_cuts.setdefault(cuts, found)
             assert [name for name in first if not torch.equal(found[name], first[name])] == [], cell
