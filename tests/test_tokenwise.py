@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from offload_rt.errors import UnsupportedModule
 from offload_rt.tokenwise.graphs import Sums, edge
 from offload_rt.tokenwise.tiles import Places
 from planners.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk, Span
@@ -451,6 +452,62 @@ def test_layers_that_are_not_cut_at_one_attention_call_run_whole(architecture):
     same_bits(found, plain)
     assert tokenwise.num_whole == 2
     assert len(tokenwise.refused) == 1
+
+
+def test_a_hybrid_runs_each_kind_of_layer_as_it_can_be_run():
+    """Layers of linear attention whole, those of full attention by chunks. The former's decays are behind an exp."""
+    sizes = {**ARCHITECTURES["qwen3_next"], "layer_types": ["linear_attention", "full_attention"]}
+    model, inputs = build("qwen3_next", sizes=sizes), batch()
+    plain = step(copy.deepcopy(model), inputs)
+    found, tokenwise = run(model, policy(0.5, 2), inputs)
+    assert max(errors(found, plain).values()) < 2e-5
+    assert tokenwise.num_whole == len(tokenwise.refused) == 1
+    assert tokenwise.counters.num_second_replays == 1
+
+
+class InPlace(nn.Module):
+    """Wraps a layer so that it adds to its input before it computes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states, **kwargs):
+        return self.inner(hidden_states.mul_(1.0), **kwargs)
+
+
+class Scaled(nn.Module):
+    """Wraps a model's rotary embedding so that it trains: a gradient beside that of the hidden states."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, *args, **kwargs):
+        return tuple(part * self.scale for part in self.inner(*args, **kwargs))
+
+
+def test_a_layer_whose_other_arguments_require_gradients_runs_whole():
+    model, inputs = build(), batch()
+    model.model.rotary_emb = Scaled(model.model.rotary_emb)
+    plain = step(copy.deepcopy(model), inputs)
+    found, tokenwise = run(model, policy(0.5, 2), inputs)
+    same_bits(found, plain)
+    assert found["model.rotary_emb.scale"].abs() > 0
+    assert tokenwise.num_whole == 2
+    assert "requires a gradient beside" in next(iter(tokenwise.refused.values()))
+
+
+def test_a_layer_that_changes_its_input_in_place_is_found():
+    """It cannot be run again from its input, neither by chunks nor whole."""
+    model, inputs = build(), batch()
+    layers = model.model.layers
+    layers[1] = InPlace(layers[1])
+    tokenwise = cut(model, policy(0.0, 1))
+    with pytest.raises(UnsupportedModule, match="changed its input in place"):
+        step(model, inputs)
+    assert "in place" in next(iter(tokenwise.refused.values()))
 
 
 def test_a_layer_without_attention_is_kept_or_swapped_as_one_chunk_and_otherwise_runs_whole():
