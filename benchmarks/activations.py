@@ -10,8 +10,9 @@ minute of the machine hits all alike; ratios are taken within a round, to plain 
     save_on_cpu  torch.autograd.graph.save_on_cpu; on the CPU it copies nothing, so it shows the cost of hooks alone
     offload      what TRL's activation_offloading does: hooks put each saved tensor of 1024 elements or more that is no
                  parameter away, whole, and fetch it back when it is asked for (here by copies to and from an arena)
-    keep, swap, recompute, or several joined by "/", one for each chunk: this library, in chunks of --chunk tokens;
-                 swapped chunks are copied to an arena on the same processor, so that nothing overlaps
+    keep, swap, recompute, select, or several joined by "/", one for each chunk: this library, in chunks of --chunk
+                 tokens; swapped chunks are copied to an arena on the same processor, so that nothing overlaps; select
+                 keeps what precedes attention and recomputes what follows it
 
 Beside its time, each has the most that PyTorch's allocator held in a pass, arenas apart: compare at equal peaks.
 """
@@ -41,10 +42,10 @@ from offload_rt.tensor_spec import BlockSpec
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfer import Links
-from planners.activations import Action, ActivationPolicy, Chunk
+from planners.activations import Action, ActivationPolicy, Chunk, Treatment
 from planners.placement import Tier
 
-OURS = ["keep", "swap", "swap/recompute", "recompute"]
+OURS = ["keep", "swap", "swap/recompute", "select", "recompute"]
 STASH_BYTES = 2 << 30
 
 
@@ -65,14 +66,16 @@ def cut(layer: torch.nn.Module, actions: list[str], chunk: int) -> Tokenwise:
     stash = HostStash(Arena("swapped", STASH_BYTES), Links())
     tokenwise = Tokenwise(Places(swapped={Tier.HOST: stash}))
     block = Block("layer", (layer,), BlockSpec(name="layer", tensors=()), (), Decoder(Arena("decoded", 4096)))
-    policy = ActivationPolicy(
-        chunks=tuple(
-            Chunk(num_tokens=chunk, action=Action(a), tier=Tier.HOST if a == "swap" else None) for a in actions
-        )
-    )
+    policy = ActivationPolicy(chunks=tuple(chunk_of(action, chunk) for action in actions))
     access = ResidentAccess(Arena("slot", 4096).acquire(4096, "layer"))
     TokenwiseLayer(layer, block, access, policy=policy, tokenwise=tokenwise).attach()
     return tokenwise
+
+
+def chunk_of(action: str, num_tokens: int) -> Chunk:
+    if action == "select":
+        return Chunk(num_tokens=num_tokens, action=Action.KEEP, after=Treatment(action=Action.RECOMPUTE))
+    return Chunk(num_tokens=num_tokens, action=Action(action), tier=Tier.HOST if action == "swap" else None)
 
 
 class Offloading:

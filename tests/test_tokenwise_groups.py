@@ -256,6 +256,18 @@ def test_one_chunk_has_each_group_in_its_tier_as_well(places):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("store_qkv", [True, False])
+def test_one_chunk_that_is_treated_alike_waits_in_one_place(store_qkv, places):
+    """One graph has queries, keys and values anyway: they wait with the rest, stored or not."""
+    model, inputs = build(), batch(num_tokens=64)
+    one = Chunk(num_tokens=64, action=Action.SWAP, tier=Tier.HOST)
+    _, tokenwise = run_in(places, model, ActivationPolicy(chunks=(one,), store_qkv=store_qkv), inputs)
+    found = tokenwise.counters.bytes_by_group
+    in_host = sum(size for name, size in found.items() if name.endswith("host"))
+    assert in_host > 2 * ROWS * 64 * 4 * (128 + 3 * 96)
+    assert found["qkv in device"] == found["chunk in nvme"] == 0
+
+
 # policies
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class Forward:
         hooks: Any = contextlib.nullcontext()
         has_graph = not tile.recomputes(Group.BEFORE) and not (state.is_whole and tile.recomputes(Group.AFTER))
         if has_graph:
-            tile.saved = state.new_saved(state.place(tile, Group.BEFORE))
+            place = state.place(tile, Group.BEFORE)
+            tile.saved = state.new_saved(place if self._handler() is not None else replace(place, group="chunk"))
             tile.saved.known = state.known()
             if state.needs_input:
                 tensors[state.hidden], tile.input = enter(tensors[state.hidden])
@@ -120,7 +122,7 @@ class Forward:
         saved = tile.saved
         if saved is None:
             raise RuntimeError(f"{state.block.name}: a chunk without a graph came to the attention of one with it")
-        of_qkv = state.place(tile, Group.QKV)
+        of_qkv = state.place(tile, Group.BEFORE if tile.recomputes(Group.QKV) else Group.QKV)
         saved.places = {tensor.untyped_storage().data_ptr(): of_qkv for tensor in call.qkv}
         saved.place = state.places.with_input("attention")
         with intercepted(None):

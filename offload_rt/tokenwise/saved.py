@@ -37,7 +37,8 @@ class SavedCounters:
     """Left there because the stash was full: a plan that was too lean."""
     loaded_bytes: int = 0
     bytes_by_group: Counter[str] = field(default_factory=Counter)
-    """By group and tier, as in `after in nvme`."""
+    """By group and tier, as in `after in nvme`. Beside the groups there are the layer's `input`, what `attention` saves
+    besides operands and result, and a whole `chunk`, where all of a sequence that is one is treated alike."""
 
     def add(self, num_bytes: int, place: Place, *, stashed: bool) -> None:
         """Counts what waits now: in `place`, or in DEVICE memory."""
