@@ -145,13 +145,17 @@ class _Lease:
 class Arena:
     """`num_bytes` of memory, leased out first-fit. Thread-safe. `poison` fills what is returned with NaN bytes.
 
-    Other memory than the host's is a subclass: what it is, how it is leased and filled.
+    Leases begin at multiples of `granule_bytes` and take whole ones: pages, where drives read and write them. Other
+    memory than the host's is a subclass: what it is, how it is leased and filled.
     """
 
     slot_type = Slot
 
-    def __init__(self, name: str, num_bytes: int, *, poison: bool = False) -> None:
+    def __init__(
+        self, name: str, num_bytes: int, *, poison: bool = False, granule_bytes: int = IO_ALIGNMENT_BYTES
+    ) -> None:
         self.name = name
+        self._granule_bytes = granule_bytes
         self.num_bytes = align_up(num_bytes, IO_ALIGNMENT_BYTES)
         self.peak_bytes = 0
         self.num_leases = 0
@@ -179,7 +183,7 @@ class Arena:
         ctypes.memset(self.region.address + start, POISON, num_bytes)
 
     def acquire(self, num_bytes: int, owner: str, *, patience_seconds: float = _PATIENCE_SECONDS) -> Slot:
-        """Leases `num_bytes`, 4 KiB aligned. Blocks while there is no room, at most `patience_seconds`; then raises
+        """Leases `num_bytes`, aligned. Blocks while there is no room, at most `patience_seconds`; then raises
         `BudgetExceeded`, naming the holders.
         """
         deadline = time.monotonic() + patience_seconds
@@ -200,7 +204,7 @@ class Arena:
 
     def try_acquire(self, num_bytes: int, owner: str) -> Slot | None:
         """As `acquire`, but None when there is no room now."""
-        wanted = max(align_up(num_bytes, IO_ALIGNMENT_BYTES), IO_ALIGNMENT_BYTES)
+        wanted = max(align_up(num_bytes, self._granule_bytes), self._granule_bytes)
         with self._lock:
             self._collect()
             for index, (start, end) in enumerate(self._free):

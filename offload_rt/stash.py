@@ -20,6 +20,9 @@ from offload_rt.scratch import Scratch, ScratchRange
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Links, Transfer
 
+GRANULE_BYTES = 64
+"""A tensor in HOST takes a multiple of so much, and begins at one: a line of cache."""
+
 
 class Stashed(Protocol):
     """A tensor that is put away."""
@@ -79,15 +82,21 @@ class _HostStashed:
 
 
 class NvmeStash:
-    """Tensors in a scratch file. `staging` has four slots: two on their way out, two on their way in.
+    """Tensors in a scratch file. Half of `staging` is for those on their way out, half for those on their way in.
 
-    A tensor that is larger than a slot goes in pieces, so that staging need not grow with what is put away.
+    A tensor that is larger than `piece_bytes` (None: a quarter of the staging) goes in pieces, so that staging need not
+    grow with what is put away. While one is used, the one before it is on its way, and further ones as far as
+    `ahead_bytes` reach, which is at most half of the staging.
     """
 
-    def __init__(self, scratch: Scratch, staging: Arena, links: Links) -> None:
+    def __init__(
+        self, scratch: Scratch, staging: Arena, links: Links, *, piece_bytes: int | None = None, ahead_bytes: int = 0
+    ) -> None:
+        most = staging.num_bytes // 4 if piece_bytes is None else piece_bytes
         self._scratch = scratch
         self._staging = staging
-        self._piece_bytes = max(staging.num_bytes // 4 // IO_ALIGNMENT_BYTES, 1) * IO_ALIGNMENT_BYTES
+        self._piece_bytes = max(most // IO_ALIGNMENT_BYTES, 1) * IO_ALIGNMENT_BYTES
+        self._ahead_bytes = min(ahead_bytes, staging.num_bytes // 2)
         self._links = links
         self._last: weakref.ref[_NvmeStashed] | None = None
         self._reading: weakref.WeakSet[_Piece] = weakref.WeakSet()
@@ -109,7 +118,7 @@ class NvmeStash:
     def _write(self, part: torch.Tensor) -> _Piece | None:
         """Starts writing `part` out of a slot; None where there is no slot or no room on the drive."""
         num_bytes = align_up(part.numel(), IO_ALIGNMENT_BYTES)
-        while len(self._writing) >= 2:
+        while self._writing and sum(p.stored_bytes for p in self._writing) + num_bytes > self._staging.num_bytes // 2:
             self._writing.pop(0).finish_write()
         slot = self._staging.try_acquire(num_bytes, "activations on their way out")
         if slot is None:
@@ -136,6 +145,10 @@ class NvmeStash:
         self._reading.add(piece)
         return slot, place.read(slot)
 
+    def is_written(self, piece: _Piece) -> bool:
+        """Whether it may still be on its way out."""
+        return piece in self._writing
+
     def free_staging(self) -> None:
         """Waits for writes under way, and gives up what was read ahead: another tensor is wanted than foreseen."""
         while self._writing:
@@ -144,12 +157,19 @@ class NvmeStash:
             piece.drop_read()
 
     def start_previous(self, stashed: _NvmeStashed) -> None:
-        """Starts reading the tensor stashed before this one: backward will want it next."""
-        reference = stashed.previous
+        """Starts reading what was stashed before this tensor: backward will want it next.
+
+        Waits for the write of the first one at most; what has left later is read when it is the first.
+        """
+        reference, ahead_bytes, is_first = stashed.previous, 0, True
         while reference is not None and (before := reference()) is not None:
-            if before.pieces:
-                before.start_read()
-                return
+            if before.pieces and not before.was_loaded:
+                ahead_bytes += sum(piece.stored_bytes for piece in before.pieces)
+                if is_first:
+                    before.start_read()
+                elif ahead_bytes > self._ahead_bytes or not before.read_ahead():
+                    return
+                is_first = False
             reference = before.previous
 
     def wait(self, transfer: Transfer) -> None:
@@ -165,6 +185,7 @@ class _Piece:
         self._write: Transfer | None = write
         self._read: tuple[Slot, Transfer] | None = None
         self.num_bytes = num_bytes
+        self.stored_bytes = place.num_bytes
 
     def finish_write(self) -> None:
         if self._write is not None:
@@ -210,6 +231,7 @@ class _NvmeStashed:
     def __init__(self, stash: NvmeStash, shape: torch.Size, dtype: torch.dtype) -> None:
         self.previous: weakref.ref[_NvmeStashed] | None = None
         self.pieces: list[_Piece] = []
+        self.was_loaded = False
         self._stash = stash
         self._shape = shape
         self._dtype = dtype
@@ -219,6 +241,10 @@ class _NvmeStashed:
         for piece in self.pieces[:2]:
             if not piece.start_read():
                 return
+
+    def read_ahead(self) -> bool:
+        """Starts reading all of it, without waiting for anything; whether it could."""
+        return not any(self._stash.is_written(p) for p in self.pieces) and all([p.start_read() for p in self.pieces])
 
     def load(self) -> torch.Tensor:
         if not self.pieces:
@@ -230,6 +256,7 @@ class _NvmeStashed:
             if piece.start_read() and index + 1 < len(self.pieces):
                 self.pieces[index + 1].start_read()
             piece.load_into(part)
+        self.was_loaded = True
         self._stash.start_previous(self)
         return tensor
 

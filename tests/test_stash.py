@@ -10,7 +10,7 @@ from offload_rt.errors import StorageError
 from offload_rt.file_io import AiofilesIO
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
-from offload_rt.stash import HostStash, NvmeStash
+from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash
 from offload_rt.transfer import Links
 
 PAGE = 4096
@@ -63,6 +63,32 @@ def test_the_next_one_is_on_its_way_while_one_is_used(parts):
     held = [parts.stash.put(tensor(i)) for i in range(3)]
     held[2].load()
     assert parts.links.counters.bytes_read == 2 * PAGE
+
+
+def test_as_many_are_read_ahead_as_the_plan_has_room_for(disk_folder):
+    links = Links(io=AiofilesIO())
+    scratch, staging = Scratch(disk_folder, 8 * PAGE, links), Arena("staging", 6 * PAGE, poison=True)
+    stash = NvmeStash(scratch, staging, links, piece_bytes=PAGE, ahead_bytes=3 * PAGE)
+    held = [stash.put(tensor(i)) for i in range(8)]
+    assert torch.equal(held[7].load(), tensor(7))
+    assert links.counters.bytes_read == 2 * PAGE, "those behind the next one may still be on their way out"
+    for number in reversed(range(7)):
+        assert torch.equal(held[number].load(), tensor(number))
+        ahead = min(3, number)
+        if number < 5:
+            assert links.counters.bytes_read == (8 - number + ahead) * PAGE
+        held[number].release()
+    assert links.counters.bytes_read == 8 * PAGE, "none is read twice"
+    links.close()
+    scratch.close()
+
+
+def test_host_wastes_less_than_a_line_of_cache_on_a_tensor():
+    arena = Arena("stash", 4096, granule_bytes=GRANULE_BYTES)
+    stash = HostStash(arena, Links())
+    held = [stash.put(torch.full((17,), float(number))) for number in range(32)]
+    assert stash.put(torch.zeros(1)) is None and arena.held_bytes() == 4096
+    assert all(float(one.load()[16]) == number for number, one in enumerate(held))
 
 
 @pytest.mark.parametrize("num_bytes", [PAGE + 4, 4 * PAGE, 7 * PAGE])

@@ -142,6 +142,27 @@ def test_a_paced_stash_goes_out_behind_and_comes_back_one_ahead():
     assert clock.now >= at + 1.0
 
 
+def test_a_window_bounds_what_leaves_and_reaches_as_far_back():
+    ways, clock = pipe(rate_in=400.0, rate_out=400.0)
+    stash = PacedStash(HostStash(Arena("stash", 16 * 4096), Links()), ways, window_bytes=800)
+    tensors = [torch.full((100,), float(i)) for i in range(5)]  # 400 bytes: a second each
+    held = []
+    for number, tensor in enumerate(tensors):
+        held.append(stash.put(tensor))
+        assert clock.now == pytest.approx(max(0, number - 1), abs=1e-3)  # two are on their way at most
+    held[4].load()
+    assert clock.now == pytest.approx(6.0, abs=1e-3)
+    held[4].release()
+    clock.now += 10.0
+    at = clock.now
+    for number in (3, 2):  # both have come meanwhile
+        assert torch.equal(held[number].load(), tensors[number])
+        held[number].release()
+    assert clock.now == at
+    held[1].load(), held[0].load()
+    assert ways.busy_seconds == pytest.approx([5.0, 5.0])  # none took its way twice
+
+
 def test_a_full_stash_stays_full_behind_a_link():
     ways, _ = pipe()
     stash = PacedStash(HostStash(Arena("stash", 4096), Links()), ways, Meter())
