@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 from planners.placement import Tier
 
+ALL_TOKENS = 1 << 40
+"""More than any sequence has."""
 MAX_CHUNKS = 512
 """Chunks of a sequence nest in each other's stack frames; more were not tried."""
 
@@ -199,6 +201,11 @@ class ActivationPolicy:
             raise ValueError(f"activations: version {version} is not readable here, which reads 1 and {POLICY_VERSION}")
         chunks = tuple(_chunk(chunk) for chunk in data["chunks"])
         return ActivationPolicy(**{**data, "chunks": chunks, "version": POLICY_VERSION})
+
+
+def whole_batch(action: Action, tier: Tier | None = None) -> ActivationPolicy:
+    """All tokens alike, in one chunk however many they are: no cut."""
+    return ActivationPolicy(chunks=(Chunk(num_tokens=ALL_TOKENS, action=action, tier=tier),))
 
 
 def _chunk(data: dict[str, Any]) -> Chunk:

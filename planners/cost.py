@@ -11,7 +11,7 @@ the sequence's keys and values; see `Cuts.attention_groups`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from planners.placement import Buffers, ClassPlan, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
@@ -136,6 +136,8 @@ class ClassCost:
     backward_attention_seconds: float
     recompute_seconds: tuple[float, ...]
     """For each saved tensor, if all of its tokens are computed again."""
+    swap_seconds: tuple[tuple[float, float], ...]
+    """For each saved tensor, if all of its tokens are swapped: what computes is held up by, in forward and backward."""
     spill_bytes: tuple[float, float]
     """What attention in groups moves each way between DEVICE and HOST, in forward and in backward."""
 
@@ -177,6 +179,7 @@ def _class_cost(problem: Problem, entry: BlockClass, cuts: Cuts, decode_scope: D
             + (attention_forward if saved.is_attention else 0.0)
             for saved in entry.saved
         ),
+        swap_seconds=((0.0, 0.0),) * len(entry.saved),
         spill_bytes=spill,
     )
 
@@ -192,17 +195,38 @@ def _decodes(scope: DecodeScope, chunks: int) -> tuple[int, int]:
 def _measured_cost(
     entry: BlockClass, seconds: MeasuredSeconds, cuts: Cuts, chunks: int, scope: DecodeScope
 ) -> ClassCost:
-    """What was measured is of the whole batch at once. ValueError for what that says nothing about."""
-    if chunks > 1 or cuts.attention_groups > 1 or any(saved.recomputable for saved in entry.saved):
-        raise ValueError(f"{entry.name!r}: its seconds were measured for whole batches and whole recomputation")
+    """What was measured is of the whole batch at once. ValueError for what that says nothing about.
+
+    Where a block can keep what it saves, that is the base, and the price of computing it again is what both passes take
+    more then.
+    """
+    again = [saved.recomputable for saved in entry.saved]
+    if chunks > 1 or cuts.attention_groups > 1:
+        raise ValueError(f"{entry.name!r}: its seconds were measured for whole batches")
+    if sum(again) != (seconds.kept is not None):
+        raise ValueError(f"{entry.name!r}: one price was measured for all that it computes again, or none")
     decodes = _decodes(scope, chunks)
-    return ClassCost(
+    whole = ClassCost(
         forward_seconds=seconds.forward + decodes[0] * seconds.decode,
         backward_seconds=seconds.backward + decodes[1] * seconds.decode if entry.visits_backward else 0.0,
         forward_attention_seconds=0.0,
         backward_attention_seconds=0.0,
-        recompute_seconds=(0.0,) * len(entry.saved),
+        recompute_seconds=(0.0,) * len(again),
+        swap_seconds=((0.0, 0.0),) * len(again),
         spill_bytes=(0.0, 0.0),
+    )
+    kept = seconds.kept
+    if kept is None:
+        return whole
+    forward, backward = kept.forward + seconds.decode, kept.backward + seconds.decode
+    price = max(0.0, whole.forward_seconds + whole.backward_seconds - forward - backward)
+    swap = (kept.put_away, kept.taken_back)
+    return replace(
+        whole,
+        forward_seconds=forward,
+        backward_seconds=backward,
+        recompute_seconds=tuple(price if is_again else 0.0 for is_again in again),
+        swap_seconds=tuple(swap if is_again else (0.0, 0.0) for is_again in again),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from planners.arenas import with_arenas
 from planners.cost import EDGE_SLOTS, Knobs, buckets, saving_bytes, slab_bytes, static_bytes
+from planners.division import divide, divided, treats_whole
 from planners.placement import ClassPlan, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
 from planners.plan import Plan, Ring
 from planners.problem import BlockClass, Problem
@@ -39,10 +40,16 @@ def whole_numbers(total: int, fractions: tuple[float, ...]) -> list[int]:
 
 
 def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planner: str) -> Plan:
-    """A plan that says what the fractions say. Its prediction is added by `with_prediction`."""
-    workload = problem.workload
+    """A plan that says what the fractions say. Its prediction is added by `with_prediction`.
+
+    Where blocks are treated whole, shares of tokens are shares of blocks, and the plan may divide classes (`division`).
+    """
+    pairs = list(zip(problem.workload.classes, fractions, strict=True))
+    if treats_whole(problem, knobs.cuts):
+        pairs = [part for entry, own in pairs for part in _in_whole_blocks(entry, own)]
+    workload = replace(problem.workload, classes=tuple(entry for entry, _ in pairs))
     knobs = replace(knobs, buffers=replace(knobs.buffers, buckets_per_block=max(map(buckets, workload.classes))))
-    classes = tuple(_expand(problem, e, f) for e, f in zip(workload.classes, fractions, strict=True))
+    classes = tuple(_expand(problem, entry, own) for entry, own in pairs)
     rings = []
     for name, is_layer, slots in (("layers", True, knobs.slots), ("edges", False, EDGE_SLOTS)):
         placed = dict(zip((e.name for e in workload.classes), classes, strict=True))
@@ -67,7 +74,7 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
     elif any(t.host_tokens for t in inputs):
         home = Tier.HOST
     plan = Plan(
-        fingerprint=workload.fingerprint,
+        fingerprint=problem.workload.fingerprint,
         machine=problem.machine,
         planner=planner,
         resident=tuple(block for entry in classes for block in entry.blocks if block not in streamed),
@@ -80,7 +87,21 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
         update_mode=knobs.update_mode,
         boundary=knobs.boundary,
     )
-    return with_arenas(problem, plan)
+    return with_arenas(divided(problem, plan), plan)
+
+
+def _in_whole_blocks(entry: BlockClass, fractions: Fractions) -> list[tuple[BlockClass, Fractions]]:
+    """A class by what is done with what its blocks save beside their input, and its fractions for each part."""
+    again = [index for index, saved in enumerate(entry.saved) if saved.recomputable]
+    if not again:
+        return [(entry, fractions)]
+    counts = whole_numbers(entry.count, fractions.tokens[again[0]])
+    found = []
+    for home, part in divide(entry, counts):
+        share = (float(home == 0), float(home == 1), float(home == 2), float(home == 3))
+        tokens = tuple(share if index in again else old for index, old in enumerate(fractions.tokens))
+        found.append((part, replace(fractions, tokens=tokens)))
+    return found
 
 
 def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassPlan:
@@ -89,7 +110,14 @@ def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassP
         parts = whole_numbers(problem.workload.seq_len, split)
         again, low, middle, kept = parts
         tokens.append(
-            TokenSplit(name=saved.name, recompute_tokens=again, nvme_tokens=low, host_tokens=middle, device_tokens=kept)
+            TokenSplit(
+                name=saved.name,
+                recompute_tokens=again,
+                nvme_tokens=low,
+                host_tokens=middle,
+                device_tokens=kept,
+                bytes_per_token=saved.bytes_per_token,
+            )  # fmt: skip
         )
     updates: list[Update] = []
     if entry.trainable_params:
@@ -125,6 +153,7 @@ def with_prediction(
     problem: Problem, plan: Plan, simulation: Simulation, *, bound_seconds: float | None = None, **more: object
 ) -> Plan:
     """`plan` with what the simulator expects of it. Without a bound there is no gap."""
+    problem = divided(problem, plan)
     workload, hardware = problem.workload, problem.hardware
     seconds = simulation.step_seconds
     written = simulation.busy_seconds["ssd_write"] * hardware.write_bytes_per_second if hardware.drives else 0.0

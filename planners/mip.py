@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from planners.cost import Knobs, capacities
-from planners.expand import expand, with_prediction
+from planners.division import divided, treats_whole
+from planners.expand import PAGE_BYTES, expand, with_prediction
 from planners.greedy import (
     SLACK_BYTES,
     Shortage,
@@ -171,11 +172,16 @@ def _try(
     """Lays out a candidate, tightening what overflows, and simulates it; keeps it if it is the best so far."""
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     current: Steady | None = steady
+    whole = treats_whole(problem, steady.knobs.cuts)
+    if whole:
+        current = solve_steady(
+            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_blocks=True
+        )
     for _ in range(TIGHTENINGS):
         if current is None:
             return
         plan = expand(problem, current.knobs, current.fractions, planner="optimiser")
-        short = shortages(problem, plan)
+        short = shortages(divided(problem, plan), plan)
         if not short:
             break
         found.short = found.short or short
@@ -183,14 +189,16 @@ def _try(
             # Rounding and layout take their own; of a small tier less.
             slack = min(SLACK_BYTES, shortage.have_bytes / 1024)
             room[shortage.tier] -= 1.05 * (shortage.need_bytes - shortage.have_bytes) + slack
-        current = solve_steady(problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price)
+        current = solve_steady(
+            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price, in_whole_blocks=whole
+        )
         found.num_programs += 1
     else:
         return
     found.num_simulations += 1
     best = found.simulation.step_seconds if found.simulation else float("inf")
     try:
-        simulation = simulate(problem, plan, abandon_seconds=best)
+        simulation = simulate(divided(problem, plan), plan, abandon_seconds=best)
     except Abandoned:
         return
     if simulation.step_seconds < best:
@@ -266,7 +274,7 @@ def smallest_shortage(problem: Problem, freedoms: Freedoms | None = None) -> lis
             closest = solve_steady(problem, knobs, unit_seconds=floor_seconds(problem), freedoms=freedoms, elastic=True)
             if closest is None:
                 continue
-            missing = closest.short_bytes
+            missing = closest.short_bytes or {"device": float(PAGE_BYTES)}  # nothing but what rounding takes
             short = [Shortage(tier, room[tier] + size, room[tier], "backward") for tier, size in missing.items()]
             lack = sum(SHORTAGE_PRICES[tier] * size for tier, size in missing.items())
             if short and (best is None or lack < best[0]):

@@ -131,6 +131,12 @@ class _Passes(Operations):
             nvme += each * split.nvme_tokens
         return kept, host, nvme
 
+    def _held_up(self, position: int, phase: int) -> float:
+        """Seconds for which swapping keeps what computes from computing."""
+        c = self.class_at[position]
+        splits = zip(self.costs[c].swap_seconds, self.placed[c].tokens, strict=True)
+        return sum(s[phase] * (t.host_tokens + t.nvme_tokens) for s, t in splits) / self.workload.seq_len
+
     def _share(self, chunk: int) -> tuple[float, float]:
         """A chunk's share of the token-wise work, and of causal attention: later chunks look back further."""
         n = self.chunks
@@ -157,7 +163,7 @@ class _Passes(Operations):
         moved = host + nvme
         stream = self._input_swapped(position) if self.knobs.boundary is Tier.HOST else 0.0
         spill = cost.spill_bytes[0]
-        plain = cost.forward_seconds - cost.forward_attention_seconds
+        plain = cost.forward_seconds - cost.forward_attention_seconds + self._held_up(position, 0)
         for k in range(n):
             linear, attention = self._share(k)
             key = position + k / n
@@ -224,7 +230,7 @@ class _Passes(Operations):
         turn = 2 * self.num_blocks - 1 - position
         kept, host, nvme = self._amounts(position)
         moved = host + nvme
-        plain = cost.backward_seconds - cost.backward_attention_seconds
+        plain = cost.backward_seconds - cost.backward_attention_seconds + self._held_up(position, 1)
         attended = cost.backward_attention_seconds
         for saved, split, seconds in zip(entry.saved, placed.tokens, cost.recompute_seconds, strict=True):
             redone = seconds * split.recompute_tokens / self.workload.seq_len

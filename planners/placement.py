@@ -90,9 +90,13 @@ class TokenSplit:
     nvme_tokens: int
     host_tokens: int
     device_tokens: int
+    bytes_per_token: float = 0.0
+    """What the planner was told that it takes, in each sequence of a batch."""
 
     def __post_init__(self) -> None:
         _not_negative(self, f"tokens of {self.name!r}", _TOKEN_FIELDS)
+        if not 0 <= self.bytes_per_token < 1 << 60:
+            raise ValueError(f"plan: tokens of {self.name!r}: {self.bytes_per_token!r} bytes per token")
 
     @property
     def total_tokens(self) -> int:

@@ -45,6 +45,25 @@ class MeasuredSeconds:
     """With what backward computes again of the block."""
     decode: float = 0.0
     """Of all its quantized weights, once."""
+    kept: KeptPass | None = None
+    """Where all that backward needs is kept; None where that was not measured, and cannot be asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptPass:
+    """What one block took, and saved, that computes nothing again. Decoding apart, which each pass does once."""
+
+    forward: float
+    """Seconds."""
+    backward: float
+    saved_bytes: int
+    """That backward needs of a step's whole batch, beside the block's input: what can be kept, swapped, made again."""
+    small_bytes: int = 0
+    """Beside those: in tensors too small to be worth a transfer, which stay in DEVICE memory wherever the rest goes."""
+    put_away: float = 0.0
+    """Seconds for which swapping out keeps from computing, whatever a link takes besides; in forward."""
+    taken_back: float = 0.0
+    """The same of swapping in, in backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +191,10 @@ class Capabilities:
     """A batch can go through a block in parts, be they whole sequences."""
     input_shares: bool = True
     """Layer inputs can wait in several tiers, by tokens. False: all of them in one."""
+    token_shares: bool = True
+    """Of a sequence that goes through a block whole, tokens can be treated differently. False: what a block saves
+    beside its input is kept, swapped to one tier, or computed again as a whole; other blocks of its class may differ.
+    """
     state_tiers: tuple[Tier, ...] = tuple(Tier)
     """Where optimizer state can rest. Restricts full fine-tuning and adapters alike."""
     reads_ahead: bool = True

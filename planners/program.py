@@ -47,6 +47,8 @@ class Program:
     row_high: list[float] = field(default_factory=list)
     names: dict[str, int] = field(default_factory=dict)
     """Rows that somebody asks about later."""
+    whole: list[int] = field(default_factory=list)
+    """Variables that take whole numbers, where that is asked for."""
 
     def variable(self, low: float, high: float, cost: float = 0.0) -> int:
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -55,6 +57,11 @@ class Program:
         self.high.append(high)
         self.cost.append(cost)
         return len(self.low) - 1
+
+    def whole_number(self, high: int) -> int:
+        """A variable between 0 and `high` that a solution may have to round (`solve`)."""
+        self.whole.append(self.variable(0.0, float(high)))
+        return self.whole[-1]
 
     def row(self, terms: Terms, low: float, high: float, name: str | None = None) -> None:
         coefficients: dict[int, float] = {}
@@ -70,8 +77,11 @@ class Program:
     def at_most(self, terms: Terms, high: float, name: str | None = None) -> None:
         self.row(terms, -math.inf, high, name)
 
-    def solve(self, *, time_limit_seconds: float = 10.0) -> Solution | None:
-        """The optimum; None if the program is infeasible. Raises `SolverFailed` and `SolverMissing`."""
+    def solve(self, *, time_limit_seconds: float = 10.0, in_whole_numbers: bool = False) -> Solution | None:
+        """The optimum; None if the program is infeasible. Raises `SolverFailed` and `SolverMissing`.
+
+        in_whole_numbers: what should be a whole number is one; there are no duals then (zeros). Otherwise a relaxation.
+        """
         try:
             import highspy
         except ImportError as error:
@@ -89,6 +99,11 @@ class Program:
         lp.a_matrix_.start_ = np.cumsum([0] + [len(row) for row in self.rows]).astype(np.int32)
         lp.a_matrix_.index_ = np.array([v for row in self.rows for v in row], dtype=np.int32)
         lp.a_matrix_.value_ = np.array([v * s for row, s in zip(self.rows, scales, strict=True) for v in row.values()])
+        if in_whole_numbers and self.whole:
+            kinds = [highspy.HighsVarType.kContinuous] * len(self.low)
+            for variable in self.whole:
+                kinds[variable] = highspy.HighsVarType.kInteger
+            lp.integrality_ = kinds
         highs = highspy.Highs()
         highs.setOptionValue("output_flag", False)
         highs.setOptionValue("threads", 1)
@@ -110,7 +125,7 @@ class Program:
         return Solution(
             values=list(found.col_value),
             objective=float(highs.getInfo().objective_function_value),
-            duals=[float(d) * s for d, s in zip(found.row_dual, scales, strict=True)],
+            duals=[float(d) * s for d, s in zip(found.row_dual or [0.0] * len(scales), scales, strict=True)],
         )
 
     def certified_bound(self, duals: list[float]) -> float:

@@ -11,7 +11,7 @@ simulator ranks. Its duals say what a GB more would buy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planners.arenas import demands
 from planners.cost import (
@@ -25,6 +25,7 @@ from planners.cost import (
     fixed_host_bytes,
     num_chunks,
 )
+from planners.division import treats_whole
 from planners.expand import Fractions, UpdateKey
 from planners.placement import Tier, UpdatePlace
 from planners.problem import BlockClass, Problem
@@ -43,6 +44,15 @@ class ClassVariables:
     weights: tuple[int, int, int]
     tokens: tuple[tuple[int, int, int, int], ...]
     updates: dict[UpdateKey, int]
+
+
+@dataclass(frozen=True)
+class _Used:
+    """Columns whose sum is how much of a saved tensor's bytes a chunk's buffers have to hold."""
+
+    again: tuple[int, ...]
+    swapped: tuple[int, ...]
+    on_nvme: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class _Builder(Rows):
                 if self.knobs.boundary is Tier.HOST and entry.is_layer:
                     self.work(BACKWARD, resource, None, entry.count * self.workload.boundary_bytes)
             weights = self._weights(entry, counts[c])
-            tokens = self._tokens(entry, costs[c].recompute_seconds)
+            tokens = self._tokens(entry, costs[c])
             found.append(ClassVariables(weights, tokens, updates.add(entry, weights)))
         self._rows()
         self._turn(found, costs)
@@ -146,13 +156,14 @@ class _Builder(Rows):
             self.largest("host", f"staging of {kind}", [(nvme, staged * size)])
         return device, host, nvme
 
-    def _tokens(self, entry: BlockClass, again: tuple[float, ...]) -> tuple[tuple[int, int, int, int], ...]:
+    def _tokens(self, entry: BlockClass, cost: ClassCost) -> tuple[tuple[int, int, int, int], ...]:
         workload, slots = self.workload, self.knobs.buffers.swap_slots
         real = num_chunks(self.problem, self.knobs.cuts)
         found = []
+        used = []
         slot: Terms = []
         staged: Terms = []
-        for saved, seconds in zip(entry.saved, again, strict=True):
+        for saved, seconds, held_up in zip(entry.saved, cost.recompute_seconds, cost.swap_seconds, strict=True):
             size = saved.bytes_per_token * workload.tokens
             free = self.freedoms.swaps and self.problem.capabilities.token_policy
             free |= not saved.recomputable
@@ -172,10 +183,13 @@ class _Builder(Rows):
                 self.work(BACKWARD, "host_to_device", swapped, n * size)
                 if self.knobs.boundary is Tier.HOST and saved.name == "input":
                     self.work(FORWARD, "host_to_device", swapped, n * size)
-                slot.append((swapped, size / real))
+                self.work(FORWARD, "compute", swapped, n * held_up[0])
+                self.work(BACKWARD, "compute", swapped, n * held_up[1])
             self.work(FORWARD, "ssd_write", nvme, n * size)
             self.work(BACKWARD, "ssd_read", nvme, n * size)
-            staged.append((nvme, 2 * slots * size / real))
+            used.append(self._used(entry, (redo, nvme, host, kept), saved.recomputable))
+            slot += [(part, size / real) for part in used[-1].swapped]
+            staged += [(part, 2 * slots * size / real) for part in used[-1].on_nvme]
             self.hold("device", kept, n * size)
             self.hold("host", host, n * size)
             self.hold("nvme", nvme, n * size)
@@ -186,12 +200,26 @@ class _Builder(Rows):
             # A chunk in a layer may use what is free of its slot; see `arenas`.
             own = self.most["device", "swap slots"]
             live: Terms = [(own, -GB)] if entry.num_operations > 1 else []
-            for j, (redo, nvme, host, _) in enumerate(found):
+            for j, shares in enumerate(used):
                 each = entry.saved[j].bytes_per_token * workload.tokens / real
-                live += [(redo, each)] if demand.again[j] else []
-                live += [(nvme, each), (host, each)] if demand.swapped[j] and entry.num_operations > 1 else []
+                live += [(part, each) for part in shares.again if demand.again[j]]
+                live += [(part, each) for part in shares.swapped if demand.swapped[j] and entry.num_operations > 1]
             self.largest("device", "a chunk", live, demand.fixed_bytes)
         return tuple(found)
+
+    def _used(self, entry: BlockClass, columns: tuple[int, int, int, int], recomputable: bool) -> _Used:
+        """What a chunk's buffers hold. Where blocks are treated whole, it is all or nothing, and shares count blocks;
+        with those relaxed, it is the shares again.
+        """
+        redo, nvme, host, _ = columns
+        if not (recomputable and treats_whole(self.problem, self.knobs.cuts)):
+            return _Used(again=(redo,), swapped=(nvme, host), on_nvme=(nvme,))
+        for column in columns:
+            self.program.row([(self.program.whole_number(entry.count), 1.0), (column, -float(entry.count))], 0.0, 0.0)
+        again, swapped, on_nvme = (self.program.whole_number(1) for _ in range(3))
+        for some, shares in ((again, (redo,)), (swapped, (nvme, host)), (on_nvme, (nvme,))):
+            self.program.at_most([*((share, 1.0) for share in shares), (some, -1.0)], 0.0)
+        return _Used(again=(again,), swapped=(swapped,), on_nvme=(on_nvme,))
 
     def _rows(self) -> None:
         program, hardware = self.program, self.hardware
@@ -242,10 +270,12 @@ def solve_steady(
     freedoms: Freedoms | None = None,
     room: dict[str, float] | None = None,
     elastic: bool = False,
+    in_whole_blocks: bool = False,
 ) -> Steady | None:
     """The best fractions for `knobs`; None if nothing fits. `unit_seconds` scales time, about a step.
 
-    `elastic` lets tiers overflow, as little as possible, and says by how much.
+    `elastic` lets tiers overflow, as little as possible, and says by how much. `in_whole_blocks` rounds, where blocks
+    are treated whole; bound and duals are those of the relaxation.
 
     `room` replaces the capacities, bytes by tier. Raises what `Program.solve` raises.
     """
@@ -255,7 +285,14 @@ def solve_steady(
     solution = builder.program.solve()
     if solution is None:
         return None
-    return _read(builder, columns, solution)
+    relaxed = _read(builder, columns, solution)
+    if not (in_whole_blocks and builder.program.whole):
+        return relaxed
+    solution = builder.program.solve(in_whole_numbers=True)
+    if solution is None:
+        return None
+    rounded = _read(builder, columns, solution)
+    return replace(rounded, bound_seconds=relaxed.bound_seconds, seconds_per_gb=relaxed.seconds_per_gb)
 
 
 def _read(builder: _Builder, columns: list[ClassVariables], solution: Solution) -> Steady:

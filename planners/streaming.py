@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from planners.activations import Action, ActivationPolicy, Chunk
+from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
@@ -33,7 +33,6 @@ MAX_SLOTS = 3
 MIN_CHUNK_TOKENS = 64
 MIN_CHUNK_TOKENS_TRAINED = 256
 """Of a head that trains: each tile adds a gradient of the head's size to a sum."""
-ALL_TOKENS = 1 << 40
 CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
 """Of a sequence whose layers do not fit whole, the best first: smaller chunks decode and launch more often."""
 STAGING_PIECE_BYTES = 4 << 20
@@ -263,7 +262,7 @@ def _could_keep(plan: Plan) -> bool:
 
 def _keeping(problem: StreamingProblem, plan: Plan) -> Plan:
     """The plan with all activations kept and the loss taken at once: as fast as plain training, where memory is."""
-    policy = ActivationPolicy(chunks=(Chunk(num_tokens=ALL_TOKENS, action=Action.KEEP),))
+    policy = whole_batch(Action.KEEP)
     num_layers = len(problem.layers)
     device = {
         **plan.peak_bytes["device"],

@@ -19,11 +19,12 @@ from planners.arenas import (
     swapped_bytes,
 )
 from planners.cost import capacities, class_costs, fetch_counts, knobs_of, saving_bytes
+from planners.division import divided, treats_whole
 from planners.errors import format_bytes
 from planners.layout import Arena, Buffer
-from planners.placement import Tier, UpdateMode, UpdatePlace
+from planners.placement import ClassPlan, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
-from planners.problem import Problem
+from planners.problem import BlockClass, MeasuredSeconds, Problem
 from planners.schedule import Phase
 from planners.simulate import Event, Simulation, simulate
 from planners.timeline import Resource
@@ -38,6 +39,10 @@ class InvalidPlan(ValueError):
 def check(problem: Problem, plan: Plan) -> Simulation:
     """Everything. Returns the replay, so that what was checked is what is reported."""
     check_fingerprints(problem, plan)
+    try:
+        problem = divided(problem, plan)
+    except ValueError as error:
+        raise InvalidPlan(str(error)) from None
     check_placement(problem, plan)
     check_modes(problem, plan)
     check_layout(problem, plan)
@@ -86,6 +91,11 @@ def check_placement(problem: Problem, plan: Plan) -> None:
                 raise InvalidPlan(f"{entry.name!r}, {saved.name!r}: {split.total_tokens} of {workload.seq_len} tokens")
             if split.recompute_tokens and not saved.recomputable:
                 raise InvalidPlan(f"{entry.name!r}, {saved.name!r}: cannot be recomputed, nothing precedes it")
+            if not math.isclose(split.bytes_per_token, saved.bytes_per_token, abs_tol=1e-9):
+                raise InvalidPlan(
+                    f"{entry.name!r}, {saved.name!r}: {split.bytes_per_token} bytes a token, it has "
+                    f"{saved.bytes_per_token}"
+                )
         if sum(update.params for update in placed.updates) != entry.trainable_params:
             raise InvalidPlan(f"class {entry.name!r}: updates do not cover its {entry.trainable_params} parameters")
         streams = placed.weights.streamed_bytes > 0
@@ -134,6 +144,9 @@ def check_modes(problem: Problem, plan: Plan) -> None:
     }
     if len(homes) > 1 and not can.input_shares:
         raise InvalidPlan("layer inputs wait in several tiers, which the runtime cannot")
+    if treats_whole(problem, cuts):
+        for kind, placed in zip(workload.classes, plan.classes, strict=True):
+            _check_whole_blocks(kind, placed, workload.seq_len)
     for kind, placed in zip(workload.classes, plan.classes, strict=True):
         if kind.weight_cuts and placed.weights.device_bytes not in kind.weight_cuts:
             raise InvalidPlan(f"{kind.name!r}: blocks cannot be cut at {placed.weights.device_bytes} bytes")
@@ -147,6 +160,14 @@ def check_modes(problem: Problem, plan: Plan) -> None:
         on_host = on_host or any(u.tier is Tier.HOST or u.place is UpdatePlace.CPU for u in entry.updates if u.params)
         if unified and on_host:
             raise InvalidPlan(f"class {entry.name!r} uses HOST, which is DEVICE on this machine")
+
+
+def _check_whole_blocks(entry: BlockClass, placed: ClassPlan, seq_len: int) -> None:
+    """All that a block saves beside its input goes one way, all tokens of it."""
+    again = [split for saved, split in zip(entry.saved, placed.tokens, strict=True) if saved.recomputable]
+    ways = {(s.recompute_tokens, s.nvme_tokens, s.host_tokens, s.device_tokens) for s in again}
+    if len(ways) > 1 or any(seq_len not in way for way in ways):
+        raise InvalidPlan(f"{placed.name!r}: tokens of what it saves go different ways, which the runtime cannot")
 
 
 def check_layout(problem: Problem, plan: Plan) -> None:
@@ -276,6 +297,7 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
             each = saved.bytes_per_token * workload.batch_size
             swapped = n * each * (split.host_tokens + split.nvme_tokens)
             compute += n * costs[c].recompute_seconds[j] * split.recompute_tokens / workload.seq_len
+            compute += n * sum(costs[c].swap_seconds[j]) * (split.host_tokens + split.nvme_tokens) / workload.seq_len
             up += swapped
             down += swapped
             if knobs.boundary is Tier.HOST and saved.name == "input":
@@ -324,6 +346,10 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
     }
 
 
+def _least_forward(taken: MeasuredSeconds) -> float:
+    return taken.forward if taken.kept is None else min(taken.forward, taken.kept.forward)
+
+
 def floor_seconds(problem: Problem) -> float:
     """No plan whatever takes less: all products and attention once, and what memory cannot hold fetched twice."""
     workload, hardware = problem.workload, problem.hardware
@@ -335,7 +361,7 @@ def floor_seconds(problem: Problem) -> float:
     forward = attention / (device.matmul_flops_per_second * device.attention_forward_efficiency)
     backward = 2 * attention / (device.matmul_flops_per_second * device.attention_backward_efficiency)
     measured = [(e.count, e.measured) for e in workload.classes if e.measured is not None]
-    compute = seconds + forward + backward + sum(n * (taken.forward + taken.decode) for n, taken in measured)
+    compute = seconds + forward + backward + sum(n * (_least_forward(taken) + taken.decode) for n, taken in measured)
     layers = sum(e.count * e.stored_bytes for e in workload.classes if e.is_layer)
     above = capacities(problem)["device"]
     link = hardware.links.host_to_device_bytes_per_second
