@@ -41,10 +41,11 @@ from offload_rt.optimizer.training import FullTraining
 from offload_rt.paced_stash import PacedStash
 from offload_rt.plan_check import check_plan
 from offload_rt.planning import lowered, measured_problem
+from offload_rt.planning_tokens import sizes_of
 from offload_rt.recording import Recorder
 from offload_rt.runtime import Runtime
 from offload_rt.scratch import Scratch
-from offload_rt.stash import HostStash, NvmeStash, Stash
+from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash, Stash
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
 from offload_rt.streams import COMPUTE
@@ -135,6 +136,7 @@ class _Assembly:
         self.plan = plan
         self.slack_bytes = plan.allocator_slack_bytes
         """Freed memory that the C library may hold back."""
+        self.sizes = sizes_of(plan, workload.config.batch_size)
         self.options = options
         self.progress = progress
         on_cpu = workload.config.device == "cpu"
@@ -219,10 +221,15 @@ class _Assembly:
                 builder.close()
         self.tiers.account(Tier.NVME).reserve("weights", self.store.stored_bytes)
 
+    def _transient_bytes(self) -> int:
+        if self.sizes is not None:
+            return self.sizes.transient_bytes
+        chunk_tokens = chunk_tokens_of(self.plan, self.workload)
+        return self.problem.transient_bytes(self.plan.head_chunk_tokens, chunk_tokens)
+
     def _transients(self) -> Transients:
         """Room for what a layer, or a tile of the loss, holds while it runs: in an arena, where that gains."""
-        chunk_tokens = chunk_tokens_of(self.plan, self.workload)
-        num_bytes = self.problem.transient_bytes(self.plan.head_chunk_tokens, chunk_tokens)
+        num_bytes = self._transient_bytes()
         least_bytes = self.options.placed_bytes
         if self.plan.activations or not places_transients(self.workload, num_bytes, least_bytes):
             self.tiers.account(Tier.DEVICE).reserve("activations", num_bytes)
@@ -254,7 +261,7 @@ class _Assembly:
             home = Tier.DEVICE
         each = align_up(self.problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
         # With its input, a layer in chunks keeps the attention's result, which may be wider, and a log-sum-exp.
-        by_chunks = [policy_of(self.plan, draft) is not None for draft in self.workload.layers]
+        by_chunks = [self._keeps_attention(draft) for draft in self.workload.layers]
         sizes = [each * (INPUTS_OF_CHUNKS if chunked else 1) for chunked in by_chunks]
         together = self.workload.config.accumulation_steps if self.plan.layer_major else 1
         inputs = together * sum(sizes)
@@ -270,12 +277,12 @@ class _Assembly:
             device.reserve("kept activations", kept)
         if home is Tier.DEVICE:
             device.reserve("layer inputs", inputs)
-        else:
+        elif self.sizes is None:
             device.reserve("layer input in use", each)
         if together > 1:
             device.reserve("hidden states of other micro-batches", 2 * together * each)
         largest = self._largest_saved_bytes()
-        window = self._largest_swapped_bytes() if self.device is not None and any(swapped.values()) else 0
+        window = self._window_bytes(swapped)
         device.reserve("swapped activations on their way", window)
         return Places(
             layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each), max(sizes, default=each)),
@@ -283,35 +290,55 @@ class _Assembly:
             swapped={
                 tier: stash
                 for tier, size in swapped.items()
-                if size and (stash := self._stash(tier, "swapped activations", size, largest, window)) is not None
+                if size
+                and (stash := self._stash(tier, "swapped activations", size, largest, window, by_plan=True)) is not None
             },
         )
 
-    def _stash(self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int) -> Stash | None:
-        """As `_place`; behind the emulated link, if there is one."""
-        stash = self._place(home, name, num_bytes, largest_bytes, window_bytes)
-        link = self.links.throttle.link if self.links.throttle is not None else None
-        return stash if stash is None or link is None else PacedStash(stash, link, self.links.meter)
+    def _keeps_attention(self, draft: BlockDraft) -> bool:
+        policy = policy_of(self.plan, draft)
+        if policy is None or self.sizes is None:
+            return policy is not None
+        return len(policy.spans(self.workload.config.seq_len)) > 1
 
-    def _place(self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int) -> Stash | None:
-        """A place for `num_bytes` in tensors of at most `largest_bytes`; a device has at most a window on their way."""
+    def _stash(
+        self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int, *, by_plan: bool = False
+    ) -> Stash | None:
+        """As `_place`; behind the emulated link, if there is one. by_plan: as deep a way as the plan has room for."""
+        planned = self.sizes if by_plan else None
+        staging_bytes = 0 if planned is None else planned.staging_bytes
+        stash = self._place(home, name, num_bytes, largest_bytes, window_bytes, staging_bytes)
+        link = self.links.throttle.link if self.links.throttle is not None else None
+        if stash is None or link is None:
+            return stash
+        return PacedStash(stash, link, self.links.meter, window_bytes=None if planned is None else planned.window_bytes)
+
+    def _place(
+        self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int, staging_bytes: int
+    ) -> Stash | None:
+        """A place for `num_bytes` in tensors of at most `largest_bytes`; a device has at most a window on their way.
+
+        On the way to a drive they pass `staging_bytes` of HOST; 0: as little as serves.
+        """
         if home is Tier.DEVICE:
             return None
         if home is Tier.HOST:
-            arena = self.tiers.arena(Tier.HOST, name, num_bytes)
             if self.device is None:
-                return HostStash(arena, self.links)
-            return DeviceStash(arena, self.links, window_bytes=window_bytes)
+                return HostStash(self.tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES), self.links)
+            return DeviceStash(self.tiers.arena(Tier.HOST, name, num_bytes), self.links, window_bytes=window_bytes)
         if self.scratch is None:
             raise ConfigError(f"plan: {name} wait on NVME, but nvme= gives no folder")
         if self.device is not None:
             staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 2 * (window_bytes + largest_bytes))
             return DeviceStash(staging, self.links, window_bytes=window_bytes, scratch=self.scratch)
-        staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 4 * min(largest_bytes, STAGING_PIECE_BYTES))
-        return NvmeStash(self.scratch, staging, self.links)
+        piece_bytes = min(largest_bytes, STAGING_PIECE_BYTES)
+        staging = self.tiers.arena(Tier.HOST, f"staging for {name}", max(4 * piece_bytes, staging_bytes))
+        return NvmeStash(self.scratch, staging, self.links, piece_bytes=piece_bytes, ahead_bytes=staging_bytes // 2)
 
     def _share_bytes(self, action: Action, tier: Tier | None = None) -> int:
-        """An estimate of what all layers save that is treated so, from what one whole layer saves."""
+        """What all layers save that is treated so: as planned, or an estimate from what one whole layer saves."""
+        if self.sizes is not None:
+            return self.sizes.kept_bytes if tier is None else self.sizes.swapped_bytes.get(tier, 0)
         seq_len = self.workload.config.seq_len
         policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
         treatment = Treatment(action=action, tier=tier)
@@ -319,6 +346,12 @@ class _Assembly:
         tokens = sum(num_tokens * share for num_tokens, share in shares)
         rounded_up = sum(share > 0 for _, share in shares) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
         return align_up(int(self.problem.activation_bytes * tokens / seq_len) + rounded_up, IO_ALIGNMENT_BYTES)
+
+    def _window_bytes(self, swapped: dict[Tier, int]) -> int:
+        """Room in DEVICE memory for what is swapped, on its way: as planned; without a plan, where copies need it."""
+        if self.sizes is not None:
+            return self.sizes.window_bytes
+        return self._largest_swapped_bytes() if self.device is not None and any(swapped.values()) else 0
 
     def _largest_swapped_bytes(self) -> int:
         """An estimate of what a layer saves of its largest chunk that is swapped."""

@@ -1,15 +1,17 @@
 """What one layer, and the head with the loss, take on this machine: measured before anything is planned.
 
 A stand-in of one layer runs with random weights, as the runtime runs layers, on what the model really hands to its
-layers, for the largest batch; nothing of the model is changed. NF4 decoding is timed by itself, through the code that
-training runs. Each time is the median of a few runs. The machine is taken to have this much memory free: a decoded
-layer and its activations.
+layers, for the largest batch; nothing of the model is changed. It runs three ways by turns, so that all see the same
+machine: computed again in backward, all that it saves kept, and all of that put away in RAM. What it saves is counted
+on the way. NF4 decoding is timed by itself, through the code that training runs. Each time is the median of a few runs.
+The machine is taken to have this much memory free: a decoded layer, and its activations twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,9 +31,17 @@ from offload_rt.checkpoint.ingest import fill_slot, sources_in_memory
 from offload_rt.checkpoint.materialise import make_absent
 from offload_rt.decoder import Decoder
 from offload_rt.discover import BlockDraft, find_blocks
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, OffloadError, UnsupportedModule
+from offload_rt.stash import GRANULE_BYTES, HostStash
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from planners.problem import MeasuredSeconds
+from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
+from offload_rt.tokenwise.tiles import Places
+from offload_rt.transfer import Links
+from planners.activations import Action, whole_batch
+from planners.placement import Tier
+from planners.problem import KeptPass, MeasuredSeconds
+
+logger = logging.getLogger("offload_rt")
 
 RUNS = 5
 HEAD_ROWS = 16384
@@ -65,20 +75,88 @@ def profile_layer(model: nn.Module, draft: BlockDraft, *, batch_size: int, seq_l
 
 def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int) -> MeasuredSeconds:
     call = _call_of(model, draft.modules[0], batch_size, seq_len)
-    try:
-        layer, elements = _managed(_stand_in(draft.modules[0]), draft)
-        forward, backward = _passes(layer, call)
-    except Exception as error:
-        raise ConfigError(
-            f"{draft.name}: a stand-in of this layer does not run by itself ({type(error).__name__}: {error})"
-        ) from error
-    decode = _decode_seconds(elements) if elements else 0.0
-    # The runtime decoded each linear once in forward, and twice in backward.
-    return MeasuredSeconds(forward=max(0.0, forward - decode), backward=max(0.0, backward - 2 * decode), decode=decode)
+    with contextlib.ExitStack() as opened:
+        try:
+            stand = _managed(_stand_in(draft.modules[0]), draft)
+            again = RecomputedLayer(stand.layer, stand.block, stand.access)
+            _warm(again, call)
+        except Exception as error:
+            raise ConfigError(
+                f"{draft.name}: a stand-in of this layer does not run by itself ({type(error).__name__}: {error})"
+            ) from error
+        saving: _Saving | None = None
+        try:
+            saving = _saving(stand, call, opened.enter_context(contextlib.closing(Links())))
+        except (OffloadError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            logger.warning(
+                "%s: what layers like it save could not be measured, so that they are recomputed whole: %s: %s",
+                draft.name, type(error).__name__, error,
+            )  # fmt: skip
+        ways = [again] if saving is None else [again, saving.kept, saving.swapped]
+        timed = _timed(ways, call)
+    decode = _decode_seconds(stand.num_quantized) if stand.num_quantized else 0.0
+    forward, backward = timed[0]
+    kept: KeptPass | None = None
+    if saving is not None:
+        out, back = (max(0.0, swapped - plain) for plain, swapped in zip(timed[1], timed[2], strict=True))
+        kept = KeptPass(
+            forward=max(0.0, timed[1][0] - decode), backward=max(0.0, timed[1][1] - decode),
+            saved_bytes=saving.saved_bytes, small_bytes=saving.small_bytes, put_away=out, taken_back=back,
+        )  # fmt: skip
+    # Computed again, each linear was decoded once in forward, and twice in backward.
+    return MeasuredSeconds(
+        forward=max(0.0, forward - decode), backward=max(0.0, backward - 2 * decode), decode=decode, kept=kept
+    )
 
 
-def _managed(stand_in: nn.Module, draft: BlockDraft) -> tuple[nn.Module, int]:
-    """The stand-in as the runtime runs layers whose weights are in memory; how many of its weights are quantized."""
+@dataclass(frozen=True)
+class _Stand:
+    """A layer's stand-in, whose weights are in memory as the runtime has them."""
+
+    layer: nn.Module
+    block: Block
+    access: ResidentAccess
+    num_quantized: int
+    """Of its weights."""
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """The stand-in run with a graph that stays, and with one whose saved tensors are put away."""
+
+    kept: TokenwiseLayer
+    swapped: TokenwiseLayer
+    saved_bytes: int
+    small_bytes: int
+
+
+def _saving(stand: _Stand, call: _Call, links: Links) -> _Saving:
+    """Both ways, warm, and what was counted. UnsupportedModule where the layer does not run so."""
+
+    def layer(action: Action, places: Places) -> tuple[TokenwiseLayer, Tokenwise]:
+        tokenwise = Tokenwise(places)
+        tier = Tier.HOST if action is Action.SWAP else None
+        made = TokenwiseLayer(
+            stand.layer, stand.block, stand.access, policy=whole_batch(action, tier), tokenwise=tokenwise
+        )
+        num_passes = _warm(made, call)
+        if tokenwise.num_whole or tokenwise.counters.num_passes != num_passes:
+            raise UnsupportedModule(f"{stand.block.name}: {'; '.join(tokenwise.refused.values()) or 'not run once'}")
+        return made, tokenwise
+
+    kept, all_kept = layer(Action.KEEP, Places())
+    num_bytes = all_kept.counters.kept_bytes // all_kept.counters.num_passes
+    room = Arena("profile, swapped", 2 * num_bytes + IO_ALIGNMENT_BYTES, granule_bytes=GRANULE_BYTES)
+    swapped, put_away = layer(Action.SWAP, Places(swapped={Tier.HOST: HostStash(room, links)}))
+    if put_away.counters.no_room_bytes:
+        raise UnsupportedModule(f"{stand.block.name}: saves more at one time than at another")
+    saved_bytes = put_away.counters.swapped_bytes // put_away.counters.num_passes
+    # Of what was kept, the layer's input is not the graph's.
+    return _Saving(kept, swapped, saved_bytes, max(0, num_bytes - saved_bytes - call.hidden.nbytes))
+
+
+def _managed(stand_in: nn.Module, draft: BlockDraft) -> _Stand:
+    """The stand-in as the runtime has layers whose weights are in memory."""
     holder = nn.Module()
     holder.layers = nn.ModuleList([stand_in])
     bits = 4 if any(spec.is_quantized for spec in draft.spec.tensors) else None
@@ -94,24 +172,39 @@ def _managed(stand_in: nn.Module, draft: BlockDraft) -> tuple[nn.Module, int]:
     block = Block(alone.name, alone.modules, alone.spec, tuple(bindings), Decoder(Arena("profile, decoded", scratch)))
     block.open(slot)
     block.attach()
-    RecomputedLayer(stand_in, block, ResidentAccess(slot)).attach()
-    return stand_in, sum(spec.num_elements for spec in quantized)
+    return _Stand(stand_in, block, ResidentAccess(slot), sum(spec.num_elements for spec in quantized))
 
 
-def _passes(layer: nn.Module, call: _Call) -> tuple[float, float]:
-    """Median seconds of the layer's forward, and of its backward with the recompute."""
+def _warm(layer: RecomputedLayer, call: _Call) -> int:
+    """Runs the layer until its calls are not checked any more; how often."""
+    for _ in range(CHECKED_CALLS + 1):
+        _pass(layer, call)
+    return CHECKED_CALLS + 1
+
+
+def _timed(ways: Sequence[RecomputedLayer], call: _Call) -> list[tuple[float, float]]:
+    """Median seconds of forward and of backward, for each of several ways to run one layer, by turns."""
+    taken = [[_pass(layer, call) for layer in ways] for _ in range(RUNS)]
+    return [
+        (statistics.median(run[way][0] for run in taken), statistics.median(run[way][1] for run in taken))
+        for way in range(len(ways))
+    ]
+
+
+def _pass(layer: RecomputedLayer, call: _Call) -> tuple[float, float]:
+    """Seconds of the layer's forward, and of its backward with what that computes again."""
     hidden_BTD = call.hidden.requires_grad_()
-    wanted = [hidden_BTD, *(p for p in layer.parameters() if p.requires_grad)]
-    taken: list[tuple[float, float]] = []
-    for _ in range(CHECKED_CALLS + 1 + RUNS):
+    wanted = [hidden_BTD, *(p for p in layer.layer.parameters() if p.requires_grad)]
+    layer.attach()
+    try:
         start = time.perf_counter()
-        found = layer(hidden_BTD, *call.rest, **call.kwargs)
+        found = layer.layer(hidden_BTD, *call.rest, **call.kwargs)
         out = found[0] if isinstance(found, tuple) else found
         between = time.perf_counter()
         torch.autograd.grad(out, wanted, torch.ones_like(out))
-        taken.append((between - start, time.perf_counter() - between))
-    timed = taken[-RUNS:]  # the first calls are checked, and warm up
-    return statistics.median(f for f, _ in timed), statistics.median(b for _, b in timed)
+        return between - start, time.perf_counter() - between
+    finally:
+        layer.detach()
 
 
 def updates_per_second(parameters: Sequence[nn.Parameter]) -> float:

@@ -6,6 +6,7 @@ Everything that the runtime cannot do is a `ConfigError` here, before anything i
 from __future__ import annotations
 
 from offload_rt.errors import ConfigError
+from offload_rt.planning_tokens import policies_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import Workload
 from planners.placement import UpdateMode
@@ -87,7 +88,30 @@ def _check_state(plan: Plan, problem: StreamingProblem) -> None:
         raise ConfigError("plan: weights that train rest on NVME and need weight_slots of at least 1")
 
 
+def _check_tokens(plan: Plan, seq_len: int) -> None:
+    """Whether `activations` are what `classes` say, where there are classes."""
+    for entry in plan.classes:
+        for split in entry.tokens:
+            if split.total_tokens != seq_len:
+                raise ConfigError(
+                    f"plan: class {entry.name!r} places {split.total_tokens} tokens of {split.name!r}, a sequence has "
+                    f"{seq_len}"
+                )
+    try:
+        said = policies_of(plan) or {}
+    except ValueError as error:
+        raise ConfigError(f"plan: class {error}") from None
+    given = plan.activations or {}
+    odd = [name for name in {**said, **given} if said.get(name) != given.get(name)]
+    if plan.classes and odd:
+        raise ConfigError(
+            f"plan: activations of {odd[0]!r} are not what its class says ({len(odd)} differ): "
+            f"{given.get(odd[0])}, and by its class {said.get(odd[0])}"
+        )
+
+
 def _check_activations(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
+    _check_tokens(plan, workload.config.seq_len)
     layers = {name for d in workload.layers for name in (d.name, type(d.modules[0]).__name__)}
     for name, policy in (plan.activations or {}).items():
         if name not in layers:

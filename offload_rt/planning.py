@@ -17,6 +17,7 @@ from offload_rt.block_profile import profile_head, profile_layer, updates_per_se
 from offload_rt.discover import BlockDraft
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import ConfigError
+from offload_rt.planning_tokens import Rounding, policies_of, rounding_of, saved_of, transients_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import OPTIMIZER_BYTES_PER_ELEMENT, Workload
 from planners.hardware import Drive, Hardware
@@ -24,7 +25,6 @@ from planners.placement import Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
-from planners.schedule import Phase
 from planners.streaming import StreamingProblem, head_chunk_tokens
 from planners.trace import Saved, Transient
 
@@ -32,14 +32,14 @@ CAPABILITIES = Capabilities(
     update_modes=(UpdateMode.AFTER,),
     device_updates=False,
     token_chunks=False,
-    token_policy=False,
+    token_shares=False,
     batch_cuts=False,
     input_shares=False,
     state_tiers=(Tier.DEVICE,),
     reads_ahead=False,
 )
-"""What the runtime does with a plan for adapters: weights by byte ranges, layer inputs in one tier, layers recomputed
-whole, adapters stepped where they are after the last backward."""
+"""What the runtime does with a plan for adapters: weights by byte ranges, layer inputs in one tier, each layer kept,
+swapped or recomputed as a whole, adapters stepped where they are after the last backward."""
 
 SLACK_DIVISOR = 4
 """Of the freed memory that the allocator would hold back at best: memory is worth more to what streams."""
@@ -83,22 +83,29 @@ def problem_of(
         kinds.setdefault((_kind(draft), layer_seconds[draft.name]), []).append(draft)
     order = {draft.name: position for position, draft in enumerate(_in_order(workload))}
     tokens = config.batch_size * config.seq_len
-    transient_bytes = streaming.transient_bytes(head_chunk_tokens(streaming))
+    head_bytes = 0 if streaming.loss_head is None else streaming.loss_head.peak_bytes(head_chunk_tokens(streaming))
     classes = []
     for number, ((_, seconds), drafts) in enumerate(kinds.items()):
         classes.append(
             _class_of(
                 f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, seconds, is_layer=True,
                 trainable_params=sum(p.numel() for p in drafts[0].modules[0].parameters() if p.requires_grad),
-                input_bytes_per_token=streaming.layer_input_bytes / tokens,
-                transient_bytes_per_token=transient_bytes / tokens,
+                saved=saved_of(
+                    seconds, input_bytes_per_token=streaming.layer_input_bytes / tokens, num_tokens=tokens
+                ),
+                transients=transients_of(seconds, layer_bytes=streaming.layer_bytes(None), num_tokens=tokens),
             )
         )  # fmt: skip
     edges = [draft for draft in workload.drafts if not draft.is_layer]
     nothing = MeasuredSeconds(forward=0.0, backward=0.0)
     for draft in edges:
-        seconds = head_seconds if draft is edges[-1] else nothing
-        classes.append(_class_of(draft.name, [draft], order, seconds, is_layer=False, again=_again(draft, streaming)))
+        seconds, peak = (head_seconds, head_bytes) if draft is edges[-1] else (nothing, 0)
+        classes.append(
+            _class_of(
+                draft.name, [draft], order, seconds, is_layer=False, again=_again(draft, streaming),
+                transients=transients_of(seconds, layer_bytes=peak, num_tokens=tokens),
+            )
+        )  # fmt: skip
     trainable = [p for p in workload.model.parameters() if p.requires_grad]
     item_bytes = max((p.element_size() for p in trainable), default=4)
     planned = PlannedWorkload(
@@ -117,19 +124,23 @@ def problem_of(
     counted = planned.trainable_params * (2 * item_bytes + OPTIMIZER_BYTES_PER_ELEMENT)
     # What lies in DEVICE memory besides, whatever the plan.
     reserve = max(0, streaming.trainable_bytes - counted) + streaming.allocator_slack_bytes // SLACK_DIVISOR
+    more = rounding_of(list(layer_seconds.values()), input_bytes=streaming.layer_input_bytes)
     return Problem(
-        hardware=_within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES),
+        hardware=_within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES, more),
         workload=planned,
         capabilities=CAPABILITIES,
     )
 
 
 def lowered(plan: Plan, streaming: StreamingProblem) -> Plan:
-    """The optimiser's plan with what the runtime decides by itself: tiles of the loss, freed memory held back."""
+    """The optimiser's plan as the runtime reads it, with what that decides by itself: tiles of the loss, freed memory
+    held back.
+    """
     return replace(
         plan,
         fingerprint=streaming.fingerprint,
         machine="",
+        activations=policies_of(plan),
         head_chunk_tokens=head_chunk_tokens(streaming),
         allocator_slack_bytes=streaming.allocator_slack_bytes // SLACK_DIVISOR,
     )
@@ -144,16 +155,11 @@ def _class_of(
     is_layer: bool,
     again: bool = True,
     trainable_params: int = 0,
-    input_bytes_per_token: float = 0.0,
-    transient_bytes_per_token: float = 0.0,
+    saved: tuple[Saved, ...] = (),
+    transients: tuple[Transient, ...] = (),
 ) -> BlockClass:
     spec = drafts[0].spec
     quantized = [tensor.compute_bytes for tensor in spec.tensors if tensor.is_quantized]
-    saved = Saved(name="input", bytes_per_token=input_bytes_per_token, recomputable=False)
-    transient = [
-        Transient(name="activations", bytes_per_token=transient_bytes_per_token, phase=phase, begin=0, end=1)
-        for phase in Phase
-    ]
     return BlockClass(
         name=name,
         blocks=tuple(draft.name for draft in drafts),
@@ -167,10 +173,10 @@ def _class_of(
         backward_flops=0.0,
         attention_flops=0.0,
         moved_bytes=0.0,
-        saved=(saved,) if is_layer else (),
+        saved=saved,
         attention_bytes=0.0,
         attention_groups=1,
-        transients=tuple(transient) if is_layer else (),
+        transients=transients,
         visits_backward=again,
         weight_cuts=spec.cuts_bytes,
         measured=seconds,
@@ -209,14 +215,14 @@ def _head_seconds(workload: Workload, streaming: StreamingProblem) -> MeasuredSe
 
 
 def _within_budgets(
-    hardware: Hardware, streaming: StreamingProblem, reserve_bytes: int, rounding_bytes: int
+    hardware: Hardware, streaming: StreamingProblem, reserve_bytes: int, rounding_bytes: int, more: Rounding
 ) -> Hardware:
     """The machine with the memory that it may use. Its drives' rates are summed, their room is what is free.
 
     `rounding_bytes` is what whole pages of one thing per block may take more than its bytes: in HOST an input, in
-    DEVICE an input, two ends of what stays of the block, and a slot's.
+    DEVICE an input, two ends of what stays of the block, and a slot's; `more`, what activations do.
     """
-    reserve = reserve_bytes + 4 * rounding_bytes
+    reserve = reserve_bytes + 4 * rounding_bytes + more.device_bytes + (more.host_bytes if streaming.unified else 0)
     capacity = streaming.device_capacity_bytes or hardware.device.memory_bytes
     drives = hardware.drives
     if streaming.nvme_capacity_bytes is None:
@@ -225,7 +231,7 @@ def _within_budgets(
         raise ConfigError("plan: nvme= gives a folder, but the hardware profile knows no drive; calibrate with --nvme")
     else:
         one = Drive(
-            capacity_bytes=max(1, streaming.nvme_capacity_bytes),
+            capacity_bytes=max(1, streaming.nvme_capacity_bytes - more.nvme_bytes),
             read_bytes_per_second=hardware.read_bytes_per_second,
             write_bytes_per_second=hardware.write_bytes_per_second,
         )
@@ -234,7 +240,7 @@ def _within_budgets(
     return replace(
         hardware,
         device=replace(hardware.device, memory_bytes=max(capacity, reserve + 1), reserve_bytes=reserve),
-        host=replace(hardware.host, memory_bytes=max(0, host - rounding_bytes)),
+        host=replace(hardware.host, memory_bytes=max(0, host - rounding_bytes - more.host_bytes)),
         drives=drives,
         unified=streaming.unified,
     )

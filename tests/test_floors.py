@@ -92,6 +92,7 @@ FLOORS = {
     "offload_rt.workload": 8.5,
     "offload_rt.block_profile": 8.4,
     "offload_rt.adapter_draft": 8.6,
+    "offload_rt.planning_tokens": 8.6,
     "offload_rt.planning": 8.7,
     "offload_rt.plan_check": 8.7,
     "offload_rt.state_assembly": 8.8,

@@ -1,0 +1,164 @@
+"""What is decided of tokens, between the optimiser and the runtime: saved tensors out of a measurement, policies and
+sizes out of a plan.
+
+The runtime stores two things of a layer: its input, all inputs in one tier; and everything else that backward needs,
+which is kept, put away or computed again as one. So a layer has two `Saved`, and a plan's `classes` say of the second
+one where its tokens go; `Plan.activations` is derived from that (`policies_of`), and a plan whose two sayings differ is
+refused. What a layer saves is not trusted to be what was measured: if a stash is full the rest stays, and is counted.
+
+[Note: whole layers or tokens]
+Where a layer's activations fit into DEVICE memory one layer at a time, a mix of keeping, swapping and recomputing is
+had by treating whole layers differently. That cuts nothing, so that it gives the bits of plain training, needs nothing
+of a layer but that it runs, and loses little: with n layers, shares come in steps of 1 / n. The optimiser plans so.
+Shares of each layer's tokens are a cut, recompute what leads to attention twice, and pay only where a layer does not
+fit whole; a plan may say them too, and they become chunks that end where the shares do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload_rt.stash import GRANULE_BYTES
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
+from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
+from planners.placement import ClassPlan, Tier, TokenSplit
+from planners.plan import Plan
+from planners.problem import MeasuredSeconds
+from planners.schedule import Phase
+from planners.streaming import KEPT_TENSORS
+from planners.trace import Saved, Transient
+
+LEAST_TRANSIENT_SHARE = 4
+"""Of the estimate of all that a layer needs: gradients on their way through it, where it saves as much as that."""
+INPUT, ACTIVATIONS = "input", "activations"
+"""The names of the two `Saved` of a layer."""
+
+
+def saved_of(seconds: MeasuredSeconds, *, input_bytes_per_token: float, num_tokens: int) -> tuple[Saved, ...]:
+    """What the runtime stores of a layer. Without a measurement of what backward needs, only its input."""
+    given = Saved(name=INPUT, bytes_per_token=input_bytes_per_token, recomputable=False)
+    if seconds.kept is None:
+        return (given,)
+    return given, Saved(name=ACTIVATIONS, bytes_per_token=seconds.kept.saved_bytes / num_tokens)
+
+
+def transients_of(seconds: MeasuredSeconds, *, layer_bytes: int, num_tokens: int) -> tuple[Transient, ...]:
+    """What a layer's passes need besides, of `layer_bytes` with all that it saves. One operation in either phase."""
+    saved_bytes = 0 if seconds.kept is None else seconds.kept.saved_bytes
+    each = max(layer_bytes - saved_bytes, layer_bytes // LEAST_TRANSIENT_SHARE) / num_tokens
+    return tuple(Transient(name="transient", bytes_per_token=each, phase=phase, begin=0, end=1) for phase in Phase)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What storing activations takes more than their bytes, at most."""
+
+    device_bytes: int = 0
+    host_bytes: int = 0
+    nvme_bytes: int = 0
+
+
+def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int) -> Rounding:
+    """For layers with these measurements. A tensor begins at a granule of HOST, at a page of a drive; small ones stay.
+
+    Layer inputs have their place on a drive twice, since a second micro-batch may begin before the first one's graph is
+    gone; the plan counts one.
+    """
+    kept = [one.kept for one in seconds if one.kept is not None]
+    return Rounding(
+        device_bytes=sum(one.small_bytes for one in kept),
+        host_bytes=len(kept) * KEPT_TENSORS * GRANULE_BYTES,
+        nvme_bytes=len(kept) * KEPT_TENSORS * IO_ALIGNMENT_BYTES + len(seconds) * input_bytes,
+    )
+
+
+def policies_of(plan: Plan) -> dict[str, ActivationPolicy] | None:
+    """What `plan.classes` say of each block's tokens, by block; None where all of them are recomputed whole.
+
+    ValueError for what cannot be run.
+    """
+    found: dict[str, ActivationPolicy] = {}
+    for entry in plan.classes:
+        policy = _policy(plan, entry)
+        if policy is not None:
+            found |= dict.fromkeys(entry.blocks, policy)
+    return found or None
+
+
+def _policy(plan: Plan, entry: ClassPlan) -> ActivationPolicy | None:
+    again = [split for split in entry.tokens if split.name != INPUT]
+    if not again:
+        return None
+    parts = _parts(again[0])
+    if any(_parts(split) != parts for split in again):
+        raise ValueError(f"{entry.name!r}: what a layer saves is stored as one, but its parts go different ways")
+    seq_len = again[0].total_tokens
+    most = seq_len if plan.cuts is None else min(seq_len, plan.cuts.chunk_tokens)
+    groups = 1 if plan.cuts is None else plan.cuts.attention_groups
+    if len(parts) == 1 and most == seq_len and groups == 1:
+        _, action, tier = parts[0]
+        return None if action is Action.RECOMPUTE else whole_batch(action, tier)
+    chunks = [
+        Chunk(num_tokens=min(most, tokens - begin), action=action, tier=tier)
+        for tokens, action, tier in parts
+        for begin in range(0, tokens, most)
+    ]
+    return ActivationPolicy(chunks=tuple(chunks), attention_groups=groups)
+
+
+def _parts(split: TokenSplit) -> list[tuple[int, Action, Tier | None]]:
+    """Ranges of tokens in the order of `planners.placement`, those that are not empty."""
+    parts = (
+        (split.recompute_tokens, Action.RECOMPUTE, None),
+        (split.nvme_tokens, Action.SWAP, Tier.NVME),
+        (split.host_tokens, Action.SWAP, Tier.HOST),
+        (split.device_tokens, Action.KEEP, None),
+    )
+    return [part for part in parts if part[0]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSizes:
+    """What a plan says that activations take, in bytes of a whole batch."""
+
+    transient_bytes: int
+    """While a layer, or the head, runs."""
+    window_bytes: int
+    """Of DEVICE memory for what is swapped, on its way in either direction."""
+    kept_bytes: int
+    swapped_bytes: dict[Tier, int]
+    """By tier, of all layers, with what storing them there takes more."""
+    staging_bytes: int
+    """Of HOST, for what passes through it to and from drives."""
+
+
+def sizes_of(plan: Plan, batch_size: int) -> ActivationSizes | None:
+    """What `plan` has room for; None where it has no classes and so says nothing of it."""
+    chunks = [arena for arena in plan.arenas if arena.name not in (Tier.DEVICE.value, Tier.HOST.value)]
+    if not plan.classes or not chunks:
+        return None
+    swapped: dict[Tier, int] = {}
+    kept = staging = 0.0
+    for entry in plan.classes:
+        for split in entry.tokens:
+            if split.name == INPUT:
+                continue
+            each = split.bytes_per_token * batch_size
+            kept += len(entry.blocks) * each * split.device_tokens
+            staging = max(staging, 2 * plan.buffers.swap_slots * each * split.nvme_tokens)
+            for tier, tokens, granule in (
+                (Tier.HOST, split.host_tokens, GRANULE_BYTES),
+                (Tier.NVME, split.nvme_tokens, IO_ALIGNMENT_BYTES),
+            ):
+                if tokens:
+                    num_bytes = round(each * tokens) + KEPT_TENSORS * granule
+                    swapped[tier] = swapped.get(tier, 0) + len(entry.blocks) * num_bytes
+    slot = chunks[0].slot_bytes
+    return ActivationSizes(
+        transient_bytes=max(arena.num_bytes for arena in chunks) - slot,
+        window_bytes=plan.buffers.swap_slots * slot,
+        kept_bytes=round(kept),
+        swapped_bytes=swapped,
+        staging_bytes=round(staging),
+    )
