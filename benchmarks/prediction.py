@@ -28,6 +28,7 @@ from offload_rt.emulation import emulated_config
 from offload_rt.planning import lowered, measured_problem
 from offload_rt.workload import Workload, find_workload, streaming_problem
 from planners.cost import Knobs
+from planners.division import divided
 from planners.expand import Fractions, expand, with_prediction
 from planners.hardware import Device, Drive, Hardware, Host, Links
 from planners.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
@@ -50,6 +51,8 @@ class Case:
     weights: tuple[float, float, float] = (1.0, 0.0, 0.0)
     """Of a layer, in DEVICE, HOST, NVME."""
     inputs: Tier = Tier.DEVICE
+    activations: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
+    """What layers save beside their inputs, in shares of whole layers: computed again, on NVMe, in HOST, kept."""
     slots: int = 2
     scope: DecodeScope = DecodeScope.LINEAR
     bits: int | None = 4
@@ -75,6 +78,19 @@ CASES = {
     "SSD write": Case(inputs=Tier.NVME, work={"ssd_write": 1.2}),
     "weights and inputs on NVMe": Case(
         weights=(0, 0, 1), inputs=Tier.NVME, work={"ssd_read": 1.2, "ssd_write": 0.4}
+    ),
+    "activations kept": Case(activations=(0, 0, 0, 1)),
+    "activations kept, decoding layers": Case(activations=(0, 0, 0, 1), scope=DecodeScope.LAYER),
+    "half kept": Case(activations=(0.5, 0, 0, 0.5)),
+    "activations to HOST": Case(activations=(0, 0, 1, 0), work={"device_to_host": 0.3, "host_to_device": 0.4}),
+    "activations to HOST, link out": Case(activations=(0, 0, 1, 0), work={"device_to_host": 1.2}),
+    "activations to HOST, link in": Case(activations=(0, 0, 1, 0), work={"host_to_device": 1.2}),
+    "half to HOST": Case(activations=(0.5, 0, 0.5, 0), work={"device_to_host": 0.2, "host_to_device": 0.5}),
+    "activations to NVMe": Case(activations=(0, 1, 0, 0), work={"ssd_write": 0.3, "ssd_read": 0.4}),
+    "activations to NVMe, SSD write": Case(activations=(0, 1, 0, 0), work={"ssd_write": 1.2}),
+    "activations each way": Case(
+        activations=(0.25, 0.25, 0.25, 0.25), weights=(0.3, 0.3, 0.4),
+        work={"ssd_read": 0.8, "ssd_write": 0.3, "host_to_device": 0.6, "device_to_host": 0.3},
     ),
 }  # fmt: skip
 
@@ -128,7 +144,7 @@ def plan_of(case: Case, problem: Problem) -> Plan:
     fractions = [
         Fractions(
             weights=case.weights if entry.is_layer else (1.0, 0.0, 0.0),
-            tokens=tuple((0.0, *kept) for _ in entry.saved),
+            tokens=tuple(case.activations if saved.recomputable else (0.0, *kept) for saved in entry.saved),
             updates=UPDATE,
         )
         for entry in problem.workload.classes
@@ -138,7 +154,8 @@ def plan_of(case: Case, problem: Problem) -> Plan:
 
 def rates_for(case: Case, problem: Problem) -> dict[str, float]:
     """Rates at which the case's resources work as long as it says."""
-    seconds = busy_seconds(problem, plan_of(case, problem))
+    plan = plan_of(case, problem)
+    seconds = busy_seconds(divided(problem, plan), plan)
     compute = seconds["compute"]
     found = {}
     for name in ("host_to_device", "device_to_host", "ssd_read", "ssd_write"):
@@ -169,7 +186,7 @@ def run(arguments: argparse.Namespace, case: Case, folder: Path) -> dict[str, An
     for problem in (first, last):
         problem = replace(problem, hardware=replace(problem.hardware, links=hardware.links, drives=hardware.drives))
         drawn = plan_of(case, problem)
-        predictions.append(with_prediction(problem, drawn, simulate(problem, drawn)).predicted)
+        predictions.append(with_prediction(problem, drawn, simulate(divided(problem, drawn), drawn)).predicted)
     predicted = mean(p["step_seconds"] for p in predictions)
     measured = median(steps)
     return {
