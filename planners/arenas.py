@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from planners.cost import Knobs, knobs_of, num_chunks, static_bytes
+from planners.cost import Knobs, gradients_stay, knobs_of, num_chunks, static_bytes
 from planners.layout import Arena, Buffer, aligned, lay_out, live_bytes
 from planners.placement import ClassPlan, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
@@ -236,7 +236,7 @@ def retained_gradients(problem: Problem, plan: Plan, placed: ClassPlan, tier: Ti
     place = UpdatePlace.DEVICE if tier is Tier.DEVICE else UpdatePlace.CPU
     if place is UpdatePlace.DEVICE and problem.workload.pinned:
         return []  # they have a place of their own, all the time
-    stays = plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE)
+    stays = gradients_stay(problem, plan)
     for deferred in (False, True):
         params = sum(u.params for u in placed.updates if u.place is place and u.deferred is deferred)
         if params and (stays or deferred):

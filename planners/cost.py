@@ -40,6 +40,10 @@ class Knobs:
     buffers: Buffers = Buffers()
     inputs: Tier | None = None
     """Where all layer inputs wait; None leaves that to the fractions."""
+    weights: Tier | None = None
+    """Where all weights rest that train and can stream; None leaves that to the fractions."""
+    state_in_memory: bool = True
+    """Whether state may rest in memory."""
 
 
 def knobs_of(plan: Plan) -> Knobs:
@@ -235,9 +239,49 @@ def buckets(entry: BlockClass) -> int:
     return max(1, min(MAX_BUCKETS, -(-entry.trainable_params // BUCKET_PARAMS)))
 
 
-def state_bytes(problem: Problem, entry: ClassPlan, tier: Tier) -> int:
+def whole_state_bytes(problem: Problem, entry: BlockClass) -> int:
+    """Optimizer state of one block; one copy."""
+    if entry.state_cuts:
+        return entry.state_cuts[-1][1]
+    return problem.workload.state_bytes_per_param * entry.trainable_params
+
+
+def update_bytes(problem: Problem, placed: ClassPlan) -> tuple[int, ...]:
+    """Optimizer state of each update of one block, one copy. ValueError where it cannot be cut so."""
+    cuts = dict(next(entry.state_cuts for entry in problem.workload.classes if entry.name == placed.name))
+    if not cuts:
+        return tuple(problem.workload.state_bytes_per_param * update.params for update in placed.updates)
+    found, end = [], 0
+    for update in placed.updates:
+        begin, end = end, end + update.params
+        if begin not in cuts or end not in cuts:
+            raise ValueError(f"plan: state of {placed.name!r} cannot be cut into parameters [{begin}, {end})")
+        found.append(cuts[end] - cuts[begin])
+    return tuple(found)
+
+
+def state_bytes(problem: Problem, placed: ClassPlan, tier: Tier) -> int:
     """Optimizer state of one block that rests in `tier`; one copy."""
-    return problem.workload.state_bytes_per_param * sum(u.params for u in entry.updates if u.tier is tier)
+    sizes = zip(placed.updates, update_bytes(problem, placed), strict=True)
+    return sum(num_bytes for update, num_bytes in sizes if update.tier is tier)
+
+
+def steps_after(problem: Problem, mode: UpdateMode, tier: Tier) -> bool:
+    """Whether what rests in `tier` is stepped after the last backward."""
+    return mode is UpdateMode.AFTER or (problem.capabilities.memory_steps_after and tier is not Tier.NVME)
+
+
+def state_copies(problem: Problem, mode: UpdateMode) -> int:
+    """Of state in memory: a second one where it is stepped before the norm is known."""
+    return 2 if mode is UpdateMode.SPECULATIVE and not problem.capabilities.memory_steps_after else 1
+
+
+def gradients_stay(problem: Problem, plan: Plan) -> bool:
+    """Whether gradients of all blocks wait until the end of the step."""
+    if plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE):
+        return True
+    updates = [update for entry in plan.classes for update in entry.updates if update.params]
+    return any(problem.capabilities.memory_steps_after and update.tier is not Tier.NVME for update in updates)
 
 
 def fixed_device_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
@@ -317,26 +361,31 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
         is_layer: max((p.weights.nvme_bytes for e, p in entries if e.is_layer is is_layer), default=0)
         for is_layer in (True, False)
     }
-    copies = 2 if plan.update_mode is UpdateMode.SPECULATIVE else 1
+    copies = state_copies(problem, plan.update_mode)
     on_device = 0.0
     for entry, placed in entries:
         add(device, "resident weights", entry.count * placed.weights.device_bytes)
         add(host, "weights", entry.count * placed.weights.host_bytes)
         # What changes has two slots on the drive, so that a commit never overwrites the last one.
-        add(nvme, "weights", entry.count * placed.weights.nvme_bytes * (2 if workload.mutable else 1))
+        changes = workload.mutable and bool(entry.trainable_params)
+        if not changes or workload.log_bytes is None:
+            add(nvme, "weights", entry.count * placed.weights.nvme_bytes * (2 if changes else 1))
         states = {tier: entry.count * state_bytes(problem, placed, tier) for tier in Tier}
         add(device, "optimizer state", copies * states[Tier.DEVICE])
         add(host, "optimizer state", copies * states[Tier.HOST])
         committed = sum(states.values()) if workload.commit_every else states[Tier.NVME]
-        add(nvme, "optimizer state", 2 * committed)
+        if workload.log_bytes is None:
+            add(nvme, "optimizer state", 2 * committed)
         if workload.commit_every and workload.pinned:
             add(nvme, "adapters", 2 * entry.count * entry.trainable_params * workload.weight_bytes_per_param)
         for saved, split in zip(entry.saved, placed.tokens, strict=True):
             add(nvme, "activations", entry.count * saved.bytes_per_token * workload.batch_size * split.nvme_tokens)
         moved = sum(u.params for u in placed.updates if u.place is UpdatePlace.DEVICE and u.tier is not Tier.DEVICE)
         piece = workload.state_bytes_per_param * moved / plan.buffers.buckets_per_block
-        on_device = max(on_device, 2 * piece)
+        if not unified:  # where the tiers are one, it is stepped where it is staged
+            on_device = max(on_device, 2 * piece)
     add(device, "state updated on the device", on_device)
+    add(nvme, "what changes, twice", workload.log_bytes or 0)
     for name, size in _host_rings(problem, plan).items():
         add(host, name, size)
     if unified:
@@ -365,24 +414,29 @@ def _host_rings(problem: Problem, plan: Plan) -> dict[str, float]:
     """Slots in HOST through which activations, gradients and optimizer state pass."""
     workload, buffers = problem.workload, plan.buffers
     chunks = num_chunks(problem, knobs_of(plan).cuts)
-    activations = state = 0.0
+    activations = state = new = 0.0
     for entry in workload.classes:
         placed = plan.entry(entry.name)
         saved = zip(entry.saved, placed.tokens, strict=True)
         swapped = sum(tensor.bytes_per_token * workload.batch_size * split.nvme_tokens for tensor, split in saved)
         activations = max(activations, swapped / chunks)
         state = max(state, state_bytes(problem, placed, Tier.NVME) / buffers.buckets_per_block)
+        if problem.capabilities.whole_weights and workload.mutable and entry.trainable_params:
+            new = max(new, placed.weights.nvme_bytes)
+    if state and workload.state_piece_bytes is not None:
+        state = workload.state_piece_bytes
     return {
         # Leaving for the drive, and coming from it: each chunk is in one of the two.
         "staging of activations": 2 * buffers.swap_slots * activations,
         "gradients": float(buffers.host_gradient_slots * passing_gradient_bytes(problem, plan)),
         "staging of state": buffers.state_slots * state,
+        "new weights": buffers.weight_slots * new,
     }
 
 
 def passing_gradient_bytes(problem: Problem, plan: Plan) -> int:
     """The most gradients of one block that pass through HOST without staying until the step's end."""
-    if plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE):
+    if gradients_stay(problem, plan):
         return 0
     return max(
         problem.workload.gradient_bytes_per_param

@@ -123,7 +123,7 @@ def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassP
     if entry.trainable_params:
         # What is stepped on the device comes first: gradients there are the scarcer ones.
         keys = sorted(fractions.updates, key=lambda key: key[1] is UpdatePlace.CPU)
-        counts = whole_numbers(entry.trainable_params, tuple(fractions.updates[key] for key in keys))
+        counts = _cut(entry, keys, whole_numbers(entry.trainable_params, tuple(fractions.updates[k] for k in keys)))
         updates = [
             Update(params=count, tier=tier, place=place, deferred=deferred)
             for (tier, place, deferred), count in zip(keys, counts, strict=True)
@@ -136,6 +136,21 @@ def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassP
         tokens=tuple(tokens),
         updates=tuple(updates),
     )
+
+
+def _cut(entry: BlockClass, keys: list[UpdateKey], counts: list[int]) -> list[int]:
+    """The counts, of which those in memory come first, so that state is cut where it can be; NVME gets the more."""
+    if not entry.state_cuts:
+        return counts
+    wanted = end = 0
+    found = []
+    for key, count in zip(keys, counts, strict=True):
+        wanted += count
+        last = key is keys[-1]
+        cut = entry.trainable_params if last else max(p for p, _ in entry.state_cuts if p <= wanted)
+        found.append(cut - end)
+        end = cut
+    return found
 
 
 def _split(entry: BlockClass, fractions: tuple[float, float, float], *, drives: bool) -> Split:

@@ -7,11 +7,21 @@ yardstick that the optimiser must beat.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from planners.arenas import chunk_bytes, peak_bytes, peak_phase
-from planners.cost import EDGE_SLOTS, Knobs, capacities, fixed_device_bytes, fixed_host_bytes, num_chunks, saving_bytes
+from planners.cost import (
+    EDGE_SLOTS,
+    Knobs,
+    capacities,
+    fixed_device_bytes,
+    fixed_host_bytes,
+    num_chunks,
+    saving_bytes,
+    whole_state_bytes,
+)
 from planners.errors import PlanInfeasible, format_bytes_up
 from planners.expand import Fractions, expand, with_prediction
 from planners.placement import Buffers, Cuts, Tier, UpdateMode, UpdatePlace
@@ -75,6 +85,45 @@ def input_tiers(problem: Problem) -> list[Tier | None]:
     return found
 
 
+def homes(problem: Problem) -> list[tuple[Tier | None, bool]]:
+    """Where all weights that train rest together, None where that is left open, and whether state rests in memory."""
+    can, hardware = problem.capabilities, problem.hardware
+    tiers: list[Tier | None] = [None]
+    if can.whole_weights and problem.workload.mutable:
+        held = {Tier.DEVICE: True, Tier.HOST: not hardware.unified, Tier.NVME: bool(hardware.drives)}
+        tiers = [tier for tier, ok in held.items() if ok]
+    in_memory = [True]
+    if can.memory_steps_after and problem.workload.mutable and hardware.drives and Tier.NVME in can.state_tiers:
+        in_memory.append(False)
+    return list(itertools.product(tiers, in_memory))
+
+
+def may_rest(problem: Problem, mode: UpdateMode, weights: Tier | None, state_in_memory: bool) -> bool:
+    """Whether the runtime can have both so. See `Capabilities.memory_steps_after`."""
+    if not problem.capabilities.memory_steps_after:
+        return True
+    if mode is UpdateMode.AFTER:
+        return state_in_memory  # which says nothing more there
+    return weights is not Tier.NVME or not state_in_memory
+
+
+def state_slots(problem: Problem) -> list[int]:
+    """How many buckets or pieces of state may be on their way, the most first."""
+    piece = problem.workload.state_piece_bytes
+    if piece is None:
+        return [Buffers().state_slots]
+    layer = max((whole_state_bytes(problem, e) for e in problem.workload.classes if e.is_layer), default=0)
+    most = max(2, -(-2 * layer // piece))  # two layers: one is stepped while another comes
+    return sorted({most, max(2, most // 4), 2}, reverse=True)
+
+
+def slot_bytes(problem: Problem) -> tuple[int, int]:
+    """The most that a layer can stream, and a block beside the layers."""
+    classes = problem.workload.classes
+    layer = max((e.streamed_bytes for e in classes if e.is_layer), default=0)
+    return layer, max((e.streamed_bytes for e in classes if not e.is_layer), default=0)
+
+
 def default_mode(problem: Problem) -> UpdateMode:
     """The simplest mode that the runtime has and clipping allows."""
     allowed = problem.capabilities.update_modes
@@ -107,8 +156,9 @@ def plan_greedy(problem: Problem) -> Plan:
 
 def _attempts(problem: Problem) -> Iterator[Knobs]:
     mode = default_mode(problem)
+    states = state_slots(problem)
     for slots, gradients in ((3, 2), (2, 2), (2, 1), (1, 1)):
-        buffers = Buffers(gradient_slots=gradients)
+        buffers = Buffers(gradient_slots=gradients, state_slots=states[0] if slots > 2 else states[-1])
         for cuts in chunk_choices(problem):
             for boundary in boundaries(problem, cuts):
                 yield Knobs(update_mode=mode, slots=slots, cuts=cuts, boundary=boundary, buffers=buffers)
@@ -131,11 +181,11 @@ def room_left(problem: Problem, knobs: Knobs, room: dict[str, float]) -> dict[st
     """What DEVICE and HOST have beyond what every plan under `knobs` needs if all blocks stream."""
     workload = problem.workload
     classes = workload.classes
-    slot = max(e.stored_bytes for e in classes if e.is_layer)
-    edge = max(e.stored_bytes for e in classes if not e.is_layer)
+    slot, edge = slot_bytes(problem)
     again = max(chunk_bytes(problem, knobs, entry) for entry in classes)
     device = room["device"] - sum(fixed_device_bytes(problem, knobs).values())
     device -= knobs.slots * slot + EDGE_SLOTS * edge + again
+    device -= sum(e.count * e.stored_bytes for e in classes if e.weights_stay)
     host = room["host"] - sum(fixed_host_bytes(problem, knobs).values())
     if room["nvme"] > 0 and not problem.hardware.unified:
         host -= knobs.buffers.host_slots * slot + EDGE_SLOTS * edge
@@ -149,8 +199,8 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     left = room_left(problem, knobs, room)
     device, host = left["device"], left["host"]
     total_inputs = sum(e.count * e.saved[0].bytes_per_token for e in classes if e.saved) * workload.tokens
-    total_weights = float(sum(e.count * e.stored_bytes for e in classes))
-    total_state = float(workload.state_bytes_per_param * workload.trainable_params)
+    total_weights = float(sum(e.count * e.streamed_bytes for e in classes))
+    total_state = float(sum(e.count * whole_state_bytes(problem, e) for e in classes))
 
     def share(available: float, wanted: float) -> float:
         return max(0.0, min(1.0, available / wanted)) if wanted else 1.0
@@ -161,9 +211,12 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     if not problem.capabilities.input_shares:
         inputs_host = float(inputs_host == 1.0)
     host -= inputs_host * total_inputs
+    whole = problem.capabilities.whole_weights and workload.mutable
     weights_device = share(device, total_weights)
+    weights_device = float(weights_device == 1.0) if whole else weights_device
     device -= weights_device * total_weights
     weights_host = 0.0 if unified else min(1 - weights_device, share(host, total_weights))
+    weights_host = float(weights_host == 1.0) if whole else weights_host
     host -= weights_host * total_weights
     state_device = share(device, total_state) if unified or not total_state else 0.0
     state_tiers = problem.capabilities.state_tiers
@@ -175,8 +228,11 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     state_host = 0.0 if unified else (share(host, total_state) if drives else 1.0)
     state_device = 1.0 if unified and not drives else state_device
     inputs = (0.0, max(0.0, 1 - inputs_device - inputs_host), inputs_host, inputs_device)
-    if state_tiers == (Tier.DEVICE,):
-        state_device, state_host = 1.0, 0.0
+    if Tier.NVME not in state_tiers:
+        state_device = float(Tier.DEVICE in state_tiers)
+        state_host = 1 - state_device
+    elif not may_rest(problem, knobs.update_mode, Tier.NVME if weights_device + weights_host < 1 else None, True):
+        state_device, state_host = 0.0, 0.0
     place = UpdatePlace.DEVICE if unified else UpdatePlace.CPU
     deferred = knobs.update_mode is UpdateMode.DEFERRED
     updates = {
@@ -186,7 +242,9 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     }
     return [
         Fractions(
-            weights=(weights_device, weights_host, max(0.0, 1 - weights_device - weights_host)),
+            weights=(1.0, 0.0, 0.0)
+            if e.weights_stay
+            else (weights_device, weights_host, max(0.0, 1 - weights_device - weights_host)),
             tokens=tuple((1.0, 0.0, 0.0, 0.0) if s.recomputable else inputs for s in e.saved),
             updates=updates,
         )

@@ -23,12 +23,16 @@ from planners.greedy import (
     Shortage,
     boundaries,
     chunk_choices,
+    homes,
     infeasible,
     input_tiers,
+    may_rest,
     room_left,
     shortages,
+    slot_bytes,
+    state_slots,
 )
-from planners.placement import Buffers, DecodeScope, UpdateMode
+from planners.placement import Buffers, DecodeScope, Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import Problem
 from planners.rows import LOW_PRICE, Freedoms
@@ -211,7 +215,9 @@ def combinations(problem: Problem) -> Iterator[list[Knobs]]:
     scopes = [DecodeScope.LINEAR]
     if any(entry.decoded_bytes for entry in workload.classes):
         scopes.append(DecodeScope.LAYER)
-    gradient_slots = (2, 3, 1) if workload.mutable else (2,)
+    gradient_slots: tuple[int, ...] = (2, 3, 1) if workload.mutable else (2,)
+    if problem.capabilities.whole_weights:  # there are places of weights to try instead
+        gradient_slots = tuple(slots for slots in gradient_slots if slots < 3)
     swap_slots = (2,) if workload.mutable else (2, 3)
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     by_size = itertools.groupby(chunk_choices(problem), key=lambda cuts: cuts.chunk_tokens)
@@ -219,15 +225,17 @@ def combinations(problem: Problem) -> Iterator[list[Knobs]]:
         own = [
             knobs
             for cuts in group
-            for mode, slots, gradients, swaps, boundary, scope, inputs in itertools.product(
+            for mode, slots, gradients, swaps, boundary, scope, inputs, (weights, in_memory), states in
+            itertools.product(
                 _modes(problem), (2, 3, 1), gradient_slots, swap_slots, boundaries(problem, cuts), scopes,
-                input_tiers(problem),
+                input_tiers(problem), homes(problem), state_slots(problem),
             )
-            if _may_fit(
+            if may_rest(problem, mode, weights, in_memory) and _has_use(problem, slots, weights) and _may_fit(
                 problem,
                 knobs := Knobs(
                     update_mode=mode, slots=slots, cuts=cuts, boundary=boundary, decode_scope=scope,
-                    buffers=Buffers(gradient_slots=gradients, swap_slots=swaps), inputs=inputs,
+                    buffers=Buffers(gradient_slots=gradients, swap_slots=swaps, state_slots=states), inputs=inputs,
+                    weights=weights, state_in_memory=in_memory,
                 ),
                 room,
             )
@@ -237,11 +245,17 @@ def combinations(problem: Problem) -> Iterator[list[Knobs]]:
         yield [knobs for knobs in own if knobs.slots == 1]
 
 
+def _has_use(problem: Problem, slots: int, weights: Tier | None) -> bool:
+    """False for a number of slots that nothing streams through; there are two then."""
+    frozen = any(entry.streamed_bytes and not entry.trainable_params for entry in problem.workload.classes)
+    return slots == 2 or weights is not Tier.DEVICE or frozen
+
+
 def _may_fit(problem: Problem, knobs: Knobs, room: dict[str, float]) -> bool:
     """False if not even a plan that streams everything fits; with all weights resident it may still."""
     left = room_left(problem, knobs, room)
-    slack = knobs.slots * max(e.stored_bytes for e in problem.workload.classes if e.is_layer)
-    slack += max(e.stored_bytes for e in problem.workload.classes if not e.is_layer)
+    slot, edge = slot_bytes(problem)
+    slack = knobs.slots * slot + edge
     return left["device"] + slack >= 0 and left["host"] + 2 * slack >= 0
 
 
@@ -251,6 +265,8 @@ def _modes(problem: Problem) -> list[UpdateMode]:
     choices: tuple[tuple[UpdateMode, ...], ...] = ((*norm_first, UpdateMode.DEFERRED),)
     if not problem.workload.clips:  # where nothing waits for a norm, those two only hold gradients for longer
         choices = ((UpdateMode.BACKWARD, UpdateMode.DEFERRED), norm_first)
+        if problem.capabilities.memory_steps_after:  # as AFTER does anyway; which leaves weights where they are
+            choices = ((UpdateMode.BACKWARD, UpdateMode.AFTER, UpdateMode.DEFERRED), norm_first)
     allowed = problem.capabilities.update_modes
     wanted = next((found for modes in choices if (found := [m for m in modes if m in allowed])), [])
     if not wanted:
@@ -266,11 +282,15 @@ def smallest_shortage(problem: Problem, freedoms: Freedoms | None = None) -> lis
     """
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     best: tuple[float, list[Shortage]] | None = None
+    mode, buffers = _modes(problem)[0], Buffers(gradient_slots=1, state_slots=state_slots(problem)[-1])
     for cuts in chunk_choices(problem):
-        for boundary in boundaries(problem, cuts):
+        for boundary, (weights, in_memory) in itertools.product(boundaries(problem, cuts), homes(problem)):
+            if not may_rest(problem, mode, weights, in_memory):
+                continue
             knobs = Knobs(
-                update_mode=_modes(problem)[0], slots=1, cuts=cuts, boundary=boundary, buffers=Buffers(gradient_slots=1)
-            )
+                update_mode=mode, slots=1, cuts=cuts, boundary=boundary, buffers=buffers, weights=weights,
+                state_in_memory=in_memory,
+            )  # fmt: skip
             closest = solve_steady(problem, knobs, unit_seconds=floor_seconds(problem), freedoms=freedoms, elastic=True)
             if closest is None:
                 continue

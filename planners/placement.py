@@ -147,9 +147,12 @@ class Buffers:
     host_gradient_slots: int = 3
     """Blocks' gradients in HOST memory, where they do not stay until the commit."""
     state_slots: int = 4
-    """Buckets of optimizer state in HOST memory, on their way from and to NVME."""
+    """Buckets (or pieces, see `Workload.state_piece_bytes`) of optimizer state in HOST memory, on their way from and to
+    NVME."""
     buckets_per_block: int = 1
     """Pieces in which a block's optimizer state moves."""
+    weight_slots: int = 2
+    """Blocks' new weights in HOST memory on their way to NVME, where weights that train rest as a whole."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -106,10 +106,21 @@ class BlockClass:
     holds whole pages. Empty: bytes are cut anywhere."""
     measured: MeasuredSeconds | None = None
     """Counts in place of FLOPs, moved bytes and the rates of decoding."""
+    weights_stay: bool = False
+    """In DEVICE memory, whatever the plan."""
+    state_cuts: tuple[tuple[int, int], ...] = ()
+    """(parameters, bytes): how many of a block's first parameters can have their state in memory while that of the
+    others rests on NVME, and what it takes; ascending from (0, 0) to all. Empty: it is cut anywhere, at
+    `Workload.state_bytes_per_param`."""
 
     @property
     def count(self) -> int:
         return len(self.blocks)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of a block's weights, the most that can stream."""
+        return 0 if self.weights_stay else self.stored_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +146,11 @@ class Workload:
     """Steps between durable commits; None: none."""
     slab_bytes: int = 32 << 20
     """Of a model that is read in or saved, at once; two of them are in memory."""
+    state_piece_bytes: int | None = None
+    """The most state that moves as one; `Buffers.state_slots` are of this size then. None: `cost.buckets` says."""
+    log_bytes: int | None = None
+    """What NVME holds of everything that changes, wherever it rests. None: two copies of what rests there, and of what
+    is committed."""
 
     @property
     def tokens(self) -> int:
@@ -199,6 +215,11 @@ class Capabilities:
     """Where optimizer state can rest. Restricts full fine-tuning and adapters alike."""
     reads_ahead: bool = True
     """A block can be read into HOST before it has a slot in DEVICE memory."""
+    whole_weights: bool = False
+    """Weights that train rest as a whole in one tier, those of all blocks that can stream in the same."""
+    memory_steps_after: bool = False
+    """State in memory has one copy, which is stepped after the last backward in every update mode. If there is any,
+    gradients of all blocks wait for that, and weights do not rest on NVME unless all updates come after."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class Rows:
         self.workload, self.hardware = problem.workload, problem.hardware
         self.unified = problem.hardware.unified
         self.program = Program()
-        after = knobs.update_mode is UpdateMode.AFTER
+        after = knobs.update_mode is UpdateMode.AFTER or self.memory_steps_after
         self.phases = (FORWARD, BACKWARD, UPDATE) if after else (FORWARD, BACKWARD)
         self.times = [self.program.variable(0.0, 1e6, 1.0) for _ in self.phases]
         self.busy: dict[tuple[int, str], Terms] = {key: [] for key in itertools.product(self.phases, RESOURCES)}
@@ -73,6 +73,11 @@ class Rows:
             "ssd_read": self.hardware.read_bytes_per_second if drives else 1.0,
             "ssd_write": self.hardware.write_bytes_per_second if drives else 1.0,
         }
+
+    @property
+    def memory_steps_after(self) -> bool:
+        """Whether state may be in memory that is stepped after the last backward."""
+        return self.problem.capabilities.memory_steps_after and self.knobs.state_in_memory
 
     def work(self, phase: int, resource: str, variable: int | None, amount: float) -> None:
         """`amount` (bytes, or seconds) times the variable, on a resource in a phase."""

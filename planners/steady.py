@@ -24,6 +24,7 @@ from planners.cost import (
     fixed_device_bytes,
     fixed_host_bytes,
     num_chunks,
+    whole_state_bytes,
 )
 from planners.division import treats_whole
 from planners.expand import Fractions, UpdateKey
@@ -121,7 +122,7 @@ class _Builder(Rows):
             if place is UpdatePlace.CPU
         ]
         on_device = params / self.hardware.device.adamw_params_per_second / self.unit
-        moved = 0.0 if self.unified else self.workload.state_bytes_per_param * params / self.rate["host_to_device"]
+        moved = 0.0 if self.unified else whole_state_bytes(self.problem, entry) / self.rate["host_to_device"]
         step += [
             (x, on_device if tier is Tier.DEVICE else max(on_device, moved / self.unit))
             for (tier, place, _), x in columns[first].updates.items()
@@ -135,6 +136,11 @@ class _Builder(Rows):
         allowed = list(self.freedoms.weights)
         allowed[1] &= not self.unified
         allowed[2] &= bool(self.hardware.drives)
+        changes = self.workload.mutable and bool(entry.trainable_params)
+        if entry.weights_stay:
+            allowed = [True, False, False]
+        elif changes and self.knobs.weights is not None:
+            allowed = [ok and tier is self.knobs.weights for tier, ok in zip(Tier, allowed, strict=True)]
         device, host, nvme = (self.program.variable(0.0, float(ok)) for ok in allowed)
         self.program.row([(device, 1.0), (host, 1.0), (nvme, 1.0)], 1.0, 1.0)
         for phase, count in zip((FORWARD, BACKWARD), fetches, strict=True):
@@ -147,7 +153,10 @@ class _Builder(Rows):
                     self.wait(phase, chain, [(host, seconds), (nvme, seconds)])
         self.hold("device", device, n * size)
         self.hold("host", host, n * size)
-        self.hold("nvme", nvme, n * size * (2 if self.workload.mutable else 1))
+        if not changes or self.workload.log_bytes is None:
+            self.hold("nvme", nvme, n * size * (2 if changes else 1))
+        if changes and self.problem.capabilities.whole_weights:
+            self.largest("host", "new weights", [(nvme, self.knobs.buffers.weight_slots * size)])
         kind, slots, staged = ("layers", self.knobs.slots, self.knobs.buffers.host_slots)
         if not entry.is_layer:
             kind, slots, staged = "edges", EDGE_SLOTS, EDGE_SLOTS
@@ -242,7 +251,7 @@ class _Builder(Rows):
         fixed = {
             "device": sum(fixed_device_bytes(self.problem, self.knobs).values()),
             "host": sum(fixed_host_bytes(self.problem, self.knobs).values()),
-            "nvme": 0.0,
+            "nvme": float(self.workload.log_bytes or 0),
         }
         workload = self.workload
         if workload.pinned and workload.commit_every:

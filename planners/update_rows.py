@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from planners.cost import buckets
+from planners.cost import buckets, state_copies, steps_after, whole_state_bytes
 from planners.expand import UpdateKey
 from planners.placement import Tier, UpdateMode, UpdatePlace
 from planners.problem import BlockClass
@@ -25,16 +25,17 @@ class UpdateRows:
         if not params:
             return {}
         mode, workload, program, n = self.knobs.update_mode, self.workload, self.program, entry.count
-        state, gradient = workload.state_bytes_per_param * params, workload.gradient_bytes_per_param * params
+        state, gradient = float(whole_state_bytes(self.problem, entry)), workload.gradient_bytes_per_param * params
         new = workload.weight_bytes_per_param * params
-        copies = 2 if mode is UpdateMode.SPECULATIVE else 1
+        copies = state_copies(self.problem, mode)
+        waiting = mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE) or self.rows.memory_steps_after
         alone = entry.is_layer and self.knobs.buffers.gradient_slots == 1 and not workload.pinned
         found: dict[UpdateKey, int] = {}
         for key in self._update_keys():
             tier, place, deferred = key
             x = found[key] = program.variable(0.0, 1.0)
-            phase = UPDATE if mode is UpdateMode.AFTER else (FORWARD if deferred else BACKWARD)
-            stays = mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE) or deferred
+            phase = UPDATE if steps_after(self.problem, mode, tier) else (FORWARD if deferred else BACKWARD)
+            stays = waiting or deferred
             if place is UpdatePlace.CPU:
                 self.rows.work(phase, "cpu", x, n * params / self.hardware.host.adamw_params_per_second)
                 self.rows.work(BACKWARD, "device_to_host", x, n * gradient)
@@ -56,7 +57,7 @@ class UpdateRows:
                 self.rows.work(phase, "ssd_read", x, n * state)
                 self.rows.work(phase, "ssd_write", x, n * state)
             committed = bool(workload.commit_every and self.hardware.drives)
-            if tier is Tier.NVME or workload.commit_every:
+            if workload.log_bytes is None and (tier is Tier.NVME or workload.commit_every):
                 self.rows.hold("nvme", x, 2 * n * state)
             if tier is not Tier.NVME:
                 self.rows.hold(tier.value, x, copies * n * state)
@@ -64,7 +65,7 @@ class UpdateRows:
                     self.rows.work(phase, "ssd_write", x, n * state / (workload.commit_every or 1))
                     if tier is Tier.DEVICE:
                         self.rows.work(phase, "device_to_host", x, n * state / (workload.commit_every or 1))
-        if mode in (UpdateMode.BACKWARD, UpdateMode.DEFERRED):
+        if not waiting:
             passing = [(x, gradient) for (_, place, deferred), x in found.items()
                        if place is UpdatePlace.CPU and not deferred]  # fmt: skip
             self.rows.largest("host", "gradients", passing, count=self.knobs.buffers.host_gradient_slots)
@@ -90,6 +91,7 @@ class UpdateRows:
         times = [False] if mode is not UpdateMode.DEFERRED else ([True] if self.workload.clips else [False, True])
         can = self.problem.capabilities.state_tiers
         tiers = [t for t, ok in zip(Tier, freedoms.states, strict=True) if ok and t in can]
+        tiers = [t for t in tiers if t is Tier.NVME or self.knobs.state_in_memory]
         tiers = [t for t in tiers if not (t is Tier.HOST and self.unified) and (t is not Tier.NVME or self._drives)]
         on_device = freedoms.device_updates and self.problem.capabilities.device_updates
         keys: list[UpdateKey] = []
@@ -106,12 +108,13 @@ class UpdateRows:
 
     def _staging(self, entry: BlockClass, found: dict[UpdateKey, int], state: float) -> None:
         pieces = max(map(buckets, self.workload.classes))
-        staged = [(x, self.knobs.buffers.state_slots * state / pieces) for k, x in found.items() if k[0] is Tier.NVME]
+        each = self.workload.state_piece_bytes or state / pieces
+        staged = [(x, self.knobs.buffers.state_slots * each) for key, x in found.items() if key[0] is Tier.NVME]
         self.rows.largest("host", "staging of state", staged)
         moved = [
             (x, 2 * state / pieces)
             for (tier, place, _), x in found.items()
-            if place is UpdatePlace.DEVICE and tier is not Tier.DEVICE
+            if place is UpdatePlace.DEVICE and tier is not Tier.DEVICE and not self.unified
         ]
         self.rows.largest("device", "state updated on the device", moved)
 
@@ -127,8 +130,11 @@ class UpdateRows:
         else:
             program.row([(down, 1.0), (weights[0], -1.0), *on_device], 0.0, 2.0)
             program.row([(up, 1.0), (weights[0], 1.0), *((x, -1.0) for x, _ in on_device)], 0.0, 3.0)
-        deferring = self.knobs.update_mode is UpdateMode.DEFERRED
-        if not deferring:
+        mode = self.knobs.update_mode
+        either = {UpdateMode.DEFERRED: (BACKWARD, FORWARD)}.get(mode)
+        if self.rows.memory_steps_after and mode is not UpdateMode.AFTER:
+            either = (BACKWARD, UPDATE)
+        if either is None:
             self.rows.work(last, "host_to_device", down, n * new)
             self.rows.work(last, "device_to_host", up, n * new)
             if self.workload.mutable:
@@ -142,5 +148,5 @@ class UpdateRows:
                 continue
             early, late = program.variable(0.0, 1.0), program.variable(0.0, 1.0)
             program.row([(early, 1.0), (late, 1.0), (whole, -1.0)], 0.0, 2.0)
-            self.rows.work(BACKWARD, resource, early, n * float(size))
-            self.rows.work(FORWARD, resource, late, n * float(size))
+            self.rows.work(either[0], resource, early, n * float(size))
+            self.rows.work(either[1], resource, late, n * float(size))

@@ -10,7 +10,7 @@ backward, so that the first block that is not done always has what it waits for.
 
 from __future__ import annotations
 
-from planners.cost import passing_gradient_bytes, state_bytes
+from planners.cost import MAX_BUCKETS, gradients_stay, passing_gradient_bytes, state_bytes, steps_after, update_bytes
 from planners.placement import ClassPlan, Tier, Update, UpdateMode, UpdatePlace
 from planners.problem import BlockClass, Problem
 from planners.timeline import DEVICE, Operations, Resource
@@ -33,6 +33,7 @@ class Updates:
         """By position: the operation after which the block is updated, and all of it is where it rests."""
         self.retained: list[tuple[int, float]] = []
         """Tiers and bytes of gradients that stay until the step ends."""
+        self.all_stay = gradients_stay(step.problem, step.plan)
         self.timeline.pools = self._pools()
 
     def _pools(self) -> list[float]:
@@ -41,9 +42,19 @@ class Updates:
         passing = passing_gradient_bytes(self.problem, self.plan)
         return [
             float(buffers.host_gradient_slots * passing) + 1.0,
-            float(buffers.state_slots),
+            float(buffers.state_slots * (self.workload.state_piece_bytes or 1)),
             2.0,
         ]
+
+    def _num_buckets(self, num_bytes: int) -> int:
+        """In how many parts the state of an update moves. Pieces are simulated in groups, of half of the slots at most.
+
+        With `Workload.state_piece_bytes` the pool of state is counted in bytes, without in buckets.
+        """
+        piece, buffers = self.workload.state_piece_bytes, self.knobs.buffers
+        if piece is None:
+            return buffers.buckets_per_block
+        return max(1, min(MAX_BUCKETS, -(-num_bytes // piece)), -(-2 * num_bytes // (buffers.state_slots * piece)))
 
     def add(self, position: int, computed: int, before: int, key: float) -> None:
         """Gradients out, state in, step, everything back. `before` is the computation before this backward."""
@@ -60,45 +71,50 @@ class Updates:
             )
             if staying < each * on_cpu:
                 self.timeline.acquire[gradient] = (GRADIENTS, each * on_cpu - staying)
-        waits: list[tuple[int, int]] = []
-        if mode is UpdateMode.AFTER or (mode is UpdateMode.DEFERRED and workload.clips):
-            waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
         parts: list[int] = []
         on_device: list[int] = []
         writes: list[int] = []
-        for which, update in enumerate(placed.updates):
+        first = 0
+        for update, num_bytes in zip(placed.updates, update_bytes(self.problem, placed), strict=True):
             if not update.params:
                 continue
+            waits: list[tuple[int, int]] = []
+            if steps_after(self.problem, mode, update.tier) or (mode is UpdateMode.DEFERRED and workload.clips):
+                waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
             if update.place is UpdatePlace.DEVICE and self._stays(update) and not workload.pinned:
                 self.timeline.at_finish[computed].append((DEVICE, each * update.params))
                 self.retained.append((DEVICE, each * update.params))
-            pieces = self.knobs.buffers.buckets_per_block
-            for bucket in range(which * pieces, (which + 1) * pieces):
-                done, wrote = self._bucket(position, update, bucket, gradient, computed, before, waits, key)
+            pieces = self._num_buckets(num_bytes)
+            for bucket in range(first, first + pieces):
+                share = (update.params / pieces, num_bytes / pieces)
+                done, wrote = self._bucket(position, update, share, bucket, gradient, computed, before, waits, key)
                 parts.append(done)
                 if update.place is UpdatePlace.DEVICE and not update.deferred:
                     on_device.append(done)
                 if wrote is not None:
                     writes.append(wrote)
+            first += pieces
         self._write_back(position, entry, placed, parts, writes, key)
         holders = [gradient] if gradient is not None else []
-        if mode in (UpdateMode.BACKWARD, UpdateMode.DEFERRED):
+        if not self.all_stay:
             holders += on_device
         if holders:
             self.gradients_gone.append(self.step.join(holders, key, ("gradient gone", position, 0)))
 
     def _stays(self, update: Update) -> bool:
         """Whether its gradients wait for all others, in a place of their own, and pass through no ring."""
-        return update.deferred or self.plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE)
+        return update.deferred or self.all_stay
 
     def _bucket(
-        self, position: int, update: Update, bucket: int, gradient: int | None, computed: int, before: int,
-        waits: list[tuple[int, int]], key: float,
+        self, position: int, update: Update, share: tuple[float, float], bucket: int, gradient: int | None,
+        computed: int, before: int, waits: list[tuple[int, int]], key: float,
     ) -> tuple[int, int | None]:  # fmt: skip
-        """One bucket of a block's update; what makes the new weights, and the write of its state."""
+        """One bucket of a block's update, `share` of parameters and bytes; what makes the new weights, and the write of
+        its state.
+        """
         workload, hardware, device = self.workload, self.hardware, self.hardware.device
-        params = update.params / self.knobs.buffers.buckets_per_block
-        state = workload.state_bytes_per_param * params
+        params, state = share
+        credit = state if workload.state_piece_bytes else 1.0
         each = workload.gradient_bytes_per_param * params
         phase = 0 if update.deferred else (2 if waits else 1)
         if update.deferred:
@@ -113,7 +129,7 @@ class Updates:
             ahead = not waits and self.barrier
             read = self.step.op(
                 Resource.SSD_READ, state, key, [(before, 0)] if ahead else list(source), phase,
-                ("read state", position, bucket), acquire=(STATES, 1.0),
+                ("read state", position, bucket), acquire=(STATES, credit),
             )  # fmt: skip
             source = [(read, 0), *source]
         speculative = self.plan.update_mode is UpdateMode.SPECULATIVE
@@ -140,7 +156,7 @@ class Updates:
             return done, None
         write = self.step.op(
             Resource.SSD_WRITE, state, key, [(done, 0)], phase, ("write state", position, bucket),
-            release=(STATES, 1.0),
+            release=(STATES, credit),
         )  # fmt: skip
         return done, write
 

@@ -18,7 +18,7 @@ from planners.arenas import (
     step_buffers,
     swapped_bytes,
 )
-from planners.cost import capacities, class_costs, fetch_counts, knobs_of, saving_bytes
+from planners.cost import capacities, class_costs, fetch_counts, knobs_of, saving_bytes, update_bytes
 from planners.division import divided, treats_whole
 from planners.errors import format_bytes
 from planners.layout import Arena, Buffer
@@ -150,6 +150,7 @@ def check_modes(problem: Problem, plan: Plan) -> None:
     for kind, placed in zip(workload.classes, plan.classes, strict=True):
         if kind.weight_cuts and placed.weights.device_bytes not in kind.weight_cuts:
             raise InvalidPlan(f"{kind.name!r}: blocks cannot be cut at {placed.weights.device_bytes} bytes")
+    _check_training(problem, plan)
     if cuts.chunk_tokens > workload.seq_len and cuts.chunk_tokens % workload.seq_len:
         raise InvalidPlan(f"chunks of {cuts.chunk_tokens} tokens are no whole sequences of {workload.seq_len}")
     for entry in plan.classes:
@@ -168,6 +169,30 @@ def _check_whole_blocks(entry: BlockClass, placed: ClassPlan, seq_len: int) -> N
     ways = {(s.recompute_tokens, s.nvme_tokens, s.host_tokens, s.device_tokens) for s in again}
     if len(ways) > 1 or any(seq_len not in way for way in ways):
         raise InvalidPlan(f"{placed.name!r}: tokens of what it saves go different ways, which the runtime cannot")
+
+
+def _check_training(problem: Problem, plan: Plan) -> None:
+    """What trains rests, and is stepped, as the runtime can have it."""
+    can, workload = problem.capabilities, problem.workload
+    whole: set[tuple[bool, bool, bool]] = set()
+    on_nvme = False
+    for kind, placed in zip(workload.classes, plan.classes, strict=True):
+        split = placed.weights
+        if kind.weights_stay and split.streamed_bytes:
+            raise InvalidPlan(f"{kind.name!r}: its weights stay in DEVICE memory, {split.streamed_bytes} bytes stream")
+        if kind.trainable_params and kind.streamed_bytes and workload.mutable:
+            whole.add((split.device_bytes > 0, split.host_bytes > 0, split.nvme_bytes > 0))
+            on_nvme |= split.nvme_bytes > 0
+        try:
+            update_bytes(problem, placed)
+        except ValueError as error:
+            raise InvalidPlan(str(error)) from None
+    if can.whole_weights and (len(whole) > 1 or any(sum(tiers) > 1 for tiers in whole)):
+        raise InvalidPlan("weights that train rest in several tiers, which the runtime cannot")
+    updates = [update for placed in plan.classes for update in placed.updates if update.params]
+    in_memory = any(update.tier is not Tier.NVME for update in updates) and not workload.pinned
+    if can.memory_steps_after and in_memory and on_nvme and plan.update_mode is not UpdateMode.AFTER:
+        raise InvalidPlan("has state in memory of weights on NVME, which would be written twice: ahead and after")
 
 
 def check_layout(problem: Problem, plan: Plan) -> None:
@@ -259,13 +284,16 @@ def check_replay(problem: Problem, plan: Plan, replay: Simulation) -> None:
 
 
 def _check_order(events: Sequence[Event]) -> None:
-    """A block's swapped activations come back after they left, and before its backward."""
+    """A block's swapped activations come back after they left, and before its backward.
+
+    What takes no time is no event.
+    """
     done = {event.label: event.finish_seconds for event in events}
     for event in events:
         kind, position, chunk = event.label
         if kind == "backward":
             forward = done.get(("forward", position, chunk))
-            if forward is None or event.start_seconds < forward - 1e-9:
+            if forward is not None and event.start_seconds < forward - 1e-9:
                 raise InvalidPlan(f"block {position}, chunk {chunk}: backward before forward")
         if kind == "write state" and event.start_seconds < done[("update", position, chunk)] - 1e-9:
             raise InvalidPlan(f"block {position}: writes state that is not updated yet")
@@ -305,8 +333,8 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
             write += n * each * split.nvme_tokens
             read += n * each * split.nvme_tokens
         on_device = resting = 0
-        for update in placed.updates:
-            state = workload.state_bytes_per_param * update.params
+        device_state = 0
+        for update, state in zip(placed.updates, update_bytes(problem, placed), strict=True):
             if update.place is UpdatePlace.CPU:
                 cpu += n * update.params / hardware.host.adamw_params_per_second
                 up += n * workload.gradient_bytes_per_param * update.params
@@ -321,16 +349,16 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
                 write += n * state
             else:
                 resting += state
+            if update.tier is Tier.DEVICE:
+                device_state += state
         new = workload.weight_bytes_per_param * on_device
         all_new = workload.weight_bytes_per_param * entry.trainable_params
         resident = all_new if workload.pinned else (weights.device_bytes if entry.trainable_params else 0)
         down += n * max(0, resident - new)
         up += n * max(0, new - resident)
-        if workload.mutable:
+        if workload.mutable and entry.trainable_params:
             write += n * weights.nvme_bytes
         if workload.commit_every and hardware.drives and entry.trainable_params:
-            device_state = sum(u.params for u in placed.updates if u.tier is Tier.DEVICE)
-            device_state *= workload.state_bytes_per_param
             adapters = all_new if workload.pinned else 0
             write += n * (resting + adapters) / workload.commit_every
             up += n * (device_state + adapters) / workload.commit_every
