@@ -40,8 +40,8 @@ from offload_rt.optimizer.log_commit import open_log
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.paced_stash import PacedStash
 from offload_rt.plan_check import check_plan
-from offload_rt.planning import lowered, measured_problem
 from offload_rt.planning_tokens import sizes_of
+from offload_rt.planning_training import optimised
 from offload_rt.recording import Recorder
 from offload_rt.runtime import Runtime
 from offload_rt.scratch import Scratch
@@ -70,7 +70,6 @@ from offload_rt.workload import (
 )
 from planners.activations import Action, Treatment
 from planners.hardware import Hardware
-from planners.mip import plan_optimal
 from planners.plan import DecodeScope, Plan, Tier
 from planners.streaming import INPUTS_OF_CHUNKS, KEPT_TENSORS, STAGING_PIECE_BYTES, StreamingProblem
 
@@ -106,7 +105,7 @@ def assemble(
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
             problem = streaming_problem(workload)
-            plan = lowered(plan_optimal(measured_problem(workload, problem, optimise_for)), problem)
+            plan = optimised(workload, problem, optimise_for, optimizer)
         workload, problem, chosen = planned(workload, plan, optimizer, options)
         chosen = with_options(chosen, workload.drafts, options)
         check_plan(chosen, problem, workload)

@@ -14,7 +14,7 @@ import copy
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int)
     with contextlib.ExitStack() as opened:
         try:
             stand = _managed(_stand_in(draft.modules[0]), draft)
-            again = RecomputedLayer(stand.layer, stand.block, stand.access)
+            again = RecomputedLayer(stand.layer, stand.block, stand.access, deliver=stand.deliver)
             _warm(again, call)
         except Exception as error:
             raise ConfigError(
@@ -86,7 +86,8 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int)
             ) from error
         saving: _Saving | None = None
         try:
-            saving = _saving(stand, call, opened.enter_context(contextlib.closing(Links())))
+            if stand.deliver is None:  # layers that train are planned to be recomputed
+                saving = _saving(stand, call, opened.enter_context(contextlib.closing(Links())))
         except (OffloadError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             logger.warning(
                 "%s: what layers like it save could not be measured, so that they are recomputed whole: %s: %s",
@@ -118,6 +119,8 @@ class _Stand:
     access: ResidentAccess
     num_quantized: int
     """Of its weights."""
+    deliver: Callable[[Mapping[int, torch.Tensor]], None] | None
+    """Takes the gradients of weights that train."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,12 @@ def _managed(stand_in: nn.Module, draft: BlockDraft) -> _Stand:
     block = Block(alone.name, alone.modules, alone.spec, tuple(bindings), Decoder(Arena("profile, decoded", scratch)))
     block.open(slot)
     block.attach()
-    return _Stand(stand_in, block, ResidentAccess(slot), sum(spec.num_elements for spec in quantized))
+    deliver = _nowhere if alone.trains else None
+    return _Stand(stand_in, block, ResidentAccess(slot), sum(spec.num_elements for spec in quantized), deliver)
+
+
+def _nowhere(gradients: Mapping[int, torch.Tensor]) -> None:
+    """Takes gradients of a block, which nobody wants."""
 
 
 def _warm(layer: RecomputedLayer, call: _Call) -> int:
@@ -194,7 +202,7 @@ def _timed(ways: Sequence[RecomputedLayer], call: _Call) -> list[tuple[float, fl
 def _pass(layer: RecomputedLayer, call: _Call) -> tuple[float, float]:
     """Seconds of the layer's forward, and of its backward with what that computes again."""
     hidden_BTD = call.hidden.requires_grad_()
-    wanted = [hidden_BTD, *(p for p in layer.layer.parameters() if p.requires_grad)]
+    wanted = [hidden_BTD, *layer.trainable()]
     layer.attach()
     try:
         start = time.perf_counter()
@@ -213,23 +221,43 @@ def updates_per_second(parameters: Sequence[nn.Parameter]) -> float:
     for parameter in stand_ins:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(stand_ins)
-    return sum(p.numel() for p in stand_ins) / _seconds(optimizer.step)
+    return sum(p.numel() for p in stand_ins) / median_seconds(optimizer.step)
 
 
 def profile_head(
-    *, hidden_size: int, vocabulary: int, num_tokens: int, tile_tokens: int, dtype: torch.dtype
+    *, hidden_size: int, vocabulary: int, num_tokens: int, tile_tokens: int, dtype: torch.dtype, trains: bool = False
 ) -> MeasuredSeconds:
-    """Times head and loss with their gradient, which tiles take in forward, for `num_tokens`. Blocks."""
+    """Times head and loss with their gradients, which tiles take in forward, for `num_tokens`. Blocks.
+
+    trains: the head's weights do, whose gradients are summed over tiles in float32.
+    """
     rows, tile = min(vocabulary, HEAD_ROWS), min(num_tokens, tile_tokens)
-    weight_VD = torch.zeros(rows, hidden_size, dtype=dtype)
+    weight_VD = torch.zeros(rows, hidden_size, dtype=dtype, requires_grad=trains)
+    total_VD = torch.zeros(rows if trains else 0, hidden_size)
     hidden_ND = torch.zeros(tile, hidden_size, dtype=dtype).requires_grad_()
     labels_N = torch.zeros(tile, dtype=torch.long)
 
     def run() -> None:
         logits_NV = nn.functional.linear(hidden_ND, weight_VD).float()
-        torch.autograd.grad(nn.functional.cross_entropy(logits_NV, labels_N), hidden_ND)
+        loss = nn.functional.cross_entropy(logits_NV, labels_N)
+        _, *of_weights = torch.autograd.grad(loss, (hidden_ND, weight_VD) if trains else (hidden_ND,))
+        for gradient_VD in of_weights:
+            total_VD.add_(gradient_VD)
 
-    return MeasuredSeconds(forward=_seconds(run) * (vocabulary / rows) * (num_tokens / tile), backward=0.0)
+    return MeasuredSeconds(forward=median_seconds(run) * (vocabulary / rows) * (num_tokens / tile), backward=0.0)
+
+
+def profile_embedding(*, vocabulary: int, hidden_size: int, num_tokens: int, dtype: torch.dtype) -> MeasuredSeconds:
+    """Times the gradient of a table that `num_tokens` are looked up in. Blocks."""
+    rows = min(vocabulary, HEAD_ROWS)
+    weight_VD = torch.zeros(rows, hidden_size, dtype=dtype, requires_grad=True)
+    ids_N = torch.arange(num_tokens) % rows
+    found_ND = torch.zeros(num_tokens, hidden_size, dtype=dtype)
+
+    def run() -> None:
+        torch.autograd.grad(nn.functional.embedding(ids_N, weight_VD), weight_VD, found_ND)
+
+    return MeasuredSeconds(forward=0.0, backward=median_seconds(run) * (vocabulary / rows))
 
 
 def _call_of(model: nn.Module, layer: nn.Module, batch_size: int, seq_len: int) -> _Call:
@@ -286,10 +314,10 @@ def _decode_seconds(elements: int) -> float:
     size = min(elements, DECODED_ELEMENTS) // 64 * 64
     blob = codec.encode(torch.zeros(size, dtype=torch.bfloat16))
     out = torch.empty(size, dtype=torch.bfloat16)
-    return _seconds(lambda: codec.decode_into(blob, out)) * (elements / size)
+    return median_seconds(lambda: codec.decode_into(blob, out)) * (elements / size)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def median_seconds(work: Callable[[], object]) -> float:
     """The median of a few runs, after one that warms up."""
     work()
     taken = []

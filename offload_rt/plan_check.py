@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from offload_rt.errors import ConfigError
 from offload_rt.planning_tokens import policies_of
+from offload_rt.planning_training import placement_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import Workload
 from planners.placement import UpdateMode
@@ -39,6 +40,10 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
             raise ConfigError(f"plan: {name} is resident, but its class streams {split.streamed_bytes} bytes of it")
     _check_activations(plan, problem, workload)
     _check_state(plan, problem)
+    if plan.classes and plan.state is not None and problem.training is not None and not problem.training.adapters:
+        said = placement_of(plan, workload, unified=problem.unified)
+        if plan.state != said:
+            raise ConfigError(f"plan: its classes place state so: {said}, and its state says: {plan.state}")
 
 
 def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name: str) -> None:
@@ -72,6 +77,10 @@ def _check_state(plan: Plan, problem: StreamingProblem) -> None:
             raise ConfigError(f"plan: state of {name!r} in memory, which is no block that trains")
         if count > num_pieces[name]:
             raise ConfigError(f"plan: {count} pieces of state of {name!r} in memory, which has {num_pieces[name]}")
+    if plan.update_mode is UpdateMode.DEFERRED:
+        raise ConfigError("plan: updates during the next forward, which the runtime cannot; allowed: all other modes")
+    if problem.training.clips and plan.update_mode is UpdateMode.BACKWARD:
+        raise ConfigError("plan: updates during backward, before the norm is known that max_grad_norm needs")
     waits = plan.state.gradients is Tier.HOST and plan.update_mode is UpdateMode.AFTER
     if problem.training.adapters and not waits:
         raise ConfigError(

@@ -51,17 +51,17 @@ def measured_problem(workload: Workload, streaming: StreamingProblem, hardware: 
     `hardware` gives rates; memory and drives are as `streaming` says. ConfigError for what cannot be asked.
     """
     if workload.training is not None:
-        raise ConfigError("plan: the optimiser plans adapters only so far; layers train here: give plan='auto'")
+        raise ConfigError("plan: layers train here, about which `planning_training` asks")
     config = workload.config
     if config.device != "cpu":
         raise ConfigError("plan: the optimiser's plans run on the CPU device only so far; give plan='auto'")
     first: dict[str, MeasuredSeconds] = {}
     for draft in workload.layers:
-        kind = _kind(draft)
+        kind = kind_of(draft)
         if kind not in first:
             size = {"batch_size": config.batch_size, "seq_len": config.seq_len}
             first[kind] = profile_layer(workload.model, draft, **size)
-    seconds = {draft.name: first[_kind(draft)] for draft in workload.layers}
+    seconds = {draft.name: first[kind_of(draft)] for draft in workload.layers}
     trained = [p for p in workload.layers[0].modules[0].parameters() if p.requires_grad]
     if trained:
         device = replace(hardware.device, adamw_params_per_second=updates_per_second(trained))
@@ -80,14 +80,14 @@ def problem_of(
     config = workload.config
     kinds: dict[tuple[str, MeasuredSeconds], list[BlockDraft]] = {}
     for draft in workload.layers:
-        kinds.setdefault((_kind(draft), layer_seconds[draft.name]), []).append(draft)
+        kinds.setdefault((kind_of(draft), layer_seconds[draft.name]), []).append(draft)
     order = {draft.name: position for position, draft in enumerate(_in_order(workload))}
     tokens = config.batch_size * config.seq_len
     head_bytes = 0 if streaming.loss_head is None else streaming.loss_head.peak_bytes(head_chunk_tokens(streaming))
     classes = []
     for number, ((_, seconds), drafts) in enumerate(kinds.items()):
         classes.append(
-            _class_of(
+            class_of(
                 f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, seconds, is_layer=True,
                 trainable_params=sum(p.numel() for p in drafts[0].modules[0].parameters() if p.requires_grad),
                 saved=saved_of(
@@ -101,8 +101,8 @@ def problem_of(
     for draft in edges:
         seconds, peak = (head_seconds, head_bytes) if draft is edges[-1] else (nothing, 0)
         classes.append(
-            _class_of(
-                draft.name, [draft], order, seconds, is_layer=False, again=_again(draft, streaming),
+            class_of(
+                draft.name, [draft], order, seconds, is_layer=False, again=needed_again(draft, streaming),
                 transients=transients_of(seconds, layer_bytes=peak, num_tokens=tokens),
             )
         )  # fmt: skip
@@ -126,7 +126,7 @@ def problem_of(
     reserve = max(0, streaming.trainable_bytes - counted) + streaming.allocator_slack_bytes // SLACK_DIVISOR
     more = rounding_of(list(layer_seconds.values()), input_bytes=streaming.layer_input_bytes)
     return Problem(
-        hardware=_within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES, more),
+        hardware=within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES, more),
         workload=planned,
         capabilities=CAPABILITIES,
     )
@@ -146,7 +146,7 @@ def lowered(plan: Plan, streaming: StreamingProblem) -> Plan:
     )
 
 
-def _class_of(
+def class_of(
     name: str,
     drafts: list[BlockDraft],
     order: dict[str, int],
@@ -183,12 +183,12 @@ def _class_of(
     )
 
 
-def _again(draft: BlockDraft, streaming: StreamingProblem) -> bool:
+def needed_again(draft: BlockDraft, streaming: StreamingProblem) -> bool:
     """Whether an edge's weights are needed in backward: a product's, unless tiles take its gradients in forward."""
     return head_chunk_tokens(streaming) is None and any(isinstance(module, nn.Linear) for module in draft.modules)
 
 
-def _kind(draft: BlockDraft) -> str:
+def kind_of(draft: BlockDraft) -> str:
     """Layers of one kind take equally long."""
     shapes = [(tensor.shape, tensor.dtype, tensor.encoding.value) for tensor in draft.spec.tensors]
     trained = [tuple(p.shape) for p in draft.modules[0].parameters() if p.requires_grad]
@@ -214,7 +214,7 @@ def _head_seconds(workload: Workload, streaming: StreamingProblem) -> MeasuredSe
     )  # fmt: skip
 
 
-def _within_budgets(
+def within_budgets(
     hardware: Hardware, streaming: StreamingProblem, reserve_bytes: int, rounding_bytes: int, more: Rounding
 ) -> Hardware:
     """The machine with the memory that it may use. Its drives' rates are summed, their room is what is free.

@@ -217,9 +217,6 @@ def test_models_that_cannot_be_planned_say_why_and_are_as_they_were(tmp_path):
     with pytest.raises(ConfigError, match="cannot be called with input_ids alone"):
         Engine(model, batch_size=2, seq_len=16, nvme=tmp_path, plan="optimise", emulate=machine(64 * MIB, 64 * MIB))
     assert not any(p.is_meta for p in model.parameters()) and model.layers[0].forward
-    trained = build_lora("llama").get_base_model().requires_grad_(True)
-    with pytest.raises(ConfigError, match="the optimiser plans adapters only"):
-        Engine(trained, batch_size=2, seq_len=16, nvme=tmp_path, plan="optimise", emulate=machine(64 * MIB, 64 * MIB))
 
 
 def test_this_machines_calibrated_rates_are_planned_for(tmp_path, monkeypatch):

@@ -1,0 +1,359 @@
+"""The optimiser's question where layers train, and its plan as the runtime executes it.
+
+A block that trains has the state that its pieces take, the gradients that wait for it, and the seconds that stepping
+it was measured to take. Two questions are asked where there is a drive, since what a commit writes is no choice within
+one: with state on NVMe every step is committed, wherever the rest of it lies; with all of it in memory none is, unless
+`commit_every=` says so. The faster plan runs; with all of it in memory, where that costs next to no time.
+
+    TrainedBlock.pieces ──► BlockClass.state_cuts ──► classes[].updates ──► `placement_of` ──► StatePlacement
+
+What the plan's classes say of state is the truth; the `StatePlacement` that is run is made of it here, and `plan_check`
+holds a plan that says both to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from offload_rt.block_profile import profile_embedding, profile_head, profile_layer
+from offload_rt.discover import BlockDraft
+from offload_rt.errors import ConfigError, PlanInfeasible
+from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.planning import (
+    CAPABILITIES,
+    SLACK_DIVISOR,
+    class_of,
+    kind_of,
+    lowered,
+    measured_problem,
+    needed_again,
+    within_budgets,
+)
+from offload_rt.planning_tokens import rounding_of, saved_of, transients_of
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
+from offload_rt.update_profile import delivery_seconds, steps_per_second
+from offload_rt.workload import TrainingDraft, Workload
+from planners.hardware import Hardware
+from planners.mip import WEAR_SLOWDOWN, plan_optimal
+from planners.placement import Tier, UpdateMode
+from planners.plan import Plan, StatePlacement
+from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
+from planners.problem import Workload as PlannedWorkload
+from planners.rows import Freedoms
+from planners.streaming import StreamingProblem, head_chunk_tokens
+
+NOTHING = MeasuredSeconds(forward=0.0, backward=0.0)
+MODES = (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE, UpdateMode.AFTER)
+LOSS = "loss"
+"""The block that takes the head's time, where no weights come after the layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSeconds:
+    """What was measured. Blocks by name."""
+
+    layers: dict[str, MeasuredSeconds]
+    head: MeasuredSeconds
+    """With the loss."""
+    embeddings: dict[str, MeasuredSeconds]
+    steps_per_second: float
+    """Parameters."""
+    deliveries_per_second: float
+    """Parameters whose gradients are put where they wait, by who computes."""
+
+
+def optimised(
+    workload: Workload, streaming: StreamingProblem, hardware: Hardware, optimizer: torch.optim.Optimizer | None
+) -> Plan:
+    """The optimiser's plan for whatever trains, as the runtime executes it. Blocks for seconds.
+
+    Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
+    """
+    if workload.training is None or optimizer is None:
+        return lowered(plan_optimal(measured_problem(workload, streaming, hardware)), streaming)
+    check_can_be_asked(workload)
+    seconds = measured_seconds(workload, streaming, optimizer)
+    best: Plan | None = None
+    failure: PlanInfeasible | None = None
+    for problem, freedoms in questions(workload, streaming, hardware, seconds):
+        try:
+            plan = plan_optimal(problem, freedoms=freedoms)
+        except PlanInfeasible as error:
+            failure = error  # the last question leaves most open
+            continue
+        if best is None or plan.predicted["step_seconds"] * (1 + WEAR_SLOWDOWN) < best.predicted["step_seconds"]:
+            best = plan
+    if best is None:
+        raise failure or ConfigError("plan: no question can be asked about this workload")
+    return lowered_training(best, workload, streaming)
+
+
+def check_can_be_asked(workload: Workload) -> None:
+    """Raises ConfigError for what the planner has no words for."""
+    config, training = workload.config, _training(workload)
+    if config.device != "cpu":
+        raise ConfigError("plan: the optimiser's plans run on the CPU device only so far; give plan='auto'")
+    if config.accumulation_steps > 1:
+        raise ConfigError("plan: the optimiser plans steps of one micro-batch where layers train; give plan='auto'")
+    layers = tuple(f"{draft.name}." for draft in workload.layers)
+    for block in training.blocks:
+        if block.weights is None and block.name.startswith(layers):
+            raise ConfigError(f"plan: {block.name} trains inside a layer, whose weights stay; give plan='auto'")
+
+
+def measured_seconds(
+    workload: Workload, streaming: StreamingProblem, optimizer: torch.optim.Optimizer
+) -> TrainingSeconds:
+    """Times one layer of each kind, head and embeddings, and the code that steps blocks. Blocks for seconds."""
+    config, training = workload.config, _training(workload)
+    of_kind: dict[str, MeasuredSeconds] = {}
+    for draft in workload.layers:
+        if kind_of(draft) not in of_kind:
+            size = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+            of_kind[kind_of(draft)] = profile_layer(workload.model, draft, **size)
+    embeddings = {
+        block.name: profile_embedding(
+            vocabulary=table.num_embeddings, hidden_size=table.embedding_dim,
+            num_tokens=config.batch_size * config.seq_len, dtype=table.weight.dtype,
+        )
+        for block in training.blocks
+        if (table := _table(workload.model, block)) is not None
+    }  # fmt: skip
+    streams = [block for block in training.blocks if block.weights is not None]
+    largest = max(streams or training.blocks, key=lambda block: block.state_bytes)
+    steps = steps_per_second(largest, training.rule, optimizer.param_groups[0], on_nvme=bool(config.nvme))
+    return TrainingSeconds(
+        layers={draft.name: of_kind[kind_of(draft)] for draft in workload.layers},
+        head=_head_seconds(workload, streaming),
+        embeddings=embeddings,
+        steps_per_second=steps,
+        deliveries_per_second=_num_params(largest) / delivery_seconds(largest),
+    )
+
+
+def questions(
+    workload: Workload, streaming: StreamingProblem, hardware: Hardware, seconds: TrainingSeconds
+) -> Iterator[tuple[Problem, Freedoms]]:
+    """What to ask the optimiser: with all state in memory, and with a drive for it; see above."""
+    config = workload.config
+    memory = Tier.DEVICE if streaming.unified else Tier.HOST
+    if not config.nvme or config.commit_every is None:
+        can = replace(_capabilities((memory,)), update_modes=(UpdateMode.AFTER,))
+        asked = training_problem(workload, streaming, hardware, seconds)
+        yield replace(asked, capabilities=can), Freedoms(weights=(True, True, False))
+    if config.nvme:
+        every = config.commit_every or 1
+        can = _capabilities((memory, Tier.NVME))
+        if every > 1:  # there is no commit to go back to
+            can = replace(can, update_modes=(UpdateMode.AFTER,))
+        asked = training_problem(workload, streaming, hardware, seconds, commit_every=every)
+        yield replace(asked, capabilities=can), Freedoms()
+
+
+def _capabilities(state_tiers: tuple[Tier, ...]) -> Capabilities:
+    return replace(
+        CAPABILITIES, update_modes=MODES, state_tiers=state_tiers, whole_weights=True, memory_steps_after=True
+    )
+
+
+def training_problem(
+    workload: Workload,
+    streaming: StreamingProblem,
+    hardware: Hardware,
+    seconds: TrainingSeconds,
+    *,
+    commit_every: int | None = None,
+) -> Problem:
+    """The question, but for what the runtime can do: every block that trains, with its pieces of state."""
+    config, training, sizes = workload.config, _training(workload), streaming.training
+    if sizes is None:
+        raise ConfigError("plan: no layer trains")
+    tokens = config.batch_size * config.seq_len
+    items = {trained.parameter.element_size() for block in training.blocks for trained in block.parameters}
+    classes = _classes(workload, streaming, seconds)
+    params = sum(map(_num_params, training.blocks))
+    planned = PlannedWorkload(
+        name=type(workload.model).__name__,
+        training=Training.FULL,
+        classes=classes,
+        hidden=round(streaming.layer_input_bytes / tokens / 2),
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        state_bytes_per_param=-(-sizes.state_bytes // params),
+        gradient_bytes_per_param=max(items),
+        weight_bytes_per_param=max(items),
+        clips=config.max_grad_norm is not None,
+        commit_every=commit_every,
+        state_piece_bytes=sizes.piece_bytes,
+        # Extents of all that changes, and gradients of a first step, which always waits for its norm.
+        log_bytes=2 * (sizes.state_bytes + sum(b.weight_bytes for b in sizes.blocks)) + sizes.gradient_bytes,
+    )
+    # What lies in DEVICE memory besides, whatever the plan: of what trains, the gradient that is made is the planner's
+    # where gradients leave DEVICE, and one more where they wait in what is DEVICE as well.
+    counted = sum(entry.count * entry.stored_bytes for entry in classes if entry.weights_stay)
+    if not streaming.unified:
+        counted += max(items) * max(entry.trainable_params for entry in classes)
+    reserve = max(0, streaming.trainable_bytes - counted) + streaming.allocator_slack_bytes // SLACK_DIVISOR
+    pages = len(workload.drafts) + 2 * len(training.blocks)
+    rates = seconds.steps_per_second
+    more = rounding_of(list(seconds.layers.values()), input_bytes=streaming.layer_input_bytes)
+    hardware = replace(
+        hardware,
+        device=replace(hardware.device, adamw_params_per_second=rates),
+        host=replace(hardware.host, adamw_params_per_second=rates),
+    )
+    return Problem(
+        hardware=within_budgets(hardware, streaming, reserve, pages * IO_ALIGNMENT_BYTES, more),
+        workload=planned,
+    )
+
+
+def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem) -> Plan:
+    """The optimiser's plan with what the runtime decides by itself, and where its classes place state."""
+    streamed = {draft.name for draft in workload.drafts}
+    return replace(
+        lowered(plan, streaming),
+        resident=tuple(name for name in plan.resident if name in streamed),
+        state=placement_of(plan, workload, unified=streaming.unified),
+    )
+
+
+def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlacement:
+    """What the plan's classes say of state, as the runtime places it. ConfigError for what it cannot."""
+    blocks = {block.name: block for block in _training(workload).blocks}
+    named = [name for entry in plan.classes for name in entry.blocks if entry.updates]
+    if sorted(named) != sorted(blocks):
+        odd = sorted(set(named) ^ set(blocks)) or ["one twice"]
+        raise ConfigError(f"plan: updates of its classes are not those of what trains, first odd one: {odd[0]}")
+    in_memory: dict[str, int] = {}
+    on_nvme = weights_on_nvme = False
+    for entry in plan.classes:
+        params = sum(update.params for update in entry.updates if update.tier is not Tier.NVME)
+        for block in (blocks[name] for name in entry.blocks if entry.updates):
+            cuts = [cut for cut, _ in state_cuts(block)]
+            if params not in cuts:
+                raise ConfigError(
+                    f"plan: state of {params} parameters of {block.name} in memory, which is cut at {cuts}"
+                )
+            if count := cuts.index(params):
+                in_memory[block.name] = count
+            on_nvme |= count < len(block.pieces)
+            weights_on_nvme |= entry.weights.nvme_bytes > 0
+    waits = plan.update_mode is not UpdateMode.BACKWARD or bool(in_memory)
+    slots = plan.buffers.gradient_slots if unified else plan.buffers.host_gradient_slots
+    return StatePlacement(
+        in_memory=in_memory,
+        gradients=Tier.HOST if waits else Tier.NVME,
+        state_slots=plan.buffers.state_slots if on_nvme else 0,
+        weight_slots=plan.buffers.weight_slots if weights_on_nvme else 0,
+        gradient_slots=0 if waits else slots,
+    )
+
+
+def state_cuts(block: TrainedBlock) -> tuple[tuple[int, int], ...]:
+    """See `BlockClass.state_cuts`."""
+    cuts = [(0, 0)]
+    for piece in block.pieces:
+        params, num_bytes = cuts[-1]
+        cuts.append((params + sum(s.end - s.begin for s in piece.segments), num_bytes + piece.num_bytes))
+    return tuple(cuts)
+
+
+def _training(workload: Workload) -> TrainingDraft:
+    if workload.training is None:
+        raise ConfigError("plan: no layer trains")
+    return workload.training
+
+
+def _num_params(block: TrainedBlock) -> int:
+    return sum(trained.num_elements for trained in block.parameters)
+
+
+def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingSeconds) -> tuple[BlockClass, ...]:
+    """Layers by kind; what trains outside them, a class each; what is frozen there, as it is stored."""
+    trained = {block.name: block for block in _training(workload).blocks}
+    order = _in_order(workload)
+    tokens = workload.config.batch_size * workload.config.seq_len
+    transient_bytes = streaming.transient_bytes(head_chunk_tokens(streaming))
+    kinds: dict[tuple[str, MeasuredSeconds, bool], list[BlockDraft]] = {}
+    for draft in workload.layers:
+        kinds.setdefault((kind_of(draft), seconds.layers[draft.name], draft.trains), []).append(draft)
+    classes = []
+    for number, ((_, taken, trains), drafts) in enumerate(kinds.items()):
+        block = trained.get(drafts[0].name)
+        params = 0 if block is None else _num_params(block)
+        taken = replace(taken, backward=taken.backward + params / seconds.deliveries_per_second)
+        entry = class_of(
+            f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, taken, is_layer=True,
+            trainable_params=params,
+            saved=saved_of(taken, input_bytes_per_token=streaming.layer_input_bytes / tokens, num_tokens=tokens),
+            transients=transients_of(taken, layer_bytes=transient_bytes, num_tokens=tokens),
+        )  # fmt: skip
+        if trains and block is not None:
+            entry = replace(entry, weight_cuts=(), state_cuts=state_cuts(block))
+        classes.append(entry)
+    last = max(order, key=lambda name: order[name])
+    for draft in workload.drafts:
+        if not draft.is_layer:
+            taken = seconds.head if draft.name == last else NOTHING
+            again = needed_again(draft, streaming)
+            classes.append(class_of(draft.name, [draft], order, taken, is_layer=False, again=again))
+    for block in trained.values():
+        if block.weights is None:
+            own = seconds.embeddings.get(block.name, NOTHING)
+            taken = MeasuredSeconds(
+                forward=seconds.head.forward if block.name == last else 0.0,
+                backward=own.backward + _num_params(block) / seconds.deliveries_per_second,
+            )
+            classes.append(_staying_class(block.name, order[block.name], taken, block))
+    if last == LOSS:
+        classes.append(_staying_class(LOSS, order[LOSS], seconds.head, None))
+    return tuple(classes)
+
+
+def _staying_class(name: str, position: int, taken: MeasuredSeconds, block: TrainedBlock | None) -> BlockClass:
+    """What stays in DEVICE memory as a whole: outside the layers, what trains does."""
+    return BlockClass(
+        name=name, blocks=(name,), positions=(position,), is_layer=False,
+        stored_bytes=0 if block is None else block.weights_bytes, decoded_bytes=0, largest_linear_bytes=0,
+        trainable_params=0 if block is None else _num_params(block), forward_flops=0.0, backward_flops=0.0,
+        attention_flops=0.0, moved_bytes=0.0, saved=(), attention_bytes=0.0, attention_groups=1, transients=(),
+        measured=taken, weights_stay=True, state_cuts=() if block is None else state_cuts(block),
+    )  # fmt: skip
+
+
+def _in_order(workload: Workload) -> dict[str, int]:
+    """All blocks by the position at which forward visits them: outside the layers, in the model's order."""
+    order = {name: index for index, (name, _) in enumerate(workload.model.named_parameters(remove_duplicate=False))}
+    begins: dict[str, float] = {}
+    for draft in workload.drafts:
+        begins[draft.name] = min(order[entry.name] for entry in draft.parameters)
+    for block in _training(workload).blocks:
+        if block.weights is None:
+            begins[block.name] = order[block.name]
+    if not workload.layers or max(begins[draft.name] for draft in workload.layers) == max(begins.values()):
+        begins[LOSS] = float("inf")
+    return {name: position for position, name in enumerate(sorted(begins, key=lambda name: begins[name]))}
+
+
+def _table(model: nn.Module, block: TrainedBlock) -> nn.Embedding | None:
+    """The embedding whose weights a block outside the layers is."""
+    own = {id(trained.parameter) for trained in block.parameters if block.weights is None}
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return next((table for table in tables if id(table.weight) in own), None)
+
+
+def _head_seconds(workload: Workload, streaming: StreamingProblem) -> MeasuredSeconds:
+    """Of head and loss; nothing where the model has none that the runtime knows."""
+    output = getattr(workload.model, "get_output_embeddings", lambda: None)()
+    if streaming.loss_head is None or output is None:
+        return NOTHING
+    weight, tokens = output.weight, streaming.loss_head.num_tokens
+    return profile_head(
+        hidden_size=weight.shape[1], vocabulary=weight.shape[0], num_tokens=tokens,
+        tile_tokens=head_chunk_tokens(streaming) or tokens, dtype=weight.dtype, trains=weight.requires_grad,
+    )  # fmt: skip
