@@ -107,7 +107,7 @@ def assemble(
             problem = streaming_problem(workload)
             plan = optimised(workload, problem, optimise_for, optimizer)
         workload, problem, chosen = planned(workload, plan, optimizer, options)
-        chosen = with_options(chosen, workload.drafts, options)
+        chosen = with_options(chosen, workload.drafts, options, problem.training)
         check_plan(chosen, problem, workload)
         if emulated is not None and workload.training is not None and workload.training.adapters:
             raise ConfigError("emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory")

@@ -1,4 +1,4 @@
-"""A CUDA GPU as the tier DEVICE: its memory in arenas, and its three streams, by torch's own calls.
+"""A CUDA GPU as the tier DEVICE: its memory in arenas, and its four streams, by torch's own calls.
 
 What orders them is in `streams`; here is only what CUDA calls these things. Nothing here runs in the tests, for want of
 a GPU: `benchmarks/gpu.py` begins by checking it on one.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,10 @@ class CudaStream:
         with torch.cuda.stream(self.stream):
             destination.copy_(source, non_blocking=True)
 
+    def run(self, launch: Callable[[], None]) -> None:
+        with torch.cuda.stream(self.stream):
+            launch()
+
 
 class CudaDevice:
     """One GPU. Its compute stream is the one that is current now; the model must run on that."""
@@ -136,6 +140,8 @@ class CudaDevice:
         self.compute = CudaStream(torch.cuda.current_stream(self.device))
         self.to_device = CudaStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
         self.to_host = CudaStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+        # Short kernels between long ones, which copies back wait for.
+        self.updates = CudaStream(torch.cuda.Stream(self.device, priority=-1))  # type: ignore[no-untyped-call]
         self.locked_bytes = 0
         """HOST memory that the GPU copies by itself."""
         self.pageable_bytes = 0

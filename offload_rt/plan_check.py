@@ -6,6 +6,7 @@ Everything that the runtime cannot do is a `ConfigError` here, before anything i
 from __future__ import annotations
 
 from offload_rt.errors import ConfigError
+from offload_rt.optimizer.on_device import device_rule
 from offload_rt.planning_tokens import policies_of
 from offload_rt.planning_training import placement_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
@@ -13,6 +14,7 @@ from offload_rt.workload import Workload
 from planners.placement import UpdateMode
 from planners.plan import Plan, Ring, Split, Tier
 from planners.streaming import StreamingProblem
+from planners.training_state import StatePlacement
 
 
 def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
@@ -44,6 +46,8 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
         said = placement_of(plan, workload, unified=problem.unified)
         if plan.state != said:
             raise ConfigError(f"plan: its classes place state so: {said}, and its state says: {plan.state}")
+    if plan.state is not None and plan.state.on_device:
+        _check_updates_on_device(plan.state, workload)
 
 
 def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name: str) -> None:
@@ -117,6 +121,27 @@ def _check_tokens(plan: Plan, seq_len: int) -> None:
             f"plan: activations of {odd[0]!r} are not what its class says ({len(odd)} differ): "
             f"{given.get(odd[0])}, and by its class {said.get(odd[0])}"
         )
+
+
+def _check_updates_on_device(state: StatePlacement, workload: Workload) -> None:
+    """Whether the device can step what `state` gives to it."""
+    training = workload.training
+    if training is None or training.adapters:
+        raise ConfigError("plan: state of adapters is stepped on the CPU; give on_device {} and device_slots 0")
+    num_pieces = {block.name: len(block.pieces) for block in training.blocks}
+    for name, count in state.on_device.items():
+        if name not in num_pieces:
+            raise ConfigError(f"plan: state of {name!r} stepped on the device, which is no block that trains")
+        if count > num_pieces[name]:
+            raise ConfigError(
+                f"plan: {count} pieces of state of {name!r} stepped on the device, which has {num_pieces[name]}"
+            )
+    if not workload.has_streams:
+        raise ConfigError(
+            f"plan: {sum(state.on_device.values())} pieces of state are stepped on the device, but "
+            f"device={workload.config.device!r} is the CPU; give on_device {{}} and device_slots 0"
+        )
+    device_rule(training.rule, workload.config.device)
 
 
 def _check_activations(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:

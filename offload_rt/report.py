@@ -145,7 +145,9 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter) -> st
         state, held = training["state_bytes"], training["state_in_memory_bytes"]
         places = [f"{format_bytes(held)} in memory"] if held else []
         places += [f"{format_bytes(state - held)} on NVME"] if state > held else []
-        lines.append(f"{runtime.training.state_name}: {', '.join(places)}; updates: {training['mode']}")
+        share = sum(plan.state.on_device.values()) if plan.state is not None else 0
+        there = f", {share} pieces on the device" if share else ""
+        lines.append(f"{runtime.training.state_name}: {', '.join(places)}; updates: {training['mode']}{there}")
     if plan.head_chunk_tokens is not None:
         lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
     if plan.layer_major:

@@ -25,6 +25,7 @@ from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
 from offload_rt.optimizer.log_commit import OpenLog, open_log
+from offload_rt.optimizer.on_device import DeviceUpdates, device_rule
 from offload_rt.optimizer.state import (
     STATE_PREFIX,
     WEIGHTS_PREFIX,
@@ -66,23 +67,39 @@ class StateAssembly:
         self._drafts = {draft.name: draft for draft in workload.drafts if draft.trains}
         self._scratch: Scratch | None = None
         self._arrivals: Arrivals | None = None
+        self._on_device: DeviceUpdates | None = None
         self.home = StateHome(log=None, links=links)
         self.folders: list[Path] = []
 
     def open(self) -> None:
         """Reserves memory, and finds the log or makes it."""
         sizes, placement = self._sizes, self._placement
-        if placement.in_memory:
-            arena = self._arena("optimizer state", placement.in_memory_bytes(sizes), copied=False)
-            for block in self._draft.blocks:
-                for piece in block.pieces[: placement.in_memory.get(block.name, 0)]:
-                    self.home.pieces[piece.name] = arena.acquire(piece.num_bytes, piece.name)
+        self.home.on_device = frozenset(
+            piece.name
+            for block in self._draft.blocks
+            for piece in block.pieces[len(block.pieces) - placement.on_device.get(block.name, 0) :]
+        )
+        copied = bool(self.home.on_device)
+        in_memory = [p for b in self._draft.blocks for p in b.pieces[: placement.in_memory.get(b.name, 0)]]
+        for name, there in (("optimizer state", False), ("optimizer state, copied to DEVICE", True)):
+            pieces = [piece for piece in in_memory if (piece.name in self.home.on_device) == there]
+            if pieces:
+                arena = self._arena(name, sum(piece.num_bytes for piece in pieces), copied=there)
+                self.home.pieces |= {piece.name: arena.acquire(piece.num_bytes, piece.name) for piece in pieces}
         self._state_arena = self._arena(
-            "optimizer state on its way", placement.state_slots * sizes.piece_bytes, copied=False
+            "optimizer state on its way", placement.state_slots * sizes.piece_bytes, copied=copied
         )
         self._weights_arena = self._arena(
-            "new weights on their way", placement.weight_slots * sizes.largest_weight_bytes, copied=False
+            "new weights on their way", placement.weight_slots * sizes.largest_weight_bytes, copied=copied
         )
+        if copied:
+            self._on_device = DeviceUpdates(
+                device_rule(self._draft.rule, self._workload.config.device),
+                self._tiers.arena(
+                    Tier.DEVICE, "optimizer state stepped there", placement.device_bytes(sizes), poisoned=False
+                ),
+                sizes.stepping_bytes, self._links,
+            )  # fmt: skip
         if self._links.device is not None:
             landing = self._arena("new weights on their way to DEVICE", sizes.landing_bytes)
             self.home.landing = Landing(landing, sizes.landing_bytes // LANDING_SLOTS, self._links)
@@ -193,7 +210,7 @@ class StateAssembly:
             self._draft.rule, self.home, gradients, lambda name: training[0].groups.of(name), progress, self._links,
             state_arena=self._state_arena, state_slot_bytes=self._sizes.piece_bytes,
             weights_arena=self._weights_arena, weights_slot_bytes=self._sizes.largest_weight_bytes,
-            threaded=not (self._options.serial_updates or self._options.record),
+            on_device=self._on_device, threaded=not (self._options.serial_updates or self._options.record),
         )  # fmt: skip
         training.append(
             FullTraining(

@@ -1,12 +1,13 @@
-"""Copies between HOST and a device whose work is asynchronous: three streams, ordered by events alone.
+"""Copies between HOST and a device whose work is asynchronous: four streams, ordered by events alone.
 
 [Note: streams]
 A device does its work in streams: what one stream was given runs in that order, what two were given runs in any. The
-host only gives; it is ahead of the device by as much as memory lets it. There are three, each made once:
+host only gives; it is ahead of the device by as much as memory lets it. There are four, each made once:
 
     compute     the stream that was current when the engine was made; all kernels of the model, all decoding
     to_device   copies HOST -> DEVICE
     to_host     copies DEVICE -> HOST
+    updates     kernels that step optimizer state, if a plan has any of it stepped there
 
 An event is a place in a stream. A stream can be told to go on only when another has passed an event; that holds up
 neither the host nor the rest of the device. Three rules make every copy safe, and nothing else is needed:
@@ -23,6 +24,9 @@ neither the host nor the rest of the device. Three rules make every copy safe, a
     each direction, the reaper, waits for one event after the other and lets go. Only the DEVICE end of what arrives
     goes earlier, by rule 2: `compute` is behind the copy then, and by rule 1 so is every later one. Without that, the
     host could not be ahead by more than the slots there are.
+
+What is stepped by `updates` passes through slots that no kernel of `compute` sees: it need not be behind all that the
+host has given to `compute`, and is not (rule 1); each copy and kernel names the places that it comes behind instead.
 
     host       fetch 3 | give layer 1 | fetch 4 | give layer 2 | ...
     drive      read 3 -> stage a     read 4 -> stage b
@@ -45,6 +49,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -77,6 +82,9 @@ class Stream(Protocol):
     def copy(self, source: Tensor, destination: Tensor) -> None:
         """Copies bytes: both uint8, contiguous, of one size, one of them in HOST. The caller keeps both alive."""
 
+    def run(self, launch: Callable[[], None]) -> None:
+        """Runs the kernels that `launch` launches. The caller keeps alive what they use."""
+
 
 class Device(Protocol):
     """What a tier DEVICE with streams of its own offers."""
@@ -89,6 +97,9 @@ class Device(Protocol):
 
     @property
     def to_host(self) -> Stream: ...
+
+    @property
+    def updates(self) -> Stream: ...
 
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         """An arena in one allocation of the device's memory. Its poison is written by `compute`."""
@@ -103,6 +114,14 @@ class Device(Protocol):
         """Makes a HOST arena reachable for the device's own copies, where the system lets us."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a stream stood, and what it had been given by then, as a number of the recorder's if there is one."""
+
+    event: Event
+    operation: int | None
+
+
 class Copy:
     """One copy, from the call that asked for it until the device has done it. Holds its ends: rule 3."""
 
@@ -115,6 +134,10 @@ class Copy:
         self.done: Future[None] = Future()
         self._source: Tensor | None = source
         self._destination: Tensor | None = destination
+
+    def place(self) -> Place:
+        """Behind the copy. Blocks until it has been given, and raises why it could not be."""
+        return Place(self.given.result(), self.operation)
 
     def give(self, stream: Stream, before: Sequence[Event]) -> Event:
         """Gives the copy to `stream`, behind `before`."""
@@ -167,11 +190,13 @@ class Copier:
         after: Callable[[], None] | None = None,
         after_operations: Sequence[int] = (),
         behind: Copy | None = None,
+        places: Sequence[Place] | None = None,
     ) -> Copy:
         """Starts copying `source` to `destination`: `inward` from HOST to DEVICE, otherwise back. Does not block.
 
         Both are uint8 of one size. `after` blocks until the HOST end may be used, and raises why it never will: the
-        feeder calls it. `behind` is a copy back that filled the source: the device orders the two itself.
+        feeder calls it. `behind` is a copy back that filled the source: the device orders the two itself. `places` are
+        what the copy begins behind in place of rule 1, where no kernel of `compute` uses its end in DEVICE.
         """
         stream, reaper = (
             (self.device.to_device, self._to_device) if inward else (self.device.to_host, self._to_host)
@@ -180,11 +205,13 @@ class Copier:
         if self._recorder is not None:
             if behind is not None and behind.operation is not None:
                 after_operations = [*after_operations, behind.operation]
+            after_operations = [*after_operations, *_operations(places)]
             copy.operation = self._recorder.submit(
-                name, reads=reads, writes=writes, after=after_operations, lane=COMPUTE,
-                also=None if inward else RETURNED,  # the HOST memory that it fills came back, as for a drive
+                name, reads=reads, writes=writes, after=after_operations, lane=COMPUTE if places is None else HOST,
+                # What it fills came back, as for a drive: HOST memory, or a slot that compute does not see.
+                also=RETURNED if not inward or places is not None else None,
             )  # fmt: skip
-        before = [self.device.compute.record()]
+        before = [self.device.compute.record()] if places is None else [place.event for place in places]
         if behind is not None:
             before.append(behind.given.result())
         self._under_way[id(copy)] = name
@@ -193,6 +220,34 @@ class Copier:
         else:
             self._feeder.submit(self._feed, after, copy, stream, before, reaper)
         return copy
+
+    def here(self) -> Place:
+        """Behind everything that `compute` was given so far."""
+        operation = None
+        if self._recorder is not None:
+            operation = self._recorder.submit("where compute stood", lane=COMPUTE)
+        return Place(self.device.compute.record(), operation)
+
+    def run(
+        self,
+        name: str,
+        launch: Callable[[], None],
+        places: Sequence[Place],
+        *,
+        reads: Sequence[MemoryRange] = (),
+        writes: Sequence[MemoryRange] = (),
+    ) -> Place:
+        """Gives `updates` the kernels that `launch` launches, behind `places`. Does not block.
+
+        Whoever copies their results away, behind the place returned, keeps alive what they use.
+        """
+        operation = None
+        if self._recorder is not None:
+            operation = self._recorder.submit(name, reads=reads, writes=writes, after=_operations(places))
+        for place in places:
+            self.device.updates.wait(place.event)
+        self.device.updates.run(launch)
+        return Place(self.device.updates.record(), operation)
 
     def order(self, copy: Copy, timeout_seconds: float) -> None:
         """What `compute` is given from now on comes after `copy`. Blocks only until the copy has been given.
@@ -242,6 +297,10 @@ class Copier:
         if self._recorder is not None and copy.operation is not None:
             self._recorder.join(copy.operation, lane=RETURNED)
         copy.finish(error)
+
+
+def _operations(places: Sequence[Place] | None) -> list[int]:
+    return [place.operation for place in places or () if place.operation is not None]
 
 
 class _Reaper:

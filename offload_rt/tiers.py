@@ -73,18 +73,26 @@ class Tiers:
         return self.accounts[Tier.DEVICE if self.unified and tier is Tier.HOST else tier]
 
     def arena(
-        self, tier: Tier, name: str, num_bytes: int, *, copied: bool = True, granule_bytes: int = IO_ALIGNMENT_BYTES
+        self,
+        tier: Tier,
+        name: str,
+        num_bytes: int,
+        *,
+        copied: bool = True,
+        poisoned: bool = True,
+        granule_bytes: int = IO_ALIGNMENT_BYTES,
     ) -> Arena:
         """Reserves an arena of `num_bytes` in `tier`. `copied`: a device copies to and from it, if it is in HOST.
 
-        `granule_bytes` is what leases of HOST memory are multiples of.
+        `granule_bytes` is what leases of HOST memory are multiples of. Without `poisoned` it is not even where arenas
+        are.
         """
         account, num_bytes = self.account(tier), align_up(num_bytes, IO_ALIGNMENT_BYTES)
         account.reserve(name, num_bytes)
         account.arena_bytes += num_bytes
         if self._device is not None and tier is Tier.DEVICE:
-            return self._device.arena(name, num_bytes, poison=self._poison)
-        arena = Arena(name, num_bytes, poison=self._poison, granule_bytes=granule_bytes)
+            return self._device.arena(name, num_bytes, poison=self._poison and poisoned)
+        arena = Arena(name, num_bytes, poison=self._poison and poisoned, granule_bytes=granule_bytes)
         if self._device is not None and copied:
             self._device.lock(arena)
         return arena

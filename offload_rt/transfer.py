@@ -26,7 +26,7 @@ from offload_rt.file_io import FileIO, file_io, wait_future
 from offload_rt.file_io import OpenFile as OpenFile
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter, Reading
 from offload_rt.recording import RETURNED, Recorder
-from offload_rt.streams import Copier, Copy, Device
+from offload_rt.streams import Copier, Copy, Device, Place
 from offload_rt.throttle import IN, OUT, Throttle
 
 WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
@@ -157,17 +157,19 @@ class Links:
         after: Transfer | None = None,
         check: Callable[[], None] | None = None,
         inward: bool = False,
+        places: Sequence[Place] | None = None,
     ) -> Transfer:
         """Starts copying `source` to `destination` (equal sizes), once `after` has arrived. Does not block.
 
         `inward` says that it goes from HOST to DEVICE, where both are RAM and a link between them is emulated.
-        `check` looks at the source when `after` has arrived; what it raises, the transfer raises.
+        `check` looks at the source when `after` has arrived; what it raises, the transfer raises. `places`: see
+        `Copier.start`; for a device with streams.
         """
         if source.num_bytes != destination.num_bytes:
             raise ValueError(f"copy: {source.num_bytes} bytes into {destination.num_bytes}")
         self.counters.bytes_copied += source.num_bytes
         if self.device is not None:
-            return self._device_copy(self.device, source, destination, after, check)
+            return self._device_copy(self.device, source, destination, after, check, places)
 
         link = self.throttle.link if self.throttle is not None and inward else None
         ends = [(source.buffer(), destination.buffer(), check)]
@@ -283,7 +285,13 @@ class Links:
         return transfer
 
     def _device_copy(
-        self, copier: Copier, source: Slot, destination: Slot, after: Transfer | None, check: Callable[[], None] | None
+        self,
+        copier: Copier,
+        source: Slot,
+        destination: Slot,
+        after: Transfer | None,
+        check: Callable[[], None] | None,
+        places: Sequence[Place] | None,
     ) -> Transfer:
         if source.on_device == destination.on_device:
             raise ValueError(f"copy: {source.range} and {destination.range} are on the same side of the device")
@@ -304,6 +312,7 @@ class Links:
             writes=[destination.range],
             after=arrived if after is not None or check is not None else None,
             after_operations=[] if after is None or after.operation is None else [after.operation],
+            places=places,
         )
         return self._transfer_of(copy, source.num_bytes)
 

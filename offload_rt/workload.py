@@ -21,6 +21,7 @@ from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
 from offload_rt.optimizer.landing import LANDING_SLOTS, largest_range_bytes
+from offload_rt.optimizer.on_device import stepping_bytes
 from offload_rt.optimizer.pieces import PIECE_ELEMENTS, TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import UpdateRule, rule_for
 from offload_rt.profile import (
@@ -64,6 +65,10 @@ PLACED_RESULTS = 64
 """Of the least size that is placed: so many make the activations of a layer for which an arena is worth its while."""
 
 
+DEVICE_SLOTS = 4
+"""Pieces of `RuntimeOptions.device_share` in DEVICE memory: one comes, one is stepped, one goes, one to spare."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions:
     """Switches that tests and the stress mode turn; none changes a number that training gives."""
@@ -95,6 +100,8 @@ class RuntimeOptions:
     state: StatePlacement | None = None
     """Of what trains in blocks, in place of the plan's."""
     update_mode: UpdateMode | None = None
+    device_share: float | None = None
+    """Of every block's pieces, the share that the device steps, in place of the plan's."""
     layer_major: bool | None = None
     serial_updates: bool = False
     """Step blocks on the calling thread. On where transfers are recorded."""
@@ -229,6 +236,7 @@ def training_sizes(workload: Workload) -> TrainingSizes:
         arriving_bytes=ARRIVING_SLOTS * largest_arrival_bytes(training.blocks)
         if on_a_device and config.accumulation_steps > 1
         else 0,
+        stepping_bytes=stepping_bytes(training.blocks) if on_a_device else 0,
     )  # fmt: skip
 
 
@@ -340,7 +348,9 @@ def chunk_tokens_of(plan: Plan, workload: Workload) -> int | None:
     return largest or None
 
 
-def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) -> Plan:
+def with_options(
+    plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions, sizes: TrainingSizes | None = None
+) -> Plan:
     """The plan with what the options override."""
     if options.layer_inputs is not None:
         plan = replace(plan, layer_inputs=options.layer_inputs)
@@ -352,6 +362,10 @@ def with_options(plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions) 
         plan = replace(plan, activations={d.name: options.activations for d in drafts if d.is_layer})
     if options.state is not None:
         plan = replace(plan, state=options.state)
+    if options.device_share is not None and plan.state is not None and sizes is not None:
+        state = plan.state.stepped_on_device(sizes, options.device_share, slots=DEVICE_SLOTS)
+        items = {**plan.peak_bytes.get("device", {}), "optimizer state stepped there": state.device_bytes(sizes)}
+        plan = replace(plan, state=state, peak_bytes={**plan.peak_bytes, "device": items})
     if options.layer_major is not None:
         plan = replace(plan, layer_major=options.layer_major)
     if options.update_mode is not None:

@@ -30,7 +30,7 @@ from planners.placement import Split as Split
 from planners.placement import Tier as Tier
 from planners.training_state import StatePlacement as StatePlacement
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 
 
 @dataclass(frozen=True, kw_only=True)

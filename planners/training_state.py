@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planners.placement import Tier
@@ -41,6 +41,8 @@ class TrainingSizes:
     """HOST memory through which new weights come to a device whose own memory holds them."""
     arriving_bytes: int = 0
     """HOST memory through which gradients come from a device to be added to those of other micro-batches."""
+    stepping_bytes: int = 0
+    """DEVICE memory of a piece that is stepped there, with its gradients and new weights. 0 where none can be."""
 
     @property
     def state_bytes(self) -> int:
@@ -78,24 +80,36 @@ class StatePlacement:
     """Blocks' new weights in HOST memory, on their way to NVME."""
     gradient_slots: int = 0
     """Blocks' gradients in HOST memory, where they wait on NVME."""
+    on_device: Mapping[str, int] = field(default_factory=dict)
+    """How many pieces of a block the device steps, wherever they rest: the last ones. The CPU steps the others."""
+    device_slots: int = 0
+    """Pieces in DEVICE memory, on their way in, being stepped, or on their way out."""
 
     def __post_init__(self) -> None:
         if self.gradients is Tier.DEVICE:
             raise ValueError("plan: state: gradients wait in HOST or on NVME")
-        for block, count in self.in_memory.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"plan: state: pieces of {block} in memory must be a whole number of at least 1")
-        for name in ("state_slots", "weight_slots", "gradient_slots"):
+        for counts, where in ((self.in_memory, "in memory"), (self.on_device, "stepped on the device")):
+            for block, count in counts.items():
+                if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                    raise ValueError(f"plan: state: pieces of {block} {where} must be a whole number of at least 1")
+        for name in ("state_slots", "weight_slots", "gradient_slots", "device_slots"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"plan: state: {name} must be a whole number of at least 0, got {value!r}")
         if self.gradients is Tier.NVME and self.gradient_slots < 1:
             raise ValueError("plan: state: gradients that wait on NVME need gradient_slots of at least 1")
+        if bool(self.on_device) != bool(self.device_slots):
+            raise ValueError(
+                f"plan: state: {sum(self.on_device.values())} pieces are stepped on the device through "
+                f"{self.device_slots} device_slots: both, or neither"
+            )
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> StatePlacement:
         if not isinstance(data["in_memory"], dict):
             raise ValueError("plan: state: in_memory must be an object: a number of pieces by block")
+        if not isinstance(data.get("on_device", {}), dict):
+            raise ValueError("plan: state: on_device must be an object: a number of pieces by block")
         return StatePlacement(**{**data, "gradients": Tier(data["gradients"])})
 
     def in_memory_bytes(self, sizes: TrainingSizes) -> int:
@@ -105,6 +119,21 @@ class StatePlacement:
     def is_all_in_memory(self, sizes: TrainingSizes) -> bool:
         """Whether no masters and moments rest on NVME."""
         return all(self.in_memory.get(block.name, 0) == len(block.pieces) for block in sizes.blocks)
+
+    def stepped_on_device(self, sizes: TrainingSizes, share: float, *, slots: int) -> StatePlacement:
+        """With a share, 0 to 1, of each block's pieces stepped on the device, through so many slots of its memory.
+
+        Whole pieces, the nearest number; half a piece counts as one.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"plan: state: a share of {share} of the updates on the device; allowed: 0 to 1")
+        counts = {block.name: int(share * len(block.pieces) + 0.5) for block in sizes.blocks}
+        on_device = {name: count for name, count in counts.items() if count}
+        return replace(self, on_device=on_device, device_slots=slots if on_device else 0)
+
+    def device_bytes(self, sizes: TrainingSizes) -> int:
+        """DEVICE memory through which state moves that is stepped there."""
+        return self.device_slots * sizes.stepping_bytes
 
     def filled(self, sizes: TrainingSizes, left_bytes: int) -> StatePlacement:
         """With as many pieces in memory as fit into `left_bytes`, of the first blocks first.

@@ -40,6 +40,7 @@ class FakeStream:
     def __init__(self, name: str, late_seconds: float, seed: int) -> None:
         self.name = name
         self.num_copies = 0
+        self.num_launches = 0
         self.error: BaseException | None = None
         """What broke the stream: as on a GPU, nothing runs on it any more and every event after it says so."""
         self._late_seconds = late_seconds
@@ -86,6 +87,10 @@ class FakeStream:
             ctypes.memmove(target + half, origin + half, num_bytes - half)
 
         self.give(move)
+
+    def run(self, launch: Callable[[], None]) -> None:
+        self.num_launches += 1
+        self.give(launch)
 
     def close(self) -> None:
         self._going.set()
@@ -148,7 +153,7 @@ class FakeDeviceArena(Arena):
 
 
 class FakeDevice:
-    """`kernels_are_late` gives compute a thread too; otherwise it is whoever calls."""
+    """`kernels_are_late` gives compute a thread too; otherwise it is whoever calls. Updates are always late."""
 
     device = torch.device("cpu")
     """Where torch computes."""
@@ -157,6 +162,7 @@ class FakeDevice:
         self.compute = FakeStream("compute", late_seconds, seed) if kernels_are_late else HostStream()
         self.to_device = FakeStream("to_device", late_seconds, seed + 1)
         self.to_host = FakeStream("to_host", late_seconds, seed + 2)
+        self.updates = FakeStream("updates", late_seconds, seed + 3)
         self.arenas: list[str] = []
         self.locked: list[str] = []
         self.threads_on_compute: set[int] = set()
@@ -177,5 +183,5 @@ class FakeDevice:
         self.locked.append(arena.name)
 
     def close(self) -> None:
-        for stream in (self.compute, self.to_device, self.to_host):
+        for stream in (self.compute, self.to_device, self.to_host, self.updates):
             stream.close()

@@ -14,7 +14,7 @@ The cut depends on the model and the rule alone, not on budgets or drives: state
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -208,6 +208,15 @@ def _piece(
         if moved:
             offset = align_up(moved[-1].offset_bytes + moved[-1].stored_bytes, 64)
     return Piece(name, tuple(segments), max(IO_ALIGNMENT_BYTES, align_up(offset, IO_ALIGNMENT_BYTES)))
+
+
+def step_order(pieces: Sequence[Piece], on_device: Collection[str]) -> tuple[Piece, ...]:
+    """The order in which a block's pieces are stepped: the device's evenly among the CPU's, so that both work."""
+    ours = [piece for piece in pieces if piece.name in on_device]
+    others = [piece for piece in pieces if piece.name not in on_device]
+    due = [(number / len(ours), piece) for number, piece in enumerate(ours)]
+    due += [((number + 1) / len(others), piece) for number, piece in enumerate(others)]
+    return tuple(piece for _, piece in sorted(due, key=lambda one: one[0]))
 
 
 def segment_shape(block: TrainedBlock, segment: Segment) -> tuple[int, ...]:

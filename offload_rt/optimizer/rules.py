@@ -47,7 +47,7 @@ class StateTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """One update of a parameter, or of a range of it. Tensors are the caller's: contiguous, on the CPU, and of one
+    """One update of a parameter, or of a range of it. Tensors are the caller's: contiguous, in one memory, and of one
     shape, but for `state`.
     """
 
@@ -84,7 +84,7 @@ class UpdateRule(Protocol):
         """
 
     def update(self, of: Update) -> Scalars:
-        """Does it, and returns the new scalars. Blocks until done."""
+        """Does it, on the CPU, and returns the new scalars. Blocks until done."""
 
 
 class AdamWRule:
@@ -94,13 +94,13 @@ class AdamWRule:
 
     def __init__(self, moments: optim.Moments) -> None:
         self.name = f"AdamW moments={moments}"
-        self._moments = moments
+        self.moments = moments
 
     def state(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[StateTensor, ...]:
         if dtype != torch.float32:
             raise ConfigError(f"optimizer: {self.name} steps float32 adapters, not {dtype}; convert them")
-        if self._moments != "8bit":
-            of_moments: torch.dtype = getattr(torch, self._moments)
+        if self.moments != "8bit":
+            of_moments: torch.dtype = getattr(torch, self.moments)
             return tuple(StateTensor(name, of_moments, shape) for name in _MOMENTS)
         size = torch.Size(shape).numel()
         return tuple(
@@ -115,7 +115,7 @@ class AdamWRule:
     def update(self, of: Update) -> Scalars:
         first: Tensor | Quantized
         second: Tensor | Quantized
-        if self._moments == "8bit":
+        if self.moments == "8bit":
             first, second = (Quantized(of.state[f"{name}.codes"], of.state[f"{name}.absmax"]) for name in _MOMENTS)
         else:
             first, second = (of.state[name] for name in _MOMENTS)

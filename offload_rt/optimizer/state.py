@@ -25,7 +25,7 @@ from offload_rt.commit_layout import MutableExtent
 from offload_rt.commit_log import CommitLog
 from offload_rt.dtypes import torch_dtype
 from offload_rt.optimizer.landing import Landing
-from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock
+from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock, step_order
 from offload_rt.tensor_spec import TensorSpec
 from offload_rt.transfer import Links, Transfer
 
@@ -90,14 +90,17 @@ class StateHome:
     """Weights that rest in memory and are stepped in place, by block."""
     before_change: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Of these, what blocks until no copy out of them is under way. The others are where they are used, in DEVICE."""
+    on_device: frozenset[str] = frozenset()
+    """The pieces that the device steps, wherever they rest."""
     landing: Landing | None = None
     """How weights come to where parameters and slots of DEVICE are a device's own memory; None where that is RAM."""
 
     def part(self, block: TrainedBlock, part: Part) -> tuple[Piece, ...]:
-        """The pieces of `block` that rest there."""
+        """The pieces of `block` that rest there, in the order in which they are stepped."""
+        pieces = step_order(block.pieces, self.on_device)
         if part is Part.ALL:
-            return block.pieces
-        return tuple(piece for piece in block.pieces if (piece.name in self.pieces) == (part is Part.IN_MEMORY))
+            return pieces
+        return tuple(piece for piece in pieces if (piece.name in self.pieces) == (part is Part.IN_MEMORY))
 
     def streams_weights(self, block: TrainedBlock) -> bool:
         """Whether the block's weights rest in the log."""

@@ -5,7 +5,8 @@
     drive out                      [piece 1][piece 2] ...        from the same slot, which is free when it is written
 
 With `threaded`, updates run on a thread of their own while the caller computes the next block; without, inside
-`submit`, which is the plain twin: the same operations in the same order, and the same bits.
+`submit`, which is the plain twin: the same operations in the same order, and the same bits. Pieces that a plan gives to
+the device are stepped there meanwhile, see `on_device`.
 
 [Note: read ahead] The order in which blocks will be submitted is a hint. State is read along it as slots fall free; a
 block that comes out of order finds its pieces read on demand, and what was read in vain is dropped.
@@ -18,7 +19,7 @@ import threading
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
 from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrival
+from offload_rt.optimizer.job import Job
+from offload_rt.optimizer.on_device import DeviceCounters, DeviceUpdates
 from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import Part, StateHome, state_tensors, weights_from_masters
@@ -63,23 +66,6 @@ class GradientSource(Protocol):
         """Elements [begin, end) of a parameter's gradient, flat, in what `submitted` returned."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One block to be stepped."""
-
-    block: TrainedBlock
-    pieces: tuple[Piece, ...]
-    gradients: Slot | None
-    arrivals: tuple[Arrival, ...]
-    """What may still be under way to `gradients`."""
-    present: frozenset[int]
-    grad_scale: float
-
-    @property
-    def changes_all_weights(self) -> bool:
-        return len(self.present) == len(self.block.parameters) and len(self.pieces) == len(self.block.pieces)
-
-
 @dataclass
 class Progress:
     """How far each parameter is: what the rule needs besides tensors, by parameter name."""
@@ -105,7 +91,9 @@ class Stepper:
         weights_arena: Arena,
         weights_slot_bytes: int,
         threaded: bool,
+        on_device: DeviceUpdates | None = None,
     ) -> None:
+        """`on_device` steps those pieces of `home` that are the device's, `rule` the others."""
         self.counters = StepperCounters()
         self._rule = rule
         self._home = home
@@ -126,6 +114,8 @@ class Stepper:
         self._writes: deque[Transfer] = deque()
         self._landing: deque[Transfer] = deque()
         """New weights on their way to DEVICE over an emulated link."""
+        self._on_device = on_device
+        self.device_counters = DeviceCounters() if on_device is None else on_device.counters
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._num_open = 0
         self._changed = threading.Condition()
@@ -144,7 +134,7 @@ class Stepper:
             self._to_read = deque(
                 piece
                 for block in blocks
-                for piece in block.pieces
+                for piece in self._home.part(block, Part.ALL)
                 if piece.name not in self._home.pieces and piece.name not in self._ahead
             )
             self._read_ahead()
@@ -154,6 +144,7 @@ class Stepper:
         slot, arrivals = self._gradients.submitted(block)
         job = Job(
             block=block, pieces=self._home.part(block, part), gradients=slot, arrivals=arrivals,
+            used=None if self._on_device is None else self._on_device.here(),
             present=frozenset(self._gradients.present(block)), grad_scale=grad_scale,
         )  # fmt: skip
         if self._thread is None:
@@ -268,18 +259,15 @@ class Stepper:
             read = [] if job.gradients is None else [job.gradients.range]
             changed = [] if weights is None or weights.on_device else [weights.range]
             self._links.recorder.use(f"step {block.name}", reads=read, writes=changed, lane=HOST)
-        for piece in pieces:
-            resting = self._home.pieces.get(piece.name)
-            if resting is not None:
-                self._step_piece(job, piece, resting, weights)
-                continue
-            slot = self._arrived(piece)
-            self._step_piece(job, piece, slot, weights)
-            self._writes.append(self._home.write_back(piece, slot))
-            del slot
-            self._settle_writes(self._max_writes)
-            with self._read_lock:
-                self._read_ahead()
+        device = self._on_device
+        with nullcontext() if device is None else device.dropped_unless_done():
+            for piece in pieces:
+                if device is None or piece.name not in self._home.on_device:
+                    self._step_piece(job, piece, weights)
+                    continue
+                self._settle_on_device(device.num_slots - 1)
+                self.new_scalars |= device.start(job, piece, self._held(piece), weights, partial(self._update_of, job))
+            self._settle_on_device(0)
         if weights is not None and self._home.streams_weights(block):
             self._writes.append(self._home.write_weights(block, weights))
         self._land(block, pieces)
@@ -293,32 +281,59 @@ class Stepper:
         if landing is not None:
             self._landing.append(landing)
 
-    def _step_piece(self, job: Job, piece: Piece, slot: Slot, weights: Slot | None) -> None:
+    def _step_piece(self, job: Job, piece: Piece, weights: Slot | None) -> None:
+        slot = self._held(piece)
         for segment in piece.segments:
             if segment.parameter in job.present:
                 self._step_segment(job, segment, slot, weights)
-                self.counters.num_elements += segment.end - segment.begin
-        self.counters.num_pieces += 1
+        self._stepped(piece, slot)
+
+    def _held(self, piece: Piece) -> Slot:
+        """The piece's state in HOST: where it rests, or where it arrives. Blocks until it is there."""
+        resting = self._home.pieces.get(piece.name)
+        return resting if resting is not None else self._arrived(piece)
 
     def _step_segment(self, job: Job, segment: Segment, slot: Slot, weights: Slot | None) -> None:
         block = job.block
-        name = block.parameters[segment.parameter].name
-        shape = segment_shape(block, segment)
-        tensors = state_tensors(slot, segment)
-        held = tensors.pop(MASTER).view(shape) if segment.master is not None else None
         gradient = self._gradients.of(block, job.gradients, segment.parameter, segment.begin, segment.end)
         with self._home.new_weights(block, segment, weights) as new:
-            master, weight = new.view(shape), held
-            if block.masters is Masters.FLOAT32 and held is not None:
-                master, weight = held, new.view(shape)
-            update = Update(
-                master=master, weight=weight, grad=gradient.view(shape), grad_scale=job.grad_scale, state=tensors,
-                scalars=self._progress.scalars.get(name, {}), step=self._progress.steps.get(name, 0) + 1,
-                group=self._group_of(name),
-            )  # fmt: skip
+            update = self._update_of(job, segment, state_tensors(slot, segment), gradient, new)
             meter = self._links.meter
             with meter.inline(CPU) if self._thread is None else meter.busy(CPU):
-                self.new_scalars[name] = self._rule.update(update)
+                self.new_scalars[block.parameters[segment.parameter].name] = self._rule.update(update)
+
+    def _update_of(
+        self, job: Job, segment: Segment, tensors: dict[str, Tensor], gradient: Tensor, new: Tensor
+    ) -> Update:
+        """The update of a segment with its state, its gradient, and where its new weights go, in whichever memory."""
+        block = job.block
+        name = block.parameters[segment.parameter].name
+        shape = segment_shape(block, segment)
+        held = tensors.pop(MASTER).view(shape) if segment.master is not None else None
+        master, weight = new.view(shape), held
+        if block.masters is Masters.FLOAT32 and held is not None:
+            master, weight = held, new.view(shape)
+        self.counters.num_elements += segment.end - segment.begin
+        return Update(
+            master=master, weight=weight, grad=gradient.view(shape), grad_scale=job.grad_scale, state=tensors,
+            scalars=self._progress.scalars.get(name, {}), step=self._progress.steps.get(name, 0) + 1,
+            group=self._group_of(name),
+        )  # fmt: skip
+
+    def _stepped(self, piece: Piece, slot: Slot) -> None:
+        """Starts writing a piece to where it rests, if that is not memory, and reads on."""
+        self.counters.num_pieces += 1
+        if piece.name in self._home.pieces:
+            return
+        self._writes.append(self._home.write_back(piece, slot))
+        self._settle_writes(self._max_writes)
+        with self._read_lock:
+            self._read_ahead()
+
+    def _settle_on_device(self, num_left: int) -> None:
+        """Blocks until the device is stepping `num_left` pieces at most."""
+        while self._on_device is not None and self._on_device.num_under_way > num_left:
+            self._stepped(*self._on_device.settle(self._wait))
 
     def _weights_slot(self, block: TrainedBlock) -> Slot | None:
         """Where the block's new weights are collected; None where its parameters hold them."""
@@ -361,10 +376,13 @@ class Stepper:
             self._ahead[piece.name] = (slot, self._home.fetch(piece, slot))
 
     def _take_slot(self, arena: Arena, num_bytes: int, owner: str) -> Slot:
-        """A slot, once a write that holds one is done; at the worst what was read ahead is dropped."""
+        """A slot, once a write that holds one is done, or the device; at the worst what was read ahead is dropped."""
         while (slot := arena.try_acquire(num_bytes, owner)) is None:
             if self._writes:
                 self._settle_writes(len(self._writes) - 1)
+                continue
+            if self._on_device is not None and self._on_device.num_under_way:
+                self._settle_on_device(self._on_device.num_under_way - 1)
                 continue
             with self._read_lock:
                 if not self._ahead or arena is not self._state_arena:

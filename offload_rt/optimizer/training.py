@@ -246,6 +246,7 @@ class FullTraining(TieredTraining):
         """Counts and seconds since the start, bytes at rest."""
         return {
             **asdict(self.counters), **asdict(self.commits.counters), **asdict(self.stepper.counters),
+            **asdict(self.stepper.device_counters),
             "mode": self._mode.value,
             "waits_because": self.waits_because, "grad_norm": self.grad_norm,
             **state_report(
