@@ -208,8 +208,7 @@ class Copier:
             after_operations = [*after_operations, *_operations(places)]
             copy.operation = self._recorder.submit(
                 name, reads=reads, writes=writes, after=after_operations, lane=COMPUTE if places is None else HOST,
-                # What it fills came back, as for a drive: HOST memory, or a slot that compute does not see.
-                also=RETURNED if not inward or places is not None else None,
+                also=None if inward else RETURNED,  # the HOST memory that it fills came back, as for a drive
             )  # fmt: skip
         before = [self.device.compute.record()] if places is None else [place.event for place in places]
         if behind is not None:

@@ -28,7 +28,7 @@ import importlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -38,14 +38,14 @@ from offload_rt import cpu_adam_torch
 from offload_rt.arena import Arena, MemoryRange, Slot
 from offload_rt.cpu_adam import AdamW
 from offload_rt.dtypes import torch_dtype
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.optimizer.job import Job
 from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock
 from offload_rt.optimizer.rules import AdamWRule, Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import state_tensors
 from offload_rt.streams import Copier, Place
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, TensorSpec, align_up
-from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
+from offload_rt.transfer import Links, Transfer
 
 ALIGNMENT_BYTES = 64
 UpdateOf = Callable[[Segment, dict[str, Tensor], Tensor, Tensor], Update]
@@ -127,8 +127,9 @@ class _UnderWay:
     piece: Piece
     resting: Slot
     """Its state in HOST."""
-    back: list[Transfer]
-    """What brings everything back."""
+    slot: Slot
+    brought: list[Transfer] = field(default_factory=list)
+    back: list[Transfer] = field(default_factory=list)
 
 
 class DeviceUpdates:
@@ -143,8 +144,8 @@ class DeviceUpdates:
         self.num_slots = arena.num_bytes // slot_bytes
         self.counters = DeviceCounters()
         self._rule = rule
-        self._arena = arena
-        self._slot_bytes = slot_bytes
+        # Leased for good: whatever a kernel's launch may keep of its arguments, a slot is free when its piece is back.
+        self._free = deque(arena.acquire(slot_bytes, "a piece that is stepped") for _ in range(self.num_slots))
         self._links = links
         self._device: Copier = links.device
         self._under_way: deque[_UnderWay] = deque()
@@ -164,25 +165,30 @@ class DeviceUpdates:
         """Starts stepping `piece`; returns the new scalars by parameter name. Does not wait for the device.
 
         `resting` is its state in HOST, `weights` where those of its block are that stream, in HOST or DEVICE. What of
-        these and of the gradients is HOST's is the device's until the piece is settled.
+        these and of the gradients is HOST's is the device's until the piece is settled. The caller has settled so many
+        that a slot is free. Raises OffloadError where an earlier failure has left none.
         """
         block = job.block
         if job.gradients is None or job.used is None:
             raise RuntimeError(f"{piece.name}: is not to be stepped on the device")
-        slot = self._arena.acquire(self._slot_bytes, piece.name, patience_seconds=WAIT_SECONDS)
+        if not self._free:
+            raise OffloadError(f"{piece.name}: an update on the device failed, and may still use its memory")
+        slot = self._free.popleft()
+        under_way = _UnderWay(piece, resting, slot)
+        self._under_way.append(under_way)
         layout = SlotLayout(block, piece)
         scalars: dict[str, Scalars] = {}
         launches: list[Callable[[], None]] = []
         in_place: list[MemoryRange] = []
         back = [(slot.part(0, piece.num_bytes), resting)]
-        places = [job.used, self._bring(resting, slot.part(0, piece.num_bytes))]
+        places = [job.used, self._bring(under_way, resting, slot.part(0, piece.num_bytes))]
         for segment, (gradient_at, weights_at) in zip(piece.segments, layout.segments, strict=True):
             if segment.parameter not in job.present:
                 continue
             trained, count = block.parameters[segment.parameter], segment.end - segment.begin
             gradient, target = slot.part(*gradient_at), slot.part(*weights_at)
             spec = block.gradients.tensors[segment.parameter]
-            places.append(self._bring(_range_of(job.gradients, spec, segment), gradient))
+            places.append(self._bring(under_way, _range_of(job.gradients, spec, segment), gradient))
             if trained.streamed is None:
                 new = trained.parameter.data.view(-1)[segment.begin : segment.end]
             else:
@@ -204,15 +210,13 @@ class DeviceUpdates:
         def run() -> None:
             for launch in launches:
                 launch()
-            launches.clear()  # whoever keeps this keeps no lease with it
 
         stepped = self._device.run(
             f"step {piece.name}", run, places, reads=[slot.range], writes=[slot.range, *in_place]
         )
         self.counters.num_pieces_on_device += 1
         self.counters.bytes_to_host += sum(source.num_bytes for source, _ in back)
-        transfers = [self._links.copy(source, rest, places=[stepped]) for source, rest in back]
-        self._under_way.append(_UnderWay(piece, resting, transfers))
+        under_way.back.extend(self._links.copy(source, rest, places=[stepped]) for source, rest in back)
         return scalars
 
     def settle(self, wait: Callable[[Transfer], None]) -> tuple[Piece, Slot]:
@@ -220,6 +224,7 @@ class DeviceUpdates:
         for transfer in self._under_way[0].back:
             wait(transfer)
         first = self._under_way.popleft()
+        self._free.append(first.slot)
         return first.piece, first.resting
 
     @contextmanager
@@ -229,13 +234,16 @@ class DeviceUpdates:
             yield
         except BaseException:
             while self._under_way:
-                for transfer in self._under_way.popleft().back:
-                    with suppress(Exception):  # the error that is told is the one that stopped the block
-                        transfer.wait()
+                failed = self._under_way.popleft()
+                with suppress(Exception):  # the error that is told is the one that stopped the block
+                    for transfer in (*failed.brought, *failed.back):
+                        self._links.finish(transfer)
+                    self._free.append(failed.slot)
             raise
 
-    def _bring(self, source: Slot, target: Slot) -> Place:
+    def _bring(self, under_way: _UnderWay, source: Slot, target: Slot) -> Place:
         copied = self._links.copy(source, target, places=[])
+        under_way.brought.append(copied)
         self.counters.bytes_to_device += source.num_bytes
         if copied.copy is None:
             raise RuntimeError(f"{copied.name}: is no copy of a device's")
