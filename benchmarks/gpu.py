@@ -17,6 +17,7 @@ The sections, in this order; one that fails is recorded with its error, and the 
                  host       ours, NF4, layers stream from HOST
                  swap       the same, of whose activations half are swapped to HOST, by chunks of tokens
                  full       ours, bf16, all parameters train; masters, moments and weights rest in HOST
+                 full_device  the same, half of whose updates are the GPU's (on a CPU: none)
                  nvme       ours, NF4, layers stream from NVMe (--nvme DIR; not by default)
              with the streams' busy time in a profiled step, and what `host` should take: the larger of `resident`'s
              time and the bytes that it moves at the bandwidth of `links`
@@ -60,9 +61,9 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 STEP_SECONDS = {"tiny": 20.0, "1b": 40.0, "3b": 60.0, "8b": 75.0, "13b": 100.0}
 """Left on the clock, or a contender is not begun: starting, filling, encoding, warming up and five steps."""
-KINDS = ("plain", "resident", "host", "swap", "full")
+KINDS = ("plain", "resident", "host", "swap", "full", "full_device")
 BYTES_PER_PARAMETER = 24
-"""Of HOST memory, for `full`: the model as it is made, weights, gradients, master, two moments, and some room."""
+"""Of HOST memory, where all train: the model as it is made, weights, gradients, master, two moments, and some room."""
 RATE = "bytes_per_second"
 
 
@@ -254,7 +255,7 @@ def steps(options: argparse.Namespace, deadline: float, found: dict[str, Any]) -
         rows: dict[str, Any] = {}
         for kind in contenders:
             needed = BYTES_PER_PARAMETER * parameters_of(SHAPES[shape])
-            if kind == "full" and needed > free_memory_bytes():
+            if kind.startswith("full") and needed > free_memory_bytes():
                 rows[kind] = {"skipped": f"{needed / 2**30:.0f} GiB of RAM are needed"}
                 continue
             left = deadline - time.monotonic()
@@ -277,7 +278,7 @@ def _contender(options: argparse.Namespace, shape: str, kind: str, left: float) 
     settings = {
         "kind": kind, "shape": SHAPES[shape], "tokens": options.tokens, "steps": 2 if options.smoke else 5,
         "device": DEVICE, "device_memory": options.device_memory, "nvme": options.nvme,
-        "profiled": kind in ("host", "full"),
+        "profiled": kind in ("host", "full", "full_device"),
         "trace": options.trace if (kind, shape) == (options.traced, options.shapes[-1]) else None,
     }  # fmt: skip
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
@@ -300,8 +301,10 @@ def _verdict(rows: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Ratios of medians, and the prediction: these processes did not share a round, so spreads stand beside them."""
     took = {kind: row["seconds"]["median"] for kind, row in rows.items() if "seconds" in row}
     verdict: dict[str, Any] = {
-        "time_over_plain": {kind: took[kind] / took["plain"] for kind in KINDS[1:-1] if {kind, "plain"} <= took.keys()},
+        "time_over_plain": {kind: took[kind] / took["plain"] for kind in KINDS[1:4] if {kind, "plain"} <= took.keys()},
     }
+    if {"full", "full_device"} <= took.keys():
+        verdict["full_device_over_full"] = took["full_device"] / took["full"]
     link = found.get("links", {}).get(RATE, {}).get("to_device")
     if "host" in took and "resident" in took and link:
         moving = rows["host"]["copied_bytes_a_step"] / link["median"]
@@ -320,7 +323,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trace", help="where a profiled step of the last shape goes (Perfetto, .json.gz)")
-    parser.add_argument("--traced", choices=("host", "full"), default="host", help="whose step that is")
+    parser.add_argument("--traced", choices=("host", "full", "full_device"), default="host", help="whose step that is")
     parser.add_argument("--minutes", type=float, default=7.5, help="no contender is begun that would end later")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))

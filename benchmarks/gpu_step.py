@@ -79,7 +79,9 @@ def swapping(tokens: int) -> ActivationPolicy:
 
 
 class Ours:
-    """The engine: all layers in slots (`resident`), or streamed through the plan's; adapters train, or all (`full`)."""
+    """The engine: all layers in slots (`resident`), or streamed through the plan's; adapters train, or all parameters
+    (`full`), half of whose updates are the GPU's (`full_device`).
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         kind, shape = settings["kind"], settings["shape"]
@@ -87,10 +89,11 @@ class Ours:
         options = RuntimeOptions(
             num_slots=shape[2] if kind == "resident" else None,
             activations=swapping(settings["tokens"]) if kind == "swap" else None,
+            device_share=0.5 if kind == "full_device" and on_gpu else None,
         )
         self.engine = Engine(
-            llama(shape, adapters=kind != "full").train(),
-            bits=None if kind == "full" else 4,
+            llama(shape, adapters=not kind.startswith("full")).train(),
+            bits=None if kind.startswith("full") else 4,
             batch_size=1,
             seq_len=settings["tokens"],
             lr=1e-4,

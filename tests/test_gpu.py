@@ -244,6 +244,8 @@ def test_training_on_the_gpu_is_bit_equal_to_plain_pytorch(
 FULL_PLACES = {
     "from HOST": {},
     "on NVME": {"rest": Tier.NVME, "piece_elements": 8192},
+    "from HOST, half updated on the device": {"piece_elements": 4096, "device_share": 0.5},
+    "on NVME, half updated on the device": {"rest": Tier.NVME, "piece_elements": 4096, "device_share": 0.5},
     "gradients on NVME": {
         "rest": Tier.NVME, "piece_elements": 8192,
         "state": StatePlacement(
@@ -255,6 +257,8 @@ FULL_CASES = [
     full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "from HOST"),
     full.Case("qwen", "bfloat16", "adamw", 4, "rarely", True, "on NVME"),
     full.Case("gpt2", "float32", "lion", 1, "not", False, "on NVME"),
+    full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "from HOST, half updated on the device"),
+    full.Case("qwen", "bfloat16", "adamw bf16", 4, "rarely", True, "on NVME, half updated on the device"),
     full.Case("llama", "bfloat16", "adamw 8bit", 4, "not", False, "gradients on NVME"),
 ]
 
@@ -276,6 +280,7 @@ def test_full_fine_tuning_on_the_gpu_is_bit_equal_to_plain_pytorch(
         assert report["training"]["num_steps"] == full.STEPS
         assert report["prefetch_misses"] == 0
         assert full.training_of(engine).home.landing.num_copies > 0
+        assert (report["training"]["num_pieces_on_device"] > 0) == ("updated on the device" in case.place)
 
 
 @pytest.mark.parametrize("tier, layer_inputs", [(Tier.HOST, Tier.HOST), (Tier.NVME, Tier.NVME)])
