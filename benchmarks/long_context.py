@@ -1,6 +1,6 @@
 """Trains at a sequence whose activations are at least ten times the memory limit that the kernel holds the process to.
 
-    python benchmarks/long_context.py [--tokens 4096] [--layers 80] [--hidden 256] [--limit-mib 512] [--json FILE]
+    python benchmarks/long_context.py [--tokens 4096] [--layers 112] [--hidden 128] [--limit-mib 448] [--json FILE]
 
 A Llama with random bf16 weights on the drive and LoRA on all linears. Each contender is a process of its own:
 
@@ -13,10 +13,10 @@ A Llama with random bf16 weights on the drive and LoRA on all linears. Each cont
 What autograd would keep is counted on the plain model at a sixteenth of the tokens, each storage once and without
 parameters, and scaled: it goes by tokens. Needs to be root, or a cgroup that it may write to.
 
-The limit is for all that the process takes: 325 MiB for torch, transformers and peft, which are anonymous memory and
-stay, then what this library plans, and the page cache that reading the checkpoint fills, as long as there is room. The
-narrow shape is for time: products take it by the square of the width, attention by that of the tokens, and activations
-take their bytes by neither.
+The limit is for all that the process takes. Torch, transformers and peft hold 325 MiB that are no file and stay, and
+--device-memory comes on top: a limit below the sum is refused beforehand, with these numbers. The page cache that
+reading the checkpoint fills takes what is left, up to the limit, and gives it back. The narrow shape is for time:
+products take it by the square of the width, attention by that of the tokens, activations take their bytes by neither.
 """
 
 import argparse
@@ -36,8 +36,13 @@ from typing import Any
 import random_llama
 from rounds import circumstances
 
+from planners.errors import format_bytes
+from planners.units import parse_size
+
 SCALE = 16
 LEARNING_RATE = 1e-3
+KERNEL_BYTES = 8 << 20
+"""Charged to a cgroup beside the process's pages: page tables, slabs, stacks. 2 MiB were seen."""
 
 
 @contextlib.contextmanager
@@ -63,6 +68,12 @@ def peak_of(group: Path) -> int:
     return next((int((group / name).read_text()) for name in names if (group / name).exists()), 0)
 
 
+def anonymous_bytes() -> int:
+    """What this process holds that is no file: it cannot be given back to the system."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
 def child(settings: dict[str, Any]) -> dict[str, Any]:
     """Runs one contender in this process. Nothing heavy is imported before it has joined its cgroup."""
     if settings["procs"]:
@@ -73,6 +84,7 @@ def child(settings: dict[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    base_bytes = anonymous_bytes()
     tokens = settings["tokens"]
     lora = LoraConfig(r=settings["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +100,7 @@ def child(settings: dict[str, Any]) -> dict[str, Any]:
         model = get_peft_model(model, lora)
         if settings["count"]:
             (inputs,) = batches()
-            return {"saved_bytes": saved_bytes(model, inputs)}
+            return {"saved_bytes": saved_bytes(model, inputs), "base_bytes": base_bytes}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
         losses = []
         for inputs in batches():
@@ -187,13 +199,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--rank", type=int, default=4, help="of the adapters, on all linears of the layers")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--limit-mib", type=int, default=512, help="of the cgroup: the whole process, imports included")
-    parser.add_argument("--device-memory", default="128MiB", help="of it, what this library may plan with")
+    parser.add_argument("--limit-mib", type=int, default=448, help="of the cgroup: the whole process, imports included")
+    parser.add_argument("--device-memory", default="80MiB", help="of it, what this library may plan with")
     parser.add_argument("--skip", nargs="*", default=[], choices=["kept", "plain", "refused"])
     parser.add_argument("--nvme", type=Path, default=Path(tempfile.gettempdir()) / "offload_rt-long-context")
     parser.add_argument("--json", type=Path)
     random_llama.add_arguments(parser)
-    parser.set_defaults(layers=80, hidden=256, intermediate=704, heads=4, kv_heads=2, vocabulary=2048)
+    parser.set_defaults(layers=112, hidden=128, intermediate=384, heads=2, kv_heads=1, vocabulary=1024)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child))))
@@ -210,10 +222,18 @@ def main() -> int:
     results: dict[str, Any] = {"limit_bytes": limit_bytes, "activation_bytes": SCALE * counted["saved_bytes"]}
     results["activations_to_limit"] = results["activation_bytes"] / limit_bytes
     print(f"activations are {results['activations_to_limit']:.1f} times the limit", file=sys.stderr)
+    budget_bytes = parse_size(arguments.device_memory, field="--device-memory")
+    results["base_bytes"] = counted["base_bytes"]
+    need_bytes = counted["base_bytes"] + budget_bytes + KERNEL_BYTES
+    if need_bytes > limit_bytes:
+        raise SystemExit(
+            f"limited: does not fit {format_bytes(limit_bytes)}: imports hold {format_bytes(counted['base_bytes'])}, "
+            f"--device-memory is {format_bytes(budget_bytes)}, the kernel takes {format_bytes(KERNEL_BYTES)} besides"
+        )
     with memory_cgroup(limit_bytes) as group:
         limited = run(settings, contender="ours", procs=str(group / "cgroup.procs"))
         if "killed" in limited:
-            raise SystemExit("limited: killed by the kernel: the plan was too lean, or --device-memory too large")
+            raise SystemExit("limited: killed by the kernel: the plan was too lean")
         results["limited"] = {**limited, "peak_in_cgroup_bytes": peak_of(group)}
         if "refused" not in arguments.skip:
             results["refused"] = run(settings, contender="plain", procs=str(group / "cgroup.procs"), steps=1)
