@@ -188,6 +188,7 @@ def training_problem(
         weight_bytes_per_param=max(items),
         clips=config.max_grad_norm is not None,
         commit_every=commit_every,
+        slab_bytes=0,  # slabs are ordinary memory, and come when a step's activations are gone
         state_piece_bytes=sizes.piece_bytes,
         # Extents of all that changes, and gradients of a first step, which always waits for its norm.
         log_bytes=2 * (sizes.state_bytes + sum(b.weight_bytes for b in sizes.blocks)) + sizes.gradient_bytes,
