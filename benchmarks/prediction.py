@@ -2,10 +2,11 @@
 
     python benchmarks/prediction.py [--hidden 512] [--layers 8] [--tokens 512] [--steps 6] [--json FILE]
 
-A Llama of random weights trains LoRA adapters. What computes is this machine: before and after each run one layer and
-the head are timed, and the mean of both is what the simulator is given. Links and drives are emulated: in each case the
-rates are such that the named resources work so many times as long as the device computes, all others a tenth of that.
-Nothing else is fitted. Beside the step's time, what each resource worked is compared.
+A Llama of random weights trains LoRA adapters, or all of it. What computes is this machine: before and after each run
+one layer, the head and the optimizer are timed, and the mean of both is what the simulator is given. Links and drives
+are emulated: in each case the rates are such that the named resources work so many times as long as the device
+computes, all others a tenth of that. Nothing else is fitted. Beside the step's time, what each resource worked is
+compared.
 """
 
 import argparse
@@ -26,22 +27,27 @@ import offload_rt
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.emulation import emulated_config
 from offload_rt.planning import lowered, measured_problem
+from offload_rt.planning_training import lowered_training, measured_seconds, questions
 from offload_rt.workload import Workload, find_workload, streaming_problem
 from planners.cost import Knobs
 from planners.division import divided
 from planners.expand import Fractions, expand, with_prediction
+from planners.greedy import state_slots
 from planners.hardware import Device, Drive, Hardware, Host, Links
-from planners.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Problem
 from planners.simulate import simulate
+from planners.streaming import StreamingProblem
 from planners.validate import busy_seconds
 
 FAST = 0.1
 """Work of what does not bind, over compute."""
 WARM_STEPS = 2
 PLENTY = 4 << 30
-UPDATE = {(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0}
+BACKWARD = UpdateMode.BACKWARD
+NO_CLIPPING = 1e9
+"""A norm that is declared, and never reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,12 @@ class Case:
     scope: DecodeScope = DecodeScope.LINEAR
     bits: int | None = 4
     unified: bool = False
+    state: float | None = None
+    """Share of state in memory where all parameters train, the rest on NVME; None: adapters do."""
+    mode: UpdateMode = UpdateMode.AFTER
+    clips: bool = False
+    tokens_share: float = 1.0
+    """Of a sequence: with few tokens there is little to compute, and as much to step."""
     work: dict[str, float] = field(default_factory=dict)
 
 
@@ -92,11 +104,32 @@ CASES = {
         activations=(0.25, 0.25, 0.25, 0.25), weights=(0.3, 0.3, 0.4),
         work={"ssd_read": 0.8, "ssd_write": 0.3, "host_to_device": 0.6, "device_to_host": 0.3},
     ),
+    "full, compute": Case(bits=None, state=1.0),
+    "full, CPU updates": Case(bits=None, state=1.0, tokens_share=0.125),
+    "full, CPU updates from NVMe": Case(bits=None, state=0.0, mode=BACKWARD, tokens_share=0.125),
+    "full, gradients out": Case(bits=None, weights=(0, 1, 0), state=1.0, work={"device_to_host": 1.3}),
+    "full, weights in": Case(bits=None, weights=(0, 1, 0), state=1.0, work={"host_to_device": 1.3}),
+    "full, state behind compute": Case(
+        bits=None, state=0.0, mode=BACKWARD, work={"ssd_read": 0.3, "ssd_write": 0.3}
+    ),
+    "full, state, SSD": Case(bits=None, state=0.0, mode=BACKWARD, work={"ssd_read": 1.2, "ssd_write": 1.2}),
+    "full, state before its norm": Case(
+        bits=None, state=0.0, mode=UpdateMode.SPECULATIVE, clips=True, work={"ssd_read": 0.8, "ssd_write": 0.8}
+    ),
+    "full, half of state, SSD": Case(
+        bits=None, weights=(0, 1, 0), state=0.5, mode=BACKWARD, work={"ssd_read": 0.5, "ssd_write": 1.2}
+    ),
+    "full, all on NVMe": Case(
+        bits=None, weights=(0, 0, 1), state=0.0, mode=BACKWARD, work={"ssd_read": 1.0, "ssd_write": 0.8}
+    ),
+    "full, one tier, SSD": Case(
+        bits=None, state=0.0, mode=BACKWARD, unified=True, work={"ssd_read": 1.2, "ssd_write": 1.2}
+    ),
 }  # fmt: skip
 
 
-def build(arguments: argparse.Namespace) -> torch.nn.Module:
-    """The model with its adapters, equal at every call."""
+def build(arguments: argparse.Namespace, case: Case) -> torch.nn.Module:
+    """The model, with adapters where these train, equal at every call."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -106,6 +139,8 @@ def build(arguments: argparse.Namespace) -> torch.nn.Module:
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.bfloat16)
+    if case.state is not None:
+        return model
     return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
@@ -138,14 +173,18 @@ def plan_of(case: Case, problem: Problem) -> Plan:
     """The case's plan; blocks outside the layers stay in DEVICE memory."""
     kept = tuple(float(case.inputs is tier) for tier in (Tier.NVME, Tier.HOST, Tier.DEVICE))
     knobs = Knobs(
-        update_mode=UpdateMode.AFTER, slots=case.slots, cuts=Cuts(chunk_tokens=problem.workload.tokens),
-        decode_scope=case.scope, inputs=case.inputs,
+        update_mode=case.mode, slots=case.slots, cuts=Cuts(chunk_tokens=problem.workload.tokens),
+        decode_scope=case.scope, inputs=case.inputs, buffers=Buffers(state_slots=state_slots(problem)[0]),
     )  # fmt: skip
+    updates = {(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0}
+    if case.state is not None:
+        memory, place = (Tier.DEVICE, UpdatePlace.DEVICE) if case.unified else (Tier.HOST, UpdatePlace.CPU)
+        updates = {(memory, place, False): case.state, (Tier.NVME, place, False): 1 - case.state}
     fractions = [
         Fractions(
             weights=case.weights if entry.is_layer else (1.0, 0.0, 0.0),
             tokens=tuple(case.activations if saved.recomputable else (0.0, *kept) for saved in entry.saved),
-            updates=UPDATE,
+            updates=updates,
         )
         for entry in problem.workload.classes
     ]
@@ -165,34 +204,58 @@ def rates_for(case: Case, problem: Problem) -> dict[str, float]:
     return found
 
 
-def asked(arguments: argparse.Namespace, case: Case, folder: Path, hardware: Hardware) -> tuple[Workload, Any]:
+def num_tokens(arguments: argparse.Namespace, case: Case) -> int:
+    return int(arguments.tokens * case.tokens_share)
+
+
+def asked(
+    arguments: argparse.Namespace, case: Case, folder: Path, hardware: Hardware
+) -> tuple[Workload, StreamingProblem]:
     """A fresh model taken apart, and the sizes that the runtime plans with."""
-    config = EngineConfig(bits=case.bits, batch_size=1, seq_len=arguments.tokens, nvme=(NvmePath(path=folder),))
-    workload = find_workload(build(arguments), None, emulated_config(config, hardware))
+    config = EngineConfig(
+        bits=case.bits, batch_size=1, seq_len=num_tokens(arguments, case), nvme=(NvmePath(path=folder),),
+        max_grad_norm=NO_CLIPPING if case.clips else None,
+    )  # fmt: skip
+    model = build(arguments, case)
+    workload = find_workload(model, None, emulated_config(config, hardware), optimizer_of(model))
     return workload, streaming_problem(workload)
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def measured(case: Case, workload: Workload, streaming: StreamingProblem, hardware: Hardware) -> Problem:
+    """What the planner is asked, with what this machine takes now."""
+    if case.state is None:
+        return measured_problem(workload, streaming, hardware)
+    seconds = measured_seconds(workload, streaming, optimizer_of(workload.model))
+    in_memory, with_drive = questions(workload, streaming, hardware, seconds)
+    return (in_memory if case.state == 1.0 else with_drive)[0]
 
 
 def run(arguments: argparse.Namespace, case: Case, folder: Path) -> dict[str, Any]:
     """Predicts and measures one case."""
     plain = machine(case.unified, {})
     workload, streaming = asked(arguments, case, folder, plain)
-    first = measured_problem(workload, streaming, plain)
+    first = measured(case, workload, streaming, plain)
     rates = rates_for(case, first)
     hardware = machine(case.unified, rates)
-    plan = lowered(plan_of(case, first), streaming)
+    plan = plan_of(case, first)
+    plan = lowered(plan, streaming) if case.state is None else lowered_training(plan, workload, streaming)
     steps, worked = trained(arguments, case, folder, hardware, plan)
-    last = measured_problem(workload, streaming, hardware)
+    last = measured(case, workload, streaming, hardware)
     predictions = []
     for problem in (first, last):
         problem = replace(problem, hardware=replace(problem.hardware, links=hardware.links, drives=hardware.drives))
         drawn = plan_of(case, problem)
         predictions.append(with_prediction(problem, drawn, simulate(divided(problem, drawn), drawn)).predicted)
     predicted = mean(p["step_seconds"] for p in predictions)
-    measured = median(steps)
+    taken = median(steps)
     return {
         "predicted_seconds": predicted,
         "measured_seconds": summary(steps),
-        "error": predicted / measured - 1,
+        "error": predicted / taken - 1,
         "compute_seconds": [p["busy_seconds"]["compute"] for p in predictions],
         "predicted_busy_seconds": predictions[0]["busy_seconds"],
         "measured_busy_seconds": worked,
@@ -204,11 +267,11 @@ def trained(
     arguments: argparse.Namespace, case: Case, folder: Path, hardware: Hardware, plan: Plan
 ) -> tuple[list[float], dict[str, float]]:
     """Seconds of each step, and what links and drives worked in one, on the emulated machine."""
-    ids = torch.randint(4096, (1, arguments.tokens))
+    ids = torch.randint(4096, (1, num_tokens(arguments, case)))
     seconds = []
     with offload_rt.engine(
-        build(arguments), bits=case.bits, batch_size=1, seq_len=arguments.tokens, nvme=folder, lr=1e-4, device="cpu",
-        plan=plan, emulate=hardware,
+        build(arguments, case), bits=case.bits, batch_size=1, seq_len=num_tokens(arguments, case), nvme=folder,
+        lr=1e-4, device="cpu", plan=plan, emulate=hardware, max_grad_norm=NO_CLIPPING if case.clips else None,
     ) as engine:  # fmt: skip
         before: dict[str, float] = {}
         for step in range(WARM_STEPS + arguments.steps):
@@ -230,7 +293,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
-    parser.add_argument("--folder", type=Path, help="for the store; its speed hides behind the emulated drive's")
+    parser.add_argument("--folder", type=Path, help="for the store; faster than emulated drives: a tmpfs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

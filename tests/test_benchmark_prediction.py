@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = ["all tiers, link in", "SSD write", "activations each way"]
+CASES = ["all tiers, link in", "SSD write", "activations each way", "full, gradients out"]
 
 
 @pytest.mark.full  # most of it is starting a process
