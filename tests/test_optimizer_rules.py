@@ -62,17 +62,18 @@ class Tiered:
         return self.shape if not self.ranges[1:] else (end - begin,)
 
     def step(self, grad: Tensor, group: Any, step: int, grad_scale: float = 1.0) -> None:
-        found = []
-        for (begin, end), master, state, weight in zip(
-            self.ranges, self.masters, self.states, self.weights, strict=True
-        ):
-            part = grad.reshape(-1)[begin:end].view(master.shape)
-            update = Update(
-                master=master, grad=part, grad_scale=grad_scale, state=state, scalars=self.scalars, weight=weight,
-                group=group, step=step,
-            )  # fmt: skip
-            found.append(self.rule.update(update))
-        self.scalars = found[0]
+        self.scalars = [self.rule.update(of) for of in self.updates(grad, group, step, grad_scale)][0]
+
+    def updates(self, grad: Tensor, group: Any, step: int, grad_scale: float = 1.0) -> list[Update]:
+        return [
+            Update(
+                master=master, grad=grad.reshape(-1)[begin:end].view(master.shape), grad_scale=grad_scale, state=state,
+                scalars=self.scalars, weight=weight, group=group, step=step,
+            )
+            for (begin, end), master, state, weight in zip(
+                self.ranges, self.masters, self.states, self.weights, strict=True
+            )
+        ]  # fmt: skip
 
     def bits(self) -> list[Tensor]:
         return [tensor.clone() for state in self.states for tensor in state.values()] + [
@@ -130,6 +131,54 @@ def test_a_step_done_again_from_the_same_state_has_the_same_bits(name: str) -> N
         for tiered in (once, twice):
             tiered.step(gradient((6, 4), step), optimizer.param_groups[0], step, grad_scale=0.25)
         assert all(torch.equal(a, b) for a, b in zip(once.bits(), twice.bits(), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_together_have_the_bits_of_one_after_the_other(name: str) -> None:
+    """Of two param groups, by turns, and of parameters that have made other numbers of steps."""
+    optimizer = OPTIMIZERS[name]([nn.Parameter(torch.ones(2))])
+    rule = rule_for(optimizer)
+    groups = [optimizer.param_groups[0], {**optimizer.param_groups[0], "lr": 3e-3}]
+    alone, together = ([Tiered(rule, gradient(shape, 99).float(), []) for shape in SHAPES] for _ in range(2))
+    for step in range(1, STEPS + 1):
+        arrived = [number for number in range(len(SHAPES)) if number < 2 * step]
+        made = {number: (gradient(SHAPES[number], step), groups[number % 2], step - number // 2) for number in arrived}
+        for number in arrived:
+            alone[number].step(*made[number])
+        found = rule.update_all([of for number in arrived for of in together[number].updates(*made[number])])
+        for number, scalars in zip(arrived, found, strict=True):
+            together[number].scalars = scalars
+            bits = alone[number].bits(), together[number].bits()
+            assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
+class Spoiling(torch.optim.SGD):
+    """Counts its instances, and writes to the gradients that it is given."""
+
+    num_made = 0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        Spoiling.num_made += 1
+        super().__init__(*args, **options)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.zero_()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_updates_together_take_one_instance_a_group_and_gradients_that_may_come_again_are_copied(
+    in_place: bool,
+) -> None:
+    group = {**torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).param_groups[0]}
+    rule = rule_for(Spoiling([nn.Parameter(torch.ones(2))], lr=0.1), in_place=in_place)
+    tiered = [Tiered(rule, torch.ones(3), []) for _ in range(5)]
+    grads = [torch.ones(3) for _ in tiered]
+    Spoiling.num_made = 0
+    rule.update_all([of for one, grad in zip(tiered, grads, strict=True) for of in one.updates(grad, group, 1)])
+    assert Spoiling.num_made == 1
+    assert all(bool(grad.any()) is not in_place for grad in grads)
 
 
 def test_what_cannot_be_stepped_by_parameter_is_refused() -> None:

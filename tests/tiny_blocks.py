@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ class CountingRule:
         of.master.add_(of.grad, alpha=of.grad_scale)
         of.weight.copy_(of.master)
         return {"last": of.step}
+
+    def update_all(self, updates: Sequence[Update]) -> list[Scalars]:
+        return [self.update(of) for of in updates]
 
 
 def blocks(num_blocks: int, *, accumulates: bool = False) -> list[TrainedBlock]:

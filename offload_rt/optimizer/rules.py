@@ -12,7 +12,7 @@ gradient is not stepped and not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,6 +86,9 @@ class UpdateRule(Protocol):
     def update(self, of: Update) -> Scalars:
         """Does it, on the CPU, and returns the new scalars. Blocks until done."""
 
+    def update_all(self, updates: Sequence[Update]) -> list[Scalars]:
+        """The same of several parameters, or ranges, to the same bits: what an update costs besides is paid once."""
+
 
 class AdamWRule:
     """AdamW in one pass over memory, see `cpu_adam`."""
@@ -125,16 +128,23 @@ class AdamWRule:
         )  # fmt: skip
         return {"step": of.step}
 
+    def update_all(self, updates: Sequence[Update]) -> list[Scalars]:
+        return [self.update(of) for of in updates]
+
 
 class TorchRule:
-    """Any optimizer that steps each parameter by itself, one instance of it an update: right, not fast."""
+    """Any optimizer that steps each parameter by itself, an instance of it for what is updated together."""
 
-    def __init__(self, kind: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, kind: type[torch.optim.Optimizer], options: Mapping[str, Any], *, copies_gradients: bool = True
+    ) -> None:
+        """`copies_gradients`: an optimizer may write to what it is given; without, it is given the gradient itself."""
         if issubclass(kind, _NOT_BY_PARAMETER):
             raise ConfigError(f"optimizer: {kind.__name__} does not step each parameter by itself from its gradient")
         self.name = f"{kind.__module__}.{kind.__name__}"
         self.elementwise = kind in _ELEMENTWISE
         self._kind = kind
+        self._copies_gradients = copies_gradients
         self._options = {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
 
     def state(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[StateTensor, ...]:
@@ -142,7 +152,8 @@ class TorchRule:
         sizes = _REHEARSED_SIZES[: len(shape)]
         rehearsed = tuple(size if of > 1 else 1 for size, of in zip(sizes, shape, strict=True))
         parameter = nn.Parameter(torch.ones(rehearsed, dtype=dtype))
-        made = self._step(parameter, torch.ones(rehearsed, dtype=dtype), {}, self._options)
+        parameter.grad = torch.ones(rehearsed, dtype=dtype)
+        (made,) = self._step([parameter], [{}], self._options)
         real = dict(zip(rehearsed, shape, strict=True)) | {1: 1}
         found = []
         for name, value in made.items():
@@ -157,29 +168,49 @@ class TorchRule:
         return tuple(found)
 
     def update(self, of: Update) -> Scalars:
-        grad = of.grad.to(of.master.dtype) * of.grad_scale
-        kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in of.scalars.items()}
-        before = {} if of.step == 1 else {**of.state, **kept}
-        after = self._step(nn.Parameter(of.master, requires_grad=True), grad, before, of.group)
-        for name, tensor in of.state.items():
-            if after[name].data_ptr() != tensor.data_ptr():
-                tensor.copy_(after[name])
-        if of.weight is not None:
-            of.weight.copy_(of.master)
-        return {name: value for name, value in after.items() if name not in of.state}
+        return self.update_all([of])[0]
+
+    def update_all(self, updates: Sequence[Update]) -> list[Scalars]:
+        scalars: dict[int, Scalars] = {}
+        of_groups: dict[int, list[int]] = {}
+        for index, of in enumerate(updates):
+            of_groups.setdefault(id(of.group), []).append(index)
+        for indices in of_groups.values():
+            together = [updates[index] for index in indices]
+            scalars.update(zip(indices, self._update_group(together), strict=True))
+        return [scalars[index] for index in range(len(updates))]
+
+    def _update_group(self, updates: Sequence[Update]) -> Iterator[Scalars]:
+        """Updates parameters of one param group."""
+        parameters, befores = [], []
+        for of in updates:
+            parameter = nn.Parameter(of.master, requires_grad=True)
+            parameter.grad = of.grad.to(of.master.dtype)
+            if self._copies_gradients or of.grad_scale != 1.0:
+                parameter.grad = parameter.grad * of.grad_scale
+            kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in of.scalars.items()}
+            parameters.append(parameter)
+            befores.append({} if of.step == 1 else {**of.state, **kept})
+        for of, after in zip(updates, self._step(parameters, befores, updates[0].group), strict=True):
+            for name, tensor in of.state.items():
+                if after[name].data_ptr() != tensor.data_ptr():
+                    tensor.copy_(after[name])
+            if of.weight is not None:
+                of.weight.copy_(of.master)
+            yield {name: value for name, value in after.items() if name not in of.state}
 
     def _step(
-        self, parameter: nn.Parameter, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """One step of a new optimizer that holds only this; returns its state."""
+        self, parameters: Sequence[nn.Parameter], states: Sequence[dict[str, Any]], group: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """One step of a new optimizer that holds only these; returns their states."""
         options = {name: group[name] for name in self._options}
         kind: Any = self._kind
-        optimizer: torch.optim.Optimizer = kind([parameter], **options)
-        if state:
-            optimizer.state[parameter] = dict(state)
-        parameter.grad = grad
+        optimizer: torch.optim.Optimizer = kind(parameters, **options)
+        for parameter, state in zip(parameters, states, strict=True):
+            if state:
+                optimizer.state[parameter] = state
         optimizer.step()
-        return dict(optimizer.state[parameter])
+        return [dict(optimizer.state[parameter]) for parameter in parameters]
 
 
 _NOT_OPTIONS = ("params", "initial_lr", "decoupled_weight_decay")
@@ -196,4 +227,4 @@ def rule_for(optimizer: torch.optim.Optimizer, *, in_place: bool = False) -> Upd
         for group in optimizer.param_groups:
             cpu_adam.AdamW.from_group(group)  # refuses what has no twin
         return AdamWRule(getattr(optimizer, "moments", "float32"))
-    return TorchRule(type(optimizer), optimizer.defaults)
+    return TorchRule(type(optimizer), optimizer.defaults, copies_gradients=not in_place)

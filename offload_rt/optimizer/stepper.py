@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -283,9 +283,11 @@ class Stepper:
 
     def _step_piece(self, job: Job, piece: Piece, weights: Slot | None) -> None:
         slot = self._held(piece)
-        for segment in piece.segments:
-            if segment.parameter in job.present:
-                self._step_segment(job, segment, slot, weights)
+        present = [segment for segment in piece.segments if segment.parameter in job.present]
+        # Small parameters are stepped together, many to a piece; where new weights land, there is room for one.
+        together = [present] if self._home.landing is None else [[segment] for segment in present]
+        for segments in together:
+            self._step_segments(job, segments, slot, weights)
         self._stepped(piece, slot)
 
     def _held(self, piece: Piece) -> Slot:
@@ -293,14 +295,18 @@ class Stepper:
         resting = self._home.pieces.get(piece.name)
         return resting if resting is not None else self._arrived(piece)
 
-    def _step_segment(self, job: Job, segment: Segment, slot: Slot, weights: Slot | None) -> None:
-        block = job.block
-        gradient = self._gradients.of(block, job.gradients, segment.parameter, segment.begin, segment.end)
-        with self._home.new_weights(block, segment, weights) as new:
-            update = self._update_of(job, segment, state_tensors(slot, segment), gradient, new)
+    def _step_segments(self, job: Job, segments: Sequence[Segment], slot: Slot, weights: Slot | None) -> None:
+        with ExitStack() as landing:
+            updates = []
+            for segment in segments:
+                new = landing.enter_context(self._home.new_weights(job.block, segment, weights))
+                gradient = self._gradients.of(job.block, job.gradients, segment.parameter, segment.begin, segment.end)
+                updates.append(self._update_of(job, segment, state_tensors(slot, segment), gradient, new))
             meter = self._links.meter
             with meter.inline(CPU) if self._thread is None else meter.busy(CPU):
-                self.new_scalars[block.parameters[segment.parameter].name] = self._rule.update(update)
+                found = self._rule.update_all(updates)
+            for segment, scalars in zip(segments, found, strict=True):
+                self.new_scalars[job.block.parameters[segment.parameter].name] = scalars
 
     def _update_of(
         self, job: Job, segment: Segment, tensors: dict[str, Tensor], gradient: Tensor, new: Tensor
