@@ -280,7 +280,11 @@ class Engine:
         self._training.save(Path(folder))
 
     def load_checkpoint(self, folder: str | Path) -> None:
-        """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it."""
+        """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it.
+
+        `folder` may also be where commits are: this run's, which copies nothing, or another's, which is not running.
+        Raises `CheckpointError` where what is saved does not fit, and is unchanged then.
+        """
 
         def check(extra: Mapping[str, Any]) -> None:
             odd = sorted(set(extra["tracked"]) ^ set(self._tracked))
