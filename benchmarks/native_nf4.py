@@ -2,7 +2,12 @@
 
 With double quantization, in billions of elements per second. memcpy copies as many bytes as a decode
 writes. bitsandbytes' decoder is its public function with its CPU kernels, on its own threads. Contenders
-are interleaved, ratios are taken within a round, and the output is always the same memory.
+are interleaved, ratios are taken within a round. The output is always the same memory, and such as the
+runtime decodes into: an arena's, of huge pages.
+
+Whether a decode should write around the caches is decided by the product that follows: both together are
+timed in both forms, for the lengths of `PRODUCT_TOKENS`, with as much other memory touched in between as a
+layer has.
 
 Alone: python benchmarks/native_nf4.py [--json FILE]
 """
@@ -20,11 +25,14 @@ import rounds
 import torch
 
 from offload_rt import codec
+from offload_rt.arena import Arena
 from offload_rt.nf4_layout import nf4_layout
 from offload_rt.nf4_torch import sections_of
 
 SHAPES = ((4096, 4096), (2048, 5632))
 NUM_THREADS = (1, 2)
+PRODUCT_TOKENS = (512, 2048)
+BETWEEN_BYTES = 64 << 20
 REPEATS = 3
 """Calls per recorded value, for those that take milliseconds."""
 
@@ -62,7 +70,7 @@ def decode_contenders(weight: torch.Tensor) -> dict[str, Callable[[], float]]:
     num_elements = weight.numel()
     blob = codec.encode(weight)
     sections = [section.numpy() for section in sections_of(blob, nf4_layout(num_elements))]
-    out = torch.empty_like(weight)
+    out = output_for(weight)
     out_array = (out if out.dtype == torch.float32 else out.view(torch.uint16)).view(-1).numpy()
     dtype = str(weight.dtype).removeprefix("torch.")
     contenders: dict[str, Callable[[], float]] = {}
@@ -87,6 +95,9 @@ def decode_contenders(weight: torch.Tensor) -> dict[str, Callable[[], float]]:
     contenders["codec.decode_into"] = giga_elements_per_second(
         num_elements, REPEATS, lambda: codec.decode_into(blob, out)
     )
+    contenders["codec.decode_into, through the caches"] = giga_elements_per_second(
+        num_elements, REPEATS, lambda: codec.decode_into(blob, out, streaming_stores=False)
+    )
     rows, columns = weight.shape
     turned = torch.empty(columns, rows, dtype=weight.dtype)
     contenders["codec.decode_transposed_into"] = giga_elements_per_second(
@@ -101,6 +112,47 @@ def decode_contenders(weight: torch.Tensor) -> dict[str, Callable[[], float]]:
             num_elements, 1, lambda: bitsandbytes.dequantize_4bit(packed, state)
         )
     return contenders
+
+
+def output_for(weight: torch.Tensor) -> torch.Tensor:
+    """Memory as the runtime decodes into."""
+    return Arena("decoded weights", weight.nbytes).acquire(weight.nbytes, "weight").tensor(weight.dtype, weight.shape)
+
+
+def product_contenders(weight: torch.Tensor) -> dict[str, Callable[[], float]]:
+    """Seconds of a decode and the product that follows, on torch's threads, by length and by how it is written."""
+    blob, out = codec.encode(weight), output_for(weight)
+    rows, columns = weight.shape
+    between = torch.zeros(BETWEEN_BYTES // 4)
+    contenders: dict[str, Callable[[], float]] = {}
+    for num_tokens in PRODUCT_TOKENS:
+        inputs = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+        result = torch.empty(num_tokens, rows, dtype=weight.dtype)
+        for how, streaming_stores in (("around the caches", True), ("through the caches", False)):
+
+            def measure(
+                streaming_stores: bool = streaming_stores,
+                inputs: torch.Tensor = inputs,
+                result: torch.Tensor = result,
+            ) -> float:
+                between.add_(1)
+                begin = time.perf_counter()
+                codec.decode_into(blob, out, streaming_stores=streaming_stores)
+                torch.mm(inputs, out.t(), out=result)
+                return time.perf_counter() - begin
+
+            contenders[f"{num_tokens} tokens, {how}"] = measure
+    return contenders
+
+
+def compare_products(contenders: dict[str, Callable[[], float]], num_rounds: int) -> dict[str, Any]:
+    """Seconds, and those around the caches over those through them."""
+    seconds = rounds.interleave(contenders, num_rounds)
+    compared: dict[str, Any] = {name: rounds.summary(values) for name, values in seconds.items()}
+    for num_tokens in PRODUCT_TOKENS:
+        around, through = (f"{num_tokens} tokens, {how} the caches" for how in ("around", "through"))
+        compared[around]["over through the caches"] = rounds.ratio(seconds, around, through)
+    return compared
 
 
 def encode_contenders(weight: torch.Tensor) -> dict[str, Callable[[], float]]:
@@ -141,11 +193,11 @@ def compare(contenders: dict[str, Callable[[], float]], num_rounds: int) -> dict
     return compared
 
 
-def print_rows(rows: dict[str, Any]) -> None:
+def print_rows(rows: dict[str, Any], *, unit: str = "Gelem/s", scale: float = 1.0) -> None:
     for name, row in rows.items():
         ratios = [f"{key} {value['median']:.2f}" for key, value in row.items() if key.startswith("over")]
-        spread = f"[{row['min']:.3f}, {row['max']:.3f}]"
-        print(f"  {name:30} {row['median']:8.3f} Gelem/s {spread:18} {'   '.join(ratios)}")
+        spread = f"[{scale * row['min']:.3f}, {scale * row['max']:.3f}]"
+        print(f"  {name:38} {scale * row['median']:8.3f} {unit} {spread:18} {'   '.join(ratios)}")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -170,6 +222,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{kind} {key} {arguments.nf4_dtype}")
             results[key][kind] = compare(contenders_of(weight), num_rounds)
             print_rows(results[key][kind])
+        print(f"decode and product {key} {arguments.nf4_dtype}")
+        results[key]["product"] = compare_products(product_contenders(weight), num_rounds)
+        print_rows(results[key]["product"], unit="ms", scale=1e3)
     if bitsandbytes is None:
         print("bitsandbytes is not installed: speeds without that comparison")
     return results

@@ -39,6 +39,7 @@ class ForcedIsa:
     def __init__(self, core: ModuleType, isa: str) -> None:
         self._core, self._isa = core, isa
         self.calls: list[str] = []
+        self.keywords: list[dict[str, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._core, name)
@@ -47,6 +48,7 @@ class ForcedIsa:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(name)
+            self.keywords.append(kwargs)
             return function(*args, isa=self._isa, **kwargs)
 
         return call
@@ -143,6 +145,16 @@ def test_native_decodes_the_twins_bits(num_elements: int, dtype: torch.dtype, fo
                     blob, out, backend="native", num_threads=num_threads, streaming_stores=streaming_stores
                 )
                 assert same_bits(out, expected), (scale, num_threads, streaming_stores)
+
+
+def test_large_outputs_are_written_around_the_caches(forced: ForcedIsa, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "STREAMED_BYTES", 8192)
+    for num_elements, asked_for, streams in ((4095, None, False), (4096, None, True), (4096, False, False)):
+        blob = codec.encode(weights_of(num_elements, torch.float32), backend="torch")
+        out = torch.empty(num_elements, dtype=torch.bfloat16)
+        codec.decode_into(blob, out, backend="native", streaming_stores=asked_for)
+        assert forced.keywords[-1]["streaming_stores"] is streams
+        assert same_bits(out, codec.decode(blob, (num_elements,), torch.bfloat16, backend="torch"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
