@@ -2,7 +2,9 @@
 
 Both use the same files with O_DIRECT, in requests of the same length, with the same number in flight, through and
 through. fio keeps one buffer per request; the ring does what it is for: operations as long as a part of a block of
-weights, started from Python ahead of their use, into a few slots that are used again and again.
+weights, started from Python ahead of their use, into a few slots that are used again and again. These are four times
+fio's memory, and whoever serves a virtual drive copies from it: so the ring also runs with slots that together are as
+large as fio's buffers.
 
     slot 0  [ op 0 ]            [ op 8 ]           files take turns; in the mix, every other operation writes
     slot 1       [ op 1 ]            [ op 9 ]
@@ -43,10 +45,13 @@ class Contender(NamedTuple):
     registered: bool = False
     probed: bool = False
     """Depth and request length that the probe of the drive chooses, instead of those that fio gets."""
+    small_slots: bool = False
+    """As much memory as fio has, in place of `OPERATION_BYTES` for each slot."""
 
 
 CONTENDERS = {
     "io_uring": Contender(),
+    "io_uring, fio's memory": Contender(small_slots=True),
     "io_uring, huge pages": Contender(huge_pages=True),
     "io_uring, huge pages, registered": Contender(huge_pages=True, registered=True),
     "as the store does": Contender(huge_pages=True, registered=True, probed=True),
@@ -71,10 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure_ring(
     contender: Contender, kind: str, paths: list[Path], profile: DriveProfile, arguments: argparse.Namespace
 ) -> Measured:
-    arena = open_arena(huge_pages=contender.huge_pages)
+    slot_bytes = arguments.depth * arguments.io_bytes // NUM_SLOTS if contender.small_slots else OPERATION_BYTES
+    arena = open_arena(NUM_SLOTS * slot_bytes, huge_pages=contender.huge_pages)
     fds = [os.open(path, os.O_RDWR | os.O_DIRECT) for path in paths]
     each_bytes = arguments.file_bytes // len(paths)
-    places = [(fd, at) for at in range(0, each_bytes, OPERATION_BYTES) for fd in fds]
+    places = [(fd, at) for at in range(0, each_bytes, slot_bytes) for fd in fds]
     try:
         with native.Ring(arguments.depth, arguments.io_bytes, contender.backend) as ring:
             if contender.registered:
@@ -86,7 +92,7 @@ def measure_ring(
             for index, (fd, at) in enumerate(places):
                 if len(started) == NUM_SLOTS:
                     ring.wait(started.popleft(), TIMEOUT_SECONDS)
-                slot = arena[index % NUM_SLOTS * OPERATION_BYTES :][: min(OPERATION_BYTES, each_bytes - at)]
+                slot = arena[index % NUM_SLOTS * slot_bytes :][: min(slot_bytes, each_bytes - at)]
                 writes = kind == "write" or (kind == "mix" and index // len(fds) % 2 == 1)
                 started.append((ring.write if writes else ring.read)(fd, "file", at, slot))
             while started:
@@ -129,13 +135,13 @@ def measure_fio(flags: list[str], kind: str, paths: list[Path], arguments: argpa
     return Measured(gigabytes / seconds, cpu_share * job["job_runtime"] / 1e3 / gigabytes)
 
 
-def open_arena(*, huge_pages: bool) -> memoryview:
+def open_arena(num_bytes: int, *, huge_pages: bool) -> memoryview:
     """Touched, page-aligned, private memory; fresh for each run, as fio's is.
 
     A request of 1 MiB over 4 KiB pages has 256 of them to pin and to describe to the drive. fio has those, so the
     ratio is taken against them; huge pages, which an arena should have, stand beside it.
     """
-    mapping = mmap.mmap(-1, NUM_SLOTS * OPERATION_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapping.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
     np.frombuffer(mapping, dtype=np.uint8)[:] = 1
     return memoryview(mapping)
