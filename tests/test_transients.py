@@ -108,6 +108,15 @@ def test_every_rule_is_tried_above():
     assert set(_OUTPUTS) <= seen
 
 
+def test_an_operand_that_the_operation_would_cast_is_cast_in_the_arena():
+    transients = Transients(Arena("activations", MIB), least_bytes=4096)
+    left, right = half(65, 129), random(65, 129)
+    with transients.placed():
+        found = left + right
+    assert torch.equal(found, left + right)
+    assert (transients.counters.num_placed, transients.counters.placed_bytes) == (2, 2 * found.nbytes)
+
+
 def test_what_finds_no_room_is_the_allocators():
     arena = Arena("activations", 8192)
     transients = Transients(arena, least_bytes=4096)
