@@ -79,7 +79,8 @@ class _Watch(TorchDispatchMode):
             out = first.new_full((first.shape[0], second.shape[1]), float("nan"))
             self._hold(out, func)
             return out
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves = pytree.tree_leaves((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
         made_of_it = any(_identity(tensor) in self._made for tensor in given)
         if made_of_it and not self._leaves_out and func is not _aten.detach.default:
             raise ProductWanted(str(func))
@@ -90,7 +91,7 @@ class _Watch(TorchDispatchMode):
         return out
 
     def _hold(self, made: Any, func: Any) -> None:
-        if not isinstance(made, torch.Tensor) or not made.is_floating_point():
+        if not isinstance(made, torch.Tensor) or not made.is_floating_point() or made.layout is not torch.strided:
             raise ProductWanted(str(func))
         self._made[_identity(made)] = made.untyped_storage()
 
