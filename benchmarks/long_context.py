@@ -1,6 +1,6 @@
 """Trains at a sequence whose activations are at least ten times the memory limit that the kernel holds the process to.
 
-    python benchmarks/long_context.py [--tokens 4096] [--layers 112] [--hidden 128] [--limit-mib 448] [--json FILE]
+    python benchmarks/long_context.py [--tokens 4096] [--layers 136] [--hidden 128] [--limit-mib 448] [--json FILE]
 
 A Llama with random bf16 weights on the drive and LoRA on all linears. Each contender is a process of its own:
 
@@ -205,7 +205,7 @@ def main() -> int:
     parser.add_argument("--nvme", type=Path, default=Path(tempfile.gettempdir()) / "offload_rt-long-context")
     parser.add_argument("--json", type=Path)
     random_llama.add_arguments(parser)
-    parser.set_defaults(layers=112, hidden=128, intermediate=384, heads=2, kv_heads=1, vocabulary=1024)
+    parser.set_defaults(layers=136, hidden=128, intermediate=384, heads=2, kv_heads=1, vocabulary=1024)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child))))
