@@ -1,6 +1,7 @@
 """What the optimiser decides of activations, measured, planned and run: bits, bytes, recomputes, memory, links."""
 
 import functools
+import itertools
 import logging
 from dataclasses import replace
 
@@ -16,17 +17,19 @@ from offload_rt.planning import lowered
 from offload_rt.planning_tokens import ACTIVATIONS, policies_of
 from offload_rt.tokenwise.saved import MIN_SWAPPED_BYTES
 from offload_rt.tokenwise.slicing import NotTokenLocal
-from planners.activations import Action
+from offload_rt.workload import RuntimeOptions
+from planners.activations import Action, ActivationPolicy, Chunk
 from planners.cost import Knobs
 from planners.division import divided, home_of_each
 from planners.errors import PlanInfeasible
 from planners.expand import Fractions, expand, with_prediction
-from planners.mip import plan_optimal
+from planners.mip import combinations, plan_optimal
 from planners.placement import Cuts, DecodeScope, Tier, TokenSplit, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.simulate import simulate
+from planners.steady import solve_steady
 from planners.streaming import KEPT_TENSORS
-from planners.validate import InvalidPlan, check
+from planners.validate import InvalidPlan, check, floor_seconds
 from tests.conftest import language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
 from tests.test_parity import differences
@@ -205,6 +208,23 @@ def test_a_fast_link_is_used_for_what_does_not_fit(tmp_path):
     assert not any(planned_bytes(plan, "host") for *_, plan in tiers)
 
 
+def test_blocks_are_counted_in_whole_numbers_and_the_bound_is_the_relaxations(tmp_path):
+    _, _, problem = measured(BF16, tmp_path, machine(1100 * KIB, 0))
+    unit = floor_seconds(problem)
+    mixed = 0
+    for knobs in itertools.chain.from_iterable(combinations(problem)):
+        relaxed = solve_steady(problem, knobs, unit_seconds=unit)
+        whole = solve_steady(problem, knobs, unit_seconds=unit, in_whole_blocks=True)
+        if relaxed is None or whole is None:
+            continue
+        counts = [4 * share for share in whole.fractions[0].tokens[1]]
+        assert counts == pytest.approx([round(count) for count in counts], abs=1e-6)
+        mixed += any(abs(4 * share - round(4 * share)) > 1e-3 for share in relaxed.fractions[0].tokens[1])
+        assert whole.step_seconds >= relaxed.step_seconds * (1 - 1e-6)
+        assert whole.bound_seconds == relaxed.bound_seconds <= relaxed.step_seconds * (1 + 1e-6)
+    assert mixed
+
+
 def test_what_the_runtime_cannot_do_with_tokens_is_no_plan(tmp_path):
     _, _, problem = measured(BF16, tmp_path, machine(64 * MIB, 64 * MIB))
     plan = plan_by_hand(problem, (0.5, 0, 0.25, 0.25))
@@ -247,6 +267,7 @@ def test_a_plan_of_whole_layers_gives_plain_bits_and_moves_what_it_says(name, tm
         before = engine.report()
         train(engine)
         after = engine.report()
+        assert engine._runtime.decoder.counters.overflow_bytes == 0
     did = {key: after["tokenwise"][key] - before["tokenwise"][key] for key in ("kept_bytes", "swapped_bytes")}
     layers = problem.workload.classes[0].blocks
     actions = [tokens_of(plan, block) for block in layers]
@@ -336,3 +357,29 @@ def test_shares_of_tokens_become_chunks_that_end_where_the_shares_do(tmp_path):
     assert chunks(Cuts(chunk_tokens=12, attention_groups=2), split(recompute=12)) == [(12, "recompute", None)]
     with pytest.raises(ValueError, match="go different ways"):
         chunks(whole, mixed, replace(split(device=12), name="more"))
+
+
+def test_shares_of_tokens_run_to_the_bits_of_recomputing_the_same_chunks(tmp_path):
+    hardware = machine(64 * MIB, 64 * MIB)
+    _, streaming, problem = measured(BF16, tmp_path, hardware)
+    free = replace(problem, capabilities=replace(problem.capabilities, token_shares=True))
+    plan = plan_by_hand(free, EACH)
+    check(free, plan)
+    with pytest.raises(InvalidPlan, match="go different ways"):
+        check(problem, plan)
+    traces = []
+    recomputed = ActivationPolicy(chunks=(Chunk(num_tokens=SEQ_LEN // 4, action=Action.RECOMPUTE),))
+    for given in (
+        {"plan": lowered(plan, streaming), "emulate": hardware},
+        {"options": RuntimeOptions(activations=recomputed)},
+    ):
+        with Engine(
+            model_of(BF16), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=0.05, lr=1e-2, nvme=tmp_path, **given
+        ) as engine:
+            traces.append(run_steps(BF16.accumulation, engine, engine.backward, engine.trainable, engine.step))
+            report = engine.report()["tokenwise"]
+            if "plan" in given:
+                num_chunks = report["num_chunks"]
+                assert report["swapped_bytes"] > 0 and report["num_first_replays"] > 0 == report["no_room_bytes"]
+            assert report["num_whole"] == 0 and report["num_chunks"] == num_chunks
+    assert differences(*traces) == []

@@ -144,7 +144,7 @@ def test_a_paced_stash_goes_out_behind_and_comes_back_one_ahead():
 
 def test_a_window_bounds_what_leaves_and_reaches_as_far_back():
     ways, clock = pipe(rate_in=400.0, rate_out=400.0)
-    stash = PacedStash(HostStash(Arena("stash", 16 * 4096), Links()), ways, window_bytes=800)
+    stash = PacedStash(HostStash(Arena("stash", 16 * 4096), Links()), ways, Meter(), window_bytes=800)
     tensors = [torch.full((100,), float(i)) for i in range(5)]  # 400 bytes: a second each
     held = []
     for number, tensor in enumerate(tensors):
