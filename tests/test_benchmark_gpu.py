@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 
 
 @pytest.mark.parametrize(
-    "kinds", [["resident", "host", "swap", "full", "full_device"], pytest.param(["plain"], marks=pytest.mark.full)]
+    "kinds", [["resident", "host", "swap", "full"], pytest.param(["plain", "full_device"], marks=pytest.mark.full)]
 )
 def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, kinds):
     out = disk_folder / "out.json"
