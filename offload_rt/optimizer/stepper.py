@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
 from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrival
-from offload_rt.optimizer.job import Job
+from offload_rt.optimizer.job import GradientSource, Job
 from offload_rt.optimizer.on_device import DeviceCounters, DeviceUpdates
 from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
@@ -51,19 +51,6 @@ class StepperCounters:
     num_read_on_demand: int = 0
     num_read_in_vain: int = 0
     num_elements: int = 0
-
-
-class GradientSource(Protocol):
-    """Where a block's gradients are: `Gradients`, or the parameters themselves."""
-
-    def submitted(self, block: TrainedBlock) -> tuple[Slot | None, tuple[Arrival, ...]]:
-        """What holds them, if a slot does, and what is under way to it, which whoever reads them settles first."""
-
-    def present(self, block: TrainedBlock) -> set[int]:
-        """The parameters of `block` that have a gradient, by index."""
-
-    def of(self, block: TrainedBlock, slot: Any, index: int, begin: int = 0, end: int | None = None) -> Tensor:
-        """Elements [begin, end) of a parameter's gradient, flat, in what `submitted` returned."""
 
 
 @dataclass
