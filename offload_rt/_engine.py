@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload_rt.arguments import OptimizerSpec, machine_to_plan_for, make_optimizer, read_plan
-from offload_rt.assembly import Progress, RuntimeOptions, assemble
+from offload_rt.assembly import Progress, RuntimeOptions, assemble, change_over
 from offload_rt.batch_check import check_batch
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
@@ -31,6 +31,7 @@ from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
 from offload_rt.heap import Base
 from offload_rt.integrity import check_loss, check_optimizer
+from offload_rt.rehearsal import Rehearsal
 from offload_rt.report import report, summary
 from offload_rt.runtime import Runtime
 from offload_rt.steps import StepMeter, measured_update
@@ -157,6 +158,7 @@ class Engine:
         self.step_meter = StepMeter(
             lambda: self._runtime.links.reading(), is_asynchronous=self._runtime.device is not None
         )
+        self._rehearsal = Rehearsal()
         self._wear_from = (0, self._runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
         self._closed = False
@@ -180,7 +182,16 @@ class Engine:
         if device is not None:
             device.check_stream()
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device.device), (args, kwargs))
+        self._rehearse(args, kwargs)
         return self.model(*args, **kwargs)
+
+    def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first call in training, the longest one: see `rehearsal`. Blocks. Raises PlanInfeasible."""
+        if self._rehearsal.is_due:
+            change = self._rehearsal.run(self._runtime, self.config, self.model, args, kwargs)
+            if change is not None:
+                self._runtime = change_over(self._runtime, *change)
+            self.step_meter.begin_again()
 
     def backward(self, loss: torch.Tensor) -> None:
         """As `loss.backward()`, after checking that the loss is finite. Raises `NonFiniteLoss`."""
@@ -232,6 +243,7 @@ class Engine:
             check_loss(loss, self.step_number + 1)
             return loss
 
+        self._rehearse((), batches[0])
         if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:
             losses = self._runtime.run_together([partial(loss_of, batch) for batch in batches])
             total = sum(float(loss.detach()) for loss in losses)
@@ -341,6 +353,7 @@ class Engine:
             wear_from=self._wear_from,
             base_bytes=self._base.resident_bytes,
             step_meter=self.step_meter,
+            rehearsal=self._rehearsal,
         )
 
     def summary(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from offload_rt.errors import ConfigError, PlanInfeasible
+from offload_rt.measured_sizes import remembered_factor, scaled, sizes_key
 from offload_rt.optimizer.pieces import Masters, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import rule_for
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, streaming_problem
@@ -42,6 +43,13 @@ def with_adapter_state(workload: Workload, optimizer: torch.optim.Optimizer, *, 
     return replace(workload, training=TrainingDraft(rule=rule, blocks=(block,), key=key, adapters=True))
 
 
+def question(workload: Workload) -> StreamingProblem:
+    """The planner's question, with transient memory as it was measured for this model before, if it was."""
+    problem = streaming_problem(workload)
+    factor = remembered_factor(sizes_key(workload.model, problem.fingerprint))
+    return problem if factor is None else scaled(problem, factor)
+
+
 def planned(
     workload: Workload, plan: Plan | None, optimizer: torch.optim.Optimizer | None, options: RuntimeOptions
 ) -> tuple[Workload, StreamingProblem, Plan]:
@@ -59,7 +67,7 @@ def planned(
     asked_for = options.state if plan is None else plan.state
     if asked_for is not None and workload.training is None:
         workload = in_tiers()
-    problem = streaming_problem(workload)
+    problem = question(workload)
     if plan is not None:
         return workload, problem, plan
     try:
@@ -72,5 +80,5 @@ def planned(
             workload = in_tiers()
         except ConfigError as reason:
             raise infeasible from reason
-    problem = streaming_problem(workload)
+    problem = question(workload)
     return workload, problem, plan_streaming(problem, rest=options.rest)

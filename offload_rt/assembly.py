@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from offload_rt.access import Access, ResidentAccess
-from offload_rt.adapter_draft import planned
+from offload_rt.adapter_draft import planned, question
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
@@ -43,7 +43,7 @@ from offload_rt.plan_check import check_plan
 from offload_rt.planning_tokens import sizes_of
 from offload_rt.planning_training import optimised
 from offload_rt.recording import Recorder
-from offload_rt.runtime import Runtime
+from offload_rt.runtime import MadeOf, Runtime
 from offload_rt.scratch import Scratch
 from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash, Stash
 from offload_rt.state_assembly import StateAssembly
@@ -65,13 +65,12 @@ from offload_rt.workload import (
     find_workload,
     places_transients,
     policy_of,
-    streaming_problem,
     with_options,
 )
 from planners.activations import Action, Treatment
 from planners.hardware import Hardware
 from planners.plan import DecodeScope, Plan, Tier
-from planners.streaming import INPUTS_OF_CHUNKS, KEPT_TENSORS, STAGING_PIECE_BYTES, StreamingProblem
+from planners.streaming import INPUTS_OF_CHUNKS, KEPT_TENSORS, STAGING_PIECE_BYTES, StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
 
@@ -104,16 +103,43 @@ def assemble(
         workload = find_workload(model, opened, config, optimizer, options)
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
-            problem = streaming_problem(workload)
+            problem = question(workload)
             plan = optimised(workload, problem, optimise_for, optimizer)
+        given = plan
         workload, problem, chosen = planned(workload, plan, optimizer, options)
         chosen = with_options(chosen, workload.drafts, options, problem.training)
         check_plan(chosen, problem, workload)
         if emulated is not None and workload.training is not None and workload.training.adapters:
             raise ConfigError("emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory")
-        throttle = None if emulated is None else Throttle(emulated)
-        with _Assembly(workload, problem, chosen, options, progress, base, throttle) as assembly:
+        made_of = MadeOf(
+            workload=workload, problem=problem, options=options, base=base,
+            throttle=None if emulated is None else Throttle(emulated),
+            plan_again=None if given is not None else _planning_again(workload, options),
+        )  # fmt: skip
+        with _Assembly(made_of, chosen, progress) as assembly:
             return assembly.run(covered, optimizer)
+
+
+def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[StreamingProblem], Plan] | None:
+    """The fixed rule for other sizes, where a runtime can change over: weights are in a store, nothing else moves."""
+    if workload.training is not None or workload.has_streams or not workload.config.nvme:
+        return None
+    return lambda problem: with_options(
+        plan_streaming(problem, rest=options.rest), workload.drafts, options, problem.training
+    )
+
+
+def change_over(runtime: Runtime, problem: StreamingProblem, plan: Plan) -> Runtime:
+    """The runtime that carries out `plan` in place of `runtime`, which is taken apart. Blocks; between steps only.
+
+    `plan` is what `made_of.plan_again` plans for `problem`. What is counted goes on. Raises `ConfigError` before
+    anything was changed.
+    """
+    made_of = replace(runtime.made_of, problem=problem)
+    check_plan(plan, made_of.problem, made_of.workload)
+    runtime.close()
+    with _Assembly(made_of, plan, None, before=runtime) as assembly:
+        return assembly.run(runtime.coverage, None)
 
 
 class _Assembly:
@@ -121,31 +147,32 @@ class _Assembly:
 
     def __init__(
         self,
-        workload: Workload,
-        problem: StreamingProblem,
+        made_of: MadeOf,
         plan: Plan,
-        options: RuntimeOptions,
         progress: Progress | None,
-        base: Base,
-        throttle: Throttle | None,
+        before: Runtime | None = None,
     ) -> None:
-        self.base = base
-        self.workload = workload
-        self.problem = problem
+        """`before` is the runtime that this one follows: the model has its values then, but for what streams."""
+        self.made_of = made_of
+        self.base = made_of.base
+        self.workload = workload = made_of.workload
+        self.problem = problem = made_of.problem
         self.plan = plan
         self.slack_bytes = plan.allocator_slack_bytes
         """Freed memory that the C library may hold back."""
         self.sizes = sizes_of(plan, workload.config.batch_size)
-        self.options = options
+        self.options = options = made_of.options
         self.progress = progress
+        self.before = before
         on_cpu = workload.config.device == "cpu"
         self.device = options.device if on_cpu else CudaDevice(workload.config.device)
         self.recorder = None
         if options.record:
             self.recorder = Recorder() if self.device is None else Recorder(compute=COMPUTE)
         self.links = Links(
-            recorder=self.recorder, device=self.device, delay_seconds=options.delay_seconds, throttle=throttle
-        )
+            recorder=self.recorder, device=self.device, delay_seconds=options.delay_seconds, throttle=made_of.throttle,
+            meter=None if before is None else before.links.meter,
+        )  # fmt: skip
         self.tiers = Tiers(
             problem.device_capacity_bytes, problem.host_capacity_bytes, problem.nvme_capacity_bytes,
             unified=problem.unified, poison=options.poison, device=self.device,
@@ -386,7 +413,8 @@ class _Assembly:
         heap = self._heap()
         workload = self.workload
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
-        materialise_rest(workload.model, workload.rest, stored)
+        if self.before is None:
+            materialise_rest(workload.model, workload.rest, stored)
         tokenwise = Tokenwise(replace(places, between_chunks=heap.check)) if self.plan.activations else None
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
@@ -395,7 +423,10 @@ class _Assembly:
             tokenwise=tokenwise, coverage=covered, store=self.store,
             store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, turns=self.turns,
             training=self._training(optimizer, make_room=heap.check), device=self.device, transients=transients,
+            made_of=self.made_of,
         )  # fmt: skip
+        if self.before is not None:
+            runtime.go_on_counting(self.before)
         for draft in workload.drafts:
             bindings = tuple(
                 Binding(spec, entry.parameter, entry.owners)
@@ -427,6 +458,8 @@ class _Assembly:
 
     def _training(self, optimizer: torch.optim.Optimizer | None, *, make_room: Callable[[], None]) -> Training:
         """What trains, with the state that it begins with. Parameters that stay in memory have their values."""
+        if self.before is not None:
+            return self.before.training
         config = self.workload.config
         steps = AdapterSteps(
             {name: p for name, p in self.workload.model.named_parameters() if p.requires_grad}, config.max_grad_norm

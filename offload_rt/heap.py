@@ -96,6 +96,10 @@ class HeapGuard:
         # A C library without it (musl) holds nothing back.
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
+    def grant(self, slack_bytes: int) -> None:
+        """From now on, so much may be held back."""
+        self._holes_allowed = self._trim_at = slack_bytes
+
     def check(self) -> None:
         """Takes some ten microseconds, unless it is time to trim."""
         resident = self.resident_bytes()

@@ -9,6 +9,7 @@ from offload_rt import codec, comparison
 from offload_rt.comparison import compared
 from offload_rt.config import EngineConfig
 from offload_rt.profile import peak_resident_bytes, resident_bytes
+from offload_rt.rehearsal import Rehearsal
 from offload_rt.runtime import Runtime
 from offload_rt.steps import StepMeter
 from planners.errors import format_bytes
@@ -23,6 +24,7 @@ def report(
     wear_from: tuple[int, int],
     base_bytes: int,
     step_meter: StepMeter,
+    rehearsal: Rehearsal,
 ) -> dict[str, Any]:
     """What moved, what it cost, and who holds memory, since the start. Bytes and seconds.
 
@@ -46,6 +48,7 @@ def report(
         "plan": runtime.plan.planner,
         "predicted": runtime.plan.predicted or None,
         "steady_step": _steady_step(runtime, step_meter),
+        "rehearsal": None if rehearsal.outcome is None else asdict(rehearsal.outcome),
         "link_busy_seconds": None if runtime.links.throttle is None else runtime.links.throttle.busy_seconds(),
         "bytes_read": links.bytes_read,
         "bytes_written": links.bytes_written,

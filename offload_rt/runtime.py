@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.utils.hooks import RemovableHandle
 
@@ -15,22 +15,37 @@ from offload_rt.decoder import Decoder
 from offload_rt.discover import Coverage
 from offload_rt.edge import StreamedModule
 from offload_rt.executor import RingExecutor
-from offload_rt.heap import HeapGuard
+from offload_rt.heap import Base, HeapGuard
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.interface import Training
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.store import Store
+from offload_rt.throttle import Throttle
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise
 from offload_rt.transfer import Links
 from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
-from offload_rt.workload import TensorDevice
+from offload_rt.workload import TensorDevice, Workload
 from planners.plan import Plan
+from planners.streaming import StreamingProblem
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeOf:
+    """What a runtime was assembled from, to make another one for the same model."""
+
+    workload: Workload
+    problem: StreamingProblem
+    options: RuntimeOptions
+    base: Base
+    throttle: Throttle | None
+    plan_again: Callable[[StreamingProblem], Plan] | None
+    """Plans anew for other sizes; None where the plan was given, or the runtime cannot change over to another one."""
 
 
 @dataclass(kw_only=True)
@@ -64,7 +79,28 @@ class Runtime:
     training: Training
     device: TensorDevice | None
     """DEVICE, where its work is asynchronous; None where it is RAM."""
+    made_of: MadeOf
     _closed: bool = field(default=False)
+
+    def counters(self) -> list[Any]:
+        """Dataclasses of what was counted since the start, those of memory left out."""
+        found: list[Any] = [self.links.counters, self.layer_counters, self.decoder.counters]
+        found += [executor.counters for executor in self.executors]
+        if self.loss_head is not None:
+            found.append(self.loss_head.counters)
+        found.append(self.transients.counters)
+        if self.tokenwise is not None:
+            found += [self.tokenwise.counters, self.tokenwise]
+        return found
+
+    def go_on_counting(self, before: Runtime) -> None:
+        """Counts on from where `before`, which this runtime follows, has left off."""
+        self.layer_counters = before.layer_counters
+        self.links.counters = before.links.counters
+        self.decoder.counters = before.decoder.counters
+        self.turns.num_passed_on = before.turns.num_passed_on
+        for executor, earlier in zip(self.executors, before.executors, strict=False):
+            executor.counters = earlier.counters
 
     def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Runs calls of the model, or their backward passes, layer by layer; returns their results. Blocks."""

@@ -77,6 +77,14 @@ class StepMeter:
         with self._lock:
             self._is_clean = False
 
+    def begin_again(self) -> None:
+        """Drops all that was measured: what comes runs otherwise."""
+        with self._lock:
+            self._give_up_open()
+            self.steps.clear()
+            self.num_steps = 0
+            self._restart()
+
     @contextmanager
     def updating(self) -> Iterator[None]:
         """The update is made inside, and is the end of a step. A step that fails does not count."""

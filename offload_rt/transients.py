@@ -52,6 +52,11 @@ class Transients:
         self._arena = arena
         self._least_bytes = least_bytes
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that results took of the arena at once."""
+        return 0 if self._arena is None else self._arena.peak_bytes
+
     @contextlib.contextmanager
     def placed(self) -> Iterator[None]:
         """Inside, on this thread, operations put their large results into the arena; a backward's do, too."""

@@ -148,7 +148,11 @@ class WeightsAssembly:
         if split.nvme_bytes == whole:
             return self._on_nvme(ring, draft, staging)
         if host is not None and split.host_bytes == whole:
-            fill_slot(draft, self._workload.sources, host)
+            if self._store is not None and not draft.trains:
+                for offset_bytes, piece in self._pieces(draft):
+                    self._copy(offset_bytes, piece, 0, host)
+            else:
+                fill_slot(draft, self._workload.sources, host)
             residence = HostResidence(host, self._links)
             if self._state is not None and draft.trains:
                 self._state.weights_rest_in(draft.name, host, residence.settle)

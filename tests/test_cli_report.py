@@ -84,6 +84,16 @@ def test_a_steady_step_is_shown_beside_its_prediction(folder: RunFolder, capsys:
     shown = capsys.readouterr().out
     assert "measured:    a steady step takes 3.500 s in the median of 8, 2.500 s predicted; ssd_read binds" in shown
     assert "ssd_read       3.000 s busy, 1.000 s predicted, 4 KiB" in shown
-    folder.write_report({**report, "steady_step": None})
+    assert "rehearsal" not in shown
+    rehearsed = {
+        "result": "within the budget",
+        "why": "",
+        "measured_bytes": 2048,
+        "planned_bytes": 1024,
+        "seconds": 1.0,
+    }
+    folder.write_report({**report, "steady_step": None, "rehearsal": rehearsed})
     assert main(["report", str(folder.path)]) == 0
-    assert "steady step" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "steady step" not in shown
+    assert "rehearsal:   the longest step takes 2 KiB of tensors, 1 KiB planned: within the budget" in shown

@@ -356,9 +356,9 @@ def test_every_budget_that_the_plan_accepts_is_kept_when_it_runs(make_engine, di
             arguments = {"nvme": disk_folder, "host_memory": host_memory, "device_memory": budget}
             try:
                 engine = make_engine(build_lora(num_layers=3), bits=4, **arguments)
+                engine.backward(engine(**language_batch(0)).loss)  # the rehearsal may refuse what formulas accept
             except PlanInfeasible:
                 break
-            engine.backward(engine(**language_batch(0)).loss)
             engine.step()
             assert engine.report()["memory"]["device"] <= budget
             budget = engine.plan.predicted_bytes(Tier.DEVICE) - 1

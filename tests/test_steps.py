@@ -19,7 +19,7 @@ from tests.conftest import PlainLayer, build_plain
 from tests.test_planning import machine
 
 MIB = 1 << 20
-RATE = 1e6
+RATE = 1e5
 """Bytes a second of a drive that is to bind."""
 SLEEP = 0.004
 """Of each layer's forward and recompute, where computing is to bind."""

@@ -130,6 +130,7 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{format_bytes(allocator['peak_bytes'])} at most, of {format_bytes(allocator['planned_bytes'])} planned; "
             f"the process peaked at {format_bytes(engine['peak_resident_bytes'])}",
         ),
+        *_rehearsal_line(engine.get("rehearsal")),
         (
             "moved",
             f"{format_bytes(engine['bytes_read'])} read, {format_bytes(engine['bytes_written'])} written "
@@ -138,3 +139,10 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         *(("" if number else "measured", line) for number, line in enumerate(steps)),
     ]
+
+
+def _rehearsal_line(rehearsal: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if rehearsal is None or rehearsal["measured_bytes"] is None:
+        return []
+    measured, planned = (format_bytes(rehearsal[name]) for name in ("measured_bytes", "planned_bytes"))
+    return [("rehearsal", f"the longest step takes {measured} of tensors, {planned} planned: {rehearsal['result']}")]

@@ -1,0 +1,285 @@
+"""The longest step, run once before the first one, so that what it leaves to PyTorch's allocator is known and fits.
+
+A plan takes the size of transient activations from formulas. Before a model is first called in training, that call is
+stretched to the largest batch that the engine was declared for and goes forward and backward through the real code,
+without an update, while every block that PyTorch allocates is counted (`allocations`). Where it takes more than was
+planned, the difference comes, in this order,
+
+    from the room that the budget has left
+    from freed memory that the C library was granted       (more of it is given back to the system then: slower)
+    from a new plan with the measured sizes
+    or there is none: `PlanInfeasible`, before anything was trained
+
+It changes nothing: generators, buffers and plain attributes of modules, counters and prefetched blocks are put back;
+gradients are the rehearsal's own. It is left out where formulas could be wrong by far and it would still fit. What was
+measured before (`measured_sizes`) is held against the plan without running anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from offload_rt.allocations import AllocationMeter
+from offload_rt.checkpoint.values import restore_rng, rng_state
+from offload_rt.config import EngineConfig
+from offload_rt.errors import OffloadError
+from offload_rt.measured_sizes import (
+    remember_bytes,
+    remember_factor,
+    remembered_bytes,
+    scaled,
+    sizes_key,
+    tensors_digest,
+)
+from offload_rt.optimizer.training import FullTraining
+from offload_rt.runtime import Runtime
+from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
+from planners.plan import Plan, Tier
+from planners.streaming import TIGHT_SLACK_BYTES, StreamingProblem
+
+logger = logging.getLogger("offload_rt")
+
+ROOM = 3
+"""With so many times what is planned for a step's tensors left in the budget, nobody needs to count them. Formulas were
+1.3 times too small for Llama layers with adapters on every linear, and 1.8 times with dropout on those."""
+MEASURED_BEFORE = "measured by an earlier run"
+SLACK = "freed, held back by the allocator"
+TRANSIENT = (
+    "activations",
+    "kept activations",
+    "layer inputs",
+    "layer input in use",
+    "swapped activations on their way",
+)
+"""What a micro-batch takes of DEVICE memory outside arenas."""
+
+
+Change = tuple[StreamingProblem, Plan]
+"""Measured sizes, and the plan that is made for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of it. Bytes; None where nothing was measured."""
+
+    result: str
+    """fits | within the budget | less freed memory is granted | planned again | left out"""
+    why: str = ""
+    planned_bytes: int | None = None
+    measured_bytes: int | None = None
+    seconds: float = 0.0
+
+
+class Rehearsal:
+    """Of one engine. `is_due` until it was run or left out."""
+
+    def __init__(self) -> None:
+        self.outcome: Outcome | None = None
+        self._refusal: PlanInfeasible | None = None
+
+    @property
+    def is_due(self) -> bool:
+        return self.outcome is None or self._refusal is not None
+
+    def run(
+        self, runtime: Runtime, config: EngineConfig, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Change | None:
+        """Rehearses the call `model(*args, **kwargs)`, which is about to be made. Blocks for about a step.
+
+        Returns what the engine is to change over to; None keeps the plan it has. Raises `PlanInfeasible`.
+        """
+        if not (self.is_due and torch.is_grad_enabled() and model.training):
+            return None
+        if self._refusal is not None:
+            raise self._refusal
+        key = sizes_key(model, runtime.made_of.problem.fingerprint)
+        why = _left_out(runtime, config)
+        digest = tensors_digest(runtime.plan)
+        known = None if why else remembered_bytes(key, digest)
+        if known is not None:
+            return self._settled(runtime, key, known, 0.0)
+        why = why or AllocationMeter.refusal() or ""
+        call = None if why else longest(args, kwargs, config)
+        if call is None:
+            self.outcome = Outcome(result="left out", why=why or "the call has arguments that cannot be stretched")
+            if not why:
+                logger.warning("the longest step is not rehearsed: %s", self.outcome.why)
+            return None
+        self.outcome = Outcome(result="left out", why="under way")
+        begin = time.perf_counter()
+        try:
+            with unchanged(runtime, model):
+                measured = _measure(model, *call) + runtime.transients.peak_bytes
+        except (OffloadError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the batches to come may be shorter and do without
+            self.outcome = Outcome(result="left out", why=f"a batch of the largest size raised {error!r}")
+            logger.warning("the longest step is not rehearsed: %s", self.outcome.why)
+            return None
+        remember_bytes(key, digest, measured)
+        return self._settled(runtime, key, measured, time.perf_counter() - begin)
+
+    def _settled(self, runtime: Runtime, key: str, measured: int, seconds: float) -> Change | None:
+        """As `_settle`; what is refused stays so."""
+        try:
+            return self._settle(runtime, key, measured, seconds)
+        except PlanInfeasible as refusal:
+            self._refusal = refusal
+            raise
+
+    def _settle(self, runtime: Runtime, key: str, measured: int, seconds: float) -> Change | None:
+        planned = planned_bytes(runtime)
+        account, guard = runtime.tiers.account(Tier.DEVICE), runtime.heap
+        more = measured - planned
+        activations = account.holdings["activations"]
+
+        def outcome(result: str) -> None:
+            self.outcome = Outcome(
+                result=result, why="" if seconds else MEASURED_BEFORE, planned_bytes=planned, measured_bytes=measured,
+                seconds=round(seconds, 6),
+            )  # fmt: skip
+            logger.info(
+                "rehearsed the longest step in %.2f s: %s of tensors, %s planned: %s",
+                seconds, format_bytes(measured), format_bytes(planned), result,
+            )  # fmt: skip
+
+        if more <= 0:
+            outcome("fits")
+            return None
+        room = more if account.capacity_bytes is None else account.capacity_bytes - account.used_bytes
+        slack = account.holdings.get(SLACK, 0)
+        from_slack = max(0, more - room)
+        if from_slack <= slack - min(TIGHT_SLACK_BYTES, slack // 4):
+            account.holdings["activations"] += more
+            if from_slack:
+                account.holdings[SLACK] -= from_slack
+                guard.grant(slack - from_slack)
+            outcome("less freed memory is granted" if from_slack else "within the budget")
+            return None
+        factor = (activations + more) / max(1, activations)
+        remember_factor(key, factor)
+        if runtime.made_of.plan_again is None:
+            have = (account.capacity_bytes or 0) - account.used_bytes + planned
+            raise PlanInfeasible(
+                tier=account.tier.value,
+                phase="rehearsal of the longest step: tensors of layers, or of the head",
+                need_bytes=measured,
+                have_bytes=have,
+                ways_out=[
+                    f"{account.tier.value}_memory of {format_bytes_up((account.capacity_bytes or 0) + more - room)}",
+                    'an engine made again with plan="auto": what was measured is remembered',
+                ],
+            )
+        problem = scaled(runtime.made_of.problem, factor)
+        plan = runtime.made_of.plan_again(problem)
+        outcome("planned again")
+        return problem, plan
+
+
+def planned_bytes(runtime: Runtime) -> int:
+    """What one micro-batch's tensors may take of DEVICE memory, with their gradients."""
+    holdings = runtime.tiers.account(Tier.DEVICE).holdings
+    together = runtime.made_of.workload.config.accumulation_steps if runtime.plan.layer_major else 1
+    sizes = {name: holdings.get(name, 0) for name in TRANSIENT}
+    sizes["layer inputs"] //= together
+    trains = [p for p in runtime.made_of.workload.model.parameters() if p.requires_grad]
+    return sum(sizes.values()) + sum(p.numel() * p.element_size() for p in trains)
+
+
+def _left_out(runtime: Runtime, config: EngineConfig) -> str:
+    """Why it need not, or cannot, be run; empty where it is to be."""
+    if config.device != "cpu" or runtime.device is not None:
+        return "memory of a GPU is not counted yet"
+    if isinstance(runtime.training, FullTraining):
+        return "layers train: their gradients are taken away as they come"
+    account = runtime.tiers.account(Tier.DEVICE)
+    if account.capacity_bytes is None or account.capacity_bytes - account.used_bytes >= ROOM * planned_bytes(runtime):
+        return "the budget has room for much more than is planned"
+    return ""
+
+
+def longest(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], config: EngineConfig
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The call with its tensors, of [rows, tokens, ...], repeated to the largest batch; None where one has another
+    shape. What has no dimension stays.
+    """
+    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    if not tensors or tensors[0].ndim < 2:
+        return None
+    first = kwargs.get("input_ids")
+    rows, tokens = (first if isinstance(first, torch.Tensor) else tensors[0]).shape[:2]
+    if not rows or not tokens or any(tensor.shape[:2] != (rows, tokens) for tensor in tensors):
+        return None
+
+    def stretched(tensor: torch.Tensor) -> torch.Tensor:
+        repeats = (-(-config.batch_size // rows), -(-config.seq_len // tokens), *[1] * (tensor.ndim - 2))
+        return tensor.detach().repeat(repeats)[: config.batch_size, : config.seq_len].contiguous()
+
+    longer = [stretched(leaf) if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf for leaf in leaves]
+    found_args, found_kwargs = pytree.tree_unflatten(longer, structure)
+    return found_args, found_kwargs
+
+
+def _measure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The most that the call's forward and backward have allocated at once."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    with AllocationMeter() as meter:
+        output = model(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            leaves = pytree.tree_leaves(output)
+            results = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            loss = torch.stack([result.float().sum() for result in results]).sum()
+            del leaves, results
+        del output
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        del loss, gradients
+    return meter.peak_bytes
+
+
+@contextmanager
+def unchanged(runtime: Runtime, model: nn.Module) -> Iterator[None]:
+    """What a call of `model` changes inside, besides memory and time, is as before afterwards."""
+    random = rng_state()
+    modules = [(module, _plain_values(module), _buffer_values(module)) for module in model.modules()]
+    counters = [(entry, {f.name: getattr(entry, f.name) for f in fields(entry)}) for entry in runtime.counters()]
+    num_passed_on = runtime.turns.num_passed_on
+    try:
+        yield
+    finally:
+        for executor in runtime.executors:
+            executor.drain()
+        for entry, values in counters:
+            for name, value in values.items():
+                setattr(entry, name, value)
+        runtime.turns.num_passed_on = num_passed_on
+        for module, plain, buffers in modules:
+            for name, value in plain.items():
+                if vars(module).get(name) != value:
+                    setattr(module, name, value)
+            for name, (buffer, before) in buffers.items():
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        restore_rng(random)
+
+
+def _plain_values(module: nn.Module) -> dict[str, Any]:
+    """Attributes that a forward may change: counts, lengths seen, flags."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+
+
+def _buffer_values(module: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None}
