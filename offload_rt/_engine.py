@@ -32,7 +32,7 @@ from offload_rt.errors import ConfigError, OffloadError, nearest
 from offload_rt.heap import Base
 from offload_rt.integrity import check_loss, check_optimizer
 from offload_rt.rehearsal import Rehearsal
-from offload_rt.report import report, summary
+from offload_rt.report import drift, report, summary
 from offload_rt.runtime import Runtime
 from offload_rt.steps import StepMeter, measured_update
 from planners.plan import Plan
@@ -156,7 +156,9 @@ class Engine:
         self._training.carry(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
         self.optimizer = self._training.optimizer
         self.step_meter = StepMeter(
-            lambda: self._runtime.links.reading(), is_asynchronous=self._runtime.device is not None
+            lambda: self._runtime.links.reading(),
+            is_asynchronous=self._runtime.device is not None,
+            on_settled=lambda: logger.info("%s", drift(self._runtime, self.step_meter)),
         )
         self._rehearsal = Rehearsal()
         self._wear_from = (0, self._runtime.links.counters.bytes_written)

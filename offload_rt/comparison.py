@@ -59,6 +59,34 @@ def lines(steady: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def drift(steady: Mapping[str, Any]) -> str:
+    """`compared` in a sentence: what binds, and how far reality is from the prediction, where there is one."""
+    name, resources = steady["binding"], steady["resources"]
+    text = f"a step takes {_seconds(steady['seconds'])}{_off(steady['seconds'], steady['predicted_seconds'])}"
+    if name is None:
+        return text
+    busy = resources[name]["busy_seconds"]
+    text += f"; {name} binds, {_seconds(busy)} busy{_off(busy, resources[name]['predicted_seconds'])}"
+    others = {
+        other: each["busy_seconds"] - each["predicted_seconds"]
+        for other, each in resources.items()
+        if other != name and each["busy_seconds"] is not None and each["predicted_seconds"] is not None
+    }
+    if others:
+        far = max(others, key=lambda other: abs(others[other]))
+        busy = resources[far]["busy_seconds"]
+        text += f"; furthest off besides: {far}, {_seconds(busy)}{_off(busy, resources[far]['predicted_seconds'])}"
+    return text
+
+
+def _off(seconds: float, predicted: float | None) -> str:
+    if predicted is None:
+        return ""
+    if not predicted:
+        return " (none predicted)"
+    return f" ({seconds / predicted - 1:+.0%} of the {_seconds(predicted)} predicted)"
+
+
 def _parts(resource: Mapping[str, Any]) -> Sequence[str]:
     busy, predicted = resource["busy_seconds"], resource["predicted_seconds"]
     parts = ["not timed" if busy is None else f"{_seconds(busy)} busy"]

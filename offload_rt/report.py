@@ -118,6 +118,12 @@ def _bytes_written_per_step(
     }
 
 
+def drift(runtime: Runtime, step_meter: StepMeter) -> str:
+    """What a steady step takes, what binds and how far that is from the plan; empty while there is none."""
+    steady = _steady_step(runtime, step_meter)
+    return "" if steady is None else comparison.drift(steady)
+
+
 def _steady_step(runtime: Runtime, step_meter: StepMeter) -> dict[str, Any] | None:
     steady = step_meter.steady()
     if steady is None:

@@ -31,6 +31,8 @@ from offload_rt.meter import COMPUTE, DEVICE_UPDATE, Reading
 
 WARM_STEPS = 2
 """Left out: they check what later ones trust, and touch memory for the first time."""
+SETTLED_STEPS = 8
+"""After so many that count, what a steady step takes is said once."""
 KEPT_STEPS = 32
 """The newest, of which medians are taken."""
 
@@ -55,11 +57,14 @@ class StepMeter:
         *,
         is_asynchronous: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        on_settled: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_settled` is called once there are `SETTLED_STEPS`; once more when they have been dropped."""
         self.steps: deque[StepReading] = deque(maxlen=KEPT_STEPS)
         self.num_steps = 0
         self._read, self._clock = read, clock
         self._is_asynchronous = is_asynchronous
+        self._on_settled = on_settled
         self._lock = threading.RLock()
         self._num_open = 0
         self._backwards: set[int] = set()
@@ -198,6 +203,8 @@ class StepMeter:
             self.num_steps += 1
             if self.num_steps > WARM_STEPS:
                 self.steps.append(step)
+            if self.num_steps == WARM_STEPS + SETTLED_STEPS:
+                self._on_settled()
         self._restart()
 
 

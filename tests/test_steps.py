@@ -11,7 +11,7 @@ from torch import nn
 from offload_rt import comparison
 from offload_rt._engine import Engine
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Reading
-from offload_rt.steps import KEPT_STEPS, WARM_STEPS, StepMeter
+from offload_rt.steps import KEPT_STEPS, SETTLED_STEPS, WARM_STEPS, StepMeter
 from offload_rt.workload import RuntimeOptions
 from planners.plan import Tier
 from tests import tiny_training
@@ -126,10 +126,32 @@ def test_first_steps_failed_ones_and_those_with_an_evaluation_do_not_count(rig):
     assert rig.meter.steady().seconds == 3.5
 
 
+def test_what_a_steady_step_takes_is_said_once():
+    clock, said = Clock(), []
+    model = Busy(clock)
+    rig = SimpleNamespace(clock=clock, model=model)
+    rig.meter = StepMeter(model.read, clock=clock, on_settled=lambda: said.append(len(rig.meter.steps)))
+    rig.meter.attach(model)
+    for _ in range(WARM_STEPS + SETTLED_STEPS + 3):
+        one_step(rig)
+    assert said == [SETTLED_STEPS]
+    rig.meter.begin_again()
+    for _ in range(WARM_STEPS + SETTLED_STEPS):
+        one_step(rig)
+    assert said == [SETTLED_STEPS] * 2
+
+
 def test_old_steps_make_room(rig):
     for number in range(WARM_STEPS + 2 * KEPT_STEPS):
         one_step(rig, update=0.5 if number < KEPT_STEPS else 1.0)
     assert len(rig.meter.steps) == KEPT_STEPS and rig.meter.steady().seconds == 4.0
+
+
+def test_an_engine_logs_what_binds(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="offload_rt"):
+        steady_step(build_plain(), tmp_path, num_steps=WARM_STEPS + SETTLED_STEPS)
+    (said,) = [record.message for record in caplog.records if "binds" in record.message]
+    assert said.startswith("a step takes")
 
 
 def steady_step(model, folder, hardware=None, *, num_steps=WARM_STEPS + 3, **arguments):
@@ -207,8 +229,13 @@ def test_a_prediction_stands_beside_what_was_measured():
         "  ssd_read       3.000 s busy, 1.000 s predicted, 4 MiB, computing waited 1.250 s for it",
         "  compute        2.000 s busy, 2.400 s predicted",
     ]
+    assert comparison.drift(found) == (
+        "a step takes 3.500 s (+40% of the 2.500 s predicted); ssd_read binds, 3.000 s busy (+200% of the 1.000 s "
+        "predicted); furthest off besides: compute, 2.000 s (-17% of the 2.400 s predicted)"
+    )
     alone = comparison.compared(3.5, 0.1, resources, 8, {})
     assert alone["predicted_seconds"] is None and alone["predicted_binding"] is None
     assert "predicted" not in " ".join(comparison.lines(alone))
+    assert comparison.drift(alone) == "a step takes 3.500 s; ssd_read binds, 3.000 s busy"
     untimed = comparison.compared(3.5, 0.1, Reading(moved_bytes={HOST_TO_DEVICE: 1}), 8, {})
     assert untimed["binding"] is None and "not timed" in comparison.lines(untimed)[1]
