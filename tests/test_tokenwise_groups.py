@@ -22,7 +22,7 @@ from planners.activations import Action, ActivationPolicy, Chunk, Group, Span, T
 from planners.placement import Tier
 from tests.parity import pairwise
 from tests.test_tokenwise import counted, run, same_bits
-from tests.tokenwise import ROWS, TOKENS, batch, build, cut, decoder_layers, errors, step
+from tests.tokenwise import ARCHITECTURES, ROWS, TOKENS, batch, build, cut, decoder_layers, errors, step
 
 KEEP, RECOMPUTE = Treatment(action=Action.KEEP), Treatment(action=Action.RECOMPUTE)
 HOST, NVME = (Treatment(action=Action.SWAP, tier=tier) for tier in (Tier.HOST, Tier.NVME))
@@ -91,6 +91,21 @@ def test_a_gate_that_shares_a_product_with_the_queries_is_found_and_run_again(pl
     counters = tokenwise.counters
     assert counters.num_second_replays == counters.num_chunks
     assert counters.num_first_replays == counters.num_second_replays
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[] if name in ("llama4_text", "gpt2") else pytest.mark.full) for name in ARCHITECTURES],
+)
+def test_selective_recompute_leaves_out_the_way_to_attention_in_all_architectures_but_one(architecture):
+    """Also where queries and keys are rotated as complex numbers (llama4_text)."""
+    model, inputs = build(architecture), batch(padded=True)
+    expected, _ = run(model, grouped(RECOMPUTE, RECOMPUTE, None, RECOMPUTE, 3), inputs)
+    found, tokenwise = run(model, grouped(KEEP, KEEP, None, RECOMPUTE, 3), inputs)
+    same_bits(found, expected)
+    counters = tokenwise.counters
+    assert (tokenwise.num_whole, counters.num_second_replays) == (0, counters.num_chunks)
+    assert counters.num_first_replays == (counters.num_chunks if architecture == "qwen3_next" else 0)
 
 
 def test_a_product_that_is_wanted_and_not_watched_gives_nan(monkeypatch):

@@ -10,8 +10,8 @@ that a parallel MLP shares. The products on it are its cost, and nobody wants wh
 [Note: nobody wants q, k and v]
 That is looked at, in every such replay: each operation passes `_Watch`, which knows the storages that were made of a
 left-out product. At attention their memory is given back; an operation that is given one after that (a gate that shares
-a product with the queries) raises `ProductWanted`, and so does one before it that makes anything but floating-point
-tensors of them. The chunk is then run again in full, and so are all others of that layer.
+a product with the queries) raises `ProductWanted`, and so does one before it that makes anything but real or
+complex tensors of them. The chunk is then run again in full, and so are all others of that layer.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class _Watch(TorchDispatchMode):
         return out
 
     def _hold(self, made: Any, func: Any) -> None:
-        if not isinstance(made, torch.Tensor) or not made.is_floating_point() or made.layout is not torch.strided:
+        is_number = isinstance(made, torch.Tensor) and (made.is_floating_point() or made.is_complex())
+        if not is_number or made.layout is not torch.strided:
             raise ProductWanted(str(func))
         self._made[_identity(made)] = made.untyped_storage()
 
