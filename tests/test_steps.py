@@ -187,7 +187,6 @@ def test_a_slow_drive_binds_by_its_bytes_over_its_rate_and_a_slow_layer_otherwis
     assert (
         slow["seconds"] >= slow["resources"][SSD_READ]["stall_seconds"] > fast["resources"][SSD_READ]["stall_seconds"]
     )
-    assert slow["resources"][SSD_READ]["stall_seconds"] > 0.5 * read["busy_seconds"], "nothing hides such a drive"
 
 
 def test_layer_inputs_in_host_are_counted_both_ways(tmp_path):
