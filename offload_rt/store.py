@@ -149,12 +149,13 @@ class Store:
     def slabs(self, block: str, staging: Arena) -> Iterator[tuple[int, Slot]]:
         """Reads a whole block piece by piece: (offset in the block, the piece). A piece is valid until the next one.
 
-        Blocks for the drive. The last of `staging` pieces was yielded when the block is checked: `StoreCorrupt`.
+        Blocks for the drive. A piece is half of `staging`, since the caller has one while the next is read. The last
+        one was yielded when the block is checked: `StoreCorrupt`.
         """
         _, extent = self._blocks[block]
-        crc = 0
-        for begin in range(0, extent.length_bytes, staging.num_bytes):
-            slab = staging.acquire(min(staging.num_bytes, extent.length_bytes - begin), block)
+        crc, most = 0, staging.num_bytes // 2
+        for begin in range(0, extent.length_bytes, most):
+            slab = staging.acquire(min(most, extent.length_bytes - begin), block)
             self._links.wait(self.read_range(block, begin, slab))
             crc = crc32c(slab.buffer(), crc)
             yield begin, slab

@@ -194,8 +194,9 @@ class WeightsAssembly:
             return
         for offset_bytes, tensor in block_pieces(draft, self._workload.sources):
             data = tensor.detach().reshape(-1).view(torch.uint8)
-            for begin in range(0, data.numel(), STAGING_BYTES):
-                piece = staging.acquire(min(STAGING_BYTES, data.numel() - begin), draft.name)
+            most = staging.num_bytes // 2  # whoever asked for the pieces has one while the next is made
+            for begin in range(0, data.numel(), most):
+                piece = staging.acquire(min(most, data.numel() - begin), draft.name)
                 piece.tensor(torch.uint8, (piece.num_bytes,)).copy_(data[begin : begin + piece.num_bytes])
                 yield offset_bytes + begin, piece
                 del piece

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from offload_rt import weights_assembly
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.assembly import RuntimeOptions
@@ -91,6 +92,24 @@ def test_any_split_has_the_bits_of_plain_pytorch_and_moves_what_it_says(weights,
     assert everywhere["ring of layers"] == 2 * split.streamed_bytes
     assert everywhere.get("weights", 0) == 4 * split.host_bytes
     assert 4 * split.device_bytes <= everywhere.get("what stays of layers", 0) <= 4 * (split.device_bytes + PAGE)
+
+
+@pytest.mark.parametrize("shares", [(0.0, 1.0), SHARES["all three"]], ids=["HOST", "all three"])
+@pytest.mark.parametrize("nvme", [True, False])
+def test_a_block_of_many_pieces_comes_to_where_it_rests(nvme, shares, tmp_path, monkeypatch):
+    """As a block of more than 4 MiB does: whoever takes the pieces has one while the next is read."""
+    monkeypatch.setattr(weights_assembly, "STAGING_BYTES", 2 * PAGE)
+    case = Case("llama", "fp32", 1, False, False, "from NVME")
+    if not nvme:
+        shares = (1 - shares[1], shares[1])
+    plan, splits = plan_for(case, tmp_path, shares, host_memory="64MiB")
+    if not nvme:
+        plan = replace(plan, rings=tuple(replace(ring, rest=Tier.HOST) for ring in plan.rings))
+    assert min(split.total_bytes for split in splits.values()) > 4 * PAGE
+    folder = tmp_path if nvme else None
+    with engine_for(case, folder, plan, host_memory="64MiB") as engine:
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        assert differences(run_plain(case), found) == []
 
 
 def test_a_split_on_a_late_device_is_bit_equal_and_ordered(tmp_path):
