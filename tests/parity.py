@@ -148,7 +148,7 @@ PLACES: dict[str, dict[str, Any]] = {
             decode_scope=DecodeScope.LINEAR,
             record=True,
             poison=True,
-            placed_bytes=512,
+            placed_bytes=160,
             delay_seconds=0.004,
         ),  # fmt: skip
     },
