@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from offload_rt.access import Access, ResidentAccess
+from offload_rt.activation_assembly import ActivationsAssembly
 from offload_rt.adapter_draft import planned, question
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.backbone import find_causal_model
@@ -27,7 +28,6 @@ from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent
 from offload_rt.config import EngineConfig
 from offload_rt.decoder import Decoder
 from offload_rt.device_cuda import CudaDevice
-from offload_rt.device_stash import DeviceStash
 from offload_rt.discover import BlockDraft, Coverage, check_coverage, coverage
 from offload_rt.edge import StreamedModule, keep_head_input_contiguous
 from offload_rt.errors import ConfigError
@@ -38,18 +38,13 @@ from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.log_commit import open_log
 from offload_rt.optimizer.training import FullTraining
-from offload_rt.paced_stash import PacedStash
 from offload_rt.plan_check import check_plan
-from offload_rt.planning_tokens import sizes_of
 from offload_rt.planning_training import optimised
 from offload_rt.recording import Recorder
 from offload_rt.runtime import MadeOf, Runtime
-from offload_rt.scratch import Scratch
-from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash, Stash
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
 from offload_rt.streams import COMPUTE
-from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.throttle import Throttle
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
@@ -61,23 +56,15 @@ from offload_rt.weights_assembly import WeightsAssembly
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import (
     Workload,
-    chunk_tokens_of,
     find_workload,
-    places_transients,
     policy_of,
     with_options,
 )
-from planners.activations import Action, Treatment
 from planners.hardware import Hardware
 from planners.plan import DecodeScope, Plan, Tier
-from planners.streaming import INPUTS_OF_CHUNKS, KEPT_TENSORS, STAGING_PIECE_BYTES, StreamingProblem, plan_streaming
+from planners.streaming import StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
-
-ROOM_FOR_GAPS = 4
-"""Such a part of the activations is added to their arena, for gaps between them and what an estimate lacks. It is taken
-from what the plan lets the C library hold back for the same reasons. A layer of TinyLlama's shape at 2048 tokens took
-335 MiB of 280 estimated."""
 
 
 def assemble(
@@ -158,9 +145,6 @@ class _Assembly:
         self.workload = workload = made_of.workload
         self.problem = problem = made_of.problem
         self.plan = plan
-        self.slack_bytes = plan.allocator_slack_bytes
-        """Freed memory that the C library may hold back."""
-        self.sizes = sizes_of(plan, workload.config.batch_size)
         self.options = options = made_of.options
         self.progress = progress
         self.before = before
@@ -179,7 +163,9 @@ class _Assembly:
         )  # fmt: skip
         self.store: Store | None = None
         self.store_was_cached = False
-        self.scratch: Scratch | None = None
+        self.activations = ActivationsAssembly(
+            workload, problem, plan, self.tiers, self.links, self.device, placed_bytes=options.placed_bytes
+        )
         self.executors: list[RingExecutor] = []
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.state: StateAssembly | None = None
@@ -196,8 +182,8 @@ class _Assembly:
             if self.state is not None:
                 self.state.close()
             self.links.close()
-            if self.scratch is not None:
-                self.scratch.close()
+            if self.activations.scratch is not None:
+                self.activations.scratch.close()
             if self.store is not None:
                 self.store.close()
 
@@ -207,8 +193,8 @@ class _Assembly:
         decoder = self._decoder()
         device = self.tiers.account(Tier.DEVICE)
         device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
-        transients = self._transients()
-        device.reserve("freed, held back by the allocator", self.slack_bytes)
+        transients = self.activations.transients()
+        device.reserve("freed, held back by the allocator", self.activations.slack_bytes)
         if self.state is not None:
             self.state.open()
         weights = WeightsAssembly(
@@ -220,7 +206,7 @@ class _Assembly:
             executor, streamed = weights.ring(ring)
             self.executors.append(executor)
             accesses.update(streamed)
-        places = self._places()
+        places = self.activations.places()
         return self._attach(decoder, accesses, places, transients, covered, optimizer)
 
     def _open_store(self) -> None:
@@ -247,23 +233,6 @@ class _Assembly:
                 builder.close()
         self.tiers.account(Tier.NVME).reserve("weights", self.store.stored_bytes)
 
-    def _transient_bytes(self) -> int:
-        if self.sizes is not None:
-            return self.sizes.transient_bytes
-        chunk_tokens = chunk_tokens_of(self.plan, self.workload)
-        return self.problem.transient_bytes(self.plan.head_chunk_tokens, chunk_tokens)
-
-    def _transients(self) -> Transients:
-        """Room for what a layer, or a tile of the loss, holds while it runs: in an arena, where that gains."""
-        num_bytes = self._transient_bytes()
-        least_bytes = self.options.placed_bytes
-        if self.plan.activations or not places_transients(self.workload, num_bytes, least_bytes):
-            self.tiers.account(Tier.DEVICE).reserve("activations", num_bytes)
-            return Transients()
-        gaps = min(num_bytes // ROOM_FOR_GAPS, self.plan.allocator_slack_bytes // 2)
-        self.slack_bytes -= gaps
-        return Transients(self.tiers.arena(Tier.DEVICE, "activations", num_bytes + gaps), least_bytes)
-
     @property
     def _holds_decoded(self) -> bool:
         return self.plan.decode_scope is DecodeScope.LAYER
@@ -279,126 +248,6 @@ class _Assembly:
     def _tensor_device(self) -> torch.device:
         """Where torch computes."""
         return torch.device("cpu") if self.device is None else self.device.device
-
-    def _places(self) -> Places:
-        """Where layer inputs and swapped activations wait; None keeps them where they are."""
-        home = self.plan.layer_inputs
-        if home is Tier.HOST and self.tiers.unified:
-            home = Tier.DEVICE
-        each = align_up(self.problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
-        # With its input, a layer in chunks keeps the attention's result, which may be wider, and a log-sum-exp.
-        by_chunks = [self._keeps_attention(draft) for draft in self.workload.layers]
-        sizes = [each * (INPUTS_OF_CHUNKS if chunked else 1) for chunked in by_chunks]
-        together = self.workload.config.accumulation_steps if self.plan.layer_major else 1
-        inputs = together * sum(sizes)
-        swapped = {tier: self._share_bytes(Action.SWAP, tier) for tier in (Tier.HOST, Tier.NVME)}
-        on_nvme = 2 * inputs * (home is Tier.NVME) + swapped[Tier.NVME]
-        if on_nvme:
-            if not self.workload.config.nvme:
-                raise ConfigError("plan: layer inputs or activations wait on NVME, but nvme= gives no folder")
-            self.tiers.account(Tier.NVME).reserve("layer inputs, activations", on_nvme)
-            self.scratch = Scratch(self.workload.config.nvme[0].path, on_nvme, self.links)
-        device = self.tiers.account(Tier.DEVICE)
-        if kept := self._share_bytes(Action.KEEP):
-            device.reserve("kept activations", kept)
-        if home is Tier.DEVICE:
-            device.reserve("layer inputs", inputs)
-        elif self.sizes is None:
-            device.reserve("layer input in use", each)
-        if together > 1:
-            device.reserve("hidden states of other micro-batches", 2 * together * each)
-        largest = self._largest_saved_bytes()
-        window = self._window_bytes(swapped)
-        device.reserve("swapped activations on their way", window)
-        return Places(
-            layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each), max(sizes, default=each)),
-            layer_inputs_tier=home,
-            swapped={
-                tier: stash
-                for tier, size in swapped.items()
-                if size
-                and (stash := self._stash(tier, "swapped activations", size, largest, window, by_plan=True)) is not None
-            },
-        )
-
-    def _keeps_attention(self, draft: BlockDraft) -> bool:
-        policy = policy_of(self.plan, draft)
-        if policy is None or self.sizes is None:
-            return policy is not None
-        return len(policy.spans(self.workload.config.seq_len)) > 1
-
-    def _stash(
-        self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int, *, by_plan: bool = False
-    ) -> Stash | None:
-        """As `_place`; behind the emulated link, if there is one. by_plan: as deep a way as the plan has room for."""
-        planned = self.sizes if by_plan else None
-        staging_bytes = 0 if planned is None else planned.staging_bytes
-        stash = self._place(home, name, num_bytes, largest_bytes, window_bytes, staging_bytes)
-        link = self.links.throttle.link if self.links.throttle is not None else None
-        if stash is None or link is None:
-            return stash
-        return PacedStash(stash, link, self.links.meter, window_bytes=None if planned is None else planned.window_bytes)
-
-    def _place(
-        self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int, staging_bytes: int
-    ) -> Stash | None:
-        """A place for `num_bytes` in tensors of at most `largest_bytes`; a device has at most a window on their way.
-
-        On the way to a drive they pass `staging_bytes` of HOST; 0: as little as serves.
-        """
-        if home is Tier.DEVICE:
-            return None
-        if home is Tier.HOST:
-            if self.device is None:
-                return HostStash(self.tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES), self.links)
-            return DeviceStash(self.tiers.arena(Tier.HOST, name, num_bytes), self.links, window_bytes=window_bytes)
-        if self.scratch is None:
-            raise ConfigError(f"plan: {name} wait on NVME, but nvme= gives no folder")
-        if self.device is not None:
-            staging = self.tiers.arena(Tier.HOST, f"staging for {name}", 2 * (window_bytes + largest_bytes))
-            return DeviceStash(staging, self.links, window_bytes=window_bytes, scratch=self.scratch)
-        piece_bytes = min(largest_bytes, STAGING_PIECE_BYTES)
-        staging = self.tiers.arena(Tier.HOST, f"staging for {name}", max(4 * piece_bytes, staging_bytes))
-        return NvmeStash(self.scratch, staging, self.links, piece_bytes=piece_bytes, ahead_bytes=staging_bytes // 2)
-
-    def _share_bytes(self, action: Action, tier: Tier | None = None) -> int:
-        """What all layers save that is treated so: as planned, or an estimate from what one whole layer saves."""
-        if self.sizes is not None:
-            return self.sizes.kept_bytes if tier is None else self.sizes.swapped_bytes.get(tier, 0)
-        seq_len = self.workload.config.seq_len
-        policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
-        treatment = Treatment(action=action, tier=tier)
-        shares = [(s.end - s.start, s.share(treatment)) for policy in policies for s in policy.spans(seq_len)]
-        tokens = sum(num_tokens * share for num_tokens, share in shares)
-        rounded_up = sum(share > 0 for _, share in shares) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
-        return align_up(int(self.problem.activation_bytes * tokens / seq_len) + rounded_up, IO_ALIGNMENT_BYTES)
-
-    def _window_bytes(self, swapped: dict[Tier, int]) -> int:
-        """Room in DEVICE memory for what is swapped, on its way: as planned; without a plan, where copies need it."""
-        if self.sizes is not None:
-            return self.sizes.window_bytes
-        return self._largest_swapped_bytes() if self.device is not None and any(swapped.values()) else 0
-
-    def _largest_swapped_bytes(self) -> int:
-        """An estimate of what a layer saves of its largest chunk that is swapped."""
-        seq_len = self.workload.config.seq_len
-        policies = [policy for draft in self.workload.layers if (policy := policy_of(self.plan, draft)) is not None]
-        spans = [span for policy in policies for span in policy.spans(seq_len)]
-        swapped = [s for s in spans if any(one.action is Action.SWAP for one in s.treatments())]
-        largest = max((span.end - span.start for span in swapped), default=0)
-        return align_up(self.problem.activation_bytes * largest // seq_len, IO_ALIGNMENT_BYTES)
-
-    def _largest_saved_bytes(self) -> int:
-        """One tensor of one chunk at most: the widest a layer has, in fp32."""
-        config = self.workload.config
-        widest = max((size for d in self.workload.layers for t in d.spec.tensors for size in t.shape[-2:]), default=1)
-        spans = [
-            span.end - span.start
-            for draft in self.workload.layers
-            if (policy := policy_of(self.plan, draft)) is not None
-            for span in policy.spans(config.seq_len)
-        ]
-        return align_up(4 * config.batch_size * max(spans, default=1) * widest, IO_ALIGNMENT_BYTES)
 
     def _attach(
         self,
@@ -418,10 +267,10 @@ class _Assembly:
         tokenwise = Tokenwise(replace(places, between_chunks=heap.check)) if self.plan.activations else None
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
-            executors=self.executors,
-            layers=[], streamed=[], loss_head=None, heap=heap, layer_counters=LayerCounters(), contiguous_head=None,
-            tokenwise=tokenwise, coverage=covered, store=self.store,
-            store_was_cached=self.store_was_cached, scratch=self.scratch, recorder=self.recorder, turns=self.turns,
+            executors=self.executors, layers=[], streamed=[], loss_head=None, heap=heap,
+            layer_counters=LayerCounters(), contiguous_head=None, tokenwise=tokenwise, coverage=covered,
+            store=self.store, store_was_cached=self.store_was_cached, scratch=self.activations.scratch,
+            recorder=self.recorder, turns=self.turns,
             training=self._training(optimizer, make_room=heap.check), device=self.device, transients=transients,
             made_of=self.made_of,
         )  # fmt: skip
@@ -510,7 +359,7 @@ class _Assembly:
         return HeapGuard(
             self.base, planned_bytes=sum(account.used_bytes for account in accounts),
             arena_bytes=sum(account.arena_bytes for account in accounts),
-            slack_bytes=self.slack_bytes,
+            slack_bytes=self.activations.slack_bytes,
         )  # fmt: skip
 
     def _loss_head(self, runtime: Runtime) -> LossHead | None:

@@ -101,6 +101,7 @@ FLOORS = {
     "offload_rt.plan_check": 8.8,
     "offload_rt.state_assembly": 8.8,
     "offload_rt.weights_assembly": 8.85,
+    "offload_rt.activation_assembly": 8.85,
     "offload_rt.runtime": 8.9,
     "offload_rt.assembly": 9.0,
     "offload_rt.rehearsal": 9.1,

@@ -1,0 +1,200 @@
+"""Makes the places where activations are: while a layer runs, and between its forward and its backward.
+
+What a plan says of them is planned bytes where it has classes (`planning_tokens.sizes_of`); otherwise it is estimated
+here from what one whole layer saves.
+"""
+
+from __future__ import annotations
+
+from offload_rt.device_stash import DeviceStash
+from offload_rt.discover import BlockDraft
+from offload_rt.errors import ConfigError
+from offload_rt.paced_stash import PacedStash
+from offload_rt.planning_tokens import sizes_of
+from offload_rt.scratch import Scratch
+from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash, Stash
+from offload_rt.streams import Device
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.tiers import Tiers
+from offload_rt.tokenwise.tiles import Places
+from offload_rt.transfer import Links
+from offload_rt.transients import Transients
+from offload_rt.workload import Workload, chunk_tokens_of, places_transients, policy_of
+from planners.activations import Action, Treatment
+from planners.plan import Plan, Tier
+from planners.streaming import INPUTS_OF_CHUNKS, KEPT_TENSORS, STAGING_PIECE_BYTES, StreamingProblem
+
+ROOM_FOR_GAPS = 4
+"""Such a part of the activations is added to their arena, for gaps between them and what an estimate lacks. It is taken
+from what the plan lets the C library hold back for the same reasons. A layer of TinyLlama's shape at 2048 tokens took
+335 MiB of 280 estimated."""
+
+
+class ActivationsAssembly:
+    """Of one runtime. `transients` and `places` are called once each."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        problem: StreamingProblem,
+        plan: Plan,
+        tiers: Tiers,
+        links: Links,
+        device: Device | None,
+        *,
+        placed_bytes: int,
+    ) -> None:
+        """placed_bytes: of a result that gets a place in the arena of `transients`, at least."""
+        self.scratch: Scratch | None = None
+        """Room on NVME, which whoever assembles closes."""
+        self.slack_bytes = plan.allocator_slack_bytes
+        """Freed memory that the C library may hold back, less what `transients` has taken."""
+        self._workload = workload
+        self._problem = problem
+        self._plan = plan
+        self._tiers = tiers
+        self._links = links
+        self._device = device
+        self._placed_bytes = placed_bytes
+        self._sizes = sizes_of(plan, workload.config.batch_size)
+
+    def transients(self) -> Transients:
+        """Room for what a layer, or a tile of the loss, holds while it runs: in an arena, where that gains."""
+        num_bytes = self._transient_bytes()
+        least_bytes = self._placed_bytes
+        if self._plan.activations or not places_transients(self._workload, num_bytes, least_bytes):
+            self._tiers.account(Tier.DEVICE).reserve("activations", num_bytes)
+            return Transients()
+        gaps = min(num_bytes // ROOM_FOR_GAPS, self._plan.allocator_slack_bytes // 2)
+        self.slack_bytes -= gaps
+        return Transients(self._tiers.arena(Tier.DEVICE, "activations", num_bytes + gaps), least_bytes)
+
+    def places(self) -> Places:
+        """Where layer inputs and swapped activations wait; None keeps them where they are."""
+        home = self._plan.layer_inputs
+        if home is Tier.HOST and self._tiers.unified:
+            home = Tier.DEVICE
+        each = align_up(self._problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
+        # With its input, a layer in chunks keeps the attention's result, which may be wider, and a log-sum-exp.
+        by_chunks = [self._keeps_attention(draft) for draft in self._workload.layers]
+        sizes = [each * (INPUTS_OF_CHUNKS if chunked else 1) for chunked in by_chunks]
+        together = self._workload.config.accumulation_steps if self._plan.layer_major else 1
+        inputs = together * sum(sizes)
+        swapped = {tier: self._share_bytes(Action.SWAP, tier) for tier in (Tier.HOST, Tier.NVME)}
+        on_nvme = 2 * inputs * (home is Tier.NVME) + swapped[Tier.NVME]
+        if on_nvme:
+            if not self._workload.config.nvme:
+                raise ConfigError("plan: layer inputs or activations wait on NVME, but nvme= gives no folder")
+            self._tiers.account(Tier.NVME).reserve("layer inputs, activations", on_nvme)
+            self.scratch = Scratch(self._workload.config.nvme[0].path, on_nvme, self._links)
+        device = self._tiers.account(Tier.DEVICE)
+        if kept := self._share_bytes(Action.KEEP):
+            device.reserve("kept activations", kept)
+        if home is Tier.DEVICE:
+            device.reserve("layer inputs", inputs)
+        elif self._sizes is None:
+            device.reserve("layer input in use", each)
+        if together > 1:
+            device.reserve("hidden states of other micro-batches", 2 * together * each)
+        largest = self._largest_saved_bytes()
+        window = self._window_bytes(swapped)
+        device.reserve("swapped activations on their way", window)
+        return Places(
+            layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each), max(sizes, default=each)),
+            layer_inputs_tier=home,
+            swapped={
+                tier: stash
+                for tier, size in swapped.items()
+                if size
+                and (stash := self._stash(tier, "swapped activations", size, largest, window, by_plan=True)) is not None
+            },
+        )
+
+    def _transient_bytes(self) -> int:
+        if self._sizes is not None:
+            return self._sizes.transient_bytes
+        chunk_tokens = chunk_tokens_of(self._plan, self._workload)
+        return self._problem.transient_bytes(self._plan.head_chunk_tokens, chunk_tokens)
+
+    def _keeps_attention(self, draft: BlockDraft) -> bool:
+        policy = policy_of(self._plan, draft)
+        if policy is None or self._sizes is None:
+            return policy is not None
+        return len(policy.spans(self._workload.config.seq_len)) > 1
+
+    def _stash(
+        self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int, *, by_plan: bool = False
+    ) -> Stash | None:
+        """As `_place`; behind the emulated link, if there is one. by_plan: as deep a way as the plan has room for."""
+        planned = self._sizes if by_plan else None
+        staging_bytes = 0 if planned is None else planned.staging_bytes
+        stash = self._place(home, name, num_bytes, largest_bytes, window_bytes, staging_bytes)
+        link = self._links.throttle.link if self._links.throttle is not None else None
+        if stash is None or link is None:
+            return stash
+        return PacedStash(
+            stash, link, self._links.meter, window_bytes=None if planned is None else planned.window_bytes
+        )
+
+    def _place(
+        self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int, staging_bytes: int
+    ) -> Stash | None:
+        """A place for `num_bytes` in tensors of at most `largest_bytes`; a device has at most a window on their way.
+
+        On the way to a drive they pass `staging_bytes` of HOST; 0: as little as serves.
+        """
+        if home is Tier.DEVICE:
+            return None
+        if home is Tier.HOST:
+            if self._device is None:
+                return HostStash(
+                    self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES), self._links
+                )
+            return DeviceStash(self._tiers.arena(Tier.HOST, name, num_bytes), self._links, window_bytes=window_bytes)
+        if self.scratch is None:
+            raise ConfigError(f"plan: {name} wait on NVME, but nvme= gives no folder")
+        if self._device is not None:
+            staging = self._tiers.arena(Tier.HOST, f"staging for {name}", 2 * (window_bytes + largest_bytes))
+            return DeviceStash(staging, self._links, window_bytes=window_bytes, scratch=self.scratch)
+        piece_bytes = min(largest_bytes, STAGING_PIECE_BYTES)
+        staging = self._tiers.arena(Tier.HOST, f"staging for {name}", max(4 * piece_bytes, staging_bytes))
+        return NvmeStash(self.scratch, staging, self._links, piece_bytes=piece_bytes, ahead_bytes=staging_bytes // 2)
+
+    def _share_bytes(self, action: Action, tier: Tier | None = None) -> int:
+        """What all layers save that is treated so: as planned, or an estimate from what one whole layer saves."""
+        if self._sizes is not None:
+            return self._sizes.kept_bytes if tier is None else self._sizes.swapped_bytes.get(tier, 0)
+        seq_len = self._workload.config.seq_len
+        policies = [policy for draft in self._workload.layers if (policy := policy_of(self._plan, draft)) is not None]
+        treatment = Treatment(action=action, tier=tier)
+        shares = [(s.end - s.start, s.share(treatment)) for policy in policies for s in policy.spans(seq_len)]
+        tokens = sum(num_tokens * share for num_tokens, share in shares)
+        rounded_up = sum(share > 0 for _, share in shares) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
+        return align_up(int(self._problem.activation_bytes * tokens / seq_len) + rounded_up, IO_ALIGNMENT_BYTES)
+
+    def _window_bytes(self, swapped: dict[Tier, int]) -> int:
+        """Room in DEVICE memory for what is swapped, on its way: as planned; without a plan, where copies need it."""
+        if self._sizes is not None:
+            return self._sizes.window_bytes
+        return self._largest_swapped_bytes() if self._device is not None and any(swapped.values()) else 0
+
+    def _largest_swapped_bytes(self) -> int:
+        """An estimate of what a layer saves of its largest chunk that is swapped."""
+        seq_len = self._workload.config.seq_len
+        policies = [policy for draft in self._workload.layers if (policy := policy_of(self._plan, draft)) is not None]
+        spans = [span for policy in policies for span in policy.spans(seq_len)]
+        swapped = [s for s in spans if any(one.action is Action.SWAP for one in s.treatments())]
+        largest = max((span.end - span.start for span in swapped), default=0)
+        return align_up(self._problem.activation_bytes * largest // seq_len, IO_ALIGNMENT_BYTES)
+
+    def _largest_saved_bytes(self) -> int:
+        """One tensor of one chunk at most: the widest a layer has, in fp32."""
+        config = self._workload.config
+        widest = max((size for d in self._workload.layers for t in d.spec.tensors for size in t.shape[-2:]), default=1)
+        spans = [
+            span.end - span.start
+            for draft in self._workload.layers
+            if (policy := policy_of(self._plan, draft)) is not None
+            for span in policy.spans(config.seq_len)
+        ]
+        return align_up(4 * config.batch_size * max(spans, default=1) * widest, IO_ALIGNMENT_BYTES)
