@@ -60,9 +60,9 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
     commit_every: steps between commits beside the store; each is made when the next forward begins, so that schedulers
         stepped after `step` are part of it. None leaves saving to the caller (every step, where state rests on NVMe).
     plan: "auto" (the fixed streaming rule), "optimise" (what the optimiser makes of the model's blocks, of which it
-        times one, and this machine's calibrated rates; adapters only so far), a Plan, or the path of a plan file.
+        times one, and this machine's calibrated rates; on the CPU device), a Plan, or the path of a plan file.
     emulate: a hardware profile, its name or a file, on the CPU device: its tier sizes are budgets, and transfers take
-        the time of its links and drives. Adapters only so far.
+        the time of its links and drives. Not for adapters whose optimizer state rests in tiers.
     progress: called with (phase, bytes done, bytes in all) while the store is built.
 
     Outputs of a call with labels have no `logits`: the loss is taken in tiles of tokens. Call without labels for them.
