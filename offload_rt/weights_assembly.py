@@ -209,7 +209,9 @@ class WeightsAssembly:
             return
         source, target = piece.part(first - offset_bytes, last - first), place.part(first - begin_bytes, last - first)
         if target.on_device:
-            self._links.wait(self._links.copy(source, target))
+            copy = self._links.copy(source, target)
+            self._links.wait(copy)  # whoever computes is behind it
+            self._links.finish(copy)  # and the piece's memory may be the next one's
         else:
             target.tensor(torch.uint8, (last - first,)).copy_(source.tensor(torch.uint8, (last - first,)))
 

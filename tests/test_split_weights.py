@@ -3,6 +3,7 @@
 one layer   |== DEVICE ==|-- HOST --|.. NVME ..|      a slot of the ring holds the last two
 """
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from offload_rt.arena import Arena
 from offload_rt.assembly import RuntimeOptions
 from offload_rt.errors import ConfigError, StorageError, StoreCorrupt
 from offload_rt.parted import PartedBytes
+from offload_rt.streams import Copier
 from offload_rt.tensor_spec import TensorSpec, layout_block
 from offload_rt.tiers import SplitResidence
 from planners.placement import ClassPlan
@@ -110,6 +112,28 @@ def test_a_block_of_many_pieces_comes_to_where_it_rests(nvme, shares, tmp_path, 
     with engine_for(case, folder, plan, host_memory="64MiB") as engine:
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         assert differences(run_plain(case), found) == []
+
+
+def test_a_device_that_holds_a_piece_for_long_is_waited_for(tmp_path, monkeypatch):
+    """Compute is behind the copy of a piece, the host not yet: the piece's memory is the next one's only then."""
+    monkeypatch.setattr(weights_assembly, "STAGING_BYTES", 4 * PAGE)
+    returned = Copier._returned
+
+    def late(self, copy, error):
+        if "pieces of weights" in copy.name:
+            time.sleep(0.1)
+        returned(self, copy, error)
+
+    monkeypatch.setattr(Copier, "_returned", late)
+    case = Case("qwen", "nf4", 1, False, False, "from NVME")
+    plan, _ = plan_for(case, tmp_path, SHARES["all three"], host_memory="64MiB")
+    device = FakeDevice(kernels_are_late=False)
+    options = RuntimeOptions(device=device, record=True, poison=True)
+    with engine_for(case, tmp_path, plan, host_memory="64MiB", options=options) as engine:
+        copies = [operation for operation in engine._runtime.recorder.operations if "copy of pieces" in operation.name]
+        assert len(copies) > len(plan.rings[0].blocks), "some block came in several pieces"
+        assert [str(race) for race in engine._runtime.recorder.check()] == []
+    device.close()
 
 
 def test_a_split_on_a_late_device_is_bit_equal_and_ordered(tmp_path):
