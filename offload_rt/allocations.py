@@ -4,12 +4,17 @@ The allocator reports each block that it gives or takes back to a profiler that 
 events only these are wanted, so that operations, two thirds of all, are not recorded. An event takes two kilobytes when
 the session ends, a layer's forward and backward some three megabytes. A session cannot be cut short inside a backward
 pass: autograd puts the thread's callbacks back when it leaves.
+
+[Note: blocks of other sessions and threads] The allocator also reports the end of a block that an earlier session saw
+begin, whenever the garbage collector comes to it; it would lower this session's peak by chance. So blocks are known by
+their address, and only those that began inside are counted. The end of one that another thread gives back is not
+reported: it is known at the latest when its address is handed out again.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +32,7 @@ class AllocationMeter:
 
     def __init__(self) -> None:
         self.live_bytes = 0
-        """Allocated inside and not given back inside."""
+        """Allocated inside and not given back inside: [Note: blocks of other sessions and threads]."""
         self.peak_bytes = 0
         """The most that was live."""
 
@@ -51,10 +56,29 @@ class AllocationMeter:
     def __exit__(self, *exception: object) -> None:
         with _quiet():
             result = _AUTOGRAD._disable_profiler()
-        events = [(event.start_ns(), event.nbytes()) for event in result.events() if event.name() == "[memory]"]
-        for _, num_bytes in sorted(events, key=lambda event: event[0]):
-            self.live_bytes += num_bytes
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.live_bytes, self.peak_bytes = counted(_blocks(result.experimental_event_tree()))
+
+
+def counted(blocks: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
+    """Bytes that are live at the end, and the most that were, of (when, address, bytes: negative where given back)."""
+    sizes: dict[int, int] = {}  # of live blocks, by address
+    live_bytes = peak_bytes = 0
+    for _, address, num_bytes in sorted(blocks, key=lambda block: block[0]):
+        live_bytes -= sizes.pop(address, 0)
+        if num_bytes > 0:
+            sizes[address] = num_bytes
+            live_bytes += num_bytes
+            peak_bytes = max(peak_bytes, live_bytes)
+    return live_bytes, peak_bytes
+
+
+def _blocks(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """What `counted` takes. Blocks lie below what the caller's code gave a name to (`record_function`)."""
+    for event in events:
+        if event.name == "[memory]":
+            block = event.extra_fields
+            yield event.start_time_ns, block.ptr, block.alloc_size
+        yield from _blocks(event.children)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ measured                         |=====================>                     fit
 """
 
 import copy
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from offload_rt import rehearsal, workload
-from offload_rt.allocations import AllocationMeter
+from offload_rt.allocations import AllocationMeter, counted
 from offload_rt.measured_sizes import remembered_factor, scaled, sizes_key
 from offload_rt.rehearsal import MEASURED_BEFORE, SLACK, Rehearsal, longest, planned_bytes
 from planners.errors import PlanInfeasible
@@ -85,6 +87,26 @@ def test_blocks_are_counted_to_the_byte():
         fourth = torch.empty(7, dtype=torch.uint8)
     assert (meter.peak_bytes, meter.live_bytes) == (3 * MIB, 107)
     assert third.numel() + fourth.numel() == 107
+
+
+def test_what_the_garbage_collector_frees_of_an_earlier_count_does_not_lower_the_peak():
+    with AllocationMeter():
+        loop = [torch.empty(MIB, dtype=torch.uint8)]
+        loop.append(loop)
+    gone = weakref.ref(loop[0])
+    del loop
+    with AllocationMeter() as meter:
+        gc.collect()
+        with torch.profiler.record_function("a part that has a name"):
+            kept = torch.empty(2 * MIB, dtype=torch.uint8)
+    assert gone() is None and kept.numel() == meter.peak_bytes == meter.live_bytes == 2 * MIB
+
+
+def test_a_block_whose_end_was_not_reported_ends_where_its_address_begins_again():
+    """Another thread gave it back."""
+    first, second = 4096, 8192
+    blocks = [(1, first, 100), (4, second, -7), (2, second, 7), (3, first, 50), (5, 0, -1000)]
+    assert counted(blocks) == (50, 107)
 
 
 def test_a_profiler_of_the_callers_is_left_alone():
@@ -255,8 +277,7 @@ def test_a_plan_is_made_again_where_neither_helps_and_gives_the_same_numbers(mak
             made_again = engine.plan
         with make(least + more * KIB) as next_time:
             assert next_time.plan == made_again, "what was measured is planned with"
-            # Another plan's tensors may take a little more than scaled formulas say, with more threads.
-            assert train(next_time)[0] == losses and outcome(next_time)["result"] in ("fits", "within the budget")
+            assert train(next_time)[0] == losses and outcome(next_time)["result"] == "fits"
         break
     assert seen == {"refused", "planned again"}, "with less memory nothing fits, with a little more another plan does"
 
