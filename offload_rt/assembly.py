@@ -104,7 +104,9 @@ def assemble(
             plan_again=None if given is not None else _planning_again(workload, options),
         )  # fmt: skip
         with _Assembly(made_of, chosen, progress) as assembly:
-            return assembly.run(covered, optimizer)
+            runtime = assembly.run(covered, optimizer)
+        workload.sources.let_go()
+        return runtime
 
 
 def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[StreamingProblem], Plan] | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -172,6 +175,24 @@ def test_slabs_of_any_size_give_the_same_store(family: str, tmp_path: Path, monk
         ).close()
         weights.append(next(nvme.glob("*/weights.bin")).read_bytes())
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["adapters", "all parameters"])
+def test_the_weights_of_a_model_in_memory_are_let_go_of(trains: bool, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]().train()
+    if not trains:
+        model = get_peft_model(model, lora("llama"))
+    held: list[weakref.ref[Any]] = []
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and parameter.requires_grad == trains:
+            values = np.array(parameter.detach().numpy())  # lives as long as its memory is somebody's
+            parameter.data = torch.from_numpy(values)
+            held.append(weakref.ref(values))
+            del values
+    with Engine(model, nvme=tmp_path, batch_size=BATCH_SIZE, seq_len=SEQ_LEN) as engine:
+        gc.collect()
+        assert held and not any(reference() is not None for reference in held)
+        assert torch.isfinite(engine(**micro_batch(0, 0)).loss)
 
 
 def test_two_drives_share_the_blocks(tmp_path: Path) -> None:

@@ -37,12 +37,16 @@ Piece = tuple[int, torch.Tensor]
 class Sources:
     """Where each stored parameter's values come from."""
 
-    streams: Mapping[str, TensorSource]
+    streams: dict[str, TensorSource]
     prequantized: Mapping[str, BnbTensors]
     fingerprint: str
     """Of the content behind them."""
     describe: str
     """For messages: a path, or "the model"."""
+
+    def let_go(self) -> None:
+        """Forgets them, once all is where it rests: those of a model in memory hold its weights."""
+        self.streams.clear()
 
 
 def sources_in_memory(drafts: list[BlockDraft]) -> Sources:
