@@ -31,6 +31,7 @@ from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
 from offload_rt.heap import Base
 from offload_rt.integrity import check_loss, check_optimizer
+from offload_rt.peaks import RESUME, SAVE, Peaks
 from offload_rt.rehearsal import Rehearsal
 from offload_rt.report import drift, report, summary
 from offload_rt.runtime import Runtime
@@ -125,6 +126,7 @@ class Engine:
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         flags = {id(p): p.requires_grad for p in model.parameters()}
         self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
+        self._peaks = Peaks()
         try:
             self.trainable: dict[str, nn.Parameter] = {
                 name: p for name, p in self.model.named_parameters() if p.requires_grad
@@ -149,9 +151,11 @@ class Engine:
                 emulated=emulated,
             )
         except BaseException:
+            self._peaks.close()
             if adapters is not None:  # so that the same call with other arguments works
                 remove_adapters(self.model, model, flags)
             raise
+        self._peaks.follow(self._runtime, self._base.resident_bytes)
         self._training = self._runtime.training
         self._training.carry(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
         self.optimizer = self._training.optimizer
@@ -193,6 +197,7 @@ class Engine:
             change = self._rehearsal.run(self._runtime, self.config, self.model, args, kwargs)
             if change is not None:
                 self._runtime = change_over(self._runtime, *change)
+                self._peaks.follow(self._runtime, self._base.resident_bytes)
             self.step_meter.begin_again()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -291,7 +296,8 @@ class Engine:
 
         In full fine-tuning, the commit folder stands for a commit of what is there now, which copies nothing.
         """
-        self._training.save(Path(folder))
+        with self._peaks.phase(SAVE, Path(folder)):
+            self._training.save(Path(folder))
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it.
@@ -305,7 +311,8 @@ class Engine:
             if odd:
                 raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(odd)}")
 
-        extra = self._training.load(Path(folder), check)
+        with self._peaks.phase(RESUME):
+            extra = self._training.load(Path(folder), check)
         for name, state in extra["tracked"].items():
             self._tracked[name].load_state_dict(state)
         self._wear_from = (self.step_number, self._runtime.links.counters.bytes_written)
@@ -329,7 +336,10 @@ class Engine:
         `folder` held of a model is whole until then. Raises `StorageFull` before the first byte,
         `CheckpointVerifyError`, and `UnsupportedModule` for weights in 4 bits.
         """
-        folder = Path(folder)
+        with self._peaks.phase(SAVE, Path(folder)):
+            self._save_pretrained(Path(folder), max_shard_bytes)
+
+    def _save_pretrained(self, folder: Path, max_shard_bytes: int | str | None) -> None:
         if hasattr(self.model, "peft_config"):
             if max_shard_bytes is not None:
                 raise ConfigError("max_shard_bytes: an adapter is one file; leave it None")
@@ -356,11 +366,12 @@ class Engine:
             base_bytes=self._base.resident_bytes,
             step_meter=self.step_meter,
             rehearsal=self._rehearsal,
+            peaks=self._peaks.report(),
         )
 
     def summary(self) -> str:
         """What is in effect, in a few lines."""
-        return summary(self._runtime, self.config, self.step_meter)
+        return summary(self._runtime, self.config, self.step_meter, self._peaks.report())
 
     @property
     def plan(self) -> Plan:
@@ -373,6 +384,7 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._runtime.close()
+        self._peaks.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from offload_rt import mapped
 from offload_rt.errors import BudgetExceeded
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.errors import format_bytes
@@ -158,6 +159,7 @@ class Arena:
         self._granule_bytes = granule_bytes
         self.num_bytes = align_up(num_bytes, IO_ALIGNMENT_BYTES)
         self.peak_bytes = 0
+        """The most under lease at once since it was made, or since `restart_peak`."""
         self.num_leases = 0
         """Leases ever given; a steady step's count does not depend on its number."""
         self._poison = poison
@@ -167,6 +169,7 @@ class Arena:
         self._free: list[tuple[int, int]] = [(0, self.num_bytes)] if self.num_bytes else []
         self._next_lease = 0
         self.region = self._map()
+        mapped.tell(self.region, name, self.num_bytes)
         if poison:
             self._fill(0, self.num_bytes)
 
@@ -232,6 +235,12 @@ class Arena:
         with self._lock:
             self._collect()
             return self._held_bytes()
+
+    def restart_peak(self) -> None:
+        """From now on `peak_bytes` is what comes, and what is under lease already."""
+        with self._lock:
+            self._collect()
+            self.peak_bytes = self._held_bytes()
 
     def _held_bytes(self) -> int:
         return sum(lease.end - lease.start for lease in self._leases.values())

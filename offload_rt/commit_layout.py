@@ -237,6 +237,7 @@ def _fill(
     nobody believes before `log.json`.
     """
     zeros = Arena("commit log zeros", _FILL_BYTES).acquire(_FILL_BYTES, "zeros")
+    piece = zeros
     for drive, (file, file_bytes) in enumerate(zip(files, layout.file_bytes(), strict=True)):
         holes = [
             (e.slot_offset(1), e.slot_offset(2)) for e in layout.extents if e.drive == drive and e.name in left_out
@@ -257,6 +258,7 @@ def _fill(
         log_id=bytes.fromhex(layout.log_id), sequence=0, step=0, num_extents=len(layout.extents),
         body_bytes=len(body), body_crc32c=crc32c(memoryview(body)),
     )  # fmt: skip
+    del zeros, piece  # their memory, before more is taken
     pages = Arena("commit log pages", layout.body_capacity_bytes + RECORD_BYTES)
     for offset, data in ((layout.body_offset(0), body), (layout.record_offset(0), record.pack())):
         put(links, files[0], offset, data, pages, in_flight)

@@ -1,4 +1,5 @@
-"""A steady step beside what its plan predicted: by resource, which one binds, and how that is said. No torch."""
+"""What was measured beside what was planned, and how that is said: a steady step by resource, which one binds, and the
+most that there was in each tier. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +8,12 @@ from typing import Any
 
 from offload_rt.meter import RESOURCES, Reading
 from planners.errors import format_bytes
+from planners.plan import Tier
+
+PHASES = ("ingest", "step", "save", "resume")
+"""Of an engine's life, see `peaks`."""
+MANAGED_FILES = ("weights", "state", "scratch")
+"""What a capacity of NVME is for."""
 
 
 def compared(
@@ -77,6 +84,33 @@ def drift(steady: Mapping[str, Any]) -> str:
         busy = resources[far]["busy_seconds"]
         text += f"; furthest off besides: {far}, {_seconds(busy)}{_off(busy, resources[far]['predicted_seconds'])}"
     return text
+
+
+def peak_lines(peaks: Mapping[str, Any]) -> list[str]:
+    """`peaks.Peaks.report` for people: a line for each tier, and what exceeds the plan."""
+    found = []
+    for tier in (Tier.DEVICE, Tier.HOST, Tier.NVME):
+        if tier.value not in peaks:
+            continue
+        of = peaks[tier.value]
+        phases = {
+            name: sum(one.get(part, 0) for part in MANAGED_FILES) if tier is Tier.NVME else one["bytes"]
+            for name, one in of["phases"].items()
+        }
+        found.append(f"{tier.value}: {_most(phases)}; {format_bytes(of['planned_bytes'])} planned")
+    allocator = peaks.get("allocator")
+    if allocator is not None and allocator["phases"]:
+        planned = format_bytes(allocator["planned_bytes"])
+        rehearsed = allocator.get("rehearsed_bytes")
+        counted = "" if rehearsed is None else f", the longest step's tensors {format_bytes(rehearsed)}"
+        found.append(f"allocator: {_most(allocator['phases'])}{counted}; {planned} planned for steps")
+    for one in peaks.get("over", ()):
+        found.append(f"over the plan: {one['tier']} by {format_bytes(one['bytes'])} in {one['phase']}")
+    return found
+
+
+def _most(phases: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(phases[name])}" for name in PHASES if name in phases)
 
 
 def _off(seconds: float, predicted: float | None) -> str:

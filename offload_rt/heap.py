@@ -88,6 +88,8 @@ class HeapGuard:
 
     def __init__(self, base: Base, *, planned_bytes: int, arena_bytes: int, slack_bytes: int) -> None:
         self.counters = HeapCounters()
+        self.seen_bytes = 0
+        """Most resident memory at any `check` since somebody set this to 0."""
         self._base = base
         self._arena_bytes = arena_bytes
         self._limit_bytes = base.resident_bytes + planned_bytes
@@ -104,6 +106,7 @@ class HeapGuard:
         """Takes some ten microseconds, unless it is time to trim."""
         resident = self.resident_bytes()
         self.counters.peak_bytes = max(self.counters.peak_bytes, resident)
+        self.seen_bytes = max(self.seen_bytes, resident)
         if self._holes(resident) > self._trim_at:
             self.trim()
 

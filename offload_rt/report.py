@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +26,7 @@ def report(
     base_bytes: int,
     step_meter: StepMeter,
     rehearsal: Rehearsal,
+    peaks: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What moved, what it cost, and who holds memory, since the start. Bytes and seconds.
 
@@ -32,7 +34,7 @@ def report(
     budgets: `arena_bytes` of them lie in our arenas, the rest is left to PyTorch's allocator, whose own entry says
     what it was planned to take and what it took, by the resident memory seen between layers. `predicted` is the
     optimiser's expectation of a steady step, `steady_step` what the newest steps took beside it (`comparison`);
-    `link_busy_seconds` what emulated links and drives worked.
+    `link_busy_seconds` what emulated links and drives worked; `peaks` the most that there was, by phase (`peaks`).
     """
     links = runtime.links.counters
     executors = [executor.counters for executor in runtime.executors]
@@ -43,6 +45,7 @@ def report(
     arenas = {
         tier.value: dict(account.holdings) for tier, account in runtime.tiers.accounts.items() if account.holdings
     }
+    rehearsed = None if rehearsal.outcome is None else rehearsal.outcome.measured_bytes
     return {
         "step": step,
         "plan": runtime.plan.planner,
@@ -82,6 +85,7 @@ def report(
         "nf4": codec.backend(device=config.device),
         "memory": {tier.value: account.used_bytes for tier, account in runtime.tiers.accounts.items()},
         "holdings": arenas,
+        "peaks": {**peaks, "allocator": {**peaks["allocator"], "rehearsed_bytes": rehearsed}},
         "base_bytes": base_bytes,
         "managed_bytes": managed,
         "arena_bytes": in_arenas,
@@ -133,7 +137,7 @@ def _steady_step(runtime: Runtime, step_meter: StepMeter) -> dict[str, Any] | No
     )
 
 
-def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter) -> str:
+def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter, peaks: Mapping[str, Any]) -> str:
     """What is in effect, in a few lines, and what a steady step takes, once there are some."""
     plan = runtime.plan
     declared = config.accumulation_steps
@@ -177,4 +181,6 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter) -> st
     lines.append(f"I/O by {runtime.links.io.name}{direct}; NF4 by {codec.backend(device=config.device)}")
     if (steady := _steady_step(runtime, step_meter)) is not None:
         lines += comparison.lines(steady)
+        lines.append("at most, by phase:")
+        lines += [f"  {line}" for line in comparison.peak_lines(peaks)]
     return "\n".join(lines)

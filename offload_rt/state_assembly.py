@@ -253,6 +253,8 @@ class StateAssembly:
                 written_first={extent.name for extent in extents if self._writes_first(extent.name)},
             )
         self.home.log = CommitLog(self.folders, self._links)
+        records = sum(self.home.log.layout.file_bytes()) - total
+        self._tiers.account(Tier.NVME).reserve("commit records", records)
         if not (self.folders[0] / LAYOUT).exists():
             write_atomically(self.folders[0] / LAYOUT, layout_json(self._draft.blocks, self._draft.rule.name))
 

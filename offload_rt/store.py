@@ -46,7 +46,7 @@ from planners.errors import format_bytes
 
 STORE_VERSION = 2
 STAGING_BYTES = 4 << 20
-"""Piece in which a block is written; two are in flight."""
+"""Piece in which a block is written, at most; two are in flight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,9 @@ class StoreBuilder:
         self._specs = list(specs)
         self._done: dict[str, tuple[BlockSpec, Extent]] = {}
         self._files: list[OpenFile] = []
-        self._staging = Arena("ingest staging", 2 * STAGING_BYTES)
+        largest = max((spec.stored_bytes for spec in self._specs), default=0)
+        self._piece_bytes = min(STAGING_BYTES, max(IO_ALIGNMENT_BYTES, align_up(largest, IO_ALIGNMENT_BYTES)))
+        self._staging = Arena("ingest staging", 2 * self._piece_bytes)
         places = stripe_all(
             [spec.stored_bytes for spec in self._specs],
             weights(store.profiles),
@@ -276,7 +278,7 @@ class StoreBuilder:
     def write(self, spec: BlockSpec, pieces: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Writes one block. `pieces` yields (offset in the block, contiguous tensor), offsets ascending."""
         stripes = self._places[spec.name]
-        writer = _SequentialWriter(self._store._links, self._staging, self._files, stripes)
+        writer = _SequentialWriter(self._store._links, self._staging, self._piece_bytes, self._files, stripes)
         try:
             for position, tensor in pieces:
                 writer.append(position, tensor)
@@ -306,15 +308,19 @@ class StoreBuilder:
 class _SequentialWriter:
     """Collects bytes into aligned staging slots, writes each when full, and runs the checksum over them."""
 
-    def __init__(self, links: Links, staging: Arena, files: Sequence[OpenFile], stripes: Sequence[Stripe]) -> None:
+    def __init__(
+        self, links: Links, staging: Arena, piece_bytes: int, files: Sequence[OpenFile], stripes: Sequence[Stripe]
+    ) -> None:
+        """staging: room for two pieces of `piece_bytes`."""
         self._links = links
         self._staging = staging
+        self._piece_bytes = piece_bytes
         self._files = files
         self._stripes = stripes
         self._flushed = 0
         self._position = 0
         self._crc = 0
-        self._slot = staging.acquire(STAGING_BYTES, "ingest")
+        self._slot = staging.acquire(piece_bytes, "ingest")
         self._filled = 0
         self._in_flight: Transfer | None = None
 
@@ -347,12 +353,12 @@ class _SequentialWriter:
     def _bytes(self, data: torch.Tensor) -> None:
         done = 0
         while done < data.numel():
-            take = min(data.numel() - done, STAGING_BYTES - self._filled)
+            take = min(data.numel() - done, self._piece_bytes - self._filled)
             self._slot.tensor(torch.uint8, (take,), self._filled).copy_(data[done : done + take])
             self._filled += take
             done += take
             self._position += take
-            if self._filled == STAGING_BYTES:
+            if self._filled == self._piece_bytes:
                 self._flush()
 
     def _flush(self) -> None:
@@ -370,7 +376,7 @@ class _SequentialWriter:
         self._flushed += piece.num_bytes
         self._filled = 0
         del piece
-        self._slot = self._staging.acquire(STAGING_BYTES, "ingest")
+        self._slot = self._staging.acquire(self._piece_bytes, "ingest")
 
 
 def usable_bytes(folder: Path, drive: NvmePath) -> int:

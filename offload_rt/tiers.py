@@ -6,11 +6,13 @@ Capacities are hard. Every arena is reserved from its tier here, by name, so tha
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from offload_rt import mapped
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import BudgetExceeded, OffloadError
 from offload_rt.streams import Device
@@ -29,6 +31,8 @@ class TierAccount:
     holdings: dict[str, int] = field(default_factory=dict)
     arena_bytes: int = 0
     """Of these, in arenas; the rest is left to PyTorch's allocator."""
+    arenas: list[weakref.ref[Arena]] = field(default_factory=list)
+    """Those that are still used."""
 
     @property
     def used_bytes(self) -> int:
@@ -90,10 +94,14 @@ class Tiers:
         account, num_bytes = self.account(tier), align_up(num_bytes, IO_ALIGNMENT_BYTES)
         account.reserve(name, num_bytes)
         account.arena_bytes += num_bytes
-        if self._device is not None and tier is Tier.DEVICE:
-            return self._device.arena(name, num_bytes, poison=self._poison and poisoned)
-        arena = Arena(name, num_bytes, poison=self._poison and poisoned, granule_bytes=granule_bytes)
-        if self._device is not None and copied:
+        poison = self._poison and poisoned
+        with mapped.reserved_from(account):
+            if self._device is not None and tier is Tier.DEVICE:
+                arena = self._device.arena(name, num_bytes, poison=poison)
+            else:
+                arena = Arena(name, num_bytes, poison=poison, granule_bytes=granule_bytes)
+        account.arenas.append(weakref.ref(arena))
+        if self._device is not None and tier is not Tier.DEVICE and copied:
             self._device.lock(arena)
         return arena
 

@@ -188,13 +188,15 @@ class WeightsAssembly:
 
         From the store where there is one, which verifies them; otherwise encoded once more. Blocks.
         """
-        staging = Arena("pieces of weights", STAGING_BYTES)
+        # Two pieces: whoever asked for one has it while the next is made.
+        page = IO_ALIGNMENT_BYTES
+        staging = Arena("pieces of weights", min(STAGING_BYTES, 2 * align_up(max(1, draft.spec.stored_bytes), page)))
         if self._store is not None:
             yield from self._store.slabs(draft.name, staging)
             return
         for offset_bytes, tensor in block_pieces(draft, self._workload.sources):
             data = tensor.detach().reshape(-1).view(torch.uint8)
-            most = staging.num_bytes // 2  # whoever asked for the pieces has one while the next is made
+            most = staging.num_bytes // 2
             for begin in range(0, data.numel(), most):
                 piece = staging.acquire(min(most, data.numel() - begin), draft.name)
                 piece.tensor(torch.uint8, (piece.num_bytes,)).copy_(data[begin : begin + piece.num_bytes])

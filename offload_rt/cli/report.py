@@ -131,14 +131,19 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"the process peaked at {format_bytes(engine['peak_resident_bytes'])}",
         ),
         *_rehearsal_line(engine.get("rehearsal")),
+        *_under("at most", comparison.peak_lines(engine.get("peaks") or {})),
         (
             "moved",
             f"{format_bytes(engine['bytes_read'])} read, {format_bytes(engine['bytes_written'])} written "
             f"({format_bytes(int(engine['bytes_written_per_step']))} a step); "
             f"{engine['stall_seconds']:.2f} s waited, {engine['prefetch_misses']} prefetches missed",
         ),
-        *(("" if number else "measured", line) for number, line in enumerate(steps)),
+        *_under("measured", steps),
     ]
+
+
+def _under(name: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    return [("" if number else name, text) for number, text in enumerate(texts)]
 
 
 def _rehearsal_line(rehearsal: Mapping[str, Any] | None) -> list[tuple[str, str]]:

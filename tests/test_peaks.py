@@ -1,0 +1,196 @@
+"""The most that there was in each tier, by phase: held against a spy on every mapping, and files counted by hand.
+
+mapped   |- staging -|            |---- arenas of the tiers -----------------------------------> engine.close()
+                                            |- log -----------------------------------------> |- snapshot -|
+phase    |------------- ingest ---------------------|------ step ------|------ save ------|------ step ...
+"""
+
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+from offload_rt import arena as arenas
+from offload_rt import mapped, peaks
+from offload_rt.arena import Arena
+from offload_rt.comparison import peak_lines
+from offload_rt.drives import drive_profile
+from offload_rt.transfer import Links
+from offload_rt.workload import RuntimeOptions
+from planners.plan import StatePlacement, Tier
+from tests.conftest import build_base, build_lora, language_batch
+
+SEQ_LEN = 512
+"""So long that activations are planned to take more than the buffers of fixed size that a log is filled through."""
+TIERED = RuntimeOptions(state=StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2))
+KINDS = {
+    "adapters": (build_lora, {"bits": 4}, None),
+    "adapters, two tiers": (build_lora, {"bits": 4, "host_memory": "64MiB", "device_memory": "64MiB"}, None),
+    "adapters, layer inputs on NVMe": (build_lora, {"bits": 4}, {"layer_inputs": Tier.NVME}),
+    "adapters, state on NVMe": (build_lora, {"bits": 4}, vars(TIERED)),
+    "all parameters in memory": (lambda: build_base("llama", torch.bfloat16), {}, None),
+    "all parameters on NVMe": (lambda: build_base("llama", torch.bfloat16), {}, {"rest": Tier.NVME}),
+}
+
+
+class Spy:
+    """Every region, as the C library's caller sees it: what is mapped now, and the most since `begin`."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def begin(self):
+        self.most = self.now
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    found = Spy()
+
+    class Seen(arenas.Region):
+        def __new__(cls, num_bytes):
+            region = super().__new__(cls, num_bytes)
+            region.counted = num_bytes
+            found.now += num_bytes
+            found.most = max(found.most, found.now)
+            return region
+
+        def __del__(self):
+            found.now -= self.counted
+            super().__del__()
+
+    monkeypatch.setattr(arenas, "Region", Seen)
+    # The spy hears of what is given back a few instructions before the engine: no thread may map something between.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100)
+    yield found
+    sys.setswitchinterval(interval)
+
+
+def train(engine, numbers=range(2)):
+    for number in numbers:
+        loss = engine(**language_batch(number)).loss
+        engine.backward(loss)
+        engine.step()
+
+
+def lengths(*folders):
+    return {path: path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def in_memory(found, phase):
+    """Over all tiers: the phases here have one peak, of both tiers at once."""
+    return sum(found[tier]["phases"][phase]["bytes"] for tier in ("device", "host") if tier in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peaks_are_those_of_every_mapping_and_every_file(kind, make_engine, tmp_path, spy):
+    build, arguments, options = KINDS[kind]
+    nvme, saved = tmp_path / "nvme", tmp_path / "saved"
+    nvme.mkdir()
+    model = build()
+    links = Links()
+    drive_profile(nvme, links.io)  # it is probed once in a user's life
+    links.close()
+    spy.begin()
+    most = {}
+    with make_engine(model, options, nvme=nvme, device="cpu", seq_len=SEQ_LEN, **arguments) as engine:
+        most["ingest"] = spy.most
+        spy.begin()
+        train(engine)
+        most["step"] = spy.most
+        before_files = lengths(nvme)
+        spy.begin()
+        engine.save_checkpoint(saved)
+        most["save"] = spy.most
+        spy.begin()
+        engine.load_checkpoint(saved)
+        most["resume"] = spy.most
+        found = engine.report()["peaks"]
+        account = engine._runtime.tiers.account(Tier.NVME)
+        unlinked = sum(
+            size for name, size in account.holdings.items() if name in ("layer inputs, activations", "gradients")
+        )
+        holdings = {
+            tier: account.arena_bytes for tier, account in engine._runtime.tiers.accounts.items() if account.arena_bytes
+        }
+        lines = engine.summary()
+    assert found["over"] == [], "not in the plan"
+    if "host" in found and found["host"]["planned_bytes"]:
+        # A spy on all memory knows no tiers; what is beside them is HOST's.
+        assert in_memory(found, "step") == most["step"] and in_memory(found, "save") == most["save"]
+        assert in_memory(found, "ingest") >= most["ingest"] and in_memory(found, "resume") == most["resume"]
+    else:
+        assert {name: in_memory(found, name) for name in most} == most
+    for tier, arena_bytes in holdings.items():
+        of = found[tier.value]["phases"]["step"]
+        assert of["bytes"] == arena_bytes + sum(of["beside"].values())
+        assert all(0 <= leased <= arena_bytes for leased in of["leased"].values()) and any(of["leased"].values())
+    files = found["nvme"]["phases"]
+    for phase in ("step", "save", "resume"):
+        assert files[phase].get("scratch", 0) == unlinked
+        managed = sum(size for path, size in before_files.items() if path.name in peaks.FILES)
+        assert files[phase].get("weights", 0) + files[phase].get("state", 0) == managed
+        assert managed + unlinked == found["nvme"]["planned_bytes"], "to the byte"
+    assert files["save"]["checkpoint"] == sum(lengths(saved).values()) > 0
+    assert "at most" not in lines  # there is no steady step yet
+    shown = peak_lines(found)
+    assert shown[0].startswith("device: ingest ") and shown[-1].startswith("allocator: ")
+
+
+def test_a_checkpoint_that_is_replaced_counts_with_the_one_before(make_engine, tmp_path):
+    with make_engine(build_lora(), device="cpu") as engine:
+        train(engine, range(1))
+        engine.save_checkpoint(tmp_path / "saved")
+        engine.save_checkpoint(tmp_path / "saved")
+        found = engine.report()["peaks"]
+    one = sum(lengths(tmp_path / "saved").values())
+    assert found["nvme"]["phases"]["save"]["checkpoint"] == pytest.approx(2 * one, abs=64)
+
+
+def test_memory_that_nobody_reserved_is_over_the_plan_and_named(make_engine, caplog):
+    with make_engine(build_lora(), device="cpu") as engine:
+        train(engine, range(1))
+        assert engine.report()["peaks"]["over"] == []
+        planned = engine.report()["peaks"]["device"]["planned_bytes"]
+        hidden = Arena("nobody's", planned)
+        del hidden  # it is a peak although it is gone
+        found = engine.report()["peaks"]
+        arena_bytes = engine._runtime.tiers.account(Tier.DEVICE).arena_bytes
+    mapped_bytes = -(-planned // 4096) * 4096
+    assert found["over"] == [{"tier": "device", "phase": "step", "bytes": arena_bytes + mapped_bytes - planned}]
+    assert found["device"]["phases"]["step"]["beside"] == {"nobody's": mapped_bytes}
+    assert "step: arenas took" in caplog.text and "not reserved: nobody's" in caplog.text
+    assert peak_lines(found)[-1].startswith("over the plan: device by ") and "in step" in peak_lines(found)[-1]
+
+
+def test_two_engines_do_not_count_each_others_budgets(make_engine):
+    with make_engine(build_lora(), device="cpu") as one:
+        train(one, range(1))
+        before = one.report()["peaks"]["device"]["phases"]["step"]["bytes"]
+        with make_engine(build_lora(seed=1), device="cpu") as other:
+            train(other, range(1))
+            assert other.report()["peaks"]["device"]["phases"]["step"]["bytes"] == before > 0
+        assert one.report()["peaks"]["device"]["phases"]["step"]["bytes"] == before
+
+
+def test_changes_are_told_in_their_order_and_to_whoever_watches():
+    before, early = Arena("before", 4096), mapped.Watch()
+    late = mapped.Watch()
+    first = Arena("first", 4096)
+    with mapped.reserved_from("somebody"):
+        second = Arena("second", 8192)
+    slot = first.acquire(10, "holder")
+    del first, second, before
+    told = [(mapping.name, mapping.account, is_mapped) for mapping, is_mapped in early.changes]
+    assert told == [
+        ("first", None, True), ("second", "somebody", True), ("second", "somebody", False), ("before", None, False),
+    ], "memory that a slot sees is not given back"  # fmt: skip
+    late.close()
+    del slot
+    assert early.changes[-1][0].name == "first" and late.changes[-1][0].name == "before"
+    early.close()
+    early.close()
+    sizes = [mapping.num_bytes for mapping, is_mapped in early.changes if is_mapped]
+    assert sizes == [4096, 8192] and all(one is not other for one, other in pairwise(early.changes))
