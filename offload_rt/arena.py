@@ -12,31 +12,42 @@ somebody kept cannot be overwritten by the next block; it shows up as an arena t
     arena  |-- slot "layers.3" --|-- free --|-- slot "layers.4" --|
                   |  ctypes array  <- memoryview in flight (ring)
                   |                <- tensor q_proj.weight, tensor norm.weight
+
+[Note: lent memory]
+A device is behind the host by as much as memory lets it, and the thread that reports its copies as over may be behind
+the device. Until then a copy holds its ends, though everybody else has let go of them. So leases say to which copies
+they are *lent*, and whoever needs room waits as long as any of the arena is, up to what a transfer may take. When none
+is, nobody gives anything back by himself, and there is no room: that is said soon.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import mmap
+import os
 import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from offload_rt import mapped
-from offload_rt.errors import BudgetExceeded
+from offload_rt.errors import BudgetExceeded, StorageTimeout
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.errors import format_bytes
 
-_PATIENCE_SECONDS = 0.05
-"""A worker thread may hold a buffer an instant longer than the operation that it has finished."""
+WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
+"""How long anybody waits for a device, a drive, or what one of them still uses."""
+_GRACE_SECONDS = 1.0
+"""A thread of autograd's may let go of a tensor an instant after the pass that it has finished."""
 POISON = 0xFF
 """Every float made of 0xFF bytes is a NaN."""
 
@@ -78,6 +89,22 @@ class MemoryRange:
     end: int
 
 
+@dataclass
+class Lease:
+    """The half-open byte range [start, end) of `arena`, and whose it is."""
+
+    arena: str
+    owner: str
+    start: int
+    end: int
+    lent_to: list[str] = field(default_factory=list)
+    """Copies that are not known to be over. See [Note: lent memory]."""
+
+    def __str__(self) -> str:
+        lent = f" (lent to {', '.join(sorted(set(self.lent_to)))})" if self.lent_to else ""
+        return f"{self.owner} {format_bytes(self.end - self.start)}{lent}"
+
+
 class Slot:
     """A lease of `num_bytes` of an arena, or the part of one. Kept alive by whatever was made from it."""
 
@@ -88,31 +115,35 @@ class Slot:
         self,
         memory: Any,
         region: Any,
-        arena: str,
-        start_bytes: int,
+        lease: Lease,
         offset_bytes: int,
         num_bytes: int,
     ) -> None:
         self._memory = memory
         self.region = region
-        self._arena = arena
-        self._start_bytes = start_bytes
+        self._lease = lease
         self._offset_bytes = offset_bytes
         self.num_bytes = num_bytes
 
     @property
     def range(self) -> MemoryRange:
         """Which bytes of which arena: what a recorder sees."""
-        begin = self._start_bytes + self._offset_bytes
-        return MemoryRange(self._arena, begin, begin + self.num_bytes)
+        begin = self._lease.start + self._offset_bytes
+        return MemoryRange(self._lease.arena, begin, begin + self.num_bytes)
+
+    def lend(self, to: str) -> Callable[[], None]:
+        """Says that `to` may use the memory until what is returned is called, once: when it has let go of the memory.
+
+        See [Note: lent memory]. Holds no lease.
+        """
+        self._lease.lent_to.append(to)
+        return partial(self._lease.lent_to.remove, to)
 
     def part(self, offset_bytes: int, num_bytes: int) -> Slot:
         """The half-open range [offset, offset + num_bytes) of this slot, under the same lease."""
         if offset_bytes < 0 or num_bytes < 0 or offset_bytes + num_bytes > self.num_bytes:
             raise ValueError(f"slot: range [{offset_bytes}, {offset_bytes + num_bytes}) of {self.num_bytes} bytes")
-        return type(self)(
-            self._memory, self.region, self._arena, self._start_bytes, self._offset_bytes + offset_bytes, num_bytes
-        )
+        return type(self)(self._memory, self.region, self._lease, self._offset_bytes + offset_bytes, num_bytes)
 
     def buffer(self) -> memoryview:
         """The slot's bytes, writable. Holds the lease as long as it lives."""
@@ -134,13 +165,6 @@ class Slot:
         """Where in this slot `tensor` begins; None if it begins elsewhere."""
         offset = tensor.data_ptr() - self.tensor(torch.uint8, (1,)).data_ptr()
         return offset if 0 <= offset < self.num_bytes else None
-
-
-@dataclass
-class _Lease:
-    owner: str
-    start: int
-    end: int
 
 
 class Arena:
@@ -165,7 +189,7 @@ class Arena:
         self._poison = poison
         self._lock = threading.Lock()
         self._returned: deque[int] = deque()
-        self._leases: dict[int, _Lease] = {}
+        self._leases: dict[int, Lease] = {}
         self._free: list[tuple[int, int]] = [(0, self.num_bytes)] if self.num_bytes else []
         self._next_lease = 0
         self.region = self._map()
@@ -177,7 +201,7 @@ class Arena:
         """Reserves the memory: once, to the byte."""
         return Region(self.num_bytes)
 
-    def _lease(self, start: int, num_bytes: int) -> Any:
+    def _memory(self, start: int, num_bytes: int) -> Any:
         """What sees a range of it; the range is leased as long as this lives."""
         return (ctypes.c_char * num_bytes).from_buffer(self.region, start)
 
@@ -185,28 +209,36 @@ class Arena:
         """Poisons a range."""
         ctypes.memset(self.region.address + start, POISON, num_bytes)
 
-    def acquire(self, num_bytes: int, owner: str, *, patience_seconds: float = _PATIENCE_SECONDS) -> Slot:
-        """Leases `num_bytes`, aligned. Blocks while there is no room, at most `patience_seconds`; then raises
-        `BudgetExceeded`, naming the holders.
+    def acquire(self, num_bytes: int, owner: str) -> Slot:
+        """Leases `num_bytes`, aligned. Blocks while there is no room and some of it is lent, see [Note: lent memory].
+
+        Raises `BudgetExceeded`, naming the holders, when nobody gives back so much, and `StorageTimeout` when what is
+        lent does not come back in `WAIT_SECONDS`.
         """
-        deadline = time.monotonic() + patience_seconds
-        slot = self.try_acquire(num_bytes, owner)
-        while slot is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-            slot = self.try_acquire(num_bytes, owner)
+        slot = self.acquire_or_none(num_bytes, owner)
+        if slot is None and num_bytes <= self.num_bytes:
+            gc.collect()  # a reference cycle may hold a view of a slot
+            deadline = time.monotonic() + _GRACE_SECONDS
+            while (slot := self.acquire_or_none(num_bytes, owner)) is None and time.monotonic() < deadline:
+                time.sleep(0.001)
         if slot is None:
-            with self._lock:
-                held = ", ".join(
-                    f"{lease.owner} {format_bytes(lease.end - lease.start)}" for lease in self._leases.values()
-                )
-            raise BudgetExceeded(
-                f"arena {self.name}: {owner} needs {format_bytes(num_bytes)} of {format_bytes(self.num_bytes)}; "
-                f"held by: {held or 'nobody'}"
-            )
+            raise BudgetExceeded(self._short_of(num_bytes, owner))
         return slot
 
+    def acquire_or_none(self, num_bytes: int, owner: str) -> Slot | None:
+        """As `acquire`, but None when nobody gives back so much: blocks only while some of the arena is lent."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            may_come_back = self._is_lent()  # asked first: who lets go in between has made room
+            slot = self.try_acquire(num_bytes, owner)
+            if slot is not None or not may_come_back or num_bytes > self.num_bytes:
+                return slot
+            if time.monotonic() > deadline:
+                raise StorageTimeout(f"{self._short_of(num_bytes, owner)}; nothing came back in {WAIT_SECONDS:g} s")
+            time.sleep(0.001)
+
     def try_acquire(self, num_bytes: int, owner: str) -> Slot | None:
-        """As `acquire`, but None when there is no room now."""
+        """As `acquire`, but None when there is no room now. Does not block."""
         wanted = max(align_up(num_bytes, self._granule_bytes), self._granule_bytes)
         with self._lock:
             self._collect()
@@ -216,19 +248,19 @@ class Arena:
                         del self._free[index]
                     else:
                         self._free[index] = (start + wanted, end)
-                    lease = self._next_lease
+                    number = self._next_lease
                     self._next_lease += 1
                     self.num_leases += 1
-                    self._leases[lease] = _Lease(owner, start, start + wanted)
+                    lease = self._leases[number] = Lease(self.name, owner, start, start + wanted)
                     self.peak_bytes = max(self.peak_bytes, self._held_bytes())
                     break
             else:
                 return None
-        memory = self._lease(start, wanted)
+        memory = self._memory(start, wanted)
         # See [Note: slot lifetime]. The finalizer may run inside any allocation, also of a thread that holds the
         # lock: it only appends to a deque, and the next acquire does the work.
-        weakref.finalize(memory, self._returned.append, lease).atexit = False
-        return self.slot_type(memory, self.region, self.name, start, 0, num_bytes)
+        weakref.finalize(memory, self._returned.append, number).atexit = False
+        return self.slot_type(memory, self.region, lease, 0, num_bytes)
 
     def held_bytes(self) -> int:
         """Bytes under lease now."""
@@ -241,6 +273,18 @@ class Arena:
         with self._lock:
             self._collect()
             self.peak_bytes = self._held_bytes()
+
+    def _is_lent(self) -> bool:
+        with self._lock:
+            return any(lease.lent_to for lease in self._leases.values())
+
+    def _short_of(self, num_bytes: int, owner: str) -> str:
+        with self._lock:
+            held = ", ".join(map(str, self._leases.values()))
+        return (
+            f"arena {self.name}: {owner} needs {format_bytes(num_bytes)} of {format_bytes(self.num_bytes)}; "
+            f"held by: {held or 'nobody'}"
+        )
 
     def _held_bytes(self) -> int:
         return sum(lease.end - lease.start for lease in self._leases.values())

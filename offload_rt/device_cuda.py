@@ -9,7 +9,7 @@ all views of one tensor share its storage. So a slot hands its address to torch 
 makes a storage of its own for it and keeps the object that has the attribute until that storage dies.
 
     arena tensor   |------------- uint8, one allocation --------------|
-    _Lease               |- address, length -|                             finalized: the range is free
+    _Memory              |- address, length -|                             finalized: the range is free
     _Window                 |- dtype's bytes -|   holds the lease          one for each tensor, held by its storage
 """
 
@@ -33,24 +33,24 @@ from offload_rt.streams import Event
 logger = logging.getLogger("offload_rt")
 
 
-class _Lease:
+class _Memory:
     """A range of device memory, leased while this lives. Holds the arena's tensor."""
 
-    __slots__ = ("__weakref__", "address", "memory", "num_bytes")
+    __slots__ = ("__weakref__", "address", "num_bytes", "tensor")
 
-    def __init__(self, memory: torch.Tensor, start: int, num_bytes: int) -> None:
-        self.memory = memory
-        self.address = memory.data_ptr() + start
+    def __init__(self, tensor: torch.Tensor, start: int, num_bytes: int) -> None:
+        self.tensor = tensor
+        self.address = tensor.data_ptr() + start
         self.num_bytes = num_bytes
 
 
 class _Window:
     """Bytes of a lease, as torch takes them. Version 2: no stream, so that torch waits for none."""
 
-    def __init__(self, lease: _Lease, offset_bytes: int, num_bytes: int) -> None:
-        self.lease = lease
+    def __init__(self, memory: _Memory, offset_bytes: int, num_bytes: int) -> None:
+        self.memory = memory
         self.__cuda_array_interface__ = {
-            "shape": (num_bytes,), "typestr": "|u1", "data": (lease.address + offset_bytes, False), "version": 2,
+            "shape": (num_bytes,), "typestr": "|u1", "data": (memory.address + offset_bytes, False), "version": 2,
         }  # fmt: skip
 
 
@@ -60,20 +60,20 @@ class CudaSlot(Slot):
     on_device = True
 
     def buffer(self) -> memoryview:
-        raise TypeError(f"{self._arena}: device memory has no bytes that the host could read or a drive could fill")
+        raise TypeError(f"{self._lease.arena}: device memory has no bytes that the host can read or a drive can fill")
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset_bytes: int = 0) -> torch.Tensor:
-        lease: _Lease = self._memory
+        memory: _Memory = self._memory
         num_elements = 1
         for size in shape:
             num_elements *= size
         num_bytes = num_elements * dtype.itemsize
         if num_bytes == 0:
-            return torch.empty(tuple(shape), dtype=dtype, device=lease.memory.device)
+            return torch.empty(tuple(shape), dtype=dtype, device=memory.tensor.device)
         if offset_bytes < 0 or offset_bytes + num_bytes > self.num_bytes:
             raise ValueError(f"slot: {tuple(shape)} of {dtype} at {offset_bytes} exceeds {self.num_bytes} bytes")
-        window = _Window(lease, self._offset_bytes + offset_bytes, num_bytes)
-        return torch.as_tensor(window, device=lease.memory.device).view(dtype).view(tuple(shape))
+        window = _Window(memory, self._offset_bytes + offset_bytes, num_bytes)
+        return torch.as_tensor(window, device=memory.tensor.device).view(dtype).view(tuple(shape))
 
 
 class CudaArena(Arena):
@@ -88,8 +88,8 @@ class CudaArena(Arena):
     def _map(self) -> torch.Tensor:
         return torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device.device)
 
-    def _lease(self, start: int, num_bytes: int) -> _Lease:
-        return _Lease(self.region, start, num_bytes)
+    def _memory(self, start: int, num_bytes: int) -> _Memory:
+        return _Memory(self.region, start, num_bytes)
 
     def _fill(self, start: int, num_bytes: int) -> None:
         with torch.cuda.stream(self._device.compute.stream):

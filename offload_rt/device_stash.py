@@ -24,7 +24,7 @@ from offload_rt.errors import OffloadError, StorageFull
 from offload_rt.scratch import Scratch, ScratchRange
 from offload_rt.stash import Stashed
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
+from offload_rt.transfer import Links, Transfer
 
 
 class DeviceStash:
@@ -49,7 +49,8 @@ class DeviceStash:
         source = tensor.contiguous()
         num_bytes = align_up(source.nbytes, IO_ALIGNMENT_BYTES)
         self._wait_for_window(source.nbytes)
-        slot = self._arena.try_acquire(num_bytes, "put away") if self._scratch is None else self.room(num_bytes)
+        # Room may be taken by what was fetched back and is done with, by a copy that is not known to be over.
+        slot = self._arena.acquire_or_none(num_bytes, "put away") if self._scratch is None else self.room(num_bytes)
         if slot is None:
             return None
         place = None
@@ -72,9 +73,7 @@ class DeviceStash:
             return None
         while (slot := self._arena.try_acquire(num_bytes, "on its way")) is None and self._writing:
             self._finish_a_write()
-        if slot is None:  # the device copies out of it, and lets go without being asked
-            slot = self._arena.acquire(num_bytes, "on its way", patience_seconds=WAIT_SECONDS)
-        return slot
+        return slot if slot is not None else self._arena.acquire(num_bytes, "on its way")
 
     def look_ahead(self, stashed: _DeviceStashed) -> None:
         """Starts fetching those put away before `stashed`, one at least, as far as the window goes."""

@@ -13,7 +13,6 @@ insists: it evicts, and then raises with the names of those who hold the arena.
 
 from __future__ import annotations
 
-import gc
 import threading
 import traceback
 from collections import Counter, deque
@@ -222,6 +221,5 @@ class RingExecutor:
             self._evict(other)
             slot = self._arena.try_acquire(self.ring.slot_bytes, name)
         if slot is None:
-            gc.collect()  # a reference cycle may hold a view of a slot
             slot = self._arena.acquire(self.ring.slot_bytes, name)
         self._start(index, slot)

@@ -23,7 +23,8 @@ neither the host nor the rest of the device. Three rules make every copy safe, a
     know nothing of streams: a staging slot that a copy still reads must not be leased to the next read. A thread for
     each direction, the reaper, waits for one event after the other and lets go. Only the DEVICE end of what arrives
     goes earlier, by rule 2: `compute` is behind the copy then, and by rule 1 so is every later one. Without that, the
-    host could not be ahead by more than the slots there are.
+    host could not be ahead by more than the slots there are. Whoever needs the memory waits for the reaper, which may
+    be late: see [Note: lent memory] in arena.
 
 What is stepped by `updates` passes through slots that no kernel of `compute` sees: it need not be behind all that the
 host has given to `compute`, and is not (rule 1); each copy and kernel names the places that it comes behind instead.
@@ -54,7 +55,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from offload_rt.arena import Arena, MemoryRange
+from offload_rt.arena import Arena, MemoryRange, Slot
 from offload_rt.errors import StorageTimeout
 from offload_rt.file_io import wait_future
 from offload_rt.recording import HOST, RETURNED, Recorder
@@ -125,7 +126,10 @@ class Place:
 class Copy:
     """One copy, from the call that asked for it until the device has done it. Holds its ends: rule 3."""
 
-    def __init__(self, name: str, source: Tensor, destination: Tensor, *, inward: bool) -> None:
+    def __init__(
+        self, name: str, source: Tensor, destination: Tensor, *, inward: bool, slots: Sequence[Slot] = ()
+    ) -> None:
+        """`slots`: what of the two ends is leased."""
         self.name = name
         self.inward = inward
         self.operation: int | None = None
@@ -134,6 +138,7 @@ class Copy:
         self.done: Future[None] = Future()
         self._source: Tensor | None = source
         self._destination: Tensor | None = destination
+        self._give_back = [slot.lend(name) for slot in slots]
 
     def place(self) -> Place:
         """Behind the copy. Blocks until it has been given, and raises why it could not be."""
@@ -156,6 +161,8 @@ class Copy:
     def finish(self, error: BaseException | None) -> None:
         """The device is done with both ends, or never began."""
         self._source = self._destination = None
+        while self._give_back:
+            self._give_back.pop()()
         for future in (self.given, self.done):
             if error is not None and not future.done():
                 future.set_exception(error)
@@ -185,8 +192,8 @@ class Copier:
         destination: Tensor,
         *,
         inward: bool,
-        reads: Sequence[MemoryRange] = (),
-        writes: Sequence[MemoryRange] = (),
+        reads: Sequence[Slot] = (),
+        writes: Sequence[Slot] = (),
         after: Callable[[], None] | None = None,
         after_operations: Sequence[int] = (),
         behind: Copy | None = None,
@@ -194,28 +201,34 @@ class Copier:
     ) -> Copy:
         """Starts copying `source` to `destination`: `inward` from HOST to DEVICE, otherwise back. Does not block.
 
-        Both are uint8 of one size. `after` blocks until the HOST end may be used, and raises why it never will: the
-        feeder calls it. `behind` is a copy back that filled the source: the device orders the two itself. `places` are
-        what the copy begins behind in place of rule 1, where no kernel of `compute` uses its end in DEVICE.
+        Both are uint8 of one size; `reads` and `writes` are what of them is leased. `after` blocks until the HOST end
+        may be used, and raises why it never will: the feeder calls it. `behind` is a copy back that filled the source:
+        the device orders the two itself. `places` are what the copy begins behind in place of rule 1, where no kernel
+        of `compute` uses its end in DEVICE.
         """
         stream, reaper = (
             (self.device.to_device, self._to_device) if inward else (self.device.to_host, self._to_host)
         )  # fmt: skip
-        copy = Copy(name, source, destination, inward=inward)
+        before = [self.device.compute.record()] if places is None else [place.event for place in places]
+        if behind is not None:
+            before.append(behind.given.result())
+        copy = Copy(name, source, destination, inward=inward, slots=[*reads, *writes])
         if self._recorder is not None:
             if behind is not None and behind.operation is not None:
                 after_operations = [*after_operations, behind.operation]
             after_operations = [*after_operations, *_operations(places)]
             copy.operation = self._recorder.submit(
-                name, reads=reads, writes=writes, after=after_operations, lane=COMPUTE if places is None else HOST,
+                name, reads=[slot.range for slot in reads], writes=[slot.range for slot in writes],
+                after=after_operations, lane=COMPUTE if places is None else HOST,
                 also=None if inward else RETURNED,  # the HOST memory that it fills came back, as for a drive
             )  # fmt: skip
-        before = [self.device.compute.record()] if places is None else [place.event for place in places]
-        if behind is not None:
-            before.append(behind.given.result())
         self._under_way[id(copy)] = name
         if after is None:
-            self._give(copy, stream, before, reaper)
+            try:
+                self._give(copy, stream, before, reaper)
+            except BaseException as error:
+                self._drop(copy, error)
+                raise
         else:
             self._feeder.submit(self._feed, after, copy, stream, before, reaper)
         return copy
@@ -280,15 +293,19 @@ class Copier:
             self._pause()
             self._give(copy, stream, before, reaper)
         except BaseException as error:  # noqa: BLE001 - whoever waits for the copy raises it
-            self._under_way.pop(id(copy), None)
             if self._recorder is not None and copy.operation is not None and not isinstance(error, StorageTimeout):
                 self._recorder.join(copy.operation, lane=HOST)  # what came before is over, and it never began
-            copy.finish(error.with_traceback(None))  # whoever keeps the error keeps no frames, and no lease with them
+            self._drop(copy, error)
 
     def _give(self, copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper) -> None:
         event = copy.give(stream, before)
         copy.given.set_result(event)
         reaper.watch(copy, event)
+
+    def _drop(self, copy: Copy, error: BaseException) -> None:
+        """The device was never given `copy`."""
+        self._under_way.pop(id(copy), None)
+        copy.finish(error.with_traceback(None))  # whoever keeps the error keeps no frames, and no lease with them
 
     def _returned(self, copy: Copy, error: BaseException | None) -> None:
         """The device has done `copy`: its ends may be leased again, also to a drive."""

@@ -17,7 +17,7 @@ from offload_rt.arena import Arena, Slot
 from offload_rt.errors import BudgetExceeded, OffloadError
 from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
+from offload_rt.transfer import Links, Transfer
 from planners.errors import format_bytes
 from planners.plan import Tier
 
@@ -170,7 +170,7 @@ class NvmeResidence:
         if self._staging is None:
             return _Arrival(self._links, self._store.read(self._block, slot), self._store, self._block, slot)
         # A device that is behind still copies out of the stage of the block that it is to replace.
-        stage = self._staging.acquire(self.num_bytes, self._block, patience_seconds=WAIT_SECONDS)
+        stage = self._staging.acquire(self.num_bytes, self._block)
         read = self._store.read(self._block, stage)
         copy = self._links.copy(
             stage, slot.part(0, self.num_bytes), after=read, inward=True,

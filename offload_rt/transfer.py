@@ -7,7 +7,6 @@ between HOST and DEVICE are the device's own, see `streams`; where both are RAM,
 from __future__ import annotations
 
 import ctypes
-import os
 import random
 import threading
 import time
@@ -20,6 +19,7 @@ from functools import partial
 
 import torch
 
+from offload_rt.arena import WAIT_SECONDS as WAIT_SECONDS
 from offload_rt.arena import Slot
 from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.file_io import FileIO, file_io, wait_future
@@ -28,8 +28,6 @@ from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from offload_rt.recording import RETURNED, Recorder
 from offload_rt.streams import Copier, Copy, Device, Place
 from offload_rt.throttle import IN, OUT, Throttle
-
-WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
 
 
 @dataclass(kw_only=True)
@@ -214,7 +212,7 @@ class Links:
             flat,
             destination.tensor(torch.uint8, (flat.numel(),)),
             inward=False,
-            writes=[destination.range],
+            writes=[destination],
         )
         return self._transfer_of(copy, flat.numel())
 
@@ -239,7 +237,7 @@ class Links:
             source.tensor(torch.uint8, (flat.numel(),)),
             flat,
             inward=True,
-            reads=[source.range],
+            reads=[source],
             behind=None if saved is None else saved.copy,
             after=None if after is None else after.wait,
             after_operations=[] if after is None or after.operation is None else [after.operation],
@@ -308,8 +306,8 @@ class Links:
             source.tensor(torch.uint8, (source.num_bytes,)),
             destination.tensor(torch.uint8, (destination.num_bytes,)),
             inward=destination.on_device,
-            reads=[source.range],
-            writes=[destination.range],
+            reads=[source],
+            writes=[destination],
             after=arrived if after is not None or check is not None else None,
             after_operations=[] if after is None or after.operation is None else [after.operation],
             places=places,

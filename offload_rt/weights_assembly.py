@@ -27,7 +27,7 @@ from offload_rt.store import STAGING_BYTES, Store
 from offload_rt.store_part import StorePart
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import HostResidence, NvmeResidence, Residence, SplitResidence, Tiers
-from offload_rt.transfer import WAIT_SECONDS, Links
+from offload_rt.transfer import Links
 from offload_rt.workload import Workload
 from planners.plan import Plan, Ring, Split, Tier
 
@@ -75,7 +75,7 @@ class WeightsAssembly:
             elif staging is None:
                 fill_slot(draft, self._workload.sources, slot)
             else:
-                stage = staging.acquire(slot.num_bytes, name, patience_seconds=WAIT_SECONDS)
+                stage = staging.acquire(slot.num_bytes, name)
                 fill_slot(draft, self._workload.sources, stage)
                 self._links.wait(self._links.copy(stage, slot))
                 del stage  # the next block wants it

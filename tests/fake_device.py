@@ -1,7 +1,8 @@
 """A device whose streams are threads: late, torn and in no order that was not asked for.
 
 Its DEVICE memory is RAM, so that tensors in it can be computed with. A copy goes in two halves with a pause between.
-`hold` stops a stream where it is, so that what must not overtake it has all the time in the world to do so.
+`hold` stops a stream where it is, so that what must not overtake it has all the time in the world to do so; or it stops
+the device's reports, so that the host does not get to know what is over.
 """
 
 from __future__ import annotations
@@ -22,12 +23,41 @@ from offload_rt.arena import POISON, Arena, Slot
 WAIT_SECONDS = 20.0
 
 
+class Reports:
+    """How host threads learn that an event was passed: one time in eight up to `late_seconds` late."""
+
+    def __init__(self, late_seconds: float, seed: int) -> None:
+        self._late_seconds = late_seconds
+        self._random = random.Random(seed)
+        self._going = threading.Event()
+        self._going.set()
+
+    def hold(self) -> None:
+        self._going.clear()
+
+    def resume(self) -> None:
+        self._going.set()
+
+    def arrive(self) -> None:
+        self._going.wait()
+        if self._late_seconds and self._random.random() < 1 / 8:
+            time.sleep(self._random.uniform(0, self._late_seconds))
+
+
 class FakeEvent:
-    def __init__(self) -> None:
+    def __init__(self, reports: Reports) -> None:
         self.passed = threading.Event()
         self.error: BaseException | None = None
+        self._reports = reports
 
     def wait(self) -> None:
+        self.pass_by()
+        self._reports.arrive()
+        if self.error is not None:
+            raise self.error
+
+    def pass_by(self) -> None:
+        """As `wait`, for a stream: the device needs no report of itself."""
         if not self.passed.wait(WAIT_SECONDS):
             raise TimeoutError("the event was never passed")
         if self.error is not None:
@@ -37,8 +67,9 @@ class FakeEvent:
 class FakeStream:
     """Runs what it is given on a thread of its own, each thing up to `late_seconds` late."""
 
-    def __init__(self, name: str, late_seconds: float, seed: int) -> None:
+    def __init__(self, name: str, late_seconds: float, seed: int, reports: Reports) -> None:
         self.name = name
+        self._reports = reports
         self.num_copies = 0
         self.num_launches = 0
         self.error: BaseException | None = None
@@ -62,7 +93,7 @@ class FakeStream:
         self._going.set()
 
     def record(self) -> FakeEvent:
-        event = FakeEvent()
+        event = FakeEvent(self._reports)
 
         def passed() -> None:
             event.error = self.error
@@ -72,7 +103,7 @@ class FakeStream:
         return event
 
     def wait(self, event: FakeEvent) -> None:
-        self.give(event.wait)
+        self.give(event.pass_by)
 
     def copy(self, source: Tensor, destination: Tensor) -> None:
         self.num_copies += 1
@@ -120,13 +151,16 @@ class HostStream:
 
     name = "compute"
 
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
     def record(self) -> FakeEvent:
-        event = FakeEvent()
+        event = FakeEvent(self._reports)
         event.passed.set()
         return event
 
     def wait(self, event: FakeEvent) -> None:
-        event.wait()
+        event.pass_by()
 
     def close(self) -> None:
         pass
@@ -158,11 +192,21 @@ class FakeDevice:
     device = torch.device("cpu")
     """Where torch computes."""
 
-    def __init__(self, *, late_seconds: float = 0.0, kernels_are_late: bool = True, seed: int = 0) -> None:
-        self.compute = FakeStream("compute", late_seconds, seed) if kernels_are_late else HostStream()
-        self.to_device = FakeStream("to_device", late_seconds, seed + 1)
-        self.to_host = FakeStream("to_host", late_seconds, seed + 2)
-        self.updates = FakeStream("updates", late_seconds, seed + 3)
+    def __init__(
+        self,
+        *,
+        late_seconds: float = 0.0,
+        kernels_are_late: bool = True,
+        reports_late_seconds: float = 0.02,
+        seed: int = 0,
+    ) -> None:
+        self.reports = Reports(reports_late_seconds, seed + 4)
+        self.compute = (
+            FakeStream("compute", late_seconds, seed, self.reports) if kernels_are_late else HostStream(self.reports)
+        )
+        self.to_device = FakeStream("to_device", late_seconds, seed + 1, self.reports)
+        self.to_host = FakeStream("to_host", late_seconds, seed + 2, self.reports)
+        self.updates = FakeStream("updates", late_seconds, seed + 3, self.reports)
         self.arenas: list[str] = []
         self.locked: list[str] = []
         self.threads_on_compute: set[int] = set()
@@ -183,5 +227,6 @@ class FakeDevice:
         self.locked.append(arena.name)
 
     def close(self) -> None:
+        self.reports.resume()
         for stream in (self.compute, self.to_device, self.to_host, self.updates):
             stream.close()

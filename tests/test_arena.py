@@ -11,8 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from offload_rt import arena as arena_module
 from offload_rt.arena import Arena, Slot
-from offload_rt.errors import BudgetExceeded
+from offload_rt.errors import BudgetExceeded, StorageTimeout
+from tests.waiting import Waiting
 
 PAGE = 4096
 
@@ -149,6 +151,68 @@ def test_an_exhausted_arena_names_who_holds_it():
     assert isinstance(raised.value, MemoryError)
     del held
     arena.acquire(3 * PAGE, "layers.5")
+
+
+@pytest.mark.parametrize("ask", [Arena.acquire, Arena.acquire_or_none])
+def test_room_that_is_lent_is_waited_for(ask, monkeypatch):
+    monkeypatch.setattr(arena_module, "_GRACE_SECONDS", 0.0)
+    arena = Arena("a", 2 * PAGE)
+    slots = [arena.acquire(PAGE, "x"), arena.acquire(PAGE, "y")]
+    gave_back = [slot.lend("copy out") for slot in slots]
+    waiting = Waiting(lambda: ask(arena, 2 * PAGE, "z"))
+    for give_back in reversed(gave_back):
+        assert waiting.still()
+        slots.pop()
+        give_back()
+    assert waiting.result().num_bytes == 2 * PAGE
+
+
+def test_what_is_lent_and_not_given_up_is_no_room(monkeypatch):
+    monkeypatch.setattr(arena_module, "_GRACE_SECONDS", 0.0)
+    arena = Arena("a", PAGE)
+    kept = arena.acquire(PAGE, "x")
+    give_back = kept.part(0, 8).lend("copy out")
+    waiting = Waiting(lambda: arena.acquire_or_none(PAGE, "y"))
+    assert waiting.still()
+    give_back()
+    assert waiting.result() is None
+    with pytest.raises(BudgetExceeded, match=r"held by: x 4 KiB$"):
+        arena.acquire(PAGE, "y")
+    del kept
+
+
+@pytest.mark.parametrize("ask", [Arena.acquire, Arena.acquire_or_none])
+def test_what_is_lent_and_never_comes_back_is_a_timeout_that_names_the_copies(ask, monkeypatch):
+    monkeypatch.setattr(arena_module, "WAIT_SECONDS", 0.01)
+    arena = Arena("a", PAGE)
+    slot = arena.acquire(PAGE, "x")
+    for name in ("copy out", "copy in", "copy out"):
+        slot.lend(name)
+    with pytest.raises(StorageTimeout, match=r"y needs 4 KiB of 4 KiB; held by: x 4 KiB \(lent to copy in, copy out\)"):
+        ask(arena, PAGE, "y")
+
+
+def test_more_than_there_ever_is_is_not_waited_for():
+    arena = Arena("a", PAGE)
+    slot = arena.acquire(PAGE, "x")
+    slot.lend("copy out")
+    assert arena.acquire_or_none(2 * PAGE, "y") is None
+    with pytest.raises(BudgetExceeded, match="y needs 8 KiB of 4 KiB"):
+        arena.acquire(2 * PAGE, "y")
+
+
+def test_what_only_a_reference_cycle_holds_is_room(monkeypatch):
+    monkeypatch.setattr(arena_module, "_GRACE_SECONDS", 0.0)
+    arena = Arena("a", PAGE)
+    cycle = [arena.acquire(PAGE, "x")]
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del cycle
+        assert arena.try_acquire(PAGE, "y") is None
+        assert arena.acquire(PAGE, "y").num_bytes == PAGE
+    finally:
+        gc.enable()
 
 
 def test_the_budget_met_to_the_byte_is_enough_and_one_page_more_is_not():

@@ -198,7 +198,7 @@ def test_weights_in_host_change_when_no_copy_of_them_is_under_way() -> None:
         residence.settle()
         rests.tensor(torch.float32, (2048,)).fill_(value)
         bench.recorder.use("step", writes=[rests.range], lane=HOST)
-        slot = arena.acquire(8192, "b0", patience_seconds=10)
+        slot = arena.acquire(8192, "b0")
         residence.fetch(slot).wait()
         view = slot.tensor(torch.float32, (2048,))
         bench.recorder.use("layer 0", reads=[slot.range])

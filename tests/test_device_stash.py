@@ -16,6 +16,7 @@ from offload_rt.scratch import Scratch
 from offload_rt.streams import COMPUTE
 from offload_rt.transfer import Links
 from tests.fake_device import FakeDevice
+from tests.waiting import Waiting
 
 SIZE = 3000
 ROOM = 8192
@@ -130,6 +131,23 @@ def test_a_full_stash_says_so(tmp_path: Path) -> None:
     bench = Bench("NVME", tmp_path)
     assert bench.stash.put(torch.zeros(100 * SIZE)) is None
     bench.close()
+
+
+def test_a_device_that_is_late_to_say_that_it_has_fetched_a_tensor_leaves_its_place_to_the_next(tmp_path: Path) -> None:
+    bench = Bench("HOST", tmp_path, num_kept=1, late_seconds=0.0)
+    stashed = bench.stash.put(bench.compute(1.0))
+    assert stashed is not None
+    bench.stash.links.finish(stashed._saved)
+    bench.device.reports.hold()
+    bench.use(stashed.load())
+    bench.device.compute.record().pass_by()
+    stashed.release()
+    second = Waiting(lambda: bench.stash.put(bench.compute(2.0)))
+    assert second.still(), "its place is lent to a copy that may not be over"
+    bench.device.reports.resume()
+    bench.use(second.result().load())
+    bench.close()
+    assert bench.seen == [(1.0, 1.0), (2.0, 2.0)]
 
 
 def test_a_write_that_fails_is_told_to_whoever_wants_the_tensor(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

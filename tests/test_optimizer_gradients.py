@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload_rt import arena as arena_module
 from offload_rt.arena import Arena, Slot
 from offload_rt.cpu_adam import gradient_norm
 from offload_rt.errors import BudgetExceeded, ConfigError, StorageError
@@ -15,6 +16,7 @@ from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.scratch import Scratch
 from offload_rt.transfer import Links
 from tests.tiny_blocks import FailingIO, blocks, gradients_of
+from tests.waiting import Waiting
 
 
 def waiting(
@@ -112,6 +114,20 @@ def test_it_waits_for_who_else_holds_a_slot_and_says_who_does_where_nobody_will_
     with pytest.raises(BudgetExceeded, match="gradients of 0"):
         gradients.add(second, gradients_of(second, 1.0), with_norms=True)
     assert asked == [1, 0]
+
+
+def test_a_slot_that_a_device_is_late_to_report_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_GRACE_SECONDS", 0.0)
+    gradients, arena, _ = waiting(1, 1)
+    (block,) = made_of(gradients)
+    slot = arena.acquire(block.gradients.stored_bytes, "gradients that the device has taken")
+    give_back = slot.lend("copy to the device")
+    adding = Waiting(lambda: gradients.add(block, gradients_of(block, 1.0), with_norms=True))
+    assert adding.still()
+    del slot
+    give_back()
+    adding.result()
+    assert float(gradients.of(block, gradients.load(block), 0)[0]) == 1.0
 
 
 def test_a_write_that_failed_is_an_error_when_the_gradients_are_wanted_and_none_when_they_are_dropped(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from offload_rt import arena as arena_module
 from offload_rt.arena import Arena
 from offload_rt.errors import StorageError
 from offload_rt.optimizer.gradients import Gradients
@@ -19,6 +20,7 @@ from offload_rt.optimizer.state import Part, StateHome, begin_state, state_tenso
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.transfer import Links
 from tests.tiny_blocks import CountingRule, FailingIO, blocks, gradients_of, state_log
+from tests.waiting import Waiting
 
 NUMBERS = itertools.count()
 threaded = pytest.mark.parametrize("threaded", [False, True])
@@ -115,6 +117,24 @@ def test_state_is_read_along_the_hint_and_what_was_not_hinted_at_on_demand(bench
     assert counters.num_read_ahead > 0
     assert counters.num_read_ahead + counters.num_read_on_demand == counters.num_pieces == 9
     assert len(bench.rule.seen) == 9
+
+
+def test_a_slot_that_a_device_is_late_to_report_is_waited_for_and_what_was_read_ahead_is_kept(
+    benches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena_module, "_GRACE_SECONDS", 0.0)
+    bench = benches(threaded=False, num_slots=2)
+    slot = bench.arena.acquire(bench.blocks[0].pieces[0].num_bytes, "stepped on the device")
+    give_back = slot.lend("copy of state")
+    bench.stepper.expect([bench.blocks[1]])
+    out_of_order = Waiting(lambda: bench.stepper.submit(bench.blocks[0]))
+    assert out_of_order.still()
+    del slot
+    give_back()
+    out_of_order.result()
+    bench.stepper.submit(bench.blocks[1])
+    assert bench.stepper.counters.num_read_in_vain == 0
+    assert [bench.masters(block)[0] for block in bench.blocks] == [1.0, 11.0, 20.0]
 
 
 @threaded

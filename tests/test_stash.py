@@ -106,7 +106,7 @@ def test_what_is_larger_than_a_staging_slot_goes_in_pieces(parts, num_bytes):
     first.release()
     # A worker thread may hold a buffer an instant longer than the operation that it has finished.
     del first, second
-    everything = parts.arena.acquire(parts.arena.num_bytes, "the test", patience_seconds=5.0)
+    everything = parts.arena.acquire(parts.arena.num_bytes, "the test")
     del everything
     all_of_it = parts.stash.put(torch.ones(8 * PAGE // 4))
     assert torch.equal(all_of_it.load(), torch.ones(8 * PAGE // 4))

@@ -31,6 +31,7 @@ from planners.placement import Tier
 from planners.plan import Ring
 from planners.schedule import Phase, walk
 from tests.fake_device import FakeDevice
+from tests.waiting import Waiting
 
 PAGE = 4096
 LATE = 0.003
@@ -174,15 +175,21 @@ def test_any_order_of_visits_is_ordered(visits, rest) -> None:
     assert bench.recorder.check() == []
 
 
-def test_a_stage_is_not_read_into_while_a_copy_out_of_it_is_under_way() -> None:
+def test_a_stage_is_not_read_into_while_a_copy_out_of_it_is_under_way(monkeypatch) -> None:
+    monkeypatch.setattr("offload_rt.arena._GRACE_SECONDS", 0.0)
     bench = Bench(Tier.NVME, num_slots=1, late_seconds=0.0)
     bench.device.to_device.hold()
     slot = bench.arena.acquire(PAGE, "b0")
     fetch = bench.residences[0].fetch(slot)
     fetch.wait()  # of the host: the copy was given, not done
     assert bench.staging.try_acquire(PAGE, "b1") is None
+    bench.device.reports.hold()
     bench.device.to_device.resume()
-    stage = bench.staging.acquire(PAGE, "b1", patience_seconds=10)
+    waiting = Waiting(lambda: bench.staging.acquire(PAGE, "b1"))
+    assert waiting.still(), "the copy may be over, but nobody has said so"
+    bench.device.reports.resume()
+    stage = waiting.result()
+    del waiting
     assert bench.recorder.check() == []
     bench.store.read("b1", stage).wait()
     assert bench.recorder.check() == []
@@ -239,7 +246,7 @@ def test_what_comes_back_is_what_late_kernels_wrote_and_its_memory_is_held_until
     tiers = Tiers(None, None, None, unified=False, poison=True, device=device)
     on_device, host = tiers.arena(Tier.DEVICE, "gradients", PAGE), tiers.arena(Tier.HOST, "gradients in HOST", PAGE)
     for value in range(5):
-        gradient, home = on_device.acquire(PAGE, "g", patience_seconds=10), host.acquire(PAGE, "h")
+        gradient, home = on_device.acquire(PAGE, "g"), host.acquire(PAGE, "h")
         address = gradient.tensor(torch.uint8, (1,)).data_ptr()
         device.compute.give(lambda address=address, value=value: ctypes.memset(address, value, PAGE))
         recorder.use("backward", writes=[gradient.range])

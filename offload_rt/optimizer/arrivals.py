@@ -26,7 +26,7 @@ from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
+from offload_rt.transfer import Links, Transfer
 
 ALIGNMENT_BYTES = 64
 ARRIVING_SLOTS = 2
@@ -113,8 +113,8 @@ class Arrivals:
         owner = f"gradients of {block.name} arriving"
         while (slot := staging.try_acquire(self._staging_bytes, owner)) is None and self._unsettled:
             self._unsettled.popleft().settle(self._links.wait)
-        if slot is None:  # the device has done its copies; who watches them lets go in an instant
-            slot = staging.acquire(self._staging_bytes, owner, patience_seconds=WAIT_SECONDS)
+        if slot is None:
+            slot = staging.acquire(self._staging_bytes, owner)
         places, offset = {}, 0
         for index in gradients:
             num_bytes = block.parameters[index].parameter.nbytes

@@ -22,7 +22,7 @@ from offload_rt.arena import Arena
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.recording import HOST, RETURNED
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import WAIT_SECONDS, Links, Transfer
+from offload_rt.transfer import Links, Transfer
 
 LANDING_SLOTS = 2
 """Ranges of new weights in HOST memory: one is rounded while another is copied."""
@@ -57,7 +57,7 @@ class Landing:
         """HOST memory of the shape and dtype of `weights`, contiguous and the device's, which is copied to them at the
         end. Blocks until an earlier copy has left room; nothing is copied after an exception.
         """
-        slot = self._arena.acquire(self._slot_bytes, "new weights", patience_seconds=WAIT_SECONDS)
+        slot = self._arena.acquire(self._slot_bytes, "new weights")
         yield slot.tensor(weights.dtype, weights.shape)
         if self._links.recorder is not None:
             self._links.recorder.use("new weights", writes=[slot.range], lane=HOST, also=RETURNED)

@@ -377,10 +377,15 @@ class Stepper:
             if self._on_device is not None and self._on_device.num_under_way:
                 self._settle_on_device(self._on_device.num_under_way - 1)
                 continue
+            slot = arena.acquire_or_none(num_bytes, owner)  # what a device has stepped is lent until that is reported
+            if slot is not None:
+                return slot
             with self._read_lock:
-                if not self._ahead or arena is not self._state_arena:
-                    return arena.acquire(num_bytes, owner)  # raises, naming the holders
-                self._drop_ahead()
+                was_ahead = bool(self._ahead) and arena is self._state_arena
+                if was_ahead:
+                    self._drop_ahead()
+            if not was_ahead:
+                return arena.acquire(num_bytes, owner)  # raises, naming the holders
         return slot
 
     def _drop_ahead(self) -> None:
