@@ -217,7 +217,8 @@ class AiofilesIO:
             async with aiofiles.open(path, "rb" if kind == "read" else "r+b", buffering=0) as stream:
                 await stream.seek(offset_bytes)
                 while done < len(buffer):
-                    moved = await (stream.readinto if kind == "read" else stream.write)(buffer[done:])
+                    with buffer[done:] as rest:  # the thread that moves it may be late to forget it
+                        moved = await (stream.readinto if kind == "read" else stream.write)(rest)
                     if not moved:
                         raise storage_error(
                             "end of file",

@@ -230,7 +230,8 @@ class Copier:
                 self._drop(copy, error)
                 raise
         else:
-            self._feeder.submit(self._feed, after, copy, stream, before, reaper)
+            # Emptied when it is called: a thread that is late to forget its work must hold no memory by it.
+            self._feeder.submit(self._feed, [after], copy, stream, before, reaper)
         return copy
 
     def here(self) -> Place:
@@ -286,10 +287,10 @@ class Copier:
         self._to_host.close()
 
     def _feed(
-        self, after: Callable[[], None], copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper
+        self, after: list[Callable[[], None]], copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper
     ) -> None:
         try:
-            after()
+            after.pop()()
             self._pause()
             self._give(copy, stream, before, reaper)
         except BaseException as error:  # noqa: BLE001 - whoever waits for the copy raises it

@@ -173,10 +173,13 @@ class Links:
         ends = [(source.buffer(), destination.buffer(), check)]
 
         def run() -> None:
-            if after is not None:
-                after.wait()
-            self._sleep()
-            origin, target, look = ends.pop()  # so that this thread holds no lease when the future is done
+            try:
+                if after is not None:
+                    after.wait()
+                self._sleep()
+                origin, target, look = ends.pop()  # so that this thread holds no lease when the future is done
+            finally:
+                ends.clear()
             if look is not None:
                 look()
             num_bytes = len(origin)
@@ -437,7 +440,7 @@ class Links:
     def _start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
         if self._delayer is None:
             return self.io.start(kind, file, offset_bytes, buffer)
-        late = self._delayer.submit(self._start_late, kind, file, offset_bytes, buffer)
+        late = self._delayer.submit(self._start_late, kind, file, offset_bytes, [buffer])
 
         def wait(timeout_seconds: float) -> None:
             try:
@@ -448,9 +451,12 @@ class Links:
 
         return wait
 
-    def _start_late(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
+    def _start_late(
+        self, kind: str, file: OpenFile, offset_bytes: int, buffer: list[memoryview]
+    ) -> Callable[[float], None]:
+        """Empties `buffer`, so that a thread that is late to forget its work holds no lease."""
         self._sleep()
-        return self.io.start(kind, file, offset_bytes, buffer)
+        return self.io.start(kind, file, offset_bytes, buffer.pop())
 
     def _sleep(self) -> None:
         if self._delay_seconds:

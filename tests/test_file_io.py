@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,31 @@ def read_twice(io, file):
     del slot
     links.close()
     return content, counters
+
+
+class Remembering(ThreadPoolExecutor):
+    """Threads that never forget what they were given: the latest that a thread can be."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.given = []
+
+    def submit(self, *call, **arguments):
+        self.given.append((call, arguments))
+        return super().submit(*call, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_threads_that_are_late_to_forget_an_operation_hold_no_memory(kind, file):
+    io, arena = AiofilesIO(), Arena("a", PAGE)
+    remembering = Remembering()
+    io._loop.set_default_executor(remembering)
+    links = Links(io=io, delay_seconds=0.001)
+    links._delayer = Remembering()
+    links.wait(getattr(links, kind)(file, 0, arena.acquire(PAGE, "x")))
+    assert arena.held_bytes() == 0
+    assert len(remembering.given) > 1 and len(links._delayer.given) == 1
+    links.close()
 
 
 def test_registered_memory_is_used_and_reads_the_same(file):

@@ -197,6 +197,19 @@ def test_a_stage_is_not_read_into_while_a_copy_out_of_it_is_under_way(monkeypatc
     bench.close()
 
 
+def test_a_feeder_that_is_late_to_forget_a_copy_holds_no_memory() -> None:
+    bench = Bench(Tier.NVME, num_slots=1, late_seconds=0.0)
+    assert bench.links.device is not None
+    feeder, given = bench.links.device._feeder, []
+    submit = feeder.submit
+    feeder.submit = lambda *call: given.append(call) or submit(*call)  # type: ignore[method-assign,func-returns-value]
+    slot = bench.arena.acquire(PAGE, "b0")
+    bench.residences[0].fetch(slot).wait()
+    bench.staging.acquire(PAGE, "b1")
+    assert len(given) == 1
+    bench.close()
+
+
 @pytest.mark.parametrize("when", ["read", "verified"])
 def test_a_block_that_does_not_arrive_raises_where_it_is_wanted_and_can_be_asked_for_again(when: str) -> None:
     bench = Bench(Tier.NVME)
