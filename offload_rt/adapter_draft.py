@@ -10,6 +10,7 @@ import torch
 
 from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.measured_sizes import remembered_factor, scaled, sizes_key
+from offload_rt.optimizer.paged import rule_on_device
 from offload_rt.optimizer.pieces import Masters, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import rule_for
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, streaming_problem
@@ -60,9 +61,10 @@ def planned(
     def in_tiers() -> Workload:
         if optimizer is None:
             raise ConfigError("plan: places optimizer state, but nothing trains")
-        if options.device is not None or workload.config.device != "cpu":
-            raise ConfigError("plan: optimizer state of adapters stays on a GPU with them so far; set state to null")
-        return with_adapter_state(workload, optimizer, piece_elements=options.piece_elements)
+        drafted = with_adapter_state(workload, optimizer, piece_elements=options.piece_elements)
+        if workload.has_streams and drafted.training is not None:
+            rule_on_device(drafted.training.rule, workload.config.device)  # or it says why not
+        return drafted
 
     asked_for = options.state if plan is None else plan.state
     if asked_for is not None and workload.training is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.on_device import device_rule
+from offload_rt.optimizer.paged import rule_on_device
 from offload_rt.planning_tokens import policies_of
 from offload_rt.planning_training import placement_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
@@ -46,7 +47,7 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
         said = placement_of(plan, workload, unified=problem.unified)
         if plan.state != said:
             raise ConfigError(f"plan: its classes place state so: {said}, and its state says: {plan.state}")
-    if plan.state is not None and plan.state.on_device:
+    if plan.state is not None:
         _check_updates_on_device(plan.state, workload)
 
 
@@ -126,9 +127,16 @@ def _check_tokens(plan: Plan, seq_len: int) -> None:
 def _check_updates_on_device(state: StatePlacement, workload: Workload) -> None:
     """Whether the device can step what `state` gives to it."""
     training = workload.training
-    if training is None or training.adapters:
-        raise ConfigError("plan: state of adapters is stepped on the CPU; give on_device {} and device_slots 0")
+    if training is None:
+        return
     num_pieces = {block.name: len(block.pieces) for block in training.blocks}
+    if training.adapters and workload.has_streams and dict(state.on_device) != num_pieces:
+        raise ConfigError(
+            f"plan: adapters on a device are stepped there, all of them: give state on_device {num_pieces} and "
+            f"device_slots of at least 1"
+        )
+    if not state.on_device:
+        return
     for name, count in state.on_device.items():
         if name not in num_pieces:
             raise ConfigError(f"plan: state of {name!r} stepped on the device, which is no block that trains")
@@ -141,7 +149,7 @@ def _check_updates_on_device(state: StatePlacement, workload: Workload) -> None:
             f"plan: {sum(state.on_device.values())} pieces of state are stepped on the device, but "
             f"device={workload.config.device!r} is the CPU; give on_device {{}} and device_slots 0"
         )
-    device_rule(training.rule, workload.config.device)
+    (rule_on_device if training.adapters else device_rule)(training.rule, workload.config.device)
 
 
 def _check_activations(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:

@@ -25,7 +25,8 @@ from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
 from offload_rt.optimizer.log_commit import OpenLog, open_log
-from offload_rt.optimizer.on_device import DeviceUpdates, device_rule
+from offload_rt.optimizer.on_device import DeviceUpdates, PiecesOnDevice, device_rule
+from offload_rt.optimizer.paged import PagedUpdates, rule_on_device
 from offload_rt.optimizer.state import (
     STATE_PREFIX,
     WEIGHTS_PREFIX,
@@ -67,7 +68,7 @@ class StateAssembly:
         self._drafts = {draft.name: draft for draft in workload.drafts if draft.trains}
         self._scratch: Scratch | None = None
         self._arrivals: Arrivals | None = None
-        self._on_device: DeviceUpdates | None = None
+        self._on_device: PiecesOnDevice | None = None
         self.home = StateHome(log=None, links=links)
         self.folders: list[Path] = []
 
@@ -93,14 +94,12 @@ class StateAssembly:
             "new weights on their way", placement.weight_slots * sizes.largest_weight_bytes, copied=copied
         )
         if copied:
-            self._on_device = DeviceUpdates(
-                device_rule(self._draft.rule, self._workload.config.device),
+            self._on_device = self._updates_on_device(
                 self._tiers.arena(
                     Tier.DEVICE, "optimizer state stepped there", placement.device_bytes(sizes), poisoned=False
-                ),
-                sizes.stepping_bytes, self._links,
-            )  # fmt: skip
-        if self._links.device is not None:
+                )
+            )
+        if sizes.landing_bytes:
             landing = self._arena("new weights on their way to DEVICE", sizes.landing_bytes)
             self.home.landing = Landing(landing, sizes.landing_bytes // LANDING_SLOTS, self._links)
         waiting = sizes.gradient_bytes
@@ -114,6 +113,17 @@ class StateAssembly:
             self._arrivals = Arrivals(self._links, staging, sizes.arriving_bytes // ARRIVING_SLOTS)
         if self._workload.config.nvme:
             self._open_log()
+
+    def _updates_on_device(self, arena: Arena) -> PiecesOnDevice:
+        rule, slot_bytes, links = self._draft.rule, self._sizes.stepping_bytes, self._links
+        name = self._workload.config.device
+        if not self._draft.adapters:
+            return DeviceUpdates(device_rule(rule, name), arena, slot_bytes, links)
+        if links.device is None:
+            raise ConfigError("plan: adapters are stepped on the device, but DEVICE is RAM here")
+        return PagedUpdates(
+            rule_on_device(rule, name), ParameterGradients(), links.device.device, arena, slot_bytes, links
+        )
 
     def residence(self, draft: BlockDraft, staging: Arena | None) -> Residence:
         """Where the weights of a block of a ring on NVME rest."""
@@ -167,7 +177,7 @@ class StateAssembly:
         stepper = Stepper(
             self._draft.rule, self.home, ParameterGradients(), lambda name: training[0].groups.of(name), progress,
             self._links, state_arena=self._state_arena, state_slot_bytes=self._sizes.piece_bytes,
-            weights_arena=self._weights_arena, weights_slot_bytes=0, threaded=False,
+            weights_arena=self._weights_arena, weights_slot_bytes=0, on_device=self._on_device, threaded=False,
         )  # fmt: skip
         training.append(
             AdapterTraining(

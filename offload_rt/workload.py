@@ -221,6 +221,10 @@ def training_sizes(workload: Workload) -> TrainingSizes:
     if training is None:
         raise ConfigError("optimizer: no layer trains")
     on_a_device = workload.has_streams
+    lands = on_a_device and not training.adapters
+    stepping = max(piece.num_bytes for block in training.blocks for piece in block.pieces)
+    if not training.adapters:
+        stepping = stepping_bytes(training.blocks)
     return TrainingSizes(
         blocks=tuple(
             TrainedSize(
@@ -233,11 +237,11 @@ def training_sizes(workload: Workload) -> TrainingSizes:
         clips=config.max_grad_norm is not None,
         commits_each_step=config.commit_every in (None, 1) and not training.adapters,
         adapters=training.adapters,
-        landing_bytes=LANDING_SLOTS * largest_range_bytes(training.blocks) if on_a_device else 0,
+        landing_bytes=LANDING_SLOTS * largest_range_bytes(training.blocks) if lands else 0,
         arriving_bytes=ARRIVING_SLOTS * largest_arrival_bytes(training.blocks)
-        if on_a_device and config.accumulation_steps > 1
+        if lands and config.accumulation_steps > 1
         else 0,
-        stepping_bytes=stepping_bytes(training.blocks) if on_a_device else 0,
+        stepping_bytes=stepping if on_a_device else 0,
     )  # fmt: skip
 
 

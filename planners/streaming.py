@@ -16,7 +16,8 @@ otherwise weights and state rest on NVME, gradients in HOST if they fit, and as 
 a time as there is room for. What room is left then holds state, piece by piece, of the first blocks: their gradients
 arrive last, when no computation is left to hide the drive behind. Activations are kept, and the loss is taken at once,
 where that fits besides. Updates run behind the backward pass where every step is committed. Adapters keep their
-optimizer state beside them; it rests in HOST or on NVME where DEVICE does not hold it (`TrainingSizes.adapters`).
+optimizer state beside them; it rests in HOST or on NVME where DEVICE does not hold it (`TrainingSizes.adapters`);
+a device with memory of its own steps it there, piece by piece.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ TIGHT_SLACK_BYTES = 64 << 20
 """Of freed memory held back, where a budget is tight."""
 STATE_SLOTS = (128, 64, 32, 16, 8, 4, 2)
 """Pieces of state on their way, the best first: what is read ahead while a layer computes."""
+PAGED_SLOTS = 2
+"""Pieces of adapters' state in a device's memory: one is stepped there while another comes or goes."""
 ENOUGH_STATE_SLOTS = 8
 """With so many, kept activations are worth more than further ones."""
 
@@ -195,7 +198,10 @@ def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None
             if slots <= ENOUGH_STATE_SLOTS  # more would take the place of decoded weights
         ]
         in_host = StatePlacement(in_memory=everything, gradients=Tier.HOST)
-        return [in_host, *(on_nvme if problem.nvme_capacity_bytes is not None else [])]
+        states = [in_host, *(on_nvme if problem.nvme_capacity_bytes is not None else [])]
+        if not sizes.stepping_bytes:
+            return list(states)
+        return [state.stepped_on_device(sizes, 1.0, slots=PAGED_SLOTS) for state in states]
     if rest is Tier.HOST:
         return [StatePlacement(in_memory=everything, gradients=Tier.HOST)]
     return [
@@ -318,6 +324,8 @@ def _plan(
         "activations": problem.transient_bytes(tile_tokens, chunk_tokens),
         "freed, held back by the allocator": slack_bytes,
     }
+    if state is not None and problem.training is not None and state.device_slots:
+        device["optimizer state stepped there"] = state.device_bytes(problem.training)
     host: dict[str, int] = {}
     nvme: dict[str, int] = {}
     if rest is Tier.NVME:

@@ -51,6 +51,7 @@ from tests.adapter_tiers import (
     training_of,
     unequal,
 )
+from tests.fake_device import FakeDevice
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, run_steps
 from tests.test_optimizer_training import FailingIO
 from tests.test_training_loop import make_batches
@@ -151,13 +152,13 @@ def test_a_run_goes_on_from_its_commit_folder_with_the_scheduler_of_the_next_ste
         assert unequal(expected[2:], running.steps(range(2, STEPS))) == []
 
 
-def rank_24(folder: Path, **arguments: Any) -> Engine:
+def rank_24(folder: Path, *, device: FakeDevice | None = None, **arguments: Any) -> Engine:
     """An engine for adapters whose state is the largest item of the plan."""
     folder = folder / str(len(list(folder.iterdir())))
     folder.mkdir()
     torch.manual_seed(0)
     model = peft.get_peft_model(FAMILIES["llama"](), peft.LoraConfig(r=24, target_modules="all-linear"))
-    options = RuntimeOptions(piece_elements=4096)
+    options = RuntimeOptions(piece_elements=4096, device=device)
     return Engine(model, bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, nvme=folder, options=options, **arguments)
 
 

@@ -14,7 +14,7 @@ import torch
 from offload_rt._engine import Engine
 from offload_rt.assembly import RuntimeOptions
 from offload_rt.errors import ConfigError
-from planners.plan import DecodeScope, StatePlacement, Tier
+from planners.plan import DecodeScope, Tier
 from tests.fake_device import FakeDevice
 from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, build, run_plain, run_steps
 from tests.test_parity import differences
@@ -93,14 +93,6 @@ def test_a_steady_step_makes_no_arena_and_leases_the_same(tmp_path: Path) -> Non
         assert third[2] == first[2]
         assert (third[0] - second[0], third[1] - second[1]) == (second[0] - first[0], second[1] - first[1])
         assert third[1] - second[1] == 4 * STEPS
-    device.close()
-
-
-def test_adapters_whose_state_is_to_rest_in_a_tier_are_refused_on_a_device(tmp_path: Path) -> None:
-    device = FakeDevice(kernels_are_late=False)
-    state = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=4)
-    with pytest.raises(ConfigError, match="stays on a GPU with them so far; set state to null"):
-        engine_on(device, Case("llama", "nf4", 1, False, False, "from NVME"), tmp_path, state=state)
     device.close()
 
 

@@ -1,9 +1,10 @@
 """Adapters whose optimizer state rests in tiers (QLoRA's paged optimizer, arXiv 2305.14314).
 
 Weights and gradients stay in memory, where autograd and torch's own tools find them. Only the update differs: state is
-read piece by piece, many small parameters to a piece, stepped by the user's own optimizer, and written back. Parameters
-are stepped themselves, in their dtype, so that every bit is that of the optimizer in memory. The copy of the weights in
-the pieces is what a commit holds of them: what somebody changes by hand is in a commit from the next step on.
+read piece by piece, many small parameters to a piece, stepped by the user's own optimizer, and written back; on a
+device see `paged`. Parameters are stepped themselves, in their dtype, so that every bit is that of the optimizer in
+memory. The copy of the weights in the pieces is what a commit holds of them: what somebody changes by hand is in a
+commit from the next step on.
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ class AdapterTraining(TieredTraining):
         """Counts and seconds since the start, bytes at rest."""
         return {
             "num_steps": self.step_number, **asdict(self.commits.counters), **asdict(self.stepper.counters),
+            **asdict(self.stepper.device_counters),
             "mode": UpdateMode.AFTER.value,
             **state_report(
                 self.blocks, self.home, mode=UpdateMode.AFTER, commit_every=self.commits.every, gradient_passes=0

@@ -25,6 +25,7 @@ is where it rests: so nothing else has to be ordered behind an update, neither t
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -132,10 +133,10 @@ class _UnderWay:
     back: list[Transfer] = field(default_factory=list)
 
 
-class DeviceUpdates:
-    """Steps pieces on the device. Used by one thread at a time."""
+class PiecesOnDevice(ABC):
+    """Pieces that a device steps, through slots of its memory. Used by one thread at a time."""
 
-    def __init__(self, rule: DeviceRule, arena: Arena, slot_bytes: int, links: Links) -> None:
+    def __init__(self, arena: Arena, slot_bytes: int, links: Links) -> None:
         """`arena`, of DEVICE memory, has slots of `slot_bytes`. It is not poisoned: `compute` would do that, which
         nothing here waits for.
         """
@@ -143,7 +144,6 @@ class DeviceUpdates:
             raise ValueError("updates on the device: DEVICE is RAM here")
         self.num_slots = arena.num_bytes // slot_bytes
         self.counters = DeviceCounters()
-        self._rule = rule
         # Leased for good: whatever a kernel's launch may keep of its arguments, a slot is free when its piece is back.
         self._free = deque(arena.acquire(slot_bytes, "a piece that is stepped") for _ in range(self.num_slots))
         self._links = links
@@ -159,6 +159,7 @@ class DeviceUpdates:
         """Pieces that were started and not settled, `num_slots` at most."""
         return len(self._under_way)
 
+    @abstractmethod
     def start(
         self, job: Job, piece: Piece, resting: Slot, weights: Slot | None, update_of: UpdateOf
     ) -> dict[str, Scalars]:
@@ -168,27 +169,78 @@ class DeviceUpdates:
         these and of the gradients is HOST's is the device's until the piece is settled. The caller has settled so many
         that a slot is free. Raises OffloadError where an earlier failure has left none.
         """
+
+    def settle(self, wait: Callable[[Transfer], None]) -> tuple[Piece, Slot]:
+        """Blocks, by `wait`, until the piece that was started first is back; returns it, and its state in HOST."""
+        for transfer in self._under_way[0].back:
+            wait(transfer)
+        first = self._under_way.popleft()
+        self._free.append(first.slot)
+        return first.piece, first.resting
+
+    @contextmanager
+    def dropped_unless_done(self) -> Iterator[None]:
+        """After an exception inside, waits until nothing is under way; whatever comes of it is dropped."""
+        try:
+            yield
+        except BaseException:
+            while self._under_way:
+                failed = self._under_way.popleft()
+                with suppress(Exception):  # the error that is told is the one that stopped the block
+                    for transfer in (*failed.brought, *failed.back):
+                        self._links.finish(transfer)
+                    self._free.append(failed.slot)
+            raise
+
+    def _begin(self, piece: Piece, resting: Slot) -> _UnderWay:
+        """Takes a slot for `piece`."""
+        if not self._free:
+            raise OffloadError(f"{piece.name}: an update on the device failed, and may still use its memory")
+        under_way = _UnderWay(piece, resting, self._free.popleft())
+        self._under_way.append(under_way)
+        return under_way
+
+    def _bring(self, under_way: _UnderWay, source: Slot, target: Slot) -> Transfer:
+        """Starts copying `source` to `target`, a range of the slot, which nothing uses any more."""
+        copied = self._links.copy(source, target, places=[])
+        under_way.brought.append(copied)
+        self.counters.bytes_to_device += source.num_bytes
+        return copied
+
+    def _take_back(self, under_way: _UnderWay, source: Slot, rest: Slot, places: Sequence[Place] | None) -> None:
+        """Starts copying `source`, which the device has stepped, to where it rests; behind `places`, or `compute`."""
+        self.counters.bytes_to_host += source.num_bytes
+        under_way.back.append(self._links.copy(source, rest, places=places))
+
+
+class DeviceUpdates(PiecesOnDevice):
+    """Pieces of masters and moments, whose gradients are in HOST, by `updates`."""
+
+    def __init__(self, rule: DeviceRule, arena: Arena, slot_bytes: int, links: Links) -> None:
+        """As `PiecesOnDevice`."""
+        super().__init__(arena, slot_bytes, links)
+        self._rule = rule
+
+    def start(
+        self, job: Job, piece: Piece, resting: Slot, weights: Slot | None, update_of: UpdateOf
+    ) -> dict[str, Scalars]:
         block = job.block
         if job.gradients is None or job.used is None:
             raise RuntimeError(f"{piece.name}: is not to be stepped on the device")
-        if not self._free:
-            raise OffloadError(f"{piece.name}: an update on the device failed, and may still use its memory")
-        slot = self._free.popleft()
-        under_way = _UnderWay(piece, resting, slot)
-        self._under_way.append(under_way)
-        layout = SlotLayout(block, piece)
+        under_way = self._begin(piece, resting)
+        slot, layout = under_way.slot, SlotLayout(block, piece)
         scalars: dict[str, Scalars] = {}
         launches: list[Callable[[], None]] = []
         in_place: list[MemoryRange] = []
         back = [(slot.part(0, piece.num_bytes), resting)]
-        places = [job.used, self._bring(under_way, resting, slot.part(0, piece.num_bytes))]
+        places = [job.used, _place(self._bring(under_way, resting, slot.part(0, piece.num_bytes)))]
         for segment, (gradient_at, weights_at) in zip(piece.segments, layout.segments, strict=True):
             if segment.parameter not in job.present:
                 continue
             trained, count = block.parameters[segment.parameter], segment.end - segment.begin
             gradient, target = slot.part(*gradient_at), slot.part(*weights_at)
             spec = block.gradients.tensors[segment.parameter]
-            places.append(self._bring(under_way, _range_of(job.gradients, spec, segment), gradient))
+            places.append(_place(self._bring(under_way, _range_of(job.gradients, spec, segment), gradient)))
             if trained.streamed is None:
                 new = trained.parameter.data.view(-1)[segment.begin : segment.end]
             else:
@@ -215,39 +267,16 @@ class DeviceUpdates:
             f"step {piece.name}", run, places, reads=[slot.range], writes=[slot.range, *in_place]
         )
         self.counters.num_pieces_on_device += 1
-        self.counters.bytes_to_host += sum(source.num_bytes for source, _ in back)
-        under_way.back.extend(self._links.copy(source, rest, places=[stepped]) for source, rest in back)
+        for source, rest in back:
+            self._take_back(under_way, source, rest, [stepped])
         return scalars
 
-    def settle(self, wait: Callable[[Transfer], None]) -> tuple[Piece, Slot]:
-        """Blocks, by `wait`, until the piece that was started first is back; returns it, and its state in HOST."""
-        for transfer in self._under_way[0].back:
-            wait(transfer)
-        first = self._under_way.popleft()
-        self._free.append(first.slot)
-        return first.piece, first.resting
 
-    @contextmanager
-    def dropped_unless_done(self) -> Iterator[None]:
-        """After an exception inside, waits until nothing is under way; whatever comes of it is dropped."""
-        try:
-            yield
-        except BaseException:
-            while self._under_way:
-                failed = self._under_way.popleft()
-                with suppress(Exception):  # the error that is told is the one that stopped the block
-                    for transfer in (*failed.brought, *failed.back):
-                        self._links.finish(transfer)
-                    self._free.append(failed.slot)
-            raise
-
-    def _bring(self, under_way: _UnderWay, source: Slot, target: Slot) -> Place:
-        copied = self._links.copy(source, target, places=[])
-        under_way.brought.append(copied)
-        self.counters.bytes_to_device += source.num_bytes
-        if copied.copy is None:
-            raise RuntimeError(f"{copied.name}: is no copy of a device's")
-        return copied.copy.place()
+def _place(copied: Transfer) -> Place:
+    """Behind a device's own copy."""
+    if copied.copy is None:
+        raise RuntimeError(f"{copied.name}: is no copy of a device's")
+    return copied.copy.place()
 
 
 def _range_of(slot: Slot, spec: TensorSpec, segment: Segment) -> Slot:

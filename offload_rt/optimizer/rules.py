@@ -167,6 +167,17 @@ class TorchRule:
             found.append(StateTensor(name, value.dtype, tuple(real[size] for size in value.shape)))
         return tuple(found)
 
+    def scalars_on(self, device: torch.device) -> list[str]:
+        """What of a parameter's state on `device` are tensors without dimensions, and there: found as `state`."""
+        parameter = nn.Parameter(torch.ones(_REHEARSED_SIZES[:1], device=device))
+        parameter.grad = torch.ones_like(parameter)
+        (made,) = self._step([parameter], [{}], self._options)
+        return [
+            name
+            for name, value in made.items()
+            if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == device.type
+        ]
+
     def update(self, of: Update) -> Scalars:
         return self.update_all([of])[0]
 

@@ -32,7 +32,7 @@ from offload_rt.errors import OffloadError
 from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.job import GradientSource, Job
-from offload_rt.optimizer.on_device import DeviceCounters, DeviceUpdates
+from offload_rt.optimizer.on_device import DeviceCounters, PiecesOnDevice
 from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import Part, StateHome, state_tensors, weights_from_masters
@@ -78,7 +78,7 @@ class Stepper:
         weights_arena: Arena,
         weights_slot_bytes: int,
         threaded: bool,
-        on_device: DeviceUpdates | None = None,
+        on_device: PiecesOnDevice | None = None,
     ) -> None:
         """`on_device` steps those pieces of `home` that are the device's, `rule` the others."""
         self.counters = StepperCounters()
