@@ -161,12 +161,12 @@ class Links:
 
         `inward` says that it goes from HOST to DEVICE, where both are RAM and a link between them is emulated.
         `check` looks at the source when `after` has arrived; what it raises, the transfer raises. `places`: see
-        `Copier.start`; for a device with streams.
+        `Copier.start`; for a device with streams. What is in HOST at both ends goes as where there is no device.
         """
         if source.num_bytes != destination.num_bytes:
             raise ValueError(f"copy: {source.num_bytes} bytes into {destination.num_bytes}")
         self.counters.bytes_copied += source.num_bytes
-        if self.device is not None:
+        if self.device is not None and (source.on_device or destination.on_device):
             return self._device_copy(self.device, source, destination, after, check, places)
 
         link = self.throttle.link if self.throttle is not None and inward else None
@@ -294,8 +294,8 @@ class Links:
         check: Callable[[], None] | None,
         places: Sequence[Place] | None,
     ) -> Transfer:
-        if source.on_device == destination.on_device:
-            raise ValueError(f"copy: {source.range} and {destination.range} are on the same side of the device")
+        if source.on_device and destination.on_device:
+            raise ValueError(f"copy: {source.range} and {destination.range} are both in the device's memory")
         self.meter.moved(HOST_TO_DEVICE if destination.on_device else DEVICE_TO_HOST, source.num_bytes)
 
         def arrived() -> None:

@@ -157,6 +157,31 @@ def test_what_the_device_stepped_the_cpu_goes_on_with(tmp_path: Path) -> None:
         assert [name for name in got if not torch.equal(want[name], got[name])] == []
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_checkpoint_of_state_in_memory_goes_from_a_device_to_one(share: float, tmp_path: Path) -> None:
+    case = Case("llama", "bfloat16", "adamw", 1, "not", False, "from HOST")
+    expected = run_plain(case)
+    devices = [FakeDevice(late_seconds=LATE, kernels_are_late=False) for _ in range(2)]
+    with engine_on(devices[0], case, tmp_path, piece_elements=4096, device_share=share, record=True) as engine:
+        run_engine(case, engine, steps=2)
+        engine.save_checkpoint(tmp_path / "saved")
+        recorder = engine._runtime.recorder
+        assert recorder is not None and [str(race) for race in recorder.check()] == []
+    with engine_on(devices[1], case, tmp_path, piece_elements=4096, device_share=share, record=True) as engine:
+        assert engine.optimizer is not None
+        scheduler = scheduled(engine.optimizer)
+        engine.track("scheduler", scheduler)
+        one_step(case, engine, scheduler, 0)
+        engine.load_checkpoint(tmp_path / "saved")
+        found = [one_step(case, engine, scheduler, step) for step in range(2, STEPS)]
+        recorder = engine._runtime.recorder
+        assert recorder is not None and [str(race) for race in recorder.check()] == []
+    for want, got in zip(expected[2:], found, strict=True):
+        assert [name for name in got if not torch.equal(want[name], got[name])] == []
+    for device in devices:
+        device.close()
+
+
 def placed(plan: Plan, **changes: Any) -> Plan:
     assert plan.state is not None
     return replace(plan, state=replace(plan.state, **changes))

@@ -294,12 +294,17 @@ def test_an_error_of_the_device_reaches_whoever_waits_for_bytes() -> None:
     device.close()
 
 
-def test_ends_on_one_side_of_the_device_are_refused() -> None:
+def test_within_host_the_host_copies_and_within_the_device_nobody() -> None:
     device = FakeDevice()
     links = Links(device=device)
-    arena = Arena("h", 2 * PAGE)
-    with pytest.raises(ValueError, match="same side of the device"):
-        links.copy(arena.acquire(PAGE, "a"), arena.acquire(PAGE, "b"))
+    host, on_device = Arena("h", 2 * PAGE), device.arena("d", 2 * PAGE, poison=False)
+    source, target = host.acquire(PAGE, "a"), host.acquire(PAGE, "b")
+    source.tensor(torch.uint8, (PAGE,)).fill_(7)
+    links.wait(links.copy(source, target))
+    assert set(bytes(target.buffer())) == {7}
+    assert device.to_host.num_copies == device.to_device.num_copies == 0
+    with pytest.raises(ValueError, match="both in the device's memory"):
+        links.copy(on_device.acquire(PAGE, "a"), on_device.acquire(PAGE, "b"))
     links.close()
     device.close()
 
