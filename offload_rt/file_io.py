@@ -189,7 +189,7 @@ class AiofilesIO:
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
         resource = SSD_READ if kind == "read" else SSD_WRITE
         self._meter.begin(resource)
-        future = asyncio.run_coroutine_threadsafe(self._run(kind, file, offset_bytes, buffer), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._run(kind, file, offset_bytes, buffer[:]), self._loop)
         self._names[id(future)] = f"{kind} {file.path} at {offset_bytes}, {len(buffer)} bytes"
 
         def over(done: Future[None]) -> None:
@@ -206,6 +206,9 @@ class AiofilesIO:
         pass  # an operation is one request, and the event loop's threads are the depth
 
     async def _run(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> None:
+        """Owns `buffer` and releases it, and each part of it: a thread of the loop's may hold on to what it was called
+        with after whoever waits knows that the operation is over, and an exception to the frames that it passed.
+        """
         import aiofiles  # only where the native core is missing
 
         done = 0
@@ -217,7 +220,7 @@ class AiofilesIO:
             async with aiofiles.open(path, "rb" if kind == "read" else "r+b", buffering=0) as stream:
                 await stream.seek(offset_bytes)
                 while done < len(buffer):
-                    with buffer[done:] as rest:  # the thread that moves it may be late to forget it
+                    with buffer[done:] as rest:
                         moved = await (stream.readinto if kind == "read" else stream.write)(rest)
                     if not moved:
                         raise storage_error(
@@ -237,6 +240,8 @@ class AiofilesIO:
                 f"{kind} failed", path=file.path, offset=offset_bytes, wanted=len(buffer), done=done,
                 errno=error.errno or 0,
             ) from None  # fmt: skip
+        finally:
+            buffer.release()
 
     def busy_seconds(self) -> tuple[float, float]:
         busy = self._meter.reading().busy_seconds

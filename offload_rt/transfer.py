@@ -177,19 +177,21 @@ class Links:
                 if after is not None:
                     after.wait()
                 self._sleep()
-                origin, target, look = ends.pop()  # so that this thread holds no lease when the future is done
+                origin, target, look = ends.pop()
             finally:
                 ends.clear()
-            if look is not None:
-                look()
-            num_bytes = len(origin)
-            with self.meter.busy(HOST_TO_DEVICE) if inward else nullcontext():
-                ctypes.memmove(
-                    (ctypes.c_char * num_bytes).from_buffer(target),
-                    (ctypes.c_char * num_bytes).from_buffer(origin),
-                    num_bytes,
-                )
-            del origin, target, look
+            try:
+                if look is not None:
+                    look()
+                num_bytes = len(origin)
+                with self.meter.busy(HOST_TO_DEVICE) if inward else nullcontext():
+                    ctypes.memmove(
+                        (ctypes.c_char * num_bytes).from_buffer(target),
+                        (ctypes.c_char * num_bytes).from_buffer(origin),
+                        num_bytes,
+                    )
+            finally:
+                del origin, target, look  # so that neither this thread nor an error holds a lease afterwards
             if link is not None:
                 link.wait(link.submit(IN, num_bytes))
 
@@ -452,11 +454,11 @@ class Links:
         return wait
 
     def _start_late(
-        self, kind: str, file: OpenFile, offset_bytes: int, buffer: list[memoryview]
+        self, kind: str, file: OpenFile, offset_bytes: int, buffers: list[memoryview]
     ) -> Callable[[float], None]:
-        """Empties `buffer`, so that a thread that is late to forget its work holds no lease."""
+        """Takes the only one of `buffers`, so that this thread holds no lease when the operation is over."""
         self._sleep()
-        return self.io.start(kind, file, offset_bytes, buffer.pop())
+        return self.io.start(kind, file, offset_bytes, buffers.pop())
 
     def _sleep(self) -> None:
         if self._delay_seconds:
