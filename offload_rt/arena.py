@@ -46,8 +46,11 @@ from planners.errors import format_bytes
 
 WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
 """How long anybody waits for a device, a drive, or what one of them still uses."""
-_GRACE_SECONDS = 1.0
-"""A thread of autograd's may let go of a tensor an instant after the pass that it has finished."""
+_GRACE_SECONDS = 5.0
+"""A thread that has let go of memory, but for a tensor or a buffer, may be late by several of a scheduler's periods of
+0.1 s."""
+_COLLECT_SECONDS = 0.05
+"""After so long a reference cycle is looked for that holds a lease: a collection takes longer than most waits."""
 POISON = 0xFF
 """Every float made of 0xFF bytes is a NaN."""
 
@@ -217,10 +220,16 @@ class Arena:
         """
         slot = self.acquire_or_none(num_bytes, owner)
         if slot is None and num_bytes <= self.num_bytes:
-            gc.collect()  # a reference cycle may hold a view of a slot
-            deadline = time.monotonic() + _GRACE_SECONDS
-            while (slot := self.acquire_or_none(num_bytes, owner)) is None and time.monotonic() < deadline:
-                time.sleep(0.001)
+            begin, has_collected = time.monotonic(), False
+            while (slot := self.acquire_or_none(num_bytes, owner)) is None:
+                waited = time.monotonic() - begin
+                if not has_collected and waited >= min(_GRACE_SECONDS, _COLLECT_SECONDS):
+                    gc.collect()
+                    has_collected = True
+                elif waited >= _GRACE_SECONDS:
+                    break
+                else:
+                    time.sleep(0.001)
         if slot is None:
             raise BudgetExceeded(self._short_of(num_bytes, owner))
         return slot

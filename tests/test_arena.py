@@ -4,6 +4,7 @@ arena  |-- a --|-- free --|-- c --|-- free --|      first fit; neighbours that a
 """
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_an_exhausted_arena_names_who_holds_it():
     arena = Arena("ring of layers", 3 * PAGE)
     held = [arena.acquire(PAGE, "layers.3"), arena.acquire(PAGE, "layers.4")]
     with pytest.raises(BudgetExceeded) as raised:
-        arena.acquire(2 * PAGE, "layers.5")
+        arena.acquire(2 * PAGE, "layers.5", patience_seconds=0)
     for evidence in ("ring of layers", "layers.5 needs 8 KiB of 12 KiB", "layers.3 4 KiB", "layers.4 4 KiB"):
         assert evidence in str(raised.value)
     assert isinstance(raised.value, MemoryError)
@@ -201,13 +202,24 @@ def test_more_than_there_ever_is_is_not_waited_for():
         arena.acquire(2 * PAGE, "y")
 
 
-def test_what_only_a_reference_cycle_holds_is_room(monkeypatch):
-    monkeypatch.setattr(arena_module, "_GRACE_SECONDS", 0.0)
+def test_room_is_waited_for_while_a_late_thread_holds_it(monkeypatch):
+    monkeypatch.setattr(arena_module, "_GRACE_SECONDS", 60.0)
     arena = Arena("a", PAGE)
-    cycle = [arena.acquire(PAGE, "x")]
-    cycle.append(cycle)
+    held = [arena.acquire(PAGE, "x")]
+    late = threading.Timer(0.2, held.clear)
+    late.start()
+    assert arena.acquire(PAGE, "y").num_bytes == PAGE and not held
+    late.join()
+
+
+@pytest.mark.parametrize("grace_seconds", [0.0, 60.0])
+def test_what_only_a_reference_cycle_holds_is_room(grace_seconds, monkeypatch):
+    monkeypatch.setattr(arena_module, "_GRACE_SECONDS", grace_seconds)
+    arena = Arena("a", PAGE)
     gc.disable()
     try:
+        cycle = [arena.acquire(PAGE, "x")]
+        cycle.append(cycle)
         del cycle
         assert arena.try_acquire(PAGE, "y") is None
         assert arena.acquire(PAGE, "y").num_bytes == PAGE
