@@ -41,10 +41,7 @@ class ActivationsAssembly:
         tiers: Tiers,
         links: Links,
         device: Device | None,
-        *,
-        placed_bytes: int,
     ) -> None:
-        """placed_bytes: of a result that gets a place in the arena of `transients`, at least."""
         self.scratch: Scratch | None = None
         """Room on NVME, which whoever assembles closes."""
         self.slack_bytes = plan.allocator_slack_bytes
@@ -55,19 +52,17 @@ class ActivationsAssembly:
         self._tiers = tiers
         self._links = links
         self._device = device
-        self._placed_bytes = placed_bytes
         self._sizes = sizes_of(plan, workload.config.batch_size)
 
     def transients(self) -> Transients:
         """Room for what a layer, or a tile of the loss, holds while it runs: in an arena, where that gains."""
         num_bytes = self._transient_bytes()
-        least_bytes = self._placed_bytes
-        if self._plan.activations or not places_transients(self._workload, num_bytes, least_bytes):
+        if self._plan.activations or not places_transients(self._workload, num_bytes):
             self._tiers.account(Tier.DEVICE).reserve("activations", num_bytes)
             return Transients()
         gaps = min(num_bytes // ROOM_FOR_GAPS, self._plan.allocator_slack_bytes // 2)
         self.slack_bytes -= gaps
-        return Transients(self._tiers.arena(Tier.DEVICE, "activations", num_bytes + gaps), least_bytes)
+        return Transients(self._tiers.arena(Tier.DEVICE, "activations", num_bytes + gaps), self._workload.placed_bytes)
 
     def places(self) -> Places:
         """Where layer inputs and swapped activations wait; None keeps them where they are."""

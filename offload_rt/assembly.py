@@ -165,9 +165,7 @@ class _Assembly:
         )  # fmt: skip
         self.store: Store | None = None
         self.store_was_cached = False
-        self.activations = ActivationsAssembly(
-            workload, problem, plan, self.tiers, self.links, self.device, placed_bytes=options.placed_bytes
-        )
+        self.activations = ActivationsAssembly(workload, problem, plan, self.tiers, self.links, self.device)
         self.executors: list[RingExecutor] = []
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.state: StateAssembly | None = None

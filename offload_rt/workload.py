@@ -64,7 +64,8 @@ that lie in an arena (`transients`) need no such share: then 384 MiB and none.""
 PLACED_RESULTS = 192
 """Of the least size that is placed: so many make the activations of a layer for which an arena is worth its while. In
 smaller layers no result reaches the 32 MiB that glibc maps anew each time, and what placing costs is more than it
-gains: at 512 tokens a step of TinyLlama's shape took 1.06 times as long, at 2048 0.84 of the processor time."""
+gains: at 512 tokens a step of TinyLlama's shape took 1.06 times as long. At 2048 two layers' forward and backward made
+8 to 14 thousand page faults instead of 445 to 465 (docs/log.md)."""
 
 DEVICE_SLOTS = 4
 """Pieces of `RuntimeOptions.device_share` in DEVICE memory: one comes, one is stepped, one goes, one to spare."""
@@ -142,6 +143,8 @@ class Workload:
     """None where only adapters train, and their state is where they are."""
     has_streams: bool = False
     """DEVICE is a device whose work is asynchronous."""
+    placed_bytes: int = LEAST_BYTES
+    """As `RuntimeOptions.placed_bytes`."""
 
     @property
     def frozen(self) -> list[BlockDraft]:
@@ -174,6 +177,7 @@ def find_workload(
     return Workload(
         model=model, config=config, drafts=drafts, sources=sources, rest=rest, key=store_key(frozen, sources),
         training=training, has_streams=config.device != "cpu" or options.device is not None,
+        placed_bytes=options.placed_bytes,
     )  # fmt: skip
 
 
@@ -305,13 +309,13 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     )
 
 
-def places_transients(workload: Workload, num_bytes: int, least_bytes: int = LEAST_BYTES) -> bool:
-    """Whether `num_bytes` of activations are an arena, with results of at least `least_bytes` in it: on the CPU, where
+def places_transients(workload: Workload, num_bytes: int) -> bool:
+    """Whether `num_bytes` of activations are an arena, with results of at least `placed_bytes` in it: on the CPU, where
     layers are frozen and run whole, and results of that size are what a layer's time goes to.
     """
     frozen = workload.training is None or workload.training.adapters
     on_cpu = workload.config.device == "cpu" and not workload.has_streams
-    return on_cpu and frozen and 0 < PLACED_RESULTS * least_bytes <= num_bytes
+    return on_cpu and frozen and 0 < PLACED_RESULTS * workload.placed_bytes <= num_bytes
 
 
 def allocator_slack_bytes(trainable_bytes: int, activation_bytes: int, *, placed: bool = False) -> int:

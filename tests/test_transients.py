@@ -211,3 +211,15 @@ def test_activations_are_an_arena_where_frozen_layers_run_whole_and_are_large(ma
     assert trained._runtime.transients._arena is None
     assert workload.allocator_slack_bytes(1000 * MIB, 280 * MIB, placed=True) == 384 * MIB
     assert workload.allocator_slack_bytes(1000 * MIB, 280 * MIB) == 816 * MIB
+
+
+def test_freed_memory_is_planned_for_results_that_get_no_place(make_engine, monkeypatch):
+    """The plan asks what the runtime asks: by the size of results that is set for this engine."""
+    for name, value in (("PLACED_RESULTS", 1), ("ALLOCATOR_SLACK_BYTES", 0), ("SLACK_BESIDE_ACTIVATIONS_BYTES", 0)):
+        monkeypatch.setattr(workload, name, value)
+    slack = {}
+    for placed_bytes in (0, 4096):
+        engine = make_engine(build_lora(), bits=4, options={"placed_bytes": placed_bytes})
+        assert (engine._runtime.transients._arena is None) is (placed_bytes == 0)
+        slack[placed_bytes] = engine.plan.allocator_slack_bytes
+    assert slack[0] > slack[4096] == 0
