@@ -1,7 +1,6 @@
 """Layers by chunks of tokens: the numbers of plain autograd, with the work and the memory that the policy says."""
 
 import copy
-import gc
 import logging
 import re
 from collections import Counter
@@ -31,6 +30,7 @@ from tests.tokenwise import (
     decoder_layers,
     errors,
     in_fp64,
+    num_tensors,
     policy,
     step,
 )
@@ -565,13 +565,8 @@ def test_a_step_leaves_no_tensor_behind(store_qkv):
     model, inputs = build(), batch()
     cut(model, policy(0.5, 4, store_qkv=store_qkv))
 
-    def num_tensors():
-        step(model, inputs)
-        gc.collect()
-        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
-
-    num_tensors()  # has tried the layers
-    assert num_tensors() == num_tensors()
+    num_tensors(model, inputs)  # has tried the layers
+    assert num_tensors(model, inputs) == num_tensors(model, inputs)
 
 
 def test_hooks_of_parameters_fire_once():

@@ -1,7 +1,6 @@
 """Groups of what a chunk saves, each treated in its own way: the same bits, the work and the bytes that it says."""
 
 import copy
-import gc
 import itertools
 import json
 from collections import Counter
@@ -22,7 +21,7 @@ from planners.activations import Action, ActivationPolicy, Chunk, Group, Span, T
 from planners.placement import Tier
 from tests.parity import pairwise
 from tests.test_tokenwise import counted, run, same_bits
-from tests.tokenwise import ARCHITECTURES, ROWS, TOKENS, batch, build, cut, decoder_layers, errors, step
+from tests.tokenwise import ARCHITECTURES, ROWS, TOKENS, batch, build, cut, decoder_layers, errors, num_tensors, step
 
 KEEP, RECOMPUTE = Treatment(action=Action.KEEP), Treatment(action=Action.RECOMPUTE)
 HOST, NVME = (Treatment(action=Action.SWAP, tier=tier) for tier in (Tier.HOST, Tier.NVME))
@@ -141,13 +140,8 @@ def test_a_step_by_groups_leaves_no_tensor_behind(cell, places):
     model, inputs = build(), batch()
     cut(model, grouped(*cell)).places = places
 
-    def num_tensors():
-        step(model, inputs)
-        gc.collect()
-        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
-
-    num_tensors()  # has tried the layers
-    assert num_tensors() == num_tensors()
+    num_tensors(model, inputs)  # has tried the layers
+    assert num_tensors(model, inputs) == num_tensors(model, inputs)
 
 
 # the work

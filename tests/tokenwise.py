@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -164,6 +165,13 @@ def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.T
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **found}
+
+
+def num_tensors(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """That there are in the process after one more step, with nothing left to collect."""
+    step(model, inputs)
+    gc.collect()
+    return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
 
 
 def errors(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from offload_rt.tokenwise.locality import check_locality
 from offload_rt.tokenwise.saved import Held
 from offload_rt.tokenwise.slicing import NotTokenLocal, tensor_names, token_dims
 from offload_rt.tokenwise.tiled_pass import TiledPass
-from offload_rt.tokenwise.tiles import Places, TileCounters
+from offload_rt.tokenwise.tiles import PassState, Places, TileCounters
 from planners.activations import ActivationPolicy
 from planners.errors import format_bytes
 from planners.schedule import Phase
@@ -119,11 +119,11 @@ class TokenwiseLayer(RecomputedLayer):
             if self.kind not in self.tokenwise.tried:
                 check_locality(self, call, names, tensors, dims, hidden, self.policy.attention_groups)
                 self.tokenwise.tried.add(self.kind)
-        tiled = TiledPass(
+        state = PassState(
             call, self.block, spans, dims, hidden, self.tokenwise.places, self.tokenwise.counters,
             first_products=self._first_products, attention_groups=self.policy.attention_groups,
         )  # fmt: skip
-        return tiled, tensors, hidden
+        return TiledPass(state), tensors, hidden
 
 
 class _Tokenwise(torch.autograd.Function):

@@ -24,7 +24,7 @@ from offload_rt.random_state import kept_random_state
 from offload_rt.tokenwise.graphs import Gradients
 from offload_rt.tokenwise.slicing import NotTokenLocal, first_tokens
 from offload_rt.tokenwise.tiled_pass import TiledPass
-from offload_rt.tokenwise.tiles import Places, TileCounters
+from offload_rt.tokenwise.tiles import PassState, Places, TileCounters
 from planners.activations import Action, Span
 
 TRIED_TOKENS = 48
@@ -53,9 +53,10 @@ def check_locality(
     with _evaluating(owner.layer), without_hooks(call.trainable), kept_random_state(call.device):
         try:
             of_whole = _whole(owner, call, inputs, hidden)
-            tiled = TiledPass(
+            state = PassState(
                 call, owner.block, spans, dims, hidden, Places(), TileCounters(), attention_groups=attention_groups
             )
+            tiled = TiledPass(state)
             outputs = tiled.forward(inputs, needs_input=True)
             of_input, of_parameters = tiled.backward(inputs, _directions(outputs), keep_graph=False)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:

@@ -18,37 +18,17 @@ from __future__ import annotations
 
 import torch
 
-from offload_rt.autograd import Call
-from offload_rt.block import Block
 from offload_rt.tokenwise.backward import Backward
-from offload_rt.tokenwise.first_products import FirstProducts
 from offload_rt.tokenwise.forward import Forward
 from offload_rt.tokenwise.graphs import Gradients
-from offload_rt.tokenwise.tiles import PassState, Places, Tile, TileCounters
-from planners.activations import Span
+from offload_rt.tokenwise.tiles import PassState, Tile
 
 
 class TiledPass:
     """One forward of a layer by chunks, and its backward. Whoever runs either has the layer's block open."""
 
-    def __init__(
-        self,
-        call: Call,
-        block: Block,
-        spans: tuple[Span, ...],
-        dims: list[int | None],
-        hidden: int,
-        places: Places,
-        counters: TileCounters,
-        *,
-        first_products: FirstProducts | None = None,
-        attention_groups: int = 1,
-    ) -> None:
-        """dims: of each tensor of the call, the one that counts tokens. hidden: which of them is the layer's input.
-        first_products: those of the layer; what is found out about them in one pass is of use to the next.
-        """
-        products = FirstProducts() if first_products is None else first_products
-        self._state = PassState(call, block, spans, dims, hidden, places, counters, products, attention_groups)
+    def __init__(self, state: PassState) -> None:
+        self._state = state
         self.attention_bytes = 0
         """What the attention call has saved besides its operands and its result."""
 

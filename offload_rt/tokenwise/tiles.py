@@ -109,16 +109,20 @@ class PassState:
         hidden: int,
         places: Places,
         counters: TileCounters,
-        first_products: FirstProducts,
-        attention_groups: int,
+        *,
+        first_products: FirstProducts | None = None,
+        attention_groups: int = 1,
     ) -> None:
+        """dims: of each tensor of the call, the one that counts tokens. hidden: which of them is the layer's input.
+        first_products: those of the layer; what is found out about them in one pass is of use to the next.
+        """
         self.call = call
         self.block = block
         self.tiles = [Tile(index, span) for index, span in enumerate(spans)]
         self.hidden = hidden
         self.places = places
         self.counters = counters
-        self.first_products = first_products
+        self.first_products = FirstProducts() if first_products is None else first_products
         self.middle = Middle(spans[-1].end, attention_groups)
         self.needs_input = False
         """Whether a gradient of the layer's input is wanted."""
