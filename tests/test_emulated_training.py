@@ -67,7 +67,6 @@ PLACES: dict[str, dict[str, Any]] = {
 
 def counted(run: Made) -> dict[str, float]:
     """Seconds that links and drives worked so far, and bytes that moved; nothing is under way."""
-    time.sleep(0.02)  # a hundred times what is read ahead takes
     report = run.report()
     moved = {key: report[key] for key in ("bytes_read", "bytes_written")}
     return {**report["link_busy_seconds"], **moved, "fetched": fetched_bytes(run)}

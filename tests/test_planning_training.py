@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,7 +157,6 @@ def tiers_of(plan: Plan) -> tuple[tuple[Tier, ...], tuple[Tier, ...]]:
 
 def moved(run: Engine) -> dict[str, float]:
     """Bytes that drives moved so far, and seconds that links and drives worked; nothing is under way."""
-    time.sleep(0.1)  # what is read ahead takes a tenth of that
     report = run.report()
     return {**report["link_busy_seconds"], "read": report["bytes_read"], "written": report["bytes_written"]}
 
