@@ -146,7 +146,7 @@ def test_an_exhausted_arena_names_who_holds_it():
     arena = Arena("ring of layers", 3 * PAGE)
     held = [arena.acquire(PAGE, "layers.3"), arena.acquire(PAGE, "layers.4")]
     with pytest.raises(BudgetExceeded) as raised:
-        arena.acquire(2 * PAGE, "layers.5", patience_seconds=0)
+        arena.acquire(2 * PAGE, "layers.5")
     for evidence in ("ring of layers", "layers.5 needs 8 KiB of 12 KiB", "layers.3 4 KiB", "layers.4 4 KiB"):
         assert evidence in str(raised.value)
     assert isinstance(raised.value, MemoryError)

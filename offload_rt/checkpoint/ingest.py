@@ -38,7 +38,7 @@ class Sources:
     """Where each stored parameter's values come from."""
 
     streams: dict[str, TensorSource]
-    prequantized: Mapping[str, BnbTensors]
+    prequantized: dict[str, BnbTensors]
     fingerprint: str
     """Of the content behind them."""
     describe: str
@@ -47,6 +47,7 @@ class Sources:
     def let_go(self) -> None:
         """Forgets them, once all is where it rests: those of a model in memory hold its weights."""
         self.streams.clear()
+        self.prequantized.clear()
 
 
 def sources_in_memory(drafts: list[BlockDraft]) -> Sources:
