@@ -242,7 +242,10 @@ def run(arguments: argparse.Namespace, case: Case, folder: Path) -> dict[str, An
     rates = rates_for(case, first)
     hardware = machine(case.unified, rates)
     plan = plan_of(case, first)
-    plan = lowered(plan, streaming) if case.state is None else lowered_training(plan, workload, streaming)
+    if case.state is None:
+        plan = lowered(plan, streaming, first)
+    else:
+        plan = lowered_training(plan, workload, streaming, first)
     steps, worked = trained(arguments, case, folder, hardware, plan)
     last = measured(case, workload, streaming, hardware)
     predictions = []

@@ -356,10 +356,14 @@ class _Assembly:
         """Guards what the plan leaves to the C library: all of memory on the CPU device, of HOST on a GPU."""
         tiers = (Tier.DEVICE, Tier.HOST) if self.workload.config.device == "cpu" else (Tier.HOST,)
         accounts = {account.tier: account for account in map(self.tiers.account, tiers)}.values()
+        device = self.tiers.account(Tier.DEVICE).holdings if Tier.DEVICE in tiers else {}
+        kept = device.get("kept activations", 0)  # without any, inputs are small beside what the plan grants
         return HeapGuard(
             self.base, planned_bytes=sum(account.used_bytes for account in accounts),
             arena_bytes=sum(account.arena_bytes for account in accounts),
             slack_bytes=self.activations.slack_bytes,
+            lasting_bytes=device.get("adapters, gradients, optimizer", 0),
+            kept_bytes=kept + device.get("layer inputs", 0) if kept else 0,
         )  # fmt: skip
 
     def _loss_head(self, runtime: Runtime) -> LossHead | None:

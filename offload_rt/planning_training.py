@@ -74,10 +74,11 @@ def optimised(
     Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
     """
     if workload.training is None or optimizer is None:
-        return lowered(plan_optimal(measured_problem(workload, streaming, hardware)), streaming)
+        problem = measured_problem(workload, streaming, hardware)
+        return lowered(plan_optimal(problem), streaming, problem)
     check_can_be_asked(workload)
     seconds = measured_seconds(workload, streaming, optimizer)
-    best: Plan | None = None
+    best: tuple[Plan, Problem] | None = None
     failure: PlanInfeasible | None = None
     for problem, freedoms in questions(workload, streaming, hardware, seconds):
         try:
@@ -85,11 +86,11 @@ def optimised(
         except PlanInfeasible as error:
             failure = error  # the last question leaves most open
             continue
-        if best is None or plan.predicted["step_seconds"] * (1 + WEAR_SLOWDOWN) < best.predicted["step_seconds"]:
-            best = plan
+        if best is None or plan.predicted["step_seconds"] * (1 + WEAR_SLOWDOWN) < best[0].predicted["step_seconds"]:
+            best = plan, problem
     if best is None:
         raise failure or ConfigError("plan: no question can be asked about this workload")
-    return lowered_training(best, workload, streaming)
+    return lowered_training(best[0], workload, streaming, best[1])
 
 
 def check_can_be_asked(workload: Workload) -> None:
@@ -213,11 +214,11 @@ def training_problem(
     )
 
 
-def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem) -> Plan:
+def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem, problem: Problem) -> Plan:
     """The optimiser's plan with what the runtime decides by itself, and where its classes place state."""
     streamed = {draft.name for draft in workload.drafts}
     return replace(
-        lowered(plan, streaming),
+        lowered(plan, streaming, problem),
         resident=tuple(name for name in plan.resident if name in streamed),
         state=placement_of(plan, workload, unified=streaming.unified),
     )

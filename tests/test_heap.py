@@ -74,6 +74,35 @@ def test_holes_are_given_back_once_there_are_more_than_planned(how):
     assert ran.stdout == "given back\n", ran.stderr
 
 
+FILLED = (
+    HOLES.split("base = Base.now()")[0]
+    + """
+base = Base.now()
+guard = HeapGuard(base, planned_bytes=MIB, arena_bytes=0, slack_bytes=16 * MIB, lasting_bytes=8 * MIB,
+                  kept_bytes=int(sys.argv[1]) * MIB)
+pins = make_holes(64 * MIB)
+guard.check()
+assert guard.counters.num_trims == (0 if guard._kept_bytes else 1), guard.counters
+kept = [(ctypes.c_char * (48 * MIB))() for _ in range(2)]  # mapped: they fill none of the holes
+for step in range(4):
+    guard.check()
+print(guard.counters.num_trims)
+"""
+)
+
+
+@needs_trim
+@needs_mallinfo2
+@pytest.mark.parametrize("kept", [0, 96])
+def test_holes_that_kept_activations_will_fill_stay_until_these_are_there(kept):
+    """64 MiB of holes where 16 are granted, and 96 besides that are kept from forward to backward."""
+    ran = subprocess.run(
+        [sys.executable, "-c", FILLED, str(kept)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert ran.stdout == "1\n", ran.stderr
+
+
 @needs_trim
 def test_holes_that_cannot_be_given_back_are_not_trimmed_at_every_check():
     guard = HeapGuard(Base(0, heap.heap_bytes()), planned_bytes=1, arena_bytes=0, slack_bytes=64 * MIB)
@@ -145,6 +174,53 @@ def test_the_process_stays_within_base_arenas_and_what_was_planned_for_the_alloc
     loose = run_child(disk_folder / "loose", "without the guard")["allocator"]
     assert loose["trims"] == 1
     assert allocator["trimmed_bytes"] > loose["trimmed_bytes"] + 32 * MIB
+
+
+KEPT = """
+import sys
+import torch
+torch.set_num_threads(1)
+import peft, transformers
+from offload_rt import heap, workload
+from offload_rt._engine import Engine
+from offload_rt.workload import RuntimeOptions
+from planners.activations import Action, whole_batch
+workload.allocator_slack_bytes = lambda *_, **__: 160 << 20  # holes of 80 MiB with all kept, of 270 with nothing
+if sys.argv[2] == "without":
+    heap.HeapGuard._unfilled = lambda guard, in_use: 0
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=1024, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=2)
+model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+kept = RuntimeOptions(activations=whole_batch(Action.KEEP))
+with Engine(model, adapters=lora, nvme=sys.argv[1], batch_size=4, seq_len=256, lr=1e-3, options=kept) as engine:
+    trims = []
+    for step in range(4):
+        ids = torch.randint(0, 1024, (4, 256))
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        trims.append(engine.report()["allocator"]["trims"])
+    allocator = engine.report()["allocator"]
+    assert allocator["peak_bytes"] <= allocator["planned_bytes"] + (96 << 20), allocator
+print(trims[-1] - trims[1])
+"""
+
+
+@needs_trim
+@needs_mallinfo2
+def test_steady_steps_that_keep_activations_give_no_memory_back(tmp_path):
+    def trims(how):
+        ran = subprocess.run(
+            [sys.executable, "-c", KEPT, str(tmp_path), how], capture_output=True, text=True, timeout=240,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return int(ran.stdout.splitlines()[-1])
+
+    assert trims("with") == 0
+    assert trims("without") >= 2
 
 
 TRAINED = """

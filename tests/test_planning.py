@@ -14,9 +14,9 @@ from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.discover import find_blocks
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError
-from offload_rt.planning import CAPABILITIES, lowered, problem_of
+from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, lowered, problem_of
 from offload_rt.workload import find_workload, streaming_problem
-from planners.cost import knobs_of
+from planners.cost import capacities, knobs_of
 from planners.errors import PlanInfeasible
 from planners.hardware import Drive, Links, named_hardware
 from planners.mip import plan_optimal
@@ -89,17 +89,23 @@ def test_the_question_has_the_bytes_that_are_stored(tmp_path):
 
 @pytest.mark.parametrize("host", [0, 120 * KIB, 64 * MIB])
 def test_plans_of_real_blocks_pass_the_validator_and_say_only_what_can_be_run(host, tmp_path):
-    splits = []
+    splits, grants = [], []
     for problem, streaming, plan in plans_for_less_and_less(NF4, tmp_path, host, 4):
         check(problem, plan)
         split = plan.entry("layer").weights
         assert split.device_bytes in problem.workload.classes[0].weight_cuts
         assert split.device_bytes == split.total_bytes or split.host_bytes % PAGE == 0
-        assert lowered(plan, streaming).fingerprint == streaming.fingerprint != plan.fingerprint
+        assert lowered(plan, streaming, problem).fingerprint == streaming.fingerprint != plan.fingerprint
+        granted = lowered(plan, streaming, problem).allocator_slack_bytes
+        quarter, full = streaming.allocator_slack_bytes // SLACK_DIVISOR, streaming.allocator_slack_bytes
+        room = capacities(problem)["device"] - plan.predicted["peak_bytes"]["device"]
+        assert granted == min(full, quarter + room)
+        grants.append(granted == full)
         splits.append((split.device_bytes > 0, split.host_bytes > 0, split.nvme_bytes > 0))
     assert splits[0] == (True, False, False)
     parted = {0: (True, False, True), 120 * KIB: (True, True, True), 64 * MIB: (True, True, False)}[host]
     assert parted in splits
+    assert grants[0] and not grants[-1]
 
 
 @pytest.mark.parametrize(("case", "host"), [(BF16, 0), (NF4, 0), (NF4, 120 * KIB)], ids=str)

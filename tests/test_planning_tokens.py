@@ -149,7 +149,7 @@ def test_a_layer_whose_saving_cannot_be_measured_is_recomputed_whole_and_that_is
     assert seconds.kept is None and seconds.backward > 0
     assert "so that they are recomputed whole" in caplog.text
     _, streaming, problem = question(model, tmp_path, machine(64 * MIB, 64 * MIB), None, seconds)
-    plan = lowered(plan_optimal(problem), streaming)
+    plan = lowered(plan_optimal(problem), streaming, problem)
     assert plan.activations is None and [split.name for split in plan.entry("layer").tokens] == ["input"]
 
 
@@ -195,7 +195,7 @@ def test_less_memory_means_less_kept_and_slower_plans_in_whole_layers(tmp_path):
         seconds.append(plan.predicted["step_seconds"])
         assert plan.predicted["lower_bound_seconds"] <= seconds[-1]
         assert Plan.from_json(plan.to_json()) == plan
-        policies = lowered(plan, streaming).activations or {}
+        policies = lowered(plan, streaming, problem).activations or {}
         assert sum(policy.chunks[0].action is Action.KEEP for policy in policies.values()) == kept[-1]
     assert kept == sorted(kept, reverse=True) and {0, 4} < set(kept)
     assert all(later >= 0.99 * before for before, later in zip(seconds, seconds[1:], strict=False))
@@ -260,7 +260,7 @@ def test_a_plan_of_whole_layers_gives_plain_bits_and_moves_what_it_says(name, tm
     check(problem, plan)
     with Engine(
         model_of(case), bits=4 if case is NF4 else None, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=0.05,
-        lr=1e-2, nvme=tmp_path, plan=lowered(plan, streaming), emulate=hardware,
+        lr=1e-2, nvme=tmp_path, plan=lowered(plan, streaming, problem), emulate=hardware,
     ) as engine:  # fmt: skip
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         assert differences(run_plain(case), found) == []
@@ -314,7 +314,7 @@ def test_an_optimised_mix_runs_within_the_budgets_that_it_was_made_for(host, lin
 def test_a_plan_whose_classes_and_activations_differ_is_refused(tmp_path):
     hardware = machine(64 * MIB, 64 * MIB)
     _, streaming, problem = measured(BF16, tmp_path, hardware)
-    plan = lowered(plan_by_hand(problem, (0.5, 0, 0, 0.5)), streaming)
+    plan = lowered(plan_by_hand(problem, (0.5, 0, 0, 0.5)), streaming, problem)
 
     def refused(match, broken):
         with pytest.raises(ConfigError, match=match):
@@ -370,7 +370,7 @@ def test_shares_of_tokens_run_to_the_bits_of_recomputing_the_same_chunks(tmp_pat
     traces = []
     recomputed = ActivationPolicy(chunks=(Chunk(num_tokens=SEQ_LEN // 4, action=Action.RECOMPUTE),))
     for given in (
-        {"plan": lowered(plan, streaming), "emulate": hardware},
+        {"plan": lowered(plan, streaming, problem), "emulate": hardware},
         {"options": RuntimeOptions(activations=recomputed)},
     ):
         with Engine(

@@ -288,7 +288,7 @@ def test_plans_of_real_blocks_pass_the_validator_and_what_the_runtime_cannot_do_
 def test_a_plan_that_says_two_things_of_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     budget = BUDGETS["split"]
     workload, streaming, found = asked(budget, tmp_path)
-    plan = lowered_training(plan_optimal(found[-1][0]), workload, streaming)
+    plan = lowered_training(plan_optimal(found[-1][0]), workload, streaming, found[-1][0])
     assert plan.state == placement_of(plan, workload, unified=False)
     assert plan.state is not None
     emulate = machine(budget.device, budget.host)
