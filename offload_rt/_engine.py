@@ -33,6 +33,7 @@ from offload_rt.heap import Base
 from offload_rt.integrity import check_loss, check_optimizer
 from offload_rt.peaks import RESUME, SAVE, Peaks
 from offload_rt.rehearsal import Rehearsal
+from offload_rt.replanning import Replanner
 from offload_rt.report import drift, report, summary
 from offload_rt.runtime import Runtime
 from offload_rt.steps import StepMeter, measured_update
@@ -165,6 +166,7 @@ class Engine:
             on_settled=lambda: logger.info("%s", drift(self._runtime, self.step_meter)),
         )
         self._rehearsal = Rehearsal()
+        self._replanner = Replanner(self._runtime, self._base.resident_bytes)
         self._wear_from = (0, self._runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
         self._closed = False
@@ -196,9 +198,12 @@ class Engine:
         if self._rehearsal.is_due:
             change = self._rehearsal.run(self._runtime, self.config, self.model, args, kwargs)
             if change is not None:
-                self._runtime = change_over(self._runtime, *change)
-                self._peaks.follow(self._runtime, self._base.resident_bytes)
+                self._go_on_with(change_over(self._runtime, *change))
             self.step_meter.begin_again()
+
+    def _go_on_with(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._peaks.follow(runtime, self._base.resident_bytes)
 
     def backward(self, loss: torch.Tensor) -> None:
         """As `loss.backward()`, after checking that the loss is finite. Raises `NonFiniteLoss`."""
@@ -213,9 +218,17 @@ class Engine:
         """Steps made since the run began, those of the run that it goes on from included."""
         return self._training.step_number
 
-    @measured_update
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
+        self._take_step()
+        runtime = self._replanner.after_step(
+            self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
+        )
+        if runtime is not self._runtime:
+            self._go_on_with(runtime)
+
+    @measured_update
+    def _take_step(self) -> None:
         self._warn_of_accumulation()
         self._num_backwards = 0
         self._training.take_step()
@@ -366,6 +379,7 @@ class Engine:
             base_bytes=self._base.resident_bytes,
             step_meter=self.step_meter,
             rehearsal=self._rehearsal,
+            replanning=self._replanner.report(),
             peaks=self._peaks.report(),
         )
 
@@ -383,6 +397,7 @@ class Engine:
         self._closed = True
         for handle in self._handles:
             handle.remove()
+        self._replanner.close()
         self._runtime.close()
         self._peaks.close()
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from offload_rt.arena import Slot
 from offload_rt.block import Block
+from offload_rt.errors import OffloadError
 from offload_rt.executor import RingExecutor
 from offload_rt.parted import BlockBytes, PartedBytes
 from planners.schedule import Phase
@@ -53,6 +54,16 @@ class PartedAccess:
 
     def release(self) -> None:
         self._streamed.release()
+
+
+class GoneAccess:
+    """Access to a block of a runtime that another one has followed; graphs of it may still be around."""
+
+    def acquire(self, phase: Phase, *, training: bool) -> BlockBytes:
+        raise OffloadError("backward: its forward ran before a change of plans; call the model again")
+
+    def release(self) -> None:
+        """Nothing was acquired."""
 
 
 class ResidentAccess:

@@ -39,6 +39,7 @@ from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.log_commit import open_log
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.plan_check import check_plan
+from offload_rt.planning import lowered, measured_problem
 from offload_rt.planning_training import optimised
 from offload_rt.recording import Recorder
 from offload_rt.runtime import MadeOf, Runtime
@@ -61,7 +62,9 @@ from offload_rt.workload import (
     with_options,
 )
 from planners.hardware import Hardware
+from planners.mip import plan_optimal
 from planners.plan import DecodeScope, Plan, Tier
+from planners.problem import Problem
 from planners.streaming import StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
@@ -88,10 +91,15 @@ def assemble(
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
         workload = find_workload(model, opened, config, optimizer, options)
+        asked: Problem | None = None
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
             problem = question(workload)
-            plan = optimised(workload, problem, optimise_for, optimizer)
+            if workload.training is None:
+                asked = measured_problem(workload, problem, optimise_for)
+                plan = lowered(plan_optimal(asked), problem)
+            else:
+                plan = optimised(workload, problem, optimise_for, optimizer)
         given = plan
         workload, problem, chosen = planned(workload, plan, optimizer, options)
         chosen = with_options(chosen, workload.drafts, options, problem.training)
@@ -101,7 +109,7 @@ def assemble(
         made_of = MadeOf(
             workload=workload, problem=problem, options=options, base=base,
             throttle=None if emulated is None else Throttle(emulated),
-            plan_again=None if given is not None else _planning_again(workload, options),
+            plan_again=None if given is not None else _planning_again(workload, options), question=asked,
         )  # fmt: skip
         with _Assembly(made_of, chosen, progress) as assembly:
             runtime = assembly.run(covered, optimizer)
@@ -127,6 +135,7 @@ def change_over(runtime: Runtime, problem: StreamingProblem, plan: Plan) -> Runt
     made_of = replace(runtime.made_of, problem=problem)
     check_plan(plan, made_of.problem, made_of.workload)
     runtime.close()
+    runtime.let_go()
     with _Assembly(made_of, plan, None, before=runtime) as assembly:
         return assembly.run(runtime.coverage, None)
 

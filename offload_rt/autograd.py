@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt.access import Access, graph_is_kept, opened, put_forward_back, without_hooks
+from offload_rt.access import Access, GoneAccess, graph_is_kept, opened, put_forward_back, without_hooks
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
 from offload_rt.heap import places_for, put_into
@@ -104,6 +104,11 @@ class RecomputedLayer:
 
     def detach(self) -> None:
         put_forward_back(self.layer, self._forward, had_own=self._had_own_forward)
+
+    def let_go(self) -> None:
+        """Has no memory of its runtime's any more, whoever still holds it: a graph lives as long as its loss."""
+        self.access = GoneAccess()
+        self.stash, self.transients = None, Transients()
 
     def trainable(self) -> list[nn.Parameter]:
         """The layer's parameters that train now and stay in memory; a user may switch adapters on and off."""

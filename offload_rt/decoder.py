@@ -75,6 +75,11 @@ class Decoder:
             _decode_into(spec, weight.slot, out)
         return out
 
+    def let_go(self) -> None:
+        """Has no arena any more. Nothing may be decoded now."""
+        self._arena = Arena("none", 0)
+        self._live.clear()
+
     def publish(self, tensor: torch.Tensor, weight: PackedWeight) -> None:
         """Until `withdraw`, tensors over the memory of `tensor` are known to be `weight`."""
         self._live[tensor.untyped_storage().data_ptr()] = weight

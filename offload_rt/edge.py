@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from offload_rt.access import Access, opened, put_forward_back
+from offload_rt.access import Access, GoneAccess, opened, put_forward_back
 from offload_rt.block import Block, WeightView, weight_in
 from planners.schedule import Phase
 
@@ -43,6 +43,10 @@ class StreamedModule:
 
     def detach(self) -> None:
         put_forward_back(self.module, self._forward, had_own=self._had_own_forward)
+
+    def let_go(self) -> None:
+        """Has no memory of its runtime's any more, whoever still holds it."""
+        self._access = GoneAccess()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -90,6 +90,14 @@ class Rehearsal:
     def is_due(self) -> bool:
         return self.outcome is None or self._refusal is not None
 
+    @property
+    def more_bytes(self) -> int:
+        """What tensors were found to take more than was planned."""
+        found = self.outcome
+        if found is None or found.measured_bytes is None or found.planned_bytes is None:
+            return 0
+        return max(0, found.measured_bytes - found.planned_bytes)
+
     def run(
         self, runtime: Runtime, config: EngineConfig, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Change | None:

@@ -26,6 +26,7 @@ def report(
     base_bytes: int,
     step_meter: StepMeter,
     rehearsal: Rehearsal,
+    replanning: Mapping[str, Any],
     peaks: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What moved, what it cost, and who holds memory, since the start. Bytes and seconds.
@@ -51,6 +52,7 @@ def report(
         "plan": runtime.plan.planner,
         "predicted": runtime.plan.predicted or None,
         "steady_step": _steady_step(runtime, step_meter),
+        "replanning": replanning,
         "rehearsal": None if rehearsal.outcome is None else asdict(rehearsal.outcome),
         "link_busy_seconds": None if runtime.links.throttle is None else runtime.links.throttle.busy_seconds(),
         "bytes_read": links.bytes_read,

@@ -14,7 +14,7 @@ from offload_rt.block import Block
 from offload_rt.decoder import Decoder
 from offload_rt.discover import Coverage
 from offload_rt.edge import StreamedModule
-from offload_rt.executor import RingExecutor
+from offload_rt.executor import ExecutorCounters, RingExecutor
 from offload_rt.heap import Base, HeapGuard
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.interface import Training
@@ -24,12 +24,14 @@ from offload_rt.store import Store
 from offload_rt.throttle import Throttle
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise
+from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfer import Links
 from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import TensorDevice, Workload
 from planners.plan import Plan
+from planners.problem import Problem
 from planners.streaming import StreamingProblem
 
 T = TypeVar("T")
@@ -46,6 +48,8 @@ class MadeOf:
     throttle: Throttle | None
     plan_again: Callable[[StreamingProblem], Plan] | None
     """Plans anew for other sizes; None where the plan was given, or the runtime cannot change over to another one."""
+    question: Problem | None = None
+    """What the optimiser was asked, where the plan is its own."""
 
 
 @dataclass(kw_only=True)
@@ -80,6 +84,8 @@ class Runtime:
     device: TensorDevice | None
     """DEVICE, where its work is asynchronous; None where it is RAM."""
     made_of: MadeOf
+    ring_counters: list[ExecutorCounters] = field(default_factory=list)
+    """Of the executors that there were, once it has let go of them."""
     _closed: bool = field(default=False)
 
     def counters(self) -> list[Any]:
@@ -99,8 +105,8 @@ class Runtime:
         self.links.counters = before.links.counters
         self.decoder.counters = before.decoder.counters
         self.turns.num_passed_on = before.turns.num_passed_on
-        for executor, earlier in zip(self.executors, before.executors, strict=False):
-            executor.counters = earlier.counters
+        for executor, earlier in zip(self.executors, before.ring_counters, strict=False):
+            executor.counters = earlier
 
     def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Runs calls of the model, or their backward passes, layer by layer; returns their results. Blocks."""
@@ -138,3 +144,22 @@ class Runtime:
                 self.scratch.close()
             if self.store is not None:
                 self.store.close()
+
+    def let_go(self) -> None:
+        """Gives the memory of its arenas back, after `close`, to whoever follows. What was counted stays."""
+        if self.executors:
+            self.ring_counters = [executor.counters for executor in self.executors]
+        for layer in self.layers:
+            layer.let_go()
+        for module in self.streamed:
+            module.let_go()
+        for block in self.blocks:
+            while block.is_open:
+                block.close()
+        for parts in (self.layers, self.streamed, self.blocks, self.executors):
+            parts.clear()
+        self.accesses.clear()
+        self.decoder.let_go()
+        if self.tokenwise is not None:
+            self.tokenwise.places = Places()
+        self.transients, self.tokenwise, self.loss_head = Transients(), None, None

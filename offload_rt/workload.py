@@ -111,6 +111,8 @@ class RuntimeOptions:
     """Parameters whose state moves as one. Part of what training state is identified by."""
     device: TensorDevice | None = None
     """DEVICE, in place of the machine's."""
+    replan: bool = True
+    """Make the optimiser's plan again where the machine has drifted from it."""
 
 
 @dataclass(frozen=True, kw_only=True)

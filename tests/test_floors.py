@@ -106,6 +106,7 @@ FLOORS = {
     "offload_rt.runtime": 8.9,
     "offload_rt.assembly": 9.0,
     "offload_rt.rehearsal": 9.1,
+    "offload_rt.replanning": 9.1,
     "offload_rt.peaks": 9.1,
     "offload_rt.report": 9.2,
     "offload_rt._engine": 9.5,

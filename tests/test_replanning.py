@@ -1,0 +1,340 @@
+"""A plan made again while training: what leads to one and what does not, and that no number changes.
+
+step     1 2 | 3 4 5 6    | 7 8   | 9 ..
+         warm| one window | asked | the other plan, where it is worth it
+"""
+
+import gc
+import logging
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offload_rt import assembly, calibrate, mapped, planning, rehearsal, replanning
+from offload_rt._engine import Engine
+from offload_rt.errors import ConfigError, StorageError
+from offload_rt.meter import COMPUTE, DEVICE_UPDATE, SSD_READ, SSD_WRITE, Reading
+from offload_rt.replanning import MARGIN, has_drifted, measured, same_cuts
+from offload_rt.steps import WARM_STEPS, StepReading
+from offload_rt.throttle import Throttle
+from offload_rt.workload import RuntimeOptions
+from planners.activations import Action, ActivationPolicy, Chunk
+from planners.division import divided
+from planners.errors import PlanInfeasible
+from planners.hardware import Drive
+from planners.mip import plan_optimal
+from planners.plan import Tier
+from planners.problem import KeptPass, MeasuredSeconds
+from planners.simulate import simulate
+from tests.conftest import build_base, build_lora, language_batch
+from tests.parity import BATCH_SIZE, SEQ_LEN
+from tests.test_planning import SECONDS as HEAD_SECONDS
+from tests.test_planning import machine, question
+
+KIB, MIB = 1 << 10, 1 << 20
+RATE = 2e6
+SLOW = 3.0
+SECONDS = MeasuredSeconds(
+    forward=0.01, backward=0.02, kept=KeptPass(forward=0.01, backward=0.01, saved_bytes=20000)
+)  # fmt: skip
+SHORT = 24 * KIB
+WINDOW_STEPS, ADOPT_STEPS = 4, 2
+"""Fewer than a real run's, so that these are fast."""
+FOUND_AT = WARM_STEPS + WINDOW_STEPS
+ASKED_UNTIL = FOUND_AT + ADOPT_STEPS
+
+
+def drives(rate=RATE):
+    return (Drive(capacity_bytes=1 << 30, read_bytes_per_second=rate, write_bytes_per_second=rate),)
+
+
+@pytest.fixture(scope="module")
+def hardware(tmp_path_factory):
+    """A machine whose best plan is another one, and a good deal faster, where its drive is three times slower."""
+    device = 4 * MIB
+    while True:
+        found = replace(machine(device, 0), drives=drives())
+        _, _, problem = question(build_lora(), tmp_path_factory.mktemp("drive"), found, 4, SECONDS)
+        plan = plan_optimal(problem)
+        slow = measured(problem, {SSD_READ: SLOW, SSD_WRITE: SLOW})
+        if simulate(divided(slow, plan), plan).step_seconds > 1.2 * plan_optimal(slow).predicted["step_seconds"]:
+            return found
+        taken = plan.predicted_bytes(Tier.DEVICE) + problem.hardware.device.reserve_bytes
+        device = min(device, taken) - plan.classes[0].weights.total_bytes // 4
+
+
+@pytest.fixture(autouse=True)
+def no_clocks(monkeypatch):
+    """Seconds that nobody measured, and links on a clock that only sleeping moves."""
+    slept = [0.0]
+
+    def sleep(seconds):
+        slept[0] += seconds
+
+    monkeypatch.setattr(replanning, "WINDOW_STEPS", WINDOW_STEPS)
+    monkeypatch.setattr(replanning, "ADOPT_STEPS", ADOPT_STEPS)
+    monkeypatch.setattr(rehearsal, "ROOM", 0)  # of nothing: these budgets are for weights
+    monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)
+    monkeypatch.setattr(planning, "profile_head", lambda **_: HEAD_SECONDS)
+    monkeypatch.setattr(planning, "updates_per_second", lambda _: 1e9)
+    monkeypatch.setattr(assembly, "Throttle", lambda of: Throttle(of, clock=lambda: slept[0], sleep=sleep))
+
+
+class Run:
+    """An engine whose meter shows, for the bytes that were really moved, the seconds that `factors` say: by resource,
+    how many times as long as planned first, and in each step.
+    """
+
+    def __init__(self, folder, factors=lambda step: {}, model=None, **arguments):
+        folder.mkdir(exist_ok=True)
+        arguments = {"plan": "optimise", "lr": 1e-2, "max_grad_norm": 0.05, "bits": 4, **arguments}
+        self.engine = Engine(
+            build_lora(dropout=0.1) if model is None else model, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cpu",
+            nvme=folder, **arguments,
+        )  # fmt: skip
+        self.first_plan = self.engine.plan
+        self.trace = []
+        expected = dict(self.first_plan.predicted.get("busy_seconds", {}))
+        meter = self.engine.step_meter
+
+        def finish(*_):
+            moved = dict(meter._read().since(meter._before).moved_bytes)
+            now = factors(self.engine.step_number)
+            busy = {name: size / RATE * now.get(name, 1.0) for name, size in moved.items() if size}
+            replanner = self.engine._replanner
+            for name in (COMPUTE, DEVICE_UPDATE):
+                busy[name] = replanner._expected.get(name, expected.get(name, 0.0)) * now.get(name, 1.0)
+            meter.num_steps += 1
+            if meter.num_steps > WARM_STEPS:
+                meter.steps.append(
+                    StepReading(
+                        seconds=1.0, outside_seconds=0.0, resources=Reading(busy_seconds=busy, moved_bytes=moved)
+                    )
+                )
+            meter._restart()
+
+        meter._finish = finish
+
+    def train(self, until):
+        for step in range(self.engine.step_number, until):
+            loss = self.engine(**language_batch(step, BATCH_SIZE, SEQ_LEN)).loss
+            self.engine.backward(loss)
+            self.engine.step()
+            self.trace.append([loss.detach(), *(p.detach().clone() for p in self.engine.trainable.values())])
+        return self
+
+    @property
+    def decisions(self):
+        return self.engine.report()["replanning"]["decisions"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.engine.close()
+
+
+def equal(run, other):
+    return all(
+        torch.equal(one, another)
+        for step, beside in zip(run.trace, other.trace, strict=True)
+        for one, another in zip(step, beside, strict=True)
+    )
+
+
+def slow_drive(step):
+    return {SSD_READ: SLOW, SSD_WRITE: SLOW}
+
+
+def test_a_drive_three_times_slower_changes_the_plan_and_no_number(hardware, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="offload_rt")
+    last = ASKED_UNTIL + 6
+    with Run(tmp_path / "nvme", emulate=hardware, options=RuntimeOptions(replan=False)) as undisturbed:
+        undisturbed.train(last)
+        assert undisturbed.decisions == [] and undisturbed.engine.plan == undisturbed.first_plan
+        assert undisturbed.engine.report()["replanning"]["off"] == "switched off"
+    with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
+        run.train(ASKED_UNTIL - 1)
+        assert run.engine.plan == run.first_plan and run.decisions == []
+        before = run.engine.report()
+        gc.disable()  # memory comes back without it
+        try:
+            watch = mapped.Watch()
+            accounts = {id(account) for account in run.engine._runtime.tiers.accounts.values()}
+            arena_bytes = run.engine._runtime.tiers.account(Tier.DEVICE).arena_bytes
+            run.train(ASKED_UNTIL)
+            changes = [
+                (id(m.account) in accounts, m.num_bytes, is_mapped) for m, is_mapped in watch.changes if m.num_bytes
+            ]
+            watch.close()
+        finally:
+            gc.enable()
+        (decision,) = run.decisions
+        assert decision["result"] == "changed" and decision["step"] == ASKED_UNTIL
+        assert decision["seconds_after"] < decision["seconds_before"] and decision["change_seconds"] >= 0
+        assert run.engine.plan != run.first_plan and run.engine.plan.planner == "optimiser"
+        given_back = [num_bytes for ours, num_bytes, is_mapped in changes if ours and not is_mapped]
+        assert sum(given_back) == arena_bytes, "all of it, before the next plan's memory"
+        assert not any(not ours and is_mapped for ours, _, is_mapped in changes[: len(given_back)])
+        run.train(last)
+        after = run.engine.report()
+        assert equal(run, undisturbed), "to the bit"
+        assert after["bytes_read"] > before["bytes_read"] and after["recomputes"] >= before["recomputes"]
+        assert after["step"] == last and after["peaks"]["over"] == []
+        run.engine.save_checkpoint(tmp_path / "saved")
+    assert f"step {ASKED_UNTIL}: ssd_read takes 3.00 times as long as planned" in caplog.text
+    assert "the plan is changed (" in caplog.text
+
+
+def test_noise_and_outliers_change_nothing(hardware, tmp_path):
+    def noisy(step):
+        factor = (0.82, 1.0, 1.24, 0.9)[step % 4] if step % 5 else 9.0
+        return {SSD_READ: factor, COMPUTE: 1 / factor}
+
+    with Run(tmp_path / "nvme", noisy, emulate=hardware) as run:
+        run.train(FOUND_AT + 2 * WINDOW_STEPS)
+        assert run.decisions == [] and run.engine._replanner._asked is None and run.engine.plan == run.first_plan
+    assert has_drifted([1.01 + MARGIN] * 3) and has_drifted([0.7] * 3)
+    assert not has_drifted([2.0, 1.2, 2.0]) and not has_drifted([2.0, 0.5]) and not has_drifted([1.2, 0.9])
+
+
+def test_it_is_not_changed_twice_within_so_many_steps(hardware, tmp_path, monkeypatch):
+    apart = 3 * WINDOW_STEPS
+    monkeypatch.setattr(replanning, "APART_STEPS", apart)
+
+    def swings(step):
+        return slow_drive(step) if step <= ASKED_UNTIL else {SSD_READ: 1.0, SSD_WRITE: 1.0}
+
+    with Run(tmp_path / "nvme", swings, emulate=hardware) as run:
+        run.train(ASKED_UNTIL)
+        (first,) = run.decisions
+        run.train(ASKED_UNTIL + apart - 1)
+        assert run.decisions == [first] and run.engine._replanner._asked is None
+        run.train(ASKED_UNTIL + 3 * apart)
+        steps = [decision["step"] for decision in run.decisions]
+        assert all(later - earlier >= apart for earlier, later in zip(steps, steps[1:], strict=False))
+
+
+def test_what_was_found_once_is_not_found_again(hardware, tmp_path, monkeypatch):
+    monkeypatch.setattr(replanning, "LEAST_GAIN", 1.0)
+    with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
+        run.train(ASKED_UNTIL + 3 * WINDOW_STEPS)
+        (kept,) = run.decisions
+        assert kept["result"] == "kept" and "faster" in kept["why"] and run.engine.plan == run.first_plan
+
+
+def test_a_change_that_costs_more_than_it_gains_is_left(hardware, tmp_path, monkeypatch):
+    monkeypatch.setattr(replanning, "_change_seconds", lambda *_: 1e9)
+    with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
+        (kept,) = run.train(ASKED_UNTIL).decisions
+        assert "does not pay for itself" in kept["why"] and run.engine.plan == run.first_plan
+
+
+@pytest.mark.parametrize("how", ["no plan fits", "the optimiser failed", "cuts otherwise"])
+def test_where_there_is_no_other_plan_the_one_that_runs_stays(how, hardware, tmp_path, monkeypatch):
+    def ask(problem):
+        if how == "cuts otherwise":
+            return replace(plan_optimal(problem), layer_major=True)
+        if how == "no plan fits":
+            raise PlanInfeasible(tier="device", phase="step", need_bytes=2, have_bytes=1, ways_out=[])
+        raise RuntimeError("a solver's own")
+
+    with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
+        monkeypatch.setattr(replanning, "plan_optimal", ask)
+        (kept,) = run.train(ASKED_UNTIL + 2).decisions
+        assert kept["result"] == "kept" and how in kept["why"] and run.engine.plan == run.first_plan
+
+
+def test_a_change_that_fails_goes_back_and_trains_on(hardware, tmp_path, monkeypatch):
+    last = ASKED_UNTIL + 3
+    with Run(tmp_path / "nvme", emulate=hardware) as undisturbed:
+        undisturbed.train(last)
+    with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
+        run.train(ASKED_UNTIL - 1)
+        attach, failures = assembly._Assembly._attach, []
+
+        def broken(self, *arguments):
+            if not failures:
+                failures.append(self.plan)
+                raise StorageError("the drive fell off", path="/dev/null", errno=5)
+            return attach(self, *arguments)
+
+        monkeypatch.setattr(assembly._Assembly, "_attach", broken)
+        run.train(last)
+        (kept,) = run.decisions
+        assert failures and failures[0] != run.first_plan, "it was tried"
+        assert kept["result"] == "kept" and "the drive fell off" in kept["why"]
+        assert run.engine.plan == run.first_plan and equal(run, undisturbed)
+
+
+def test_a_late_answer_is_waited_for_at_the_same_step(hardware, tmp_path, monkeypatch):
+    def late(problem):
+        time.sleep(0.3)
+        return plan_optimal(problem)
+
+    with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
+        monkeypatch.setattr(replanning, "plan_optimal", late)
+        (decision,) = run.train(ASKED_UNTIL).decisions
+        assert decision["step"] == ASKED_UNTIL and decision["result"] == "changed"
+    with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as closed_meanwhile:
+        closed_meanwhile.train(FOUND_AT)
+        thread = closed_meanwhile.engine._replanner._asked.thread
+    assert not thread.is_alive(), "close waits for it"
+
+
+def test_shorter_sequences_are_computing_that_is_faster_and_longer_ones_are_refused(hardware, tmp_path):
+    with Run(tmp_path / "nvme", lambda step: {COMPUTE: 0.3}, emulate=hardware) as run:
+        (decision,) = run.train(ASKED_UNTIL).decisions
+        assert decision["because"] == "compute takes 0.30 times as long as planned"
+        longer = torch.zeros(1, SEQ_LEN + 1, dtype=torch.long)
+        with pytest.raises(ConfigError, match=f"seq_len: a batch of {SEQ_LEN + 1} tokens a row came"):
+            run.engine(input_ids=longer, labels=longer)
+
+
+def test_memory_that_others_take_is_given_up(hardware, tmp_path, monkeypatch):
+    """The budget was what was free. Then less is left than the plan needs."""
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "nvme"
+    folder.mkdir()
+    known = calibrate.identity("cpu", (folder.resolve(),))
+    calibrate.keep(calibrate.cache_name(known), known, calibrate.Measurement(hardware, {}, 1.0))
+    last = ASKED_UNTIL + 3
+    with Run(folder) as run:
+        run.train(FOUND_AT - 1)
+        used = run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes
+        monkeypatch.setattr(replanning, "free_memory_bytes", lambda: 0)
+        taken = run.engine._base.resident_bytes + used - SHORT
+        monkeypatch.setattr(replanning, "resident_bytes", lambda: taken)
+        run.train(last)
+        (decision,) = run.decisions
+        assert decision["because"] == "memory is short by 24 KiB"
+        assert decision["result"] == "changed", decision["why"]
+        assert run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes <= used - SHORT
+    with Run(folder, options=RuntimeOptions(replan=False)) as undisturbed:
+        undisturbed.train(last)
+    assert equal(run, undisturbed)
+
+
+def test_what_cannot_change_over_says_so(hardware, tmp_path):
+    def off(**arguments):
+        with Run(tmp_path / "nvme", **arguments) as run:
+            return run.engine.report()["replanning"]["off"]
+
+    assert off(plan="auto") == "the plan was given, or is that of the fixed rule"
+    with Run(tmp_path / "nvme", emulate=hardware) as run:
+        assert run.engine.report()["replanning"]["off"] is None
+        plan = run.first_plan
+    assert off(plan=plan, emulate=hardware) == "the plan was given, or is that of the fixed rule"
+    full = build_base("llama", torch.bfloat16)
+    assert off(plan="auto", model=full, bits=None) == "layers train, which does not change over while it runs"
+
+
+def test_plans_with_other_chunks_give_other_numbers(hardware, tmp_path):
+    with Run(tmp_path / "nvme", emulate=hardware) as run:
+        plan = run.first_plan
+    assert same_cuts(plan, replace(plan, resident=()))
+    policy = ActivationPolicy(chunks=tuple(Chunk(num_tokens=6, action=Action.RECOMPUTE) for _ in range(2)))
+    assert not same_cuts(plan, replace(plan, activations={"a": policy}))
+    assert not same_cuts(plan, replace(plan, head_chunk_tokens=3))
