@@ -19,7 +19,7 @@ import json
 import os
 import secrets
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,15 @@ from typing import Any
 
 from offload_rt.arena import Arena
 from offload_rt.checksum import crc32c
-from offload_rt.commit_record import RECORD_BYTES, Record, Version, body_bytes, pack_body
+from offload_rt.commit_record import (
+    RECORD_BYTES,
+    Record,
+    RecordInvalid,
+    Version,
+    body_bytes,
+    pack_body,
+    unpack_body,
+)
 from offload_rt.config import NvmePath
 from offload_rt.drive_files import (
     FolderLock,
@@ -208,6 +216,31 @@ def folders_of_log(folder: Path, elsewhere: Sequence[Path]) -> tuple[list[Path],
         if part is not None and part[1].log_id == own[1].log_id:
             found.setdefault(part[0], other)
     return list(found.values()), own[1].num_drives
+
+
+def home_layout(folder: Path) -> Layout | None:
+    """The layout of the log whose home is `folder`; None where it has no part of one, or another drive's.
+
+    Raises `StoreCorrupt` where the part is damaged, `StorageError` where it cannot be read.
+    """
+    part = _read_part(folder)
+    return None if part is None or part[0] else part[1]
+
+
+def read_record(layout: Layout, place: int, read: Callable[[int, int], bytes]) -> tuple[Record, list[Version], bytes]:
+    """Record 0 or 1 of a log, the versions of its extents, and its payload. `read` takes offset and length, in bytes.
+
+    Raises `RecordInvalid`, and what `read` raises.
+    """
+    record = Record.unpack(read(layout.record_offset(place), RECORD_BYTES))
+    if record.log_id.hex() != layout.log_id or record.num_extents != len(layout.extents):
+        raise RecordInvalid(f"of log {record.log_id.hex()} with {record.num_extents} extents, not {layout.log_id}")
+    if not body_bytes(record.num_extents, 0) <= record.body_bytes <= layout.body_capacity_bytes:
+        raise RecordInvalid(f"a body of {record.body_bytes} bytes, where {layout.body_capacity_bytes} have room")
+    versions, payload = unpack_body(record, read(layout.body_offset(place), record.body_bytes))
+    if any(version.slot not in (0, 1) for version in versions):
+        raise RecordInvalid("an extent in a slot that there is not")
+    return record, versions, payload
 
 
 def _read_part(folder: Path) -> tuple[int, Layout] | None:

@@ -31,8 +31,8 @@ from pathlib import Path
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
-from offload_rt.commit_layout import Layout, MutableExtent, barrier, finish, put, read_layout, settle
-from offload_rt.commit_record import RECORD_BYTES, Record, RecordInvalid, Version, body_bytes, pack_body, unpack_body
+from offload_rt.commit_layout import Layout, MutableExtent, barrier, finish, put, read_layout, read_record, settle
+from offload_rt.commit_record import RECORD_BYTES, Record, RecordInvalid, Version, body_bytes, pack_body
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.drives import tune
 from offload_rt.errors import ConfigError, StorageError, StorageTimeout, StoreCorrupt, nearest
@@ -90,6 +90,8 @@ class CommitLog:
         if found is None:
             raise ConfigError(f"{', '.join(map(str, folders))}: no commit log here")
         self.layout: Layout = found[0]
+        self.folders = tuple(found[1])
+        """In the order of the layout's drives, the home first."""
         try:
             for folder, file_bytes in zip(found[1], self.layout.file_bytes(), strict=True):
                 self._locks.append(FolderLock(folder))
@@ -245,8 +247,8 @@ class CommitLog:
         wrong: dict[int, str] = {}
         for place in (0, 1):
             try:
-                found[place] = self._read_record(place)
-            except (RecordInvalid, StorageError) as error:
+                found[place] = read_record(self.layout, place, self._get)
+            except (RecordInvalid, StorageError) as error:  # a drive may refuse to read a sector that was torn
                 wrong[place] = f"record {place}: {error}"
                 settle(self._in_flight)
         if not found:
@@ -262,19 +264,6 @@ class CommitLog:
             file = self._files[extent.drive]
             self._extents[extent.name] = _Extent(extent, file, committed=version, newest=version)
         self.committed = Commit(step=record.step, payload=payload, sequence=record.sequence)
-
-    def _read_record(self, place: int) -> tuple[Record, list[Version], bytes]:
-        """Raises `RecordInvalid`, or `StorageError`: a drive may refuse to read a sector that was torn."""
-        record = Record.unpack(self._get(self.layout.record_offset(place), RECORD_BYTES))
-        layout = self.layout
-        if record.log_id.hex() != layout.log_id or record.num_extents != len(layout.extents):
-            raise RecordInvalid(f"of log {record.log_id.hex()} with {record.num_extents} extents, not {layout.log_id}")
-        if not body_bytes(record.num_extents, 0) <= record.body_bytes <= layout.body_capacity_bytes:
-            raise RecordInvalid(f"a body of {record.body_bytes} bytes, where {layout.body_capacity_bytes} have room")
-        versions, payload = unpack_body(record, self._get(layout.body_offset(place), record.body_bytes))
-        if any(version.slot not in (0, 1) for version in versions):
-            raise RecordInvalid("an extent in a slot that there is not")
-        return record, versions, payload
 
     def _get(self, offset_bytes: int, num_bytes: int) -> bytes:
         slot = self._arena.acquire(align_up(num_bytes, IO_ALIGNMENT_BYTES), "commit")

@@ -24,7 +24,7 @@ from offload_rt.optimizer.by_name import LAYOUT, layout_json
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
-from offload_rt.optimizer.log_commit import OpenLog, open_log
+from offload_rt.optimizer.log_commit import OpenLog, note_places, open_log
 from offload_rt.optimizer.on_device import DeviceUpdates, PiecesOnDevice, device_rule
 from offload_rt.optimizer.paged import PagedUpdates, rule_on_device
 from offload_rt.optimizer.state import (
@@ -267,6 +267,7 @@ class StateAssembly:
         self._tiers.account(Tier.NVME).reserve("commit records", records)
         if not (self.folders[0] / LAYOUT).exists():
             write_atomically(self.folders[0] / LAYOUT, layout_json(self._draft.blocks, self._draft.rule.name))
+        note_places(self.home.log.folders)
 
     @property
     def _open_other_log(self) -> OpenLog:

@@ -65,6 +65,7 @@ FLOORS = {
     "offload_rt.store_part": 3.1,
     "offload_rt.commit_layout": 3.0,
     "offload_rt.commit_log": 3.1,
+    "offload_rt.commit_peek": 3.1,
     "offload_rt.snapshot": 3.2,
     "offload_rt.scratch": 3.0,
     "offload_rt.tiers": 4.0,

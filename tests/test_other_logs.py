@@ -116,6 +116,12 @@ def test_a_log_on_two_drives_is_found_on_both_or_said_to_be_half(tmp_path: Path)
         folder = engine.commit_folder
     with make_engine(ONE, tmp_path, "memory") as engine:
         running = Running(ONE, engine)
+        engine.load_checkpoint(folder)  # whose other part is where it was made
+        assert unequal(expected[2:], running.steps(range(2, STEPS))) == []
+    drives[1].rename(tmp_path / "moved")
+    drives[1] = tmp_path / "moved"
+    with make_engine(ONE, tmp_path, "memory") as engine:
+        running = Running(ONE, engine)
         before = running.steps(range(1))
         with pytest.raises(CheckpointError, match="lies on 2 drives, of which 1 are here; give nvme= all of them"):
             engine.load_checkpoint(folder)

@@ -24,6 +24,7 @@ from offload_rt.checkpoint.state import SavedRun
 from offload_rt.checkpoint.values import unpack_values
 from offload_rt.commit_layout import folders_of_log
 from offload_rt.commit_log import CommitLog
+from offload_rt.drive_files import write_atomically
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError
 from offload_rt.optimizer.by_name import LAYOUT, layout_json, read_layout_json
@@ -34,6 +35,7 @@ from offload_rt.snapshot import SnapshotLog, copy_commit
 from offload_rt.transfer import Links
 
 OpenLog = Callable[[Path], AbstractContextManager["LogCommit"]]
+PLACES = "places.json"
 _OF_THE_STATE = ("steps", "scalars", "groups", "rng", "weights")
 """Values of a commit that are not what the owner's `carry` gave, but for its step."""
 
@@ -43,14 +45,29 @@ def is_log(folder: Path) -> bool:
     return (folder / "log.json").exists()
 
 
+def note_places(folders: Sequence[Path]) -> None:
+    """Notes beside a log, the first of whose folders is its home, where its other parts are; they may move later."""
+    text = json.dumps([str(folder.absolute()) for folder in folders[1:]])
+    if len(folders) > 1 and (not (folders[0] / PLACES).exists() or (folders[0] / PLACES).read_text() != text):
+        write_atomically(folders[0] / PLACES, text.encode())
+
+
+def _noted_places(folder: Path) -> list[Path]:
+    """Where `folder`'s log had its other parts when it was last written; a hint, whatever is there is checked."""
+    try:
+        return [Path(str(place)) for place in json.loads((folder / PLACES).read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
 @contextmanager
 def open_log(folder: Path, *, drives: Sequence[Path], links: Links) -> Iterator[LogCommit]:
-    """The newest commit of the log in `folder`, whose other parts lie on `drives`. Blocks.
+    """The newest commit of the log in `folder`, whose other parts lie on `drives`, or where they were made. Blocks.
 
     Raises `CheckpointError` where there is no step in it, or not all of it is there, `StoreInUse` while it is written,
     and what opening a log raises.
     """
-    folders, num_drives = folders_of_log(folder, [drive / folder.name for drive in drives])
+    folders, num_drives = folders_of_log(folder, [*(drive / folder.name for drive in drives), *_noted_places(folder)])
     if len(folders) < num_drives:
         raise CheckpointError(
             f"{folder}: its log lies on {num_drives} drives, of which {len(folders)} are here; give nvme= all of them, "
