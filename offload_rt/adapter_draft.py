@@ -15,7 +15,7 @@ from offload_rt.optimizer.pieces import Masters, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import rule_for
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, streaming_problem
 from planners.plan import Plan
-from planners.streaming import StreamingProblem, plan_streaming
+from planners.streaming import Cuts, StreamingProblem, plan_streaming
 
 BLOCK = "adapters"
 """All of them are one block, so that pieces are full however small the parameters are."""
@@ -44,9 +44,12 @@ def with_adapter_state(workload: Workload, optimizer: torch.optim.Optimizer, *, 
     return replace(workload, training=TrainingDraft(rule=rule, blocks=(block,), key=key, adapters=True))
 
 
-def question(workload: Workload) -> StreamingProblem:
-    """The planner's question, with transient memory as it was measured for this model before, if it was."""
-    problem = streaming_problem(workload)
+def question(workload: Workload, cuts: Cuts | None) -> StreamingProblem:
+    """The planner's question, with transient memory as it was measured for this model before, if it was.
+
+    `cuts` are those that the plan must have.
+    """
+    problem = replace(streaming_problem(workload), cuts=cuts)
     factor = remembered_factor(sizes_key(workload.model, problem.fingerprint))
     return problem if factor is None else scaled(problem, factor)
 
@@ -69,7 +72,7 @@ def planned(
     asked_for = options.state if plan is None else plan.state
     if asked_for is not None and workload.training is None:
         workload = in_tiers()
-    problem = question(workload)
+    problem = question(workload, options.cuts)
     if plan is not None:
         return workload, problem, plan
     try:
@@ -82,5 +85,5 @@ def planned(
             workload = in_tiers()
         except ConfigError as reason:
             raise infeasible from reason
-    problem = question(workload)
+    problem = question(workload, options.cuts)
     return workload, problem, plan_streaming(problem, rest=options.rest)

@@ -26,6 +26,7 @@ from offload_rt.checkpoint import open_checkpoint
 from offload_rt.checkpoint.ingest import block_pieces
 from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest, move_rest
 from offload_rt.config import EngineConfig
+from offload_rt.cuts import check_cuts, cuts_of
 from offload_rt.decoder import Decoder
 from offload_rt.device_cuda import CudaDevice
 from offload_rt.discover import BlockDraft, Coverage, check_coverage, coverage
@@ -94,7 +95,7 @@ def assemble(
         asked: Problem | None = None
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
-            problem = question(workload)
+            problem = question(workload, options.cuts)
             if workload.training is None:
                 asked = measured_problem(workload, problem, optimise_for)
                 plan = lowered(plan_optimal(asked), problem)
@@ -104,6 +105,7 @@ def assemble(
         workload, problem, chosen = planned(workload, plan, optimizer, options)
         chosen = with_options(chosen, workload.drafts, options, problem.training)
         check_plan(chosen, problem, workload)
+        check_cuts(chosen, workload, options.cuts)
         if emulated is not None and workload.training is not None and workload.training.adapters:
             raise ConfigError("emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory")
         made_of = MadeOf(
@@ -281,7 +283,7 @@ class _Assembly:
             store=self.store, store_was_cached=self.store_was_cached, scratch=self.activations.scratch,
             recorder=self.recorder, turns=self.turns,
             training=self._training(optimizer, make_room=heap.check), device=self.device, transients=transients,
-            made_of=self.made_of,
+            made_of=self.made_of, cuts=cuts_of(self.plan, workload),
         )  # fmt: skip
         if self.before is not None:
             runtime.go_on_counting(self.before)

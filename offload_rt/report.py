@@ -9,6 +9,7 @@ from typing import Any
 from offload_rt import codec, comparison
 from offload_rt.comparison import compared
 from offload_rt.config import EngineConfig
+from offload_rt.cuts import cuts_to_json
 from offload_rt.profile import peak_resident_bytes, resident_bytes
 from offload_rt.rehearsal import Rehearsal
 from offload_rt.runtime import Runtime
@@ -50,6 +51,7 @@ def report(
     return {
         "step": step,
         "plan": runtime.plan.planner,
+        "cuts": cuts_to_json(runtime.cuts),
         "predicted": runtime.plan.predicted or None,
         "steady_step": _steady_step(runtime, step_meter),
         "replanning": replanning,

@@ -32,7 +32,7 @@ from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import TensorDevice, Workload
 from planners.plan import Plan
 from planners.problem import Problem
-from planners.streaming import StreamingProblem
+from planners.streaming import Cuts, StreamingProblem
 
 T = TypeVar("T")
 
@@ -84,6 +84,8 @@ class Runtime:
     device: TensorDevice | None
     """DEVICE, where its work is asynchronous; None where it is RAM."""
     made_of: MadeOf
+    cuts: Cuts
+    """Of `plan`."""
     ring_counters: list[ExecutorCounters] = field(default_factory=list)
     """Of the executors that there were, once it has let go of them."""
     _closed: bool = field(default=False)

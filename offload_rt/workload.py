@@ -38,7 +38,7 @@ from offload_rt.transients import LEAST_BYTES
 from planners.activations import ActivationPolicy
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
-from planners.streaming import BlockSize, StreamingProblem
+from planners.streaming import BlockSize, Cuts, StreamingProblem
 from planners.training_state import StatePlacement, TrainedSize, TrainingSizes
 
 
@@ -113,6 +113,8 @@ class RuntimeOptions:
     """DEVICE, in place of the machine's."""
     replan: bool = True
     """Make the optimiser's plan again where the machine has drifted from it."""
+    cuts: Cuts | None = None
+    """Those that the plan must have; see `cuts`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ a device with memory of its own steps it there, piece by piece.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
@@ -99,6 +100,28 @@ class ChunkedSize:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cuts:
+    """What of a plan decides in which order sums are taken, and random numbers drawn: plans that have it in common give
+    the same bits. A run that goes on under other budgets keeps it.
+    """
+
+    head_chunk_tokens: int | None
+    """Of a tile of the loss; None takes it at once."""
+    chunk_tokens: int | None
+    """Of the chunks in which layers run; None: whole."""
+    layer_major: bool | None
+    """Micro-batches go through the layers together; None where that changes nothing, as no layer draws numbers."""
+
+    def describe(self) -> str:
+        head, layers = (
+            f"{what} by {tokens} tokens" if tokens is not None else f"{what} at once"
+            for what, tokens in (("the loss", self.head_chunk_tokens), ("layers", self.chunk_tokens))
+        )
+        order = {None: "", True: ", micro-batches layer by layer", False: ", micro-batches one after the other"}
+        return f"{head}, {layers}{order[self.layer_major]}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamingProblem:
     """What the rule decides from. Bytes; None as a capacity means that the tier is not limited."""
 
@@ -131,6 +154,8 @@ class StreamingProblem:
     """What waits on NVMe goes there in pieces; False: whole, as on a GPU."""
     chunked: ChunkedSize | None = None
     """None where layers cannot run by chunks of tokens."""
+    cuts: Cuts | None = None
+    """Those that the plan must have; None leaves them to the rule."""
 
     def layer_bytes(self, chunk_tokens: int | None) -> int:
         """Peak of transient activations of one layer, by chunks of so many tokens or, with None, whole.
@@ -161,6 +186,8 @@ def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Pl
     chunks: list[int | None] = [None]
     if problem.chunked is not None:
         chunks += [tokens for tokens in CHUNK_TOKENS if tokens < problem.chunked.num_tokens]
+    if problem.cuts is not None:
+        chunks = [problem.cuts.chunk_tokens]
     candidates: list[Plan] = []
     for chunk_tokens in chunks:
         for plan in (plan for tier in rests for plan in _attempts(problem, tier, chunk_tokens)):
@@ -245,7 +272,7 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for state in _states(problem, rest)
         for stream_edges in (False, True)
-        for layer_major in ((True, False) if problem.num_micro_batches > 1 and not in_place else (False,))
+        for layer_major in _orders(problem, in_place=in_place)
         for home in homes
         for slots in slot_choices
         for slack_bytes in slacks
@@ -255,7 +282,16 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
         return plans  # what is kept would be kept of all micro-batches
     if problem.training is None or problem.training.adapters:
         return plans
+    if problem.cuts is not None and (problem.cuts.head_chunk_tokens is not None or problem.cuts.layer_major):
+        return plans  # a tile is what they have in common with the run that goes on
     return [_keeping(problem, plan) for plan in plans if _could_keep(plan)] + plans
+
+
+def _orders(problem: StreamingProblem, *, in_place: bool) -> tuple[bool, ...]:
+    """Whether micro-batches go through the layers together, the better choice first."""
+    if problem.cuts is not None and problem.cuts.layer_major is not None:
+        return (problem.cuts.layer_major,)
+    return (True, False) if problem.num_micro_batches > 1 and not in_place else (False,)
 
 
 def _could_keep(plan: Plan) -> bool:
@@ -384,6 +420,8 @@ def _recomputed_by(chunk_tokens: int, problem: StreamingProblem) -> dict[str, Ac
 
 def head_chunk_tokens(problem: StreamingProblem, chunk_tokens: int | None = None) -> int | None:
     """The largest tile, halving from the whole batch, that needs no more memory than a layer does; None: the whole."""
+    if problem.cuts is not None:
+        return problem.cuts.head_chunk_tokens
     head = problem.loss_head
     if head is None or not head.tiles:
         return None
@@ -444,6 +482,11 @@ def _infeasible(problem: StreamingProblem, candidates: list[Plan]) -> PlanInfeas
         for which, (size, _) in short.items()
     ]
     ways = [" and ".join(budgets)]
+    if problem.cuts is not None:
+        ways[0] += f", for the cuts that the run was begun with ({problem.cuts.describe()})"
+        with suppress(PlanInfeasible):
+            plan_streaming(replace(problem, cuts=None))
+            ways.append("other cuts, which take sums in another order (--other-cuts)")
     by_tokens = sum(items.get(item, 0) for item in ("activations", "layer inputs", "layer input in use"))
     if set(short) == {Tier.DEVICE} and by_tokens > need - have + 4096 * len(problem.layers):
         share = 1 - (need - have + 4096 * len(problem.layers)) / by_tokens

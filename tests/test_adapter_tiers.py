@@ -29,8 +29,6 @@ from offload_rt.errors import (
 from offload_rt.optimizer.in_memory import MemoryTraining
 from offload_rt.training.loop import train
 from offload_rt.training.options import TrainingOptions
-from offload_rt.training.run_folder import RunFolder
-from offload_rt.training.saves import Progress, Saves
 from offload_rt.workload import RuntimeOptions
 from planners.placement import UpdateMode
 from planners.plan import Plan, Tier
@@ -345,16 +343,3 @@ def test_the_loop_goes_on_from_commits_of_adapters_as_if_it_had_not_stopped(tmp_
     assert not list((tmp_path / "stopped" / "run").glob("checkpoint-*"))
     found = go("stopped", 4, resume=True)
     assert {name for name in expected if not torch.equal(expected[name], found[name])} == set()
-
-
-def test_a_run_whose_steps_were_committed_does_not_begin_again_where_nobody_looks_for_them(tmp_path: Path) -> None:
-    """Its budgets are larger now, so that its state would be in memory."""
-    with rank_24(tmp_path) as engine:
-        folder = RunFolder(tmp_path / "run")
-        progress = Progress(folder.run_id, folder.path)
-        folder.begin(at_step=0, settings={}, committed=True)
-        with pytest.raises(ConfigError, match="committed on NVMe, and with these budgets its state would be in memory"):
-            Saves(engine, folder, progress, keep_last=1).require_commit()
-        Saves(engine, folder, progress, keep_last=1).copy()
-        Saves(engine, folder, progress, keep_last=1).require_commit()
-        folder.close()

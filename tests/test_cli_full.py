@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,8 +82,11 @@ def test_train_leaves_a_model_and_goes_on_from_its_commits_without_a_copy(
     assert code == 2 and f"holds step 2 of the run in {out}" in line and "clean --state" in line
     code, line = fails(capsys, *full, "--out", str(tmp_path / "third"), "--steps", "4", "--resume")
     assert code == 2 and f"holds step 2 of the run in {out}" in line
-    code, line = fails(capsys, *with_nvme(full, tmp_path / "wrong"), "--out", str(out), "--steps", "4", "--resume")
-    assert code == 2 and "has done 2 steps, but" in line
+    (tmp_path / "nvme").rename(tmp_path / "lost")
+    code, line = fails(capsys, *with_nvme(full, tmp_path / "nvme"), "--out", str(out), "--steps", "4", "--resume")
+    assert code == 2 and f"has done 2 steps and committed them in {tmp_path / 'nvme'}" in line
+    shutil.rmtree(tmp_path / "nvme")
+    (tmp_path / "lost").rename(tmp_path / "nvme")
     assert main([*full, "--out", str(out), "--steps", "4", "--resume"]) == 0
     assert "resuming from the commit of step 2 on NVME" in capsys.readouterr().out
     assert weights(out) == weights(straight) and losses(out) == losses(straight)
@@ -123,6 +127,7 @@ def test_copies_are_made_when_asked_for_and_serve_where_the_drive_is_lost(
     assert main([*full, "--out", str(out), "--steps", "3", "--copy-every", "2"]) == 0
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     expected, expected_losses = weights(out), losses(out)
+    shutil.rmtree(tmp_path / "nvme")
     capsys.readouterr()
     assert main([*with_nvme(full, tmp_path / "new drive"), "--out", str(out), "--steps", "3", "--resume"]) == 0
     assert "resuming from checkpoint-2" in capsys.readouterr().out

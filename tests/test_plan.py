@@ -15,6 +15,8 @@ from planners.streaming import (
     MIN_CHUNK_TOKENS,
     TIGHT_SLACK_BYTES,
     BlockSize,
+    ChunkedSize,
+    Cuts,
     LossHeadSize,
     StreamingProblem,
     plan_streaming,
@@ -355,3 +357,21 @@ def test_what_the_allocator_may_hold_back_grows_with_a_layers_activations_and_ne
     assert allocator_slack_bytes(1000 * mib, 10 * mib) == 384 * mib
     assert allocator_slack_bytes(1000 * mib, 280 * mib) == 816 * mib
     assert allocator_slack_bytes(1 * mib, 2 * mib) == 6 * mib
+
+
+@given(problems(), st.sampled_from((None, 64, 100)), st.sampled_from((None, True, False)), st.integers(1, 3))
+@settings(max_examples=200)
+def test_a_run_that_goes_on_has_the_cuts_that_it_was_begun_with(p, tile, layer_major, micro_batches):
+    head = LossHeadSize(num_tokens=512, bytes_per_token=1000, hidden_bytes_per_token=10, tiles=True)
+    chunked = ChunkedSize(num_tokens=512, sequence_bytes=10_000)
+    p = replace(p, loss_head=head, chunked=chunked, num_micro_batches=micro_batches)
+    for chunk in (None, 256):
+        cuts = Cuts(head_chunk_tokens=tile, chunk_tokens=chunk, layer_major=layer_major)
+        try:
+            plan = plan_streaming(replace(p, cuts=cuts))
+        except PlanInfeasible as error:
+            assert cuts.describe() in str(error)
+            continue
+        assert plan.head_chunk_tokens == tile and layer_major in (None, plan.layer_major)
+        chunks = {c.num_tokens for policy in (plan.activations or {}).values() for c in policy.chunks}
+        assert chunks == ({chunk} if chunk is not None else set())

@@ -17,7 +17,8 @@ examples:
       --device-memory 8GiB --nvme /mnt/ssd --out run --tbw 600TB
 
 A line of FILE has 'messages', or 'prompt' and 'completion', or 'text'. Ctrl-C (or SIGTERM) finishes the
-step, saves, and exits with 128 + the signal's number; --resume continues exactly there. With --full and
+step, saves, and exits with 128 + the signal's number; --resume continues exactly there, to the bit, with the
+same budgets or others, on the same drives or others. With --full and
 --nvme the state is committed on the drive, where it rests: every step, or as often as --save-every says for
 state that rests in memory. Nothing is copied, and --resume goes on from the last commit after any kill.
 """
@@ -70,7 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     keep.add_argument("--max-writes-per-day", metavar="SIZE", help="stop where the run would write more, such as 500GB")
     keep.add_argument("--logdir", metavar="DIR", help="TensorBoard events")
-    keep.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    keep.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint or commit, under any budgets"
+    )
+    keep.add_argument(
+        "--other-cuts",
+        action="store_true",
+        help="with --resume: sums may be taken in another order than before, where budgets ask for it",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,6 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.epochs = 1
     elif arguments.steps is not None and arguments.epochs is not None:
         raise ConfigError("--steps, --epochs: give one of the two")
+    if arguments.other_cuts and not arguments.resume:
+        raise ConfigError("--other-cuts: is for --resume; a new run has no cuts yet")
     if arguments.max_grad_norm == 0:
         arguments.max_grad_norm = None
     _settle_what_trains(arguments)

@@ -15,15 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from offload_rt import optim
-from offload_rt._engine import engine as wrap
+from offload_rt._engine import Engine
 from offload_rt.config import parse_adapters, parse_bytes
+from offload_rt.cuts import cuts_from_json
 from offload_rt.errors import ConfigError
 from offload_rt.training.batches import Batches, check_packing
 from offload_rt.training.data import DataReport, load_examples
 from offload_rt.training.drive_care import DriveCare
+from offload_rt.training.identity import file_digest, model_digest, place_and_content
 from offload_rt.training.loop import TrainingResult, num_steps, train
 from offload_rt.training.options import TrainingOptions
 from offload_rt.training.run_folder import RunFolder
+from offload_rt.workload import RuntimeOptions
 from planners.errors import format_bytes
 
 MODEL_FILES = ("config.json",)
@@ -41,11 +44,6 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         copy_every=arguments.copy_every, keep_last=arguments.keep_last, logdir=arguments.logdir,
         resume=arguments.resume,
     )  # fmt: skip
-    settings = {
-        "model": os.path.realpath(arguments.model), "data": os.path.realpath(arguments.data),
-        "bits": arguments.bits, "adapters": arguments.adapters, "max_grad_norm": arguments.max_grad_norm,
-        "seed": arguments.seed, "full": arguments.full, "optimizer": arguments.optimizer,
-    }  # fmt: skip
     care = DriveCare(
         tbw_bytes=None if arguments.tbw is None else parse_bytes(arguments.tbw, field="tbw"),
         max_bytes_per_day=None
@@ -54,11 +52,16 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     )
     # Everything that can be wrong with the call is found before a weight is read.
     folder = RunFolder(options.out)
+    model_folder = _model_folder(arguments.model)
+    settings = {
+        **_begun_with(folder, arguments, model_folder),
+        "bits": arguments.bits, "adapters": arguments.adapters, "max_grad_norm": arguments.max_grad_norm,
+        "seed": arguments.seed, "full": arguments.full, "optimizer": arguments.optimizer,
+    }  # fmt: skip
     if options.resume:
         folder.require_same(settings)
     else:
         folder.require_free()
-    model_folder = _model_folder(arguments.model)
     tokenizer, model_on_meta, settings_of_model = _load_transformers(model_folder)
     examples, data_report = load_examples(
         arguments.data,
@@ -81,7 +84,8 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     )
     _show_settings(console, arguments, data_report, num_steps(options, batches))
     torch.manual_seed(arguments.seed)
-    with wrap(
+    keeps_cuts = options.resume and not arguments.other_cuts and folder.cuts is not None
+    with Engine(
         model_on_meta,
         checkpoint=model_folder,
         bits=arguments.bits,
@@ -98,12 +102,14 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         lr=None if arguments.full else arguments.lr,
         plan=arguments.plan,
         progress=_IngestProgress(console),
+        options=RuntimeOptions(cuts=cuts_from_json(folder.cuts or {}, of=str(folder.path)) if keeps_cuts else None),
     ) as engine:
         console.print(engine.summary(), markup=False, highlight=False, soft_wrap=True)
         engine.model.train()
         if arguments.packing:
             check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
-        result = train(engine, batches, options, settings=settings, console=console, care=care)
+        drives = [drive.path for drive in engine.config.nvme]
+        result = train(engine, batches, options, settings=settings, console=console, care=care, drives=drives)
         if result.interrupted is not None:
             return 128 + result.interrupted
         _set(model_on_meta.config, **settings_of_model)
@@ -112,6 +118,15 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         tokenizer.save_pretrained(result_folder)
         _show_result(console, result, engine.report(), result_folder)
     return 0
+
+
+def _begun_with(folder: RunFolder, arguments: argparse.Namespace, model_folder: Path) -> dict[str, str]:
+    """Model and data, by place and content: the same content in another place is the same."""
+    before, data = folder.settings(), Path(arguments.data).expanduser()
+    settings = place_and_content("model", os.path.realpath(model_folder), model_digest(model_folder), before)
+    if data.is_file():  # that it is none is said by whoever reads it
+        settings |= place_and_content("data", os.path.realpath(data), file_digest(data), before)
+    return settings
 
 
 def _model_folder(text: str) -> Path:

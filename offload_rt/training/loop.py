@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -80,10 +80,12 @@ def train(
     settings: Mapping[str, Any] | None = None,
     console: Console | None = None,
     care: DriveCare | None = None,
+    drives: Sequence[Path] = (),
 ) -> TrainingResult:
     """Trains until the last step, or until SIGINT or SIGTERM, and saves.
 
-    `settings` are further values (plain JSON) that must not change when the run is resumed. Raises
+    `settings` are further values (plain JSON) that must not change when the run is resumed; `drives` are folders on
+    NVMe where commits of a run that is resumed may be besides. Raises
     `ConfigError` if `options.out` holds another run, or if `care` allows less than the run writes to the drive (then
     what was done is saved), `NonFiniteLoss` at the first loss that is not finite.
     Signals are watched only when called from the main thread: the first one ends the run after the step it
@@ -114,13 +116,12 @@ def train(
     for name, tracked in (("progress", progress), ("batches", batches), ("scheduler", scheduler)):
         engine.track(name, tracked)
 
-    saves = Saves(engine, folder, progress, keep_last=options.keep_last)
+    saves = Saves(engine, folder, progress, keep_last=options.keep_last, drives=drives)
     if options.copy_every is not None and not saves.commits:
         raise ConfigError("copy_every: without commits on NVMe every save is a copy; give save_every")
     found = None
     if options.resume:
-        saves.require_commit()
-        found = saves.newest()
+        found = saves.find()
     else:
         saves.require_free()
     saved_at = 0
@@ -132,7 +133,8 @@ def train(
         saved_at = progress.step
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-    folder.begin(at_step=progress.step, settings=fixed, committed=saves.commits)
+    done_before = folder.last_step()
+    folder.begin(at_step=progress.step, settings=fixed, commits=engine.commit_folder if saves.commits else None)
 
     loss: float | None = None
     tokens = 0
@@ -147,7 +149,8 @@ def train(
     ):  # fmt: skip
         if options.resume:
             place = found.describe if found is not None else "the beginning: there is no checkpoint yet"
-            display.say(f"resuming from {place}")
+            again = max(0, done_before - progress.step)
+            display.say(f"resuming from {place}" + (f"; {again} step(s) after it are taken again" if again else ""))
         report = engine.report()
         if writes := care.expectation(report, total_steps - progress.step):
             display.say(f"writes: {writes}")
@@ -169,6 +172,8 @@ def train(
             _advance(scheduler)
             progress.step += 1
             report = engine.report()
+            if report.get("cuts") is not None:
+                folder.note_cuts(report["cuts"])
             numbers = StepNumbers(
                 step=progress.step,
                 loss=loss,

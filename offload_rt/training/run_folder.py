@@ -1,6 +1,7 @@
 """What lies in a run's output folder, and which of it can be trusted after a kill. No torch.
 
-    out/run.json            the run's id, settings that must not change on resume, and the step of the run's end
+    out/run.json            the run's id, settings that must not change on resume, where on NVMe its steps were
+                            committed, the cuts of its plan, and the step of the run's end
     out/metrics.jsonl       one line a logged step, appended; a kill loses at most the line it was writing
     out/report.json         what the engine said of itself when this run was last saved, or ended
     out/checkpoint-<step>/  complete: engines write elsewhere and rename
@@ -74,9 +75,19 @@ class RunFolder:
         self._write(self._report_file, json.dumps(report, indent=1))
 
     @property
-    def was_committed(self) -> bool:
-        """Whether the run in this folder had its steps committed on NVMe, where it was gone on with last."""
-        return bool(self._read_run().get("committed"))
+    def commit_folders(self) -> list[Path]:
+        """Where on NVMe steps of the run in this folder were ever committed, the last place first."""
+        return [Path(text) for text in self._read_run().get("commits", [])]
+
+    @property
+    def cuts(self) -> dict[str, Any] | None:
+        """What `note_cuts` noted; None where nothing was."""
+        return self._read_run().get("cuts")
+
+    def note_cuts(self, cuts: Mapping[str, Any]) -> None:
+        """Keeps the cuts with which the run takes its steps (plain JSON, see `offload_rt.cuts`)."""
+        if self.cuts != cuts:
+            self._write(self._run_file, json.dumps({**self._read_run(), "cuts": dict(cuts)}, indent=1))
 
     def last_step(self) -> int:
         """The step of the last line of metrics; 0 without one."""
@@ -115,17 +126,22 @@ class RunFolder:
         if changed:
             raise ConfigError(f"resume: {self.path} was begun with other settings: {'; '.join(changed)}")
 
-    def begin(self, *, at_step: int, settings: Mapping[str, Any], committed: bool = False) -> None:
+    def begin(self, *, at_step: int, settings: Mapping[str, Any], commits: Path | None = None) -> None:
         """Makes the folder; drops the metrics of steps after `at_step`, which will be taken again.
 
-        `committed`: the run's steps are committed on NVMe, and are no checkpoints here.
+        `commits`: where on NVMe the run's steps are committed from now on; None where they are checkpoints here.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for entry in self.path.glob("checkpoint-*.removing"):
                 shutil.rmtree(entry)
-            settings = {**self._read_run().get("settings", {}), **settings}
-            run = {"id": self._run_id, "committed": committed, "settings": settings}
+            before = self._read_run()
+            here = [] if commits is None else [str(commits.absolute())]
+            places = here + [place for place in before.get("commits", []) if place not in here]
+            run = {
+                "id": self._run_id, "commits": places, "settings": {**before.get("settings", {}), **settings},
+                **({"cuts": before["cuts"]} if "cuts" in before else {}),
+            }  # fmt: skip
             self._write(self._run_file, json.dumps(run, indent=1))
             kept = [line for line in self._metric_lines() if 0 < json.loads(line).get("step", 0) <= at_step]
             self._write(self._metrics_file, "".join(f"{line}\n" for line in kept))

@@ -1,18 +1,24 @@
 """Where a run's state is saved, and what of it is the newest: commits on NVMe, and folders in the run's own.
 
-An engine that trains in full with `nvme=` commits there, without copying anything; then folders are made only when they
-are asked for. Any other engine saves folders. A commit belongs to the run whose id it carries: the state of a model
-lies in one place on a drive, whichever run trains it.
+An engine that trains in full with `nvme=`, or whose adapters' state is there, commits there without copying anything;
+then folders are made only when they are asked for. Any other engine saves folders. A commit belongs to the run whose id
+it carries: the state of a model lies in one place on a drive, whichever run trains it.
+
+A run goes on under other budgets than it was begun with, on other drives, or on another machine. So its saves are
+looked for wherever they may be: where this engine commits, in the run's own folder, where the run has ever committed,
+and on the drives that are given now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from offload_rt.errors import ConfigError
+from offload_rt.checkpoint.values import unpack_values
+from offload_rt.commit_peek import peek
+from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.training.run_folder import RunFolder
 
 
@@ -58,44 +64,84 @@ class Save:
 class Saves:
     """The saves of the run in `folder`. Creating the object only looks."""
 
-    def __init__(self, engine: SavingEngine, folder: RunFolder, progress: Progress, *, keep_last: int) -> None:
+    def __init__(
+        self,
+        engine: SavingEngine,
+        folder: RunFolder,
+        progress: Progress,
+        *,
+        keep_last: int,
+        drives: Sequence[Path] = (),
+    ) -> None:
+        """`drives` are the folders on NVMe that were given."""
         self._engine = engine
         self._folder = folder
         self._progress = progress
         self._keep_last = keep_last
+        self._drives = tuple(drives)
         self.commits = engine.committed is not None
 
     def newest(self) -> Save | None:
-        """The newest save of this run; at the same step, the commit, which needs no copying."""
+        """The newest save that this engine has made; at the same step, the commit, which needs no copying."""
+        return max(self._own(), key=lambda save: save.step, default=None)
+
+    def find(self) -> Save | None:
+        """The newest save of this run, wherever it is; None where none was made yet. Only looks.
+
+        Raises `ConfigError` where this engine's commits are another run's, which would be lost, and where steps were
+        committed and none of them is found.
+        """
+        commit = self._commit()
+        if commit is not None and commit["run"] != self._folder.run_id:
+            raise ConfigError(self._in_the_way(commit))
+        elsewhere, problems = self._elsewhere()
+        newest = max([*self._own(), *elsewhere], key=lambda save: save.step, default=None)
+        done, committed_in = self._folder.last_step(), self._folder.commit_folders
+        if newest is None and done and committed_in:
+            raise ConfigError(
+                f"resume: {self._folder.path} has done {done} steps and committed them in {committed_in[0]}, where "
+                f"none of them is found, nor on the drives that are given"
+                + "".join(f" ({problem})" for problem in problems)
+                + "; give --nvme the folder that they are in now"
+            )
+        return newest
+
+    def _own(self) -> list[Save]:
         found = [Save(step, path, path.name) for step, path in self._folder.checkpoints()]
         commit = self._commit()
         if commit is not None and commit["run"] == self._folder.run_id:
             step = commit["step"] + commit["in_step"]
-            found.append(Save(step, self._engine.commit_folder, f"the commit of step {step} on NVME"))
-        return max(found, key=lambda save: save.step, default=None)
+            found.insert(0, Save(step, self._engine.commit_folder, f"the commit of step {step} on NVME"))
+        return found
+
+    def _elsewhere(self) -> tuple[list[Save], list[str]]:
+        """Commits of this run that are not where this engine commits; and what is wrong with those that should be."""
+        saves, problems = [], []
+        seen = {self._engine.commit_folder.resolve()} if self.commits else set()
+        recorded = self._folder.commit_folders
+        for folder in [*recorded, *(path for drive in self._drives for path in sorted(drive.glob("offload_rt-*")))]:
+            if folder.resolve() in seen:
+                continue
+            seen.add(folder.resolve())
+            try:
+                commit = peek(folder)
+            except OffloadError as error:
+                if folder in recorded:
+                    problems.append(str(error))
+                continue  # somebody else's
+            if commit is None:
+                continue
+            progress = _progress_of(unpack_values(commit.payload))
+            if progress is not None and progress["run"] == self._folder.run_id:
+                step = progress["step"] + progress["in_step"]
+                saves.append(Save(step, folder, f"the commit of step {step} in {folder}"))
+        return saves, problems
 
     def require_free(self) -> None:
         """Raises `ConfigError` where the drive holds the state of a run, this one or another: it would be lost."""
         commit = self._commit()
         if commit is not None:
             raise ConfigError(self._in_the_way(commit))
-
-    def require_commit(self) -> None:
-        """Raises `ConfigError` where this run's commits should be on the drive and are not."""
-        if not self.commits and self._folder.was_committed and not self._folder.checkpoints():
-            raise ConfigError(
-                f"resume: the steps of {self._folder.path} were committed on NVMe, and with these budgets its state "
-                f"would be in memory; give the --nvme and the budgets that it was begun with"
-            )
-        commit = self._commit()
-        if commit is not None and commit["run"] != self._folder.run_id:
-            raise ConfigError(self._in_the_way(commit))
-        done = self._folder.last_step()
-        if self.commits and commit is None and done and not self._folder.checkpoints():
-            raise ConfigError(
-                f"resume: {self._folder.path} has done {done} steps, but {self._engine.commit_folder} holds none of "
-                f"them; give the --nvme (and --model, --optimizer) that it was begun with"
-            )
 
     def save(self) -> Save:
         """Makes what there is now durable, unless it is. Blocks."""
@@ -120,8 +166,7 @@ class Saves:
         committed = self._engine.committed
         if not committed or not committed["step"]:
             return None
-        progress = committed.get("tracked", {}).get("progress")
-        return progress or {"run": None, "out": None, "step": committed["step"], "in_step": False}
+        return _progress_of(committed) or {"run": None, "out": None, "step": committed["step"], "in_step": False}
 
     def _in_the_way(self, commit: Mapping[str, Any]) -> str:
         folder = self._engine.commit_folder
@@ -131,3 +176,9 @@ class Saves:
             f"nvme: {folder} holds step {commit['step'] + commit['in_step']} of {whose}, for the same model and "
             f"optimizer; {goes_on} its state with `offload-rt clean --state --yes --nvme {folder.parent}`"
         )
+
+
+def _progress_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The loop's own values of a commit; None where another program made it."""
+    progress = values.get("tracked", {}).get("progress")
+    return progress if isinstance(progress, Mapping) else None
