@@ -198,11 +198,15 @@ class Engine:
         if self._rehearsal.is_due:
             change = self._rehearsal.run(self._runtime, self.config, self.model, args, kwargs)
             if change is not None:
-                self._go_on_with(change_over(self._runtime, *change))
+                try:
+                    self._go_on_with(change_over(self._runtime, *change))
+                except BaseException:
+                    self.close()  # half of the old plan is gone
+                    raise
             self.step_meter.begin_again()
 
     def _go_on_with(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+        self._runtime, self._training = runtime, runtime.training
         self._peaks.follow(runtime, self._base.resident_bytes)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -76,6 +76,10 @@ class Region(mmap.mmap):
                 region.madvise(mmap.MADV_HUGEPAGE)
         return region
 
+    def give_back(self) -> None:
+        """Gives the memory back to the system now, whoever still sees it. What lay in it is lost."""
+        self.madvise(mmap.MADV_DONTNEED)
+
     def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
         if at_exit():  # everything goes with the process, and modules are already gone
             return

@@ -38,6 +38,7 @@ from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.log_commit import open_log
+from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.plan_check import check_plan
 from offload_rt.planning import lowered, measured_problem
@@ -120,8 +121,8 @@ def assemble(
 
 
 def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[StreamingProblem], Plan] | None:
-    """The fixed rule for other sizes, where a runtime can change over: weights are in a store, nothing else moves."""
-    if workload.training is not None or workload.has_streams or not workload.config.nvme:
+    """The fixed rule for other sizes, where a runtime can change over: all weights and state are on a drive, too."""
+    if workload.has_streams or not workload.config.nvme:
         return None
     return lambda problem: with_options(
         plan_streaming(problem, rest=options.rest), workload.drafts, options, problem.training
@@ -131,15 +132,20 @@ def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[St
 def change_over(runtime: Runtime, problem: StreamingProblem, plan: Plan) -> Runtime:
     """The runtime that carries out `plan` in place of `runtime`, which is taken apart. Blocks; between steps only.
 
-    `plan` is what `made_of.plan_again` plans for `problem`. What is counted goes on. Raises `ConfigError` before
-    anything was changed.
+    `plan` is what `made_of.plan_again` plans for `problem`. State goes by the log: it is committed if it is not, and
+    what the new plan holds in memory is read from there. What is counted goes on, the optimizer stays the same object.
+    Raises `ConfigError` before anything was changed.
     """
     made_of = replace(runtime.made_of, problem=problem)
     check_plan(plan, made_of.problem, made_of.workload)
+    training = runtime.training
+    if isinstance(training, TieredTraining) and not training.commits.can_go_back:
+        training.commits.commit()
     runtime.close()
     runtime.let_go()
+    runtime.tiers.give_back()  # before the new plan's memory is taken, whoever still holds the old one's
     with _Assembly(made_of, plan, None, before=runtime) as assembly:
-        return assembly.run(runtime.coverage, None)
+        return assembly.run(runtime.coverage, training.optimizer)
 
 
 class _Assembly:
@@ -181,7 +187,9 @@ class _Assembly:
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.state: StateAssembly | None = None
         if workload.training is not None:
-            self.state = StateAssembly(workload, plan, self.tiers, self.links, options)
+            self.state = StateAssembly(
+                workload, plan, self.tiers, self.links, options, goes_on=before is not None
+            )  # fmt: skip
 
     def __enter__(self) -> _Assembly:
         return self
@@ -318,8 +326,9 @@ class _Assembly:
 
     def _training(self, optimizer: torch.optim.Optimizer | None, *, make_room: Callable[[], None]) -> Training:
         """What trains, with the state that it begins with. Parameters that stay in memory have their values."""
-        if self.before is not None:
-            return self.before.training
+        before = None if self.before is None else self.before.training
+        if before is not None and not isinstance(before, TieredTraining):
+            return before
         config = self.workload.config
         steps = AdapterSteps(
             {name: p for name, p in self.workload.model.named_parameters() if p.requires_grad}, config.max_grad_norm
@@ -331,9 +340,14 @@ class _Assembly:
                 steps, optimizer, commit_every=config.commit_every, commit_folder=folder, open_log=opens
             )
         self.state.begin()
+        training: TieredTraining
         if self.problem.training is not None and self.problem.training.adapters:
-            return self.state.finish_adapters(optimizer, steps)
-        return self.state.finish(optimizer, self._drain, self.turns, make_room=make_room)
+            training = self.state.finish_adapters(optimizer, steps)
+        else:
+            training = self.state.finish(optimizer, self._drain, self.turns, make_room=make_room)
+        if before is not None:
+            training.go_on_from(before)
+        return training
 
     def _drain(self) -> None:
         """Nobody reads weights ahead when this returns."""

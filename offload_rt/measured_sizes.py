@@ -29,7 +29,10 @@ def sizes_key(model: nn.Module, fingerprint: str) -> str:
 
 def tensors_digest(plan: Plan) -> str:
     """Names what of `plan` decides which tensors PyTorch allocates in a step."""
-    parts = [plan.layer_inputs, plan.decode_scope, plan.head_chunk_tokens, plan.activations, plan.layer_major]
+    parts = (
+        plan.layer_inputs, plan.decode_scope, plan.head_chunk_tokens, plan.activations, plan.layer_major,
+        plan.update_mode,
+    )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

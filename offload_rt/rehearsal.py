@@ -2,8 +2,9 @@
 
 A plan takes the size of transient activations from formulas. Before a model is first called in training, that call is
 stretched to the largest batch that the engine was declared for and goes forward and backward through the real code,
-without an update, while every block that PyTorch allocates is counted (`allocations`). Where it takes more than was
-planned, the difference comes, in this order,
+while every block that PyTorch allocates is counted (`allocations`). Gradients of layers that train come to where they
+wait and are dropped; their update is counted beside it (`optimizer.rehearsed`), and added where it runs behind the
+backward pass. Where a step takes more than was planned, the difference comes, in this order,
 
     from the room that the budget has left
     from freed memory that the C library was granted       (more of it is given back to the system then: slower)
@@ -20,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,9 +41,13 @@ from offload_rt.measured_sizes import (
     sizes_key,
     tensors_digest,
 )
+from offload_rt.optimizer.rehearsed import rehearsed, update_peak_bytes
+from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.runtime import Runtime
+from offload_rt.workload import gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
+from planners.placement import UpdateMode
 from planners.plan import Plan, Tier
 from planners.streaming import TIGHT_SLACK_BYTES, StreamingProblem
 
@@ -109,6 +114,10 @@ class Rehearsal:
             return None
         if self._refusal is not None:
             raise self._refusal
+        if isinstance(runtime.training, TieredTraining):
+            runtime.training.commits.check_usable()
+        if isinstance(runtime.training, FullTraining) and runtime.training.gradients.blocks:
+            return None  # a step has begun behind the engine's back: before the next one
         key = sizes_key(model, runtime.made_of.problem.fingerprint)
         why = _left_out(runtime, config)
         digest = tensors_digest(runtime.plan)
@@ -126,8 +135,9 @@ class Rehearsal:
         begin = time.perf_counter()
         try:
             with unchanged(runtime, model):
-                measured = _measure(model, *call) + runtime.transients.peak_bytes
+                measured = _measure(runtime, model, *call) + runtime.transients.peak_bytes
         except (OffloadError, MemoryError):
+            self.outcome = None
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the batches to come may be shorter and do without
             self.outcome = Outcome(result="left out", why=f"a batch of the largest size raised {error!r}")
@@ -148,7 +158,6 @@ class Rehearsal:
         planned = planned_bytes(runtime)
         account, guard = runtime.tiers.account(Tier.DEVICE), runtime.heap
         more = measured - planned
-        activations = account.holdings["activations"]
 
         def outcome(result: str) -> None:
             self.outcome = Outcome(
@@ -173,7 +182,8 @@ class Rehearsal:
                 guard.grant(slack - from_slack)
             outcome("less freed memory is granted" if from_slack else "within the budget")
             return None
-        factor = (activations + more) / max(1, activations)
+        scales = max(1, account.holdings["activations"] + account.holdings.get("kept activations", 0))
+        factor = (scales + more) / scales
         remember_factor(key, factor)
         if runtime.made_of.plan_again is None:
             have = (account.capacity_bytes or 0) - account.used_bytes + planned
@@ -194,11 +204,13 @@ class Rehearsal:
 
 
 def planned_bytes(runtime: Runtime) -> int:
-    """What one micro-batch's tensors may take of DEVICE memory, with their gradients."""
+    """What one micro-batch's tensors may take of DEVICE memory, with gradients that have not left it."""
     holdings = runtime.tiers.account(Tier.DEVICE).holdings
     together = runtime.made_of.workload.config.accumulation_steps if runtime.plan.layer_major else 1
     sizes = {name: holdings.get(name, 0) for name in TRANSIENT}
     sizes["layer inputs"] //= together
+    if isinstance(runtime.training, FullTraining):
+        return sum(sizes.values()) + gradients_under_way_bytes(runtime.made_of.workload)
     trains = [p for p in runtime.made_of.workload.model.parameters() if p.requires_grad]
     return sum(sizes.values()) + sum(p.numel() * p.element_size() for p in trains)
 
@@ -207,8 +219,6 @@ def _left_out(runtime: Runtime, config: EngineConfig) -> str:
     """Why it need not, or cannot, be run; empty where it is to be."""
     if config.device != "cpu" or runtime.device is not None:
         return "memory of a GPU is not counted yet"
-    if isinstance(runtime.training, FullTraining):
-        return "layers train: their gradients are taken away as they come"
     account = runtime.tiers.account(Tier.DEVICE)
     if account.capacity_bytes is None or account.capacity_bytes - account.used_bytes >= ROOM * planned_bytes(runtime):
         return "the budget has room for much more than is planned"
@@ -239,21 +249,34 @@ def longest(
     return found_args, found_kwargs
 
 
-def _measure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The most that the call's forward and backward have allocated at once."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    with AllocationMeter() as meter:
-        output = model(*args, **kwargs)
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if loss is None:
-            leaves = pytree.tree_leaves(output)
-            results = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-            loss = torch.stack([result.float().sum() for result in results]).sum()
-            del leaves, results
-        del output
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        del loss, gradients
-    return meter.peak_bytes
+def _measure(runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The most that the call's forward and backward, and the update, have allocated at once."""
+    training = runtime.training
+    full = training if isinstance(training, FullTraining) else None
+    with nullcontext() if full is None else rehearsed(full), AllocationMeter() as meter:
+        loss = _loss(model(*args, **kwargs))
+        if full is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            wanted = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+            del gradients
+        del loss
+    if not isinstance(training, TieredTraining):
+        return meter.peak_bytes
+    of_update = update_peak_bytes(training)
+    behind_backward = full is not None and full.mode is not UpdateMode.AFTER
+    return meter.peak_bytes + of_update if behind_backward else max(meter.peak_bytes, of_update)
+
+
+def _loss(output: Any) -> torch.Tensor:
+    """The model's own, or a sum of what it gives."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    leaves = pytree.tree_leaves(output)
+    results = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    return torch.stack([result.float().sum() for result in results]).sum()
 
 
 @contextmanager

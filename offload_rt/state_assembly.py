@@ -54,7 +54,11 @@ PARAMETER_BYTES = 1 << 10
 class StateAssembly:
     """One engine's training state in the making. `close` undoes what was made, if a later part cannot be."""
 
-    def __init__(self, workload: Workload, plan: Plan, tiers: Tiers, links: Links, options: RuntimeOptions) -> None:
+    def __init__(
+        self, workload: Workload, plan: Plan, tiers: Tiers, links: Links, options: RuntimeOptions, *,
+        goes_on: bool = False,
+    ) -> None:  # fmt: skip
+        """`goes_on`: the state is what the log has committed; whoever asked for this brings it to memory."""
         if workload.training is None or plan.state is None:
             raise ConfigError("plan: no layer trains")
         self._workload = workload
@@ -69,6 +73,7 @@ class StateAssembly:
         self._scratch: Scratch | None = None
         self._arrivals: Arrivals | None = None
         self._on_device: PiecesOnDevice | None = None
+        self.goes_on = goes_on
         self.home = StateHome(log=None, links=links)
         self.folders: list[Path] = []
 
@@ -144,6 +149,8 @@ class StateAssembly:
         A log that has gone on from where it began is left as it is. One that has not may have begun with other values
         of what stays in memory, which do not name it.
         """
+        if self.goes_on:
+            return
         log = self.home.log
         fresh = log is None or not log.committed.step
         writes: deque[Transfer] = deque()
@@ -186,7 +193,7 @@ class StateAssembly:
                 open_log=self._open_other_log, on_close=self.close,
             )
         )  # fmt: skip
-        if log is not None and not log.committed.step:
+        if log is not None and not log.committed.step and not self.goes_on:
             training[0].commits.commit()
         return training[0]
 
@@ -233,7 +240,7 @@ class StateAssembly:
                 on_close=self.close,
             )
         )  # fmt: skip
-        if log is not None and not log.committed.step:
+        if log is not None and not log.committed.step and not self.goes_on:
             training[0].commits.commit()
         return training[0]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from offload_rt import mapped
-from offload_rt.arena import Arena, Slot
+from offload_rt.arena import Arena, Region, Slot
 from offload_rt.errors import BudgetExceeded, OffloadError
 from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
@@ -65,6 +65,8 @@ class Tiers:
         device: Device | None = None,
     ) -> None:
         self.unified = unified
+        self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
+        """Of all arenas in the process's own memory: a slot outlives its arena."""
         self._poison = poison
         self._device = device
         self.accounts = {
@@ -100,10 +102,16 @@ class Tiers:
                 arena = self._device.arena(name, num_bytes, poison=poison)
             else:
                 arena = Arena(name, num_bytes, poison=poison, granule_bytes=granule_bytes)
+                self._regions.add(arena.region)
         account.arenas.append(weakref.ref(arena))
         if self._device is not None and tier is not Tier.DEVICE and copied:
             self._device.lock(arena)
         return arena
+
+    def give_back(self) -> None:
+        """Gives the memory of all arenas back to the system; nobody may use it any more. Nothing under a device."""
+        for region in list(self._regions) if self._device is None else ():
+            region.give_back()
 
 
 class Fetch(Protocol):

@@ -73,16 +73,21 @@ class WeightsAssembly:
             if self._store is not None and not draft.trains:
                 NvmeResidence(self._store, name, slot.num_bytes, self._links, staging).fetch(slot).wait()
             elif staging is None:
-                fill_slot(draft, self._workload.sources, slot)
+                self._fill(draft, slot)
             else:
                 stage = staging.acquire(slot.num_bytes, name)
-                fill_slot(draft, self._workload.sources, stage)
+                self._fill(draft, stage)
                 self._links.wait(self._links.copy(stage, slot))
                 del stage  # the next block wants it
             if self._state is not None and draft.trains:
                 self._state.weights_rest_in(name, slot)
             accesses[name] = ResidentAccess(slot)
         return accesses
+
+    def _fill(self, draft: BlockDraft, slot: Slot) -> None:
+        """Brings a block's values into `slot`, unless they are made of masters, of a run that goes on."""
+        if self._state is None or not (self._state.goes_on and draft.trains):
+            fill_slot(draft, self._workload.sources, slot)
 
     def ring(self, ring: Ring) -> tuple[RingExecutor, dict[str, Access]]:
         """Slots for a ring, what its blocks rest in, and how to get at them."""
@@ -152,7 +157,7 @@ class WeightsAssembly:
                 for offset_bytes, piece in self._pieces(draft):
                     self._copy(offset_bytes, piece, 0, host)
             else:
-                fill_slot(draft, self._workload.sources, host)
+                self._fill(draft, host)
             residence = HostResidence(host, self._links)
             if self._state is not None and draft.trains:
                 self._state.weights_rest_in(draft.name, host, residence.settle)

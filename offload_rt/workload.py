@@ -268,15 +268,8 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     elif workload.training.adapters:
         trainable_bytes = leftovers + sum(2 * p.numel() * p.element_size() for p in trainable)
     else:
-        in_memory = [p for p in trainable if id(p) not in stored]
-        # gradients on their way to where they wait: of a layer, or of a head, which is summed in fp32 besides
-        of_layers = [draft.spec.compute_bytes for draft in drafts if draft.trains]
-        # (its own gradient, and where it is tied that of the embedding, and both together)
-        of_others = [p.numel() * (3 * p.element_size() + 4) for p in in_memory]
-        weights_bytes = sum(p.numel() * p.element_size() for p in in_memory)
-        trainable_bytes = leftovers + weights_bytes + max(of_layers + of_others)
-        if workload.has_streams:  # and those of the block before, on their way to HOST
-            trainable_bytes += max(of_layers, default=0)
+        weights_bytes = sum(p.numel() * p.element_size() for p in trainable if id(p) not in stored)
+        trainable_bytes = leftovers + weights_bytes + gradients_under_way_bytes(workload)
     activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     input_bytes = layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     if workload.has_streams:
@@ -311,6 +304,20 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         chunked=None if on_gpu else chunked,
         num_micro_batches=config.accumulation_steps,
     )
+
+
+def gradients_under_way_bytes(workload: Workload) -> int:
+    """Memory for gradients of all parameters on their way to where they wait: those of the block that needs most."""
+    of_layers = [draft.spec.compute_bytes for draft in workload.drafts if draft.trains]
+    stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
+    # Of a head, which is summed in fp32 besides, its own, where it is tied that of the embedding, and both together.
+    of_others = [
+        p.numel() * (3 * p.element_size() + 4)
+        for p in workload.model.parameters()
+        if p.requires_grad and id(p) not in stored
+    ]
+    of_the_block_before = max(of_layers, default=0) if workload.has_streams else 0
+    return max(of_layers + of_others) + of_the_block_before
 
 
 def places_transients(workload: Workload, num_bytes: int) -> bool:

@@ -132,10 +132,7 @@ class AdapterTraining(TieredTraining):
         self.commits.finish()
         if self.is_commit_folder(folder):
             values = load_commit(self, check)
-            for block in self.blocks:
-                self.stepper.load_what_rests_in_memory(block)
-                self.stepper.rebuild_weights(block)
-            self._begin_again()
+            self.begin_again((), from_log=True)
             restore_rng(values["rng"])
             return values
         trainable, state = self._steps.trainable, TieredState(self)
@@ -145,7 +142,7 @@ class AdapterTraining(TieredTraining):
         else:
             values = load_state(folder, trainable, self.optimizer, check, state=state)
         self.step_number = int(values["step"])
-        self._begin_again()
+        self.begin_again((), from_log=False)
         return values
 
     def report(self) -> Values:
@@ -159,8 +156,10 @@ class AdapterTraining(TieredTraining):
             ),
         }  # fmt: skip
 
-    def _begin_again(self) -> None:
-        """After state was loaded, to where it rests."""
+    def begin_again(self, weights: Sequence[str], *, from_log: bool) -> None:
+        for block in self.blocks if from_log else ():
+            self.stepper.load_what_rests_in_memory(block)
+            self.stepper.rebuild_weights(block)
         self.commits.begin_again(self.step_number)
         self._expect_next()
 

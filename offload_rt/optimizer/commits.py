@@ -72,6 +72,11 @@ class Commits:
         self.extra = extra
         self._amend = amend
 
+    @property
+    def carried(self) -> tuple[Callable[[], Mapping[str, Any]], Callable[[dict[str, Any]], dict[str, Any]]]:
+        """What `carry` has set."""
+        return self.extra, self._amend
+
     def all_values(self) -> dict[str, Any]:
         """What is saved besides masters and moments: plain values and tensors, the owner's included."""
         return {**self._values(), **self.extra()}

@@ -19,6 +19,10 @@ class TieredOptimizer(torch.optim.Optimizer):
     def __init__(self, made: torch.optim.Optimizer, step: Callable[[], None], forget: Callable[[], None]) -> None:
         self.kind = type(made)
         super().__init__(made.param_groups, made.defaults)
+        self.serve(step, forget)
+
+    def serve(self, step: Callable[[], None], forget: Callable[[], None]) -> None:
+        """From now on, it steps and forgets by these."""
         self._step = step
         self._forget = forget
 

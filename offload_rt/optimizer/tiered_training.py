@@ -46,7 +46,8 @@ class TieredTraining(ABC):
         self.home = home
         self.stepper = stepper
         self.progress = progress
-        self.optimizer = TieredOptimizer(made, self.step, self.forget)
+        self.optimizer = made if isinstance(made, TieredOptimizer) else TieredOptimizer(made, self.step, self.forget)
+        self.optimizer.serve(self.step, self.forget)
         names = {id(trained.parameter): trained.name for block in blocks for trained in block.parameters}
         self._names = tuple(names.values())
         self.groups = ParamGroups(self.optimizer, names)
@@ -65,6 +66,23 @@ class TieredTraining(ABC):
     @abstractmethod
     def stop(self) -> None:
         """Drops what was stepped ahead, and reads nothing ahead any more. Blocks."""
+
+    @abstractmethod
+    def begin_again(self, weights: Sequence[str], *, from_log: bool) -> None:
+        """After state was loaded: brings what rests in memory there, rounds masters into weights, and reads ahead anew.
+
+        `weights` names blocks whose weights in the log are those of the state. Without `from_log`, state is in memory
+        already. Blocks.
+        """
+
+    def go_on_from(self, before: TieredTraining) -> None:
+        """Takes over the run of `before`, which is closed, and whose state is what this log has committed. Blocks."""
+        self.commits.carry(*before.commits.carried)
+        self.commits.counters, self.stepper.counters = before.commits.counters, before.stepper.counters
+        self.progress.steps |= before.progress.steps
+        self.progress.scalars |= before.progress.scalars
+        self.step_number = before.step_number
+        self.begin_again((self.committed or {})["weights"], from_log=True)
 
     @property
     def committed(self) -> Values | None:

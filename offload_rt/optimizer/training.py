@@ -94,8 +94,11 @@ class FullTraining(TieredTraining):
         """Of the last step, before clipping."""
         self.waits_because: str | None = None
         """Why blocks are not stepped before the norm is known, although the plan says so."""
-        self._mode = mode
-        self._declared = accumulation_steps
+        self.rehearse: Callable[[TrainedBlock, Mapping[int, Tensor]], None] | None = None
+        """What takes gradients in place of `deliver`; see `rehearsed`."""
+        self.num_micro_batches = accumulation_steps
+        """Of a step, as declared."""
+        self.mode = mode
         self._max_grad_norm = max_grad_norm
         self._before_weights_change = before_weights_change
         self._make_room = make_room
@@ -114,10 +117,13 @@ class FullTraining(TieredTraining):
         """Takes one micro-batch's gradients of `block`. May step the block, see the note above."""
         if not gradients:
             return
+        if self.rehearse is not None:
+            self.rehearse(block, gradients)
+            return
         if self._now.options is None:
             self._now.options = self.groups.options()
         if block in self._now.ahead:
-            why = f"{block.name} received gradients once more after accumulation_steps={self._declared} of them"
+            why = f"{block.name} received gradients once more after accumulation_steps={self.num_micro_batches} of them"
             self._wait_from_now_on(why)
             self.forget()
             raise ConfigError(
@@ -126,14 +132,14 @@ class FullTraining(TieredTraining):
             )
         if block.weights is None:
             self._make_room()
-        last = self.gradients.num_arrivals(block) + 1 >= self._declared
+        last = self.gradients.num_arrivals(block) + 1 >= self.num_micro_batches
         self.gradients.add(block, gradients, with_norms=last)
         self._stand_ins.put(block, gradients)
         if last and self._steps_ahead(block):
             self.stepper.submit(block, Part.IN_LOG)
             self._now.ahead.append(block)
             self.counters.num_ahead_of_norm += 1
-            if self._mode is UpdateMode.BACKWARD and not self.home.part(block, Part.IN_MEMORY):
+            if self.mode is UpdateMode.BACKWARD and not self.home.part(block, Part.IN_MEMORY):
                 self.gradients.keep_norms_only(block)
                 return
         if not self._more_to_come():
@@ -219,19 +225,14 @@ class FullTraining(TieredTraining):
         self.commits.finish()
         if self.is_commit_folder(folder):
             values = load_commit(self, check)
-            self._begin_again(values["weights"], from_log=True)
+            self.begin_again(values["weights"], from_log=True)
         else:
             values = load_training(self, folder, check)
-            self._begin_again((), from_log=self.home.log is not None)
+            self.begin_again((), from_log=self.home.log is not None)
         restore_rng(values["rng"])
         return values
 
-    def _begin_again(self, weights: Sequence[str], *, from_log: bool) -> None:
-        """After state was loaded: brings what rests in memory there, rounds masters into weights, and reads ahead anew.
-
-        `weights` names blocks whose weights in the log are those of the state. Without `from_log`, state is in memory
-        already. Blocks.
-        """
+    def begin_again(self, weights: Sequence[str], *, from_log: bool) -> None:
         self._before_weights_change()
         for block in self.blocks:
             if from_log:
@@ -242,16 +243,22 @@ class FullTraining(TieredTraining):
         self._now = Step(order=self._now.order)
         self._expect_next()
 
+    def go_on_from(self, before: TieredTraining) -> None:
+        super().go_on_from(before)
+        if isinstance(before, FullTraining):
+            self.counters, self.grad_norm = before.counters, before.grad_norm
+            self.waits_because = before.waits_because
+
     def report(self) -> dict[str, Any]:
         """Counts and seconds since the start, bytes at rest."""
         return {
             **asdict(self.counters), **asdict(self.commits.counters), **asdict(self.stepper.counters),
             **asdict(self.stepper.device_counters),
-            "mode": self._mode.value,
+            "mode": self.mode.value,
             "waits_because": self.waits_because, "grad_norm": self.grad_norm,
             **state_report(
-                self.blocks, self.home, mode=self._mode, commit_every=self.commits.every,
-                gradient_passes=self._declared if self.gradients.on_drive else 0,
+                self.blocks, self.home, mode=self.mode, commit_every=self.commits.every,
+                gradient_passes=self.num_micro_batches if self.gradients.on_drive else 0,
             ),
         }  # fmt: skip
 
@@ -266,11 +273,11 @@ class FullTraining(TieredTraining):
 
     def _steps_ahead(self, block: TrainedBlock) -> bool:
         return (
-            self._mode in (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE)
+            self.mode in (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE)
             and self.waits_because is None
             and not self._now.follows_clipped
             and self.step_number > 0
-            and self.gradients.num_arrivals(block) == self._declared
+            and self.gradients.num_arrivals(block) == self.num_micro_batches
             and self.commits.can_go_back
             and bool(self.home.part(block, Part.IN_LOG))
         )
@@ -351,7 +358,7 @@ class FullTraining(TieredTraining):
     def _undo_because(self, why: str) -> None:
         """Takes back what was stepped ahead, and steps nothing ahead from now on. ConfigError where it is too late."""
         self._wait_from_now_on(why)
-        if self._now.ahead and self._mode is UpdateMode.BACKWARD:
+        if self._now.ahead and self.mode is UpdateMode.BACKWARD:
             self.forget()
             raise ConfigError(
                 f"{why}; this step's updates ran behind its backward pass, as declared, and its gradients are gone. It "
@@ -396,6 +403,6 @@ class FullTraining(TieredTraining):
         self._stand_ins.clear()
 
     def _wait_from_now_on(self, why: str) -> None:
-        if self.waits_because is None and self._mode is not UpdateMode.AFTER:
+        if self.waits_because is None and self.mode is not UpdateMode.AFTER:
             self.waits_because = why
             logger.warning("updates wait for step() from now on, and do not run behind the backward pass: %s", why)
