@@ -99,7 +99,7 @@ def assemble(
             problem = question(workload, options.cuts)
             if workload.training is None:
                 asked = measured_problem(workload, problem, optimise_for)
-                plan = lowered(plan_optimal(asked), problem)
+                plan = lowered(plan_optimal(asked), problem, asked)
             else:
                 plan = optimised(workload, problem, optimise_for, optimizer)
         given = plan

@@ -362,7 +362,7 @@ def _answer(question: Problem, streaming: StreamingProblem, plan: Plan) -> _Answ
         return _Answer(None, f"no plan fits: {error}")
     except Exception as error:  # noqa: BLE001 - training goes on with the plan that it has
         return _Answer(None, f"the optimiser failed: {error!r}")
-    other = lowered(found, streaming)
+    other = lowered(found, streaming, question)
     if not same_cuts(plan, other):
         return _Answer(None, "the other plan cuts otherwise, which changes numbers")
     return _Answer(other, "", before, _change_seconds(question, other))
