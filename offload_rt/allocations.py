@@ -3,7 +3,8 @@
 The allocator reports each block that it gives or takes back to a profiler that asks for memory. Of that profiler's
 events only these are wanted, so that operations, two thirds of all, are not recorded. An event takes two kilobytes when
 the session ends, a layer's forward and backward some three megabytes. A session cannot be cut short inside a backward
-pass: autograd puts the thread's callbacks back when it leaves.
+pass: autograd puts the thread's callbacks back when it leaves. Who does the same thing many times does it once, between
+marks, and adds up (`representatives`).
 
 [Note: blocks of other sessions and threads] The allocator also reports the end of a block that an earlier session saw
 begin, whenever the garbage collector comes to it; it would lower this session's peak by chance. So blocks are known by
@@ -16,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +27,18 @@ _PROFILER: Any = getattr(torch._C, "_profiler", None)
 """What `torch.profiler` is made of: that itself cannot leave operations out."""
 _QUIET = "KINETO_LOG_LEVEL"
 """Otherwise the profiler writes two lines on stderr for each session."""
+_MARK = "offload_rt mark: "
+Happening = tuple[int, int, int] | tuple[int, str]
+"""When, and the address and bytes of a block, negative where it was given back; or when, and a mark."""
+
+
+@dataclass
+class Stretch:
+    """What was counted from one mark to the next. `peak_bytes` and `more_bytes`: above what was live at its begin."""
+
+    mark: str
+    more_bytes: int = 0
+    peak_bytes: int = 0
 
 
 class AllocationMeter:
@@ -35,6 +49,15 @@ class AllocationMeter:
         """Allocated inside and not given back inside: [Note: blocks of other sessions and threads]."""
         self.peak_bytes = 0
         """The most that was live."""
+        self.stretches: list[Stretch] = []
+        """The same from mark to mark, in order; the first begins with the session and has no name."""
+
+    @staticmethod
+    def mark(name: str) -> None:
+        """Begins a stretch, if somebody counts. Whoever gives back what another stretch took has it taken off there."""
+        if _AUTOGRAD is not None and _AUTOGRAD._profiler_enabled():
+            with torch.autograd.profiler.record_function(_MARK + name):
+                pass
 
     @staticmethod
     def refusal() -> str | None:
@@ -56,29 +79,46 @@ class AllocationMeter:
     def __exit__(self, *exception: object) -> None:
         with _quiet():
             result = _AUTOGRAD._disable_profiler()
-        self.live_bytes, self.peak_bytes = counted(_blocks(result.experimental_event_tree()))
+        self.stretches = counted(_happenings(result.experimental_event_tree()))
+        self.live_bytes, self.peak_bytes = together(self.stretches)
 
 
-def counted(blocks: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
-    """Bytes that are live at the end, and the most that were, of (when, address, bytes: negative where given back)."""
+def counted(happenings: Iterable[Happening]) -> list[Stretch]:
+    """What was live, from mark to mark."""
     sizes: dict[int, int] = {}  # of live blocks, by address
-    live_bytes = peak_bytes = 0
-    for _, address, num_bytes in sorted(blocks, key=lambda block: block[0]):
-        live_bytes -= sizes.pop(address, 0)
+    stretches = [Stretch("")]
+    for happening in sorted(happenings, key=lambda happening: happening[0]):
+        if len(happening) == 2:
+            stretches.append(Stretch(happening[1]))
+            continue
+        _, address, num_bytes = happening
+        stretch = stretches[-1]
+        stretch.more_bytes -= sizes.pop(address, 0)
         if num_bytes > 0:
             sizes[address] = num_bytes
-            live_bytes += num_bytes
-            peak_bytes = max(peak_bytes, live_bytes)
+            stretch.more_bytes += num_bytes
+            stretch.peak_bytes = max(stretch.peak_bytes, stretch.more_bytes)
+    return stretches
+
+
+def together(stretches: Iterable[Stretch]) -> tuple[int, int]:
+    """What is live after them, one behind the other, and the most that is."""
+    live_bytes = peak_bytes = 0
+    for stretch in stretches:
+        peak_bytes = max(peak_bytes, live_bytes + stretch.peak_bytes)
+        live_bytes += stretch.more_bytes
     return live_bytes, peak_bytes
 
 
-def _blocks(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+def _happenings(events: Iterable[Any]) -> Iterator[Happening]:
     """What `counted` takes. Blocks lie below what the caller's code gave a name to (`record_function`)."""
     for event in events:
         if event.name == "[memory]":
             block = event.extra_fields
             yield event.start_time_ns, block.ptr, block.alloc_size
-        yield from _blocks(event.children)
+        elif event.name.startswith(_MARK):
+            yield event.start_time_ns, event.name.removeprefix(_MARK)
+        yield from _happenings(event.children)
 
 
 @contextmanager

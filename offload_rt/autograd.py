@@ -162,18 +162,13 @@ class RecomputedLayer:
         self.counters.num_forwards += 1
         trainable, streamed = self.trainable(), self.streamed()
         wants_grad = any(t.requires_grad for t in tensors) or bool(trainable) or bool(streamed)
+        if torch.is_grad_enabled() and (wants_grad or self.layer.training):
+            args, kwargs = _without_cache(args, kwargs)
         if not (torch.is_grad_enabled() and wants_grad):
             with opened(self.block, self.access, Phase.FORWARD, training=torch.is_grad_enabled()):
                 output = self.run(args, kwargs)
             self.between()
             return output
-        # As transformers' own checkpointing does: a cache serves generation, and a recompute would fill it again.
-        args = tuple(None if _is_cache(value) else value for value in args)
-        kwargs = {
-            name: None if name in _CACHE_ARGUMENTS or _is_cache(value) else value for name, value in kwargs.items()
-        }
-        if kwargs.get("use_cache"):
-            kwargs["use_cache"] = False
         leaves, structure = pytree.tree_flatten((args, kwargs))
         call = Call(self, leaves, structure, trainable, streamed)
         self._open_calls.add(call)
@@ -241,6 +236,17 @@ class RecomputedLayer:
 def _has_nan(values: Any) -> bool:
     leaves = pytree.tree_leaves(values)
     return any(isinstance(t, torch.Tensor) and t.is_floating_point() and bool(t.isnan().any()) for t in leaves)
+
+
+def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As transformers' own checkpointing does: a cache serves generation, and a recompute would fill it again.
+
+    Of a layer that is not gone back through it would only take memory until the step's loss is there.
+    """
+    kwargs = {name: None if name in _CACHE_ARGUMENTS or _is_cache(value) else value for name, value in kwargs.items()}
+    if kwargs.get("use_cache"):
+        kwargs["use_cache"] = False
+    return tuple(None if _is_cache(value) else value for value in args), kwargs
 
 
 def _is_cache(value: Any) -> bool:
