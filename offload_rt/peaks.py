@@ -212,7 +212,9 @@ class Peaks:
         keys = [workload.key] if workload.frozen else []
         keys += [workload.training.key] if workload.training is not None else []
         drives = workload.config.nvme
-        return [folder for key in keys for folder in (store_folders(drives, key) if drives else [])]
+        if not drives or not all(drive.path.is_dir() for drive in drives):  # they may be gone after `close`
+            return []
+        return [folder for key in keys for folder in store_folders(drives, key)]
 
     def _is_ours(self, folder: Path) -> bool:
         return any(ours.resolve() in (folder.resolve(), *folder.resolve().parents) for ours in self._folders())

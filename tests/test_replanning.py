@@ -6,8 +6,11 @@ step     1 2 | 3 4 5 6    | 7 8   | 9 ..
 
 import gc
 import logging
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ from tests.parity import BATCH_SIZE, SEQ_LEN
 from tests.test_planning import SECONDS as HEAD_SECONDS
 from tests.test_planning import machine, question
 
+ROOT = Path(__file__).resolve().parents[1]
 KIB, MIB = 1 << 10, 1 << 20
 RATE = 2e6
 SLOW = 3.0
@@ -67,6 +71,10 @@ def hardware(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_clocks(monkeypatch):
+    without_clocks(monkeypatch)
+
+
+def without_clocks(monkeypatch):
     """Seconds that nobody measured, and links on a clock that only sleeping moves."""
     slept = [0.0]
 
@@ -329,6 +337,38 @@ def test_what_cannot_change_over_says_so(hardware, tmp_path):
     assert off(plan=plan, emulate=hardware) == "the plan was given, or is that of the fixed rule"
     full = build_base("llama", torch.bfloat16)
     assert off(plan="auto", model=full, bits=None) == "layers train, which does not change over while it runs"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import pytest
+from offload_rt import assembly
+from planners.hardware import load_hardware
+from tests import test_replanning as here
+here.without_clocks(pytest.MonkeyPatch())
+folder, hardware = map(Path, sys.argv[1:])
+run = here.Run(folder, here.slow_drive, emulate=load_hardware(hardware), commit_every=1).train(here.ASKED_UNTIL - 1)
+assembly._Assembly._attach = lambda *arguments: os._exit(42)
+run.train(here.ASKED_UNTIL)
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_change_goes_on_from_its_last_step(hardware, tmp_path):
+    last = ASKED_UNTIL + 2
+    folder, machine_file = tmp_path / "nvme", tmp_path / "machine.json"
+    machine_file.write_text(hardware.to_json())
+    with Run(tmp_path / "plain", emulate=hardware) as undisturbed:
+        undisturbed.train(last)
+    program = [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), str(machine_file)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 42, done.stderr
+    with Run(folder, emulate=hardware, commit_every=1) as run:
+        run.engine.load_checkpoint(run.engine.commit_folder)
+        assert run.engine.step_number == ASKED_UNTIL, "the change committed what was due, and nothing else"
+        run.train(last)
+    undisturbed.trace = undisturbed.trace[ASKED_UNTIL:]
+    assert equal(run, undisturbed)
 
 
 def test_plans_with_other_chunks_give_other_numbers(hardware, tmp_path):
