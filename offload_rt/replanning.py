@@ -7,11 +7,11 @@
 A resource has drifted where each step of a window was off by more than `MARGIN`, in the same direction: links and
 drives by the seconds that they take for a byte, computing and updates by their seconds (so a run of shorter sequences
 than planned for is one whose computing is faster). Memory is short where the budget was what was free, and less is left
-than the plan still needs. Then the optimiser is asked again. Its plan is taken where it has the same cuts, so that no
-number changes, and gains more within `HORIZON_STEPS` than bringing the weights to their new places costs. Either way
-the question that was asked is what later windows are held against, so that the same drift is not found twice; and
-changes are at least `APART_STEPS` steps apart, so that it cannot flap. The step at which a plan is taken does not
-depend on how long it took to find: whoever steps waits for it.
+than the plan still needs, at the end of two windows. Then the optimiser is asked again. Its plan is taken where it has
+the same cuts, so that no number changes, and gains more within `HORIZON_STEPS` than bringing the weights to their new
+places costs. Either way the question that was asked is what later windows are held against, so that the same drift is
+not found twice; and changes are at least `APART_STEPS` steps apart, so that it cannot flap. The step at which a plan is
+taken does not depend on how long it took to find: whoever steps waits for it.
 
 Weights move between tiers alone: they are in the store, whatever happens meanwhile, and what trains stays where it is,
 as do commits. A change that fails goes back to the plan before. Where layers train, adapters' state rests in tiers, on
@@ -54,6 +54,9 @@ HORIZON_STEPS = 200
 """Within so many steps a change is to pay for itself."""
 LEAST_GAIN = 0.05
 """Of a step's seconds. The simulator is no better than that."""
+LEAST_SHARE = 0.02
+"""Of a step's seconds: what takes less, measured and expected, is no reason for anything. Of memory in use: what is
+short by less comes and goes."""
 RATES = (HOST_TO_DEVICE, DEVICE_TO_HOST, SSD_READ, SSD_WRITE)
 
 
@@ -110,6 +113,7 @@ class Replanner:
         self._asked: _Asked | None = None
         self._seen_steps = WARM_STEPS
         self._not_before = 0
+        self._short_before = 0
 
     def after_step(self, runtime: Runtime, meter: StepMeter, step: int, *, more_bytes: int = 0) -> Runtime:
         """The runtime for the next step, this or another one. Blocks where a plan is due that is still looked for.
@@ -154,25 +158,30 @@ class Replanner:
         """By resource, how many times as long as expected it took in each step; what was not used is left out."""
         if self._question is None:
             return {}
-        rates, found = _rates(self._question), dict[str, list[float]]()
+        rates, found, counts = _rates(self._question), dict[str, list[float]](), dict[str, float]()
         for name in RATES:
             pairs = [(s.resources.busy_seconds.get(name, 0.0), s.resources.moved_bytes.get(name, 0)) for s in window]
             if rates[name] and all(busy > 0 and moved for busy, moved in pairs):
                 found[name] = [busy * rates[name] / moved for busy, moved in pairs]
+                counts[name] = max(max(busy, moved / rates[name]) for busy, moved in pairs)
         for name in (COMPUTE, DEVICE_UPDATE):
             busy = [step.resources.busy_seconds.get(name, 0.0) for step in window]
             if self._expected.get(name) and all(seconds > 0 for seconds in busy):
                 found[name] = [seconds / self._expected[name] for seconds in busy]
-        return found
+                counts[name] = max(*busy, self._expected[name])
+        least = LEAST_SHARE * median(step.seconds for step in window)
+        return {name: each for name, each in found.items() if counts[name] >= least}
 
     def _short_bytes(self, runtime: Runtime) -> int:
-        """What the plan still needs and is not free, where budgets are what was free."""
+        """What the plan still needs and is not free, where budgets are what was free: now, and a window ago."""
         config = runtime.made_of.workload.config
         if config.device_memory_bytes is not None:
             return 0
         memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
         needs = sum(account.used_bytes for account in memory) - (resident_bytes() - self._base_bytes)
-        return max(0, needs - free_memory_bytes())
+        before, self._short_before = self._short_before, max(0, needs - free_memory_bytes())
+        short = min(before, self._short_before)
+        return short if short > LEAST_SHARE * sum(account.used_bytes for account in memory) else 0
 
     def _ask(
         self,
