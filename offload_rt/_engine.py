@@ -186,12 +186,18 @@ class Engine:
         """Calls the model."""
         if self._closed:
             raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
-        device = self._runtime.device
-        if device is not None:
-            device.check_stream()
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device.device), (args, kwargs))
+        args, kwargs = self._on_device(args, kwargs)
         self._rehearse(args, kwargs)
         return self.model(*args, **kwargs)
+
+    def _on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        device = self._runtime.device
+        if device is None:
+            return args, kwargs
+        device.check_stream()
+        moved: tuple[tuple[Any, ...], dict[str, Any]]
+        moved = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device.device), (args, kwargs))
+        return moved
 
     def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the first call in training, the longest one: see `rehearsal`. Blocks. Raises PlanInfeasible."""
@@ -267,7 +273,8 @@ class Engine:
             check_loss(loss, self.step_number + 1)
             return loss
 
-        self._rehearse((), batches[0])
+        if self._rehearsal.is_due:
+            self._rehearse(*self._on_device((), batches[0]))
         if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:
             losses = self._runtime.run_together([partial(loss_of, batch) for batch in batches])
             total = sum(float(loss.detach()) for loss in losses)

@@ -50,7 +50,7 @@ def question(workload: Workload, cuts: Cuts | None) -> StreamingProblem:
     `cuts` are those that the plan must have.
     """
     problem = replace(streaming_problem(workload), cuts=cuts)
-    factor = remembered_factor(sizes_key(workload.model, problem.fingerprint))
+    factor = remembered_factor(sizes_key(workload.model, problem.fingerprint, of_device=workload.has_streams))
     return problem if factor is None else scaled(problem, factor)
 
 

@@ -146,6 +146,8 @@ class CudaDevice:
         """HOST memory that the GPU copies by itself."""
         self.pageable_bytes = 0
         """HOST memory that could not be locked: the driver copies through a buffer of its own, at about half speed."""
+        self._peak_bytes = 0
+        """Of torch's allocator until a meter began anew."""
         self._runtime = runtime
 
     def check_stream(self) -> None:
@@ -161,13 +163,18 @@ class CudaDevice:
         stream: AbstractContextManager[None] = torch.cuda.stream(self.compute.stream)
         return stream
 
+    def meter(self) -> CudaMeter:
+        """Counts what torch's allocator hands out in the GPU's memory, in any thread."""
+        self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        return CudaMeter(self.device)
+
     def report(self) -> dict[str, Any]:
         """The GPU's name; bytes of HOST memory locked or not; what torch's allocator took at most, arenas included."""
         return {
             "name": torch.cuda.get_device_name(self.device),
             "locked_bytes": self.locked_bytes,
             "pageable_bytes": self.pageable_bytes,
-            "allocator_peak_bytes": torch.cuda.max_memory_allocated(self.device),
+            "allocator_peak_bytes": max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device)),
             "reserved_peak_bytes": torch.cuda.max_memory_reserved(self.device),
         }
 
@@ -190,6 +197,25 @@ class CudaDevice:
             logger.warning("%s stays pageable, copies from it run at about half speed: %s", arena.name, refusal)
         else:
             self.locked_bytes += arena.num_bytes
+
+
+class CudaMeter:
+    """Begins torch's own peak of one GPU anew. Its allocator books blocks when they are asked for, whatever a stream
+    is doing, so that nothing is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.peak_bytes = 0
+        self._device = device
+        self._before_bytes = 0
+
+    def __enter__(self) -> CudaMeter:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before_bytes = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before_bytes
 
 
 def find_device(name: str) -> str:

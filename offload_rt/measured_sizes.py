@@ -20,10 +20,10 @@ from planners.plan import Plan
 from planners.streaming import StreamingProblem
 
 
-def sizes_key(model: nn.Module, fingerprint: str) -> str:
-    """Names what was measured: `fingerprint` is the workload's."""
+def sizes_key(model: nn.Module, fingerprint: str, *, of_device: bool = False) -> str:
+    """Names what was measured: `fingerprint` is the workload's. of_device: in the memory of a device with streams."""
     trains = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters() if p.requires_grad]
-    text = json.dumps([fingerprint, repr(model), trains, torch.__version__])
+    text = json.dumps([fingerprint, repr(model), trains, torch.__version__, of_device])
     return f"rehearsal-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

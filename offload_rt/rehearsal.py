@@ -2,9 +2,10 @@
 
 A plan takes the size of transient activations from formulas. Before a model is first called in training, that call is
 stretched to the largest batch that the engine was declared for and goes forward and backward through the real code,
-while every block that PyTorch allocates is counted (`allocations`). Gradients of layers that train come to where they
-wait and are dropped; their update is counted beside it (`optimizer.rehearsed`), and added where it runs behind the
-backward pass. Where a step takes more than was planned, the difference comes, in this order,
+while every block that PyTorch allocates is counted (`allocations`; of a device's memory, by its allocator). Gradients
+of layers that train come to where they wait and are dropped; their update on the CPU is counted beside it
+(`optimizer.rehearsed`), and added where it runs behind the backward pass. Where a step takes more than was planned, the
+difference comes, in this order,
 
     from the room that the budget has left
     from freed memory that the C library was granted       (more of it is given back to the system then: slower)
@@ -45,7 +46,7 @@ from offload_rt.optimizer.rehearsed import rehearsed, update_peak_bytes
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.runtime import Runtime
-from offload_rt.workload import gradients_under_way_bytes
+from offload_rt.workload import MemoryMeter, gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
 from planners.plan import Plan, Tier
@@ -118,13 +119,14 @@ class Rehearsal:
             runtime.training.commits.check_usable()
         if isinstance(runtime.training, FullTraining) and runtime.training.gradients.blocks:
             return None  # a step has begun behind the engine's back: before the next one
-        key = sizes_key(model, runtime.made_of.problem.fingerprint)
-        why = _left_out(runtime, config)
+        key = sizes_key(model, runtime.made_of.problem.fingerprint, of_device=runtime.device is not None)
+        why = _left_out(runtime)
         digest = tensors_digest(runtime.plan)
         known = None if why else remembered_bytes(key, digest)
         if known is not None:
             return self._settled(runtime, key, known, 0.0)
-        why = why or AllocationMeter.refusal() or ""
+        if runtime.device is None:
+            why = why or AllocationMeter.refusal() or ""
         call = None if why else longest(args, kwargs, config)
         if call is None:
             self.outcome = Outcome(result="left out", why=why or "the call has arguments that cannot be stretched")
@@ -179,7 +181,8 @@ class Rehearsal:
             account.holdings["activations"] += more
             if from_slack:
                 account.holdings[SLACK] -= from_slack
-                guard.grant(slack - from_slack)
+                if runtime.device is None:  # otherwise the C library's is in another memory
+                    guard.grant(slack - from_slack)
             outcome("less freed memory is granted" if from_slack else "within the budget")
             return None
         scales = max(1, account.holdings["activations"] + account.holdings.get("kept activations", 0))
@@ -215,10 +218,8 @@ def planned_bytes(runtime: Runtime) -> int:
     return sum(sizes.values()) + sum(p.numel() * p.element_size() for p in trains)
 
 
-def _left_out(runtime: Runtime, config: EngineConfig) -> str:
+def _left_out(runtime: Runtime) -> str:
     """Why it need not, or cannot, be run; empty where it is to be."""
-    if config.device != "cpu" or runtime.device is not None:
-        return "memory of a GPU is not counted yet"
     account = runtime.tiers.account(Tier.DEVICE)
     if account.capacity_bytes is None or account.capacity_bytes - account.used_bytes >= ROOM * planned_bytes(runtime):
         return "the budget has room for much more than is planned"
@@ -253,7 +254,8 @@ def _measure(runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: 
     """The most that the call's forward and backward, and the update, have allocated at once."""
     training = runtime.training
     full = training if isinstance(training, FullTraining) else None
-    with nullcontext() if full is None else rehearsed(full), AllocationMeter() as meter:
+    meter: MemoryMeter = AllocationMeter() if runtime.device is None else runtime.device.meter()
+    with nullcontext() if full is None else rehearsed(full), meter:
         loss = _loss(model(*args, **kwargs))
         if full is not None:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -262,7 +264,7 @@ def _measure(runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: 
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
             del gradients
         del loss
-    if not isinstance(training, TieredTraining):
+    if not isinstance(training, TieredTraining) or runtime.device is not None:  # HOST's, or slots' in an arena
         return meter.peak_bytes
     of_update = update_peak_bytes(training)
     behind_backward = full is not None and full.mode is not UpdateMode.AFTER

@@ -42,11 +42,25 @@ from planners.streaming import BlockSize, Cuts, StreamingProblem
 from planners.training_state import StatePlacement, TrainedSize, TrainingSizes
 
 
+class MemoryMeter(Protocol):
+    """A context manager that counts what torch allocates inside."""
+
+    peak_bytes: int
+    """The most that was live at once, of what was allocated inside. Once it is left."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
 class TensorDevice(Device, Protocol):
     """A device with streams whose memory torch computes in."""
 
     @property
     def device(self) -> torch.device: ...
+
+    def meter(self) -> MemoryMeter:
+        """Counts what its allocator hands out, arenas included."""
 
 
 OPTIMIZER_BYTES_PER_ELEMENT = 8

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from offload_rt.allocations import AllocationMeter
 from offload_rt.arena import POISON, Arena, Slot
 
 WAIT_SECONDS = 20.0
@@ -209,11 +210,17 @@ class FakeDevice:
         self.updates = FakeStream("updates", late_seconds, seed + 3, self.reports)
         self.arenas: list[str] = []
         self.locked: list[str] = []
+        self.num_meters = 0
         self.threads_on_compute: set[int] = set()
 
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         self.arenas.append(name)
         return FakeDeviceArena(name, num_bytes, self.compute, poison=poison)
+
+    def meter(self) -> AllocationMeter:
+        """Of the calling thread, where torch's kernels run."""
+        self.num_meters += 1
+        return AllocationMeter()
 
     def check_stream(self) -> None:
         pass

@@ -6,6 +6,7 @@ measured                   |=========================>           fits | room | f
 
 import hashlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from planners.errors import PlanInfeasible
 from planners.placement import UpdateMode
 from planners.plan import StatePlacement, Tier
 from tests.conftest import VOCABULARY, build_base, build_lora
+from tests.fake_device import FakeDevice
 from tests.full_parity import OPTIMIZERS, state_of
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -93,7 +95,8 @@ def outcome(engine):
 
 def values(engine):
     """Masters, where there are any, and weights, by name."""
-    if engine._runtime.made_of.workload.training.adapters:
+    training = engine._runtime.made_of.workload.training
+    if training is None or training.adapters:
         return {name: (p.detach().clone(),) for name, p in engine.trainable.items()}
     return state_of(engine._training)
 
@@ -159,6 +162,50 @@ def test_it_changes_nothing(make, kind, dtype, monkeypatch):
     (losses, state, counts), twin = found.values()
     assert same(state, twin[1])
     assert losses == twin[0] and counts == twin[2]
+
+
+ON_DEVICE = {
+    "adapters": {"adapters": True, "bits": 4},
+    "state in HOST": {"nvme": None, "options": RuntimeOptions(layer_inputs=Tier.HOST)},
+    "behind backward": {"options": RuntimeOptions(**ON_NVME)},
+    "gradients on NVMe, summed": KINDS["gradients on NVMe"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ON_DEVICE)
+def test_a_device_counts_for_itself_and_nothing_changes(make, kind, monkeypatch):
+    """A late one, whose kernels torch runs in the calling thread."""
+    found = {}
+    for how, room in (("rehearsed", 1 << 40), ("not", 0)):
+        monkeypatch.setattr(rehearsal, "ROOM", room)
+        device = FakeDevice(late_seconds=0.001, kernels_are_late=False)
+        arguments = {"host_memory": "64MiB", **ON_DEVICE[kind]}
+        options = replace(arguments.pop("options", RuntimeOptions()), device=device, poison=True, record=True)
+        engine = make(**arguments, options=options)
+        torch.manual_seed(5)
+        before = generators()
+        engine._rehearse(*engine._on_device((), batch(0)))
+        assert generators() == before and all(p.grad is None for p in engine.trainable.values())
+        assert device.num_meters == (outcome(engine)["measured_bytes"] is not None) == (how == "rehearsed")
+        found[how] = train(engine)
+        assert [str(race) for race in engine._runtime.recorder.check()] == []
+        engine.close()
+        device.close()
+    assert found["rehearsed"][0] == found["not"][0] and same(found["rehearsed"][1], found["not"][1])
+
+
+def test_a_device_whose_memory_is_too_small_is_refused_before_training_starts(make, monkeypatch):
+    short_formula(monkeypatch, 0.02)
+    device = FakeDevice(kernels_are_late=False)
+    arguments = {"adapters": True, "bits": 4, "host_memory": "64MiB", "options": RuntimeOptions(device=device)}
+    with pytest.raises(PlanInfeasible) as least:
+        make(KIB, **arguments)
+    engine = make(least.value.need_bytes + 4 * KIB, **arguments)
+    with pytest.raises(PlanInfeasible, match="rehearsal of the longest step") as refused:
+        train(engine)
+    assert refused.value.tier == "device" and refused.value.need_bytes > refused.value.have_bytes
+    engine.close()
+    device.close()
 
 
 def test_nothing_is_stepped_behind_its_backward_pass(make, tmp_path, monkeypatch):

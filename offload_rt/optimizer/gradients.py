@@ -96,6 +96,11 @@ class Gradients:
         """Whether gradients wait on NVME."""
         return self._scratch is not None
 
+    @property
+    def come_from_device(self) -> bool:
+        """Whether a device's own copies bring them, so that they are under way when `add` returns."""
+        return self._arrivals is not None
+
     def num_arrivals(self, block: TrainedBlock) -> int:
         """Micro-batches of this step that reached the block."""
         waiting = self._waiting.get(block.name)

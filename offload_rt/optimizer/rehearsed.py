@@ -33,17 +33,28 @@ from offload_rt.optimizer.training import FullTraining
 
 @contextmanager
 def rehearsed(training: FullTraining) -> Iterator[None]:
-    """Inside, gradients come to where they wait, with their norms, and are dropped; nothing is stepped or written."""
+    """Inside, gradients come to where they wait, with their norms, and are dropped; nothing is stepped.
+
+    Blocks at the end for what comes from a device: a step that follows finds all slots free.
+    """
     training.rehearse = partial(_take, training)
     try:
         yield
+        training.stepper.finish()
+        training.gradients.norms()
     finally:
         training.rehearse = None
         training.forget()
 
 
 def _take(training: FullTraining, block: TrainedBlock, gradients: Mapping[int, Tensor]) -> None:
-    """Where several micro-batches are summed, as the last of them: what is added is cast first."""
+    """Where several micro-batches are summed, as the last of them: what is added is cast first. Those of a device are
+    cast there once, and wait as in a step; others are let go of, so that none is written.
+    """
+    if training.gradients.come_from_device:
+        training.gradients.add(block, gradients, with_norms=True)
+        training.gradients.put_away(block)
+        return
     for _ in range(min(2, training.num_micro_batches)):
         training.gradients.add(block, gradients, with_norms=True)
     training.gradients.keep_norms_only(block)
