@@ -28,6 +28,7 @@ from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem,
 from planners.problem import Workload as PlannedWorkload
 from planners.streaming import StreamingProblem, head_chunk_tokens
 from planners.trace import Saved, Transient
+from planners.wear import rated_bytes
 
 CAPABILITIES = Capabilities(
     update_modes=(UpdateMode.AFTER,),
@@ -242,6 +243,7 @@ def within_budgets(
             capacity_bytes=max(1, streaming.nvme_capacity_bytes - more.nvme_bytes),
             read_bytes_per_second=hardware.read_bytes_per_second,
             write_bytes_per_second=hardware.write_bytes_per_second,
+            endurance_bytes=rated_bytes(hardware),
         )
         drives = (one,)
     host = 0 if streaming.unified else streaming.host_capacity_bytes or hardware.host.memory_bytes

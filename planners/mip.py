@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planners.cost import Knobs, capacities
 from planners.division import divided, treats_whole
+from planners.errors import PlanInfeasible
 from planners.expand import PAGE_BYTES, expand, with_prediction
 from planners.greedy import (
     SLACK_BYTES,
@@ -40,6 +41,7 @@ from planners.simulate import Abandoned, Simulation, simulate
 from planners.steady import SHORTAGE_PRICES, Steady, solve_steady
 from planners.units import ProblemError
 from planners.validate import floor_seconds
+from planners.wear import default_limit_bytes, is_worth_its_writes, spared
 
 MAX_SIMULATIONS = 10
 MAX_CUTS = 3
@@ -67,7 +69,24 @@ class Search:
 
 
 def plan_optimal(problem: Problem, *, freedoms: Freedoms | None = None) -> Plan:
-    """The best plan found, with its bound. `PlanInfeasible` where none fits; raises `SolverMissing`, `SolverFailed`."""
+    """The best plan found, with its bound; one for adapters spares the drives (`wear`).
+
+    `PlanInfeasible` where none fits; raises `SolverMissing`, `SolverFailed`.
+    """
+    free = _plan(problem, freedoms)
+    limit = default_limit_bytes(problem, free)
+    if limit is None:
+        return free
+    try:
+        plan = _plan(replace(problem, max_written_bytes=limit), freedoms)
+    except (PlanInfeasible, ProblemError):  # what is written must be
+        return free
+    if is_worth_its_writes(problem, free, plan):
+        return free
+    return replace(plan, predicted={**plan.predicted, "spared_drives": spared(problem, limit, free)})
+
+
+def _plan(problem: Problem, freedoms: Freedoms | None) -> Plan:
     found = search(problem, freedoms=freedoms)
     if found.plan is None or found.simulation is None or found.steady is None:
         raise infeasible(found.short or smallest_shortage(problem, freedoms))

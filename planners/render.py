@@ -82,6 +82,13 @@ def page(problem: Problem, plan: Plan, advice: Sequence[Advice] = ()) -> str:
     if p["days_to_endurance"] is not None:
         wear += f"; rated endurance after {p['days_to_endurance']:.3g} days of training"
     lines.append(wear)
+    if (spared := p.get("spared_drives")) is not None:
+        lines.append(
+            f"without the limit of {format_bytes(spared['limit_bytes'])} a step, for the drives' sake (--max-written): "
+            f"step {seconds(spared['step_seconds_without'])}, "
+            f"{format_bytes(spared['ssd_bytes_written_without'])} written, "
+            f"rated endurance after {spared['days_to_endurance_without']:.3g} days"
+        )
     phases = p["phase_peak_bytes"]
     lines += ["", "peak by phase   " + "".join(f"{phase:>11}" for phase in phases["device"])]
     for tier, sizes in phases.items():

@@ -11,11 +11,13 @@ from planners.cost import capacities
 from planners.errors import PlanInfeasible
 from planners.expand import expand
 from planners.greedy import plan_greedy
+from planners.hardware import Drive
 from planners.mip import combinations, plan_any, plan_optimal
 from planners.placement import UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Capabilities
 from planners.program import Program, SolverFailed, SolverMissing
+from planners.render import page
 from planners.rows import Freedoms
 from planners.simulate import simulate
 from planners.steady import solve_steady
@@ -195,6 +197,51 @@ def test_a_limit_on_writes_is_kept_or_refused():
     assert plan.predicted["ssd_bytes_written_per_step"] <= written * 1.01
     with pytest.raises((PlanInfeasible, ProblemError)):
         plan_optimal(replace(p, max_written_bytes=1))
+
+
+def problem_that_swaps(**options):
+    """Adapters whose fastest plan has activations on NVMe; a slower one has none."""
+    drive = Drive(
+        capacity_bytes=1 << 30, read_bytes_per_second=7e9, write_bytes_per_second=5e9,
+        endurance_bytes=options.pop("endurance", 1 << 50),
+    )  # fmt: skip
+    hardware = replace(machine(device=24 * MIB, host=18 * MIB), drives=(drive,))
+    return problem(batch_size=16, machine_=hardware, **options)
+
+
+@pytest.mark.parametrize("commit_every", [None, 1])
+def test_a_plan_for_adapters_keeps_the_drives_for_their_warranty(commit_every):
+    p = problem_that_swaps(commit_every=commit_every)
+    plan, commits = plan_optimal(p), 2359296 if commit_every else 0
+    check(p, plan)
+    assert plan.predicted["ssd_bytes_written_per_step"] == commits
+    said = plan.predicted["spared_drives"]
+    pace = (1 << 50) / (5 * 365 * 86400)
+    assert said["limit_bytes"] - commits == pytest.approx(pace * said["step_seconds_without"], rel=0.01)
+    assert said["step_seconds_without"] < 0.9 * plan.predicted["step_seconds"]
+    assert said["ssd_bytes_written_without"] > 50 * said["limit_bytes"] - 50 * commits
+    days = (1 << 50) / said["ssd_bytes_written_without"] * said["step_seconds_without"] / 86400
+    assert said["days_to_endurance_without"] == pytest.approx(days) and days < 30
+    assert "(--max-written)" in page(p, plan)
+
+
+def test_writes_that_are_asked_for_or_worth_a_drive_or_cannot_be_spared_are_planned():
+    free = plan_optimal(replace(problem_that_swaps(), max_written_bytes=1 << 30))
+    written, seconds = (free.predicted[name] for name in ("ssd_bytes_written_per_step", "step_seconds"))
+    assert written > 0 and "spared_drives" not in free.predicted
+    spared = plan_optimal(problem_that_swaps())
+    gain = spared.predicted["step_seconds"] / seconds - 1
+    for days, wanted in ((29, 0), (31, written)):  # that the drive's life saves
+        endurance = int(days * 86400 / gain / seconds * written)
+        plan = plan_optimal(problem_that_swaps(endurance=endurance))
+        assert plan.predicted["ssd_bytes_written_per_step"] == wanted
+    short = problem(batch_size=16, machine_=machine(device=24 * MIB, host=16 * MIB))
+    assert plan_optimal(short).predicted["ssd_bytes_written_per_step"] > 0, "layer inputs fit nowhere else"
+
+
+def test_a_drive_without_a_rating_is_taken_for_a_usual_one():
+    unknown, known = problem_that_swaps(endurance=0), problem_that_swaps(endurance=600 * 10**12)
+    assert plan_optimal(unknown).predicted["spared_drives"] == plan_optimal(known).predicted["spared_drives"]
 
 
 @pytest.mark.parametrize("full", [False, True])
