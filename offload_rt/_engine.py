@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt.arguments import OptimizerSpec, machine_to_plan_for, make_optimizer, read_plan
+from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
 from offload_rt.assembly import Progress, RuntimeOptions, assemble, change_over
 from offload_rt.batch_check import check_batch
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
@@ -61,8 +61,9 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
     optimizer: None is AdamW; a torch.optim class, or a function of the list of parameters. lr: for the first two.
     commit_every: steps between commits beside the store; each is made when the next forward begins, so that schedulers
         stepped after `step` are part of it. None leaves saving to the caller (every step, where state rests on NVMe).
-    plan: "auto" (the fixed streaming rule), "optimise" (what the optimiser makes of the model's blocks, of which it
-        times one, and this machine's calibrated rates; on the CPU device), a Plan, or the path of a plan file.
+    plan: "auto" (the fixed streaming rule; on a CPU that `offload-rt calibrate` measured, for adapters, the faster of
+        its plan and the optimiser's, which times one layer for that: some seconds), "optimise" (what the optimiser
+        makes of the model's blocks and this machine's calibrated rates; on the CPU device), a Plan, or the path of one.
     emulate: a hardware profile, its name or a file, on the CPU device: its tier sizes are budgets, and transfers take
         the time of its links and drives. Not for adapters whose optimizer state rests in tiers.
     progress: called with (phase, bytes done, bytes in all) while the store is built.
@@ -150,6 +151,7 @@ class Engine:
                 optimizer=self.optimizer,
                 optimise_for=optimise_for,
                 emulated=emulated,
+                chooses_for=machine_to_choose_for(plan, self.config, emulated),
             )
         except BaseException:
             self._peaks.close()
@@ -209,6 +211,7 @@ class Engine:
                 except BaseException:
                     self.close()  # half of the old plan is gone
                     raise
+                self._replanner = Replanner(self._runtime, self._base.resident_bytes)
             self.step_meter.begin_again()
 
     def _go_on_with(self, runtime: Runtime) -> None:

@@ -15,6 +15,8 @@ from offload_rt.errors import ConfigError
 from planners.hardware import Hardware
 from planners.plan import Plan
 
+AUTO = "auto"
+"""The fixed rule's plan, or the optimiser's where that is expected to be faster: see `plan_choice`."""
 OPTIMISE = "optimise"
 """The plan that the optimiser makes of this model and machine."""
 OptimizerSpec = type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -24,7 +26,7 @@ def read_plan(plan: Plan | str | Path) -> Plan | None:
     """The plan that is given; None where one is to be made. Raises `ConfigError`."""
     if isinstance(plan, Plan):
         return plan
-    if plan in ("auto", OPTIMISE):
+    if plan in (AUTO, OPTIMISE):
         return None
     if not isinstance(plan, (str, Path)):
         raise ConfigError(f"plan: expected 'auto', a Plan or the path of one, got {plan!r}")
@@ -43,11 +45,22 @@ def machine_to_plan_for(plan: Plan | str | Path, config: EngineConfig, emulated:
         return None
     if emulated is not None:
         return emulated
-    found = calibrated("cpu", tuple(drive.path.resolve() for drive in config.nvme))
+    found = _calibrated(config)
     if found is None:
         folders = " ".join(f"--nvme {drive.path}" for drive in config.nvme)
         raise ConfigError(f"plan: {OPTIMISE!r} needs this machine's rates: run `offload-rt calibrate {folders}` once")
     return found
+
+
+def machine_to_choose_for(plan: Plan | str | Path, config: EngineConfig, emulated: Hardware | None) -> Hardware | None:
+    """The machine that plan="auto" may ask the optimiser about: this one, if it was calibrated. None otherwise."""
+    if plan != AUTO or emulated is not None or config.device != "cpu":
+        return None
+    return _calibrated(config)
+
+
+def _calibrated(config: EngineConfig) -> Hardware | None:
+    return calibrated("cpu", tuple(drive.path.resolve() for drive in config.nvme))
 
 
 def make_optimizer(

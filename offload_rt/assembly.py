@@ -41,6 +41,7 @@ from offload_rt.optimizer.log_commit import open_log
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.plan_check import check_plan
+from offload_rt.plan_choice import Choice, after_rehearsal, choose
 from offload_rt.planning import lowered, measured_problem
 from offload_rt.planning_training import optimised
 from offload_rt.recording import Recorder
@@ -84,11 +85,13 @@ def assemble(
     optimizer: torch.optim.Optimizer | None = None,
     optimise_for: Hardware | None = None,
     emulated: Hardware | None = None,
+    chooses_for: Hardware | None = None,
 ) -> Runtime:
     """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all.
 
     base: the process without what the plan accounts for. optimise_for: the machine that the optimiser plans for, where
-    `plan` is None; None takes the fixed rule. emulated: the machine whose links are imposed.
+    `plan` is None; None takes the fixed rule, or, where it is expected to be faster on `chooses_for`, which was
+    calibrated, the optimiser's plan. emulated: the machine whose links are imposed.
     """
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
@@ -104,7 +107,13 @@ def assemble(
                 plan = optimised(workload, problem, optimise_for, optimizer)
         given = plan
         workload, problem, chosen = planned(workload, plan, optimizer, options)
-        chosen = with_options(chosen, workload.drafts, options, problem.training)
+        changed = with_options(chosen, workload.drafts, options, problem.training)
+        choice: Choice | None = None
+        if given is None:
+            why_not = 'under emulate=, plan="optimise" asks the optimiser' if emulated is not None else ""
+            why_not = why_not or ("switches of the runtime change the plan" if changed != chosen else "")
+            changed, choice, asked = choose(workload, problem, changed, chooses_for, why_not=why_not)
+        chosen = changed
         check_plan(chosen, problem, workload)
         check_cuts(chosen, workload, options.cuts)
         if emulated is not None and workload.training is not None and workload.training.adapters:
@@ -113,6 +122,7 @@ def assemble(
             workload=workload, problem=problem, options=options, base=base,
             throttle=None if emulated is None else Throttle(emulated),
             plan_again=None if given is not None else _planning_again(workload, options), question=asked,
+            choice=choice,
         )  # fmt: skip
         with _Assembly(made_of, chosen, progress) as assembly:
             runtime = assembly.run(covered, optimizer)
@@ -129,14 +139,15 @@ def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[St
     )
 
 
-def change_over(runtime: Runtime, problem: StreamingProblem, plan: Plan) -> Runtime:
+def change_over(runtime: Runtime, problem: StreamingProblem, plan: Plan, question: Problem | None = None) -> Runtime:
     """The runtime that carries out `plan` in place of `runtime`, which is taken apart. Blocks; between steps only.
 
-    `plan` is what `made_of.plan_again` plans for `problem`. State goes by the log: it is committed if it is not, and
-    what the new plan holds in memory is read from there. What is counted goes on, the optimizer stays the same object.
-    Raises `ConfigError` before anything was changed.
+    `plan` is what `made_of.plan_again` plans for `problem`, or what the optimiser answers to `question`. State goes by
+    the log: it is committed if it is not, and what the new plan holds in memory is read from there. What is counted
+    goes on, the optimizer stays the same object. Raises `ConfigError` before anything was changed.
     """
-    made_of = replace(runtime.made_of, problem=problem)
+    choice = runtime.made_of.choice if question is not None else after_rehearsal(runtime.made_of.choice)
+    made_of = replace(runtime.made_of, problem=problem, question=question, choice=choice)
     check_plan(plan, made_of.problem, made_of.workload)
     training = runtime.training
     if isinstance(training, TieredTraining) and not training.commits.can_go_back:

@@ -185,8 +185,9 @@ class Rehearsal:
                     guard.grant(slack - from_slack)
             outcome("less freed memory is granted" if from_slack else "within the budget")
             return None
-        scales = max(1, account.holdings["activations"] + account.holdings.get("kept activations", 0))
-        factor = (scales + more) / scales
+        scales = account.holdings["activations"] + account.holdings.get("kept activations", 0)
+        formula = planned if runtime.plan.classes else scales  # of which a plan with classes says each part
+        factor = (formula + more) / max(1, formula)
         remember_factor(key, factor)
         if runtime.made_of.plan_again is None:
             have = (account.capacity_bytes or 0) - account.used_bytes + planned

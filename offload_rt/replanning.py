@@ -388,17 +388,17 @@ def _change_seconds(question: Problem, plan: Plan) -> float:
 
 def _changed(runtime: Runtime, streaming: StreamingProblem, plan: Plan, more_bytes: int) -> tuple[Runtime, str]:
     """The runtime of `plan`, or that of the plan before and why."""
-    before = runtime.made_of.problem, runtime.plan
+    before, question = (runtime.made_of.problem, runtime.plan), runtime.made_of.question
     try:
         check_plan(plan, streaming, runtime.made_of.workload)
     except ConfigError as error:
         return runtime, str(error)
     now = runtime
     try:
-        now = change_over(runtime, streaming, plan)
+        now = change_over(runtime, streaming, plan, question)
         if more_bytes:
             now.tiers.account(Tier.DEVICE).reserve("activations", more_bytes)
         return now, ""
     except (OffloadError, MemoryError) as error:
         logger.warning("a change of plans failed, going back: %s", error)
-        return change_over(now, *before), f"the change failed: {error}"
+        return change_over(now, *before, question), f"the change failed: {error}"

@@ -52,6 +52,7 @@ def report(
         "step": step,
         "plan": runtime.plan.planner,
         "cuts": cuts_to_json(runtime.cuts),
+        "plan_choice": None if runtime.made_of.choice is None else asdict(runtime.made_of.choice),
         "predicted": runtime.plan.predicted or None,
         "steady_step": _steady_step(runtime, step_meter),
         "replanning": replanning,
@@ -146,6 +147,8 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter, peaks
     plan = runtime.plan
     declared = config.accumulation_steps
     lines = [f"plan: {plan.planner}; layer inputs wait in {plan.layer_inputs.value}"]
+    if runtime.made_of.choice is not None:
+        lines.append(str(runtime.made_of.choice))
     for ring in plan.rings:
         lines.append(
             f"{ring.name}: {len(ring.blocks)} blocks rest in {ring.rest.value}, {ring.num_slots} at a time in "

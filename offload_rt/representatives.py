@@ -125,10 +125,13 @@ class _Marked:
         self._shapes[self._index] = _Shape(output)
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(lambda _: AllocationMeter.mark(_backward_of(self._index)))
+                leaf.register_hook(self._begins_backward)  # type: ignore[no-untyped-call]
         if self._is_last:
             AllocationMeter.mark(HEAD)
         return output
+
+    def _begins_backward(self, _: torch.Tensor) -> None:
+        AllocationMeter.mark(_backward_of(self._index))
 
 
 class _HandsOn:

@@ -18,6 +18,7 @@ from offload_rt.executor import ExecutorCounters, RingExecutor
 from offload_rt.heap import Base, HeapGuard
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.interface import Training
+from offload_rt.plan_choice import Choice
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.store import Store
@@ -50,6 +51,8 @@ class MadeOf:
     """Plans anew for other sizes; None where the plan was given, or the runtime cannot change over to another one."""
     question: Problem | None = None
     """What the optimiser was asked, where the plan is its own."""
+    choice: Choice | None = None
+    """Of plan="auto"; None where the plan was given."""
 
 
 @dataclass(kw_only=True)

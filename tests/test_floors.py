@@ -102,6 +102,7 @@ FLOORS = {
     "offload_rt.planning_training": 8.75,
     "offload_rt.plan_check": 8.8,
     "offload_rt.cuts": 8.8,
+    "offload_rt.plan_choice": 8.8,
     "offload_rt.state_assembly": 8.8,
     "offload_rt.weights_assembly": 8.85,
     "offload_rt.activation_assembly": 8.85,

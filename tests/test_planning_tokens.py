@@ -13,7 +13,7 @@ from offload_rt._engine import Engine
 from offload_rt.block_profile import profile_layer
 from offload_rt.discover import find_blocks
 from offload_rt.errors import ConfigError
-from offload_rt.planning import lowered
+from offload_rt.planning import SLACK_DIVISOR, lowered
 from offload_rt.planning_tokens import ACTIVATIONS, policies_of
 from offload_rt.tokenwise.saved import MIN_SWAPPED_BYTES
 from offload_rt.tokenwise.slicing import NotTokenLocal
@@ -287,7 +287,9 @@ def test_a_plan_of_whole_layers_gives_plain_bits_and_moves_what_it_says(name, tm
         num_bytes = (after["link_busy_seconds"][link] - taken) / STEPS * rates[link]
         pages = PAGE * KEPT_TENSORS * len(layers) if link.startswith("ssd") and planned_bytes(plan, "nvme") else 0
         assert 0.999 * expected[link] * rates[link] - 1 <= num_bytes <= 1.001 * expected[link] * rates[link] + pages + 1
-    assert after["memory"]["device"] <= plan.predicted_bytes(Tier.DEVICE) + problem.hardware.device.reserve_bytes
+    granted = engine.plan.allocator_slack_bytes - streaming.allocator_slack_bytes // SLACK_DIVISOR
+    device_bytes = plan.predicted_bytes(Tier.DEVICE) + problem.hardware.device.reserve_bytes + granted
+    assert after["memory"]["device"] <= min(device_bytes, 64 * MIB)
     assert after["memory"]["host"] <= plan.predicted_bytes(Tier.HOST) + 12 * PAGE
 
 

@@ -211,7 +211,8 @@ def test_an_optimised_plan_trains_with_the_bits_of_plain_pytorch_and_moves_the_b
     for tier, capacity in capacities.items():
         assert report["memory"][tier] <= capacity
         reserve = plan_reserve(budget, tmp_path / "again") if tier == "device" else 0
-        assert report["memory"][tier] <= plan.predicted_bytes(Tier(tier)) + reserve + pages
+        granted = plan.allocator_slack_bytes if tier == "device" else 0  # a quarter of it at least is the reserve's
+        assert report["memory"][tier] <= plan.predicted_bytes(Tier(tier)) + reserve + granted + pages
 
 
 def plan_reserve(budget: Budget, folder: Path) -> int:

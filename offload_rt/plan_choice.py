@@ -1,0 +1,163 @@
+"""`plan="auto"`: the fixed streaming rule's plan, or the optimiser's where that is expected to be faster.
+
+The rule needs nothing but sizes. The optimiser needs this machine's rates (`offload-rt calibrate`, remembered) and a
+layer's seconds, measured now; at these prices both plans are simulated, and the optimiser's runs if it is faster by
+more than what predictions are off. Whatever stands in the way, the rule's plan runs, and the `Choice` says why. Both
+keep to the budgets. Neither cuts where the other does not, so that the bits are the same.
+
+    rule ──► can it be asked, and for how much? ──► profile, solve, simulate both ──► the faster one, and the reason
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from offload_rt.errors import ConfigError
+from offload_rt.planning import lowered, measured_problem
+from offload_rt.workload import Workload
+from planners.cost import Knobs
+from planners.division import divided
+from planners.errors import PlanInfeasible, format_bytes
+from planners.expand import Fractions, expand
+from planners.hardware import Hardware
+from planners.mip import plan_optimal
+from planners.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plan import Plan
+from planners.problem import Problem
+from planners.program import SolverFailed, SolverMissing
+from planners.simulate import simulate
+from planners.streaming import StreamingProblem
+from planners.units import ProblemError
+
+RULE, OPTIMISER = "fixed streaming rule", "optimiser"
+GAIN = 0.03
+"""What the optimiser's plan has to save: predictions are off by 2.7 % in the median (`benchmarks/prediction.py`)."""
+MAX_SECONDS = 60.0
+"""Of profiling, as estimated; a longer one is for who asks for it by plan="optimise"."""
+PASSES = 27
+"""Of a layer, forward and backward, that are profiled; each has four times forward's products at most."""
+ACTIVATIONS_HELD = 4
+"""Times a layer's activations that profiling holds at once: kept, and put away in an arena for two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which plan runs, and why."""
+
+    chosen: str
+    why: str
+    seconds: float = 0.0
+    """What measuring and solving took."""
+    rule_step_seconds: float | None = None
+    optimised_step_seconds: float | None = None
+    """Predicted, at the same prices."""
+
+    def __str__(self) -> str:
+        return f"auto: {self.chosen}: {self.why}"
+
+
+def choose(
+    workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware | None, *, why_not: str = ""
+) -> tuple[Plan, Choice, Problem | None]:
+    """The plan to run, of `rule` and what the optimiser finds, and if that is the optimiser's what it was asked.
+
+    Blocks for a few seconds where it is asked. machine: as calibrated; None where it was not. why_not: what the caller
+    knows against asking.
+    """
+    why_not = why_not or _why_not(workload, streaming, rule, machine)
+    if why_not or machine is None:
+        return rule, Choice(chosen=RULE, why=why_not), None
+    begin = time.perf_counter()
+
+    def chosen(name: str, why: str, **seconds: float) -> Choice:
+        return Choice(chosen=name, why=why, seconds=round(time.perf_counter() - begin, 3), **seconds)
+
+    try:
+        problem = measured_problem(workload, streaming, machine)
+        found = plan_optimal(problem)
+        plan, ruled = lowered(found, streaming, problem), rule_seconds(problem, rule)
+    except (ConfigError, PlanInfeasible, ProblemError, SolverFailed, SolverMissing, ValueError) as error:
+        return rule, chosen(RULE, f"the optimiser cannot plan this: {error}"), None
+    if plan.head_chunk_tokens != rule.head_chunk_tokens:
+        return rule, chosen(RULE, "the optimiser's plan takes the loss in other tiles, which changes numbers"), None
+    optimised = float(found.predicted["step_seconds"])
+    both = {"rule_step_seconds": ruled, "optimised_step_seconds": optimised}
+    compared = f"{optimised:.3g} s a step expected, {ruled:.3g} s with the rule"
+    if optimised > (1 - GAIN) * ruled:
+        return rule, chosen(RULE, f"the optimiser's plan is no faster by {GAIN:.0%}: {compared}", **both), None
+    return plan, chosen(OPTIMISER, compared, **both), problem
+
+
+def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware | None) -> str:
+    """Why the optimiser is not asked; empty where it is."""
+    config = workload.config
+    if config.device != "cpu" or workload.has_streams:
+        return "the optimiser's plans run on the CPU device only so far"
+    if workload.training is not None:
+        return 'state in tiers: plan="optimise" would ask the optimiser'
+    if rule.activations is not None or rule.layer_major:
+        return "layers by chunks of tokens, or several micro-batches to a fetch, are not the optimiser's yet"
+    if machine is None:
+        folders = "".join(f" --nvme {drive.path}" for drive in config.nvme)
+        return f"this machine's rates are not known; `offload-rt calibrate{folders}` would let the optimiser plan"
+    need, have = profile_bytes(workload, streaming), streaming.device_capacity_bytes
+    if have is not None and need > have:
+        return f"profiling a layer takes about {format_bytes(need)}, the budget is {format_bytes(have)}"
+    if (seconds := profile_seconds(workload, machine)) > MAX_SECONDS:
+        return f'profiling a layer would take about {seconds:.0f} s: plan="optimise" does it'
+    return ""
+
+
+def profile_bytes(workload: Workload, streaming: StreamingProblem) -> int:
+    """About what profiling holds: a stand-in of the largest layer as it came and as it is stored, its activations."""
+    layers = [draft.spec for draft in workload.layers]
+    stand_in = max((2 * spec.compute_bytes + spec.stored_bytes for spec in layers), default=0)
+    return stand_in + ACTIVATIONS_HELD * streaming.activation_bytes
+
+
+def profile_seconds(workload: Workload, machine: Hardware) -> float:
+    """About what profiling takes: the products of one layer of each kind, at the rate that was calibrated."""
+    config = workload.config
+    of_kind = {
+        (type(draft.modules[0]), draft.spec.compute_bytes): sum(t.num_elements for t in draft.spec.tensors)
+        for draft in workload.layers
+    }
+    flops = 2.0 * config.batch_size * config.seq_len * sum(of_kind.values())
+    return PASSES * 4 * flops / machine.device.matmul_flops_per_second
+
+
+def rule_seconds(problem: Problem, rule: Plan) -> float:
+    """What a step of the rule's plan takes at the prices of `problem`. ValueError for a plan with other cuts."""
+    if rule.activations is not None or rule.layer_major:
+        raise ValueError("a plan with cuts is not simulated whole")
+    unified = problem.hardware.unified
+    rings = {name: ring.rest for ring in rule.rings for name in ring.blocks}
+    layers = next((ring for ring in rule.rings if ring.name == "layers"), None)
+    inputs = Tier.DEVICE if unified and rule.layer_inputs is Tier.HOST else rule.layer_inputs
+    kept = (0.0, float(inputs is Tier.NVME), float(inputs is Tier.HOST), float(inputs is Tier.DEVICE))
+    fractions = []
+    for entry in problem.workload.classes:
+        rests = [rings.get(name, Tier.DEVICE) for name in entry.blocks]
+        device, host, nvme = (sum(rest is tier for rest in rests) / len(rests) for tier in Tier)
+        fractions.append(
+            Fractions(
+                weights=(device + host, 0.0, nvme) if unified else (device, host, nvme),
+                tokens=tuple((1.0, 0.0, 0.0, 0.0) if s.recomputable else kept for s in entry.saved),
+                updates={(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0},
+            )
+        )
+    knobs = Knobs(
+        update_mode=UpdateMode.AFTER, slots=layers.num_slots if layers else 2,
+        cuts=Cuts(chunk_tokens=problem.workload.tokens), decode_scope=rule.decode_scope or DecodeScope.LINEAR,
+        inputs=inputs,
+    )  # fmt: skip
+    plan = expand(problem, knobs, fractions, planner=RULE)
+    return float(simulate(divided(problem, plan), plan).step_seconds)
+
+
+def after_rehearsal(choice: Choice | None) -> Choice | None:
+    """What is said where the rule planned again, with the sizes that a rehearsal measured."""
+    if choice is None or choice.chosen == RULE:
+        return choice
+    return replace(choice, chosen=RULE, why=f"planned again for what the rehearsal measured; before: {choice.why}")

@@ -1,0 +1,171 @@
+"""`plan="auto"` takes the faster of two plans at one machine's prices, says why, and gives the same bits."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+
+from offload_rt import calibrate, plan_choice, planning, rehearsal
+from offload_rt._engine import Engine
+from offload_rt.plan_choice import MAX_SECONDS, OPTIMISER, RULE, choose, profile_bytes, profile_seconds, rule_seconds
+from planners.errors import PlanInfeasible
+from planners.placement import Tier
+from planners.problem import KeptPass
+from planners.program import SolverMissing
+from planners.streaming import plan_streaming
+from tests.conftest import build_plain
+from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
+from tests.test_parity import differences
+from tests.test_planning import BF16, MIB, SECONDS, UPDATES_PER_SECOND, machine, question
+
+KEPT = replace(SECONDS, kept=KeptPass(forward=0.01, backward=0.01, saved_bytes=1 << 17, small_bytes=0,
+                                      put_away=0.0, taken_back=0.0))  # fmt: skip
+"""Of a layer for which computing again takes half of its backward."""
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Layers that take `KEPT`, which nobody measures; how often that was asked."""
+    asked = []
+    monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: asked.append(1) or KEPT)
+    monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
+    monkeypatch.setattr(planning, "updates_per_second", lambda _: UPDATES_PER_SECOND)
+    return asked
+
+
+@pytest.fixture
+def calibrated(tmp_path, monkeypatch):
+    """This machine was measured; calling it says with what."""
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+
+    def keep(hardware):
+        known = calibrate.identity("cpu", (tmp_path.resolve(),))
+        calibrate.keep(calibrate.cache_name(known), known, calibrate.Measurement(hardware, {}, 1.0))
+
+    keep(machine(64 * MIB, 0))
+    return keep
+
+
+def engine_of(folder, **options):
+    return Engine(
+        build(BF16), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=0.05, lr=1e-2, nvme=folder,
+        **{"device_memory": 64 * MIB, **options},
+    )  # fmt: skip
+
+
+def test_a_calibrated_machine_runs_the_optimisers_plan_where_it_is_faster(timed, calibrated, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "offload_rt"), engine_of(tmp_path) as engine:
+        assert engine.plan.planner == "optimiser" and engine.plan.activations, "activations are kept"
+        found = run_steps(BF16.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        report = engine.report()
+        assert differences(run_plain(BF16), found) == []
+    choice = report["plan_choice"]
+    assert choice["chosen"] == OPTIMISER and timed == [1]
+    assert choice["optimised_step_seconds"] == report["predicted"]["step_seconds"]
+    assert choice["optimised_step_seconds"] < 0.9 * choice["rule_step_seconds"]
+    assert report["memory"]["device"] <= 64 * MIB and choice["seconds"] > 0
+    assert f"auto: {OPTIMISER}: " in caplog.text
+
+
+def test_the_rules_plan_runs_where_the_optimisers_gains_nothing(timed, calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)  # nothing can be kept
+    with engine_of(tmp_path) as engine:
+        assert engine.plan.planner == RULE and engine.plan.activations is None
+        choice = engine.report()["plan_choice"]
+    assert choice["chosen"] == RULE and "no faster" in choice["why"]
+    assert choice["rule_step_seconds"] == pytest.approx(choice["optimised_step_seconds"], rel=0.03)
+
+
+def test_without_a_calibration_the_rules_plan_runs_and_says_what_would_help(timed, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "offload_rt"), engine_of(tmp_path) as engine:
+        assert engine.plan.planner == RULE
+        why = engine.report()["plan_choice"]["why"]
+        assert why in engine.summary() and json.dumps(engine.report()["plan_choice"])
+    assert f"offload-rt calibrate --nvme {tmp_path}" in why and why in caplog.text and not timed
+
+
+@pytest.mark.parametrize("error", [PlanInfeasible, SolverMissing])
+def test_an_optimiser_that_fails_leaves_the_rules_plan(error, timed, calibrated, tmp_path, monkeypatch):
+    def fail(problem):
+        if error is SolverMissing:
+            raise SolverMissing("no solver here")
+        raise PlanInfeasible(tier="device", phase="forward", need_bytes=2, have_bytes=1, ways_out=[])
+
+    monkeypatch.setattr(plan_choice, "plan_optimal", fail)
+    with engine_of(tmp_path) as engine:
+        assert engine.plan.planner == RULE and timed
+        assert "cannot plan this" in engine.report()["plan_choice"]["why"]
+
+
+def test_models_that_cannot_be_profiled_run_by_the_rule(calibrated, tmp_path):
+    with Engine(build_plain(), batch_size=2, seq_len=16, nvme=tmp_path, lr=1e-3) as engine:
+        choice = engine.report()["plan_choice"]
+    assert choice["chosen"] == RULE and "cannot be called with input_ids alone" in choice["why"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"plan": "optimise"}, None),
+        ({"accumulation_steps": 2}, "several micro-batches"),
+        ({"emulate": machine(64 * MIB, 0), "device_memory": None}, "under emulate="),
+    ],
+)
+def test_the_optimiser_is_asked_only_where_it_may_be(change, why, timed, calibrated, tmp_path):
+    with engine_of(tmp_path, **change) as engine:
+        choice = engine.report()["plan_choice"]
+    assert choice is None if why is None else (why in choice["why"] and choice["chosen"] == RULE and not timed)
+
+
+def test_profiling_that_would_take_long_is_left_to_who_asks_for_it(timed, tmp_path):
+    workload, streaming, _ = question(build(BF16), tmp_path, machine(64 * MIB, 0), None)
+    slow = machine(64 * MIB, 0)
+    flops = slow.device.matmul_flops_per_second * profile_seconds(workload, slow)
+    rule = plan_streaming(streaming)
+    for seconds, name in ((MAX_SECONDS * 0.99, OPTIMISER), (MAX_SECONDS * 1.01, RULE)):
+        asked = replace(slow, device=replace(slow.device, matmul_flops_per_second=flops / seconds))
+        plan, choice, _ = choose(workload, streaming, rule, asked)
+        assert choice.chosen == name == (RULE if plan is rule else OPTIMISER), choice.why
+    assert len(timed) == 1 and "about 61 s" in choice.why
+    assert profile_bytes(workload, streaming) > 4 * streaming.activation_bytes
+
+
+def test_profiling_that_takes_more_memory_than_there_is_is_not_tried(timed, tmp_path):
+    hardware = machine(64 * MIB, 0)
+    workload, streaming, _ = question(build(BF16), tmp_path, hardware, None)
+    need, rule = profile_bytes(workload, streaming), plan_streaming(streaming)
+    for have, name in ((need, OPTIMISER), (need - 1, RULE)):
+        _, choice, _ = choose(workload, replace(streaming, device_capacity_bytes=have), rule, hardware)
+        assert ("the budget is" in choice.why) is (name == RULE)
+    assert len(timed) == 1
+
+
+def test_the_rules_plan_is_priced_as_the_optimisers_are(tmp_path):
+    """Layers that stream from a slow drive are waited for; ones that stay do not ask it."""
+    _, streaming, problem = question(build(BF16), tmp_path, machine(64 * MIB, 0), None, KEPT)
+    streams = plan_streaming(streaming)
+    stays = replace(streams, rings=(), resident=tuple(b.name for b in (*streaming.edges, *streaming.layers)))
+    drive = replace(problem.hardware.drives[0], read_bytes_per_second=1e6)
+    slow = replace(problem, hardware=replace(problem.hardware, drives=(drive,)))
+    computed = 4 * (KEPT.forward + KEPT.backward + 3 * KEPT.decode) + SECONDS.forward + SECONDS.backward
+    for asked, plan in ((problem, streams), (problem, stays), (slow, stays)):
+        assert rule_seconds(asked, plan) == pytest.approx(computed, rel=0.1)
+    assert rule_seconds(slow, streams) > 1.4 * computed
+    with pytest.raises(ValueError, match="cuts"):
+        rule_seconds(problem, replace(streams, layer_major=True))
+
+
+def test_a_rehearsal_that_does_not_fit_goes_on_with_the_rule(timed, calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "ROOM", 1000)
+    with engine_of(tmp_path, device_memory=3 * MIB) as engine:
+        assert engine.plan.planner == "optimiser"
+        device = engine._runtime.tiers.account(Tier.DEVICE)
+        room, slack = device.capacity_bytes - device.used_bytes, device.holdings[rehearsal.SLACK]
+        more = rehearsal.planned_bytes(engine._runtime) + room + slack
+        monkeypatch.setattr(rehearsal, "_measure", lambda *_: more)
+        found = run_steps(BF16.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        report = engine.report()
+    assert report["rehearsal"]["result"] == "planned again" and report["plan"] == RULE
+    assert report["plan_choice"]["chosen"] == RULE and "rehearsal" in report["plan_choice"]["why"]
+    assert differences(run_plain(BF16), found) == []
