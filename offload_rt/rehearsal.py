@@ -2,10 +2,10 @@
 
 A plan takes the size of transient activations from formulas. Before a model is first called in training, that call is
 stretched to the largest batch that the engine was declared for and goes forward and backward through the real code,
-while every block that PyTorch allocates is counted (`allocations`; of a device's memory, by its allocator). Gradients
-of layers that train come to where they wait and are dropped; their update on the CPU is counted beside it
-(`optimizer.rehearsed`), and added where it runs behind the backward pass. Where a step takes more than was planned, the
-difference comes, in this order,
+while every block that PyTorch allocates is counted (`allocations`; of a device's memory, by its allocator). On the CPU
+one layer is run for all that are like it (`representatives`). Gradients of layers that train come to where they wait
+and are dropped; their update on the CPU is counted beside it (`optimizer.rehearsed`), and added where it runs behind
+the backward pass. Where a step takes more than was planned, the difference comes, in this order,
 
     from the room that the budget has left
     from freed memory that the C library was granted       (more of it is given back to the system then: slower)
@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt.allocations import AllocationMeter
+from offload_rt.allocations import AllocationMeter, together
 from offload_rt.checkpoint.values import restore_rng, rng_state
 from offload_rt.config import EngineConfig
 from offload_rt.errors import OffloadError
@@ -45,6 +45,7 @@ from offload_rt.measured_sizes import (
 from offload_rt.optimizer.rehearsed import rehearsed, update_peak_bytes
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
+from offload_rt.representatives import Unlike, representatives, run_alone, whole_step
 from offload_rt.runtime import Runtime
 from offload_rt.workload import MemoryMeter, gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
@@ -83,6 +84,8 @@ class Outcome:
     planned_bytes: int | None = None
     measured_bytes: int | None = None
     seconds: float = 0.0
+    num_layers: int | None = None
+    """Layers that were run; None where no whole step was composed of what a few take."""
 
 
 class Rehearsal:
@@ -124,7 +127,7 @@ class Rehearsal:
         digest = tensors_digest(runtime.plan)
         known = None if why else remembered_bytes(key, digest)
         if known is not None:
-            return self._settled(runtime, key, known, 0.0)
+            return self._settled(runtime, key, known, 0.0, None)
         if runtime.device is None:
             why = why or AllocationMeter.refusal() or ""
         call = None if why else longest(args, kwargs, config)
@@ -137,7 +140,8 @@ class Rehearsal:
         begin = time.perf_counter()
         try:
             with unchanged(runtime, model):
-                measured = _measure(runtime, model, *call) + runtime.transients.peak_bytes
+                measured, num_layers = _measure(runtime, model, *call)
+                measured += runtime.transients.peak_bytes
         except (OffloadError, MemoryError):
             self.outcome = None
             raise
@@ -146,17 +150,21 @@ class Rehearsal:
             logger.warning("the longest step is not rehearsed: %s", self.outcome.why)
             return None
         remember_bytes(key, digest, measured)
-        return self._settled(runtime, key, measured, time.perf_counter() - begin)
+        return self._settled(runtime, key, measured, time.perf_counter() - begin, num_layers)
 
-    def _settled(self, runtime: Runtime, key: str, measured: int, seconds: float) -> Change | None:
+    def _settled(
+        self, runtime: Runtime, key: str, measured: int, seconds: float, num_layers: int | None
+    ) -> Change | None:
         """As `_settle`; what is refused stays so."""
         try:
-            return self._settle(runtime, key, measured, seconds)
+            return self._settle(runtime, key, measured, seconds, num_layers)
         except PlanInfeasible as refusal:
             self._refusal = refusal
             raise
 
-    def _settle(self, runtime: Runtime, key: str, measured: int, seconds: float) -> Change | None:
+    def _settle(
+        self, runtime: Runtime, key: str, measured: int, seconds: float, num_layers: int | None
+    ) -> Change | None:
         planned = planned_bytes(runtime)
         account, guard = runtime.tiers.account(Tier.DEVICE), runtime.heap
         more = measured - planned
@@ -164,11 +172,12 @@ class Rehearsal:
         def outcome(result: str) -> None:
             self.outcome = Outcome(
                 result=result, why="" if seconds else MEASURED_BEFORE, planned_bytes=planned, measured_bytes=measured,
-                seconds=round(seconds, 6),
+                seconds=round(seconds, 6), num_layers=num_layers,
             )  # fmt: skip
             logger.info(
-                "rehearsed the longest step in %.2f s: %s of tensors, %s planned: %s",
-                seconds, format_bytes(measured), format_bytes(planned), result,
+                "rehearsed the longest step%s in %.2f s: %s of tensors, %s planned: %s",
+                "" if num_layers is None else f" by {num_layers} of {len(runtime.layers)} layers", seconds,
+                format_bytes(measured), format_bytes(planned), result,
             )  # fmt: skip
 
         if more <= 0:
@@ -251,11 +260,49 @@ def longest(
     return found_args, found_kwargs
 
 
-def _measure(runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The most that the call's forward and backward, and the update, have allocated at once."""
+def _measure(
+    runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, int | None]:
+    """The most that the call's forward and backward, and the update, have allocated at once, and how many layers were
+    run for all of them, if not each was.
+    """
+    peak_bytes, num_layers = _peak_bytes(runtime, model, args, kwargs)
     training = runtime.training
     full = training if isinstance(training, FullTraining) else None
-    meter: MemoryMeter = AllocationMeter() if runtime.device is None else runtime.device.meter()
+    if not isinstance(training, TieredTraining) or runtime.device is not None:  # HOST's, or slots' in an arena
+        return peak_bytes, num_layers
+    of_update = update_peak_bytes(training)
+    behind_backward = full is not None and full.mode is not UpdateMode.AFTER
+    return peak_bytes + of_update if behind_backward else max(peak_bytes, of_update), num_layers
+
+
+def _peak_bytes(
+    runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, int | None]:
+    """Of forward and backward, as `_measure`."""
+    if runtime.device is not None:
+        meter = runtime.device.meter()
+        _step(runtime, model, args, kwargs, meter)
+        return meter.peak_bytes, None
+    run_for = representatives(runtime.layers)
+    if run_for is not None:
+        counted = AllocationMeter()
+        try:
+            with run_alone(runtime.layers, run_for):
+                _step(runtime, model, args, kwargs, counted)
+            return together(whole_step(counted.stretches, run_for))[1], len(set(run_for))
+        except Unlike as why:
+            logger.info("every layer is rehearsed: %s", why)
+    counted = AllocationMeter()
+    _step(runtime, model, args, kwargs, counted)
+    return counted.peak_bytes, None
+
+
+def _step(
+    runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], meter: MemoryMeter
+) -> None:
+    """Forward and backward, counted by `meter`. Gradients are dropped."""
+    full = runtime.training if isinstance(runtime.training, FullTraining) else None
     with nullcontext() if full is None else rehearsed(full), meter:
         loss = _loss(model(*args, **kwargs))
         if full is not None:
@@ -265,11 +312,6 @@ def _measure(runtime: Runtime, model: nn.Module, args: tuple[Any, ...], kwargs: 
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
             del gradients
         del loss
-    if not isinstance(training, TieredTraining) or runtime.device is not None:  # HOST's, or slots' in an arena
-        return meter.peak_bytes
-    of_update = update_peak_bytes(training)
-    behind_backward = full is not None and full.mode is not UpdateMode.AFTER
-    return meter.peak_bytes + of_update if behind_backward else max(meter.peak_bytes, of_update)
 
 
 def _loss(output: Any) -> torch.Tensor:

@@ -109,6 +109,7 @@ FLOORS = {
     "offload_rt.runtime": 8.9,
     "offload_rt.assembly": 9.0,
     "offload_rt.rehearsal": 9.1,
+    "offload_rt.representatives": 7.5,
     "offload_rt.replanning": 9.1,
     "offload_rt.peaks": 9.1,
     "offload_rt.report": 9.2,

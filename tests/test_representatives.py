@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from offload_rt import rehearsal
 from offload_rt.allocations import AllocationMeter, together
 from offload_rt.rehearsal import unchanged
 from offload_rt.representatives import Unlike, representatives, run_alone, whole_step
 from planners.activations import Action
 from planners.plan import Tier
-from tests.conftest import VOCABULARY, build_lora
+from tests.conftest import VOCABULARY, build_base, build_lora
 from tests.tokenwise import policy, waiting_in
 
 ROWS, TOKENS = 2, 64
@@ -116,3 +117,31 @@ def test_what_cannot_be_left_out_is_said(make_engine, tmp_path):
             count(engine, run_for)
         layers[3].block.name = "another.3"
         assert representatives(layers) is None, "two stacks"
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "all parameters"])
+def test_a_rehearsal_runs_few_layers_and_finds_what_all_of_them_take(make_engine, tmp_path, monkeypatch, adapters):
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rehearsal, "ROOM", 10**9)
+    ids = torch.randint(3, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    found, losses = [], []
+    for few in (True, False):
+        if not few:
+            monkeypatch.setattr(rehearsal, "representatives", lambda layers: None)
+            monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "another"))
+        torch.manual_seed(7)
+        model = (
+            build_lora("llama", num_layers=8) if adapters else build_base("llama", torch.bfloat16, num_layers=8).train()
+        )
+        arguments = {"bits": 4} if adapters else {"bits": None, "device_memory": "64MiB"}
+        with made(make_engine, tmp_path, model=model, **{"device_memory": "64MiB", **arguments}) as engine:
+            torch.manual_seed(0)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(engine(input_ids=ids, labels=ids).loss))
+            outcome = engine.report()["rehearsal"]
+            found.append(outcome["measured_bytes"])
+            assert outcome["num_layers"] == (2 if few else None), outcome
+    assert losses[0] == losses[1]
+    assert found[0] == found[1]
