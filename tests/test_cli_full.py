@@ -92,25 +92,39 @@ def test_train_leaves_a_model_and_goes_on_from_its_commits_without_a_copy(
     assert weights(out) == weights(straight) and losses(out) == losses(straight)
 
 
+PATIENT = """
+import signal, sys
+from offload_rt._engine import Engine
+from offload_rt.cli.main import main
+step = Engine.step
+
+def patient_step(engine):
+    if engine.step_number == 7:  # the last one waits to be killed
+        signal.pause()
+    step(engine)
+
+Engine.step = patient_step
+main(sys.argv[1:])
+"""
+
+
 def test_killed_at_any_moment_the_command_goes_on_from_its_last_commit(
     full: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight, out = tmp_path / "straight", tmp_path / "out"
     assert main([*with_nvme(full, tmp_path / "elsewhere"), "--out", str(straight), "--steps", "8"]) == 0
     words = [*full, "--out", str(out), "--steps", "8"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "offload_rt.cli.main", *words],
-        env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
     metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_text().count("\n") >= 3:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.002)
-    errors = process.communicate()[1].decode()
+    with subprocess.Popen(
+        [sys.executable, "-c", PATIENT, *words], env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+                time.sleep(0.002)
+        finally:
+            process.kill()
+        errors = process.communicate()[1].decode()
     assert process.returncode == -signal.SIGKILL, errors
     assert not (out / "model").exists() and list(out.glob("checkpoint-*")) == []
     assert main([*words, "--resume"]) == 0
