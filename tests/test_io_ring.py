@@ -447,8 +447,8 @@ def test_ctrl_c_interrupts_a_wait_and_leaves_the_ticket(uring):
     timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             uring.wait(ticket, PATIENCE_SECONDS)
         timer.join()
     finally:
