@@ -128,8 +128,10 @@ class CommitLog:
         extent = self._extent(name)
         return extent.file, extent.place.slot_offset(extent.committed.slot)
 
-    def read(self, name: str, slot: Slot, *, committed: bool = False) -> Transfer:
+    def read(self, name: str, slot: Slot, *, committed: bool = False, begin_bytes: int = 0) -> Transfer:
         """Starts reading an extent into `slot`; waiting for it also verifies it, and may raise `StoreCorrupt`.
+
+        From `begin_bytes` on, whole pages, where it was last written from there: then that is what can be verified.
 
         What is read is the newest content, written since the last commit or not; with `committed`, that of the last
         commit, from which a step can be done again. Blocks only while this content is still being written.
@@ -138,8 +140,8 @@ class CommitLog:
         version = extent.committed if committed else extent.newest
         for write in extent.writes[version.slot]:
             self._links.wait(write)
-        part = slot.part(0, extent.place.length_bytes)
-        arriving = self._links.read(extent.file, extent.place.slot_offset(version.slot), part)
+        part = slot.part(0, extent.place.length_bytes - begin_bytes)
+        arriving = self._links.read(extent.file, extent.place.slot_offset(version.slot) + begin_bytes, part)
         reads = extent.reads[version.slot]
         reads.append(arriving)
 
@@ -161,8 +163,10 @@ class CommitLog:
         transfer.operation, transfer.legs = arriving.operation, arriving.legs
         return transfer
 
-    def write(self, name: str, slot: Slot) -> Transfer:
+    def write(self, name: str, slot: Slot, *, begin_bytes: int = 0) -> Transfer:
         """Starts writing `slot` to the extent's free slot on the drive. Computes its checksum before it returns.
+
+        From `begin_bytes` on, whole pages: what is before is not part of the new content, and is not to be read.
 
         Blocks only while that slot is still in use: written before in the same step, or read from before the last
         commit. The transfer need not be waited for: `commit` does, and raises what it raised.
@@ -171,9 +175,9 @@ class CommitLog:
         free = 1 - extent.committed.slot
         settle(extent.writes[free])
         settle(extent.reads[free])
-        part = slot.part(0, extent.place.length_bytes)
+        part = slot.part(0, extent.place.length_bytes - begin_bytes)
         version = Version(slot=free, crc32c=crc32c(part.buffer()))
-        transfer = self._links.write(extent.file, extent.place.slot_offset(free), part)
+        transfer = self._links.write(extent.file, extent.place.slot_offset(free) + begin_bytes, part)
         extent.writes[free].append(transfer)
         extent.newest = version
         return transfer

@@ -43,7 +43,9 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
             raise ConfigError(f"plan: {name} is resident, but its class streams {split.streamed_bytes} bytes of it")
     _check_activations(plan, problem, workload)
     _check_state(plan, problem)
-    if plan.classes and plan.state is not None and problem.training is not None and not problem.training.adapters:
+    _check_parts_that_train(plan, workload)
+    says_state = any(entry.updates for entry in plan.classes)  # without, classes are of weights alone
+    if says_state and plan.state is not None and problem.training is not None and not problem.training.adapters:
         said = placement_of(plan, workload, unified=problem.unified)
         if plan.state != said:
             raise ConfigError(f"plan: its classes place state so: {said}, and its state says: {plan.state}")
@@ -59,8 +61,6 @@ def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name:
         raise ConfigError(f"{where}: {split.total_bytes} bytes are placed, it has {spec.stored_bytes}")
     if not 0 < split.streamed_bytes <= ring.slot_bytes:
         raise ConfigError(f"{where}: {split.streamed_bytes} bytes stream through slots of {ring.slot_bytes}")
-    if draft.trains and max(split.host_bytes, split.nvme_bytes) != spec.stored_bytes:
-        raise ConfigError(f"{where}: they train, and rest as a whole in HOST or on NVME, not in parts: {split}")
     if split.nvme_bytes and not workload.config.nvme:
         raise ConfigError(f"{where}: {split.nvme_bytes} bytes rest on NVME, but nvme= gives no folder")
     try:
@@ -69,6 +69,23 @@ def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name:
         raise ConfigError(f"plan: {error}") from None
     if split.host_bytes % IO_ALIGNMENT_BYTES:
         raise ConfigError(f"{where}: {split.host_bytes} bytes in HOST are not whole pages of {IO_ALIGNMENT_BYTES}")
+
+
+def _check_parts_that_train(plan: Plan, workload: Workload) -> None:
+    """Whether weights that train can rest in parts as the plan says."""
+    state = plan.state
+    for draft in workload.drafts:
+        split = plan.weights_of(draft.name) if draft.trains else None
+        if split is None or state is None or not split.streamed_bytes or split.nvme_bytes == split.total_bytes:
+            continue
+        if split.nvme_bytes and state.weight_slots < 1:
+            raise ConfigError(
+                f"plan: weights of {draft.name} that train rest on NVME and need weight_slots of at least 1"
+            )
+        if split.host_bytes < split.total_bytes and state.on_device.get(draft.name, 0):
+            raise ConfigError(
+                f"plan: weights of {draft.name} rest in parts, and its state is stepped on the device: one or the other"
+            )
 
 
 def _check_state(plan: Plan, problem: StreamingProblem) -> None:

@@ -27,6 +27,7 @@ from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
 from offload_rt.optimizer.log_commit import OpenLog, note_places, open_log
 from offload_rt.optimizer.on_device import DeviceUpdates, PiecesOnDevice, device_rule
 from offload_rt.optimizer.paged import PagedUpdates, rule_on_device
+from offload_rt.optimizer.parted_weights import PartedRoom, PartedWeights
 from offload_rt.optimizer.state import (
     STATE_PREFIX,
     WEIGHTS_PREFIX,
@@ -130,12 +131,16 @@ class StateAssembly:
             rule_on_device(rule, name), ParameterGradients(), links.device.device, arena, slot_bytes, links
         )
 
-    def residence(self, draft: BlockDraft, staging: Arena | None) -> Residence:
-        """Where the weights of a block of a ring on NVME rest."""
+    def residence(self, draft: BlockDraft, staging: Arena | None, begin_bytes: int = 0) -> Residence:
+        """Where the weights of a block of a ring on NVME rest, from `begin_bytes` on."""
         if self.home.log is None:
             raise ConfigError(f"plan: weights of {draft.name} rest on NVME, but nvme= gives no folder")
-        source = LogWeights(self.home.log)
-        return NvmeResidence(source, draft.name, draft.spec.stored_bytes, self._links, staging)
+        source = LogWeights(self.home.log, begin_bytes)
+        return NvmeResidence(source, draft.name, draft.spec.stored_bytes - begin_bytes, self._links, staging)
+
+    def weights_rest_in_parts(self, name: str, parts: PartedWeights) -> None:
+        """Says where a block's weights rest, in several tiers. Those in memory have their values."""
+        self.home.parted[name] = parts
 
     def weights_rest_in(self, name: str, slot: Slot, before_change: Callable[[], None] | None = None) -> None:
         """Says that a block's weights rest in `slot`, where they are stepped in place, after `before_change`."""
@@ -156,24 +161,33 @@ class StateAssembly:
         writes: deque[Transfer] = deque()
         for block in self._draft.blocks:
             rests = self.home.weights.get(block.name)
-            streams = self.home.streams_weights(block)
-            if not fresh and (streams or self.home.part(block, Part.IN_LOG)):
+            collects, parts = self.home.collects_weights(block), self.home.parted.get(block.name)
+            if not fresh and (collects or self.home.part(block, Part.IN_LOG)):
                 continue
-            if streams:
-                rests = self._room(self._weights_arena, self._sizes.largest_weight_bytes, writes)
-                rests = rests.part(0, self._drafts[block.name].spec.stored_bytes)
-                fill_slot(self._drafts[block.name], self._workload.sources, rests)
+            whole: Slot | None = None
+            room: Slot | PartedRoom | None = rests
+            if collects:
+                whole = self._room(self._weights_arena, self._sizes.largest_weight_bytes, writes)
+                room = whole = whole.part(0, self._drafts[block.name].spec.stored_bytes)
+                fill_slot(self._drafts[block.name], self._workload.sources, whole)
+            elif parts is not None:
+                room = parts.room(None)
             for piece in block.pieces:
                 slot = self.home.pieces.get(piece.name)
                 if slot is None:
                     slot = self._room(self._state_arena, self._sizes.piece_bytes, writes).part(0, piece.num_bytes)
-                begin_state(slot, piece, block, rests)
+                begin_state(slot, piece, block, room)
                 if log is not None and piece.name not in self.home.pieces:  # the others are written by the commit
                     writes.append(self.home.write_back(piece, slot))
                 del slot
-            if streams and rests is not None:
-                writes.append(self.home.write_weights(block, rests))
-            del rests
+            if whole is not None:
+                if parts is not None:
+                    streamed = whole.part(parts.split.device_bytes, parts.split.streamed_bytes)
+                    room = PartedRoom(None, streamed, parts.split.device_bytes)
+                    del streamed
+                if room is not None:
+                    writes.append(self.home.write_weights(block, room))
+            del rests, room, whole
         for write in writes:
             self._links.wait(write)
 
@@ -287,7 +301,7 @@ class StateAssembly:
         name = extent.removeprefix(WEIGHTS_PREFIX)
         split = self._plan.weights_of(name)
         streams = any(ring.rest is Tier.NVME and name in ring.blocks for ring in self._plan.rings)
-        return streams and (split is None or split.nvme_bytes > 0)
+        return streams and (split is None or split.nvme_bytes == split.total_bytes)
 
     def _arena(self, name: str, num_bytes: int, *, copied: bool = True) -> Arena:
         return self._tiers.arena(Tier.HOST, name, align_up(num_bytes, IO_ALIGNMENT_BYTES), copied=copied)

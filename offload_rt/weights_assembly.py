@@ -21,6 +21,7 @@ from offload_rt.checkpoint.ingest import block_pieces, fill_slot
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
+from offload_rt.optimizer.parted_weights import PartedWeights
 from offload_rt.recording import Recorder
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import STAGING_BYTES, Store
@@ -162,6 +163,8 @@ class WeightsAssembly:
             if self._state is not None and draft.trains:
                 self._state.weights_rest_in(draft.name, host, residence.settle)
             return residence
+        if self._state is not None and draft.trains:
+            return self._trained_parts(self._state, draft, split, resident, host, staging)
         part = None
         if split.nvme_bytes:
             part = StorePart(self._open_store(ring), draft.name, whole - split.nvme_bytes, split.nvme_bytes)
@@ -178,6 +181,31 @@ class WeightsAssembly:
             parts.append((split.host_bytes, NvmeResidence(part, draft.name, part.num_bytes, self._links, staging)))
         return SplitResidence(parts)
 
+    def _trained_parts(
+        self,
+        state: StateAssembly,
+        draft: BlockDraft,
+        split: Split,
+        resident: Slot | None,
+        host: Slot | None,
+        staging: Arena | None,
+    ) -> Residence:
+        """What of a block that trains streams; what of it is in memory has its values, the log's part gets them."""
+        for offset_bytes, piece in self._pieces(draft):
+            for begin_bytes, place in ((0, resident), (split.device_bytes, host)):
+                if place is not None:
+                    self._copy(offset_bytes, piece, begin_bytes, place)
+        parts: list[tuple[int, Residence]] = []
+        in_host = None if host is None else HostResidence(host, self._links)
+        if in_host is not None:
+            parts.append((0, in_host))
+        if split.nvme_bytes:
+            residence = state.residence(draft, staging, split.device_bytes + split.host_bytes)
+            parts.append((split.host_bytes, residence))
+        settle = in_host.settle if in_host is not None else lambda: None
+        state.weights_rest_in_parts(draft.name, PartedWeights(split, resident, host, settle))
+        return SplitResidence(parts)
+
     def _on_nvme(self, ring: Ring, draft: BlockDraft, staging: Arena | None) -> Residence:
         if self._state is not None and draft.trains:
             return self._state.residence(draft, staging)
@@ -189,14 +217,14 @@ class WeightsAssembly:
         return self._store
 
     def _pieces(self, draft: BlockDraft) -> Iterator[tuple[int, Slot]]:
-        """The bytes of a frozen block in order, in HOST: (offset in the block, a piece valid until the next one).
+        """The bytes of a block in order, in HOST: (offset in the block, a piece valid until the next one).
 
-        From the store where there is one, which verifies them; otherwise encoded once more. Blocks.
+        Of a frozen one from the store where there is one, which verifies them; otherwise encoded once more. Blocks.
         """
         # Two pieces: whoever asked for one has it while the next is made.
         page = IO_ALIGNMENT_BYTES
         staging = Arena("pieces of weights", min(STAGING_BYTES, 2 * align_up(max(1, draft.spec.stored_bytes), page)))
-        if self._store is not None:
+        if self._store is not None and not draft.trains:
             yield from self._store.slabs(draft.name, staging)
             return
         for offset_bytes, tensor in block_pieces(draft, self._workload.sources):

@@ -36,8 +36,8 @@ from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transients import LEAST_BYTES
 from planners.activations import ActivationPolicy
-from planners.placement import UpdateMode
-from planners.plan import DecodeScope, Plan, Ring, Tier
+from planners.placement import ClassPlan, UpdateMode
+from planners.plan import DecodeScope, Plan, Ring, Split, Tier
 from planners.streaming import BlockSize, Cuts, StreamingProblem
 from planners.training_state import StatePlacement, TrainedSize, TrainingSizes
 
@@ -115,6 +115,9 @@ class RuntimeOptions:
     """Where weights and state rest, all of them, in place of the rule's choice."""
     state: StatePlacement | None = None
     """Of what trains in blocks, in place of the plan's."""
+    weight_shares: tuple[float, float] | None = None
+    """Of each block that streams, how much of it stays in DEVICE and how much rests in HOST, in place of the plan's; as
+    far as tensors and pages can be cut."""
     update_mode: UpdateMode | None = None
     device_share: float | None = None
     """Of every block's pieces, the share that the device steps, in place of the plan's."""
@@ -400,6 +403,8 @@ def with_options(
         state = plan.state.stepped_on_device(sizes, options.device_share, slots=DEVICE_SLOTS)
         items = {**plan.peak_bytes.get("device", {}), "optimizer state stepped there": state.device_bytes(sizes)}
         plan = replace(plan, state=state, peak_bytes={**plan.peak_bytes, "device": items})
+    if options.weight_shares is not None:
+        plan = with_shares(plan, drafts, *options.weight_shares)
     if options.layer_major is not None:
         plan = replace(plan, layer_major=options.layer_major)
     if options.update_mode is not None:
@@ -422,6 +427,25 @@ def with_options(
         resident = tuple(name for name in plan.resident if name not in ring.blocks)
         plan = replace(plan, resident=resident, rings=(*plan.rings, ring))
     return plan
+
+
+def with_shares(plan: Plan, drafts: list[BlockDraft], in_device: float, in_host: float) -> Plan:
+    """The plan with the blocks of its rings cut so, which run whole and are recomputed. Classes say nothing else."""
+    specs = {draft.name: draft.spec for draft in drafts}
+    splits: dict[str, Split] = {}
+    for name in (name for ring in plan.rings for name in ring.blocks):
+        total = specs[name].stored_bytes
+        device_bytes = max(cut for cut in specs[name].cuts_bytes if cut <= in_device * total and cut < total)
+        host_bytes = int(in_host * total) // IO_ALIGNMENT_BYTES * IO_ALIGNMENT_BYTES
+        host_bytes = total - device_bytes if in_device + in_host >= 1.0 else min(host_bytes, total - device_bytes)
+        splits[name] = Split(
+            device_bytes=device_bytes, host_bytes=host_bytes, nvme_bytes=total - device_bytes - host_bytes
+        )
+    rings = tuple(
+        replace(ring, slot_bytes=max(splits[name].streamed_bytes for name in ring.blocks)) for ring in plan.rings
+    )
+    classes = tuple(ClassPlan(name=name, blocks=(name,), weights=split) for name, split in splits.items())
+    return replace(plan, rings=rings, classes=classes, activations=None)
 
 
 def _fingerprint(workload: Workload) -> str:

@@ -253,11 +253,15 @@ def state_of(training: FullTraining) -> dict[str, tuple[torch.Tensor, torch.Tens
     found = {}
     home = training.home
     for block in training.blocks:
-        weights = None
+        weights: Any = None
         if block.weights is not None:
             weights = home.weights.get(block.name)
-            if weights is None:
+            parts = home.parted.get(block.name)
+            if parts is not None:
+                weights = parts.room(room(parts.split.streamed_bytes) if parts.split.nvme_bytes else None)
+            elif weights is None:
                 weights = room(block.weights.stored_bytes)
+            if home.collects_weights(block):
                 home.links.wait(home.fetch_weights(block, weights))
         masters: dict[int, list[torch.Tensor]] = {}
         for piece in block.pieces:

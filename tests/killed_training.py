@@ -68,7 +68,7 @@ def one_step(run: Any, scheduler: Any, position: Position) -> float:
 def built(place: str) -> Model:
     """What is trained in `place`: all of it, or what stands for adapters, which are fp32 as peft's are."""
     if place != ADAPTERS:
-        return model(dropout=0.2)
+        return model(torch.float32 if "in parts" in place else torch.bfloat16, dropout=0.2)
     made = model(torch.float32, dropout=0.2).requires_grad_(False)
     for layer in made.layers:
         for name, parameter in layer.named_parameters():

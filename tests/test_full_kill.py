@@ -83,6 +83,7 @@ def check(twin: Twin, folder: Path, place: str) -> int:
     return step
 
 
+PARTED = "SPECULATIVE, in parts"
 PLACES = ("BACKWARD, tight", "SPECULATIVE, split", "AFTER")
 
 
@@ -102,12 +103,30 @@ def test_adapters_killed_seven_times_train_as_if_they_had_not_been(
 
 
 @pytest.mark.full
+def test_weights_in_parts_killed_sixty_times_train_as_if_they_had_not_been(
+    runs: subprocess.Popen[str], disk_folder: Path
+) -> None:
+    step, cut_off = kill_many(runs, Twin(PARTED), disk_folder, PARTED, 60)
+    assert step > 30
+    assert cut_off > 5
+
+
+@pytest.mark.full
 def test_adapters_killed_sixty_times_train_as_if_they_had_not_been(
     runs: subprocess.Popen[str], disk_folder: Path
 ) -> None:
     step, cut_off = kill_many(runs, Twin(ADAPTERS), disk_folder, ADAPTERS, 60)
     assert step > 30
     assert cut_off > 5
+
+
+def test_weights_in_parts_killed_seven_times_train_as_if_they_had_not_been(
+    runs: subprocess.Popen[str], disk_folder: Path
+) -> None:
+    with resume(disk_folder, PARTED)[0] as run:
+        assert {(p.split.host_bytes, p.split.nvme_bytes) for p in run._training.home.parted.values()} == {(4096, 4096)}
+    step, _ = kill_many(runs, Twin(PARTED), disk_folder, PARTED, 7)
+    assert step >= 3
 
 
 @pytest.mark.full

@@ -221,16 +221,25 @@ def test_splits_that_cannot_be_run_are_refused_by_name(tmp_path):
         engine_for(case, tmp_path, replace(plan, rings=(whole,), resident=(*plan.resident, plan.rings[0].blocks[0])))
 
 
-def test_weights_that_train_are_not_cut(tmp_path):
-    model = build(Case("llama", "fp32", 1, False, False, "in place")).get_base_model().requires_grad_(True)
+def test_weights_that_train_are_cut_by_a_plan_file_too(tmp_path):
+    """Their bits are in `test_parted_training`; here is what a plan file may say."""
+
+    def model():
+        return build(Case("llama", "fp32", 1, False, False, "in place")).get_base_model().requires_grad_(True)
+
     arguments = {"batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "nvme": tmp_path}
     options = RuntimeOptions(rest=Tier.NVME, piece_elements=8192)
-    with Engine(model, options=options, **arguments) as engine:
+    with Engine(model(), options=options, **arguments) as engine:
         specs = {block.name: block.spec for block in engine._runtime.blocks}
-        plan, _ = with_splits(engine.plan, specs, SHARES["HOST and NVME"])
-    model = build(Case("llama", "fp32", 1, False, False, "in place")).get_base_model().requires_grad_(True)
-    with pytest.raises(ConfigError, match="they train, and rest as a whole"):
-        Engine(model, plan=plan, options=options, **arguments)
+        plan, splits = with_splits(replace(engine.plan, activations=None), specs, SHARES["HOST and NVME"])
+    options = RuntimeOptions(piece_elements=8192)
+    with Engine(model(), plan=Plan.from_json(plan.to_json()), options=options, **arguments) as engine:
+        parted = engine._training.home.parted
+        assert {name: parts.split for name, parts in parted.items()} == splits
+    without = replace(plan, state=replace(plan.state, weight_slots=0))
+    rings = tuple(replace(ring, rest=Tier.HOST) for ring in plan.rings)
+    with pytest.raises(ConfigError, match="that train rest on NVME and need weight_slots of at least 1"):
+        Engine(model(), plan=replace(without, rings=rings), options=options, **arguments)
 
 
 def test_cuts_are_pages_at_which_a_tensor_begins():

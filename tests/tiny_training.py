@@ -44,6 +44,10 @@ PLACES: dict[str, dict[str, Any]] = {
             ),
         },
     },
+    "SPECULATIVE, in parts": {
+        "nvme": True, "max_grad_norm": 1e6, "host_memory": "64MiB",
+        "options": {"rest": Tier.NVME, "state": replace(ON_NVME, in_memory=SPLIT), "weight_shares": (0.0, 0.5)},
+    },
     "BACKWARD, tight": {
         "nvme": True,
         "options": {

@@ -33,6 +33,7 @@ from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.job import GradientSource, Job
 from offload_rt.optimizer.on_device import DeviceCounters, PiecesOnDevice
+from offload_rt.optimizer.parted_weights import PartedRoom
 from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import Part, StateHome, state_tensors, weights_from_masters
@@ -206,7 +207,7 @@ class Stepper:
                 self._wait(self._home.fetch(piece, resting.part(0, piece.num_bytes)))
             weights_from_masters(self._home, resting, piece, block, weights)
             del resting
-        if weights is not None and self._home.streams_weights(block):
+        if weights is not None and self._home.collects_weights(block):
             self._wait(self._home.write_weights(block, weights))
         self._land(block, block.pieces)
         self._order_weights()
@@ -240,11 +241,12 @@ class Stepper:
         for arrival in job.arrivals:
             arrival.settle(self._wait)
         weights = self._weights_slot(block)
-        if weights is not None and self._home.streams_weights(block) and not job.changes_all_weights:
+        if weights is not None and self._home.collects_weights(block) and not job.changes_all_weights:
             self._wait(self._home.fetch_weights(block, weights))
         if self._links.recorder is not None:
             read = [] if job.gradients is None else [job.gradients.range]
-            changed = [] if weights is None or weights.on_device else [weights.range]
+            slot = weights.streamed if isinstance(weights, PartedRoom) else weights
+            changed = [] if slot is None or slot.on_device else [slot.range]
             self._links.recorder.use(f"step {block.name}", reads=read, writes=changed, lane=HOST)
         device = self._on_device
         with nullcontext() if device is None else device.dropped_unless_done():
@@ -253,22 +255,24 @@ class Stepper:
                     self._step_piece(job, piece, weights)
                     continue
                 self._settle_on_device(device.num_slots - 1)
-                self.new_scalars |= device.start(job, piece, self._held(piece), weights, partial(self._update_of, job))
+                whole = None if isinstance(weights, PartedRoom) else weights  # plans give the device no others' pieces
+                self.new_scalars |= device.start(job, piece, self._held(piece), whole, partial(self._update_of, job))
             self._settle_on_device(0)
-        if weights is not None and self._home.streams_weights(block):
+        if weights is not None and self._home.collects_weights(block):
             self._writes.append(self._home.write_weights(block, weights))
         self._land(block, pieces)
 
     def _land(self, block: TrainedBlock, pieces: Sequence[Piece]) -> None:
         """Lets the emulated link take time for the new weights of `pieces`, where they are used in DEVICE."""
-        if self._links.throttle is None or not self._home.stays_in_device(block):
+        in_device = self._home.device_weights_bytes(block)
+        if self._links.throttle is None or not in_device:
             return
-        num_bytes = block.weights_bytes * sum(map(_num_elements, pieces)) // sum(map(_num_elements, block.pieces))
+        num_bytes = in_device * sum(map(_num_elements, pieces)) // sum(map(_num_elements, block.pieces))
         landing = self._links.pace(f"new weights of {block.name}", num_bytes, inward=True)
         if landing is not None:
             self._landing.append(landing)
 
-    def _step_piece(self, job: Job, piece: Piece, weights: Slot | None) -> None:
+    def _step_piece(self, job: Job, piece: Piece, weights: Slot | PartedRoom | None) -> None:
         slot = self._held(piece)
         present = [segment for segment in piece.segments if segment.parameter in job.present]
         # Small parameters are stepped together, many to a piece; where new weights land, there is room for one.
@@ -282,7 +286,9 @@ class Stepper:
         resting = self._home.pieces.get(piece.name)
         return resting if resting is not None else self._arrived(piece)
 
-    def _step_segments(self, job: Job, segments: Sequence[Segment], slot: Slot, weights: Slot | None) -> None:
+    def _step_segments(
+        self, job: Job, segments: Sequence[Segment], slot: Slot, weights: Slot | PartedRoom | None
+    ) -> None:
         with ExitStack() as landing:
             updates = []
             for segment in segments:
@@ -328,7 +334,7 @@ class Stepper:
         while self._on_device is not None and self._on_device.num_under_way > num_left:
             self._stepped(*self._on_device.settle(self._wait))
 
-    def _weights_slot(self, block: TrainedBlock) -> Slot | None:
+    def _weights_slot(self, block: TrainedBlock) -> Slot | PartedRoom | None:
         """Where the block's new weights are collected; None where its parameters hold them."""
         if block.weights is None:
             return None
@@ -338,7 +344,12 @@ class Stepper:
             if wait is not None:
                 wait()
             return resting
+        parts = self._home.parted.get(block.name)
+        if parts is not None and not parts.split.nvme_bytes:
+            return parts.room(None)
         slot = self._take_slot(self._weights_arena, self._weights_slot_bytes, f"weights of {block.name}")
+        if parts is not None:
+            return parts.room(slot.part(0, parts.split.streamed_bytes))
         return slot.part(0, _stored_bytes(block))
 
     def _arrived(self, piece: Piece) -> Slot:

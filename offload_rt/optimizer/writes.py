@@ -51,8 +51,7 @@ def _bytes_written_per_step(
                 total += piece.num_bytes
             elif commit_every is not None:
                 total += piece.num_bytes / commit_every
-        if block.weights is not None and home.streams_weights(block):
-            total += block.weights.stored_bytes * (2 if ahead and in_memory else 1)
+        total += home.log_weights_bytes(block) * (2 if ahead and in_memory else 1)
         gone = mode is UpdateMode.BACKWARD and ahead and not in_memory
         total += max(0, gradient_passes - gone) * block.gradients.stored_bytes
     return round(total)
