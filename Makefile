@@ -27,7 +27,7 @@ test: check native-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not full"
 
 test-all: check native-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --hypothesis-profile=random
 
 check: venv
 	$(BIN)/ruff check .

@@ -98,6 +98,8 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
         return 'state in tiers: plan="optimise" would ask the optimiser'
     if rule.activations is not None or rule.layer_major:
         return "layers by chunks of tokens, or several micro-batches to a fetch, are not the optimiser's yet"
+    if config.device_memory_bytes is None:
+        return "no device_memory= says how much may be used; the optimiser would fill all that is free"
     if machine is None:
         folders = "".join(f" --nvme {drive.path}" for drive in config.nvme)
         return f"this machine's rates are not known; `offload-rt calibrate{folders}` would let the optimiser plan"

@@ -65,6 +65,7 @@ def test_a_calibrated_machine_runs_the_optimisers_plan_where_it_is_faster(timed,
     assert choice["optimised_step_seconds"] == report["predicted"]["step_seconds"]
     assert choice["optimised_step_seconds"] < 0.9 * choice["rule_step_seconds"]
     assert report["memory"]["device"] <= 64 * MIB and choice["seconds"] > 0
+    assert report["replanning"]["off"] is None, "it is held against what is measured"
     assert f"auto: {OPTIMISER}: " in caplog.text
 
 
@@ -99,7 +100,7 @@ def test_an_optimiser_that_fails_leaves_the_rules_plan(error, timed, calibrated,
 
 
 def test_models_that_cannot_be_profiled_run_by_the_rule(calibrated, tmp_path):
-    with Engine(build_plain(), batch_size=2, seq_len=16, nvme=tmp_path, lr=1e-3) as engine:
+    with Engine(build_plain(), batch_size=2, seq_len=16, nvme=tmp_path, lr=1e-3, device_memory=64 * MIB) as engine:
         choice = engine.report()["plan_choice"]
     assert choice["chosen"] == RULE and "cannot be called with input_ids alone" in choice["why"]
 
@@ -110,6 +111,7 @@ def test_models_that_cannot_be_profiled_run_by_the_rule(calibrated, tmp_path):
         ({"plan": "optimise"}, None),
         ({"accumulation_steps": 2}, "several micro-batches"),
         ({"emulate": machine(64 * MIB, 0), "device_memory": None}, "under emulate="),
+        ({"device_memory": None}, "no device_memory="),
     ],
 )
 def test_the_optimiser_is_asked_only_where_it_may_be(change, why, timed, calibrated, tmp_path):
@@ -163,7 +165,7 @@ def test_a_rehearsal_that_does_not_fit_goes_on_with_the_rule(timed, calibrated, 
         device = engine._runtime.tiers.account(Tier.DEVICE)
         room, slack = device.capacity_bytes - device.used_bytes, device.holdings[rehearsal.SLACK]
         more = rehearsal.planned_bytes(engine._runtime) + room + slack
-        monkeypatch.setattr(rehearsal, "_measure", lambda *_: more)
+        monkeypatch.setattr(rehearsal, "_measure", lambda *_: (more, None))
         found = run_steps(BF16.accumulation, engine, engine.backward, engine.trainable, engine.step)
         report = engine.report()
     assert report["rehearsal"]["result"] == "planned again" and report["plan"] == RULE

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from offload_rt import rehearsal, workload
-from offload_rt.allocations import AllocationMeter, counted
+from offload_rt.allocations import AllocationMeter, counted, together
 from offload_rt.measured_sizes import remembered_factor, scaled, sizes_key
 from offload_rt.rehearsal import MEASURED_BEFORE, SLACK, Rehearsal, longest, planned_bytes
 from planners.errors import PlanInfeasible
@@ -106,7 +106,7 @@ def test_a_block_whose_end_was_not_reported_ends_where_its_address_begins_again(
     """Another thread gave it back."""
     first, second = 4096, 8192
     blocks = [(1, first, 100), (4, second, -7), (2, second, 7), (3, first, 50), (5, 0, -1000)]
-    assert counted(blocks) == (50, 107)
+    assert together(counted(blocks)) == (50, 107)
 
 
 def test_a_profiler_of_the_callers_is_left_alone():

@@ -25,7 +25,7 @@ from offload_rt.throttle import Throttle
 from offload_rt.workload import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.division import divided
-from planners.errors import PlanInfeasible
+from planners.errors import PlanInfeasible, format_bytes
 from planners.hardware import Drive
 from planners.mip import plan_optimal
 from planners.plan import Tier
@@ -43,7 +43,6 @@ SLOW = 3.0
 SECONDS = MeasuredSeconds(
     forward=0.01, backward=0.02, kept=KeptPass(forward=0.01, backward=0.01, saved_bytes=20000)
 )  # fmt: skip
-SHORT = 24 * KIB
 WINDOW_STEPS, ADOPT_STEPS = 4, 2
 """Fewer than a real run's, so that these are fast."""
 FOUND_AT = WARM_STEPS + WINDOW_STEPS
@@ -313,16 +312,17 @@ def test_memory_that_others_take_is_given_up(hardware, tmp_path, monkeypatch):
         run.train(FOUND_AT - 1)
         used = run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes
         monkeypatch.setattr(replanning, "free_memory_bytes", lambda: 0)
-        taken = run.engine._base.resident_bytes + used - SHORT
+        short = used // 16 // KIB * KIB
+        taken = run.engine._base.resident_bytes + used - short
         monkeypatch.setattr(replanning, "resident_bytes", lambda: taken)
         run.train(FOUND_AT)
         assert run.engine._replanner._asked is None, "it may be back at the end of the next window"
         run.train(last)
         (decision,) = run.decisions
         assert decision["step"] == ASKED_UNTIL + WINDOW_STEPS
-        assert decision["because"] == "memory is short by 24 KiB"
+        assert decision["because"] == f"memory is short by {format_bytes(short)}"
         assert decision["result"] == "changed", decision["why"]
-        assert run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes <= used - SHORT
+        assert run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes <= used - short
     with Run(folder, options=RuntimeOptions(replan=False)) as undisturbed:
         undisturbed.train(last)
     assert equal(run, undisturbed)
