@@ -46,7 +46,7 @@ from planners.errors import format_bytes
 
 WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
 """How long anybody waits for a device, a drive, or what one of them still uses."""
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 1.0
 """A thread that has let go of memory, but for a tensor or a buffer, may be late by several of a scheduler's periods of
 0.1 s."""
 _COLLECT_SECONDS = 0.05

@@ -60,6 +60,8 @@ def machine_to_choose_for(plan: Plan | str | Path, config: EngineConfig, emulate
 
 
 def _calibrated(config: EngineConfig) -> Hardware | None:
+    if not all(drive.path.is_dir() for drive in config.nvme):
+        return None  # a folder that is not there is told where it is used
     return calibrated("cpu", tuple(drive.path.resolve() for drive in config.nvme))
 
 

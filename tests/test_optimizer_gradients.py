@@ -98,7 +98,7 @@ def test_where_no_slot_is_free_another_blocks_gradients_are_put_away(tmp_path: P
 def test_it_waits_for_who_else_holds_a_slot_and_says_who_does_where_nobody_will_let_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("offload_rt.arena._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("offload_rt.arena._GRACE_SECONDS", 0.0)
     held: list[Slot] = []
     asked = []
 
