@@ -297,7 +297,7 @@ def test_a_terminated_train_says_how_to_go_on_and_exits_with_the_signals_code(
     def step_then_signal(engine: Engine, batches: Any) -> float:
         loss = take_step(engine, batches)
         if engine.report()["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread, now
         return loss
 
     monkeypatch.setattr(Engine, "train_batch", step_then_signal)
