@@ -1,12 +1,12 @@
 """Trains at a sequence whose activations are at least ten times the memory limit that the kernel holds the process to.
 
-    python benchmarks/long_context.py [--tokens 4096] [--layers 136] [--hidden 128] [--limit-mib 448] [--json FILE]
+    python benchmarks/long_context.py [--tokens 4096] [--layers 184] [--hidden 128] [--limit-mib 600] [--json FILE]
 
 A Llama with random bf16 weights on the drive and LoRA on all linears. Each contender is a process of its own:
 
     limited    this library in a memory cgroup of --limit-mib: plan="auto", everything that waits is on the drive
-    kept       the same chunks without a limit, all activations kept in memory: its losses, and its adapters after the
-               last step, must be the same bits
+    kept       the same chunks, if any, without a limit, all activations kept in memory: its losses, and its adapters
+               after the last step, must be the same bits
     plain      transformers and peft without a limit: the difference of its losses is that of the chunks alone
     refused    plain in the cgroup: the kernel kills it, or the limit is none
 
@@ -121,9 +121,11 @@ def child(settings: dict[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {"device_memory": settings["device_memory"]}
     if settings["plan"]:
         plan = Plan.from_json(settings["plan"])
-        (chunk_tokens,) = {chunk.num_tokens for policy in plan.activations.values() for chunk in policy.chunks}
+        layers = next(ring.blocks for ring in plan.rings if ring.name == "layers")
+        policies = (plan.activations or {}).values()
+        (chunk_tokens,) = {chunk.num_tokens for policy in policies for chunk in policy.chunks} or {tokens}
         kept = ActivationPolicy(chunks=(Chunk(num_tokens=chunk_tokens, action=Action.KEEP),))
-        activations = dict.fromkeys(plan.activations, kept)
+        activations = dict.fromkeys(layers, kept)
         arguments["plan"] = replace(plan, activations=activations, layer_inputs=Tier.DEVICE, peak_bytes={})
     torch.manual_seed(1)
     engine = offload_rt.engine(
@@ -199,13 +201,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--rank", type=int, default=4, help="of the adapters, on all linears of the layers")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--limit-mib", type=int, default=448, help="of the cgroup: the whole process, imports included")
-    parser.add_argument("--device-memory", default="80MiB", help="of it, what this library may plan with")
+    parser.add_argument("--limit-mib", type=int, default=600, help="of the cgroup: the whole process, imports included")
+    parser.add_argument("--device-memory", default="104MiB", help="of it, what this library may plan with")
     parser.add_argument("--skip", nargs="*", default=[], choices=["kept", "plain", "refused"])
     parser.add_argument("--nvme", type=Path, default=Path(tempfile.gettempdir()) / "offload_rt-long-context")
     parser.add_argument("--json", type=Path)
     random_llama.add_arguments(parser)
-    parser.set_defaults(layers=136, hidden=128, intermediate=384, heads=2, kv_heads=1, vocabulary=1024)
+    parser.set_defaults(layers=184, hidden=128, intermediate=384, heads=2, kv_heads=1, vocabulary=1024)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child))))
