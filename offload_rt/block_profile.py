@@ -44,6 +44,9 @@ from planners.problem import KeptPass, MeasuredSeconds
 logger = logging.getLogger("offload_rt")
 
 RUNS = 5
+WARM_RUNS = CHECKED_CALLS + 1
+MOST_PASSES = 3 * (WARM_RUNS + RUNS)
+"""Of one layer, forward and backward: computed again, kept and put away."""
 HEAD_ROWS = 16384
 """Of the vocabulary, at most; the rest takes as long in proportion."""
 DECODED_ELEMENTS = 1 << 22
@@ -185,9 +188,9 @@ def _nowhere(gradients: Mapping[int, torch.Tensor]) -> None:
 
 def _warm(layer: RecomputedLayer, call: _Call) -> int:
     """Runs the layer until its calls are not checked any more; how often."""
-    for _ in range(CHECKED_CALLS + 1):
+    for _ in range(WARM_RUNS):
         _pass(layer, call)
-    return CHECKED_CALLS + 1
+    return WARM_RUNS
 
 
 def _timed(ways: Sequence[RecomputedLayer], call: _Call) -> list[tuple[float, float]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+from offload_rt.block_profile import MOST_PASSES
 from offload_rt.errors import ConfigError
 from offload_rt.planning import lowered, measured_problem
 from offload_rt.workload import Workload
@@ -35,8 +36,8 @@ GAIN = 0.03
 """What the optimiser's plan has to save: predictions are off by 2.7 % in the median (`benchmarks/prediction.py`)."""
 MAX_SECONDS = 60.0
 """Of profiling, as estimated; a longer one is for who asks for it by plan="optimise"."""
-PASSES = 27
-"""Of a layer, forward and backward, that are profiled; each has four times forward's products at most."""
+PRODUCTS = 4
+"""Times forward's products that a profiled pass has at most: forward, again, gradients of inputs and weights."""
 ACTIVATIONS_HELD = 4
 """Times a layer's activations that profiling holds at once: kept, and put away in an arena for two."""
 
@@ -126,7 +127,7 @@ def profile_seconds(workload: Workload, machine: Hardware) -> float:
         for draft in workload.layers
     }
     flops = 2.0 * config.batch_size * config.seq_len * sum(of_kind.values())
-    return PASSES * 4 * flops / machine.device.matmul_flops_per_second
+    return MOST_PASSES * PRODUCTS * flops / machine.device.matmul_flops_per_second
 
 
 def rule_seconds(problem: Problem, rule: Plan) -> float:

@@ -155,8 +155,7 @@ class WeightsAssembly:
             return self._on_nvme(ring, draft, staging)
         if host is not None and split.host_bytes == whole:
             if self._store is not None and not draft.trains:
-                for offset_bytes, piece in self._pieces(draft):
-                    self._copy(offset_bytes, piece, 0, host)
+                self._bring(draft, split, None, host)
             else:
                 self._fill(draft, host)
             residence = HostResidence(host, self._links)
@@ -168,12 +167,7 @@ class WeightsAssembly:
         part = None
         if split.nvme_bytes:
             part = StorePart(self._open_store(ring), draft.name, whole - split.nvme_bytes, split.nvme_bytes)
-        for offset_bytes, piece in self._pieces(draft):
-            for begin_bytes, place in ((0, resident), (split.device_bytes, host)):
-                if place is not None:
-                    self._copy(offset_bytes, piece, begin_bytes, place)
-            if part is not None:
-                part.see(offset_bytes, piece)
+        self._bring(draft, split, resident, host, part)
         parts: list[tuple[int, Residence]] = []
         if host is not None:
             parts.append((0, HostResidence(host, self._links)))
@@ -191,10 +185,7 @@ class WeightsAssembly:
         staging: Arena | None,
     ) -> Residence:
         """What of a block that trains streams; what of it is in memory has its values, the log's part gets them."""
-        for offset_bytes, piece in self._pieces(draft):
-            for begin_bytes, place in ((0, resident), (split.device_bytes, host)):
-                if place is not None:
-                    self._copy(offset_bytes, piece, begin_bytes, place)
+        self._bring(draft, split, resident, host)
         parts: list[tuple[int, Residence]] = []
         in_host = None if host is None else HostResidence(host, self._links)
         if in_host is not None:
@@ -235,6 +226,17 @@ class WeightsAssembly:
                 piece.tensor(torch.uint8, (piece.num_bytes,)).copy_(data[begin : begin + piece.num_bytes])
                 yield offset_bytes + begin, piece
                 del piece
+
+    def _bring(
+        self, draft: BlockDraft, split: Split, resident: Slot | None, host: Slot | None, part: StorePart | None = None
+    ) -> None:
+        """Puts what of the block rests in memory there, and shows all of it to `part`. Blocks."""
+        for offset_bytes, piece in self._pieces(draft):
+            for begin_bytes, place in ((0, resident), (split.device_bytes, host)):
+                if place is not None:
+                    self._copy(offset_bytes, piece, begin_bytes, place)
+            if part is not None:
+                part.see(offset_bytes, piece)
 
     def _copy(self, offset_bytes: int, piece: Slot, begin_bytes: int, place: Slot) -> None:
         """Puts what of `piece` belongs to `place`, which holds the block from `begin_bytes` on, there. Blocks."""

@@ -206,6 +206,15 @@ def test_a_profile_runs_a_layer_as_the_runtime_does(monkeypatch):
     assert layer.block.decoder.counters.overflow_bytes == 0
 
 
+def test_a_profile_takes_as_many_passes_as_are_told_beforehand(monkeypatch):
+    passes, take = [], block_profile._pass
+    monkeypatch.setattr(block_profile, "_pass", lambda *arguments: passes.append(0) or take(*arguments))
+    model = build_lora("llama")
+    (first, *_) = [draft for draft in find_blocks(model, bits=4) if draft.is_layer]
+    profile_layer(model, first, batch_size=2, seq_len=16)
+    assert len(passes) == block_profile.MOST_PASSES
+
+
 def test_a_model_on_meta_is_profiled_as_one_in_memory():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
