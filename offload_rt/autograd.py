@@ -11,7 +11,7 @@ gradients whole. Theirs are handed to `deliver` as soon as the layer's backward 
     forward    open block | run, no graph | close block          saved: inputs (or their stash), RNG state, autocast
     backward   open block | run again with graph | gradients | close block
 
-Modules outside the layers are in `edge`.
+One call, taken apart, is a `layer_call.Call`. Modules outside the layers are in `edge`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
 from offload_rt.heap import places_for, put_into
 from offload_rt.last_product import ResultWanted, is_product, left_out
-from offload_rt.random_state import RandomState, kept_random_state
+from offload_rt.layer_call import Call
 from offload_rt.stash import Stash
 from offload_rt.transients import Transients
 from planners.schedule import Phase
@@ -180,7 +180,7 @@ class RecomputedLayer:
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Runs `call` as one operation of the graph outside; returns the tensors among its outputs."""
         outputs: tuple[torch.Tensor, ...] = _Recompute.apply(  # type: ignore[no-untyped-call]
-            call, *call.tensors, *call.graph_parameters()
+            self, call, *call.tensors, *call.graph_parameters()
         )
         return outputs
 
@@ -255,108 +255,11 @@ def _is_cache(value: Any) -> bool:
     )
 
 
-class Call:
-    """One call of a layer: its arguments taken apart, and what is needed to run it again."""
-
-    def __init__(
-        self,
-        owner: RecomputedLayer,
-        leaves: list[Any],
-        structure: Any,
-        trainable: list[nn.Parameter],
-        streamed: list[nn.Parameter],
-    ) -> None:
-        self.owner = owner
-        self.trainable = trainable + streamed
-        """All that a gradient is wanted of."""
-        self.streamed = streamed
-        """Of these, those that the graph outside does not know."""
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-        self._structure = structure
-        self._output_structure: Any = None
-        self._output_constants: list[Any] = []
-        gpu = next((tensor.device for tensor in self.tensors if tensor.is_cuda), None)
-        self.device = torch.device("cpu") if gpu is None else gpu
-        self.random_state = RandomState.now(self.device)
-        kind = self.device.type
-        self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        self.autocast_cache = torch.is_autocast_cache_enabled()
-        self.node: weakref.ref[Any] | None = None
-        """The call in the graph outside."""
-
-    def is_to_come(self) -> bool:
-        """Whether the backward pass under way will go through this call."""
-        node = None if self.node is None else self.node()
-        return node is not None and bool(torch._C._will_engine_execute_node(node))
-
-    def graph_parameters(self) -> list[torch.Tensor]:
-        """The parameters that are inputs of the operation. Where none is but some stream, a stand-in that makes the
-        graph outside come to this layer's backward.
-        """
-        known: list[torch.Tensor] = list(self.trainable[: len(self.trainable) - len(self.streamed)])
-        if self.streamed:
-            known.append(torch.zeros((), requires_grad=True))
-        return known
-
-    def of_graph(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Hands over the gradients of what streams; the others, as the graph outside wants them."""
-        num_known = len(self.trainable) - len(self.streamed)
-        self.owner.hand_over(self, gradients[num_known:])
-        return [*gradients[:num_known], *([None] if self.streamed else [])]
-
-    def leaves(self) -> tuple[list[Any], Any]:
-        """The arguments as they came, flat, and the structure that they came in."""
-        supply = iter(self.tensors)
-        pairs = zip(self._is_tensor, self._constants, strict=True)
-        return [next(supply) if is_tensor else constant for is_tensor, constant in pairs], self._structure
-
-    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the layer on `tensors` in place of the call's own; returns the tensors among its outputs."""
-        supply = iter(tensors)
-        leaves = [
-            next(supply) if is_tensor else constant
-            for is_tensor, constant in zip(self._is_tensor, self._constants, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        outputs, self._output_structure = pytree.tree_flatten(self.owner.run(args, kwargs))
-        self._output_constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in outputs]
-        self._output_is_tensor = [isinstance(leaf, torch.Tensor) for leaf in outputs]
-        return [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
-
-    def rebuild_output(self, outputs: tuple[torch.Tensor, ...]) -> Any:
-        supply = iter(outputs)
-        leaves = [
-            next(supply) if is_tensor else constant
-            for is_tensor, constant in zip(self._output_is_tensor, self._output_constants, strict=True)
-        ]
-        return pytree.tree_unflatten(leaves, self._output_structure)
-
-    def which_to_stash(self) -> int | None:
-        """The hidden states: the first input that requires a gradient, else the first floating-point one."""
-        floating = [index for index, tensor in enumerate(self.tensors) if tensor.is_floating_point()]
-        graded = [index for index in floating if self.tensors[index].requires_grad]
-        return next(iter(graded + floating), None)
-
-    @contextlib.contextmanager
-    def as_in_forward(self) -> Iterator[None]:
-        """Random numbers and autocast as they were in forward."""
-        enabled, dtype = self.autocast
-        with (
-            kept_random_state(self.device),
-            torch.autocast(self.device.type, enabled=enabled, dtype=dtype, cache_enabled=self.autocast_cache),
-        ):
-            self.random_state.restore()
-            yield
-
-
 class _Recompute(torch.autograd.Function):
-    """One layer as one operation. Inputs: the call, its tensors, the trainable parameters that stay in memory."""
+    """One layer as one operation. Inputs: it, the call, its tensors, the trainable parameters that stay in memory."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        owner = call.owner
+    def forward(ctx: Any, owner: RecomputedLayer, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = list(tensors[: len(call.tensors)])
         versions = [tensor._version for tensor in inputs]
         with opened(owner.block, owner.access, Phase.FORWARD, training=True), owner.transients.placed():
@@ -366,7 +269,7 @@ class _Recompute(torch.autograd.Function):
             raise UnsupportedModule(
                 f"{owner.block.name}: the layer changed its input in place, so that it cannot be run again in backward"
             )
-        ctx.call = call
+        ctx.owner, ctx.call = owner, call
         ctx.num_parameters = len(tensors) - len(inputs)
         ctx.needs = [tensor.requires_grad for tensor in inputs]
         ctx.stashed = None
@@ -391,8 +294,8 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        owner: RecomputedLayer = ctx.owner
         call: Call = ctx.call
-        owner = call.owner
         inputs = list(ctx.saved_tensors)
         if ctx.stashed is not None:
             inputs.insert(ctx.stashed_index, ctx.stashed.load())
@@ -431,4 +334,4 @@ class _Recompute(torch.autograd.Function):
         of_inputs = [next(supply) if tensor.requires_grad else None for tensor in detached]
         of_parameters = call.of_graph(list(supply))
         owner.between()
-        return (None, *of_inputs, *of_parameters)
+        return (None, None, *of_inputs, *of_parameters)

@@ -80,6 +80,7 @@ FLOORS = {
     "offload_rt.executor": 6.0,
     "offload_rt.access": 6.5,
     "offload_rt.last_product": 6.8,
+    "offload_rt.layer_call": 6.8,
     "offload_rt.backbone": 6.8,
     "offload_rt.autograd": 7.0,
     "offload_rt.edge": 7.0,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from offload_rt.autograd import Call
 from offload_rt.block import Block
+from offload_rt.layer_call import Call
 from offload_rt.random_state import RandomState
 from offload_rt.stash import Stash
 from offload_rt.tokenwise.first_products import FirstProducts
