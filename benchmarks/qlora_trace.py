@@ -101,11 +101,11 @@ def around(manager: Callable[[], contextlib.AbstractContextManager[Any]]) -> Cal
 @contextlib.contextmanager
 def engine_wrapped(manager: Callable[[str], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
     """The engine's decode, waits and checksums run inside `manager(part)`."""
-    from offload_rt import decoder, store, transfer
+    from offload_rt import decoder, links, store
 
     with (
         replaced(decoder, "_decode_into", around(lambda: manager("NF4 decode"))),
-        replaced(transfer.Links, "wait", around(lambda: manager("wait for reads"))),
+        replaced(links.Links, "wait", around(lambda: manager("wait for reads"))),
         replaced(store.Store, "verify", around(lambda: manager("checksum"))),
     ):
         yield
@@ -168,7 +168,7 @@ def timed_step(model: Any, optimizer: Any, engine: Any, step: Callable[[], float
 @contextlib.contextmanager
 def _layers_wrapped(clock: Clock) -> Iterator[None]:
     """Charges the time between a block's acquire and its release, and the executor's own; notes reads in flight."""
-    from offload_rt import executor, transfer
+    from offload_rt import executor, links
 
     started: dict[int, float] = {}
 
@@ -209,8 +209,8 @@ def _layers_wrapped(clock: Clock) -> Iterator[None]:
     with (
         replaced(executor.RingExecutor, "acquire", acquire),
         replaced(executor.RingExecutor, "release", release),
-        replaced(transfer.Links, "read", read),
-        replaced(transfer.Links, "wait", wait),
+        replaced(links.Links, "read", read),
+        replaced(links.Links, "wait", wait),
     ):
         yield
 

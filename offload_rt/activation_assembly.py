@@ -9,6 +9,7 @@ from __future__ import annotations
 from offload_rt.device_stash import DeviceStash
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError
+from offload_rt.links import Links
 from offload_rt.paced_stash import PacedStash
 from offload_rt.planning_tokens import sizes_of
 from offload_rt.scratch import Scratch
@@ -17,7 +18,6 @@ from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.tiles import Places
-from offload_rt.transfer import Links
 from offload_rt.transients import Transients
 from offload_rt.workload import Workload, chunk_tokens_of, places_transients, policy_of
 from planners.activations import Action, Treatment

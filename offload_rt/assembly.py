@@ -34,6 +34,7 @@ from offload_rt.edge import StreamedModule, keep_head_input_contiguous
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import Base, HeapGuard
+from offload_rt.links import Links
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
 from offload_rt.optimizer.interface import Training
@@ -53,7 +54,6 @@ from offload_rt.throttle import Throttle
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
-from offload_rt.transfer import Links
 from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.weights_assembly import WeightsAssembly

@@ -26,8 +26,8 @@ from offload_rt import codec, cpu_adam
 from offload_rt.arena import Arena
 from offload_rt.drives import DriveProfile
 from offload_rt.file_io import OpenFile, file_io, open_file
+from offload_rt.links import Links
 from offload_rt.profile import cgroup_memory_bytes
-from offload_rt.transfer import Links
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,11 +32,11 @@ from offload_rt.checkpoint.materialise import make_absent
 from offload_rt.decoder import Decoder
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import ConfigError, OffloadError, UnsupportedModule
+from offload_rt.links import Links
 from offload_rt.stash import GRANULE_BYTES, HostStash
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
-from offload_rt.transfer import Links
 from planners.activations import Action, whole_batch
 from planners.placement import Tier
 from planners.problem import KeptPass, MeasuredSeconds

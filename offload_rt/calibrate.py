@@ -1,6 +1,6 @@
 """Measures this machine in less than a minute: the hardware profile that the planner reads, with its spread.
 
-Each number is the median over passes of one thing that training really does (`bench`): copies by `transfer.Links`,
+Each number is the median over passes of one thing that training really does (`bench`): copies by `links.Links`,
 drives at the request size that `drives` chose for them, NF4 by `codec`, AdamW by `cpu_adam`, products and attention by
 torch. Quartiles say how steady the machine was. On the CPU, DEVICE and HOST are one tier.
 """
@@ -36,7 +36,7 @@ from offload_rt.bench import (
 from offload_rt.cache import recall, remember
 from offload_rt.drives import drive_identity, drive_profile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 from planners.errors import format_bytes
 from planners.hardware import Device, Drive, Hardware, Host, read_hardware
 from planners.hardware import Links as LinkRates

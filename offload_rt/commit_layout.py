@@ -50,8 +50,10 @@ from offload_rt.drive_files import (
 )
 from offload_rt.drives import tune
 from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt
+from offload_rt.file_io import OpenFile
+from offload_rt.links import Links
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links, OpenFile, Transfer
+from offload_rt.transfer import Transfer
 from planners.errors import format_bytes
 
 LOG_VERSION = 1

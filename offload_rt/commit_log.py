@@ -29,15 +29,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offload_rt.arena import Arena, Slot
+from offload_rt.arena import WAIT_SECONDS, Arena, Slot
 from offload_rt.checksum import crc32c
 from offload_rt.commit_layout import Layout, MutableExtent, barrier, finish, put, read_layout, read_record, settle
 from offload_rt.commit_record import RECORD_BYTES, Record, RecordInvalid, Version, body_bytes, pack_body
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.drives import tune
 from offload_rt.errors import ConfigError, StorageError, StorageTimeout, StoreCorrupt, nearest
+from offload_rt.file_io import OpenFile
+from offload_rt.links import Links
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import WAIT_SECONDS, Links, OpenFile, Transfer
+from offload_rt.transfer import Transfer
 
 
 @dataclass(frozen=True, kw_only=True)

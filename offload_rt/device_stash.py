@@ -21,10 +21,11 @@ import torch
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError, StorageFull
+from offload_rt.links import Links
 from offload_rt.scratch import Scratch, ScratchRange
 from offload_rt.stash import Stashed
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 
 
 class DeviceStash:
@@ -56,12 +57,12 @@ class DeviceStash:
         place = None
         if self._scratch is not None and (place := self._place(self._scratch, num_bytes)) is None:
             return None
-        saved = self.links.save(source, slot)
+        saved = self.links.device_copies.save(source, slot)
         self._leaving.append(saved)
         if place is None:
             stashed = _DeviceStashed(self, tensor, self._last, saved=saved, slot=slot)
         else:
-            written = self.links.behind(saved, partial(place.write, slot))
+            written = self.links.device_copies.behind(saved, partial(place.write, slot))
             self._writing[written] = place
             stashed = _DeviceStashed(self, tensor, self._last, saved=written, place=place)
         self._last = weakref.ref(stashed)
@@ -158,14 +159,14 @@ class _DeviceStashed:
                 raise RuntimeError("stash: loaded after its release")
             tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             if self._slot is not None:
-                self._ahead = tensor, links.load(self._slot, tensor, saved=self._saved)
+                self._ahead = tensor, links.device_copies.load(self._slot, tensor, saved=self._saved)
             elif self._place is not None:
                 links.wait(self._saved)
                 stage = self._stash.room(self._place.num_bytes)
                 if stage is None:
                     raise RuntimeError(f"stash: no room for {self._place.num_bytes} bytes that were put away")
                 self._read = self._place.read(stage)
-                self._ahead = tensor, links.load(stage, tensor, after=self._read)
+                self._ahead = tensor, links.device_copies.load(stage, tensor, after=self._read)
         if self._ahead is None:
             raise RuntimeError("stash: loaded after its release")
         return self._ahead

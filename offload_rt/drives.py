@@ -25,9 +25,9 @@ from offload_rt.arena import Arena
 from offload_rt.cache import recall, remember
 from offload_rt.errors import OffloadError
 from offload_rt.file_io import RING_DEPTH, FileIO, OpenFile, RingIO
+from offload_rt.links import Links
 from offload_rt.mounts import file_system_of
 from offload_rt.native import native_core
-from offload_rt.transfer import Links
 
 FILE_BYTES = 32 << 20
 OPERATION_BYTES = 8 << 20

@@ -16,6 +16,7 @@ from offload_rt.discover import Coverage
 from offload_rt.edge import StreamedModule
 from offload_rt.executor import ExecutorCounters, RingExecutor
 from offload_rt.heap import Base, HeapGuard
+from offload_rt.links import Links
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.interface import Training
 from offload_rt.plan_choice import Choice
@@ -26,7 +27,6 @@ from offload_rt.throttle import Throttle
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.layer import Tokenwise
 from offload_rt.tokenwise.tiles import Places
-from offload_rt.transfer import Links
 from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions

@@ -16,8 +16,9 @@ from offload_rt.arena import Slot
 from offload_rt.drives import tune
 from offload_rt.errors import StorageError, StorageFull
 from offload_rt.file_io import open_file, storage_error
+from offload_rt.links import Links
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 from planners.errors import format_bytes
 
 

@@ -32,7 +32,9 @@ from offload_rt.commit_log import Commit, CommitLog
 from offload_rt.commit_record import Version
 from offload_rt.drive_files import digest, open_file, os_error, sync_folder, write_atomically
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageError, StorageFull
-from offload_rt.transfer import Links, OpenFile, Transfer
+from offload_rt.file_io import OpenFile
+from offload_rt.links import Links
+from offload_rt.transfer import Transfer
 from planners.errors import format_bytes
 
 SNAPSHOT_VERSION = 1

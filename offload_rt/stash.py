@@ -15,10 +15,11 @@ import torch
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError, StorageFull
+from offload_rt.links import Links
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.scratch import Scratch, ScratchRange
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 
 GRANULE_BYTES = 64
 """A tensor in HOST takes a multiple of so much, and begins at one: a line of cache."""

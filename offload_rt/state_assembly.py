@@ -18,6 +18,7 @@ from offload_rt.discover import BlockDraft
 from offload_rt.drive_files import write_atomically
 from offload_rt.drives import drive_profile, weights
 from offload_rt.errors import ConfigError
+from offload_rt.links import Links
 from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
 from offload_rt.optimizer.by_name import LAYOUT, layout_json
@@ -43,7 +44,7 @@ from offload_rt.scratch import Scratch
 from offload_rt.store import store_folders
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import NvmeResidence, Residence, Tiers
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, training_sizes
 from planners.plan import Plan, StatePlacement, Tier

@@ -39,9 +39,11 @@ from offload_rt.drive_files import (
 )
 from offload_rt.drives import drive_profile, weights
 from offload_rt.errors import ConfigError, OffloadError, StorageFull, StoreCorrupt
+from offload_rt.file_io import OpenFile
+from offload_rt.links import Links
 from offload_rt.stripes import Stripe, parts, stripe_all
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
-from offload_rt.transfer import Links, OpenFile, Transfer
+from offload_rt.transfer import Transfer
 from planners.errors import format_bytes
 
 STORE_VERSION = 2

@@ -16,6 +16,7 @@ from torch import Tensor
 from offload_rt.arena import Arena, Slot
 from offload_rt.block_profile import median_seconds
 from offload_rt.checksum import crc32c
+from offload_rt.links import Links
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.pieces import TrainedBlock
@@ -23,7 +24,6 @@ from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.state import StateHome
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links
 
 PIECES = 4
 """Stepped in one go; a block takes as long in proportion."""

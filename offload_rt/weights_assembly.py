@@ -21,6 +21,7 @@ from offload_rt.checkpoint.ingest import block_pieces, fill_slot
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
+from offload_rt.links import Links
 from offload_rt.optimizer.parted_weights import PartedWeights
 from offload_rt.recording import Recorder
 from offload_rt.state_assembly import StateAssembly
@@ -28,7 +29,6 @@ from offload_rt.store import STAGING_BYTES, Store
 from offload_rt.store_part import StorePart
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import HostResidence, NvmeResidence, Residence, SplitResidence, Tiers
-from offload_rt.transfer import Links
 from offload_rt.workload import Workload
 from planners.plan import Plan, Ring, Split, Tier
 

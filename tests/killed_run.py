@@ -21,7 +21,7 @@ from offload_rt.commit_layout import MutableExtent, make_log
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
 from offload_rt.file_io import file_io
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 
 PAGE = 4096
 SIZES = {"small": PAGE, "middle": 64 * PAGE, "large": 257 * PAGE}

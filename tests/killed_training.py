@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from offload_rt import transfer
+from offload_rt import links
 from offload_rt.optimizer.training import FullTraining
 from planners.plan import StatePlacement, Tier
 from tests.tiny_training import ROWS, TOKENS, VOCABULARY, Made, Model, Plain, State, adamw, engine, model
@@ -120,7 +120,7 @@ def resume(folder: Path, place: str) -> tuple[Made, Any, Position]:
 
 def kill_after(num_operations: int) -> Callable[..., Any]:
     """`file_io` of a process that ends in place of so many operations later. -1: never."""
-    make, left = transfer.file_io, num_operations
+    make, left = links.file_io, num_operations
 
     def made() -> Any:
         io = make()
@@ -146,7 +146,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             pipe = os.open(Path(folder) / "pipe", os.O_WRONLY)
-            transfer.file_io = kill_after(int(operations))
+            links.file_io = kill_after(int(operations))
             os.write(pipe, ACKNOWLEDGEMENT.pack(os.getpid(), 0))
             run, scheduler, position = resume(Path(folder), place)
             while True:

@@ -17,6 +17,7 @@ from torch import nn
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
+from offload_rt.links import Links
 from offload_rt.optimizer.arrivals import Arrivals, largest_arrival_bytes
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
@@ -24,7 +25,6 @@ from offload_rt.optimizer.rules import AdamWRule
 from offload_rt.recording import HOST, Recorder
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence
-from offload_rt.transfer import Links
 from tests.fake_device import FakeDevice
 
 SIZE = 3000

@@ -15,7 +15,7 @@ from offload_rt.calibrate import keep, measure, remembered
 from offload_rt.cli import calibrate as command
 from offload_rt.cli.main import main
 from offload_rt.errors import ConfigError, StorageError, StorageFull
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 from planners.hardware import load_hardware
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from offload_rt.commit_log import CommitLog
 from offload_rt.commit_record import Record, Version, pack_body
 from offload_rt.errors import StorageError, StorageFull, StoreCorrupt
 from offload_rt.file_io import storage_error
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, holds, make, read, write
 

@@ -13,7 +13,7 @@ from offload_rt.commit_layout import MutableExtent, make_log
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, extents, holds, make, write
 

@@ -13,8 +13,8 @@ from offload_rt.commit_layout import read_layout
 from offload_rt.commit_log import CommitLog
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.errors import StorageTimeout, StoreInUse
+from offload_rt.links import Links
 from offload_rt.native import native_core
-from offload_rt.transfer import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import make, write
 

@@ -13,9 +13,9 @@ from offload_rt.commit_record import Record, RecordInvalid
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError
 from offload_rt.file_io import file_io
+from offload_rt.links import Links
 from offload_rt.native import native_core
 from offload_rt.recording import Recorder
-from offload_rt.transfer import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, content, holds, make, read, write
 

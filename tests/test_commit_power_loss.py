@@ -23,7 +23,7 @@ from offload_rt.commit_layout import Layout, MutableExtent, make_log, read_layou
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError, StoreCorrupt
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 from tests.power_loss import Killed, PlainIO, RecordingIO, every_outcome, random_outcome
 
 PAGE = 4096

@@ -12,8 +12,8 @@ import pytest
 
 from offload_rt.arena import Arena, Region
 from offload_rt.file_io import AiofilesIO, OpenFile, RingIO, file_io, open_file
+from offload_rt.links import Links
 from offload_rt.native import native_core
-from offload_rt.transfer import Links
 
 PAGE = 4096
 NUM_BYTES = 300 * PAGE
@@ -152,7 +152,7 @@ import os, sys
 from offload_rt.arena import Arena
 from offload_rt.file_io import OpenFile, RingIO
 from offload_rt.native import native_core
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 links = Links(io=RingIO(native_core(), "io_uring", register=True))
 arena = Arena("a", 4096)
 links.wait(links.read(OpenFile("data", int(sys.argv[1]), False), 0, arena.acquire(4096, "x")))
@@ -180,7 +180,7 @@ import os, resource, sys
 from offload_rt.arena import Arena
 from offload_rt.file_io import OpenFile, RingIO
 from offload_rt.native import native_core
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 fd, direct, num_bytes = int(sys.argv[1]), sys.argv[2] == "True", int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
 if os.geteuid() == 0:

@@ -19,6 +19,7 @@ from offload_rt.assembly import RuntimeOptions
 from offload_rt.cpu_adam import AdamW
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
+from offload_rt.links import Links
 from offload_rt.optimizer.arrivals import Arrivals
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedParameter, trained_block
@@ -26,7 +27,6 @@ from offload_rt.optimizer.rules import AdamWRule
 from offload_rt.recording import Recorder
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
-from offload_rt.transfer import Links
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
 from planners.plan import DecodeScope, Ring, StatePlacement

@@ -14,8 +14,9 @@ import torch
 
 from offload_rt.arena import Arena
 from offload_rt.file_io import AiofilesIO, open_file
+from offload_rt.links import Links
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter
-from offload_rt.transfer import Leg, Links, Transfer
+from offload_rt.transfer import Leg, Transfer
 
 PAGE = 4096
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
+from offload_rt.links import Links
 from offload_rt.optimizer.job import Job
 from offload_rt.optimizer.on_device import DeviceUpdates, stepping_bytes
 from offload_rt.optimizer.pieces import MASTER, Piece, Segment, TrainedBlock, TrainedParameter, trained_block
@@ -26,7 +27,6 @@ from offload_rt.optimizer.rules import AdamWRule, Scalars, Update
 from offload_rt.recording import Recorder
 from offload_rt.streams import COMPUTE
 from offload_rt.tensor_spec import BlockSpec, TensorSpec, layout_block
-from offload_rt.transfer import Links
 from tests.fake_device import FakeDevice
 
 SIZE = 3000

@@ -12,9 +12,9 @@ from offload_rt import arena as arena_module
 from offload_rt.arena import Arena, Slot
 from offload_rt.cpu_adam import gradient_norm
 from offload_rt.errors import BudgetExceeded, ConfigError, StorageError
+from offload_rt.links import Links
 from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.scratch import Scratch
-from offload_rt.transfer import Links
 from tests.tiny_blocks import FailingIO, blocks, gradients_of
 from tests.waiting import Waiting
 

@@ -16,7 +16,7 @@ from offload_rt import mapped, peaks
 from offload_rt.arena import Arena
 from offload_rt.comparison import peak_lines
 from offload_rt.drives import drive_profile
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 from offload_rt.workload import RuntimeOptions
 from planners.plan import StatePlacement, Tier
 from tests.conftest import build_base, build_lora, language_batch

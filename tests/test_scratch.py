@@ -11,8 +11,8 @@ import torch
 from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageFull
 from offload_rt.file_io import AiofilesIO
+from offload_rt.links import Links
 from offload_rt.scratch import Scratch
-from offload_rt.transfer import Links
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096
@@ -53,7 +53,7 @@ def test_the_file_has_no_name(scratch, disk_folder):
 def test_it_is_gone_when_the_process_is_killed(disk_folder):
     code = (
         "import os, signal, sys; from pathlib import Path; from offload_rt.scratch import Scratch; "
-        "from offload_rt.transfer import Links; s = Scratch(Path(sys.argv[1]), 1 << 20, Links()); "
+        "from offload_rt.links import Links; s = Scratch(Path(sys.argv[1]), 1 << 20, Links()); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(disk_folder)], cwd=ROOT, timeout=60)

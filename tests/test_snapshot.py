@@ -17,8 +17,8 @@ from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageFull, StoreCorrupt
 from offload_rt.file_io import file_io
+from offload_rt.links import Links
 from offload_rt.snapshot import load_snapshot, save_snapshot
-from offload_rt.transfer import Links
 from tests.power_loss import PlainIO
 
 PAGE = 4096

@@ -8,10 +8,10 @@ import torch
 from offload_rt.arena import Arena
 from offload_rt.errors import StorageError
 from offload_rt.file_io import AiofilesIO
+from offload_rt.links import Links
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash
-from offload_rt.transfer import Links
 
 PAGE = 4096
 

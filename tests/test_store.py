@@ -23,10 +23,10 @@ from offload_rt.drive_files import MARKER, write_atomically
 from offload_rt.drives import DriveProfile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
 from offload_rt.file_io import AiofilesIO, file_io
+from offload_rt.links import Links
 from offload_rt.native import native_core
 from offload_rt.store import Store
 from offload_rt.tensor_spec import TensorSpec, layout_block
-from offload_rt.transfer import Links
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096
@@ -442,7 +442,7 @@ from pathlib import Path
 from offload_rt.config import NvmePath
 from offload_rt.drives import DriveProfile
 from offload_rt.store import Store
-from offload_rt.transfer import Links
+from offload_rt.links import Links
 store = Store([NvmePath(path=Path(sys.argv[1]))], "key", Links())
 print("held", flush=True)
 time.sleep(60)

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from offload_rt.arena import Arena
 from offload_rt.errors import OffloadError, StorageError, StorageTimeout
 from offload_rt.executor import RingExecutor
+from offload_rt.links import Links
 from offload_rt.recording import HOST, Recorder
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 from planners.placement import Tier
 from planners.plan import Ring
 from planners.schedule import Phase, walk
@@ -244,7 +245,7 @@ def test_a_device_that_hangs_is_a_timeout_that_names_the_copy() -> None:
 
 
 def test_a_drive_that_hangs_is_a_timeout(monkeypatch) -> None:
-    monkeypatch.setattr("offload_rt.transfer.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("offload_rt.links.WAIT_SECONDS", 0.2)
     bench = Bench(Tier.NVME, late_seconds=0.0)
     bench.store.late_seconds = 1.0
     with pytest.raises(StorageTimeout):

@@ -11,11 +11,11 @@ import torch
 
 from offload_rt.arena import Arena
 from offload_rt.drive_files import open_file
+from offload_rt.links import Links
 from offload_rt.meter import Meter
 from offload_rt.paced_stash import PacedStash
 from offload_rt.stash import HostStash
 from offload_rt.throttle import IN, OUT, Pipe, Throttle
-from offload_rt.transfer import Links
 from planners.hardware import named_hardware
 
 MIB = 1 << 20

@@ -15,9 +15,9 @@ import torch
 from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
 from offload_rt.file_io import AiofilesIO, OpenFile, file_io, storage_error
+from offload_rt.links import Links
 from offload_rt.native import native_core
 from offload_rt.recording import Recorder
-from offload_rt.transfer import Links
 
 PAGE = 4096
 
@@ -406,7 +406,7 @@ class Part:
 
 def test_joined_transfers_share_one_deadline(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("offload_rt.transfer.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("offload_rt.links.time.monotonic", lambda: clock[0])
     links = Links(io=StuckIO())
     parts = [Part(clock, 3.0) for _ in range(4)]
     links.join("four", parts).wait(7.0)

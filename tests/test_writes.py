@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from offload_rt import drives, transfer
+from offload_rt import drives, links
 from offload_rt.workload import RuntimeOptions
 from planners.plan import Tier
 from tests.full_parity import Case, make_engine, one_loss
@@ -51,8 +51,8 @@ class Writes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ranges: list[tuple[str, int, int]] = []
         self.tuned: dict[str, tuple[int, int]] = {}
-        make = transfer.file_io
-        monkeypatch.setattr(transfer, "file_io", lambda: self._watch(make()))
+        make = links.file_io
+        monkeypatch.setattr(links, "file_io", lambda: self._watch(make()))
 
     def _watch(self, io: Any) -> Any:
         start, tune = io.start, io.tune

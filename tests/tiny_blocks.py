@@ -14,10 +14,10 @@ from offload_rt.commit_layout import make_log
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
 from offload_rt.file_io import storage_error
+from offload_rt.links import Links
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import Scalars, StateTensor, Update
 from offload_rt.optimizer.state import log_extents
-from offload_rt.transfer import Links
 from tests.power_loss import PlainIO
 
 ELEMENTS = 8192

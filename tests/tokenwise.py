@@ -16,11 +16,11 @@ from offload_rt.access import ResidentAccess
 from offload_rt.arena import Arena
 from offload_rt.block import Block
 from offload_rt.decoder import Decoder
+from offload_rt.links import Links
 from offload_rt.stash import HostStash
 from offload_rt.tensor_spec import BlockSpec
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
-from offload_rt.transfer import Links
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
+from offload_rt.links import Links
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 
 ALIGNMENT_BYTES = 64
 ARRIVING_SLOTS = 2
@@ -94,7 +95,7 @@ class Arrivals:
         for index, gradient in gradients.items():
             trained, place = block.parameters[index], places[index]
             source = gradient.to(trained.parameter.dtype).contiguous()
-            copies.append(self._links.save(source, place))
+            copies.append(self._links.device_copies.save(source, place))
             arrived[index] = place.tensor(source.dtype, source.shape)
         arrival = Arrival(copies, lambda: take(arrived))
         self._last = arrival

@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from offload_rt.arena import Arena
+from offload_rt.links import Links
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.recording import HOST, RETURNED
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 
 LANDING_SLOTS = 2
 """Ranges of new weights in HOST memory: one is rounded while another is copied."""
@@ -61,7 +62,7 @@ class Landing:
         yield slot.tensor(weights.dtype, weights.shape)
         if self._links.recorder is not None:
             self._links.recorder.use("new weights", writes=[slot.range], lane=HOST, also=RETURNED)
-        self._unordered.append(self._links.load(slot, weights))
+        self._unordered.append(self._links.device_copies.load(slot, weights))
         self.num_copies += 1
 
     def order(self) -> None:

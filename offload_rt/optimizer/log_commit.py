@@ -27,12 +27,12 @@ from offload_rt.commit_log import CommitLog
 from offload_rt.drive_files import write_atomically
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError
+from offload_rt.links import Links
 from offload_rt.optimizer.by_name import LAYOUT, layout_json, read_layout_json
 from offload_rt.optimizer.interface import Values
 from offload_rt.optimizer.pieces import MASTER, TrainedBlock
 from offload_rt.optimizer.state import STATE_PREFIX
 from offload_rt.snapshot import SnapshotLog, copy_commit
-from offload_rt.transfer import Links
 
 OpenLog = Callable[[Path], AbstractContextManager["LogCommit"]]
 PLACES = "places.json"

@@ -8,7 +8,9 @@ from offload_rt.arena import Slot
 from offload_rt.checksum import crc32c
 from offload_rt.commit_log import Commit
 from offload_rt.commit_record import Version
-from offload_rt.transfer import Links, OpenFile, Transfer
+from offload_rt.file_io import OpenFile
+from offload_rt.links import Links
+from offload_rt.transfer import Transfer
 
 
 class MemoryLog:

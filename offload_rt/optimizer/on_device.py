@@ -40,13 +40,14 @@ from offload_rt.arena import Arena, MemoryRange, Slot
 from offload_rt.cpu_adam import AdamW
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.links import Links
 from offload_rt.optimizer.job import Job
 from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock
 from offload_rt.optimizer.rules import AdamWRule, Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import state_tensors
 from offload_rt.streams import Copier, Place
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, TensorSpec, align_up
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 
 ALIGNMENT_BYTES = 64
 UpdateOf = Callable[[Segment, dict[str, Tensor], Tensor, Tensor], Update]

@@ -29,6 +29,7 @@ from torch import Tensor
 from offload_rt.arena import Arena, Slot
 from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
+from offload_rt.links import Links
 from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.job import GradientSource, Job
@@ -38,7 +39,7 @@ from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, Trained
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import Part, StateHome, state_tensors, weights_from_masters
 from offload_rt.recording import HOST
-from offload_rt.transfer import Links, Transfer
+from offload_rt.transfer import Transfer
 
 
 @dataclass(kw_only=True)
