@@ -423,6 +423,8 @@ class Engine:
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._training.before_forward()
+        for layer in self._runtime.layers:
+            layer.without_checkpointing()
         check_batch(model, args, kwargs, self.config, by_chunks=self._runtime.tokenwise is not None)
 
     def _leave_out_absent(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

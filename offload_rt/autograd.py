@@ -96,14 +96,27 @@ class RecomputedLayer:
         self._bindings = block.bindings
         self._forward: Callable[..., Any] = layer.forward
         self._had_own_forward = "forward" in layer.__dict__
+        self._was_checkpointed = False
         self._num_checks = 0
         self._leave_out_product = leave_out_product
 
     def attach(self) -> None:
         self.layer.forward = self
+        self.without_checkpointing()
+
+    def without_checkpointing(self) -> None:
+        """Turns off, until `detach`, the checkpointing that transformers puts around a layer: around its `forward`, or,
+        before 5.23, around its `__call__`, where the layer would run a third time. It may be turned on at any time.
+        """
+        if getattr(self.layer, "gradient_checkpointing", False):
+            self.layer.gradient_checkpointing = False  # type: ignore[assignment]
+            self._was_checkpointed = True
 
     def detach(self) -> None:
         put_forward_back(self.layer, self._forward, had_own=self._had_own_forward)
+        if self._was_checkpointed:
+            self.layer.gradient_checkpointing = True  # type: ignore[assignment]
+            self._was_checkpointed = False
 
     def let_go(self) -> None:
         """Has no memory of its runtime's any more, whoever still holds it: a graph lives as long as its loss."""
@@ -157,6 +170,7 @@ class RecomputedLayer:
             self._deliver(self._sums.pop(this_pass))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.without_checkpointing()
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.counters.num_forwards += 1
@@ -185,20 +199,13 @@ class RecomputedLayer:
         return outputs
 
     def run(self, args: Any, kwargs: Any) -> Any:
-        """The layer's own forward, without the checkpointing that transformers would wrap around it."""
-        flag = getattr(self.layer, "gradient_checkpointing", None)
-        if flag:
-            self.layer.gradient_checkpointing = False  # type: ignore[assignment]
-        try:
-            with self.block.shown(self.layer):
-                output = self._forward(*args, **kwargs)
-            if self._num_checks < CHECKED_CALLS:
-                self._num_checks += 1
-                self._check_output(args, kwargs, output)
-            return output
-        finally:
-            if flag:
-                self.layer.gradient_checkpointing = flag
+        """The layer's own forward."""
+        with self.block.shown(self.layer):
+            output = self._forward(*args, **kwargs)
+        if self._num_checks < CHECKED_CALLS:
+            self._num_checks += 1
+            self._check_output(args, kwargs, output)
+        return output
 
     def _check_output(self, args: Any, kwargs: Any, output: Any) -> None:
         """Finite inputs that give NaN are, most likely, a weight that was read where no hook shows it."""

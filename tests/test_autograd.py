@@ -412,6 +412,38 @@ def test_a_weight_that_is_read_past_its_module_is_said_aloud_and_never_wrong(mak
     assert out.isfinite().all()
 
 
+class CheckpointedCall(PlainLayer):
+    """As transformers' layers were before 5.23: checkpointing lies around `__call__`, where no hook reaches."""
+
+    gradient_checkpointing = False
+
+    def __call__(self, hidden_BTD):
+        if self.gradient_checkpointing and self.training:
+            return torch.utils.checkpoint.checkpoint(super().__call__, hidden_BTD, use_reentrant=False)
+        return super().__call__(hidden_BTD)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_layer_that_checkpoints_around_its_call_does_not_run_a_third_time(wrap, early):
+    model = build_plain(CheckpointedCall, dropout=0.1)
+
+    def turn_on():
+        for layer in model.layers:
+            layer.gradient_checkpointing = True
+
+    if early:
+        turn_on()
+    engine = wrap(model)
+    if not early:
+        turn_on()  # as a trainer does, when it begins
+    loss = engine(batch()).square().mean()
+    loss.backward()
+    assert engine._runtime.layer_counters.num_forwards == len(model.layers)
+    assert engine.report()["prefetch_misses"] == 0
+    engine.close()
+    assert all(layer.gradient_checkpointing for layer in model.layers)
+
+
 def test_closing_gives_the_layers_back_as_they_were(wrap):
     model = build_plain()
     own = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
