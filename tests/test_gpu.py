@@ -109,7 +109,7 @@ def test_a_slot_of_device_memory_is_leased_as_long_as_a_tensor_sees_it(device) -
     assert arena.held_bytes() == 0
     again = arena.acquire(MIB, "b")
     assert torch.isnan(again.tensor(torch.float32, (8,), 4096)).all(), "and after it"
-    with pytest.raises(TypeError, match="no bytes that the host could read"):
+    with pytest.raises(TypeError, match="no bytes that the host can read"):
         again.buffer()
 
 
