@@ -20,8 +20,9 @@ from offload_rt.nf4_layout import nf4_layout
 
 IO_ALIGNMENT_BYTES = 4096
 """What O_DIRECT needs of offsets, lengths and addresses on every drive that was met."""
-TENSOR_ALIGNMENT_BYTES = 64
-"""A cache line, and the widest vector load."""
+TENSOR_ALIGNMENT_BYTES = 256
+"""More than any vector load needs: cuBLASLt's choice of a kernel looks at addresses up to so much, and must be the one
+that it makes for a tensor in an allocation of its own, or the bits differ."""
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,

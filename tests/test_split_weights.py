@@ -16,7 +16,7 @@ from offload_rt.assembly import RuntimeOptions
 from offload_rt.errors import ConfigError, StorageError, StoreCorrupt
 from offload_rt.parted import PartedBytes
 from offload_rt.streams import Copier
-from offload_rt.tensor_spec import TensorSpec, layout_block
+from offload_rt.tensor_spec import TENSOR_ALIGNMENT_BYTES, TensorSpec, layout_block
 from offload_rt.tiers import SplitResidence
 from planners.placement import ClassPlan
 from planners.plan import Plan, Split, Tier
@@ -243,11 +243,12 @@ def test_weights_that_train_are_cut_by_a_plan_file_too(tmp_path):
 
 
 def test_cuts_are_pages_at_which_a_tensor_begins():
-    shapes = [(8,), (2000,), (1024,), (3,), (5000,)]  # begin at bytes 0, 64, 8064, 12160, 12224
+    shapes = [(8,), (2000,), (1024,), (3,), (5000,)]  # begin at bytes 0, 256, 8448, 12544, 12800
     spec = layout_block("b", [TensorSpec(name=str(i), shape=shape, dtype="F32") for i, shape in enumerate(shapes)])
     offsets = [tensor.offset_bytes for tensor in spec.tensors]
-    assert spec.cuts_bytes == (0, PAGE, 2 * PAGE, spec.stored_bytes)
-    assert [spec.first_streamed_bytes(cut) for cut in spec.cuts_bytes[1:]] == [8064, 12160, spec.stored_bytes]
+    assert spec.cuts_bytes == (0, 2 * PAGE, 3 * PAGE, spec.stored_bytes)
+    assert all(offset % TENSOR_ALIGNMENT_BYTES == 0 for offset in offsets)
+    assert [spec.first_streamed_bytes(cut) for cut in spec.cuts_bytes[1:]] == [8448, 12544, spec.stored_bytes]
     for cut in spec.cuts_bytes:
         first = spec.first_streamed_bytes(cut)
         assert cut % PAGE == 0 and cut <= first < cut + PAGE
