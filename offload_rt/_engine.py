@@ -425,6 +425,8 @@ class Engine:
         self._training.before_forward()
         for layer in self._runtime.layers:
             layer.without_checkpointing()
+        if self._runtime.device is not None and self.config.device_memory_bytes is not None:
+            self._runtime.device.keep_within(self.config.device_memory_bytes)
         check_batch(model, args, kwargs, self.config, by_chunks=self._runtime.tokenwise is not None)
 
     def _leave_out_absent(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

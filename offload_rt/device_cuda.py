@@ -1,7 +1,7 @@
 """A CUDA GPU as the tier DEVICE: its memory in arenas, and its four streams, by torch's own calls.
 
-What orders them is in `streams`; here is only what CUDA calls these things. Nothing here runs in the tests, for want of
-a GPU: `benchmarks/gpu.py` begins by checking it on one.
+What orders them is in `streams`; here is only what CUDA calls these things. Little of this runs in the tests, for
+want of a GPU: `benchmarks/gpu.py` begins by checking it on one.
 
 [Note: a lease of device memory]
 An arena is one uint8 tensor. A slot's tensors must hold its lease as RAM's do (see [Note: slot lifetime] in arena), but
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from offload_rt.arena import POISON, Arena, Region, Slot
+from offload_rt.cuda_memory import Bound, bytes_beside_allocator
 from offload_rt.cudart import CudaRuntime, find_cuda_runtime
 from offload_rt.errors import ConfigError, PinningRefused
 from offload_rt.pinning import pin
@@ -148,6 +149,7 @@ class CudaDevice:
         """HOST memory that could not be locked: the driver copies through a buffer of its own, at about half speed."""
         self._peak_bytes = 0
         """Of torch's allocator until a meter began anew."""
+        self._bound = Bound(self.device)
         self._runtime = runtime
 
     def check_stream(self) -> None:
@@ -169,14 +171,21 @@ class CudaDevice:
         return CudaMeter(self.device)
 
     def report(self) -> dict[str, Any]:
-        """The GPU's name; bytes of HOST memory locked or not; what torch's allocator took at most, arenas included."""
+        """The GPU's name; bytes of HOST memory locked or not; what torch's allocator took at most, arenas included, and
+        what the process has of the GPU beside that; how often freed memory was given back.
+        """
         return {
             "name": torch.cuda.get_device_name(self.device),
             "locked_bytes": self.locked_bytes,
             "pageable_bytes": self.pageable_bytes,
             "allocator_peak_bytes": max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device)),
             "reserved_peak_bytes": torch.cuda.max_memory_reserved(self.device),
+            "beside_allocator_bytes": bytes_beside_allocator(self.device),
+            "trims": self._bound.num_trims,
         }
+
+    def keep_within(self, budget_bytes: int) -> None:
+        self._bound.keep_within(budget_bytes)
 
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         return CudaArena(name, num_bytes, self, poison=poison)
@@ -191,7 +200,8 @@ class CudaDevice:
                 self._runtime = find_cuda_runtime()
             if self._runtime is None or not isinstance(region, Region):
                 raise PinningRefused("no CUDA runtime library was found in this process", code=0)
-            pin(region, self._runtime)
+            with torch.cuda.device(self.device):  # on whose context it is; another GPU's would be made for it
+                pin(region, self._runtime)
         except PinningRefused as refusal:
             self.pageable_bytes += arena.num_bytes
             logger.warning("%s stays pageable, copies from it run at about half speed: %s", arena.name, refusal)

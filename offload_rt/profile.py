@@ -84,10 +84,8 @@ def layer_input_bytes(drafts: list[BlockDraft], *, batch_size: int, seq_len: int
     return batch_size * seq_len * largest
 
 
-def free_memory_bytes(device: str = "cpu") -> int:
-    """What this process may still take: free RAM or what its cgroup leaves, or a GPU's; less a tenth as a reserve."""
-    if device != "cpu":
-        return int(torch.cuda.mem_get_info(torch.device(device))[0]) * 9 // 10
+def free_memory_bytes() -> int:
+    """What this process may still take: free RAM or what its cgroup leaves, less a tenth as a reserve."""
     free = int(psutil.virtual_memory().available)
     limit, usage = cgroup_memory_bytes()
     if limit is not None:

@@ -6,6 +6,7 @@ Reads headers and shapes only; nothing of the model, the drive or memory is chan
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,6 +18,7 @@ from offload_rt.checkpoint import Checkpoint, map_checkpoint
 from offload_rt.checkpoint.ingest import Sources, sources_in_memory, store_key
 from offload_rt.checkpoint.sources import TensorSource
 from offload_rt.config import EngineConfig
+from offload_rt.cuda_memory import capacity_bytes
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
@@ -61,6 +63,9 @@ class TensorDevice(Device, Protocol):
 
     def meter(self) -> MemoryMeter:
         """Counts what its allocator hands out, arenas included."""
+
+    def keep_within(self, budget_bytes: int) -> None:
+        """Gives freed memory back where all that the process holds of the device is more than `budget_bytes`."""
 
 
 OPTIMIZER_BYTES_PER_ELEMENT = 8
@@ -312,7 +317,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
             trainable_bytes, activation_bytes, placed=places_transients(workload, activation_bytes)
         ),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
-        device_capacity_bytes=config.device_memory_bytes or free_memory_bytes(config.device),
+        device_capacity_bytes=_device_bytes(model, config),
         host_capacity_bytes=config.host_memory_bytes or (free_memory_bytes() if on_gpu else None),
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
@@ -321,6 +326,16 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         chunked=None if on_gpu else chunked,
         num_micro_batches=config.accumulation_steps,
     )
+
+
+def _device_bytes(model: nn.Module, config: EngineConfig) -> int:
+    """What may lie in DEVICE memory, the model included, where it is there already."""
+    if config.device == "cpu":
+        return config.device_memory_bytes or free_memory_bytes()
+    device = torch.device(config.device)
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == device}
+    return capacity_bytes(device, config.device_memory_bytes, sum(held.values()))
 
 
 def gradients_under_way_bytes(workload: Workload) -> int:

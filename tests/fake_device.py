@@ -211,6 +211,7 @@ class FakeDevice:
         self.arenas: list[str] = []
         self.locked: list[str] = []
         self.num_meters = 0
+        self.kept_within: list[int] = []
         self.threads_on_compute: set[int] = set()
 
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
@@ -221,6 +222,9 @@ class FakeDevice:
         """Of the calling thread, where torch's kernels run."""
         self.num_meters += 1
         return AllocationMeter()
+
+    def keep_within(self, budget_bytes: int) -> None:
+        self.kept_within.append(budget_bytes)
 
     def check_stream(self) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from offload_rt.config import EngineConfig, parse_adapters, parse_bytes, parse_nvme
 from offload_rt.errors import ConfigError
@@ -81,6 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _let_segments_grow() -> None:
+    """Keeps a GPU's memory from fragmenting, unless the user has said how it is to be allocated.
+
+    For a process of our own, before it imports torch: see [Note: fragmentation] in `cuda_memory`.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Checks what can be checked without torch, then trains."""
     if arguments.steps is None and arguments.epochs is None:
@@ -104,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_grad_norm=arguments.max_grad_norm,
     )
 
+    _let_segments_grow()
     from offload_rt.cli.train_run import train_from_arguments
 
     return train_from_arguments(arguments)

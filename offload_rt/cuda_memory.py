@@ -1,0 +1,110 @@
+"""What a process holds of a GPU's memory: in torch's allocator, and beside it. Nothing here has run without a stand-in
+for `torch.cuda` but on a GPU.
+
+[Note: beside the allocator]
+A CUDA context, kernels, which are loaded at their first use, and what libraries take by themselves are in no count of
+torch's: some 500 MiB. A budget of device memory is for these too, since the card must have room for them. The driver
+says what each process has of a GPU (NVML); where it does not, in containers and on WSL2, what is in use of the card and
+not torch's is taken for it, which is too much where others use the card. Products need workspaces, one for each thread
+and stream, up to 32 MiB, which torch allocates and keeps: they are the allocator's, from `settle` on.
+
+[Note: fragmentation]
+What a plan leaves to torch's allocator are tensors of many sizes that come and go; arenas are one allocation each, and
+cannot be torn. Freed memory whose segments fit nothing makes the allocator reserve more than is in use. Segments that
+grow (`expandable_segments`) do not do that, but that is a setting of the whole process: `offload-rt train`, which has a
+process of its own, turns it on, an engine in a user's process does not. A `torch.cuda.MemPool` would be ours alone, but
+has the same segments of fixed sizes, takes the allocations of one thread only, where a backward pass has another, and
+what is free in it is of no use outside. So an engine looks before each call of the model: where the allocator has
+reserved more than the budget has room for, freed memory goes back to the driver (`keep_within`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+
+import torch
+
+from offload_rt.errors import ConfigError
+from planners.errors import format_bytes
+
+logger = logging.getLogger("offload_rt")
+
+
+def settle(device: torch.device) -> None:
+    """Makes CUDA and cuBLAS take what they keep, for the calling thread and that of its backward passes. Blocks."""
+    one = torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    one.mm(one).sum().backward()  # type: ignore[no-untyped-call]
+    torch.cuda.current_stream(device).synchronize()
+
+
+def bytes_beside_allocator(device: torch.device) -> int:
+    """See [Note: beside the allocator]. Takes milliseconds."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    used_bytes = total_bytes - free_bytes
+    ours = _bytes_of_this_process(device)
+    if ours is not None:
+        used_bytes = min(used_bytes, ours)
+    return max(0, used_bytes - torch.cuda.memory_reserved(device))
+
+
+def capacity_bytes(device: torch.device, budget_bytes: int | None, model_bytes: int) -> int:
+    """What a plan may place in the GPU's memory: of a budget, or of what is free less a tenth, where there is none.
+
+    model_bytes: of what torch has allocated there, the model's, which is the plan's. Raises ConfigError where the
+    budget has no room for what is there already.
+    """
+    settle(device)
+    others_bytes = max(0, torch.cuda.memory_allocated(device) - model_bytes)
+    if budget_bytes is None:
+        cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (int(torch.cuda.mem_get_info(device)[0]) + cached_bytes) * 9 // 10
+    beside_bytes = bytes_beside_allocator(device)
+    left_bytes = budget_bytes - beside_bytes - others_bytes
+    if left_bytes <= 0:
+        raise ConfigError(
+            f"device_memory: {format_bytes(budget_bytes)} is less than what this process has of {device} already: "
+            f"{format_bytes(beside_bytes)} of CUDA's own, {format_bytes(others_bytes)} of tensors and workspaces"
+        )
+    return left_bytes
+
+
+class Bound:
+    """Keeps what the process holds of one GPU within a budget. See [Note: fragmentation]."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.num_trims = 0
+        self._device = device
+        self._beside_bytes = bytes_beside_allocator(device)
+
+    def keep_within(self, budget_bytes: int) -> None:
+        """Gives freed memory back to the driver if there is more than `budget_bytes`; waits for the GPU then."""
+        if torch.cuda.memory_reserved(self._device) + self._beside_bytes <= budget_bytes:
+            return
+        self._beside_bytes = bytes_beside_allocator(self._device)  # kernels were loaded meanwhile
+        with torch.cuda.device(self._device):
+            torch.cuda.empty_cache()
+        self.num_trims += 1
+        if self.num_trims == 1:
+            logger.warning(
+                "torch's allocator had reserved more than device_memory has room for; freed memory goes back to the "
+                "driver each time, which waits for the GPU. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the "
+                "environment keeps it from that"
+            )
+
+
+def _bytes_of_this_process(device: torch.device) -> int | None:
+    """What the driver says that this process has of the GPU; None where it does not know the process."""
+    with contextlib.suppress(Exception):  # pynvml has errors of its own, and may be missing
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        try:
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return int(process.usedGpuMemory)
+        finally:
+            nvml.nvmlShutdown()
+    return None

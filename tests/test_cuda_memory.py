@@ -1,0 +1,127 @@
+"""What a GPU's budget is for, and how it is kept, with a stand-in for `torch.cuda` and for the driver."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from offload_rt import cuda_memory
+from offload_rt._engine import Engine
+from offload_rt.config import EngineConfig
+from offload_rt.cuda_memory import Bound, bytes_beside_allocator, capacity_bytes
+from offload_rt.errors import ConfigError
+from offload_rt.workload import RuntimeOptions, find_workload, streaming_problem
+from tests.conftest import build_plain
+from tests.fake_device import FakeDevice
+
+GPU = torch.device("cuda", 0)
+MIB = 1 << 20
+PID = 4711
+
+
+class Card:
+    """A GPU of 1000 MiB. What others have of it; what this process has: a context, and torch's allocator."""
+
+    def __init__(self) -> None:
+        self.others, self.context, self.reserved, self.allocated = 0, 300 * MIB, 0, 0
+        self.num_emptied = 0
+
+    @property
+    def free(self) -> int:
+        return 1000 * MIB - self.others - self.context - self.reserved
+
+    def settle(self, device: torch.device) -> None:
+        self.reserved, self.allocated = self.reserved + 20 * MIB, self.allocated + 16 * MIB
+
+    def empty_cache(self) -> None:
+        self.reserved = self.allocated
+        self.num_emptied += 1
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    replaced: dict[str, Callable[..., Any]] = {
+        "mem_get_info": lambda device: (card.free, 1000 * MIB),
+        "memory_reserved": lambda device: card.reserved,
+        "memory_allocated": lambda device: card.allocated,
+        "empty_cache": card.empty_cache,
+        "get_device_properties": lambda device: SimpleNamespace(uuid="u"),
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(cuda_memory, "settle", card.settle)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    return card
+
+
+def driver(card: Card, pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver knows one process, by a number that this one may not have (in a container, say)."""
+    nvml: Any = ModuleType("pynvml")
+    nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: {"GPU-u": "handle"}[uuid]
+    nvml.nvmlDeviceGetComputeRunningProcesses = lambda handle: [
+        SimpleNamespace(pid=pid, usedGpuMemory=card.context + card.reserved)
+    ]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(cuda_memory.os, "getpid", lambda: PID)
+
+
+def test_what_lies_beside_the_allocator_is_this_processs_where_the_driver_says_so(card: Card, monkeypatch) -> None:
+    card.reserved = 100 * MIB
+    assert bytes_beside_allocator(GPU) == 300 * MIB
+    card.others = 200 * MIB
+    assert bytes_beside_allocator(GPU) == 500 * MIB, "nobody says whose it is"
+    driver(card, PID, monkeypatch)
+    assert bytes_beside_allocator(GPU) == 300 * MIB
+    driver(card, PID + 1, monkeypatch)
+    assert bytes_beside_allocator(GPU) == 500 * MIB
+
+
+def test_a_budget_is_for_the_context_and_for_tensors_of_others_too(card: Card) -> None:
+    card.reserved, card.allocated = 100 * MIB, 90 * MIB
+    # 300 of context, 16 of workspaces that come when it is asked, and of what was there 50 that are not the model's
+    assert capacity_bytes(GPU, 600 * MIB, 40 * MIB) == (600 - 300 - 16 - 50) * MIB
+    with pytest.raises(ConfigError, match="300 MiB of CUDA's own, 82 MiB of tensors and workspaces"):
+        capacity_bytes(GPU, 381 * MIB, 40 * MIB)
+
+
+def test_without_a_budget_it_is_what_is_free_of_the_card_and_of_the_allocator_less_a_tenth(card: Card) -> None:
+    card.reserved, card.allocated = 100 * MIB, 90 * MIB
+    assert capacity_bytes(GPU, None, 0) == (1000 - 300 - 120 + 14) * MIB * 9 // 10
+
+
+def test_the_planner_is_told_what_is_left_of_a_gpus_budget(card: Card) -> None:
+    config = EngineConfig(device="cuda:0", device_memory_bytes=500 * MIB, host_memory_bytes=64 * MIB)
+    model: nn.Module = build_plain()
+    workload = find_workload(model, None, config, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
+    assert streaming_problem(workload).device_capacity_bytes == (500 - 300 - 16) * MIB
+
+
+def test_freed_memory_goes_back_when_more_is_reserved_than_the_budget_has_room_for(card: Card, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    card.reserved, card.allocated = 200 * MIB, 50 * MIB
+    bound = Bound(GPU)
+    bound.keep_within(500 * MIB)
+    assert (card.num_emptied, bound.num_trims) == (0, 0), "budget exactly met"
+    bound.keep_within(500 * MIB - 1)
+    assert (card.num_emptied, bound.num_trims, card.reserved) == (1, 1, 50 * MIB)
+    bound.keep_within(500 * MIB - 1)
+    assert card.num_emptied == 1
+
+
+def test_an_engine_keeps_its_device_within_the_budget_at_each_call() -> None:
+    device = FakeDevice(kernels_are_late=False)
+    arguments: dict[str, Any] = {"batch_size": 2, "seq_len": 6, "host_memory": "20MiB", "device_memory": "64MiB"}
+    with Engine(build_plain(), device="cpu", options=RuntimeOptions(device=device), **arguments) as engine:
+        for _ in range(2):
+            engine(torch.randn(2, 6, 8))
+    device.close()
+    assert device.kept_within == [64 * MIB] * 2
