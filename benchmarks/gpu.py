@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--json FILE] [--trace FILE] [--minutes 7.5] [--shapes 1b 8b] [--sections ...] [--smoke]
 
-The sections, in this order; one that fails is recorded with its error, and the others still run:
+The sections, in this order:
 
     parity   tests/test_gpu.py: bits of the kernels, leases, real streams, training against plain PyTorch. If it fails,
              so does the command: the other numbers are then those of something that is wrong.
@@ -10,25 +10,29 @@ The sections, in this order; one that fails is recorded with its error, and the 
              device
     decode   NF4 to bf16, against a copy that moves as many bytes, for several shapes and cuts of the kernel
     adam     AdamW, against a copy that moves as many bytes, and torch's fused one
-    steps    a QLoRA step of Llamas, 4096 tokens (gpu_step.py). Ours are held to --device-memory of the GPU by torch's
-             allocator itself; `plain` has all of it:
+    steps    a step of Llamas, 4096 tokens (gpu_steps.py). Ours are held to --device-memory of the GPU, or to what
+             stands behind an @, by torch's allocator itself; others have all of it:
                  plain      bf16 in device memory, transformers + peft, every layer recomputed
                  resident   ours, NF4, all layers in device memory after the first step
-                 host       ours, NF4, layers stream from HOST
+                 host       ours, NF4, layers stream from HOST; with 24, 16, 12 and 8 GiB
                  swap       the same, of whose activations half are swapped to HOST, by chunks of tokens
+                 fsdp2      FSDP2 with `CPUOffloadPolicy`, adapters on bf16
                  full       ours, bf16, all parameters train; masters, moments and weights rest in HOST
                  full_device  the same, half of whose updates are the GPU's (on a CPU: none)
+                 full_plain, full_fsdp2  the same training, all in device memory, and under FSDP2
+                 bnb        bitsandbytes' NF4 in device memory, where it is installed
                  nvme       ours, NF4, layers stream from NVMe (--nvme DIR; not by default)
              with the streams' busy time in a profiled step, and what `host` should take: the larger of `resident`'s
              time and the bytes that it moves at the bandwidth of `links`
 
-Ratios are taken within a round. --smoke is the same with small shapes, and runs on a CPU too, where there are no
-streams: a test of the script, no measurement.
+Every section and every contender is a process of its own with a time limit, and the JSON is written after each: what
+fails or hangs takes nothing with it. Ratios are taken within a round. --smoke is the same with small shapes, and runs
+on a CPU too, where there are no streams: a test of the script, no measurement.
 """
 
 import argparse
+import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -39,31 +43,23 @@ from typing import Any
 
 import rounds
 import torch
+from limited import run_limited
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+import gpu_steps  # noqa: E402
 
 from offload_rt import codec, cpu_adam  # noqa: E402
 from offload_rt.arena import Arena  # noqa: E402
 from offload_rt.cpu_adam import AdamW  # noqa: E402
 from offload_rt.nf4_layout import nf4_layout  # noqa: E402
-from offload_rt.profile import free_memory_bytes  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SECTIONS = ("parity", "links", "decode", "adam", "steps")
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "tiny": (128, 256, 5, 4, 2, 512),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "3b": (3072, 8192, 28, 24, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-    "13b": (5120, 13824, 40, 40, 40, 32000),
-}
-STEP_SECONDS = {"tiny": 20.0, "1b": 40.0, "3b": 60.0, "8b": 75.0, "13b": 100.0}
-"""Left on the clock, or a contender is not begun: starting, filling, encoding, warming up and five steps."""
-KINDS = ("plain", "resident", "host", "swap", "full", "full_device")
-BYTES_PER_PARAMETER = 24
-"""Of HOST memory, where all train: the model as it is made, weights, gradients, master, two moments, and some room."""
+LIMITS = {"parity": 200.0, "links": 40.0, "decode": 80.0, "adam": 40.0}
+"""Seconds; a section that is not done by then is ended. The steps have what is left."""
 RATE = "bytes_per_second"
 
 
@@ -92,10 +88,12 @@ def machine() -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
         }  # fmt: skip
         query = "driver_version,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm,power.limit"
-        asked = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False
-        )
-        found["nvidia_smi"] = dict(zip(query.split(","), asked.stdout.strip().split(", "), strict=False))
+        with contextlib.suppress(OSError):  # not everywhere
+            asked = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+                capture_output=True, text=True, check=False, timeout=30,
+            )  # fmt: skip
+            found["nvidia_smi"] = dict(zip(query.split(","), asked.stdout.strip().split(", "), strict=False))
         try:
             import triton
 
@@ -105,16 +103,17 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def parity(options: argparse.Namespace) -> dict[str, Any]:
-    """The gate. Each module of tests in a process of its own, with the kernels compiled, not interpreted."""
-    late = ["tests/test_streams.py", "tests/test_arrivals.py", "tests/test_device_stash.py"]
-    files = late if options.smoke else ["tests/test_gpu.py", *late]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *files]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    result = {"ok": done.returncode == 0, "summary": lines[-1] if lines else done.stderr[-500:]}
-    if done.returncode:
-        result["tail"] = (done.stdout[-6000:] + done.stderr[-1000:]).splitlines()
+def parity(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """The gate, in a process of its own, with the kernels compiled, not interpreted."""
+    tests = HERE.parent / "tests" / ("test_streams.py" if options.smoke else "test_gpu.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rs", str(tests)]
+    ended = run_limited([*command, f"--rootdir={HERE.parent}"], seconds)
+    lines = ended.tail.strip().splitlines() or ["nothing was written"]
+    result: dict[str, Any] = {"ok": ended.code == 0, "summary": lines[-1]}
+    if ended.code is None:
+        result["error"] = f"not done after {seconds:.0f} s"
+    if ended.code != 0:
+        result["tail"] = lines
     return result
 
 
@@ -247,124 +246,102 @@ def adam(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def steps(options: argparse.Namespace, deadline: float, found: dict[str, Any]) -> dict[str, Any]:
-    """Each contender in a process of its own, one after the other: two do not fit beside each other."""
-    contenders = [*options.contenders, *(["nvme"] if options.nvme else [])]
-    results: dict[str, Any] = {}
-    for shape in options.shapes:
-        rows: dict[str, Any] = {}
-        for kind in contenders:
-            needed = BYTES_PER_PARAMETER * parameters_of(SHAPES[shape])
-            if kind.startswith("full") and needed > free_memory_bytes():
-                rows[kind] = {"skipped": f"{needed / 2**30:.0f} GiB of RAM are needed"}
-                continue
-            left = deadline - time.monotonic()
-            if left < STEP_SECONDS[shape]:
-                rows[kind] = {"skipped": f"{left:.0f} s were left"}
-                continue
-            rows[kind] = _contender(options, shape, kind, left)
-        results[shape] = {"contenders": rows} | _verdict(rows, found)
-    return results
-
-
-def parameters_of(shape: tuple[int, ...]) -> int:
-    """Parameters of a Llama, norms left out."""
-    hidden, intermediate, layers, heads, key_value_heads, vocabulary = shape
-    attention = 2 * hidden * hidden + 2 * hidden * hidden * key_value_heads // heads
-    return layers * (attention + 3 * hidden * intermediate) + 2 * vocabulary * hidden
-
-
-def _contender(options: argparse.Namespace, shape: str, kind: str, left: float) -> dict[str, Any]:
-    settings = {
-        "kind": kind, "shape": SHAPES[shape], "tokens": options.tokens, "steps": 2 if options.smoke else 5,
-        "device": DEVICE, "device_memory": options.device_memory, "nvme": options.nvme,
-        "profiled": kind in ("host", "full", "full_device"),
-        "trace": options.trace if (kind, shape) == (options.traced, options.shapes[-1]) else None,
-    }  # fmt: skip
-    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
+def measured(section: str, options: argparse.Namespace, words: list[str], seconds: float) -> dict[str, Any]:
+    """A section in a process of its own, which ends with its time; what it has taken of the GPU goes with it."""
+    if section == "parity":
+        return parity(options, seconds)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = [sys.executable, str(HERE / "gpu_step.py"), json.dumps(settings | {"out": str(out)})]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=environment, timeout=max(left, 1)
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {left:.0f} s"}
-        if done.returncode or not out.exists():
-            return {"error": done.stderr.strip().splitlines()[-12:]}
-        result: dict[str, Any] = json.loads(out.read_text())
-        return result
+        ended = run_limited([sys.executable, __file__, *words, "--only", section, "--out", str(out)], seconds)
+        if out.exists():
+            found: dict[str, Any] = json.loads(out.read_text())
+            return found
+        if ended.code is None:
+            return {"error": f"not done after {seconds:.0f} s", "tail": ended.tail.splitlines()[-12:]}
+        return {"error": f"ended with {ended.code}", "tail": ended.tail.splitlines()[-12:]}
 
 
-def _verdict(rows: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Ratios of medians, and the prediction: these processes did not share a round, so spreads stand beside them."""
-    took = {kind: row["seconds"]["median"] for kind, row in rows.items() if "seconds" in row}
-    verdict: dict[str, Any] = {
-        "time_over_plain": {kind: took[kind] / took["plain"] for kind in KINDS[1:4] if {kind, "plain"} <= took.keys()},
-    }
-    if {"full", "full_device"} <= took.keys():
-        verdict["full_device_over_full"] = took["full_device"] / took["full"]
-    link = found.get("links", {}).get(RATE, {}).get("to_device")
-    if "host" in took and "resident" in took and link:
-        moving = rows["host"]["copied_bytes_a_step"] / link["median"]
-        predicted = max(took["resident"], moving)
-        verdict |= {
-            "speed_over_resident": took["resident"] / took["host"],
-            "aim_over_resident": 0.95,
-            "predicted_seconds": predicted,
-            "moving_seconds": moving,
-            "measured_over_predicted": took["host"] / predicted,
-        }
-    return verdict
-
-
-def main() -> int:
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trace", help="where a profiled step of the last shape goes (Perfetto, .json.gz)")
-    parser.add_argument("--traced", choices=("host", "full", "full_device"), default="host", help="whose step that is")
-    parser.add_argument("--minutes", type=float, default=7.5, help="no contender is begun that would end later")
+    parser.add_argument("--traced", choices=gpu_steps.PROFILED, default="host", help="whose step that is")
+    parser.add_argument("--minutes", type=float, default=7.5, help="what is not done by then is left out or ended")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=None)
-    parser.add_argument("--contenders", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--shapes", nargs="+", choices=list(gpu_steps.SHAPES), default=None)
+    parser.add_argument("--contenders", nargs="+", default=list(gpu_steps.DEFAULT))
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--device-memory", default="24GiB")
     parser.add_argument("--nvme", help="a folder on an SSD: adds the contender that streams from it")
     parser.add_argument("--smoke", action="store_true", help="small shapes; runs without a GPU")
+    parser.add_argument("--only", choices=SECTIONS[1:4], help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    parser = parser_of()
     options = parser.parse_args()
     if not GPU and not options.smoke:
         parser.error("torch finds no GPU; --smoke runs without one")
+    if (wrong := gpu_steps.check_names(options.contenders)) is not None:
+        parser.error(wrong)
     options.shapes = options.shapes or (["tiny"] if options.smoke else ["1b", "8b"])
     options.tokens = options.tokens or (64 if options.smoke else 4096)
     if options.smoke:
         options.rounds = 2
+    if options.only:
+        found = {"links": links, "decode": decode, "adam": adam}[options.only](options)
+        options.out.write_text(json.dumps(found), encoding="utf-8")
+        return 0
     begun = time.monotonic()
     deadline = begun + 60 * options.minutes
-    result: dict[str, Any] = {"machine": machine(), "smoke": options.smoke, "circumstances": rounds.circumstances()}
+    result: dict[str, Any] = {
+        "machine": machine(), "smoke": options.smoke, "circumstances": rounds.circumstances(),
+        "installed": gpu_steps.installed(),
+    }  # fmt: skip
+
+    def save() -> None:
+        """So that a run that is cut off leaves what it has."""
+        result["seconds"] = round(time.monotonic() - begun, 1)
+        if options.json:
+            part = options.json.with_name(options.json.name + ".part")
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            part.replace(options.json)
+
+    def steps() -> dict[str, Any]:
+        def done(found: dict[str, Any]) -> None:
+            result["steps"] = found
+            save()
+
+        link = result.get("links", {}).get(RATE, {}).get("to_device")
+        return gpu_steps.steps(options, DEVICE, deadline, link, done)
+
     for section in options.sections:
         start = time.monotonic()
+        left = deadline - start
         try:
             if section == "steps":
-                result[section] = steps(options, deadline, result)
+                result[section] = steps()
+            elif left < 10:
+                result[section] = {"error": f"{left:.0f} s were left"}
             else:
-                result[section] = {"parity": parity, "links": links, "decode": decode, "adam": adam}[section](options)
+                limit = LIMITS[section] * (5 if options.smoke else 1)
+                result[section] = measured(section, options, sys.argv[1:], min(limit, left))
         except Exception as error:  # noqa: BLE001 - the next section may still tell something
-            result[section] = {"error": f"{type(error).__name__}: {error}"}
+            result[section] = result.get(section, {}) | {"error": f"{type(error).__name__}: {error}"}
         result[section]["section_seconds"] = round(time.monotonic() - start, 1)
         print(f"{section}: {result[section]['section_seconds']} s", file=sys.stderr, flush=True)
-        if options.json:  # after each, so that a run that is cut off leaves what it has
-            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    result["seconds"] = round(time.monotonic() - begun, 1)
-    text = json.dumps(result, indent=1) + "\n"
-    if options.json:
-        options.json.write_text(text, encoding="utf-8")
+        save()
     print(summary_of(result))
     failed = [name for name in options.sections if "error" in result[name] or result[name].get("ok") is False]
     for shape in options.shapes:
-        rows = result.get("steps", {}).get(shape, {}).get("contenders", {})
-        failed += [f"{shape} {kind}: {row['error']}" for kind, row in rows.items() if "error" in row]
+        found = result.get("steps", {}).get(shape, {})
+        failed += [
+            f"{shape} {name}: {of['error']}" for name, of in found.get("contenders", {}).items() if "error" in of
+        ]
+        failed += [f"{shape} {name}: more than its budget" for name in found.get("beyond_their_budget", [])]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -375,6 +352,9 @@ def summary_of(result: dict[str, Any]) -> str:
     lines = [f"{result['machine']['name']}, {result['seconds']:.0f} s" + (" (smoke)" if result["smoke"] else "")]
     if "summary" in result.get("parity", {}):
         lines.append(f"parity: {result['parity']['summary']}")
+    for name in ("links", "decode", "adam"):
+        if "error" in result.get(name, {}):
+            lines.append(f"{name}: {result[name]['error']}")
     for name, speed in result.get("links", {}).get(RATE, {}).items():
         lines.append(f"{name}: {speed['median'] / 1e9:.1f} GB/s")
     for shape, row in result.get("decode", {}).get("shapes", {}).items():

@@ -48,11 +48,15 @@ def command(hidden: dict[str, str]) -> str:
 
 def circumstances() -> dict[str, Any]:
     """What a reader needs in order to repeat a measurement."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    try:
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is none
+        commit = ""
     with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
         models = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "kernel": platform.release(),

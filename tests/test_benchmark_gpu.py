@@ -1,9 +1,13 @@
 """benchmarks/gpu.py runs to its end without a GPU, on small shapes, and writes what a reader needs."""
 
+import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,34 +17,115 @@ pytest.importorskip("peft")
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 
 
+def run(out, *words):
+    command = [sys.executable, str(SCRIPT), "--smoke", "--json", str(out), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module
+
+
 @pytest.mark.parametrize(
-    "kinds", [["resident", "host", "swap", "full"], pytest.param(["plain", "full_device"], marks=pytest.mark.full)]
+    "sections, kinds",
+    [
+        (["links"], ["resident", "host"]),
+        pytest.param(
+            ["decode", "adam"],
+            ["plain", "full", "fsdp2", "full_plain", "full_fsdp2", "full_device", "swap", "host@8GiB", "bnb"],
+            marks=pytest.mark.full,
+        ),
+    ],
 )
-def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, kinds):
+def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, sections, kinds):
     out = disk_folder / "out.json"
-    command = [sys.executable, str(SCRIPT), "--smoke", "--json", str(out), "--sections", "links", "decode", "adam"]
-    done = subprocess.run([*command, "steps", "--contenders", *kinds], capture_output=True, text=True, check=False)
+    done = run(out, "--minutes", "20", "--sections", *sections, "steps", "--contenders", *kinds)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     found = json.loads(out.read_text())
     assert found["smoke"] is True
     assert found["machine"]["name"]
-    assert set(found["links"]["bytes_per_second"]) >= {"to_device", "to_host", "both_ways"}
-    assert found["decode"]["shapes"]["96x128"]["over_copy"]["decode"]["median"] > 0
-    assert "ours" in found["adam"]["over_copy"]
+    assert set(found["installed"]) >= {"bitsandbytes", "accelerate", "deepspeed"}
     rows = found["steps"]["tiny"]["contenders"]
     assert list(rows) == kinds
-    assert all(len(row["losses"]) == 2 for row in rows.values())
-    if kinds[0] == "resident":
+    assert all(len(row["losses"]) == 2 for row in rows.values() if "skipped" not in row)
+    if "links" in sections:
+        assert set(found["links"]["bytes_per_second"]) >= {"to_device", "to_host", "both_ways"}
         assert rows["resident"]["losses"] == rows["host"]["losses"], "a plan changes no number"
         assert rows["resident"]["a_step"]["fetches"] == 0 < rows["host"]["a_step"]["fetches"]
         assert found["steps"]["tiny"]["predicted_seconds"] > 0
-        assert rows["swap"]["tokenwise"]["swapped_bytes"] > 0
+    else:
+        assert found["decode"]["shapes"]["96x128"]["over_copy"]["decode"]["median"] > 0
         assert rows["full"]["training"]["num_steps"] == 4
+        assert "ours" in found["adam"]["over_copy"]
+        assert rows["swap"]["tokenwise"]["swapped_bytes"] > 0
+        assert rows["plain"]["losses"] == pytest.approx(rows["fsdp2"]["losses"], rel=1e-2)
+        assert rows["full_plain"]["losses"] == pytest.approx(rows["full_fsdp2"]["losses"], rel=1e-2)
+        assert list(found["steps"]["tiny"]["time_over_full_plain"]) == ["full", "full_fsdp2", "full_device"]
 
 
-def test_without_a_gpu_it_says_so_instead_of_measuring(disk_folder):
+def test_a_section_without_time_is_an_error_and_the_json_is_there(disk_folder):
+    out = disk_folder / "out.json"
+    done = run(out, "--minutes", "0", "--sections", "links", "steps", "--contenders", "host")
+    found = json.loads(out.read_text())
+    assert done.returncode == 1 and "failed: links" in done.stderr
+    assert (
+        "were left" in found["links"]["error"]
+        and "were left" in found["steps"]["tiny"]["contenders"]["host"]["skipped"]
+    )
+
+
+def test_a_command_that_hangs_ends_with_all_that_it_has_started(disk_folder, benchmarks):
+    pid = disk_folder / "pid"
+    limited = benchmarks("limited")
+    ended = limited.run_limited(["sh", "-c", f"echo $$ > {pid}; echo begun; sleep 1000 & sleep 1000"], 3.0)
+    assert ended.code is None and "begun" in ended.tail
+    for _ in range(1000):  # whoever reaps orphans may be late
+        try:
+            os.killpg(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            break
+        if all(state == "Z" for state in states(int(pid.read_text()))):
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("something of it still runs")
+    assert limited.run_limited([sys.executable, "-c", "print('x' * 9000); raise SystemExit(3)"], 60.0).code == 3
+
+
+def states(group):
+    """Of the processes of a group, as the kernel says them."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group:
+            yield fields[0]
+
+
+def test_busy_time_counts_what_overlaps_once_and_no_stretch_that_the_host_named(benchmarks):
+    def event(name, begin, end, device="CUDA", note=False):
+        span = SimpleNamespace(start=begin, end=end, elapsed_us=lambda: end - begin)
+        return SimpleNamespace(
+            name=name, device_type=f"DeviceType.{device}", time_range=span, is_user_annotation=note
+        )  # fmt: skip
+
+    found, by_name = benchmarks("gpu_step").busy([
+        event("gemm", 0, 40), event("gemm", 30, 60), event("aten::mm", 0, 100, "CPU"),
+        event("Memcpy HtoD (Pinned -> Device)", 50, 80), event("Memcpy DtoH (Device -> Pinned)", 90, 100),
+        event("Optimizer.step#AdamW.step", 0, 1000, note=True),
+    ])  # fmt: skip
+    seconds = {name: round(took * 1e6) for name, took in found.items()}
+    assert seconds == {"kernels": 60, "to_device": 30, "to_host": 10, "any": 90}
+    assert round(by_name["gemm"] * 1e6) == 70
+
+
+def test_bad_calls_are_refused_before_anything_runs(benchmarks):
     import torch
 
+    assert "'plain@8GiB'; allowed: plain, " in benchmarks("gpu_steps").check_names(["host@8GiB", "plain@8GiB"])
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
