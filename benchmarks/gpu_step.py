@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_contenders import Batch, Contender, contender
 
 from offload_rt.config import parse_bytes
-from offload_rt.cuda_memory import bytes_beside_allocator, settle
+from offload_rt.cuda_memory import KERNELS_BYTES, bytes_beside_allocator, settle
 
 WARM_UP = 2
 COPIES = {"Memcpy HtoD": "to_device", "Memcpy DtoH": "to_host"}
@@ -80,7 +80,7 @@ def hold_budget(budget: str) -> tuple[int, int]:
     whole, allowed = torch.cuda.get_device_properties(0).total_memory, parse_bytes(budget, field="device_memory")
     settle(torch.device("cuda", 0))
     beside = bytes_beside_allocator(torch.device("cuda", 0))
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(allowed - beside, 0) / whole))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(allowed - beside - KERNELS_BYTES, 0) / whole))
     return allowed, beside
 
 

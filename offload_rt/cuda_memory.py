@@ -32,6 +32,9 @@ from planners.errors import format_bytes
 
 logger = logging.getLogger("offload_rt")
 
+KERNELS_BYTES = 128 << 20
+"""For kernels that are loaded after `settle`; a guess until a GPU has measured it."""
+
 
 def settle(device: torch.device) -> None:
     """Makes CUDA and cuBLAS take what they keep, for the calling thread and that of its backward passes. Blocks."""
@@ -62,11 +65,12 @@ def capacity_bytes(device: torch.device, budget_bytes: int | None, model_bytes: 
         cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (int(torch.cuda.mem_get_info(device)[0]) + cached_bytes) * 9 // 10
     beside_bytes = bytes_beside_allocator(device)
-    left_bytes = budget_bytes - beside_bytes - others_bytes
+    left_bytes = budget_bytes - beside_bytes - KERNELS_BYTES - others_bytes
     if left_bytes <= 0:
         raise ConfigError(
             f"device_memory: {format_bytes(budget_bytes)} is less than what this process has of {device} already: "
-            f"{format_bytes(beside_bytes)} of CUDA's own, {format_bytes(others_bytes)} of tensors and workspaces"
+            f"{format_bytes(beside_bytes)} of CUDA's own, {format_bytes(others_bytes)} of tensors and workspaces; "
+            f"{format_bytes(KERNELS_BYTES)} are for kernels to come"
         )
     return left_bytes
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,8 +70,13 @@ class Ceiling:
 
 
 def pin(region: Region, runtime: CudaRuntime) -> None:
-    """Locks a region until it is unmapped. Blocks while pages are faulted in. Raises `PinningRefused`."""
+    """Locks a region until it is unmapped. Blocks while pages are faulted in. Raises `PinningRefused`.
+
+    Processes that are forked (workers of a data loader) do not have it: it would be theirs too until either writes to a
+    page, and who wrote would have another page than the one that the device copies.
+    """
     runtime.register(region.address, len(region))
+    region.madvise(mmap.MADV_DONTFORK)
 
     def undo(address: int) -> None:
         with contextlib.suppress(PinningRefused):  # at the end of a process the driver may be gone before the memory

@@ -217,7 +217,7 @@ def test_training_on_the_gpu_is_bit_equal_to_plain_pytorch(
         max_grad_norm=0.05 if case.clipping else None,
         lr=1e-2,
         device="cuda",
-        device_memory="1GiB",
+        device_memory="4GiB",
         host_memory="256MiB",
         nvme=tmp_path if case.place == "from NVME" else None,
         options=RuntimeOptions(
@@ -271,7 +271,7 @@ def test_full_fine_tuning_on_the_gpu_is_bit_equal_to_plain_pytorch(
     place = FULL_PLACES[case.place]
     options = RuntimeOptions(num_slots=2, layer_inputs=Tier.HOST, poison=True, **place)
     with full.make_engine(
-        replace(case, place="in place"), tmp_path, device="cuda", device_memory="1GiB", host_memory="256MiB",
+        replace(case, place="in place"), tmp_path, device="cuda", device_memory="4GiB", host_memory="256MiB",
         nvme=bool(place), options=options,
     ) as engine:  # fmt: skip
         for step, (want, got) in enumerate(zip(expected, full.run_engine(case, engine), strict=True), 1):
@@ -371,6 +371,24 @@ def test_a_steady_step_takes_nothing_from_the_driver(tmp_path: Path) -> None:
             counts.append((torch.cuda.memory_stats()["num_device_alloc"], engine.report()["gpu"]["locked_bytes"]))
     assert counts[2] == counts[1]
     assert STEPS > 1
+
+
+def test_a_budget_holds_for_all_that_the_process_has_of_the_gpu() -> None:
+    case, budget_bytes = Case("llama", "nf4", 1, False, False, "from HOST"), 2 << 30
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with Engine(
+        build(case), bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cuda", device_memory=budget_bytes,
+        host_memory="256MiB", lr=1e-2, options=RuntimeOptions(num_slots=2, stream_edges=True),
+    ) as engine:  # fmt: skip
+        run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        report = engine.report()
+        capacity_bytes = engine._runtime.tiers.account(Tier.DEVICE).capacity_bytes
+    beside_bytes = report["gpu"]["beside_allocator_bytes"]
+    assert 64 * MIB < beside_bytes < budget_bytes
+    assert capacity_bytes is not None and capacity_bytes + 64 * MIB < budget_bytes
+    assert report["gpu"]["reserved_peak_bytes"] + beside_bytes <= budget_bytes
 
 
 def test_a_model_on_another_stream_is_refused() -> None:

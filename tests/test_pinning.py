@@ -7,6 +7,7 @@ device memory            |....|....|....|
 
 import gc
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,25 @@ def test_the_environment_names_one_or_none(runtime, monkeypatch):
 
 
 # ---- locking ----
+
+
+def flags_of(address):
+    """Of the mapping that holds `address`, as the kernel names them."""
+    here = False
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            if (bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+                here = int(bounds[1], 16) <= address < int(bounds[2], 16)
+            elif here and line.startswith("VmFlags:"):
+                return line.split()[1:]
+    return []
+
+
+def test_locked_memory_is_not_passed_on_to_forked_processes(runtime):
+    arena = Arena("a", 2 * MIB)
+    assert "dc" not in flags_of(arena.region.address)
+    pin(arena.region, runtime)
+    assert "dc" in flags_of(arena.region.address), "not to be copied by a fork"
 
 
 @pytest.mark.parametrize("num_bytes", [1, PAGE, 5 * MIB + PAGE])
