@@ -2,6 +2,7 @@
 
 The interpreter executes a kernel's Python in numpy. Triton 3.9's cuts a float32 off where a GPU rounds it to the
 nearest bfloat16 (`cvt.rn.bf16`), so that one conversion is replaced here; that the compiled kernels have it is a test.
+And it multiplies the bits of bfloat16 matrices as if they were integers; here they are widened first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,18 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             return convert(values, source, target, mode)
         return torch.tensor(values).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
 
+    def dot(builder, a, b, *rest):
+        wide = [interpreter.TensorHandle(widened(x.data), triton.language.float32) if is_bf16(x) else x for x in (a, b)]
+        return multiply(builder, *wide, *rest)
+
+    def is_bf16(handle):
+        return str(handle.dtype.scalar) == "bf16"
+
+    def widened(values):
+        return (values.astype("uint32") << 16).view("float32")
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     monkeypatch.delitem(sys.modules, name, raising=False)

@@ -47,6 +47,8 @@ FLOORS = {
     "offload_rt.nf4_triton": 1.2,
     "offload_rt.adam_triton": 1.5,
     "offload_rt.codec": 1.5,
+    "offload_rt.nf4_product_triton": 1.2,
+    "offload_rt.nf4_products": 1.7,
     "offload_rt.cpu_adam": 1.5,
     "offload_rt.pinning": 1.5,
     "offload_rt.prequantized": 1.5,
@@ -124,8 +126,9 @@ FLOORS = {
 """A folder's floor holds for all modules in it."""
 
 PLANNERS = [
-    "errors", "units", "schedule", "placement", "activations", "layout", "training_state", "plan", "streaming",
-    "hardware", "model", "architectures", "well_known", "headers", "tensors", "meta_model", "models", "trace",
+    "errors", "units", "schedule", "placement", "activations", "layout", "training_state", "products", "plan",
+    "streaming", "hardware", "model", "architectures", "well_known", "headers", "tensors", "meta_model", "models",
+    "trace",
     "problem", "cost", "division", "arenas", "timeline", "updates", "passes", "simulate", "validate", "expand",
     "greedy", "program", "rows", "update_rows", "steady", "wear", "mip", "policies", "explain", "render", "command",
     "__main__",
