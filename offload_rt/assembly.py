@@ -26,7 +26,7 @@ from offload_rt.checkpoint import open_checkpoint
 from offload_rt.checkpoint.ingest import block_pieces
 from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest, move_rest
 from offload_rt.config import EngineConfig
-from offload_rt.cuts import check_cuts, cuts_of
+from offload_rt.cuts import check_cuts, cuts_of, products_of, with_products
 from offload_rt.decoder import Decoder
 from offload_rt.device_cuda import CudaDevice
 from offload_rt.discover import BlockDraft, Coverage, check_coverage, coverage
@@ -41,6 +41,7 @@ from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.log_commit import open_log
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
+from offload_rt.packed_linear import packed_linears
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
 from offload_rt.planning import lowered, measured_problem
@@ -96,6 +97,7 @@ def assemble(
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
         workload = find_workload(model, opened, config, optimizer, options)
+        options = with_products(options, workload, plan)
         asked: Problem | None = None
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
@@ -116,6 +118,7 @@ def assemble(
         chosen = changed
         check_plan(chosen, problem, workload)
         check_cuts(chosen, workload, options.cuts)
+        products_of(chosen, workload, options)
         if emulated is not None and workload.training is not None and workload.training.adapters:
             raise ConfigError("emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory")
         made_of = MadeOf(
@@ -302,7 +305,8 @@ class _Assembly:
             store=self.store, store_was_cached=self.store_was_cached, scratch=self.activations.scratch,
             recorder=self.recorder, turns=self.turns,
             training=self._training(optimizer, make_room=heap.check), device=self.device, transients=transients,
-            made_of=self.made_of, cuts=cuts_of(self.plan, workload),
+            made_of=self.made_of, cuts=cuts_of(self.plan, workload), packed=[],
+            products=products_of(self.plan, workload, self.options),
         )  # fmt: skip
         if self.before is not None:
             runtime.go_on_counting(self.before)
@@ -328,6 +332,9 @@ class _Assembly:
         for layer in runtime.layers:
             layer.block.attach()
             layer.attach()
+            runtime.packed += packed_linears(layer.block, runtime.products)
+        for linear in runtime.packed:
+            linear.attach()
         for module in runtime.streamed:
             module.attach()
         runtime.contiguous_head = keep_head_input_contiguous(workload.model)

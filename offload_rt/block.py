@@ -81,6 +81,8 @@ class Block:
     slot: BlockBytes | None = None
     last_called: nn.Module | None = None
     """Of the modules that own its weights, the one that was called last, besides the block's own."""
+    shows_itself: set[nn.Module] = field(default_factory=set)
+    """Modules whose own forward calls `shown`, if it wants a weight decoded at all."""
     _num_open: int = 0
     _of_owner: dict[nn.Module, list[Binding]] = field(default_factory=dict)
     _shown: dict[nn.Module, _Shown] = field(default_factory=dict)
@@ -203,7 +205,8 @@ class Block:
 
     def _before(self, module: nn.Module, args: Any) -> None:
         self.last_called = module
-        self._show(module)
+        if module not in self.shows_itself:
+            self._show(module)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._unshow(module)

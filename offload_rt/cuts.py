@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.workload import Workload, chunk_tokens_of
+from offload_rt.nf4_products import Products, measured_products
+from offload_rt.tensor_spec import Encoding
+from offload_rt.workload import RuntimeOptions, Workload, chunk_tokens_of
 from planners.plan import Plan
+from planners.products import products_from_json, shape_key
 from planners.streaming import Cuts
 
 
@@ -19,7 +24,7 @@ def cuts_of(plan: Plan, workload: Workload) -> Cuts:
     together = workload.config.accumulation_steps > 1 and draws_numbers(workload.model)
     return Cuts(
         head_chunk_tokens=plan.head_chunk_tokens, chunk_tokens=chunk_tokens_of(plan, workload),
-        layer_major=plan.layer_major if together else None,
+        layer_major=plan.layer_major if together else None, packed_products=plan.packed_products,
     )  # fmt: skip
 
 
@@ -33,17 +38,60 @@ def check_cuts(plan: Plan, workload: Workload, wanted: Cuts | None) -> None:
         )
 
 
+def with_products(options: RuntimeOptions, workload: Workload, given: Plan | None) -> RuntimeOptions:
+    """`options` whose packed products are a table, or left to the plan: as a run that goes on has them, or measured.
+
+    Measuring blocks for seconds a shape, once for a device. Raises `ConfigError` where nothing can be measured.
+    """
+    if given is None and options.cuts is not None:
+        return replace(options, packed_products=options.cuts.packed_products)
+    if options.packed_products != "measured":
+        return options
+    device = torch.device(workload.config.device)
+    if device.type == "cpu":
+        raise ConfigError("packed products: on the CPU weights are decoded first; leave them out, or train on a GPU")
+    shapes = packed_shapes(workload)
+    tables = [measured_products(shapes[dtype], dtype, device) for dtype in shapes]
+    return replace(options, packed_products={key: ranges for table in tables for key, ranges in table.items()})
+
+
+def packed_shapes(workload: Workload) -> dict[torch.dtype, list[tuple[int, int]]]:
+    """Of the NF4 weights of linears in layers: rows and columns, by the dtype that they compute in."""
+    found: dict[torch.dtype, list[tuple[int, int]]] = {}
+    for draft in workload.layers:
+        for spec in draft.spec.tensors:
+            if spec.encoding is Encoding.NF4 and len(spec.shape) == 2:
+                found.setdefault(torch_dtype(spec.dtype), []).append((spec.shape[0], spec.shape[1]))
+    return found
+
+
+def products_of(plan: Plan, workload: Workload, options: RuntimeOptions) -> Products:
+    """The ways of the plan's packed products. Raises `ConfigError` where they cannot be taken as it says."""
+    table = plan.packed_products
+    shapes = {shape_key(*shape): dtype for dtype, of_dtype in packed_shapes(workload).items() for shape in of_dtype}
+    if odd := sorted(table.keys() - shapes.keys()):
+        raise ConfigError(f"plan: packed_products: no layer has a linear in 4 bits of {odd[0]} ({len(odd)} are odd)")
+    if table and plan.activations:
+        raise ConfigError("plan: packed_products are for layers that run whole, and its activations are by chunks")
+    return Products(table, shapes, torch.device(workload.config.device), options.product_ways)
+
+
 def cuts_from_json(data: Mapping[str, Any], *, of: str) -> Cuts:
     """What `asdict` made of cuts. Raises `CheckpointError`, which names `of`, for anything else."""
+    data = {"packed_products": {}, **data}  # runs from before there were any
     names = {field.name for field in fields(Cuts)}
     if set(data) != names:
         raise CheckpointError(f"{of}: cuts have {', '.join(sorted(names))}, found {', '.join(sorted(data))}")
-    return Cuts(**data)
+    try:
+        return Cuts(**{**data, "packed_products": products_from_json(data["packed_products"])})
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{of}: {error}") from error
 
 
 def cuts_to_json(cuts: Cuts) -> dict[str, Any]:
-    """For `cuts_from_json`."""
-    return asdict(cuts)
+    """For `cuts_from_json`; equal to what that JSON is read as."""
+    packed = {key: [list(pair) for pair in pairs] for key, pairs in cuts.packed_products.items()}
+    return {**asdict(cuts), "packed_products": packed}
 
 
 def draws_numbers(model: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_rt.access import put_forward_back
+from offload_rt.packed_linear import PackedLinear
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1}
@@ -47,8 +48,11 @@ class ResultWanted(Exception):
 
 
 def is_product(module: nn.Module | None) -> bool:
-    """Whether `module` may be what `left_out` is for: one product, of a matrix that it owns."""
+    """Whether `module` may be what `left_out` is for: one product, of a matrix that it owns and decodes."""
     weight = getattr(module, "weight", None)
+    forward = getattr(module, "forward", None)
+    if isinstance(forward, PackedLinear) and forward.took_packed:
+        return False
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and getattr(weight, "ndim", 0) == 2)
 
 

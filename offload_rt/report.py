@@ -76,6 +76,7 @@ def report(
         "transients": asdict(runtime.transients.counters),
         "recomputes": runtime.layer_counters.num_recomputes,
         "products_left_out": runtime.layer_counters.num_products_left_out,
+        "packed_products": runtime.products.counters.num_packed_products,
         "decodes": runtime.decoder.counters.num_decodes,
         "decoded_elements": runtime.decoder.counters.decoded_elements,
         "decode_overflow_bytes": runtime.decoder.counters.overflow_bytes,
@@ -170,6 +171,8 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter, peaks
         lines.append(f"{runtime.training.state_name}: {', '.join(places)}; updates: {training['mode']}{there}")
     if plan.head_chunk_tokens is not None:
         lines.append(f"the loss of batches over {plan.head_chunk_tokens} tokens is taken in tiles of that many")
+    if plan.packed_products:
+        lines.append(f"products of few tokens by packed weights, of {len(plan.packed_products)} shapes")
     if plan.layer_major:
         lines.append(f"the micro-batches of a train_batch go through the layers together, {declared} to a fetch")
     if plan.activations:

@@ -18,7 +18,9 @@ from offload_rt.executor import ExecutorCounters, RingExecutor
 from offload_rt.heap import Base, HeapGuard
 from offload_rt.links import Links
 from offload_rt.loss_head import LossHead
+from offload_rt.nf4_products import Products
 from offload_rt.optimizer.interface import Training
+from offload_rt.packed_linear import PackedLinear
 from offload_rt.plan_choice import Choice
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
@@ -68,6 +70,9 @@ class Runtime:
     """By the block's name."""
     executors: list[RingExecutor]
     layers: list[RecomputedLayer]
+    products: Products
+    packed: list[PackedLinear]
+    """Linears whose weights are not always decoded."""
     streamed: list[StreamedModule]
     loss_head: LossHead | None
     heap: HeapGuard
@@ -99,7 +104,7 @@ class Runtime:
         found += [executor.counters for executor in self.executors]
         if self.loss_head is not None:
             found.append(self.loss_head.counters)
-        found.append(self.transients.counters)
+        found += [self.transients.counters, self.products.counters]
         if self.tokenwise is not None:
             found += [self.tokenwise.counters, self.tokenwise]
         return found
@@ -109,6 +114,7 @@ class Runtime:
         self.layer_counters = before.layer_counters
         self.links.counters = before.links.counters
         self.decoder.counters = before.decoder.counters
+        self.products.counters = before.products.counters
         self.turns.num_passed_on = before.turns.num_passed_on
         for executor, earlier in zip(self.executors, before.ring_counters, strict=False):
             executor.counters = earlier
@@ -132,6 +138,8 @@ class Runtime:
             layer.detach()
         for module in self.streamed:
             module.detach()
+        for linear in self.packed:
+            linear.detach()
         if self.loss_head is not None:
             self.loss_head.detach()
         if self.contiguous_head is not None:
@@ -161,7 +169,7 @@ class Runtime:
         for block in self.blocks:
             while block.is_open:
                 block.close()
-        for parts in (self.layers, self.streamed, self.blocks, self.executors):
+        for parts in (self.layers, self.streamed, self.packed, self.blocks, self.executors):
             parts.clear()
         self.accesses.clear()
         self.decoder.let_go()

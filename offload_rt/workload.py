@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from offload_rt.config import EngineConfig
 from offload_rt.cuda_memory import capacity_bytes
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.nf4_products import Way
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
 from offload_rt.optimizer.landing import LANDING_SLOTS, largest_range_bytes
 from offload_rt.optimizer.on_device import stepping_bytes
@@ -40,6 +42,7 @@ from offload_rt.transients import LEAST_BYTES
 from planners.activations import ActivationPolicy
 from planners.placement import ClassPlan, UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Split, Tier
+from planners.products import PackedProducts
 from planners.streaming import BlockSize, Cuts, StreamingProblem
 from planners.training_state import StatePlacement, TrainedSize, TrainingSizes
 
@@ -116,6 +119,10 @@ class RuntimeOptions:
     """Rows of a tile of the loss head, in place of the plan's."""
     activations: ActivationPolicy | None = None
     """Of all layers, in place of the plan's."""
+    packed_products: PackedProducts | Literal["measured"] | None = None
+    """In place of the plan's; "measured": the fastest that this device has, see `nf4_products`. A cut."""
+    product_ways: Mapping[str, Way] | None = None
+    """What these may be, in place of what is installed."""
     rest: Tier | None = None
     """Where weights and state rest, all of them, in place of the rule's choice."""
     state: StatePlacement | None = None
@@ -414,6 +421,8 @@ def with_options(
         plan = replace(plan, activations={d.name: options.activations for d in drafts if d.is_layer})
     if options.state is not None:
         plan = replace(plan, state=options.state)
+    if isinstance(options.packed_products, dict):
+        plan = replace(plan, packed_products=options.packed_products)
     if options.device_share is not None and plan.state is not None and sizes is not None:
         state = plan.state.stepped_on_device(sizes, options.device_share, slots=DEVICE_SLOTS)
         items = {**plan.peak_bytes.get("device", {}), "optimizer state stepped there": state.device_bytes(sizes)}

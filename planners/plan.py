@@ -28,6 +28,7 @@ from planners.placement import (
 from planners.placement import DecodeScope as DecodeScope
 from planners.placement import Split as Split
 from planners.placement import Tier as Tier
+from planners.products import PackedProducts, check_products, products_from_json
 from planners.training_state import StatePlacement as StatePlacement
 
 PLAN_VERSION = 6
@@ -83,6 +84,8 @@ class Plan:
     update_mode: UpdateMode = UpdateMode.AFTER
     layer_major: bool = False
     """The micro-batches of a `train_batch` go through the model together, layer by layer: a fetch serves them all."""
+    packed_products: PackedProducts = field(default_factory=dict)
+    """Products with frozen NF4 weights that are not decoded first, by shape and number of tokens. A cut."""
     state: StatePlacement | None = None
     """Of what trains in blocks; None where only adapters train."""
     boundary: Tier = Tier.DEVICE
@@ -105,6 +108,7 @@ class Plan:
                 raise ValueError(f"plan: ring {ring.name!r} rests in DEVICE; list its blocks as resident")
         if self.boundary is Tier.NVME:
             raise ValueError("plan: boundary: activations between layers lie in DEVICE or HOST")
+        check_products(self.packed_products)
         deferred = any(update.deferred for entry in self.classes for update in entry.updates)
         if deferred and self.update_mode is not UpdateMode.DEFERRED:
             raise ValueError(f"plan: a deferred update in update mode {self.update_mode.value!r}")
@@ -165,6 +169,7 @@ class Plan:
                     "classes": tuple(_class_plan(entry) for entry in data["classes"]),
                     "buffers": Buffers(**data["buffers"]),
                     "cuts": None if cuts is None else Cuts(**cuts),
+                    "packed_products": products_from_json(data.get("packed_products", {})),
                     "update_mode": UpdateMode(data["update_mode"]),
                     "boundary": Tier(data["boundary"]),
                     "arenas": tuple(_arena(entry) for entry in data["arenas"]),

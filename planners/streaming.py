@@ -23,12 +23,13 @@ a device with memory of its own steps it there, piece by piece.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
+from planners.products import PackedProducts
 from planners.training_state import StatePlacement, TrainingSizes
 
 MAX_SLOTS = 3
@@ -111,6 +112,8 @@ class Cuts:
     """Of the chunks in which layers run; None: whole."""
     layer_major: bool | None
     """Micro-batches go through the layers together; None where that changes nothing, as no layer draws numbers."""
+    packed_products: PackedProducts = field(default_factory=dict)
+    """See `Plan.packed_products`."""
 
     def describe(self) -> str:
         head, layers = (
@@ -118,7 +121,8 @@ class Cuts:
             for what, tokens in (("the loss", self.head_chunk_tokens), ("layers", self.chunk_tokens))
         )
         order = {None: "", True: ", micro-batches layer by layer", False: ", micro-batches one after the other"}
-        return f"{head}, {layers}{order[self.layer_major]}"
+        packed = ", products of few tokens by packed weights" if self.packed_products else ""
+        return f"{head}, {layers}{order[self.layer_major]}{packed}"
 
 
 @dataclass(frozen=True, kw_only=True)

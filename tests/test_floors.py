@@ -84,6 +84,7 @@ FLOORS = {
     "offload_rt.steps": 5.0,
     "offload_rt.executor": 6.0,
     "offload_rt.access": 6.5,
+    "offload_rt.packed_linear": 6.7,
     "offload_rt.last_product": 6.8,
     "offload_rt.layer_call": 6.8,
     "offload_rt.backbone": 6.8,
