@@ -161,23 +161,49 @@ def test_adam_refuses_before_it_writes(adam: ModuleType, wrong: dict[str, torch.
 
 
 COMPILE = """
-import json, re, sys
+import json, re, subprocess, sys
 from collections import Counter
+from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from offload_rt import adam_triton, nf4_triton
+from offload_rt import adam_triton, nf4_product_triton, nf4_triton
 
-def compiled(kernel, pointers, integers, floats, constants, capability):
+PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+def asked(option, cubin):
+    done = subprocess.run([PROGRAMS / "cuobjdump", option, cubin], capture_output=True, text=True, check=True)
+    return done.stdout
+
+def compiled(kernel, pointers, integers, floats, constants, capability, **options):
     types = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(floats, "fp32")}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    multiples = {*pointers, "num_elements"}  # of 16, as those of nearly all tensors are: Triton asks at each launch
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in multiples}
+    # Multiples of 16, as those of nearly all tensors are: Triton asks at each launch.
+    multiples = {*pointers, "num_elements", "rows", "columns", "columns_a_part"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if name in multiples and name in types}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                         options={"num_warps": 4, "enable_fp_fusion": False}).asm["ptx"]
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                          options={"num_warps": 4, "enable_fp_fusion": False, **options})
     pattern = r"\\b((?:mul|fma|div|sqrt|add|sub|cvt|ld|st)\\.[a-z0-9._]*|\\S*ftz\\S*|\\S*approx\\S*)"
-    return Counter(re.findall(pattern, ptx))
+    counts = Counter(re.findall(pattern, made.asm["ptx"]))
+    if (PROGRAMS / "cuobjdump").exists():
+        cubin = Path(sys.argv[1]) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        usage = asked("--dump-resource-usage", cubin)
+        counts["registers"] = int(re.search(r"REG:(\\d+)", usage)[1])
+        counts["spilled bytes"] = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\\d+)", usage)))
+        instruction = r"/\\*([0-9a-f]{4,5})\\*/ +(?:@!?U?P\\d+ +)?([A-Z0-9_.]+)([^;]*);"
+        machine_code = re.findall(instruction, asked("--dump-sass", cubin))
+        counts["matrix"] = sum(name.split(".")[0] in ("HMMA", "HGMMA") for _, name, _ in machine_code)
+        # The main loop: from where a branch goes back to, with the matrix instructions between.
+        for address, name, rest in machine_code:
+            back = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+            if back and int(back[1], 16) < int(address, 16):
+                body = [n for a, n, _ in machine_code if int(back[1], 16) <= int(a, 16) <= int(address, 16)]
+                if any("MMA" in n for n in body):
+                    counts["loop"] = max(counts["loop"], len(body))
+    return counts
 
 found = {}
 for capability in (80, 89, 90):
@@ -190,6 +216,17 @@ for capability in (80, 89, 90):
     found[f"adam {capability}"] = compiled(
         adam_triton._step_kernel, {**dict.fromkeys(names[:4], "*fp32"), "weight": "*bf16"}, ["num_elements"],
         names[6:14], dict(ELEMENTS=1024, HAS_WEIGHT=True, STARTS_FROM_GRAD=False), capability)
+    floats["bias"] = "*bf16"
+    numbers = ["num_tokens", "rows", "columns", "columns_a_part"]
+    for tokens in (16, 64) if capability == 90 else (16,):
+        found[f"product of {tokens} {capability}"] = compiled(
+            nf4_product_triton._product_kernel,
+            {"x": "*bf16", "codes": "*i32", "absmax": "*u8", **floats, "out": "*fp32"}, numbers, [],
+            dict(ROWS=64, COLUMNS=128, TOKENS=tokens, CODES_A_WORD=8, ALL_ZERO=0x77777777, WORDS_A_QUANT_BLOCK=8,
+                 NESTED_BLOCK_SIZE=256, HAS_BIAS=False), capability, num_stages=1)
+found["sum 80"] = compiled(
+    nf4_product_triton._sum_kernel, {"parts": "*fp32", "bias": "*bf16", "out": "*bf16"}, ["num_elements", "rows"], [],
+    dict(PARTS=8, ELEMENTS=256, HAS_BIAS=True), 80)
 print(json.dumps(found))
 """
 
@@ -200,12 +237,27 @@ def test_the_kernels_compile_for_gpus_with_the_arithmetic_and_the_widths_meant(t
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", COMPILE, str(tmp_path)],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     for name, found in json.loads(done.stdout).items():
         assert not [word for word in found if "ftz" in word or "approx" in word], name
-        if name.startswith("decode"):  # 512 words by 128 threads: 32 weights a thread
+        assert found.get("spilled bytes", 0) == 0, name
+        if name.startswith("sum"):
+            assert found["cvt.rn.bf16x2.f32"] == 1, name
+        elif name.startswith("product"):  # 64 rows of 128 columns by 128 threads: 64 weights a thread
+            assert not [word for word in found if word.startswith("fma")], name
+            assert found["cvt.rn.bf16x2.f32"] == 32, name
+            if "registers" in found:
+                # Two programs a multiprocessor at least; four where few tokens make memory the limit.
+                assert found["registers"] <= (128 if " 16 " in name else 255), name
+                assert found["matrix"] and found["loop"] / 64 < 12, (name, found["loop"])
+        elif name.startswith("decode"):  # 512 words by 128 threads: 32 weights a thread
             assert not [word for word in found if word.startswith("fma")], name
             assert found["st.global.v4.b32"] == 4, name
             assert sum(count for word, count in found.items() if word.startswith("st.global")) == 4, name
