@@ -65,12 +65,15 @@ class Region(mmap.mmap):
     before_unmap: list[Callable[[int], None]]
     """Each is called with the address, from whichever thread lets go last. None may raise."""
     address: int
+    tell_gone: Callable[[], object]
+    """Says that the memory was given back, once."""
 
     def __new__(cls, num_bytes: int) -> Region:
         # Private: Python's default, a shared mapping, gets no huge pages, and direct reads were 1.6 times slower.
         region = super().__new__(cls, -1, max(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.address = ctypes.addressof(ctypes.c_char.from_buffer(region))
         region.before_unmap = []
+        region.tell_gone = lambda: None
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages serve
                 region.madvise(mmap.MADV_HUGEPAGE)
@@ -79,6 +82,7 @@ class Region(mmap.mmap):
     def give_back(self) -> None:
         """Gives the memory back to the system now, whoever still sees it. What lay in it is lost."""
         self.madvise(mmap.MADV_DONTNEED)
+        self.tell_gone()
 
     def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
         if at_exit():  # everything goes with the process, and modules are already gone
@@ -200,7 +204,7 @@ class Arena:
         self._free: list[tuple[int, int]] = [(0, self.num_bytes)] if self.num_bytes else []
         self._next_lease = 0
         self.region = self._map()
-        mapped.tell(self.region, name, self.num_bytes)
+        self.region.tell_gone = mapped.tell(self.region, name, self.num_bytes)
         if poison:
             self._fill(0, self.num_bytes)
 

@@ -94,6 +94,7 @@ class CommitLog:
         self.layout: Layout = found[0]
         self.folders = tuple(found[1])
         """In the order of the layout's drives, the home first."""
+        self._arena = Arena("commit log", self.layout.body_capacity_bytes + RECORD_BYTES)
         try:
             for folder, file_bytes in zip(found[1], self.layout.file_bytes(), strict=True):
                 self._locks.append(FolderLock(folder))
@@ -103,7 +104,6 @@ class CommitLog:
                     raise StoreCorrupt(f"{path}: {size} bytes, the layout needs {file_bytes}")
                 self._files.append(open_fenced(path, patience_seconds))
                 tune(self._files[-1], links.io)
-            self._arena = Arena("commit log", self.layout.body_capacity_bytes + RECORD_BYTES)
             self._recover()
         except BaseException:
             self.close()
@@ -225,6 +225,7 @@ class CommitLog:
         for lock in self._locks:
             lock.close()
         self._files, self._locks = [], []
+        self._arena.region.give_back()
         self._refusal = "the log is closed"
 
     def _write_record(self, commit: Commit) -> None:

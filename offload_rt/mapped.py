@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +61,13 @@ def reserved_from(account: object) -> Iterator[None]:
         _thread.account = None
 
 
-def tell(region: Any, name: str, num_bytes: int) -> None:
-    """`region` was mapped, and is given back when nothing sees it any more."""
+def tell(region: Any, name: str, num_bytes: int) -> Callable[[], None]:
+    """`region` was mapped, and is given back when nothing sees it any more, or by who calls what this returns."""
     mapping = Mapping(name, num_bytes, getattr(_thread, "account", None))
     _change(mapping, is_mapped=True)
-    weakref.finalize(region, _change, mapping, is_mapped=False).atexit = False
+    gone = weakref.finalize(region, _change, mapping, is_mapped=False)
+    gone.atexit = False
+    return gone
 
 
 def _change(mapping: Mapping, *, is_mapped: bool) -> None:

@@ -119,10 +119,11 @@ class Peaks:
             found[tier.value] = {
                 "planned_bytes": account.used_bytes, "budget_bytes": account.capacity_bytes, "phases": phases,
             }  # fmt: skip
+            planned = self._planned_bytes(account)
             over += [
-                {"tier": tier.value, "phase": name, "bytes": size - account.used_bytes}
+                {"tier": tier.value, "phase": name, "bytes": size - planned}
                 for name, size in most.items()
-                if size > account.used_bytes
+                if size > planned
             ]
         memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
         found["allocator"] = {
@@ -130,6 +131,10 @@ class Peaks:
             "phases": dict(self._allocator),
         }
         return {**found, "over": over}
+
+    def _planned_bytes(self, account: TierAccount) -> int:
+        """By the plan that is in effect, or the one before it that had most: peaks are those of all of them."""
+        return max(each.used_bytes for each in (*self._accounts.values(), account) if each.tier is account.tier)
 
     def _begin_phase(self, name: str) -> None:
         self._phase = name
@@ -237,14 +242,15 @@ class Peaks:
         if self._runtime is None:
             return
         for tier in (Tier.DEVICE, Tier.HOST):
-            peak, account = self._memory.get((self._phase, tier)), self._runtime.tiers.accounts[tier]
-            if peak is None or peak.num_bytes <= account.used_bytes or (self._phase, tier.value) in self._warned:
+            peak = self._memory.get((self._phase, tier))
+            planned = self._planned_bytes(self._runtime.tiers.accounts[tier])
+            if peak is None or peak.num_bytes <= planned or (self._phase, tier.value) in self._warned:
                 continue
             self._warned.add((self._phase, tier.value))
             beside = ", ".join(f"{name} {format_bytes(size)}" for name, size in peak.beside.items())
             logger.warning(
                 "%s: arenas took %s of %s memory, %s are planned; not reserved: %s", self._phase,
-                format_bytes(peak.num_bytes), tier.value, format_bytes(account.used_bytes), beside or "nothing",
+                format_bytes(peak.num_bytes), tier.value, format_bytes(planned), beside or "nothing",
             )  # fmt: skip
 
 
