@@ -188,6 +188,7 @@ class Engine:
         """Calls the model."""
         if self._closed:
             raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
+        self._change_over_if_due()
         args, kwargs = self._on_device(args, kwargs)
         self._rehearse(args, kwargs)
         return self.model(*args, **kwargs)
@@ -214,6 +215,20 @@ class Engine:
                 self._replanner = Replanner(self._runtime, self._base.resident_bytes)
             self.step_meter.begin_again()
 
+    def _change_over_if_due(self) -> None:
+        """Takes a plan that was made again, before a step begins: see `replanning`. Blocks."""
+        if not self._replanner.is_due or self._num_backwards or not self._training.settled():
+            return
+        try:
+            runtime = self._replanner.before_step(
+                self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
+            )
+        except BaseException:
+            self.close()  # half of the old plan is gone
+            raise
+        if runtime is not self._runtime:
+            self._go_on_with(runtime)
+
     def _go_on_with(self, runtime: Runtime) -> None:
         self._runtime, self._training = runtime, runtime.training
         self._peaks.follow(runtime, self._base.resident_bytes)
@@ -234,11 +249,9 @@ class Engine:
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
         self._take_step()
-        runtime = self._replanner.after_step(
+        self._replanner.after_step(
             self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
         )
-        if runtime is not self._runtime:
-            self._go_on_with(runtime)
 
     @measured_update
     def _take_step(self) -> None:
@@ -276,6 +289,7 @@ class Engine:
             check_loss(loss, self.step_number + 1)
             return loss
 
+        self._change_over_if_due()
         if self._rehearsal.is_due:
             self._rehearse(*self._on_device((), batches[0]))
         if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:

@@ -19,6 +19,7 @@ from torch import nn
 from offload_rt.access import Access, ResidentAccess
 from offload_rt.activation_assembly import ActivationsAssembly
 from offload_rt.adapter_draft import planned, question
+from offload_rt.asked import Asked, first_asked
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
@@ -44,8 +45,6 @@ from offload_rt.optimizer.training import FullTraining
 from offload_rt.packed_linear import packed_linears
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
-from offload_rt.planning import lowered, measured_problem
-from offload_rt.planning_training import optimised
 from offload_rt.recording import Recorder
 from offload_rt.runtime import MadeOf, Runtime
 from offload_rt.state_assembly import StateAssembly
@@ -66,9 +65,7 @@ from offload_rt.workload import (
     with_options,
 )
 from planners.hardware import Hardware
-from planners.mip import plan_optimal
 from planners.plan import DecodeScope, Plan, Tier
-from planners.problem import Problem
 from planners.streaming import StreamingProblem, plan_streaming
 
 Progress = Callable[[str, int, int], None]
@@ -98,15 +95,11 @@ def assemble(
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
         workload = find_workload(model, opened, config, optimizer, options)
         options = with_products(options, workload, plan)
-        asked: Problem | None = None
+        asked: Asked | None = None
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
             problem = question(workload, options.cuts)
-            if workload.training is None:
-                asked = measured_problem(workload, problem, optimise_for)
-                plan = lowered(plan_optimal(asked), problem, asked)
-            else:
-                plan = optimised(workload, problem, optimise_for, optimizer)
+            plan, asked = first_asked(workload, problem, optimise_for, optimizer).best(workload, problem)
         given = plan
         workload, problem, chosen = planned(workload, plan, optimizer, options)
         changed = with_options(chosen, workload.drafts, options, problem.training)
@@ -124,8 +117,7 @@ def assemble(
         made_of = MadeOf(
             workload=workload, problem=problem, options=options, base=base,
             throttle=None if emulated is None else Throttle(emulated),
-            plan_again=None if given is not None else _planning_again(workload, options), question=asked,
-            choice=choice,
+            plan_again=None if given is not None else _planning_again(workload, options), asked=asked, choice=choice,
         )  # fmt: skip
         with _Assembly(made_of, chosen, progress) as assembly:
             runtime = assembly.run(covered, optimizer)
@@ -142,15 +134,15 @@ def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[St
     )
 
 
-def change_over(runtime: Runtime, problem: StreamingProblem, plan: Plan, question: Problem | None = None) -> Runtime:
+def change_over(runtime: Runtime, problem: StreamingProblem, plan: Plan, asked: Asked | None = None) -> Runtime:
     """The runtime that carries out `plan` in place of `runtime`, which is taken apart. Blocks; between steps only.
 
-    `plan` is what `made_of.plan_again` plans for `problem`, or what the optimiser answers to `question`. State goes by
+    `plan` is what `made_of.plan_again` plans for `problem`, or what the optimiser answers to `asked`. State goes by
     the log: it is committed if it is not, and what the new plan holds in memory is read from there. What is counted
     goes on, the optimizer stays the same object. Raises `ConfigError` before anything was changed.
     """
-    choice = runtime.made_of.choice if question is not None else after_rehearsal(runtime.made_of.choice)
-    made_of = replace(runtime.made_of, problem=problem, question=question, choice=choice)
+    choice = runtime.made_of.choice if asked is not None else after_rehearsal(runtime.made_of.choice)
+    made_of = replace(runtime.made_of, problem=problem, asked=asked, choice=choice)
     check_plan(plan, made_of.problem, made_of.workload)
     training = runtime.training
     if isinstance(training, TieredTraining) and not training.commits.can_go_back:
@@ -190,6 +182,8 @@ class _Assembly:
             recorder=self.recorder, device=self.device, delay_seconds=options.delay_seconds, throttle=made_of.throttle,
             meter=None if before is None else before.links.meter,
         )  # fmt: skip
+        if before is not None:
+            self.links.counters = before.links.counters
         self.tiers = Tiers(
             problem.device_capacity_bytes, problem.host_capacity_bytes, problem.nvme_capacity_bytes,
             unified=problem.unified, poison=options.poison, device=self.device,
@@ -199,6 +193,7 @@ class _Assembly:
         self.activations = ActivationsAssembly(workload, problem, plan, self.tiers, self.links, self.device)
         self.executors: list[RingExecutor] = []
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
+        self.tiered: TieredTraining | None = None
         self.state: StateAssembly | None = None
         if workload.training is not None:
             self.state = StateAssembly(
@@ -212,7 +207,9 @@ class _Assembly:
         if kind is not None:
             for executor in self.executors:
                 executor.drain()
-            if self.state is not None:
+            if self.tiered is not None:
+                self.tiered.close()
+            elif self.state is not None:
                 self.state.close()
             self.links.close()
             if self.activations.scratch is not None:
@@ -344,16 +341,18 @@ class _Assembly:
 
     def _training(self, optimizer: torch.optim.Optimizer | None, *, make_room: Callable[[], None]) -> Training:
         """What trains, with the state that it begins with. Parameters that stay in memory have their values."""
+        config = self.workload.config
         before = None if self.before is None else self.before.training
+        opens = partial(open_log, drives=[drive.path for drive in config.nvme], links=self.links)
+        if isinstance(before, MemoryTraining):
+            before.open_log = opens
         if before is not None and not isinstance(before, TieredTraining):
             return before
-        config = self.workload.config
         steps = AdapterSteps(
             {name: p for name, p in self.workload.model.named_parameters() if p.requires_grad}, config.max_grad_norm
         )
         if self.state is None or optimizer is None:
             folder = None if self.store is None else self.store.folders[0] / "commit"
-            opens = partial(open_log, drives=[drive.path for drive in config.nvme], links=self.links)
             return MemoryTraining(
                 steps, optimizer, commit_every=config.commit_every, commit_folder=folder, open_log=opens
             )
@@ -363,6 +362,7 @@ class _Assembly:
             training = self.state.finish_adapters(optimizer, steps)
         else:
             training = self.state.finish(optimizer, self._drain, self.turns, make_room=make_room)
+        self.tiered = training
         if before is not None:
             training.go_on_from(before)
         return training

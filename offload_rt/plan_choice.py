@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+from offload_rt.asked import Asked, asked
 from offload_rt.block_profile import MOST_PASSES
 from offload_rt.errors import ConfigError
 from offload_rt.planning import lowered, measured_problem
@@ -60,7 +61,7 @@ class Choice:
 
 def choose(
     workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware | None, *, why_not: str = ""
-) -> tuple[Plan, Choice, Problem | None]:
+) -> tuple[Plan, Choice, Asked | None]:
     """The plan to run, of `rule` and what the optimiser finds, and if that is the optimiser's what it was asked.
 
     Blocks for a few seconds where it is asked. machine: as calibrated; None where it was not. why_not: what the caller
@@ -87,7 +88,7 @@ def choose(
     compared = f"{optimised:.3g} s a step expected, {ruled:.3g} s with the rule"
     if optimised > (1 - GAIN) * ruled:
         return rule, chosen(RULE, f"the optimiser's plan is no faster by {GAIN:.0%}: {compared}", **both), None
-    return plan, chosen(OPTIMISER, compared, **both), problem
+    return plan, chosen(OPTIMISER, compared, **both), asked(problem)
 
 
 def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware | None) -> str:

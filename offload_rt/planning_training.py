@@ -21,7 +21,7 @@ from torch import nn
 
 from offload_rt.block_profile import profile_embedding, profile_head, profile_layer
 from offload_rt.discover import BlockDraft
-from offload_rt.errors import ConfigError, PlanInfeasible
+from offload_rt.errors import ConfigError
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.planning import (
     CAPABILITIES,
@@ -29,7 +29,6 @@ from offload_rt.planning import (
     class_of,
     kind_of,
     lowered,
-    measured_problem,
     needed_again,
     within_budgets,
 )
@@ -38,7 +37,6 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.update_profile import delivery_seconds, steps_per_second
 from offload_rt.workload import TrainingDraft, Workload
 from planners.hardware import Hardware
-from planners.mip import WEAR_SLOWDOWN, plan_optimal
 from planners.placement import Tier, UpdateMode
 from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
@@ -66,31 +64,14 @@ class TrainingSeconds:
     """Parameters whose gradients are put where they wait, by who computes."""
 
 
-def optimised(
-    workload: Workload, streaming: StreamingProblem, hardware: Hardware, optimizer: torch.optim.Optimizer | None
-) -> Plan:
-    """The optimiser's plan for whatever trains, as the runtime executes it. Blocks for seconds.
-
-    Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
+def questions_of(
+    workload: Workload, streaming: StreamingProblem, hardware: Hardware, optimizer: torch.optim.Optimizer
+) -> list[tuple[Problem, Freedoms]]:
+    """`questions` about layers that train, after they were timed. Blocks for seconds; ConfigError for what cannot be
+    asked.
     """
-    if workload.training is None or optimizer is None:
-        problem = measured_problem(workload, streaming, hardware)
-        return lowered(plan_optimal(problem), streaming, problem)
     check_can_be_asked(workload)
-    seconds = measured_seconds(workload, streaming, optimizer)
-    best: tuple[Plan, Problem] | None = None
-    failure: PlanInfeasible | None = None
-    for problem, freedoms in questions(workload, streaming, hardware, seconds):
-        try:
-            plan = plan_optimal(problem, freedoms=freedoms)
-        except PlanInfeasible as error:
-            failure = error  # the last question leaves most open
-            continue
-        if best is None or plan.predicted["step_seconds"] * (1 + WEAR_SLOWDOWN) < best[0].predicted["step_seconds"]:
-            best = plan, problem
-    if best is None:
-        raise failure or ConfigError("plan: no question can be asked about this workload")
-    return lowered_training(best[0], workload, streaming, best[1])
+    return list(questions(workload, streaming, hardware, measured_seconds(workload, streaming, optimizer)))
 
 
 def check_can_be_asked(workload: Workload) -> None:

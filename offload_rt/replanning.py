@@ -1,21 +1,32 @@
 """A plan made again while training, where the machine is not, or not any more, the one that it was made for.
 
-    WINDOW_STEPS steps ──► drift ──► the question, with what was measured ──► the optimiser, in a thread
+    WINDOW_STEPS steps ──► drift ──► the questions, with what was measured ──► the optimiser, in a thread
                                                                                        │ ADOPT_STEPS later
-         the next step ◄── change_over ◄── is it worth it? by the simulator ◄──────────┘
+       the next step's forward ◄── change_over ◄── is it worth it? by the simulator ◄──┘
 
 A resource has drifted where each step of a window was off by more than `MARGIN`, in the same direction: links and
 drives by the seconds that they take for a byte, computing and updates by their seconds (so a run of shorter sequences
 than planned for is one whose computing is faster). Memory is short where the budget was what was free, and less is left
 than the plan still needs, at the end of two windows. Then the optimiser is asked again. Its plan is taken where it has
-the same cuts, so that no number changes, and gains more within `HORIZON_STEPS` than bringing the weights to their new
-places costs. Either way the question that was asked is what later windows are held against, so that the same drift is
-not found twice; and changes are at least `APART_STEPS` steps apart, so that it cannot flap. The step at which a plan is
-taken does not depend on how long it took to find: whoever steps waits for it.
+the same cuts, so that no number changes, and gains more within `HORIZON_STEPS` than bringing weights and state to their
+new places costs. Either way the questions that were asked are what later windows are held against, so that the same
+drift is not found twice; and changes are at least `APART_STEPS` steps apart, so that it cannot flap. The step at which
+a plan is taken does not depend on how long it took to find: whoever steps waits for it. Where the fixed rule has made
+the plan, nothing was predicted that could drift, and it is asked again where memory is short.
 
-Weights move between tiers alone: they are in the store, whatever happens meanwhile, and what trains stays where it is,
-as do commits. A change that fails goes back to the plan before. Where layers train, adapters' state rests in tiers, on
-a GPU and without a store a running engine does not change over, and says so.
+[Note: a change of plans is behind a commit]
+Frozen weights are in the store, whatever happens meanwhile, and adapters that train in memory stay where they are.
+State in tiers goes by the log, so that no more than one plan's memory is ever taken: a change needs a commit, and where
+`commit_every` would not have made one, the step that is to be followed is committed as if it had. Like every commit it
+is made when the next forward begins, with schedulers as they are then and everything else as it was when the step
+returned; and right behind it the change:
+
+    step N | scheduler, next batch | forward: commit of N, change | step N+1 | ...
+                                              └ killed from here on, a run goes on from N under either plan
+
+A forward that adds to gradients which wait already begins no step, nor does one right after a checkpoint was loaded
+that is in no log: then the change waits. A change that fails goes back to the plan before, by the same commit. On a GPU
+and without a store a running engine does not change over, and says so.
 """
 
 from __future__ import annotations
@@ -27,20 +38,17 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
+from offload_rt.asked import Asked
 from offload_rt.assembly import change_over
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.meter import COMPUTE, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
+from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from offload_rt.plan_check import check_plan
-from offload_rt.planning import lowered
 from offload_rt.profile import free_memory_bytes, resident_bytes
-from offload_rt.runtime import Runtime
+from offload_rt.runtime import MadeOf, Runtime
 from offload_rt.steps import WARM_STEPS, StepMeter, StepReading
-from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
-from planners.mip import plan_optimal
 from planners.plan import Plan, Tier
-from planners.problem import MeasuredSeconds, Problem
-from planners.simulate import simulate
+from planners.problem import Problem
 from planners.streaming import StreamingProblem
 
 logger = logging.getLogger("offload_rt")
@@ -77,26 +85,34 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Answer:
-    """Of the optimiser: a plan as the runtime executes it, or why there is none."""
+    """A plan as the runtime executes it, or why there is none."""
 
     plan: Plan | None
     why: str = ""
+    asked: Asked | None = None
+    """Which question the plan answers; None where it is the rule's."""
     seconds_before: float | None = None
+    seconds_after: float | None = None
     change_seconds: float | None = None
 
 
 @dataclass
-class _Asked:
-    """A question under way."""
+class _Question:
+    """Under way, or answered by a plan that is to be taken."""
 
     because: str
-    question: Problem
+    asked: Asked | None
     streaming: StreamingProblem
     must: bool
     """The plan that runs does not fit any more."""
     steps_left: int
     thread: threading.Thread
     answers: list[_Answer]
+
+    def answer(self) -> _Answer:
+        """Blocks until it is there."""
+        self.thread.join()
+        return self.answers[0] if self.answers else _Answer(None, "the optimiser failed")
 
 
 class Replanner:
@@ -108,31 +124,37 @@ class Replanner:
         self.off = why_not(runtime)
         """Why nothing is planned again; empty where it is."""
         self._base_bytes = base_bytes
-        self._question = runtime.made_of.question
+        self._held_against = runtime.made_of.asked
+        """What later windows are expected to be as."""
         self._expected: Mapping[str, float] = runtime.plan.predicted.get("busy_seconds", {})
-        self._asked: _Asked | None = None
+        self._under_way: _Question | None = None
+        self._to_take: _Question | None = None
         self._seen_steps = WARM_STEPS
         self._not_before = 0
         self._short_before = 0
 
-    def after_step(self, runtime: Runtime, meter: StepMeter, step: int, *, more_bytes: int = 0) -> Runtime:
-        """The runtime for the next step, this or another one. Blocks where a plan is due that is still looked for.
+    def after_step(self, runtime: Runtime, meter: StepMeter, step: int, *, more_bytes: int = 0) -> None:
+        """Looks at the step that is over, the number `step`. Blocks where a plan is due that is still looked for.
 
-        step: the number of the one that is over; nothing of it is outstanding. more_bytes: what a rehearsal found that
-        tensors take more than a plan says. Raises what changing back raises, where a change has failed.
+        more_bytes: what a rehearsal found that tensors take more than a plan says.
         """
-        if self.off or self._question is None:
-            return runtime
-        if self._asked is not None:
-            self._asked.steps_left -= 1
-            return runtime if self._asked.steps_left > 0 else self._decide(runtime, meter, step, more_bytes)
+        if self.off:
+            return
+        if self._to_take is not None:
+            runtime.training.commit_next()
+            return
+        if self._under_way is not None:
+            self._under_way.steps_left -= 1
+            if self._under_way.steps_left <= 0:
+                self._decide(runtime, meter, step)
+            return
         if meter.num_steps < self._seen_steps:  # it began again
             self._seen_steps = WARM_STEPS
         if meter.num_steps - self._seen_steps < WINDOW_STEPS:
-            return runtime
+            return
         self._seen_steps = meter.num_steps
         if step < self._not_before:
-            return runtime
+            return
         window = list(meter.steps)[-WINDOW_STEPS:]
         factors = self._factors(window)
         drifts = [_drift(name, each) for name, each in factors.items() if has_drifted(each)]
@@ -141,8 +163,32 @@ class Replanner:
             drifts.append(f"memory is short by {format_bytes(short)}")
         if drifts:
             medians = {name: median(each) for name, each in factors.items()}
-            self._ask(runtime, ", ".join(drifts), self._question, medians, short, more_bytes)
-        return runtime
+            self._ask(runtime, ", ".join(drifts), medians, short, more_bytes)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a plan is to be taken when the next step begins."""
+        return self._to_take is not None
+
+    def before_step(self, runtime: Runtime, meter: StepMeter, step: int, *, more_bytes: int = 0) -> Runtime:
+        """The runtime of the step that begins, behind the number `step`: another one where a plan was to be taken.
+
+        Its training is `settled`. Blocks. Raises what changing back raises where a change has failed: then half of the
+        engine is gone.
+        """
+        taken, self._to_take = self._to_take, None
+        if taken is None:
+            return runtime
+        answer = taken.answer()
+        found, why = _changed(runtime, taken.streaming, answer, more_bytes)
+        if not why:
+            self._hold_against(answer.asked, found.plan)
+        if found is not runtime:
+            meter.begin_again()
+            self._seen_steps = WARM_STEPS
+            self._not_before = step + APART_STEPS
+        self._say(taken, answer, step, why)
+        return found
 
     def report(self) -> dict[str, Any]:
         """For an engine's report."""
@@ -150,21 +196,21 @@ class Replanner:
 
     def close(self) -> None:
         """Waits for a question that is under way."""
-        if self._asked is not None:
-            self._asked.thread.join()
-            self._asked = None
+        if self._under_way is not None:
+            self._under_way.thread.join()
+        self._under_way = self._to_take = None
 
     def _factors(self, window: Sequence[StepReading]) -> dict[str, list[float]]:
         """By resource, how many times as long as expected it took in each step; what was not used is left out."""
-        if self._question is None:
+        if self._held_against is None:
             return {}
-        rates, found, counts = _rates(self._question), dict[str, list[float]](), dict[str, float]()
+        rates, found, counts = _rates(self._held_against.question), dict[str, list[float]](), dict[str, float]()
         for name in RATES:
             pairs = [(s.resources.busy_seconds.get(name, 0.0), s.resources.moved_bytes.get(name, 0)) for s in window]
             if rates[name] and all(busy > 0 and moved for busy, moved in pairs):
                 found[name] = [busy * rates[name] / moved for busy, moved in pairs]
                 counts[name] = max(max(busy, moved / rates[name]) for busy, moved in pairs)
-        for name in (COMPUTE, DEVICE_UPDATE):
+        for name in (COMPUTE, CPU, DEVICE_UPDATE):
             busy = [step.resources.busy_seconds.get(name, 0.0) for step in window]
             if self._expected.get(name) and all(seconds > 0 for seconds in busy):
                 found[name] = [seconds / self._expected[name] for seconds in busy]
@@ -184,61 +230,54 @@ class Replanner:
         return short if short > LEAST_SHARE * sum(account.used_bytes for account in memory) else 0
 
     def _ask(
-        self,
-        runtime: Runtime,
-        because: str,
-        question: Problem,
-        factors: Mapping[str, float],
-        short_bytes: int,
-        more_bytes: int,
+        self, runtime: Runtime, because: str, factors: Mapping[str, float], short_bytes: int, more_bytes: int
     ) -> None:
-        streaming = runtime.made_of.problem
-        asked = measured(question, factors)
-        memory = asked.hardware.device.memory_bytes
+        made_of, plan = runtime.made_of, runtime.plan
+        streaming = replace(made_of.problem, cuts=runtime.cuts)
+        asked = None if self._held_against is None else self._held_against.measured(factors)
         if short_bytes:
             memory = max(1, runtime.tiers.account(Tier.DEVICE).used_bytes - short_bytes)
             streaming = replace(streaming, device_capacity_bytes=memory)
-            asked = _with_memory(asked, memory)
+            asked = None if asked is None else asked.with_memory(memory)
         answers: list[_Answer] = []
-        plan = runtime.plan
-        room = _with_memory(asked, memory - more_bytes)
-        thread = threading.Thread(
-            target=lambda: answers.append(_answer(room, streaming, plan)), name="offload_rt-plan", daemon=True
-        )
-        self._asked = _Asked(because, asked, streaming, bool(short_bytes), ADOPT_STEPS, thread, answers)
+
+        def find() -> None:
+            answers.append(_answer(made_of, asked, streaming, plan, more_bytes))
+
+        thread = threading.Thread(target=find, name="offload_rt-plan", daemon=True)
+        self._under_way = _Question(because, asked, streaming, bool(short_bytes), ADOPT_STEPS, thread, answers)
         thread.start()
 
-    def _decide(self, runtime: Runtime, meter: StepMeter, step: int, more_bytes: int) -> Runtime:
-        asked = self._asked
-        if asked is None:
-            return runtime
-        asked.thread.join()
-        self._asked = None
+    def _decide(self, runtime: Runtime, meter: StepMeter, step: int) -> None:
+        """Whether the plan that was found is to be taken."""
+        question = self._under_way
+        if question is None:
+            return
+        answer = question.answer()
+        self._under_way = None
         self._seen_steps = meter.num_steps  # those that ran beside the optimiser were slower
-        answer = asked.answers[0] if asked.answers else _Answer(None, "the optimiser failed")
-        after = None if answer.plan is None else float(answer.plan.predicted["step_seconds"])
-        why = answer.why or self._not_worth_it(answer, after, must=asked.must)
-        self._hold_against(asked.question, runtime.plan)
-        found = runtime
-        if not why and answer.plan is not None:
-            found, why = _changed(runtime, asked.streaming, answer.plan, more_bytes)
+        why = answer.why or self._not_worth_it(answer, must=question.must)
+        self._hold_against(question.asked, runtime.plan)
         if not why:
-            self._hold_against(asked.question, found.plan)
-        if found is not runtime:
-            meter.begin_again()
-        if found is not runtime or asked.must:
+            self._to_take = question
+            runtime.training.commit_next()
+            return
+        if question.must:
             self._not_before = step + APART_STEPS
+        self._say(question, answer, step, why)
+
+    def _say(self, question: _Question, answer: _Answer, step: int, why: str) -> None:
         decision = Decision(
-            step=step, because=asked.because, result="kept" if why else "changed", why=why,
-            seconds_before=answer.seconds_before, seconds_after=after, change_seconds=answer.change_seconds,
+            step=step, because=question.because, result="kept" if why else "changed", why=why,
+            seconds_before=answer.seconds_before, seconds_after=answer.seconds_after,
+            change_seconds=answer.change_seconds,
         )  # fmt: skip
         self.decisions.append(decision)
         logger.info("%s", said(decision))
-        return found
 
-    def _not_worth_it(self, answer: _Answer, after: float | None, *, must: bool) -> str:
+    def _not_worth_it(self, answer: _Answer, *, must: bool) -> str:
         """Empty where it is."""
-        before, change = answer.seconds_before, answer.change_seconds
+        before, after, change = answer.seconds_before, answer.seconds_after, answer.change_seconds
         if must or after is None or before is None or change is None:
             return ""
         if after > before * (1 - LEAST_GAIN):
@@ -247,10 +286,10 @@ class Replanner:
             return f"a change does not pay for itself within {HORIZON_STEPS} steps"
         return ""
 
-    def _hold_against(self, question: Problem, plan: Plan) -> None:
-        """Later windows are expected to be as `question` says."""
-        self._question = question
-        self._expected = simulate(divided(question, plan), plan).busy_seconds
+    def _hold_against(self, asked: Asked | None, plan: Plan) -> None:
+        """Later windows are expected to be as `asked` says."""
+        self._held_against = asked
+        self._expected = {} if asked is None else asked.busy_seconds(plan)
 
 
 def why_not(runtime: Runtime) -> str:
@@ -259,15 +298,12 @@ def why_not(runtime: Runtime) -> str:
     workload = made_of.workload
     if not made_of.options.replan:
         return "switched off"
-    if workload.training is not None:
-        what = "adapters' state rests in tiers" if workload.training.adapters else "layers train"
-        return f"{what}, which does not change over while it runs"
     if workload.has_streams:
         return "a GPU does not change over while it runs"
     if not workload.config.nvme:
         return "weights are in no store that they could be brought from"
-    if made_of.question is None:
-        return "the plan was given, or is that of the fixed rule"
+    if made_of.asked is None and made_of.plan_again is None:
+        return "the plan was given"
     return ""
 
 
@@ -276,41 +312,12 @@ def has_drifted(factors: Sequence[float]) -> bool:
     return min(factors) > 1 + MARGIN or max(factors) < 1 / (1 + MARGIN)
 
 
-def measured(question: Problem, factors: Mapping[str, float]) -> Problem:
-    """`question` for a machine whose resources take so many times as long."""
-    hardware, workload = question.hardware, question.workload
-    links = replace(
-        hardware.links,
-        host_to_device_bytes_per_second=hardware.links.host_to_device_bytes_per_second
-        / factors.get(HOST_TO_DEVICE, 1.0),
-        device_to_host_bytes_per_second=hardware.links.device_to_host_bytes_per_second
-        / factors.get(DEVICE_TO_HOST, 1.0),
-    )
-    drives = tuple(
-        replace(
-            drive, read_bytes_per_second=drive.read_bytes_per_second / factors.get(SSD_READ, 1.0),
-            write_bytes_per_second=drive.write_bytes_per_second / factors.get(SSD_WRITE, 1.0),
-        )
-        for drive in hardware.drives
-    )  # fmt: skip
-    update = factors.get(DEVICE_UPDATE, 1.0)
-    device = replace(hardware.device, adamw_params_per_second=hardware.device.adamw_params_per_second / update)
-    classes = tuple(
-        entry if entry.measured is None else replace(entry, measured=_times(entry.measured, factors.get(COMPUTE, 1.0)))
-        for entry in workload.classes
-    )
-    return replace(
-        question, hardware=replace(hardware, links=links, drives=drives, device=device),
-        workload=replace(workload, classes=classes),
-    )  # fmt: skip
-
-
 def same_cuts(plan: Plan, other: Plan) -> bool:
-    """Whether both give the same numbers, to the bit."""
+    """Whether both give the same numbers, to the bit. Updates do, whenever and wherever the runtime makes them."""
 
     def cuts(of: Plan) -> tuple[Any, ...]:
         chunked = {name for name, policy in (of.activations or {}).items() if len(policy.chunks) > 1}
-        return of.cuts, of.head_chunk_tokens, of.layer_major, of.update_mode, chunked, of.packed_products
+        return of.cuts, of.head_chunk_tokens, of.layer_major, chunked, of.packed_products
 
     return cuts(plan) == cuts(other)
 
@@ -342,63 +349,42 @@ def _rates(question: Problem) -> dict[str, float]:
     }
 
 
-def _times(seconds: MeasuredSeconds, factor: float) -> MeasuredSeconds:
-    kept = seconds.kept
-    if kept is not None:
-        kept = replace(
-            kept, forward=kept.forward * factor, backward=kept.backward * factor, put_away=kept.put_away * factor,
-            taken_back=kept.taken_back * factor,
-        )  # fmt: skip
-    return replace(
-        seconds, forward=seconds.forward * factor, backward=seconds.backward * factor,
-        decode=seconds.decode * factor, kept=kept,
-    )  # fmt: skip
-
-
-def _with_memory(question: Problem, num_bytes: int) -> Problem:
-    """`question` with so much DEVICE memory."""
-    device = question.hardware.device
-    device = replace(device, memory_bytes=max(device.reserve_bytes + 1, num_bytes))
-    return replace(question, hardware=replace(question.hardware, device=device))
-
-
-def _answer(question: Problem, streaming: StreamingProblem, plan: Plan) -> _Answer:
-    """Asks the optimiser. In a thread of its own: whatever it raises is an answer."""
+def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, plan: Plan, more_bytes: int) -> _Answer:
+    """Asks the optimiser, or the rule. In a thread of its own: whatever it raises is an answer."""
     try:
-        found = plan_optimal(question)
-        before = simulate(divided(question, plan), plan).step_seconds
+        if asked is not None:
+            other, answered = asked.with_memory(asked.memory_bytes - more_bytes).best(made_of.workload, streaming)
+            found = _Answer(
+                other, "", replace(asked, answered=answered.answered), asked.step_seconds(plan),
+                float(other.predicted["step_seconds"]), answered.change_seconds(other),
+            )  # fmt: skip
+        elif made_of.plan_again is not None:
+            other = made_of.plan_again(streaming)
+            found = _Answer(other)
+        else:
+            return _Answer(None, "the plan was given")
     except PlanInfeasible as error:
         return _Answer(None, f"no plan fits: {error}")
     except Exception as error:  # noqa: BLE001 - training goes on with the plan that it has
         return _Answer(None, f"the optimiser failed: {error!r}")
-    other = lowered(found, streaming, question)
-    if not same_cuts(plan, other):
-        return _Answer(None, "the other plan cuts otherwise, which changes numbers")
-    return _Answer(other, "", before, _change_seconds(question, other))
+    return found if same_cuts(plan, other) else _Answer(None, "the other plan cuts otherwise, which changes numbers")
 
 
-def _change_seconds(question: Problem, plan: Plan) -> float:
-    """All weights that rest in memory are brought there anew, and those in DEVICE over its link."""
-    device = sum(len(entry.blocks) * entry.weights.device_bytes for entry in plan.classes)
-    host = sum(len(entry.blocks) * entry.weights.host_bytes for entry in plan.classes)
-    rates = _rates(question)
-    over_link = device / rates[HOST_TO_DEVICE] if rates[HOST_TO_DEVICE] else 0.0
-    return (device + host) / rates[SSD_READ] + over_link
-
-
-def _changed(runtime: Runtime, streaming: StreamingProblem, plan: Plan, more_bytes: int) -> tuple[Runtime, str]:
-    """The runtime of `plan`, or that of the plan before and why."""
-    before, question = (runtime.made_of.problem, runtime.plan), runtime.made_of.question
+def _changed(runtime: Runtime, streaming: StreamingProblem, answer: _Answer, more_bytes: int) -> tuple[Runtime, str]:
+    """The runtime of the answer's plan, or that of the plan before and why."""
+    before, asked = (runtime.made_of.problem, runtime.plan), runtime.made_of.asked
+    if answer.plan is None:
+        return runtime, answer.why
     try:
-        check_plan(plan, streaming, runtime.made_of.workload)
+        check_plan(answer.plan, streaming, runtime.made_of.workload)
     except ConfigError as error:
         return runtime, str(error)
     now = runtime
     try:
-        now = change_over(runtime, streaming, plan, question)
+        now = change_over(runtime, streaming, answer.plan, answer.asked)
         if more_bytes:
             now.tiers.account(Tier.DEVICE).reserve("activations", more_bytes)
         return now, ""
     except (OffloadError, MemoryError) as error:
         logger.warning("a change of plans failed, going back: %s", error)
-        return change_over(now, *before, question), f"the change failed: {error}"
+        return change_over(now, *before, asked), f"the change failed: {error}"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.access import Access
+from offload_rt.asked import Asked
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.block import Block
 from offload_rt.decoder import Decoder
@@ -34,7 +35,6 @@ from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
 from offload_rt.workload import TensorDevice, Workload
 from planners.plan import Plan
-from planners.problem import Problem
 from planners.streaming import Cuts, StreamingProblem
 
 T = TypeVar("T")
@@ -50,8 +50,8 @@ class MadeOf:
     base: Base
     throttle: Throttle | None
     plan_again: Callable[[StreamingProblem], Plan] | None
-    """Plans anew for other sizes; None where the plan was given, or the runtime cannot change over to another one."""
-    question: Problem | None = None
+    """The fixed rule, for other sizes; None where the plan is another's, or the runtime cannot change over."""
+    asked: Asked | None = None
     """What the optimiser was asked, where the plan is its own."""
     choice: Choice | None = None
     """Of plan="auto"; None where the plan was given."""
@@ -112,7 +112,6 @@ class Runtime:
     def go_on_counting(self, before: Runtime) -> None:
         """Counts on from where `before`, which this runtime follows, has left off."""
         self.layer_counters = before.layer_counters
-        self.links.counters = before.links.counters
         self.decoder.counters = before.decoder.counters
         self.products.counters = before.products.counters
         self.turns.num_passed_on = before.turns.num_passed_on

@@ -20,11 +20,15 @@ import torch
 from offload_rt import links
 from offload_rt.optimizer.training import FullTraining
 from planners.plan import StatePlacement, Tier
+from tests.changing_plans import CHANGE_EVERY, Changes
 from tests.tiny_training import ROWS, TOKENS, VOCABULARY, Made, Model, Plain, State, adamw, engine, model
 
 ACKNOWLEDGEMENT = struct.Struct("<qd")
-COMMIT_EVERY = {"AFTER": 3}
 ADAPTERS = "adapters, state on NVME"
+CHANGE = ", changing"
+"""Of a place: the run changes over to another plan and back, and commits where it does."""
+CHANGING = "SPECULATIVE, split" + CHANGE
+COMMIT_EVERY = {"AFTER": 3, CHANGING: CHANGE_EVERY, ADAPTERS + CHANGE: CHANGE_EVERY}
 MAX_NORM = 2.9
 """Clips some of the steps, so that runs are killed in steps that are done again."""
 SKIPPED = 5
@@ -67,7 +71,7 @@ def one_step(run: Any, scheduler: Any, position: Position) -> float:
 
 def built(place: str) -> Model:
     """What is trained in `place`: all of it, or what stands for adapters, which are fp32 as peft's are."""
-    if place != ADAPTERS:
+    if not place.startswith(ADAPTERS):
         return model(torch.float32 if "in parts" in place else torch.bfloat16, dropout=0.2)
     made = model(torch.float32, dropout=0.2).requires_grad_(False)
     for layer in made.layers:
@@ -104,6 +108,7 @@ def resume(folder: Path, place: str) -> tuple[Made, Any, Position]:
     torch.manual_seed(11)
     begin = torch.get_rng_state()
     arguments: dict[str, Any] = {"max_grad_norm": MAX_NORM}
+    place = place.removesuffix(CHANGE)
     if place == ADAPTERS:
         state = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)
         arguments |= {"nvme": folder, "options": {"state": state, "piece_elements": 50}}
@@ -149,8 +154,11 @@ def main() -> None:
             links.file_io = kill_after(int(operations))
             os.write(pipe, ACKNOWLEDGEMENT.pack(os.getpid(), 0))
             run, scheduler, position = resume(Path(folder), place)
+            changes = Changes(run) if place.endswith(CHANGE) else None
             while True:
                 loss = one_step(run, scheduler, position)
+                if changes is not None:
+                    changes.after_step()
                 os.write(pipe, ACKNOWLEDGEMENT.pack(run.step_number, loss))
         os.waitpid(child, 0)
         sys.stdout.write("gone\n")

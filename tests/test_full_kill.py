@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killed_training import ACKNOWLEDGEMENT, ADAPTERS, COMMIT_EVERY, Twin, resume
+from tests.killed_training import ACKNOWLEDGEMENT, ADAPTERS, CHANGE, CHANGING, COMMIT_EVERY, Twin, resume
 from tests.tiny_training import differences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,8 @@ def check(twin: Twin, folder: Path, place: str) -> int:
 
 
 PARTED = "SPECULATIVE, in parts"
-PLACES = ("BACKWARD, tight", "SPECULATIVE, split", "AFTER")
+PLACES = ("BACKWARD, tight", "SPECULATIVE, split", "AFTER", CHANGING)
+"""In the last one, plans take turns: a change is behind a commit."""
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -112,10 +113,11 @@ def test_weights_in_parts_killed_sixty_times_train_as_if_they_had_not_been(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("place", [ADAPTERS, ADAPTERS + CHANGE])
 def test_adapters_killed_sixty_times_train_as_if_they_had_not_been(
-    runs: subprocess.Popen[str], disk_folder: Path
+    runs: subprocess.Popen[str], disk_folder: Path, place: str
 ) -> None:
-    step, cut_off = kill_many(runs, Twin(ADAPTERS), disk_folder, ADAPTERS, 60)
+    step, cut_off = kill_many(runs, Twin(place), disk_folder, place, 60)
     assert step > 30
     assert cut_off > 5
 

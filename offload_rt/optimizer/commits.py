@@ -100,8 +100,13 @@ class Commits:
 
     def step_taken(self, step: int) -> None:
         """Notes that the state is that of `step` now, which is to be committed if it is time."""
-        self.can_go_back = False
+        self.can_go_back, self._due = False, None
         if self.every is not None and step % self.every == 0:
+            self.commit_next()
+
+    def commit_next(self) -> None:
+        """The step that was just taken is due, whatever `every` says; unless it is committed, or there is no log."""
+        if self._home.log is not None and self._due is None and not self.can_go_back:
             self._due = copy.deepcopy(self.all_values())
 
     @property

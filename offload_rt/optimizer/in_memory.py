@@ -72,7 +72,7 @@ class MemoryTraining:
         self._extra: Callable[[], Values] = dict
         self._amend: Callable[[Values], Values] = dict
         self._commit_folder = commit_folder
-        self._open_log = open_log
+        self.open_log = open_log
         self._commits: FolderCommits | None = None
         if optimizer is not None and commit_every is not None:
             self._commits = FolderCommits(
@@ -101,6 +101,13 @@ class MemoryTraining:
     def before_weights_are_read(self) -> None:
         """They are, always."""
 
+    def commit_next(self) -> None:
+        """Nothing: what trains stays where it is, whatever runtime comes."""
+
+    def settled(self) -> bool:
+        self.before_forward()
+        return True
+
     def take_step(self) -> None:
         optimizer = self._training("step: nothing trains; give adapters=, or leave some parameters requires_grad")
         self.before_forward()
@@ -124,7 +131,7 @@ class MemoryTraining:
         optimizer = self._training("load_checkpoint: nothing trains")
         self.before_forward()
         if is_log(folder):
-            with self._open_log(folder) as commit:
+            with self.open_log(folder) as commit:
                 saved = commit.saved_run(rule_for(optimizer, in_place=True).name)
                 values = restore(saved, self._steps.trainable, optimizer, check)
         else:

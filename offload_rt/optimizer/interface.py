@@ -51,6 +51,14 @@ class Training(Protocol):
     def before_weights_are_read(self) -> None:
         """Makes the weights those of the last step. Blocks."""
 
+    def commit_next(self) -> None:
+        """The step that was just taken is committed when the next forward begins, however often others are."""
+
+    def settled(self) -> bool:
+        """Makes the commit that is due. Whether another runtime finds all of the last step, and nothing of the next has
+        begun. Blocks.
+        """
+
     def take_step(self) -> None:
         """Clips as declared, updates by the optimizer, and forgets the gradients. Blocks."""
 

@@ -64,6 +64,10 @@ class TieredTraining(ABC):
         """What the optimizer's `zero_grad` does besides."""
 
     @abstractmethod
+    def before_forward(self) -> None:
+        """See `interface.Training`."""
+
+    @abstractmethod
     def stop(self) -> None:
         """Drops what was stepped ahead, and reads nothing ahead any more. Blocks."""
 
@@ -103,6 +107,15 @@ class TieredTraining(ABC):
     def carry(self, extra: Callable[[], Values], amend: Callable[[Values], Values]) -> None:
         """See `interface.Training`."""
         self.commits.carry(extra, amend)
+
+    def commit_next(self) -> None:
+        """See `interface.Training`."""
+        self.commits.commit_next()
+
+    def settled(self) -> bool:
+        """See `interface.Training`."""
+        self.before_forward()
+        return self.commits.can_go_back
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Takes over what was saved of `commits.all_values`. ConfigError where these are other param groups."""

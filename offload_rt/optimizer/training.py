@@ -149,6 +149,9 @@ class FullTraining(TieredTraining):
         """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
         self._between_steps("the model was called between backward and step")
 
+    def settled(self) -> bool:
+        return not self.gradients.blocks and super().settled()
+
     def before_weights_are_read(self) -> None:
         self._between_steps("the model was saved between backward and step")
 
@@ -247,7 +250,7 @@ class FullTraining(TieredTraining):
         super().go_on_from(before)
         if isinstance(before, FullTraining):
             self.counters, self.grad_norm = before.counters, before.grad_norm
-            self.waits_because = before.waits_because
+            self.waits_because, self._now = before.waits_because, before._now.again()
 
     def report(self) -> dict[str, Any]:
         """Counts and seconds since the start, bytes at rest."""

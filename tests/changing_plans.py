@@ -1,0 +1,69 @@
+"""Runs that change over between plans while they train, whenever somebody says so."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+from offload_rt._engine import Engine
+from offload_rt.replanning import _Answer, _Question
+from offload_rt.workload import RuntimeOptions, with_options
+from planners.plan import Plan
+from planners.streaming import plan_streaming
+from tests.tiny_training import PLACES
+
+CHANGE_EVERY = 2
+"""Steps."""
+
+
+def plan_of(run: Engine, place: str) -> Plan:
+    """The rule's plan for what `run` trains, as one of `PLACES` has it."""
+    made_of = run._runtime.made_of
+    options = RuntimeOptions(**PLACES[place].get("options", {}))
+    trains = {block.name for block in made_of.problem.training.blocks}
+    if options.state is not None:
+        in_memory = {name: count for name, count in options.state.in_memory.items() if name in trains}
+        options = replace(options, state=replace(options.state, in_memory=in_memory))
+    plan = plan_streaming(made_of.problem, rest=options.rest)
+    return with_options(plan, made_of.workload.drafts, options, made_of.problem.training)
+
+
+def propose(run: Engine, plan: Plan) -> None:
+    """As the replanner does when it has found that `plan` is worth it, at the end of a step."""
+    done = threading.Thread()
+    done.start()
+    run._replanner._to_take = _Question(
+        "a test says so", None, run._runtime.made_of.problem, True, 0, done, [_Answer(plan)]
+    )
+    run._training.commit_next()
+
+
+def results(run: Engine) -> list[str]:
+    """Of the plans that were proposed."""
+    return [decision["result"] for decision in decisions(run)]
+
+
+def decisions(run: Engine) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = run.report()["replanning"]["decisions"]
+    return found
+
+
+def with_pieces_in_memory(run: Engine, num_pieces: int) -> Plan:
+    """The plan of a run whose adapters' state rests in tiers, with so much of it in memory."""
+    plan = run.plan
+    assert plan.state is not None
+    return replace(plan, state=replace(plan.state, in_memory={"adapters": num_pieces}))
+
+
+class Changes:
+    """Two plans of a run that take turns: every other step another one is proposed."""
+
+    def __init__(self, run: Engine) -> None:
+        self._run, self._plans = run, [run.plan]
+        adapters = run._runtime.made_of.problem.training.adapters
+        self._plans.append(with_pieces_in_memory(run, 2) if adapters else plan_of(run, "in place"))
+
+    def after_step(self) -> None:
+        if self._run.step_number % CHANGE_EVERY == 0:
+            propose(self._run, self._plans[self._run.plan == self._plans[0]])
