@@ -70,9 +70,7 @@ class ActivationsAssembly:
         if home is Tier.HOST and self._tiers.unified:
             home = Tier.DEVICE
         each = align_up(self._problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
-        # With its input, a layer in chunks keeps the attention's result, which may be wider, and a log-sum-exp.
-        by_chunks = [self._keeps_attention(draft) for draft in self._workload.layers]
-        sizes = [each * (INPUTS_OF_CHUNKS if chunked else 1) for chunked in by_chunks]
+        sizes = [self._input_bytes(draft, each) for draft in self._workload.layers]
         together = self._workload.config.accumulation_steps if self._plan.layer_major else 1
         inputs = together * sum(sizes)
         swapped = {tier: self._share_bytes(Action.SWAP, tier) for tier in (Tier.HOST, Tier.NVME)}
@@ -111,11 +109,17 @@ class ActivationsAssembly:
         chunk_tokens = chunk_tokens_of(self._plan, self._workload)
         return self._problem.transient_bytes(self._plan.head_chunk_tokens, chunk_tokens)
 
-    def _keeps_attention(self, draft: BlockDraft) -> bool:
+    def _input_bytes(self, draft: BlockDraft, each: int) -> int:
+        """What waits of a layer from its forward to its backward in any case: as planned, or an estimate.
+
+        With its input, a layer in chunks keeps the attention's result, which may be wider, and a log-sum-exp.
+        """
         policy = policy_of(self._plan, draft)
-        if policy is None or self._sizes is None:
-            return policy is not None
-        return len(policy.spans(self._workload.config.seq_len)) > 1
+        cut = policy is not None and len(policy.spans(self._workload.config.seq_len)) > 1
+        if self._sizes is None:
+            return each * (1 if policy is None else INPUTS_OF_CHUNKS)
+        planned = self._sizes.input_bytes.get(draft.name, each)
+        return max(planned, each * INPUTS_OF_CHUNKS) if cut and planned <= each else planned
 
     def _stash(
         self, home: Tier, name: str, num_bytes: int, largest_bytes: int, window_bytes: int, *, by_plan: bool = False

@@ -1,6 +1,6 @@
 """What the optimiser is asked about the model at hand, to ask it again where measurements say something else.
 
-    first_asked ──► Asked ──► best ──► the plan that runs
+    first_answer ─► Asked ──► best ──► the plan that runs
                      ▲  │
                      │  └── measured, with_memory ──► Asked ──► best ──► a plan in its place
                      └── adapters: one question; where layers train: one with all state in memory, one with a drive
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
-from offload_rt.planning import lowered, measured_problem
+from offload_rt.planning import lowered, optimised_adapters
 from offload_rt.planning_training import lowered_training, questions_of
 from offload_rt.workload import Workload
 from planners.division import divided
@@ -109,13 +109,17 @@ class Asked:
         return replace(self, questions=tuple((change(problem), freedoms) for problem, freedoms in self.questions))
 
 
-def first_asked(
+def first_answer(
     workload: Workload, streaming: StreamingProblem, hardware: Hardware, optimizer: torch.optim.Optimizer | None
-) -> Asked:
-    """What is asked about whatever trains, after it was timed: blocks for seconds. ConfigError for what cannot be."""
+) -> tuple[Plan, Asked]:
+    """The plan for whatever trains, after it was timed, and what was asked. Blocks for seconds.
+
+    Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
+    """
     if workload.training is None or optimizer is None:
-        return asked(measured_problem(workload, streaming, hardware))
-    return Asked(questions=tuple(questions_of(workload, streaming, hardware, optimizer)))
+        plan, problem = optimised_adapters(workload, streaming, hardware)
+        return plan, asked(problem)
+    return Asked(questions=tuple(questions_of(workload, streaming, hardware, optimizer))).best(workload, streaming)
 
 
 def asked(problem: Problem) -> Asked:

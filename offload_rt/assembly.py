@@ -19,7 +19,7 @@ from torch import nn
 from offload_rt.access import Access, ResidentAccess
 from offload_rt.activation_assembly import ActivationsAssembly
 from offload_rt.adapter_draft import planned, question
-from offload_rt.asked import Asked, first_asked
+from offload_rt.asked import Asked, first_answer
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
@@ -99,7 +99,7 @@ def assemble(
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
             problem = question(workload, options.cuts)
-            plan, asked = first_asked(workload, problem, optimise_for, optimizer).best(workload, problem)
+            plan, asked = first_answer(workload, problem, optimise_for, optimizer)
         given = plan
         workload, problem, chosen = planned(workload, plan, optimizer, options)
         changed = with_options(chosen, workload.drafts, options, problem.training)

@@ -47,6 +47,10 @@ RUNS = 5
 WARM_RUNS = CHECKED_CALLS + 1
 MOST_PASSES = 3 * (WARM_RUNS + RUNS)
 """Of one layer, forward and backward: computed again, kept and put away."""
+ARENA_HELD = 2
+"""Times a layer's activations that the arena holds to which they are put away: gaps, and what is not yet given back."""
+ACTIVATIONS_HELD = 2 + ARENA_HELD
+"""Times a layer's activations that profiling holds at most: in that arena, those that are made, and their gradients."""
 HEAD_ROWS = 16384
 """Of the vocabulary, at most; the rest takes as long in proportion."""
 DECODED_ELEMENTS = 1 << 22
@@ -59,7 +63,7 @@ class _Reached(Exception):
 
 
 @dataclass(frozen=True)
-class _Call:
+class LayerCall:
     """What a layer is called with."""
 
     hidden: torch.Tensor
@@ -77,16 +81,14 @@ def profile_layer(model: nn.Module, draft: BlockDraft, *, batch_size: int, seq_l
 
 
 def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int) -> MeasuredSeconds:
-    call = _call_of(model, draft.modules[0], batch_size, seq_len)
+    call = call_of(model, draft.modules[0], batch_size, seq_len)
     with contextlib.ExitStack() as opened:
+        stand = made_stand(draft)
         try:
-            stand = _managed(_stand_in(draft.modules[0]), draft)
             again = RecomputedLayer(stand.layer, stand.block, stand.access, deliver=stand.deliver)
             _warm(again, call)
         except Exception as error:
-            raise ConfigError(
-                f"{draft.name}: a stand-in of this layer does not run by itself ({type(error).__name__}: {error})"
-            ) from error
+            raise _not_alone(draft, error) from error
         saving: _Saving | None = None
         try:
             if stand.deliver is None:  # layers that train are planned to be recomputed
@@ -98,7 +100,7 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int)
             )  # fmt: skip
         ways = [again] if saving is None else [again, saving.kept, saving.swapped]
         timed = _timed(ways, call)
-    decode = _decode_seconds(stand.num_quantized) if stand.num_quantized else 0.0
+    decode = decode_seconds(stand)
     forward, backward = timed[0]
     kept: KeptPass | None = None
     if saving is not None:
@@ -114,7 +116,7 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int)
 
 
 @dataclass(frozen=True)
-class _Stand:
+class Stand:
     """A layer's stand-in, whose weights are in memory as the runtime has them."""
 
     layer: nn.Module
@@ -136,7 +138,7 @@ class _Saving:
     small_bytes: int
 
 
-def _saving(stand: _Stand, call: _Call, links: Links) -> _Saving:
+def _saving(stand: Stand, call: LayerCall, links: Links) -> _Saving:
     """Both ways, warm, and what was counted. UnsupportedModule where the layer does not run so."""
 
     def layer(action: Action, places: Places) -> tuple[TokenwiseLayer, Tokenwise]:
@@ -152,7 +154,7 @@ def _saving(stand: _Stand, call: _Call, links: Links) -> _Saving:
 
     kept, all_kept = layer(Action.KEEP, Places())
     num_bytes = all_kept.counters.kept_bytes // all_kept.counters.num_passes
-    room = Arena("profile, swapped", 2 * num_bytes + IO_ALIGNMENT_BYTES, granule_bytes=GRANULE_BYTES)
+    room = Arena("profile, swapped", ARENA_HELD * num_bytes + IO_ALIGNMENT_BYTES, granule_bytes=GRANULE_BYTES)
     swapped, put_away = layer(Action.SWAP, Places(swapped={Tier.HOST: HostStash(room, links)}))
     if put_away.counters.no_room_bytes:
         raise UnsupportedModule(f"{stand.block.name}: saves more at one time than at another")
@@ -161,7 +163,21 @@ def _saving(stand: _Stand, call: _Call, links: Links) -> _Saving:
     return _Saving(kept, swapped, saved_bytes, max(0, num_bytes - saved_bytes - call.hidden.nbytes))
 
 
-def _managed(stand_in: nn.Module, draft: BlockDraft) -> _Stand:
+def made_stand(draft: BlockDraft) -> Stand:
+    """A stand-in of the layer of `draft`. ConfigError where there can be none."""
+    try:
+        return _managed(_stand_in(draft.modules[0]), draft)
+    except Exception as error:
+        raise _not_alone(draft, error) from error
+
+
+def _not_alone(draft: BlockDraft, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{draft.name}: a stand-in of this layer does not run by itself ({type(error).__name__}: {error})"
+    )
+
+
+def _managed(stand_in: nn.Module, draft: BlockDraft) -> Stand:
     """The stand-in as the runtime has layers whose weights are in memory."""
     holder = nn.Module()
     holder.layers = nn.ModuleList([stand_in])
@@ -179,30 +195,30 @@ def _managed(stand_in: nn.Module, draft: BlockDraft) -> _Stand:
     block.open(slot)
     block.attach()
     deliver = _nowhere if alone.trains else None
-    return _Stand(stand_in, block, ResidentAccess(slot), sum(spec.num_elements for spec in quantized), deliver)
+    return Stand(stand_in, block, ResidentAccess(slot), sum(spec.num_elements for spec in quantized), deliver)
 
 
 def _nowhere(gradients: Mapping[int, torch.Tensor]) -> None:
     """Takes gradients of a block, which nobody wants."""
 
 
-def _warm(layer: RecomputedLayer, call: _Call) -> int:
+def _warm(layer: RecomputedLayer, call: LayerCall) -> int:
     """Runs the layer until its calls are not checked any more; how often."""
     for _ in range(WARM_RUNS):
-        _pass(layer, call)
+        one_pass(layer, call)
     return WARM_RUNS
 
 
-def _timed(ways: Sequence[RecomputedLayer], call: _Call) -> list[tuple[float, float]]:
+def _timed(ways: Sequence[RecomputedLayer], call: LayerCall) -> list[tuple[float, float]]:
     """Median seconds of forward and of backward, for each of several ways to run one layer, by turns."""
-    taken = [[_pass(layer, call) for layer in ways] for _ in range(RUNS)]
+    taken = [[one_pass(layer, call) for layer in ways] for _ in range(RUNS)]
     return [
         (statistics.median(run[way][0] for run in taken), statistics.median(run[way][1] for run in taken))
         for way in range(len(ways))
     ]
 
 
-def _pass(layer: RecomputedLayer, call: _Call) -> tuple[float, float]:
+def one_pass(layer: RecomputedLayer, call: LayerCall) -> tuple[float, float]:
     """Seconds of the layer's forward, and of its backward with what that computes again."""
     hidden_BTD = call.hidden.requires_grad_()
     wanted = [hidden_BTD, *layer.trainable()]
@@ -263,7 +279,7 @@ def profile_embedding(*, vocabulary: int, hidden_size: int, num_tokens: int, dty
     return MeasuredSeconds(forward=0.0, backward=median_seconds(run) * (vocabulary / rows))
 
 
-def _call_of(model: nn.Module, layer: nn.Module, batch_size: int, seq_len: int) -> _Call:
+def call_of(model: nn.Module, layer: nn.Module, batch_size: int, seq_len: int) -> LayerCall:
     """Calls the model until it reaches `layer`. What was on the meta device has values then."""
 
     def reached(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -289,7 +305,7 @@ def _call_of(model: nn.Module, layer: nn.Module, batch_size: int, seq_len: int) 
         args = (kwargs.pop("hidden_states"),)
     if not args or not isinstance(args[0], torch.Tensor):
         raise ConfigError(f"{type(layer).__name__}: is not called with hidden states first")
-    return _Call(hidden=args[0].detach().clone(), rest=args[1:], kwargs={**kwargs, "past_key_values": None})
+    return LayerCall(hidden=args[0].detach().clone(), rest=args[1:], kwargs={**kwargs, "past_key_values": None})
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
@@ -313,7 +329,11 @@ def _stand_in(layer: nn.Module) -> nn.Module:
     return found
 
 
-def _decode_seconds(elements: int) -> float:
+def decode_seconds(stand: Stand) -> float:
+    """What decoding all of the stand-in's quantized weights takes, once. Blocks."""
+    elements = stand.num_quantized
+    if not elements:
+        return 0.0
     size = min(elements, DECODED_ELEMENTS) // 64 * 64
     blob = codec.encode(torch.zeros(size, dtype=torch.bfloat16))
     out = torch.empty(size, dtype=torch.bfloat16)

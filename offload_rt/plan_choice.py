@@ -3,7 +3,8 @@
 The rule needs nothing but sizes. The optimiser needs this machine's rates (`offload-rt calibrate`, remembered) and a
 layer's seconds, measured now; at these prices both plans are simulated, and the optimiser's runs if it is faster by
 more than what predictions are off. Whatever stands in the way, the rule's plan runs, and the `Choice` says why. Both
-keep to the budgets. Neither cuts where the other does not, so that the bits are the same.
+keep to the budgets. Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and
+where it does not, of whole layers: so the bits are the same.
 
     rule ──► can it be asked, and for how much? ──► profile, solve, simulate both ──► the faster one, and the reason
 """
@@ -14,10 +15,11 @@ import time
 from dataclasses import dataclass, replace
 
 from offload_rt.asked import Asked, asked
-from offload_rt.block_profile import MOST_PASSES
+from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
+from offload_rt.chunk_profile import CHUNKS, passes
 from offload_rt.errors import ConfigError
 from offload_rt.planning import lowered, measured_problem
-from offload_rt.workload import Workload
+from offload_rt.workload import Workload, chunk_tokens_of
 from planners.cost import Knobs
 from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
@@ -29,7 +31,7 @@ from planners.plan import Plan
 from planners.problem import Problem
 from planners.program import SolverFailed, SolverMissing
 from planners.simulate import simulate
-from planners.streaming import StreamingProblem
+from planners.streaming import INPUTS_OF_CHUNKS, StreamingProblem
 from planners.units import ProblemError
 
 RULE, OPTIMISER = "fixed streaming rule", "optimiser"
@@ -39,8 +41,6 @@ MAX_SECONDS = 60.0
 """Of profiling, as estimated; a longer one is for who asks for it by plan="optimise"."""
 PRODUCTS = 4
 """Times forward's products that a profiled pass has at most: forward, again, gradients of inputs and weights."""
-ACTIVATIONS_HELD = 4
-"""Times a layer's activations that profiling holds at once: kept, and put away in an arena for two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def choose(
         return Choice(chosen=name, why=why, seconds=round(time.perf_counter() - begin, 3), **seconds)
 
     try:
-        problem = measured_problem(workload, streaming, machine)
+        problem = measured_problem(workload, streaming, machine, chunk_tokens=chunk_tokens_of(rule, workload))
         found = plan_optimal(problem)
         plan, ruled = lowered(found, streaming, problem), rule_seconds(problem, rule)
     except (ConfigError, PlanInfeasible, ProblemError, SolverFailed, SolverMissing, ValueError) as error:
@@ -98,29 +98,36 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
         return "the optimiser's plans run on the CPU device only so far"
     if workload.training is not None:
         return 'state in tiers: plan="optimise" would ask the optimiser'
-    if rule.activations is not None or rule.layer_major:
-        return "layers by chunks of tokens, or several micro-batches to a fetch, are not the optimiser's yet"
+    if rule.layer_major:
+        return "several micro-batches to a fetch are not the optimiser's yet"
+    chunk_tokens = chunk_tokens_of(rule, workload)
     if config.device_memory_bytes is None:
         return "no device_memory= says how much may be used; the optimiser would fill all that is free"
     if machine is None:
         folders = "".join(f" --nvme {drive.path}" for drive in config.nvme)
         return f"this machine's rates are not known; `offload-rt calibrate{folders}` would let the optimiser plan"
-    need, have = profile_bytes(workload, streaming), streaming.device_capacity_bytes
+    need, have = profile_bytes(workload, streaming, chunk_tokens), streaming.device_capacity_bytes
     if have is not None and need > have:
         return f"profiling a layer takes about {format_bytes(need)}, the budget is {format_bytes(have)}"
-    if (seconds := profile_seconds(workload, machine)) > MAX_SECONDS:
+    if (seconds := profile_seconds(workload, machine, chunk_tokens)) > MAX_SECONDS:
         return f'profiling a layer would take about {seconds:.0f} s: plan="optimise" does it'
     return ""
 
 
-def profile_bytes(workload: Workload, streaming: StreamingProblem) -> int:
-    """About what profiling holds: a stand-in of the largest layer as it came and as it is stored, its activations."""
+def profile_bytes(workload: Workload, streaming: StreamingProblem, chunk_tokens: int | None = None) -> int:
+    """About what profiling holds: a stand-in of the largest layer as it came and as it is stored, its activations; or
+    those of two chunks, and what a sequence by chunks takes, with what waits meanwhile and what it goes through.
+    """
     layers = [draft.spec for draft in workload.layers]
     stand_in = max((2 * spec.compute_bytes + spec.stored_bytes for spec in layers), default=0)
-    return stand_in + ACTIVATIONS_HELD * streaming.activation_bytes
+    if chunk_tokens is None:
+        return stand_in + ACTIVATIONS_HELD * streaming.activation_bytes
+    share = min(1.0, CHUNKS * chunk_tokens / workload.config.seq_len)
+    sequence = streaming.layer_bytes(chunk_tokens) + 3 * INPUTS_OF_CHUNKS * streaming.layer_input_bytes
+    return stand_in + round(ACTIVATIONS_HELD * share * streaming.activation_bytes) + sequence
 
 
-def profile_seconds(workload: Workload, machine: Hardware) -> float:
+def profile_seconds(workload: Workload, machine: Hardware, chunk_tokens: int | None = None) -> float:
     """About what profiling takes: the products of one layer of each kind, at the rate that was calibrated."""
     config = workload.config
     of_kind = {
@@ -128,13 +135,18 @@ def profile_seconds(workload: Workload, machine: Hardware) -> float:
         for draft in workload.layers
     }
     flops = 2.0 * config.batch_size * config.seq_len * sum(of_kind.values())
-    return MOST_PASSES * PRODUCTS * flops / machine.device.matmul_flops_per_second
+    num_passes = MOST_PASSES if chunk_tokens is None else passes(config.seq_len, chunk_tokens)
+    return num_passes * PRODUCTS * flops / machine.device.matmul_flops_per_second
 
 
 def rule_seconds(problem: Problem, rule: Plan) -> float:
-    """What a step of the rule's plan takes at the prices of `problem`. ValueError for a plan with other cuts."""
-    if rule.activations is not None or rule.layer_major:
-        raise ValueError("a plan with cuts is not simulated whole")
+    """What a step of the rule's plan takes at the prices of `problem`, which was measured by the same chunks.
+
+    ValueError for a plan with other cuts.
+    """
+    chunk_tokens = problem.workload.measured_chunk_tokens
+    if rule.layer_major or (rule.activations is not None) != (chunk_tokens is not None):
+        raise ValueError("a plan with other cuts than those of the question is not simulated")
     unified = problem.hardware.unified
     rings = {name: ring.rest for ring in rule.rings for name in ring.blocks}
     layers = next((ring for ring in rule.rings if ring.name == "layers"), None)
@@ -153,8 +165,8 @@ def rule_seconds(problem: Problem, rule: Plan) -> float:
         )
     knobs = Knobs(
         update_mode=UpdateMode.AFTER, slots=layers.num_slots if layers else 2,
-        cuts=Cuts(chunk_tokens=problem.workload.tokens), decode_scope=rule.decode_scope or DecodeScope.LINEAR,
-        inputs=inputs,
+        cuts=Cuts(chunk_tokens=chunk_tokens or problem.workload.tokens),
+        decode_scope=rule.decode_scope or DecodeScope.LINEAR, inputs=inputs,
     )  # fmt: skip
     plan = expand(problem, knobs, fractions, planner=RULE)
     return float(simulate(divided(problem, plan), plan).step_seconds)

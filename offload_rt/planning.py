@@ -10,23 +10,34 @@ fixed rule plans for it, so that a plan that fits the question fits the runtime.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from offload_rt.block_profile import profile_head, profile_layer, updates_per_second
+from offload_rt.chunk_profile import profile_chunked_layer
 from offload_rt.discover import BlockDraft
 from offload_rt.dtypes import torch_dtype
-from offload_rt.errors import ConfigError
-from offload_rt.planning_tokens import Rounding, policies_of, rounding_of, saved_of, sizes_of, transients_of
+from offload_rt.errors import ConfigError, PlanInfeasible
+from offload_rt.planning_tokens import (
+    Rounding,
+    chunked_bytes,
+    policies_of,
+    rounding_of,
+    saved_of,
+    sizes_of,
+    transients_of,
+)
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import OPTIMIZER_BYTES_PER_ELEMENT, Workload
 from planners.cost import capacities
 from planners.hardware import Drive, Hardware
+from planners.mip import plan_optimal
 from planners.placement import Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
-from planners.streaming import StreamingProblem, head_chunk_tokens
+from planners.streaming import CHUNK_TOKENS, StreamingProblem, head_chunk_tokens
 from planners.trace import Saved, Transient
 from planners.wear import rated_bytes
 
@@ -50,10 +61,13 @@ KEPT_PER_HOLE_BYTE = 2
 """Holes among activations that are kept came to 0.33 and 0.45 of these (8 layers, 512 and 1024 tokens)."""
 
 
-def measured_problem(workload: Workload, streaming: StreamingProblem, hardware: Hardware) -> Problem:
+def measured_problem(
+    workload: Workload, streaming: StreamingProblem, hardware: Hardware, *, chunk_tokens: int | None = None
+) -> Problem:
     """The question, after one layer and the head were timed: blocks for seconds.
 
-    `hardware` gives rates; memory and drives are as `streaming` says. ConfigError for what cannot be asked.
+    `hardware` gives rates; memory and drives are as `streaming` says. chunk_tokens: of the chunks in which layers run;
+    None: whole. ConfigError for what cannot be asked.
     """
     if workload.training is not None:
         raise ConfigError("plan: layers train here, about which `planning_training` asks")
@@ -65,13 +79,37 @@ def measured_problem(workload: Workload, streaming: StreamingProblem, hardware: 
         kind = kind_of(draft)
         if kind not in first:
             size = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-            first[kind] = profile_layer(workload.model, draft, **size)
+            if chunk_tokens is None:
+                first[kind] = profile_layer(workload.model, draft, **size)
+            else:
+                first[kind] = profile_chunked_layer(workload.model, draft, **size, chunk_tokens=chunk_tokens)
     seconds = {draft.name: first[kind_of(draft)] for draft in workload.layers}
     trained = [p for p in workload.layers[0].modules[0].parameters() if p.requires_grad]
     if trained:
         device = replace(hardware.device, adamw_params_per_second=updates_per_second(trained))
         hardware = replace(hardware, device=device)
-    return problem_of(workload, streaming, hardware, seconds, _head_seconds(workload, streaming))
+    return problem_of(workload, streaming, hardware, seconds, _head_seconds(workload, streaming, chunk_tokens))
+
+
+def optimised_adapters(workload: Workload, streaming: StreamingProblem, hardware: Hardware) -> tuple[Plan, Problem]:
+    """The optimiser's plan where adapters train, and the question that it answers. Blocks for seconds.
+
+    With layers whole, if that fits, or by the longest chunks that do: `streaming.cuts` says if one of these must be.
+    Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
+    """
+    lengths: list[int | None] = [None]
+    if streaming.chunked is not None:
+        lengths += [tokens for tokens in CHUNK_TOKENS if tokens < streaming.chunked.num_tokens]
+    if streaming.cuts is not None:
+        lengths = [streaming.cuts.chunk_tokens]
+    failure: PlanInfeasible | None = None
+    for chunk_tokens in lengths:
+        problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
+        try:
+            return lowered(plan_optimal(problem), streaming, problem), problem
+        except PlanInfeasible as error:
+            failure = failure or error  # of whole layers, if they were asked about: what is said of them helps most
+    raise failure or ConfigError("plan: no question can be asked about this workload")
 
 
 def problem_of(
@@ -88,7 +126,9 @@ def problem_of(
         kinds.setdefault((kind_of(draft), layer_seconds[draft.name]), []).append(draft)
     order = {draft.name: position for position, draft in enumerate(_in_order(workload))}
     tokens = config.batch_size * config.seq_len
-    head_bytes = 0 if streaming.loss_head is None else streaming.loss_head.peak_bytes(head_chunk_tokens(streaming))
+    chunk_tokens = next((s.chunks.num_tokens for s in layer_seconds.values() if s.chunks is not None), None)
+    tile_tokens = head_chunk_tokens(streaming, chunk_tokens)
+    head_bytes = 0 if streaming.loss_head is None else streaming.loss_head.peak_bytes(tile_tokens)
     classes = []
     for number, ((_, seconds), drafts) in enumerate(kinds.items()):
         classes.append(
@@ -98,7 +138,7 @@ def problem_of(
                 saved=saved_of(
                     seconds, input_bytes_per_token=streaming.layer_input_bytes / tokens, num_tokens=tokens
                 ),
-                transients=transients_of(seconds, layer_bytes=streaming.layer_bytes(None), num_tokens=tokens),
+                **_passes_of(seconds, streaming, tokens, config.seq_len),
             )
         )  # fmt: skip
     edges = [draft for draft in workload.drafts if not draft.is_layer]
@@ -107,8 +147,9 @@ def problem_of(
         seconds, peak = (head_seconds, head_bytes) if draft is edges[-1] else (nothing, 0)
         classes.append(
             class_of(
-                draft.name, [draft], order, seconds, is_layer=False, again=needed_again(draft, streaming),
-                transients=transients_of(seconds, layer_bytes=peak, num_tokens=tokens),
+                draft.name, [draft], order, seconds, is_layer=False,
+                again=needed_again(draft, streaming, chunk_tokens),
+                **_passes_of_edge(seconds, peak, chunk_tokens, tokens),
             )
         )  # fmt: skip
     trainable = [p for p in workload.model.parameters() if p.requires_grad]
@@ -129,12 +170,31 @@ def problem_of(
     counted = planned.trainable_params * (2 * item_bytes + OPTIMIZER_BYTES_PER_ELEMENT)
     # What lies in DEVICE memory besides, whatever the plan.
     reserve = max(0, streaming.trainable_bytes - counted) + streaming.allocator_slack_bytes // SLACK_DIVISOR
-    more = rounding_of(list(layer_seconds.values()), input_bytes=streaming.layer_input_bytes)
+    more = rounding_of(list(layer_seconds.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len)
     return Problem(
         hardware=within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES, more),
         workload=planned,
-        capabilities=CAPABILITIES,
+        capabilities=replace(CAPABILITIES, token_chunks=chunk_tokens is not None),
     )
+
+
+def _passes_of(seconds: MeasuredSeconds, streaming: StreamingProblem, num_tokens: int, seq_len: int) -> dict[str, Any]:
+    """What a layer's passes need beside what it saves: by tokens, or where it runs by chunks, as it was counted."""
+    if seconds.chunks is None:
+        whole = streaming.layer_bytes(None)
+        return {"transients": transients_of(seconds, layer_bytes=whole, num_tokens=num_tokens)}
+    sequence_bytes = 0 if streaming.chunked is None else streaming.chunked.sequence_bytes
+    held = chunked_bytes(
+        seconds, layer_bytes=streaming.layer_input_bytes, sequence_bytes=sequence_bytes, seq_len=seq_len
+    )
+    return {"tile_bytes": held}
+
+
+def _passes_of_edge(seconds: MeasuredSeconds, peak: int, chunk_tokens: int | None, num_tokens: int) -> dict[str, Any]:
+    """The same of a block outside the layers, which takes all tokens, or the loss by tiles of its own."""
+    if chunk_tokens is not None:
+        return {"tile_bytes": peak}
+    return {"transients": transients_of(seconds, layer_bytes=peak, num_tokens=num_tokens)}
 
 
 def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
@@ -150,7 +210,7 @@ def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
         fingerprint=streaming.fingerprint,
         machine="",
         activations=policies_of(plan),
-        head_chunk_tokens=head_chunk_tokens(streaming),
+        head_chunk_tokens=head_chunk_tokens(streaming, problem.workload.measured_chunk_tokens),
         allocator_slack_bytes=min(wanted, slack + max(0, room)),
     )
 
@@ -166,6 +226,7 @@ def class_of(
     trainable_params: int = 0,
     saved: tuple[Saved, ...] = (),
     transients: tuple[Transient, ...] = (),
+    tile_bytes: int = 0,
 ) -> BlockClass:
     spec = drafts[0].spec
     quantized = [tensor.compute_bytes for tensor in spec.tensors if tensor.is_quantized]
@@ -186,15 +247,17 @@ def class_of(
         attention_bytes=0.0,
         attention_groups=1,
         transients=transients,
+        tile_bytes=tile_bytes,
         visits_backward=again,
         weight_cuts=spec.cuts_bytes,
         measured=seconds,
     )
 
 
-def needed_again(draft: BlockDraft, streaming: StreamingProblem) -> bool:
+def needed_again(draft: BlockDraft, streaming: StreamingProblem, chunk_tokens: int | None = None) -> bool:
     """Whether an edge's weights are needed in backward: a product's, unless tiles take its gradients in forward."""
-    return head_chunk_tokens(streaming) is None and any(isinstance(module, nn.Linear) for module in draft.modules)
+    at_once = head_chunk_tokens(streaming, chunk_tokens) is None
+    return at_once and any(isinstance(module, nn.Linear) for module in draft.modules)
 
 
 def kind_of(draft: BlockDraft) -> str:
@@ -210,7 +273,7 @@ def _in_order(workload: Workload) -> list[BlockDraft]:
     return [*edges[:-1], *workload.layers, *edges[-1:]]
 
 
-def _head_seconds(workload: Workload, streaming: StreamingProblem) -> MeasuredSeconds:
+def _head_seconds(workload: Workload, streaming: StreamingProblem, chunk_tokens: int | None) -> MeasuredSeconds:
     """Of head and loss; nothing where the model has none that the runtime knows."""
     edges = [draft for draft in workload.drafts if not draft.is_layer]
     if streaming.loss_head is None or not edges:
@@ -219,7 +282,7 @@ def _head_seconds(workload: Workload, streaming: StreamingProblem) -> MeasuredSe
     tokens = streaming.loss_head.num_tokens
     return profile_head(
         hidden_size=hidden, vocabulary=vocabulary, num_tokens=tokens,
-        tile_tokens=head_chunk_tokens(streaming) or tokens, dtype=torch_dtype(dtype),
+        tile_tokens=head_chunk_tokens(streaming, chunk_tokens) or tokens, dtype=torch_dtype(dtype),
     )  # fmt: skip
 
 

@@ -11,18 +11,21 @@ Where a layer's activations fit into DEVICE memory one layer at a time, a mix of
 had by treating whole layers differently. That cuts nothing, so that it gives the bits of plain training, needs nothing
 of a layer but that it runs, and loses little: with n layers, shares come in steps of 1 / n. The optimiser plans so.
 Shares of each layer's tokens are a cut, recompute what leads to attention twice, and pay only where a layer does not
-fit whole; a plan may say them too, and they become chunks that end where the shares do.
+fit whole. Then layers run by chunks of one length, and it plans what becomes of each group of each chunk: a layer has
+a `Saved` for each group, and its input another one, with which attention's result waits. A plan may say other shares
+of tokens too, and they become chunks that end where the shares do.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload_rt.stash import GRANULE_BYTES
-from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
-from planners.placement import ClassPlan, Tier, TokenSplit
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment, whole_batch
+from planners.placement import ClassPlan, Cuts, Tier, TokenSplit
 from planners.plan import Plan
 from planners.problem import MeasuredSeconds
 from planners.schedule import Phase
@@ -32,15 +35,36 @@ from planners.trace import Saved, Transient
 LEAST_TRANSIENT_SHARE = 4
 """Of the estimate of all that a layer needs: gradients on their way through it, where it saves as much as that."""
 INPUT, ACTIVATIONS = "input", "activations"
-"""The names of the two `Saved` of a layer."""
+"""The names of the two `Saved` of a layer that runs whole."""
+GROUPS = frozenset(group.value for group in Group if group is not Group.RESULT)
+"""Those of what one by chunks saves beside its input, and attention's result, which waits with that."""
+PAGES_WITH_INPUT = 8
+"""That tensors which wait with a layer's input may take more than their bytes: attention's result, a log-sum-exp."""
 
 
 def saved_of(seconds: MeasuredSeconds, *, input_bytes_per_token: float, num_tokens: int) -> tuple[Saved, ...]:
     """What the runtime stores of a layer. Without a measurement of what backward needs, only its input."""
-    given = Saved(name=INPUT, bytes_per_token=input_bytes_per_token, recomputable=False)
+    with_input = 0.0 if seconds.chunks is None else seconds.chunks.with_input_bytes / num_tokens
+    given = Saved(name=INPUT, bytes_per_token=input_bytes_per_token + with_input, recomputable=False)
     if seconds.kept is None:
         return (given,)
-    return given, Saved(name=ACTIVATIONS, bytes_per_token=seconds.kept.saved_bytes / num_tokens)
+    groups = seconds.kept.groups
+    if not groups:
+        return given, Saved(name=ACTIVATIONS, bytes_per_token=seconds.kept.saved_bytes / num_tokens)
+    return given, *(Saved(name=group.name, bytes_per_token=group.num_bytes / num_tokens) for group in groups)
+
+
+def chunked_bytes(seconds: MeasuredSeconds, *, layer_bytes: int, sequence_bytes: int, seq_len: int) -> int:
+    """What a layer's passes hold that runs by chunks, whatever is kept, put away or computed again of them.
+
+    Of what was held at most, a chunk that is computed again is charged by itself. `sequence_bytes` is estimated to be
+    there while attention's backward runs, when there is no such chunk; `layer_bytes`, what is charged between layers.
+    """
+    if seconds.chunks is None:
+        raise ValueError("plan: a layer by chunks was not measured so")
+    saved_bytes = 0 if seconds.kept is None else seconds.kept.saved_bytes
+    of_chunk = saved_bytes * seconds.chunks.num_tokens // seq_len
+    return max(0, max(seconds.chunks.peak_bytes - of_chunk, sequence_bytes) - layer_bytes)
 
 
 def transients_of(seconds: MeasuredSeconds, *, layer_bytes: int, num_tokens: int) -> tuple[Transient, ...]:
@@ -59,17 +83,27 @@ class Rounding:
     nvme_bytes: int = 0
 
 
-def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int) -> Rounding:
+def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int, seq_len: int) -> Rounding:
     """For layers with these measurements. A tensor begins at a granule of HOST, at a page of a drive; small ones stay.
 
     Layer inputs have their place on a drive twice, since a second micro-batch may begin before the first one's graph is
     gone; the plan counts one.
     """
     kept = [one.kept for one in seconds if one.kept is not None]
+    chunks = [one.chunks for one in seconds if one.chunks is not None]
+    tensors = KEPT_TENSORS * sum(
+        1 if one.chunks is None else len(one.kept.groups) * -(-seq_len // one.chunks.num_tokens)
+        for one in seconds
+        if one.kept is not None
+    )
+    beside = len(chunks) * PAGES_WITH_INPUT * IO_ALIGNMENT_BYTES
     return Rounding(
-        device_bytes=sum(one.small_bytes for one in kept),
-        host_bytes=len(kept) * KEPT_TENSORS * GRANULE_BYTES,
-        nvme_bytes=len(kept) * KEPT_TENSORS * IO_ALIGNMENT_BYTES + len(seconds) * input_bytes,
+        device_bytes=sum(one.small_bytes for one in kept) + beside,
+        host_bytes=tensors * GRANULE_BYTES + beside,
+        nvme_bytes=tensors * IO_ALIGNMENT_BYTES
+        + len(seconds) * input_bytes
+        + sum(one.with_input_bytes for one in chunks)
+        + 2 * beside,
     )
 
 
@@ -88,12 +122,14 @@ def policies_of(plan: Plan) -> dict[str, ActivationPolicy] | None:
 
 def _policy(plan: Plan, entry: ClassPlan) -> ActivationPolicy | None:
     again = [split for split in entry.tokens if split.name != INPUT]
+    seq_len = entry.tokens[0].total_tokens if entry.tokens else 0
+    if plan.cuts is not None and plan.cuts.chunk_tokens < seq_len and {split.name for split in again} <= GROUPS:
+        return _by_groups(again, seq_len, plan.cuts)
     if not again:
         return None
     parts = _parts(again[0])
     if any(_parts(split) != parts for split in again):
         raise ValueError(f"{entry.name!r}: what a layer saves is stored as one, but its parts go different ways")
-    seq_len = again[0].total_tokens
     most = seq_len if plan.cuts is None else min(seq_len, plan.cuts.chunk_tokens)
     groups = 1 if plan.cuts is None else plan.cuts.attention_groups
     if len(parts) == 1 and most == seq_len and groups == 1:
@@ -105,6 +141,26 @@ def _policy(plan: Plan, entry: ClassPlan) -> ActivationPolicy | None:
         for begin in range(0, tokens, most)
     ]
     return ActivationPolicy(chunks=tuple(chunks), attention_groups=groups)
+
+
+def _by_groups(splits: Sequence[TokenSplit], seq_len: int, cuts: Cuts) -> ActivationPolicy:
+    """Chunks of one length, and of each what becomes of its groups. Nothing is known to be saved: computed again."""
+    chunks = []
+    for begin in range(0, seq_len, cuts.chunk_tokens):
+        own = {split.name: _treatment_at(split, begin) for split in splits}
+        after = own.pop(Group.AFTER.value, Treatment(action=Action.RECOMPUTE))
+        others = {name: treatment for name, treatment in own.items() if treatment != after}
+        chunks.append(Chunk(num_tokens=cuts.chunk_tokens, action=after.action, tier=after.tier, **others))
+    while len(chunks) > 1 and chunks[-1] == chunks[-2]:
+        chunks.pop()  # the last one repeats
+    return ActivationPolicy(chunks=tuple(chunks), attention_groups=cuts.attention_groups)
+
+
+def _treatment_at(split: TokenSplit, token: int) -> Treatment:
+    """What becomes of the chunk that begins at `token`."""
+    ends = itertools.accumulate(num_tokens for num_tokens, _, _ in _parts(split))
+    _, action, tier = next(part for part, end in zip(_parts(split), ends, strict=True) if token < end)
+    return Treatment(action=action, tier=tier)
 
 
 def _parts(split: TokenSplit) -> list[tuple[int, Action, Tier | None]]:
@@ -131,6 +187,8 @@ class ActivationSizes:
     """By tier, of all layers, with what storing them there takes more."""
     staging_bytes: int
     """Of HOST, for what passes through it to and from drives."""
+    input_bytes: dict[str, int]
+    """Of each layer, by its block: its input, with what waits with that."""
 
 
 def sizes_of(plan: Plan, batch_size: int) -> ActivationSizes | None:
@@ -139,21 +197,29 @@ def sizes_of(plan: Plan, batch_size: int) -> ActivationSizes | None:
     if not plan.classes or not chunks:
         return None
     swapped: dict[Tier, int] = {}
+    inputs: dict[str, int] = {}
     kept = staging = 0.0
     for entry in plan.classes:
+        on_nvme = 0.0
         for split in entry.tokens:
-            if split.name == INPUT:
-                continue
             each = split.bytes_per_token * batch_size
+            in_chunk = split.total_tokens if plan.cuts is None else min(split.total_tokens, plan.cuts.chunk_tokens)
+            num_chunks = -(-split.total_tokens // in_chunk)
+            if split.name == INPUT:
+                pages = PAGES_WITH_INPUT * IO_ALIGNMENT_BYTES * (num_chunks > 1)
+                size = align_up(round(each * split.total_tokens) + pages, IO_ALIGNMENT_BYTES)
+                inputs |= dict.fromkeys(entry.blocks, size)
+                continue
             kept += len(entry.blocks) * each * split.device_tokens
-            staging = max(staging, 2 * plan.buffers.swap_slots * each * split.nvme_tokens)
+            on_nvme += each * min(split.nvme_tokens, in_chunk)
             for tier, tokens, granule in (
                 (Tier.HOST, split.host_tokens, GRANULE_BYTES),
                 (Tier.NVME, split.nvme_tokens, IO_ALIGNMENT_BYTES),
             ):
                 if tokens:
-                    num_bytes = round(each * tokens) + KEPT_TENSORS * granule
+                    num_bytes = round(each * tokens) + -(-tokens // in_chunk) * KEPT_TENSORS * granule
                     swapped[tier] = swapped.get(tier, 0) + len(entry.blocks) * num_bytes
+        staging = max(staging, 2 * plan.buffers.swap_slots * on_nvme)
     slot = chunks[0].slot_bytes
     return ActivationSizes(
         transient_bytes=max(arena.num_bytes for arena in chunks) - slot,
@@ -161,4 +227,5 @@ def sizes_of(plan: Plan, batch_size: int) -> ActivationSizes | None:
         kept_bytes=round(kept),
         swapped_bytes=swapped,
         staging_bytes=round(staging),
+        input_bytes=inputs,
     )

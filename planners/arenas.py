@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from planners.cost import Knobs, gradients_stay, knobs_of, num_chunks, static_bytes
+from planners.cost import Knobs, gradients_stay, in_a_chunk, knobs_of, static_bytes, tokens_at_once
 from planners.layout import Arena, Buffer, aligned, lay_out, live_bytes
 from planners.placement import ClassPlan, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
@@ -62,9 +62,13 @@ def chunk_buffers(problem: Problem, plan: Plan, entry: BlockClass, phase: Phase)
 
     Neither what is swapped is part of it, nor what stays there from forward to backward.
     """
-    each = problem.workload.batch_size / num_chunks(problem, knobs_of(plan).cuts)
+    cuts = knobs_of(plan).cuts
     buffers = [
-        _buffer(saved.name, each * saved.bytes_per_token * split.recompute_tokens, *_span(entry, saved, phase))
+        _buffer(
+            saved.name,
+            saved.bytes_per_token * in_a_chunk(problem, cuts, split.recompute_tokens),
+            *_span(entry, saved, phase),
+        )
         for saved, split in zip(entry.saved, plan.entry(entry.name).tokens, strict=True)
     ]
     buffers += [_buffer(*transient) for transient in _transients(problem, knobs_of(plan), entry, phase)]
@@ -73,11 +77,11 @@ def chunk_buffers(problem: Problem, plan: Plan, entry: BlockClass, phase: Phase)
 
 def swapped_buffers(problem: Problem, plan: Plan, entry: BlockClass, phase: Phase) -> list[Buffer]:
     """What a chunk's slot holds, in the order in which it is made; the last one made is the first one not needed."""
-    each = problem.workload.batch_size / num_chunks(problem, knobs_of(plan).cuts)
+    cuts = knobs_of(plan).cuts
     buffers = [
         _buffer(
             f"{saved.name}, swapped",
-            each * saved.bytes_per_token * (split.host_tokens + split.nvme_tokens),
+            saved.bytes_per_token * in_a_chunk(problem, cuts, split.host_tokens + split.nvme_tokens),
             *_slot_span(entry, saved, phase),
         )
         for saved, split in zip(entry.saved, plan.entry(entry.name).tokens, strict=True)
@@ -124,7 +128,7 @@ def _transients(
     problem: Problem, knobs: Knobs, entry: BlockClass, phase: Phase
 ) -> Iterator[tuple[str, float, int, int]]:
     """Name, bytes, first and last tick of what comes and goes with every chunk."""
-    tokens = min(knobs.cuts.chunk_tokens, problem.workload.tokens)
+    tokens = tokens_at_once(problem, knobs.cuts)
     for transient in entry.transients:
         if transient.phase is phase:
             yield transient.name, tokens * transient.bytes_per_token, transient.begin, transient.end
@@ -172,7 +176,7 @@ def _covers(more: Demand, less: Demand) -> bool:
 
 def chunk_bytes(problem: Problem, knobs: Knobs, entry: BlockClass) -> float:
     """What a chunk needs in a block of the class if all that can be is computed again, and the rest is swapped."""
-    each = problem.workload.tokens / num_chunks(problem, knobs.cuts)
+    each = in_a_chunk(problem, knobs.cuts, problem.workload.seq_len)
     inputs = each * sum(saved.bytes_per_token for saved in entry.saved if not saved.recomputable)
     most = 0.0
     for demand in demands(problem, knobs, entry):

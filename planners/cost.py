@@ -125,7 +125,22 @@ def fetch_counts(problem: Problem, slots: int) -> list[tuple[int, int]]:
 
 
 def num_chunks(problem: Problem, cuts: Cuts) -> int:
-    return -(-problem.workload.tokens // cuts.chunk_tokens)
+    """In how many parts a batch goes through a block."""
+    whole = problem.workload.tokens if problem.capabilities.batch_cuts else problem.workload.seq_len
+    return -(-whole // cuts.chunk_tokens)
+
+
+def tokens_at_once(problem: Problem, cuts: Cuts) -> int:
+    """Tokens that go through a block together, at most."""
+    rows = 1 if problem.capabilities.batch_cuts else problem.workload.batch_size
+    return min(rows * cuts.chunk_tokens, problem.workload.tokens)
+
+
+def in_a_chunk(problem: Problem, cuts: Cuts, num_tokens: float) -> float:
+    """Of `num_tokens` of every sequence that are treated alike, those that one chunk has, at most."""
+    if problem.capabilities.token_shares:
+        return problem.workload.batch_size * num_tokens / num_chunks(problem, cuts)
+    return problem.workload.batch_size * min(num_tokens, cuts.chunk_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +169,7 @@ def class_costs(problem: Problem, cuts: Cuts, decode_scope: DecodeScope) -> tupl
 
 def _class_cost(problem: Problem, entry: BlockClass, cuts: Cuts, decode_scope: DecodeScope) -> ClassCost:
     if entry.measured is not None:
-        return _measured_cost(entry, entry.measured, cuts, num_chunks(problem, cuts), decode_scope)
+        return _measured_cost(problem, entry, entry.measured, cuts, decode_scope)
     device, tokens, chunks = problem.hardware.device, problem.workload.tokens, num_chunks(problem, cuts)
     matmul, memory = device.matmul_flops_per_second, device.memory_bytes_per_second
     attention = tokens * entry.attention_flops / matmul
@@ -197,18 +212,23 @@ def _decodes(scope: DecodeScope, chunks: int) -> tuple[int, int]:
 
 
 def _measured_cost(
-    entry: BlockClass, seconds: MeasuredSeconds, cuts: Cuts, chunks: int, scope: DecodeScope
+    problem: Problem, entry: BlockClass, seconds: MeasuredSeconds, cuts: Cuts, scope: DecodeScope
 ) -> ClassCost:
-    """What was measured is of the whole batch at once. ValueError for what that says nothing about.
+    """What was measured is of the whole batch, cut as it was then. ValueError for what that says nothing about.
 
     Where a block can keep what it saves, that is the base, and the price of computing it again is what both passes take
-    more then.
+    more then; of groups, each has its part of it.
     """
     again = [saved.recomputable for saved in entry.saved]
-    if chunks > 1 or cuts.attention_groups > 1:
-        raise ValueError(f"{entry.name!r}: its seconds were measured for whole batches")
-    if sum(again) != (seconds.kept is not None):
-        raise ValueError(f"{entry.name!r}: one price was measured for all that it computes again, or none")
+    chunks = num_chunks(problem, cuts) if entry.is_layer else 1
+    timed = 1 if seconds.chunks is None else num_chunks(problem, Cuts(chunk_tokens=seconds.chunks.num_tokens))
+    if chunks != timed or cuts.attention_groups > 1:
+        how = "whole" if timed == 1 else f"in {timed} chunks"
+        raise ValueError(f"{entry.name!r}: its seconds were measured {how}, and say nothing of {cuts}")
+    kept = seconds.kept
+    groups = () if kept is None else kept.groups
+    if sum(again) != (len(groups) or (kept is not None)):
+        raise ValueError(f"{entry.name!r}: {sum(again)} of what it saves is computed again, at other prices")
     decodes = _decodes(scope, chunks)
     whole = ClassCost(
         forward_seconds=seconds.forward + decodes[0] * seconds.decode,
@@ -219,18 +239,20 @@ def _measured_cost(
         swap_seconds=((0.0, 0.0),) * len(again),
         spill_bytes=(0.0, 0.0),
     )
-    kept = seconds.kept
     if kept is None:
         return whole
-    forward, backward = kept.forward + seconds.decode, kept.backward + seconds.decode
+    forward, backward = kept.forward + decodes[0] * seconds.decode, kept.backward + decodes[0] * seconds.decode
     price = max(0.0, whole.forward_seconds + whole.backward_seconds - forward - backward)
-    swap = (kept.put_away, kept.taken_back)
+    all_groups = sum(group.again for group in groups)
+    prices = iter([price * (g.again / all_groups if all_groups else 1 / len(groups)) for g in groups] or [price])
+    sizes = iter([group.num_bytes / kept.saved_bytes for group in groups] or [1.0])
+    swaps = [next(sizes) if is_again else 0.0 for is_again in again]
     return replace(
         whole,
         forward_seconds=forward,
         backward_seconds=backward,
-        recompute_seconds=tuple(price if is_again else 0.0 for is_again in again),
-        swap_seconds=tuple(swap if is_again else (0.0, 0.0) for is_again in again),
+        recompute_seconds=tuple(next(prices) if is_again else 0.0 for is_again in again),
+        swap_seconds=tuple((share * kept.put_away, share * kept.taken_back) for share in swaps),
     )
 
 
@@ -287,7 +309,7 @@ def gradients_stay(problem: Problem, plan: Plan) -> bool:
 def fixed_device_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
     """What lies in DEVICE memory whatever the fractions are, itemised, but for activations of a chunk (`arenas`)."""
     workload, cuts = problem.workload, knobs.cuts
-    chunk = min(cuts.chunk_tokens, workload.tokens)
+    chunk = tokens_at_once(problem, cuts)
     classes = workload.classes
     items = {
         "activations between layers": float(workload.boundary_bytes)
@@ -412,14 +434,13 @@ def slab_bytes(problem: Problem) -> int:
 
 def _host_rings(problem: Problem, plan: Plan) -> dict[str, float]:
     """Slots in HOST through which activations, gradients and optimizer state pass."""
-    workload, buffers = problem.workload, plan.buffers
-    chunks = num_chunks(problem, knobs_of(plan).cuts)
+    workload, buffers, cuts = problem.workload, plan.buffers, knobs_of(plan).cuts
     activations = state = new = 0.0
     for entry in workload.classes:
         placed = plan.entry(entry.name)
         saved = zip(entry.saved, placed.tokens, strict=True)
-        swapped = sum(tensor.bytes_per_token * workload.batch_size * split.nvme_tokens for tensor, split in saved)
-        activations = max(activations, swapped / chunks)
+        swapped = sum(one.bytes_per_token * in_a_chunk(problem, cuts, split.nvme_tokens) for one, split in saved)
+        activations = max(activations, swapped)
         state = max(state, state_bytes(problem, placed, Tier.NVME) / buffers.buckets_per_block)
         if problem.capabilities.whole_weights and workload.mutable and entry.trainable_params:
             new = max(new, placed.weights.nvme_bytes)

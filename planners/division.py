@@ -1,4 +1,4 @@
-"""A class of equal blocks divided by what is done with what they save, where a runtime treats each block as a whole.
+"""A class of equal blocks divided by what is done with what they save, where a runtime treats each chunk as a whole.
 
 The optimiser says how many blocks of a class are kept, swapped to each tier and computed again. Here it is decided
 which: the plan then has a class for each, and `divided` gives the problem that it answers. Frozen data only.
@@ -8,6 +8,16 @@ which: the plan then has a class for each, and `divided` gives the problem that 
 What is kept is kept of the last blocks, whose backward comes first: nothing has to come back before it. What is swapped
 is spread evenly over the others, so that computation lies between two transfers. The first block is computed again, if
 any is.
+
+[Note: dealt chunks]
+Where a batch goes through blocks by chunks, it is chunks of all blocks that are counted, for each saved tensor by
+itself. They are dealt like cards, those that are computed again first:
+
+    3 blocks of 4 chunks, 5 again, 4 in HOST, 3 kept       block 0   again  again  HOST  kept
+                                                           block 1   again  again  HOST  kept
+                                                           block 2   again  HOST   HOST  kept
+
+so that each block has its share of each, to less than a chunk, and neighbours the same but for that.
 """
 
 from __future__ import annotations
@@ -15,19 +25,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planners.cost import num_chunks
-from planners.placement import Cuts
 from planners.plan import Plan
 from planners.problem import BlockClass, Problem
 
 HOMES = ("computed again", "on NVMe", "in HOST", "kept")
 """What is done with what a block saves, in the order of the shares that `expand.Fractions.tokens` says."""
 _AGAIN, _NVME, _HOST, _KEPT = range(4)
-
-
-def treats_whole(problem: Problem, cuts: Cuts) -> bool:
-    """Whether, under these cuts, every block must treat all that it saves beside its input alike."""
-    return not problem.capabilities.token_shares and num_chunks(problem, cuts) == 1
 
 
 def home_of_each(counts: Sequence[int]) -> list[int]:
@@ -59,6 +62,36 @@ def divide(entry: BlockClass, counts: Sequence[int]) -> list[tuple[int, BlockCla
         for home, name in enumerate(HOMES)
         if counts[home]
     ]
+
+
+def deal(
+    entry: BlockClass, num_chunks: int, counts: Sequence[Sequence[int]]
+) -> list[tuple[tuple[tuple[int, ...], ...], BlockClass]]:
+    """The class by what its blocks do: (for each saved tensor, its chunks by home; the blocks). See [Note: dealt
+    chunks].
+
+    counts: for each saved tensor, chunks of all blocks by home, in the order of `HOMES`; `entry.count * num_chunks`.
+    """
+    order = sorted(range(entry.count), key=lambda index: entry.positions[index])
+    found: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for place, index in enumerate(order):
+        found.setdefault(tuple(_dealt(own, place, entry.count) for own in counts), []).append(index)
+    if len(found) == 1:
+        return [(next(iter(found)), entry)]
+    return [
+        (homes, _part(entry, f"{entry.name}, {number}", sorted(indices)))
+        for number, (homes, indices) in enumerate(found.items())
+    ]
+
+
+def _dealt(counts: Sequence[int], place: int, num_places: int) -> tuple[int, ...]:
+    """How many of each kind come to `place` of those that are dealt to."""
+    found, begin = [], 0
+    for count in counts:
+        end = begin + count
+        found.append(len(range(begin + (place - begin) % num_places, end, num_places)))
+        begin = end
+    return tuple(found)
 
 
 def _part(entry: BlockClass, name: str, indices: Sequence[int]) -> BlockClass:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from planners.arenas import with_arenas
-from planners.cost import EDGE_SLOTS, Knobs, buckets, saving_bytes, slab_bytes, static_bytes
-from planners.division import divide, divided, treats_whole
-from planners.placement import ClassPlan, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
+from planners.cost import EDGE_SLOTS, Knobs, buckets, num_chunks, saving_bytes, slab_bytes, static_bytes
+from planners.division import deal, divide, divided
+from planners.placement import ClassPlan, Cuts, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
 from planners.plan import Plan, Ring
 from planners.problem import BlockClass, Problem
 from planners.simulate import Simulation
@@ -42,14 +42,15 @@ def whole_numbers(total: int, fractions: tuple[float, ...]) -> list[int]:
 def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planner: str) -> Plan:
     """A plan that says what the fractions say. Its prediction is added by `with_prediction`.
 
-    Where blocks are treated whole, shares of tokens are shares of blocks, and the plan may divide classes (`division`).
+    Where chunks are treated whole, shares of tokens are shares of them, and the plan may divide classes (`division`).
     """
     pairs = list(zip(problem.workload.classes, fractions, strict=True))
-    if treats_whole(problem, knobs.cuts):
-        pairs = [part for entry, own in pairs for part in _in_whole_blocks(entry, own)]
+    if not problem.capabilities.token_shares:
+        chunks = num_chunks(problem, knobs.cuts)
+        pairs = [part for entry, own in pairs for part in _in_whole_chunks(entry, own, chunks)]
     workload = replace(problem.workload, classes=tuple(entry for entry, _ in pairs))
     knobs = replace(knobs, buffers=replace(knobs.buffers, buckets_per_block=max(map(buckets, workload.classes))))
-    classes = tuple(_expand(problem, entry, own) for entry, own in pairs)
+    classes = tuple(_expand(problem, knobs.cuts, entry, own) for entry, own in pairs)
     rings = []
     for name, is_layer, slots in (("layers", True, knobs.slots), ("edges", False, EDGE_SLOTS)):
         placed = dict(zip((e.name for e in workload.classes), classes, strict=True))
@@ -90,24 +91,49 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
     return with_arenas(divided(problem, plan), plan)
 
 
-def _in_whole_blocks(entry: BlockClass, fractions: Fractions) -> list[tuple[BlockClass, Fractions]]:
+def _in_whole_chunks(entry: BlockClass, fractions: Fractions, chunks: int) -> list[tuple[BlockClass, Fractions]]:
     """A class by what is done with what its blocks save beside their input, and its fractions for each part."""
     again = [index for index, saved in enumerate(entry.saved) if saved.recomputable]
     if not again:
         return [(entry, fractions)]
+    if chunks > 1:
+        dealt = deal(entry, chunks, [whole_numbers(entry.count * chunks, fractions.tokens[index]) for index in again])
+        return [(part, _with_shares(fractions, dict(zip(again, own, strict=True)), chunks)) for own, part in dealt]
     counts = whole_numbers(entry.count, fractions.tokens[again[0]])
     found = []
     for home, part in divide(entry, counts):
-        share = (float(home == 0), float(home == 1), float(home == 2), float(home == 3))
-        tokens = tuple(share if index in again else old for index, old in enumerate(fractions.tokens))
-        found.append((part, replace(fractions, tokens=tokens)))
+        own = tuple(int(home == each) for each in range(4))
+        found.append((part, _with_shares(fractions, dict.fromkeys(again, own), 1)))
     return found
 
 
-def _expand(problem: Problem, entry: BlockClass, fractions: Fractions) -> ClassPlan:
+def _with_shares(fractions: Fractions, counts: dict[int, tuple[int, ...]], chunks: int) -> Fractions:
+    """The fractions with so many of the chunks of a block, for each saved tensor that `counts` names."""
+    tokens = list(fractions.tokens)
+    for index, (again, low, middle, kept) in counts.items():
+        tokens[index] = (again / chunks, low / chunks, middle / chunks, kept / chunks)
+    return replace(fractions, tokens=tuple(tokens))
+
+
+def _token_counts(problem: Problem, cuts: Cuts, split: tuple[float, float, float, float], *, whole: bool) -> list[int]:
+    """A sequence's tokens as a split says. whole: of chunks, the last of which may be shorter."""
+    seq_len = problem.workload.seq_len
+    if not whole:
+        return whole_numbers(seq_len, split)
+    parts, done, begin = [], 0, 0
+    for count in whole_numbers(num_chunks(problem, cuts), split):
+        done += count
+        end = min(done * cuts.chunk_tokens, seq_len)
+        parts.append(end - begin)
+        begin = end
+    return parts
+
+
+def _expand(problem: Problem, cuts: Cuts, entry: BlockClass, fractions: Fractions) -> ClassPlan:
     tokens = []
     for saved, split in zip(entry.saved, fractions.tokens, strict=True):
-        parts = whole_numbers(problem.workload.seq_len, split)
+        whole = saved.recomputable and not problem.capabilities.token_shares
+        parts = _token_counts(problem, cuts, split, whole=whole)
         again, low, middle, kept = parts
         tokens.append(
             TokenSplit(

@@ -49,6 +49,8 @@ def chunk_choices(problem: Problem) -> list[Cuts]:
     """Cuts that make sense, the coarse ones first: whole sequences, then halves of one."""
     workload = problem.workload
     can = problem.capabilities
+    if (measured := workload.measured_chunk_tokens) is not None:
+        return [Cuts(chunk_tokens=measured)]
     sizes: list[int] = []
     rows = workload.batch_size
     while rows >= 1 and (can.batch_cuts or not sizes):
@@ -69,7 +71,7 @@ def chunk_choices(problem: Problem) -> list[Cuts]:
 
 def boundaries(problem: Problem, cuts: Cuts) -> list[Tier]:
     """Where activations between layers may lie."""
-    one = num_chunks(problem, cuts) == 1 or problem.hardware.unified
+    one = num_chunks(problem, cuts) == 1 or problem.hardware.unified or not problem.capabilities.batch_cuts
     return [Tier.DEVICE] if one else [Tier.DEVICE, Tier.HOST]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from planners.cost import Knobs, capacities
-from planners.division import divided, treats_whole
+from planners.division import divided
 from planners.errors import PlanInfeasible
 from planners.expand import PAGE_BYTES, expand, with_prediction
 from planners.greedy import (
@@ -195,10 +195,10 @@ def _try(
     """Lays out a candidate, tightening what overflows, and simulates it; keeps it if it is the best so far."""
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     current: Steady | None = steady
-    whole = treats_whole(problem, steady.knobs.cuts)
+    whole = not problem.capabilities.token_shares
     if whole:
         current = solve_steady(
-            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_blocks=True
+            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_chunks=True
         )
     for _ in range(TIGHTENINGS):
         if current is None:
@@ -213,7 +213,7 @@ def _try(
             slack = min(SLACK_BYTES, shortage.have_bytes / 1024)
             room[shortage.tier] -= 1.05 * (shortage.need_bytes - shortage.have_bytes) + slack
         current = solve_steady(
-            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price, in_whole_blocks=whole
+            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price, in_whole_chunks=whole
         )
         found.num_programs += 1
     else:

@@ -11,6 +11,10 @@ it is done, as the executor issues it, and goes through the drive (what rests on
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from planners.cost import EDGE_SLOTS, ClassCost, class_costs, num_chunks, ring_walks
 from planners.placement import Tier
 from planners.plan import Plan
@@ -28,6 +32,19 @@ def build_timeline(problem: Problem, plan: Plan) -> Timeline:
     return _Passes(problem, plan).build()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """What a chunk does of what its block saves. Bytes of a whole batch, and seconds."""
+
+    kept: float
+    host: float
+    nvme: float
+    put_away_seconds: float
+    """For which swapping keeps it from computing in forward."""
+    again_seconds: float
+    """The same of backward, with computing again; but for attention."""
+
+
 class _Passes(Operations):
     """Lays out a step, position by position."""
 
@@ -38,6 +55,7 @@ class _Passes(Operations):
         self.updates = Updates(self)
         self.late: list[tuple[int, str]] = []
         """Operations that wait for something of the step before, known only when the step is complete."""
+        self._chunks: dict[tuple[int, int], _Chunk] = {}
         self.computes: list[int] = []
         self.swaps_out: list[int] = []
         self.saves: list[int] = []
@@ -120,25 +138,68 @@ class _Passes(Operations):
             self.staged[ring].append(move)
         self.arrived[position] = move
 
-    def _amounts(self, position: int) -> tuple[float, float, float]:
-        """Bytes of the block's saved tensors that are kept, swapped to HOST, and to NVME."""
+    def _chunk(self, position: int, k: int) -> _Chunk:
+        """What chunk `k` of the block at `position` does besides computing; made once for all blocks of a class."""
         c = self.class_at[position]
-        kept = host = nvme = 0.0
-        for saved, split in zip(self.workload.classes[c].saved, self.placed[c].tokens, strict=True):
-            each = saved.bytes_per_token * self.workload.batch_size
-            kept += each * split.device_tokens
-            host += each * split.host_tokens
-            nvme += each * split.nvme_tokens
-        return kept, host, nvme
+        if (c, k) not in self._chunks:
+            self._chunks[c, k] = self._made(c, self._tokens(c, k))
+        return self._chunks[c, k]
 
-    def _held_up(self, position: int, phase: int) -> float:
-        """Seconds for which swapping keeps what computes from computing."""
-        c = self.class_at[position]
-        splits = zip(self.costs[c].swap_seconds, self.placed[c].tokens, strict=True)
-        return sum(s[phase] * (t.host_tokens + t.nvme_tokens) for s, t in splits) / self.workload.seq_len
+    def _made(self, c: int, tokens: list[tuple[float, float, float, float]]) -> _Chunk:
+        saved, cost, seq_len = self.workload.classes[c].saved, self.costs[c], self.workload.seq_len
+        sizes = [one.bytes_per_token * self.workload.batch_size for one in saved]
+        of_tokens = list(zip(sizes, tokens, strict=True))
+        held_up = [
+            sum(s[phase] * (host + nvme) for s, (_, nvme, host, _) in zip(cost.swap_seconds, tokens, strict=True))
+            for phase in (0, 1)
+        ]
+        again = sum(
+            seconds * redone
+            for one, seconds, (redone, *_) in zip(saved, cost.recompute_seconds, tokens, strict=True)
+            if not one.is_attention
+        )
+        return _Chunk(
+            kept=sum(each * part[3] for each, part in of_tokens),
+            host=sum(each * part[2] for each, part in of_tokens),
+            nvme=sum(each * part[1] for each, part in of_tokens),
+            put_away_seconds=held_up[0] / seq_len,
+            again_seconds=(held_up[1] + again) / seq_len,
+        )
+
+    def _tokens(self, c: int, k: int) -> list[tuple[float, float, float, float]]:
+        """Of each saved tensor of a class, how many of a sequence's tokens chunk `k` computes again, has on NVMe, in
+        HOST, keeps: its part of each, or where chunks are treated whole, what of each range lies in it.
+        """
+        found = []
+        seq_len, n = self.workload.seq_len, self.chunks
+        for split in self.placed[c].tokens:
+            parts = (split.recompute_tokens, split.nvme_tokens, split.host_tokens, split.device_tokens)
+            if self.problem.capabilities.token_shares:
+                again, nvme, host, kept = (part / n for part in parts)
+            else:
+                ends = list(itertools.accumulate(parts, initial=0))
+                low, high = k * seq_len / n, (k + 1) * seq_len / n
+                again, nvme, host, kept = (
+                    max(0.0, min(high, end) - max(low, begin)) for begin, end in itertools.pairwise(ends)
+                )
+            found.append((again, nvme, host, kept))
+        return found
+
+    def _order(self) -> Sequence[int]:
+        """Chunks in the order of forward; backward takes them in the reverse one.
+
+        Those that are treated whole end with the first: [Note: order of chunks] of `_share`.
+        """
+        own = range(self.chunks)
+        return own if self.problem.capabilities.token_shares else own[::-1]
 
     def _share(self, chunk: int) -> tuple[float, float]:
-        """A chunk's share of the token-wise work, and of causal attention: later chunks look back further."""
+        """A chunk's share of the token-wise work, and of causal attention: later chunks look back further.
+
+        [Note: order of chunks]
+        The runtime takes all chunks of a sequence to attention and comes back from there with the last one first; most
+        of what is saved is made on the way back, and wanted in the reverse order.
+        """
         n = self.chunks
         one_sequence = self.workload.batch_size == 1
         return 1 / n, (2 * chunk + 1) / n**2 if one_sequence else 1 / n
@@ -159,14 +220,14 @@ class _Passes(Operations):
         self._fetches(position, 0)
         c, n = self.class_at[position], self.chunks
         cost = self.costs[c]
-        kept, host, nvme = self._amounts(position)
-        moved = host + nvme
         stream = self._input_swapped(position) if self.knobs.boundary is Tier.HOST else 0.0
         spill = cost.spill_bytes[0]
-        plain = cost.forward_seconds - cost.forward_attention_seconds + self._held_up(position, 0)
-        for k in range(n):
+        plain = cost.forward_seconds - cost.forward_attention_seconds
+        for turn, k in enumerate(self._order()):
             linear, attention = self._share(k)
-            key = position + k / n
+            own = self._chunk(position, k)
+            moved = own.host + own.nvme
+            key = position + turn / n
             deps = self._previous()
             first = not self.computes
             if position in self.arrived:
@@ -179,18 +240,19 @@ class _Passes(Operations):
                     waits.append((self.swapped[position - 1, k], 0))
                 deps.append((self.link_in(position, k, (stream + spill) / n, key - 0.3, waits, 0), 0))
             compute = self.op(
-                Resource.COMPUTE, plain * linear + cost.forward_attention_seconds * attention, key, deps, 0,
-                ("forward", position, k), at_start=(DEVICE, kept / n),
+                Resource.COMPUTE,
+                plain * linear + own.put_away_seconds + cost.forward_attention_seconds * attention,
+                key, deps, 0, ("forward", position, k), at_start=(DEVICE, own.kept),
             )  # fmt: skip
             if first:
                 self.late.append((compute, "barrier" if self.barrier else "end"))
-            if not self.barrier and self.workload.pinned and self.workload.classes[c].trainable_params and k == 0:
+            if not self.barrier and self.workload.pinned and self.workload.classes[c].trainable_params and turn == 0:
                 self.late.append((compute, f"update {position}"))
-            if self.workload.mutable and not self.barrier and position not in self.arrived and k == 0:
+            if self.workload.mutable and not self.barrier and position not in self.arrived and turn == 0:
                 self.late.append((compute, f"update {position}"))
             self.computes.append(compute)
             if moved:
-                self._swap_out(position, k, host, nvme, spill, compute, key)
+                self._swap_out(position, k, own.host, own.nvme, spill, compute, key)
             elif spill:
                 self.link_out(position, k, spill / n, key, [(compute, 0)], 0)
         self._computed(position)
@@ -203,12 +265,12 @@ class _Passes(Operations):
         if nvme and len(self.saves) >= 2 * slots:  # HOST staging on the way to the drive
             waits.append((self.saves[-2 * slots], 0))
         out = self.link_out(
-            position, k, (host + nvme + spill) / n, key, waits, 0, at_start=(self.host, host / n),
+            position, k, host + nvme + spill / n, key, waits, 0, at_start=(self.host, host),
         )  # fmt: skip
         self.swaps_out.append(out)
         if nvme:
             write = self.op(
-                Resource.SSD_WRITE, nvme / n, key, [(out, 0)], 0, ("save", position, k),
+                Resource.SSD_WRITE, nvme, key, [(out, 0)], 0, ("save", position, k),
             )  # fmt: skip
             self.saves.append(write)
             self.swapped[position, k] = write
@@ -227,23 +289,20 @@ class _Passes(Operations):
             return
         if entry.visits_backward:
             self._fetches(position, 1)
-        turn = 2 * self.num_blocks - 1 - position
-        kept, host, nvme = self._amounts(position)
-        moved = host + nvme
-        plain = cost.backward_seconds - cost.backward_attention_seconds + self._held_up(position, 1)
+        visit = 2 * self.num_blocks - 1 - position
         attended = cost.backward_attention_seconds
         for saved, split, seconds in zip(entry.saved, placed.tokens, cost.recompute_seconds, strict=True):
-            redone = seconds * split.recompute_tokens / self.workload.seq_len
             if saved.is_attention:
-                attended += redone
-            else:
-                plain += redone
+                attended += seconds * split.recompute_tokens / self.workload.seq_len
+        plain = cost.backward_seconds - cost.backward_attention_seconds
         through_host = self.workload.boundary_bytes if self.knobs.boundary is Tier.HOST and entry.is_layer else 0
         extra = cost.spill_bytes[1] + through_host
         first, before = True, self.computes[-1]
-        for k in reversed(range(n)):
+        for turn, k in enumerate(reversed(self._order())):
             linear, attention = self._share(k)
-            key = turn + (n - 1 - k) / n
+            own = self._chunk(position, k)
+            moved = own.host + own.nvme
+            key = visit + turn / n
             deps = self._previous()
             if position in self.arrived:
                 deps.append((self.arrived[position], 0))
@@ -251,10 +310,10 @@ class _Passes(Operations):
             if first and trains and len(self.updates.gradients_gone) >= self.knobs.buffers.gradient_slots:
                 deps.append((self.updates.gradients_gone[-self.knobs.buffers.gradient_slots], 0))
             if moved or extra:
-                deps.append((self._swap_in(position, k, host, nvme, extra, key), 0))
+                deps.append((self._swap_in(position, k, own.host, own.nvme, extra, key), 0))
             compute = self.op(
-                Resource.COMPUTE, plain * linear + attended * attention, key, deps, 1, ("backward", position, k),
-                at_finish=((DEVICE, -kept / n),),
+                Resource.COMPUTE, plain * linear + own.again_seconds + attended * attention, key, deps, 1,
+                ("backward", position, k), at_finish=((DEVICE, -own.kept),),
             )  # fmt: skip
             self.computes.append(compute)
             if moved:
@@ -265,7 +324,7 @@ class _Passes(Operations):
         if entry.visits_backward:
             self._computed(position)
         if entry.trainable_params:
-            self.updates.add(position, self.computes[-1], before, float(turn))
+            self.updates.add(position, self.computes[-1], before, float(visit))
 
     def _swap_in(self, position: int, k: int, host: float, nvme: float, extra: float, key: float) -> int:
         n, slots = self.chunks, self.knobs.buffers.swap_slots
@@ -280,13 +339,13 @@ class _Passes(Operations):
                 if len(self.swaps_in_use) >= 2 * slots:
                     waits.append((self.swaps_in_use[-2 * slots], 0))
                 read = self.op(
-                    Resource.SSD_READ, nvme / n, key - 0.45, waits, 1, ("load", position, k),
+                    Resource.SSD_READ, nvme, key - 0.45, waits, 1, ("load", position, k),
                 )  # fmt: skip
                 deps.append((read, 0))
         else:
             deps += [(self.computes[-2], 0)]
         return self.link_in(
-            position, k, (moved + extra) / n, key - 0.35, deps, 1, at_finish=((self.host, -host / n),),
+            position, k, moved + extra / n, key - 0.35, deps, 1, at_finish=((self.host, -host),),
         )  # fmt: skip
 
     def _finish(self) -> None:

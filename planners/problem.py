@@ -47,6 +47,20 @@ class MeasuredSeconds:
     """Of all its quantized weights, once."""
     kept: KeptPass | None = None
     """Where all that backward needs is kept; None where that was not measured, and cannot be asked for."""
+    chunks: MeasuredChunks | None = None
+    """Of a layer that ran by chunks of tokens; None: whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredChunks:
+    """How a layer ran by chunks of tokens, and what it held of a step's whole batch."""
+
+    num_tokens: int
+    """Of every sequence, in a chunk."""
+    with_input_bytes: int
+    """What waits with the layer's input from forward to backward: the attention's result, what its kernel saves."""
+    peak_bytes: int
+    """The most that a forward and backward have held at once which compute all chunks again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +78,18 @@ class KeptPass:
     """Seconds for which swapping out keeps from computing, whatever a link takes besides; in forward."""
     taken_back: float = 0.0
     """The same of swapping in, in backward."""
+    groups: tuple[SavedGroup, ...] = ()
+    """What is saved where the layer runs by chunks: together `saved_bytes`. Empty: all of it is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedGroup:
+    """A group of what a layer by chunks saves, see `activations.Group`. Of a step's whole batch."""
+
+    name: str
+    num_bytes: int
+    again: float
+    """Seconds that computing it again takes; of the price of all groups, its part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +206,12 @@ class Workload:
         return ITEM_BYTES * self.hidden * self.tokens
 
     @property
+    def measured_chunk_tokens(self) -> int | None:
+        """Of the chunks in which its layers were timed, and so have to run; None: they were timed whole, or not."""
+        timed = (entry.measured for entry in self.classes if entry.is_layer)
+        return next((one.chunks.num_tokens for one in timed if one is not None and one.chunks is not None), None)
+
+    @property
     def useful_flops(self) -> float:
         """Of one step, nothing counted twice: what recomputation costs is not useful."""
         return self.tokens * sum(
@@ -204,12 +236,13 @@ class Capabilities:
     token_policy: bool = True
     """Saved tensors other than layer inputs can be kept and swapped."""
     batch_cuts: bool = True
-    """A batch can go through a block in parts, be they whole sequences."""
+    """A batch can go through a block in parts, be they whole sequences. False: all its sequences go together, and a
+    chunk has its tokens of each of them."""
     input_shares: bool = True
     """Layer inputs can wait in several tiers, by tokens. False: all of them in one."""
     token_shares: bool = True
-    """Of a sequence that goes through a block whole, tokens can be treated differently. False: what a block saves
-    beside its input is kept, swapped to one tier, or computed again as a whole; other blocks of its class may differ.
+    """Any tokens of a sequence can be treated differently. False: what a block saves of a chunk beside its input is
+    kept, swapped to one tier, or computed again as a whole; other chunks and other blocks of its class may differ.
     """
     state_tiers: tuple[Tier, ...] = tuple(Tier)
     """Where optimizer state can rest. Restricts full fine-tuning and adapters alike."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from planners.activations import Group
 from planners.arenas import demands
 from planners.cost import (
     EDGE_SLOTS,
@@ -23,10 +24,10 @@ from planners.cost import (
     fetch_counts,
     fixed_device_bytes,
     fixed_host_bytes,
+    in_a_chunk,
     num_chunks,
     whole_state_bytes,
 )
-from planners.division import treats_whole
 from planners.expand import Fractions, UpdateKey
 from planners.placement import Tier, UpdatePlace
 from planners.problem import BlockClass, Problem
@@ -34,6 +35,7 @@ from planners.program import Solution, Terms
 from planners.rows import BACKWARD, FORWARD, GB, LOW_PRICE, PRICE_SUM, PRICES, RESOURCES, Freedoms, Rows
 from planners.update_rows import UpdateRows
 
+BEFORE, AFTER = Group.BEFORE.value, Group.AFTER.value
 SHORTAGE_PRICES = {"device": 1e4, "host": 1e3, "nvme": 1e2}
 """Of a missing GB, in units of time: fitting comes before being fast, and what is cheap to buy may be short first."""
 
@@ -167,8 +169,8 @@ class _Builder(Rows):
 
     def _tokens(self, entry: BlockClass, cost: ClassCost) -> tuple[tuple[int, int, int, int], ...]:
         workload, slots = self.workload, self.knobs.buffers.swap_slots
-        real = num_chunks(self.problem, self.knobs.cuts)
-        found = []
+        of_chunk = in_a_chunk(self.problem, self.knobs.cuts, workload.seq_len)
+        found: list[tuple[int, int, int, int]] = []
         used = []
         slot: Terms = []
         staged: Terms = []
@@ -197,11 +199,16 @@ class _Builder(Rows):
             self.work(FORWARD, "ssd_write", nvme, n * size)
             self.work(BACKWARD, "ssd_read", nvme, n * size)
             used.append(self._used(entry, (redo, nvme, host, kept), saved.recomputable))
-            slot += [(part, size / real) for part in used[-1].swapped]
-            staged += [(part, 2 * slots * size / real) for part in used[-1].on_nvme]
+            each = saved.bytes_per_token * of_chunk
+            slot += [(part, each) for part in used[-1].swapped]
+            staged += [(part, 2 * slots * each) for part in used[-1].on_nvme]
             self.hold("device", kept, n * size)
             self.hold("host", host, n * size)
             self.hold("nvme", nvme, n * size)
+            if saved.name == AFTER and found:
+                # What follows attention may need the graph of what precedes it, see `activations`.
+                before = next(own for own, one in zip(found, entry.saved, strict=False) if one.name == BEFORE)
+                self.program.at_most([(before[0], 1.0), (redo, -1.0)], 0.0)
             found.append((redo, nvme, host, kept))
         self.largest("device", "swap slots", slot, count=slots)
         self.largest("host", "staging of activations", staged)
@@ -210,21 +217,22 @@ class _Builder(Rows):
             own = self.most["device", "swap slots"]
             live: Terms = [(own, -GB)] if entry.num_operations > 1 else []
             for j, shares in enumerate(used):
-                each = entry.saved[j].bytes_per_token * workload.tokens / real
+                each = entry.saved[j].bytes_per_token * of_chunk
                 live += [(part, each) for part in shares.again if demand.again[j]]
                 live += [(part, each) for part in shares.swapped if demand.swapped[j] and entry.num_operations > 1]
             self.largest("device", "a chunk", live, demand.fixed_bytes)
         return tuple(found)
 
     def _used(self, entry: BlockClass, columns: tuple[int, int, int, int], recomputable: bool) -> _Used:
-        """What a chunk's buffers hold. Where blocks are treated whole, it is all or nothing, and shares count blocks;
+        """What a chunk's buffers hold. Where chunks are treated whole, it is all or nothing, and shares count chunks;
         with those relaxed, it is the shares again.
         """
         redo, nvme, host, _ = columns
-        if not (recomputable and treats_whole(self.problem, self.knobs.cuts)):
+        if not recomputable or self.problem.capabilities.token_shares:
             return _Used(again=(redo,), swapped=(nvme, host), on_nvme=(nvme,))
+        count = entry.count * num_chunks(self.problem, self.knobs.cuts)
         for column in columns:
-            self.program.row([(self.program.whole_number(entry.count), 1.0), (column, -float(entry.count))], 0.0, 0.0)
+            self.program.row([(self.program.whole_number(count), 1.0), (column, -float(count))], 0.0, 0.0)
         again, swapped, on_nvme = (self.program.whole_number(1) for _ in range(3))
         for some, shares in ((again, (redo,)), (swapped, (nvme, host)), (on_nvme, (nvme,))):
             self.program.at_most([*((share, 1.0) for share in shares), (some, -1.0)], 0.0)
@@ -279,11 +287,11 @@ def solve_steady(
     freedoms: Freedoms | None = None,
     room: dict[str, float] | None = None,
     elastic: bool = False,
-    in_whole_blocks: bool = False,
+    in_whole_chunks: bool = False,
 ) -> Steady | None:
     """The best fractions for `knobs`; None if nothing fits. `unit_seconds` scales time, about a step.
 
-    `elastic` lets tiers overflow, as little as possible, and says by how much. `in_whole_blocks` rounds, where blocks
+    `elastic` lets tiers overflow, as little as possible, and says by how much. `in_whole_chunks` rounds, where chunks
     are treated whole; bound and duals are those of the relaxation.
 
     `room` replaces the capacities, bytes by tier. Raises what `Program.solve` raises.
@@ -295,7 +303,7 @@ def solve_steady(
     if solution is None:
         return None
     relaxed = _read(builder, columns, solution)
-    if not (in_whole_blocks and builder.program.whole):
+    if not (in_whole_chunks and builder.program.whole):
         return relaxed
     solution = builder.program.solve(in_whole_numbers=True)
     if solution is None:

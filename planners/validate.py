@@ -7,9 +7,11 @@ hand, `floor_seconds` is a lower bound that no plan can beat.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
+from planners.activations import Group
 from planners.arenas import (
     chunk_arena_name,
     chunk_buffers,
@@ -19,7 +21,7 @@ from planners.arenas import (
     swapped_bytes,
 )
 from planners.cost import capacities, class_costs, fetch_counts, knobs_of, saving_bytes, update_bytes
-from planners.division import divided, treats_whole
+from planners.division import divided
 from planners.errors import format_bytes
 from planners.layout import Arena, Buffer
 from planners.placement import ClassPlan, Tier, UpdateMode, UpdatePlace
@@ -131,7 +133,7 @@ def check_modes(problem: Problem, plan: Plan) -> None:
     cuts = knobs_of(plan).cuts
     if cuts.chunk_tokens < workload.seq_len and not can.token_chunks:
         raise InvalidPlan("cuts sequences into chunks, which the runtime cannot")
-    if cuts.chunk_tokens < workload.tokens and not can.batch_cuts:
+    if workload.seq_len <= cuts.chunk_tokens < workload.tokens and not can.batch_cuts:
         raise InvalidPlan("cuts the batch, which the runtime cannot")
     if any(update.tier not in can.state_tiers for _, update in updates):
         raise InvalidPlan("optimizer state rests where the runtime cannot have it")
@@ -144,9 +146,9 @@ def check_modes(problem: Problem, plan: Plan) -> None:
     }
     if len(homes) > 1 and not can.input_shares:
         raise InvalidPlan("layer inputs wait in several tiers, which the runtime cannot")
-    if treats_whole(problem, cuts):
+    if not can.token_shares:
         for kind, placed in zip(workload.classes, plan.classes, strict=True):
-            _check_whole_blocks(kind, placed, workload.seq_len)
+            _check_whole_chunks(kind, placed, workload.seq_len, cuts.chunk_tokens)
     for kind, placed in zip(workload.classes, plan.classes, strict=True):
         if kind.weight_cuts and placed.weights.device_bytes not in kind.weight_cuts:
             raise InvalidPlan(f"{kind.name!r}: blocks cannot be cut at {placed.weights.device_bytes} bytes")
@@ -163,12 +165,16 @@ def check_modes(problem: Problem, plan: Plan) -> None:
             raise InvalidPlan(f"class {entry.name!r} uses HOST, which is DEVICE on this machine")
 
 
-def _check_whole_blocks(entry: BlockClass, placed: ClassPlan, seq_len: int) -> None:
-    """All that a block saves beside its input goes one way, all tokens of it."""
+def _check_whole_chunks(entry: BlockClass, placed: ClassPlan, seq_len: int, chunk_tokens: int) -> None:
+    """Of each thing that a block saves beside its input, all tokens of a chunk go one way."""
     again = [split for saved, split in zip(entry.saved, placed.tokens, strict=True) if saved.recomputable]
-    ways = {(s.recompute_tokens, s.nvme_tokens, s.host_tokens, s.device_tokens) for s in again}
-    if len(ways) > 1 or any(seq_len not in way for way in ways):
-        raise InvalidPlan(f"{placed.name!r}: tokens of what it saves go different ways, which the runtime cannot")
+    for split in again:
+        ends = itertools.accumulate((split.recompute_tokens, split.nvme_tokens, split.host_tokens))
+        if any(end % chunk_tokens and end != seq_len for end in ends):
+            raise InvalidPlan(f"{placed.name!r}: tokens of what it saves go different ways, which the runtime cannot")
+    counts = {split.name: split.recompute_tokens for split in again}
+    if counts.get(Group.BEFORE.value, 0) > counts.get(Group.AFTER.value, seq_len):
+        raise InvalidPlan(f"{placed.name!r}: what precedes attention is computed again where what follows it is not")
 
 
 def _check_training(problem: Problem, plan: Plan) -> None:

@@ -101,6 +101,7 @@ FLOORS = {
     "offload_rt.bench": 8.2,
     "offload_rt.workload": 8.5,
     "offload_rt.block_profile": 8.4,
+    "offload_rt.chunk_profile": 8.5,
     "offload_rt.measured_sizes": 8.4,
     "offload_rt.adapter_draft": 8.6,
     "offload_rt.planning_tokens": 8.6,

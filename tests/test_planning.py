@@ -165,7 +165,7 @@ def test_what_the_runtime_cannot_do_is_no_plan_of_its(tmp_path):
     refused("rests where the runtime cannot", with_entry(updates=updates))
     everything = replace(problem, capabilities=replace(CAPABILITIES, batch_cuts=True))
     halves = replace(knobs_of(plan), cuts=Cuts(chunk_tokens=SEQ_LEN))
-    with pytest.raises(ValueError, match="measured for whole batches"):
+    with pytest.raises(ValueError, match="were measured whole"):
         check(everything, replace(plan, cuts=halves.cuts))
 
 
@@ -207,8 +207,8 @@ def test_a_profile_runs_a_layer_as_the_runtime_does(monkeypatch):
 
 
 def test_a_profile_takes_as_many_passes_as_are_told_beforehand(monkeypatch):
-    passes, take = [], block_profile._pass
-    monkeypatch.setattr(block_profile, "_pass", lambda *arguments: passes.append(0) or take(*arguments))
+    passes, take = [], block_profile.one_pass
+    monkeypatch.setattr(block_profile, "one_pass", lambda *arguments: passes.append(0) or take(*arguments))
     model = build_lora("llama")
     (first, *_) = [draft for draft in find_blocks(model, bits=4) if draft.is_layer]
     profile_layer(model, first, batch_size=2, seq_len=16)

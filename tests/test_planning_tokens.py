@@ -118,7 +118,7 @@ def test_a_profile_counts_what_plain_autograd_saves(bits):
     kept = profile_layer(model, draft, batch_size=BATCH_SIZE, seq_len=SEQ_LEN).kept
     layer = draft.modules[0]
     layer.gradient_checkpointing = False
-    call = block_profile._call_of(model, layer, BATCH_SIZE, SEQ_LEN)
+    call = block_profile.call_of(model, layer, BATCH_SIZE, SEQ_LEN)
     arguments = [call.hidden, *(t for t in call.kwargs["position_embeddings"]), *layer.parameters()]
     stays = {tensor.untyped_storage().data_ptr() for tensor in arguments}
     held = {}
@@ -214,7 +214,7 @@ def test_blocks_are_counted_in_whole_numbers_and_the_bound_is_the_relaxations(tm
     mixed = 0
     for knobs in itertools.chain.from_iterable(combinations(problem)):
         relaxed = solve_steady(problem, knobs, unit_seconds=unit)
-        whole = solve_steady(problem, knobs, unit_seconds=unit, in_whole_blocks=True)
+        whole = solve_steady(problem, knobs, unit_seconds=unit, in_whole_chunks=True)
         if relaxed is None or whole is None:
             continue
         counts = [4 * share for share in whole.fractions[0].tokens[1]]
