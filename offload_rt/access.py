@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from offload_rt.arena import Slot
+from offload_rt.arena import Arena, Slot
 from offload_rt.block import Block
 from offload_rt.errors import OffloadError
 from offload_rt.executor import RingExecutor
 from offload_rt.parted import BlockBytes, PartedBytes
+from offload_rt.tiers import Residence, TierAccount
 from planners.schedule import Phase
 
 
@@ -77,6 +78,31 @@ class ResidentAccess:
 
     def release(self) -> None:
         pass
+
+
+class LookupAccess:
+    """Access to a block that is read by rows and has no slot: whole only when a model is saved.
+
+    From NVMe, in memory that is taken for that long; it must fit the budget of HOST, `BudgetExceeded` says by how much
+    it does not. From HOST where it rests.
+    """
+
+    def __init__(self, residence: Residence, resting: Slot | None, account: TierAccount, name: str) -> None:
+        self._residence = residence
+        self._resting = resting
+        self._account = account
+        self._name = name
+
+    def acquire(self, phase: Phase, *, training: bool) -> Slot:
+        if self._resting is not None:
+            return self._resting
+        self._account.check(f"{self._name}, whole", self._residence.num_bytes)
+        slot = Arena(self._name, self._residence.num_bytes).acquire(self._residence.num_bytes, self._name)
+        self._residence.fetch(slot).wait()
+        return slot
+
+    def release(self) -> None:
+        """The memory goes with the last view of it."""
 
 
 @contextlib.contextmanager

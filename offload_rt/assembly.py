@@ -36,6 +36,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.heap import Base, HeapGuard
 from offload_rt.links import Links
+from offload_rt.lookup import LookupModule
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
 from offload_rt.optimizer.interface import Training
@@ -46,6 +47,7 @@ from offload_rt.packed_linear import packed_linears
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
 from offload_rt.recording import Recorder
+from offload_rt.rows import RowReader, RowSource
 from offload_rt.runtime import MadeOf, Runtime
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
@@ -192,6 +194,8 @@ class _Assembly:
         self.store_was_cached = False
         self.activations = ActivationsAssembly(workload, problem, plan, self.tiers, self.links, self.device)
         self.executors: list[RingExecutor] = []
+        self.rows: RowReader | None = None
+        self.row_sources: dict[str, RowSource] = {}
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.tiered: TieredTraining | None = None
         self.state: StateAssembly | None = None
@@ -236,6 +240,9 @@ class _Assembly:
             executor, streamed = weights.ring(ring)
             self.executors.append(executor)
             accesses.update(streamed)
+        if self.plan.lookups is not None:
+            self.rows, self.row_sources, whole = weights.lookups(self.plan.lookups)
+            accesses.update(whole)
         places = self.activations.places()
         return self._attach(decoder, accesses, places, transients, covered, optimizer)
 
@@ -297,7 +304,7 @@ class _Assembly:
         tokenwise = Tokenwise(replace(places, between_chunks=heap.check)) if self.plan.activations else None
         runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
-            executors=self.executors, layers=[], streamed=[], loss_head=None, heap=heap,
+            executors=self.executors, layers=[], streamed=[], rows=self.rows, loss_head=None, heap=heap,
             layer_counters=LayerCounters(), contiguous_head=None, tokenwise=tokenwise, coverage=covered,
             store=self.store, store_was_cached=self.store_was_cached, scratch=self.activations.scratch,
             recorder=self.recorder, turns=self.turns,
@@ -321,6 +328,11 @@ class _Assembly:
                 block.open(access.slot)
             if draft.is_layer:
                 runtime.layers.append(self._layer(runtime, draft, block, access, places))
+            elif self.rows is not None and draft.name in self.row_sources:
+                source, ahead = self.row_sources[draft.name], self._ahead_of_lookups()
+                runtime.streamed.extend(
+                    LookupModule(module, block, source, self.rows, ahead) for module in draft.modules
+                )
             elif not isinstance(access, ResidentAccess):
                 runtime.streamed.extend(StreamedModule(module, block, access) for module in draft.modules)
         check_nothing_on_meta(workload.model, workload.sources.describe)
@@ -338,6 +350,11 @@ class _Assembly:
         runtime.loss_head = self._loss_head(runtime)
         heap.trim()  # of what the weights and their encoding have left
         return runtime
+
+    def _ahead_of_lookups(self) -> Callable[[], None]:
+        """What a lookup, which begins a forward pass, starts: the fetch of the first block that is needed whole."""
+        executors = [executor for executor in self.executors if executor.ring.name == "edges"]
+        return executors[0].foresee if executors else lambda: None
 
     def _training(self, optimizer: torch.optim.Optimizer | None, *, make_room: Callable[[], None]) -> Training:
         """What trains, with the state that it begins with. Parameters that stay in memory have their values."""
@@ -419,7 +436,9 @@ class _Assembly:
             raise ConfigError("plan: takes the loss in tiles, but the model has no loss that can be")
         output: Any = getattr(causal, "get_output_embeddings", lambda: None)()
         behind = [
-            module.held for module in runtime.streamed if output is not None and module.module in output.modules()
+            module.held
+            for module in runtime.streamed
+            if isinstance(module, StreamedModule) and output is not None and module.module in output.modules()
         ]
         head = LossHead(
             causal, chunk_tokens, *behind[:1], between=runtime.heap.check, transients=runtime.transients

@@ -115,6 +115,16 @@ class RingExecutor:
                 self._recorder.use(f"{phase.value} {self.ring.blocks[index]}", reads=[slot.range])
             return slot
 
+    def foresee(self) -> None:
+        """A forward pass has begun: starts fetching its first block, if there is room. Does not block."""
+        with self._lock:
+            if 0 in self._slots:
+                return
+            slot = self._arena.try_acquire(self.ring.slot_bytes, self.ring.blocks[0])
+            if slot is not None:
+                self.counters.scheduled_fetches += 1
+                self._start(0, slot)
+
     def release(self, index: int) -> None:
         """The user of block `index` is done: the schedule goes on to the next computation. Does not block."""
         with self._lock:

@@ -11,11 +11,12 @@ from offload_rt.optimizer.paged import rule_on_device
 from offload_rt.planning_tokens import policies_of
 from offload_rt.planning_training import placement_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from offload_rt.workload import Workload
+from offload_rt.workload import Workload, is_looked_up, rows_size
 from planners.placement import UpdateMode
 from planners.plan import Plan, Ring, Split, Tier
 from planners.streaming import StreamingProblem
 from planners.training_state import StatePlacement
+from planners.vocabulary import Lookups
 
 
 def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
@@ -28,7 +29,8 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
         )
     if plan.head_chunk_tokens is not None and not (problem.loss_head is not None and problem.loss_head.tiles):
         raise ConfigError("plan: head_chunk_tokens is for causal language models of transformers; set it to null")
-    placed = {*plan.resident, *(name for ring in plan.rings for name in ring.blocks)}
+    looked_up = () if plan.lookups is None else plan.lookups.blocks
+    placed = {*plan.resident, *(name for ring in plan.rings for name in ring.blocks), *looked_up}
     if placed != {draft.name for draft in drafts}:
         odd = sorted(placed ^ {draft.name for draft in drafts})
         raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
@@ -41,6 +43,8 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
         split = plan.weights_of(name)
         if split is not None and split.streamed_bytes:
             raise ConfigError(f"plan: {name} is resident, but its class streams {split.streamed_bytes} bytes of it")
+    if plan.lookups is not None:
+        _check_lookups(plan.lookups, problem, workload)
     _check_activations(plan, problem, workload)
     _check_state(plan, problem)
     _check_parts_that_train(plan, workload)
@@ -51,6 +55,23 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
             raise ConfigError(f"plan: its classes place state so: {said}, and its state says: {plan.state}")
     if plan.state is not None:
         _check_updates_on_device(plan.state, workload)
+
+
+def _check_lookups(lookups: Lookups, problem: StreamingProblem, workload: Workload) -> None:
+    """Whether these blocks can be read by rows, where they rest, through the room that there is."""
+    for name in lookups.blocks:
+        draft = workload.draft(name)
+        if not is_looked_up(draft):
+            raise ConfigError(f"plan: lookups of {name!r}, which is no frozen embedding by itself; put it in a ring")
+        row = rows_size(draft, most_rows=1)
+        if lookups.room_bytes < row.row_bytes:
+            raise ConfigError(f"plan: lookups in {lookups.room_bytes} bytes, a row of {name!r} has {row.row_bytes}")
+        if lookups.rest is Tier.NVME and lookups.pages_bytes < row.pages_bytes():
+            raise ConfigError(f"plan: lookups with {lookups.pages_bytes} bytes of pages, a row has {row.row_bytes}")
+    if lookups.rest is Tier.NVME and not workload.config.nvme:
+        raise ConfigError("plan: lookups of blocks that rest on NVME, but nvme= gives no folder")
+    if lookups.rest is Tier.HOST and problem.unified:
+        raise ConfigError("plan: lookups from HOST, which is DEVICE without host_memory=; list the blocks as resident")
 
 
 def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name: str) -> None:

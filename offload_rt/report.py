@@ -70,6 +70,7 @@ def report(
         "replans": sum(c.num_replans for c in executors),
         "layer_inputs_not_put_away": runtime.layer_counters.num_not_stashed,
         "loss_head": None if runtime.loss_head is None else runtime.loss_head.report(),
+        "lookups": None if runtime.rows is None else asdict(runtime.rows.counters),
         "passed_on": runtime.turns.num_passed_on,
         "training": runtime.training.report(),
         "tokenwise": None if runtime.tokenwise is None else runtime.tokenwise.report(),
@@ -154,6 +155,11 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter, peaks
         lines.append(
             f"{ring.name}: {len(ring.blocks)} blocks rest in {ring.rest.value}, {ring.num_slots} at a time in "
             f"device memory ({format_bytes(ring.device_bytes)})"
+        )
+    if plan.lookups is not None:
+        lines.append(
+            f"lookups: rows of {' and '.join(plan.lookups.blocks)} rest in {plan.lookups.rest.value}, "
+            f"{format_bytes(plan.lookups.room_bytes)} at a time in device memory"
         )
     if plan.predicted:
         busy = plan.predicted["busy_seconds"]

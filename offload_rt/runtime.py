@@ -18,12 +18,14 @@ from offload_rt.edge import StreamedModule
 from offload_rt.executor import ExecutorCounters, RingExecutor
 from offload_rt.heap import Base, HeapGuard
 from offload_rt.links import Links
+from offload_rt.lookup import LookupModule
 from offload_rt.loss_head import LossHead
 from offload_rt.nf4_products import Products
 from offload_rt.optimizer.interface import Training
 from offload_rt.packed_linear import PackedLinear
 from offload_rt.plan_choice import Choice
 from offload_rt.recording import Recorder
+from offload_rt.rows import RowReader
 from offload_rt.scratch import Scratch
 from offload_rt.store import Store
 from offload_rt.throttle import Throttle
@@ -73,7 +75,9 @@ class Runtime:
     products: Products
     packed: list[PackedLinear]
     """Linears whose weights are not always decoded."""
-    streamed: list[StreamedModule]
+    streamed: list[StreamedModule | LookupModule]
+    rows: RowReader | None
+    """What lookups get their rows by."""
     loss_head: LossHead | None
     heap: HeapGuard
     transients: Transients
@@ -104,6 +108,8 @@ class Runtime:
         found += [executor.counters for executor in self.executors]
         if self.loss_head is not None:
             found.append(self.loss_head.counters)
+        if self.rows is not None:
+            found.append(self.rows.counters)
         found += [self.transients.counters, self.products.counters]
         if self.tokenwise is not None:
             found += [self.tokenwise.counters, self.tokenwise]
@@ -174,4 +180,4 @@ class Runtime:
         self.decoder.let_go()
         if self.tokenwise is not None:
             self.tokenwise.places = Places()
-        self.transients, self.tokenwise, self.loss_head = Transients(), None, None
+        self.transients, self.tokenwise, self.loss_head, self.rows = Transients(), None, None, None

@@ -41,6 +41,11 @@ class TierAccount:
 
     def reserve(self, owner: str, num_bytes: int) -> None:
         """Books `num_bytes` for `owner`. Raises `BudgetExceeded`, naming all holders, when they do not fit."""
+        self.check(owner, num_bytes)
+        self.holdings[owner] = self.holdings.get(owner, 0) + num_bytes
+
+    def check(self, owner: str, num_bytes: int) -> None:
+        """As `reserve`, but books nothing."""
         if self.capacity_bytes is not None and self.used_bytes + num_bytes > self.capacity_bytes:
             held = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.holdings.items())
             left = self.capacity_bytes - self.used_bytes
@@ -49,7 +54,6 @@ class TierAccount:
                 f"{format_bytes(self.capacity_bytes)} are left; "
                 f"held by: {held or 'nobody'}"
             )
-        self.holdings[owner] = self.holdings.get(owner, 0) + num_bytes
 
 
 class Tiers:

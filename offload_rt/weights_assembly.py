@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from offload_rt.access import Access, PartedAccess, ResidentAccess, RingAccess
+from offload_rt.access import Access, LookupAccess, PartedAccess, ResidentAccess, RingAccess
 from offload_rt.arena import Arena, Slot
 from offload_rt.checkpoint.ingest import block_pieces, fill_slot
 from offload_rt.discover import BlockDraft
@@ -24,6 +24,7 @@ from offload_rt.executor import RingExecutor
 from offload_rt.links import Links
 from offload_rt.optimizer.parted_weights import PartedWeights
 from offload_rt.recording import Recorder
+from offload_rt.rows import HostRows, PageSums, RowReader, RowSource, StoredRows
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import STAGING_BYTES, Store
 from offload_rt.store_part import StorePart
@@ -31,6 +32,7 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import HostResidence, NvmeResidence, Residence, SplitResidence, Tiers
 from offload_rt.workload import Workload
 from planners.plan import Plan, Ring, Split, Tier
+from planners.vocabulary import PAGE_SLOTS, Lookups
 
 
 class WeightsAssembly:
@@ -119,6 +121,41 @@ class WeightsAssembly:
             )
         return executor, accesses
 
+    def lookups(self, lookups: Lookups) -> tuple[RowReader, dict[str, RowSource], dict[str, Access]]:
+        """Rooms for rows of embeddings, where these rest, and how to get at them whole."""
+        drafts = [self._workload.draft(name) for name in lookups.blocks]
+        num_bytes = sum(draft.spec.stored_bytes for draft in drafts)
+        on_nvme, host = lookups.rest is Tier.NVME, self._tiers.account(Tier.HOST)
+        table = self._tiers.arena(Tier.DEVICE, "rows of embeddings", lookups.room_bytes)
+        staging = None
+        if not self._tiers.unified:
+            staging = self._tiers.arena(Tier.HOST, "rows on their way", lookups.room_bytes)
+        pages, resting = None, None
+        if on_nvme:
+            pages = self._tiers.arena(Tier.HOST, "pages of embeddings", PAGE_SLOTS * lookups.pages_bytes)
+            host.reserve("checksums of pages", lookups.sums_bytes(num_bytes))
+        else:
+            resting = self._tiers.arena(Tier.HOST, "weights", num_bytes)
+        sources: dict[str, RowSource] = {}
+        accesses: dict[str, Access] = {}
+        for draft in drafts:
+            name, stored_bytes = draft.name, draft.spec.stored_bytes
+            split = Split(
+                device_bytes=0, host_bytes=0 if on_nvme else stored_bytes, nvme_bytes=stored_bytes if on_nvme else 0
+            )
+            if pages is not None:
+                store = self._open_store("lookups")
+                sums, slot = PageSums(store, name, stored_bytes), None
+                sources[name] = StoredRows(draft.spec.tensors[0], name, store, sums, pages, self._links)
+                residence: Residence = NvmeResidence(store, name, stored_bytes, self._links, None)
+            elif resting is not None:
+                sums, slot = None, resting.acquire(stored_bytes, name)
+                sources[name] = HostRows(draft.spec.tensors[0], slot)
+                residence = HostResidence(slot, self._links)
+            self._bring(draft, split, None, slot, sums)
+            accesses[name] = LookupAccess(residence, slot, host, name)
+        return RowReader(table, staging, self._links), sources, accesses
+
     def _split(self, ring: Ring, draft: BlockDraft) -> Split:
         """Where the block's bytes rest: as the plan's classes say, or whole."""
         split = self._plan.weights_of(draft.name)
@@ -166,7 +203,9 @@ class WeightsAssembly:
             return self._trained_parts(self._state, draft, split, resident, host, staging)
         part = None
         if split.nvme_bytes:
-            part = StorePart(self._open_store(ring), draft.name, whole - split.nvme_bytes, split.nvme_bytes)
+            part = StorePart(
+                self._open_store(f"ring {ring.name!r}"), draft.name, whole - split.nvme_bytes, split.nvme_bytes
+            )
         self._bring(draft, split, resident, host, part)
         parts: list[tuple[int, Residence]] = []
         if host is not None:
@@ -200,11 +239,13 @@ class WeightsAssembly:
     def _on_nvme(self, ring: Ring, draft: BlockDraft, staging: Arena | None) -> Residence:
         if self._state is not None and draft.trains:
             return self._state.residence(draft, staging)
-        return NvmeResidence(self._open_store(ring), draft.name, draft.spec.stored_bytes, self._links, staging)
+        return NvmeResidence(
+            self._open_store(f"ring {ring.name!r}"), draft.name, draft.spec.stored_bytes, self._links, staging
+        )
 
-    def _open_store(self, ring: Ring) -> Store:
+    def _open_store(self, user: str) -> Store:
         if self._store is None:
-            raise ConfigError(f"plan: ring {ring.name!r} rests on NVME, but nvme= gives no folder")
+            raise ConfigError(f"plan: {user} rests on NVME, but nvme= gives no folder")
         return self._store
 
     def _pieces(self, draft: BlockDraft) -> Iterator[tuple[int, Slot]]:
@@ -228,7 +269,12 @@ class WeightsAssembly:
                 del piece
 
     def _bring(
-        self, draft: BlockDraft, split: Split, resident: Slot | None, host: Slot | None, part: StorePart | None = None
+        self,
+        draft: BlockDraft,
+        split: Split,
+        resident: Slot | None,
+        host: Slot | None,
+        part: StorePart | PageSums | None = None,
     ) -> None:
         """Puts what of the block rests in memory there, and shows all of it to `part`. Blocks."""
         for offset_bytes, piece in self._pieces(draft):

@@ -43,8 +43,9 @@ from planners.activations import ActivationPolicy
 from planners.placement import ClassPlan, UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Split, Tier
 from planners.products import PackedProducts
-from planners.streaming import BlockSize, Cuts, StreamingProblem
+from planners.streaming import BlockSize, Cuts, StreamingProblem, lookups_of
 from planners.training_state import StatePlacement, TrainedSize, TrainingSizes
+from planners.vocabulary import RowsSize
 
 
 class MemoryMeter(Protocol):
@@ -107,6 +108,10 @@ class RuntimeOptions:
     """Slots of the layer ring, in place of the plan's."""
     stream_edges: bool | None = None
     """Stream embedding and head although the budget would hold them."""
+    look_up_rows: bool = True
+    """Where `stream_edges` is set: embeddings are read by rows, not whole."""
+    room_bytes: int | None = None
+    """Of rows of embeddings in DEVICE memory at a time, in place of the plan's; twice that of pages from NVMe."""
     layer_inputs: Tier | None = None
     """Where layer inputs wait, in place of the plan's choice."""
     decode_scope: DecodeScope | None = None
@@ -316,7 +321,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     return StreamingProblem(
         fingerprint=_fingerprint(workload),
         layers=tuple(_size(d) for d in drafts if d.is_layer),
-        edges=tuple(_size(d) for d in drafts if not d.is_layer),
+        edges=tuple(_size(d, most_rows=config.batch_size * config.seq_len) for d in drafts if not d.is_layer),
         trainable_bytes=trainable_bytes,
         layer_input_bytes=input_bytes,
         activation_bytes=activation_bytes,
@@ -374,7 +379,21 @@ def allocator_slack_bytes(trainable_bytes: int, activation_bytes: int, *, placed
     return min(max(ALLOCATOR_SLACK_BYTES, beside), 2 * (trainable_bytes + activation_bytes))
 
 
-def _size(draft: BlockDraft) -> BlockSize:
+def is_looked_up(draft: BlockDraft) -> bool:
+    """Whether all that is ever done with the block is looking up rows of its one tensor, which is frozen."""
+    of_one = len(draft.spec.tensors) == 1 and not draft.is_layer and not draft.trains
+    return of_one and all(isinstance(module, nn.Embedding) for module in draft.modules)
+
+
+def rows_size(draft: BlockDraft, *, most_rows: int) -> RowsSize:
+    """An embedding that `is_looked_up`, of which a lookup wants at most so many rows."""
+    tensor = draft.spec.tensors[0]
+    num_rows = tensor.shape[0]
+    return RowsSize(num_rows=num_rows, row_bytes=tensor.stored_bytes // num_rows, most_rows=most_rows)
+
+
+def _size(draft: BlockDraft, *, most_rows: int = 0) -> BlockSize:
+    """most_rows: that the largest batch may look up in an embedding."""
     by_module: dict[str, int] = {}
     for tensor in draft.spec.tensors:
         if tensor.is_quantized:
@@ -386,6 +405,7 @@ def _size(draft: BlockDraft) -> BlockSize:
         largest_module_bytes=max(by_module.values(), default=0),
         decoded_bytes=sum(by_module.values()),
         streams=True,
+        rows=rows_size(draft, most_rows=most_rows) if is_looked_up(draft) else None,
     )
 
 
@@ -439,18 +459,34 @@ def with_options(
             for ring in plan.rings
         )
         plan = replace(plan, rings=rings)
-    edges = [d for d in drafts if not d.is_layer and d.name in plan.resident]
-    if options.stream_edges and edges and plan.rings:
-        ring = Ring(
-            name="edges",
-            blocks=tuple(d.name for d in edges),
-            num_slots=1,
-            slot_bytes=max(d.spec.stored_bytes for d in edges),
-            rest=plan.rings[0].rest,
+    if options.stream_edges and plan.rings:
+        plan = _with_streamed_edges(
+            plan, drafts, look_up_rows=options.look_up_rows and (sizes is None or sizes.adapters)
         )
-        resident = tuple(name for name in plan.resident if name not in ring.blocks)
-        plan = replace(plan, resident=resident, rings=(*plan.rings, ring))
+    if options.room_bytes is not None and plan.lookups is not None:
+        pages_bytes = 2 * options.room_bytes if plan.lookups.pages_bytes else 0
+        lookups = replace(plan.lookups, room_bytes=options.room_bytes, pages_bytes=pages_bytes)
+        plan = replace(plan, lookups=lookups)
     return plan
+
+
+def _with_streamed_edges(plan: Plan, drafts: list[BlockDraft], *, look_up_rows: bool) -> Plan:
+    """The plan with what of embedding and head is resident streaming."""
+    edges = [d for d in drafts if not d.is_layer and d.name in plan.resident]
+    looked_up = [d for d in edges if look_up_rows and is_looked_up(d)]
+    whole = [d for d in edges if d not in looked_up]
+    rest = plan.rings[0].rest
+    if looked_up:
+        sizes = tuple(_size(d, most_rows=d.spec.tensors[0].shape[0]) for d in looked_up)
+        plan = replace(plan, lookups=lookups_of(sizes, rest))
+    if whole:
+        ring = Ring(
+            name="edges", blocks=tuple(d.name for d in whole), num_slots=1,
+            slot_bytes=max(d.spec.stored_bytes for d in whole), rest=rest,
+        )  # fmt: skip
+        plan = replace(plan, rings=(*plan.rings, ring))
+    names = {d.name for d in edges}
+    return replace(plan, resident=tuple(name for name in plan.resident if name not in names))
 
 
 def with_shares(plan: Plan, drafts: list[BlockDraft], in_device: float, in_host: float) -> Plan:

@@ -30,8 +30,9 @@ from planners.placement import Split as Split
 from planners.placement import Tier as Tier
 from planners.products import PackedProducts, check_products, products_from_json
 from planners.training_state import StatePlacement as StatePlacement
+from planners.vocabulary import Lookups
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,8 @@ class Plan:
     """Products with frozen NF4 weights that are not decoded first, by shape and number of tokens. A cut."""
     state: StatePlacement | None = None
     """Of what trains in blocks; None where only adapters train."""
+    lookups: Lookups | None = None
+    """Embeddings that are read by rows; None: none, blocks are resident or in a ring."""
     boundary: Tier = Tier.DEVICE
     """Where the activations between two layers lie: DEVICE, or HOST, chunk by chunk, where a batch is too long."""
     arenas: tuple[Arena, ...] = ()
@@ -157,6 +160,8 @@ class Plan:
             activations = data.get("activations")
             if data.get("state") is not None:
                 data["state"] = StatePlacement.from_json(data["state"])
+            if data.get("lookups") is not None:
+                data["lookups"] = Lookups.from_json(data["lookups"])
             if activations is not None:
                 data["activations"] = {name: ActivationPolicy.from_json(one) for name, one in activations.items()}
             return Plan(

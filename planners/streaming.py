@@ -1,12 +1,12 @@
 """The fixed streaming rule that `plan="auto"` follows until the optimiser is there: a legal plan without a solver.
 
 Layers stream through up to three slots from NVME, or from HOST where no drive is given. Whatever else the model has
-(embedding, head, final norm) stays in DEVICE memory if the budget holds it and streams through a slot of its own if
-not. Layer inputs wait in the first of DEVICE, HOST, NVME that holds them. A third slot hides the latency of one slow
-read and is given up early; the second one hides every read, and is given up last. A layer's decoded weights are held
-from its recompute to its backward, which saves one decode of three, where there is room for them: they are given up
-first. The loss is taken in tiles that need no more memory than a layer's recompute, but of no fewer than
-`MIN_CHUNK_TOKENS`, which a product needs to be efficient.
+(embedding, head, final norm) stays in DEVICE memory if the budget holds it; if not, an embedding is read by rows, and
+what is multiplied streams through a slot of its own. Layer inputs wait in the first of DEVICE, HOST, NVME that holds
+them. A third slot hides the latency of one slow read and is given up early; the second one hides every read, and is
+given up last. A layer's decoded weights are held from its recompute to its backward, which saves one decode of three,
+where there is room for them: they are given up first. The loss is taken in tiles that need no more memory than a
+layer's recompute, but of no fewer than `MIN_CHUNK_TOKENS`, which a product needs to be efficient.
 
 Where a layer's recompute does not fit whole, layers are recomputed by chunks of tokens, the largest that fit: a cut,
 which is taken only then.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
@@ -31,6 +32,7 @@ from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.products import PackedProducts
 from planners.training_state import StatePlacement, TrainingSizes
+from planners.vocabulary import Lookups, RowsSize
 
 MAX_SLOTS = 3
 MIN_CHUNK_TOKENS = 64
@@ -54,6 +56,17 @@ ENOUGH_STATE_SLOTS = 8
 """With so many, kept activations are worth more than further ones."""
 
 
+class EdgesBy(Enum):
+    """How blocks outside the layers come to DEVICE memory, the best choice first."""
+
+    RESIDENT = 1
+    """They stay there."""
+    ROWS = 2
+    """Embeddings by the rows that a lookup needs, all others through a slot."""
+    WHOLE = 3
+    """All through a slot."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockSize:
     """A block as the planner sees it."""
@@ -66,6 +79,8 @@ class BlockSize:
     """Decoded bytes of all quantized tensors of the block."""
     streams: bool
     """False: it holds what cannot be fetched on use (buffers and parameters read outside their module)."""
+    rows: RowsSize | None = None
+    """Of an embedding that nothing multiplies with; None otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,14 +283,14 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
             home,
             state,
             scope,
-            stream_edges=stream_edges,
+            edges=edges,
             slack_bytes=slack_bytes,
             layer_major=layer_major,
             chunk_tokens=chunk_tokens,
         )
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for state in _states(problem, rest)
-        for stream_edges in (False, True)
+        for edges in EdgesBy
         for layer_major in _orders(problem, in_place=in_place)
         for home in homes
         for slots in slot_choices
@@ -332,15 +347,18 @@ def _plan(
     state: StatePlacement | None,
     scope: DecodeScope,
     *,
-    stream_edges: bool,
+    edges: EdgesBy,
     slack_bytes: int,
     layer_major: bool,
     chunk_tokens: int | None,
 ) -> Plan:
-    streamed_edges = tuple(block for block in problem.edges if stream_edges and block.streams)
-    resident = tuple(block for block in problem.edges if block not in streamed_edges)
     # Where HOST is DEVICE, a layer that rests in HOST is already where it is used.
     in_place = problem.unified and rest is Tier.HOST
+    streamed_edges = tuple(block for block in problem.edges if edges is not EdgesBy.RESIDENT and block.streams)
+    looked_up = _looked_up(problem, streamed_edges) if edges is EdgesBy.ROWS and not in_place else ()
+    streamed_edges = tuple(block for block in streamed_edges if block not in looked_up)
+    resident = tuple(block for block in problem.edges if block not in (*streamed_edges, *looked_up))
+    lookups = lookups_of(looked_up, rest)
     rings = []
     if problem.layers and not in_place:
         rings.append(_ring("layers", problem.layers, slots, rest))
@@ -375,7 +393,12 @@ def _plan(
         if not problem.unified:
             host = {f"staging for {ring.name}": ring.device_bytes for ring in rings}
     elif not in_place:
-        host["weights"] = sum(block.stored_bytes for ring in rings for block in _members(problem, ring))
+        in_rings = [block for ring in rings for block in _members(problem, ring)]
+        host["weights"] = sum(block.stored_bytes for block in (*in_rings, *looked_up))
+    if lookups is not None:
+        device["rows of embeddings"] = lookups.room_bytes
+        sums = lookups.sums_bytes(sum(block.stored_bytes for block in looked_up))
+        host["rows on their way"] = lookups.staging_bytes(unified=problem.unified) + sums
     if home is Tier.NVME:
         # Twice: a second micro-batch may begin before the first one's graph is gone. Staging: two out, two in.
         nvme["layer inputs"] = 2 * waiting * len(problem.layers)
@@ -406,7 +429,28 @@ def _plan(
         layer_major=layer_major,
         update_mode=_update_mode(problem, state),
         state=state,
+        lookups=lookups,
         peak_bytes={"device": device, "host": host, "nvme": nvme},
+    )
+
+
+def _looked_up(problem: StreamingProblem, edges: tuple[BlockSize, ...]) -> tuple[BlockSize, ...]:
+    """Those that are worth reading by rows. None where layers train: a whole model is saved block by block."""
+    if problem.training is not None and not problem.training.adapters:
+        return ()
+    return tuple(block for block in edges if block.rows is not None and block.rows.is_worth_it())
+
+
+def lookups_of(blocks: tuple[BlockSize, ...], rest: Tier) -> Lookups | None:
+    """The lookups of embeddings that rest there; None without any."""
+    sizes = [block.rows for block in blocks if block.rows is not None]
+    if not sizes:
+        return None
+    return Lookups(
+        blocks=tuple(block.name for block in blocks),
+        rest=rest,
+        room_bytes=max(size.room_bytes() for size in sizes),
+        pages_bytes=max(size.pages_bytes() for size in sizes) if rest is Tier.NVME else 0,
     )
 
 

@@ -56,10 +56,13 @@ def test_training_on_a_late_device_is_bit_equal_to_plain_pytorch(case: Case, tmp
         fetches = sum(executor.counters.num_fetches for executor in engine._runtime.executors)
     micro_batches = STEPS * case.accumulation
     assert recorder is not None and [str(race) for race in recorder.check()] == []
-    # Every fetch is a copy in, every layer's input is one out and one in; nothing is resident.
+    # Every fetch is a copy in, so are the rows of a lookup, every layer's input is one out and one in; nothing is
+    # resident.
+    lookups = 0 if report["lookups"] is None else report["lookups"]["num_pieces"]
+    assert (lookups > 0) == (case.family != "llama")  # whose embedding is tied to its head
     if case.family != "plain" or not case.checkpointing:
         assert device.to_host.num_copies == 4 * micro_batches
-        assert device.to_device.num_copies == fetches + 4 * micro_batches
+        assert device.to_device.num_copies == fetches + 4 * micro_batches + lookups
     assert report["prefetch_misses"] == 0
     assert report["layer_inputs_not_put_away"] == 0
     assert (report["bytes_read"] > 0) == (case.place == "from NVME")

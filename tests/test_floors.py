@@ -74,6 +74,7 @@ FLOORS = {
     "offload_rt.snapshot": 3.2,
     "offload_rt.scratch": 3.0,
     "offload_rt.tiers": 4.0,
+    "offload_rt.rows": 4.0,
     "offload_rt.stash": 4.0,
     "offload_rt.device_stash": 4.5,
     "offload_rt.paced_stash": 4.5,
@@ -90,6 +91,7 @@ FLOORS = {
     "offload_rt.backbone": 6.8,
     "offload_rt.autograd": 7.0,
     "offload_rt.edge": 7.0,
+    "offload_rt.lookup": 7.0,
     "offload_rt.tokenwise": 7.5,
     "offload_rt.loss_head": 7.0,
     "offload_rt.checkpoint": 8.0,
@@ -129,9 +131,9 @@ FLOORS = {
 """A folder's floor holds for all modules in it."""
 
 PLANNERS = [
-    "errors", "units", "schedule", "placement", "activations", "layout", "training_state", "products", "plan",
-    "streaming", "hardware", "model", "architectures", "well_known", "headers", "tensors", "meta_model", "models",
-    "trace",
+    "errors", "units", "schedule", "placement", "activations", "layout", "training_state", "products", "vocabulary",
+    "plan", "streaming", "hardware", "model", "architectures", "well_known", "headers", "tensors", "meta_model",
+    "models", "trace",
     "problem", "cost", "division", "arenas", "timeline", "updates", "passes", "simulate", "validate", "expand",
     "greedy", "program", "rows", "update_rows", "steady", "wear", "mip", "policies", "explain", "render", "command",
     "__main__",

@@ -1,0 +1,92 @@
+"""Data: what of an embedding is in memory where it is read by rows, and how much room that takes.
+
+A lookup needs the rows of a batch's distinct tokens, not the table: of Llama-3-70B's 2.1 GB, 4096 tokens need 64 MiB
+at most. They pass through a bounded room, in pieces if a batch has more:
+
+    NVMe --> |- pages -|- pages -|  HOST, the next piece is read while one is taken out
+                  v rows
+             |- rows -|              HOST, where DEVICE is other memory: what rests in HOST is gathered here
+                  v
+             |- rows -|              DEVICE, what the module looks up in
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from planners.placement import Tier
+
+ROOM_BYTES = 8 << 20
+"""The most rows that are in memory at a time; a drive is as fast with it as with more."""
+PAGE_BYTES = 4096
+PAGE_SLOTS = 2
+"""Pieces of pages: one is taken out while the next is read."""
+SUM_BYTES = 5
+"""For each page on NVMe: its checksum, and whether it was verified."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsSize:
+    """An embedding as the planner sees it, if nothing but lookups use it."""
+
+    num_rows: int
+    row_bytes: int
+    most_rows: int
+    """That the largest batch may look up."""
+
+    def room_bytes(self) -> int:
+        """Of rows in memory at a time, whole pages: those of the largest batch, or as many as there is room for."""
+        wanted = min(self.most_rows, self.num_rows) * self.row_bytes
+        return _pages(max(self.row_bytes, min(wanted, ROOM_BYTES)))
+
+    def pages_bytes(self) -> int:
+        """Of a piece of pages that such rows lie in, wherever they are, as far as there is room for them."""
+        apart = self.row_bytes % PAGE_BYTES == 0 or PAGE_BYTES % self.row_bytes == 0  # no row is in a page too many
+        of_row = _pages(self.row_bytes) + (0 if apart else PAGE_BYTES)
+        wanted = min(min(self.most_rows, self.num_rows) * of_row, _pages(self.num_rows * self.row_bytes))
+        return max(of_row, min(wanted, ROOM_BYTES))
+
+    def is_worth_it(self) -> bool:
+        """Whether rows take less memory than the table."""
+        return self.room_bytes() + PAGE_SLOTS * self.pages_bytes() < self.num_rows * self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookups:
+    """Embeddings of which a lookup reads the rows that it needs, and nothing is in memory between lookups."""
+
+    blocks: tuple[str, ...]
+    rest: Tier
+    """HOST or NVMe, as a whole."""
+    room_bytes: int
+    """Rows in DEVICE memory at a time, at most."""
+    pages_bytes: int = 0
+    """Of a piece of pages on their way from NVMe; 0 from HOST."""
+
+    def __post_init__(self) -> None:
+        if self.rest is Tier.DEVICE:
+            raise ValueError("plan: lookups: rest is DEVICE; list blocks that stay there as resident")
+        if not self.blocks or self.room_bytes < 1:
+            raise ValueError(f"plan: lookups of {len(self.blocks)} blocks in {self.room_bytes} bytes; at least 1 each")
+        if (self.pages_bytes > 0) != (self.rest is Tier.NVME) or self.pages_bytes % PAGE_BYTES:
+            raise ValueError(f"plan: lookups from {self.rest.value} with pages_bytes {self.pages_bytes}")
+
+    def sums_bytes(self, stored_bytes: int) -> int:
+        """Of the checksums of the pages of blocks of so many bytes together."""
+        return SUM_BYTES * (stored_bytes // PAGE_BYTES) if self.rest is Tier.NVME else 0
+
+    def staging_bytes(self, *, unified: bool) -> int:
+        """HOST memory that rows pass through."""
+        return PAGE_SLOTS * self.pages_bytes + (0 if unified else _pages(self.room_bytes))
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Lookups:
+        """Reads what `dataclasses.asdict` gave. KeyError, TypeError or ValueError for anything else."""
+        data = dict(data)
+        blocks, rest = data.pop("blocks"), Tier(data.pop("rest"))
+        return Lookups(blocks=tuple(blocks), rest=rest, **data)
+
+
+def _pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
