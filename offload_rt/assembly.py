@@ -422,6 +422,7 @@ class _Assembly:
             self.base, planned_bytes=sum(account.used_bytes for account in accounts),
             arena_bytes=sum(account.arena_bytes for account in accounts),
             slack_bytes=self.activations.slack_bytes,
+            wanted_bytes=self.activations.wanted_slack_bytes if Tier.DEVICE in tiers else 0,
             lasting_bytes=device.get("adapters, gradients, optimizer", 0),
             kept_bytes=kept + device.get("layer inputs", 0) if kept else 0,
         )  # fmt: skip

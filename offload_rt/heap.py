@@ -9,6 +9,9 @@ plan grants: then whatever comes fits, though none of them is used again. Holes 
 what the heap has in use (`mallinfo2`). Where the C library does not say that, it is done when the process has outgrown
 the whole plan, which what comes next may exceed by its own size.
 
+A layer makes holes while it runs, too, between two looks of the guard. Where a plan's room for holes is less than
+half of what is wanted, large blocks are mapped, and leave none: [Note: mapped blocks] in `mapped_blocks`.
+
 [Note: holes that will be filled]
 Activations that layers keep are the heap's from forward to backward, and leave holes that the next forward fills. A
 trim in between has the kernel clear all of it again (8 layers, each keeping 17 MiB: 350 MiB trimmed and 90 thousand
@@ -34,6 +37,8 @@ from typing import BinaryIO
 
 import torch
 
+from offload_rt.mapped_blocks import MappedBlocks
+
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -58,6 +63,13 @@ def heap_bytes() -> int | None:
     return int(found.uordblks) + int(found.hblkhd)
 
 
+def is_tight(slack_bytes: int, wanted_bytes: int) -> bool:
+    """Whether a plan grants too little for holes to leave a layer's to the C library. wanted_bytes: what it would grant
+    where its budget has room.
+    """
+    return 2 * slack_bytes < wanted_bytes
+
+
 @dataclass(frozen=True)
 class Base:
     """What a process held before there was an engine."""
@@ -65,14 +77,17 @@ class Base:
     resident_bytes: int
     heap_bytes: int | None
     """In use of the C library's heap; None where it does not say."""
+    file_bytes: int = 0
+    """Of `resident_bytes`, pages of files: code that has run. The kernel takes them where it needs their memory."""
 
     @staticmethod
     def now(*, besides_bytes: int = 0) -> Base:
         """Of this process, without `besides_bytes` that are accounted for elsewhere."""
         with open("/proc/self/statm", "rb", buffering=0) as statm:
-            resident = int(statm.read().split()[1]) * _PAGE_BYTES
+            resident, files = (int(pages) * _PAGE_BYTES for pages in statm.read().split()[1:3])
         in_use = heap_bytes()
-        return Base(max(0, resident - besides_bytes), None if in_use is None else max(0, in_use - besides_bytes))
+        in_use = None if in_use is None else max(0, in_use - besides_bytes)
+        return Base(max(0, resident - besides_bytes), in_use, files)
 
 
 @dataclass
@@ -89,7 +104,8 @@ class HeapGuard:
     """Called between layers, and wherever much memory is about to be asked for.
 
     The process may hold `planned_bytes` above `base`: `arena_bytes` of them lie outside the heap, and `slack_bytes` are
-    for holes. Of the heap's, `lasting_bytes` are there all the time, `kept_bytes` from forward to backward.
+    for holes, where `wanted_bytes` would let none be given back. Of the heap's, `lasting_bytes` are there all the time,
+    `kept_bytes` from forward to backward.
     """
 
     def __init__(
@@ -99,6 +115,7 @@ class HeapGuard:
         planned_bytes: int,
         arena_bytes: int,
         slack_bytes: int,
+        wanted_bytes: int = 0,
         lasting_bytes: int = 0,
         kept_bytes: int = 0,
     ) -> None:
@@ -107,24 +124,28 @@ class HeapGuard:
         """Most resident memory at any `check` since somebody set this to 0."""
         self._base = base
         self._arena_bytes = arena_bytes
-        self._limit_bytes = base.resident_bytes + planned_bytes
+        self._planned_bytes = planned_bytes
         self._lasting_bytes, self._kept_bytes = lasting_bytes, kept_bytes
-        self._holes_allowed = self._trim_at = slack_bytes
+        self._wanted_bytes = wanted_bytes
+        self.mapped = MappedBlocks()
+        self.grant(slack_bytes)
         self._statm: BinaryIO = open("/proc/self/statm", "rb", buffering=0)  # noqa: SIM115 - read between all layers
         # A C library without it (musl) holds nothing back.
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def grant(self, slack_bytes: int) -> None:
-        """From now on, so much may be held back."""
+        """From now on, so much may be held back. Where that is tight, see [Note: mapped blocks]."""
         self._holes_allowed = self._trim_at = slack_bytes
+        if is_tight(slack_bytes, self._wanted_bytes):
+            self.mapped.ask(slack_bytes)
 
     def check(self) -> None:
         """Takes some ten microseconds, unless it is time to trim."""
-        resident = self.resident_bytes()
+        resident, files = self._pages()
         self.counters.peak_bytes = max(self.counters.peak_bytes, resident)
         self.seen_bytes = max(self.seen_bytes, resident)
         in_use = self._in_use()
-        if self._holes(resident, in_use) > self._trim_at + self._unfilled(in_use):
+        if self._holes(resident - files, in_use) > self._trim_at + self._unfilled(in_use):
             self.trim()
 
     def trim(self) -> None:
@@ -133,29 +154,36 @@ class HeapGuard:
             return
         resident = self.resident_bytes()
         self._malloc_trim(0)
-        left = self.resident_bytes()
+        left, files = self._pages()
         self.counters.num_trims += 1
         self.counters.returned_bytes += max(0, resident - left)
         # What cannot be given back must not make every check a trim.
-        self._trim_at = max(self._holes_allowed, self._holes(left, self._in_use()) + self._holes_allowed // 2)
+        self._trim_at = max(self._holes_allowed, self._holes(left - files, self._in_use()) + self._holes_allowed // 2)
 
     def resident_bytes(self) -> int:
         """Resident memory of this process now."""
-        return int(os.pread(self._statm.fileno(), 128, 0).split()[1]) * _PAGE_BYTES
+        return self._pages()[0]
 
     def close(self) -> None:
+        self.mapped.close()
         self._statm.close()
+
+    def _pages(self) -> tuple[int, int]:
+        """Resident bytes of this process now, and what of them is files'."""
+        resident, files = os.pread(self._statm.fileno(), 128, 0).split()[1:3]
+        return int(resident) * _PAGE_BYTES, int(files) * _PAGE_BYTES
 
     def _in_use(self) -> int | None:
         """What the heap has in use above the base; None where the C library does not say. May be below 0."""
         in_use = heap_bytes()
         return None if in_use is None or self._base.heap_bytes is None else in_use - self._base.heap_bytes
 
-    def _holes(self, resident_bytes: int, in_use: int | None) -> int:
-        """What of the resident memory is neither the base's nor an arena's nor in use. May be below 0."""
+    def _holes(self, anonymous_bytes: int, in_use: int | None) -> int:
+        """What of the memory that is no file's is neither the base's nor an arena's nor in use. May be below 0."""
+        above_base = anonymous_bytes - (self._base.resident_bytes - self._base.file_bytes)
         if in_use is None:
-            return resident_bytes - self._limit_bytes + self._holes_allowed
-        return resident_bytes - self._base.resident_bytes - self._arena_bytes - in_use
+            return above_base - self._planned_bytes + self._holes_allowed
+        return above_base - self._arena_bytes - in_use
 
     def _unfilled(self, in_use: int | None) -> int:
         """What was planned to be kept, and is not there: see [Note: holes that will be filled]."""

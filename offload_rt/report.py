@@ -102,6 +102,7 @@ def report(
             "peak_bytes": max(0, heap.counters.peak_bytes - outside),
             "trims": heap.counters.num_trims,
             "trimmed_bytes": heap.counters.returned_bytes,
+            "mapped_from_bytes": heap.mapped.least_bytes,
         },
         "peak_resident_bytes": peak_resident_bytes(),
     }

@@ -326,7 +326,9 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         layer_input_bytes=input_bytes,
         activation_bytes=activation_bytes,
         allocator_slack_bytes=allocator_slack_bytes(
-            trainable_bytes, activation_bytes, placed=places_transients(workload, activation_bytes)
+            trainable_bytes,
+            activation_bytes,
+            placed=places_transients(workload, activation_bytes, workload.placed_bytes),
         ),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
         device_capacity_bytes=_device_bytes(model, config),
@@ -364,13 +366,13 @@ def gradients_under_way_bytes(workload: Workload) -> int:
     return max(of_layers + of_others) + of_the_block_before
 
 
-def places_transients(workload: Workload, num_bytes: int) -> bool:
-    """Whether `num_bytes` of activations are an arena, with results of at least `placed_bytes` in it: on the CPU, where
+def places_transients(workload: Workload, num_bytes: int, least_bytes: int) -> bool:
+    """Whether `num_bytes` of activations are an arena, with results of at least `least_bytes` in it: on the CPU, where
     layers are frozen and run whole, and results of that size are what a layer's time goes to.
     """
     frozen = workload.training is None or workload.training.adapters
     on_cpu = workload.config.device == "cpu" and not workload.has_streams
-    return on_cpu and frozen and 0 < PLACED_RESULTS * workload.placed_bytes <= num_bytes
+    return on_cpu and frozen and 0 < PLACED_RESULTS * least_bytes <= num_bytes
 
 
 def allocator_slack_bytes(trainable_bytes: int, activation_bytes: int, *, placed: bool = False) -> int:
