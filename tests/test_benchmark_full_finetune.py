@@ -20,9 +20,12 @@ def run(folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_benchmark_measures_what_it_says(disk_folder):
+@pytest.mark.parametrize(
+    "names", [["torch", OURS], pytest.param(["torch", "ours", OURS, TIERS], marks=pytest.mark.full)]
+)
+def test_the_benchmark_measures_what_it_says(disk_folder, names):
     out, trace = disk_folder / "out.json", disk_folder / "trace.json"
-    done = run(disk_folder, "--json", str(out), "--trace", str(trace))
+    done = run(disk_folder, "--contenders", ",".join(names), "--json", str(out), "--trace", str(trace))
     assert done.returncode == 0, done.stderr[-3000:]
 
     results = json.loads(out.read_text())
@@ -30,16 +33,15 @@ def test_the_benchmark_measures_what_it_says(disk_folder):
     assert str(disk_folder) not in out.read_text()
     assert results["drive"]["bytes_per_second"]["median"] > 0
     rows = results["contenders"]
-    assert list(rows) == ["torch", "ours", OURS, TIERS] and not results["left_out"]
+    assert list(rows) == names and not results["left_out"]
     for row in rows.values():
         assert len(row["seconds"]["values"]) == 1 and row["peak_bytes"] > 0 and row["num_clipped"] == 0
-        assert sum(row["phases"].values()) == pytest.approx(row["seconds"]["median"], rel=0.1)
+        assert 0 < sum(row["phases"].values()) <= row["seconds"]["median"], "parts of one step by one clock"
         # all contenders train the same model by the same steps
         assert row["losses"][:3] == pytest.approx(rows["torch"]["losses"][:3], abs=2e-3)
-    in_memory, on_nvme = rows["ours"], rows[OURS]
-    assert in_memory["training"]["mode"] == "after" and in_memory["bytes_written"] == 0
-    fits = rows[TIERS]  # the same budget and drive as OURS, which may not use the memory
-    assert fits["training"]["mode"] == "after" and fits["bytes_written"] == 0
+    for name in {"ours", TIERS} & rows.keys():  # TIERS has the budget and drive of OURS, which may not use the memory
+        assert rows[name]["training"]["mode"] == "after" and rows[name]["bytes_written"] == 0
+    on_nvme = rows[OURS]
     assert on_nvme["training"]["mode"] == "speculative" and on_nvme["training"]["num_ahead_of_norm"] > 0
     assert on_nvme["training"]["num_commits"] == on_nvme["training"]["num_steps"]
     assert on_nvme["planned_bytes"] <= 4 * rows["torch"]["peak_bytes"]
@@ -49,7 +51,7 @@ def test_the_benchmark_measures_what_it_says(disk_folder):
     assert breakdown["bytes_written"] >= on_nvme["report"]["training"]["state_bytes"]
     assert on_nvme["bytes_written"] >= breakdown["bytes_written"]
     threads = breakdown["threads"]
-    assert sum(threads["MainThread"].values()) == pytest.approx(breakdown["seconds"], rel=0.01)
+    assert 0 < sum(threads["MainThread"].values()) <= breakdown["seconds"] * (1 + 1e-6)
     assert {"forward of layers", "backward of layers", "updates finish", "commit"} <= threads["MainThread"].keys()
     assert {"AdamW", "checksum"} <= threads["offload_rt-updates"].keys()
     assert f"{OURS} / limit by torch" in results["ratios"]
@@ -70,9 +72,10 @@ def test_the_benchmark_measures_what_it_says(disk_folder):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="it is there")
-def test_a_contender_that_is_not_installed_is_left_out_with_a_sentence(disk_folder):
+@pytest.mark.parametrize("apart", [["--apart"], pytest.param([], marks=pytest.mark.full)])
+def test_a_contender_that_is_not_installed_is_left_out_with_a_sentence(disk_folder, apart):
     names = "zero3_nvme,ours_nvme+device_memory=zero3_nvme/4,torch"
-    done = run(disk_folder, "--contenders", names, "--apart")
+    done = run(disk_folder, "--contenders", names, *apart)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "zero3_nvme: left out: deepspeed is not installed" in done.stdout
     assert "its budget is the peak of zero3_nvme" in done.stdout
