@@ -5,10 +5,7 @@
 #include <thread>
 
 #include "check.h"
-#include "faulty_kernel.h"
-#include "io_kernel_threads.h"
-#include "io_kernel_uring.h"
-#include "io_ring_of.h"
+#include "faulty_ring.h"
 #include "scratch.h"
 
 using namespace offload_rt;
@@ -32,7 +29,7 @@ struct Rig {
     CHECK(Inner::open(options.num_slots(), inner).ok());
     auto faulty = std::make_unique<FaultyKernel<Inner>>(std::move(inner), std::move(plan));
     kernel = faulty.get();
-    ring.reset(new IoRingOf<FaultyKernel<Inner>>(std::move(faulty), options, IoBackend::threads, ""));
+    ring = faulty_ring(std::move(faulty), options);
   }
 
   Ticket submit(IoKind kind, const Buffer& buffer) {

@@ -20,10 +20,7 @@
 #include <string>
 
 #include "check.h"
-#include "faulty_kernel.h"
-#include "io_kernel_threads.h"
-#include "io_kernel_uring.h"
-#include "io_ring_of.h"
+#include "faulty_ring.h"
 #include "scratch.h"
 
 using namespace offload_rt;
@@ -75,7 +72,7 @@ class Scenario {
     CHECK(Inner::open(options.num_slots(), inner).ok());
     auto faulty = std::make_unique<FaultyKernel<Inner>>(
         std::move(inner), [this](const IoRequest& request, std::uint64_t) { return fault(request); });
-    ring_.reset(new IoRingOf<FaultyKernel<Inner>>(std::move(faulty), options, IoBackend::threads, ""));
+    ring_ = faulty_ring(std::move(faulty), options);
     if (may_register && random_.chance(0.5)) CHECK(ring_->register_file(file_.fd()).ok());
     if (may_register && random_.chance(0.7)) {
       const std::size_t begin = kAlignment * random_.between(0, 20),

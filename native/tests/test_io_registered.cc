@@ -10,10 +10,8 @@
 #include <thread>
 
 #include "check.h"
-#include "faulty_kernel.h"
-#include "io_kernel_threads.h"
-#include "io_kernel_uring.h"
-#include "io_ring_of.h"
+#include "faulty_ring.h"
+#include "io_devices.h"
 #include "scratch.h"
 
 using namespace offload_rt;
@@ -162,17 +160,17 @@ void short_requests_go_on_with_fixed_ones() {
   const Buffer out(4 * kPieceBytes, 1), in(4 * kPieceBytes, 2);
   const ScratchFile file;
   CHECK_EQUAL(::pwrite(file.fd(), out.data(), out.size(), 0), static_cast<ssize_t>(out.size()));
-  IoRingOf<Kernel> ring(
-      std::make_unique<Kernel>(std::move(inner),
-                               [](const IoRequest&, std::uint64_t number) {
-                                 return Fault{.at_most = number % 2 == 0 ? 5000 : Fault::kAll};
-                               }),
-      options, IoBackend::io_uring, "");
-  expect_ok(ring.register_memory(in.span()));
-  transfer(ring, IoKind::read, file.fd(), 0, in.span());
+  const IoRingPtr ring =
+      faulty_ring(std::make_unique<Kernel>(std::move(inner),
+                                           [](const IoRequest&, std::uint64_t number) {
+                                             return Fault{.at_most = number % 2 == 0 ? 5000 : Fault::kAll};
+                                           }),
+                  options);
+  expect_ok(ring->register_memory(in.span()));
+  transfer(*ring, IoKind::read, file.fd(), 0, in.span());
   CHECK(in == out);
-  CHECK(ring.counters().resubmitted > 0);
-  CHECK_EQUAL(ring.counters().fixed_memory_requests, ring.counters().requests);
+  CHECK(ring->counters().resubmitted > 0);
+  CHECK_EQUAL(ring->counters().fixed_memory_requests, ring->counters().requests);
 }
 
 void threads_refuse_and_serve_as_before() {
@@ -232,23 +230,23 @@ void devices_take_turns() {
     return Fault{.held = request.fd == disk.fd()};
   });
   Kernel* const kernel = faulty.get();
-  IoRingOf<Kernel> ring(std::move(faulty), options, IoBackend::threads, "");
+  const IoRingPtr ring = faulty_ring(std::move(faulty), options);
   Ticket stopped = 0;
-  expect_ok(ring.submit({IoKind::write, disk.fd(), "stopped", 0, out.data(), out.size()}, stopped));
-  transfer(ring, IoKind::write, memory, 0, out.span());
+  expect_ok(ring->submit({IoKind::write, disk.fd(), "stopped", 0, out.data(), out.size()}, stopped));
+  transfer(*ring, IoKind::write, memory, 0, out.span());
   while (kernel->num_kept() < 2) std::this_thread::yield();
-  const Status tuned = ring.tune(memory, 1, 16384);
-  const std::uint64_t before = ring.counters().requests;
-  transfer(ring, IoKind::write, memory, 0, out.span());
-  const IoCounters counters = ring.counters();
+  const Status tuned = ring->tune(memory, 1, 16384);
+  const std::uint64_t before = ring->counters().requests;
+  transfer(*ring, IoKind::write, memory, 0, out.span());
+  const IoCounters counters = ring->counters();
   kernel->let_go();
-  expect_ok(ring.wait(stopped, kPatience));
+  expect_ok(ring->wait(stopped, kPatience));
   expect_ok(tuned);
   CHECK_EQUAL(counters.requests - before, 16U);
   CHECK_EQUAL(counters.max_in_flight, 4U);  // two of the stopped one's, two of the other's
-  for (const unsigned depth : {0, 3}) CHECK(ring.tune(memory, depth, 4096).code == StatusCode::invalid);
-  CHECK(ring.tune(memory, 1, 5000).code == StatusCode::invalid);
-  CHECK_EQUAL(ring.tune(987'654, 1, 4096).error_number, EBADF);
+  for (const unsigned depth : {0, 3}) CHECK(ring->tune(memory, depth, 4096).code == StatusCode::invalid);
+  CHECK(ring->tune(memory, 1, 5000).code == StatusCode::invalid);
+  CHECK_EQUAL(ring->tune(987'654, 1, 4096).error_number, EBADF);
   ::close(memory);
 }
 
