@@ -220,21 +220,24 @@ def test_clean_removes_unused_stores_and_nothing_else(tmp_path: Path, capsys: py
     assert not committed.exists() and not trains.exists()
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama and the letters' tokenizer, as a Hugging Face folder."""
+def save_llama(folder: Path, *, vocabulary: int, width: int, layers: int, heads: int) -> Path:
+    """Writes a Llama with random weights and the letters' tokenizer to `folder`, as Hugging Face does."""
     from transformers import LlamaConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("model")
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=None, eos_token_id=1,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=2, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("model"), vocabulary=64, width=64, layers=6, heads=4)
 
 
 @pytest.fixture

@@ -11,19 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from offload_rt._engine import Engine
 from offload_rt.cli import train_run
 from offload_rt.cli.main import main
 from offload_rt.errors import StorageError
 from offload_rt.workload import RuntimeOptions
-from tests.test_cli import adapter_bytes, fails
+from tests.test_cli import adapter_bytes, fails, save_llama
 from tests.test_cli import arguments as arguments
 from tests.test_cli import model_folder as model_folder
 from tests.test_cli_full import full as full
 from tests.test_cli_full import losses, weights
-from tests.test_data import make_tokenizer
 
 torch.set_num_threads(1)
 
@@ -176,15 +174,7 @@ def test_a_run_goes_on_where_everything_lies_elsewhere_and_not_with_other_data(
 @pytest.fixture(scope="module")
 def large_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose loss, where memory is short, is taken in tiles."""
-    folder = tmp_path_factory.mktemp("large vocabulary")
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("large vocabulary"), vocabulary=4096, width=32, layers=2, heads=2)
 
 
 def test_a_run_keeps_its_cuts_under_other_budgets_unless_told_otherwise(
