@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from torch import nn
 
 from offload_rt import cuda_memory
 from offload_rt._engine import Engine
+from offload_rt.cli import train
 from offload_rt.config import EngineConfig
 from offload_rt.cuda_memory import Bound, bytes_beside_allocator, capacity_bytes
 from offload_rt.errors import ConfigError
@@ -125,3 +127,21 @@ def test_an_engine_keeps_its_device_within_the_budget_at_each_call() -> None:
             engine(torch.randn(2, 6, 8))
     device.close()
     assert device.kept_within == [64 * MIB] * 2
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_a_training_process_of_our_own_lets_segments_grow_unless_told(before, after, monkeypatch) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    train._let_segments_grow()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == after
