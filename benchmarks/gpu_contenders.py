@@ -58,9 +58,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
 
 def recomputed(model: nn.Module) -> nn.Module:
     """Every layer is run again in backward, by transformers' own means."""
-    kwargs = {"use_reentrant": False}
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(gradient_checkpointing_kwargs=kwargs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     return model
 
