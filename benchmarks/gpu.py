@@ -8,7 +8,10 @@ The sections, in this order:
              so does the command: the other numbers are then those of something that is wrong.
     links    bytes per second HOST -> DEVICE and back, locked and pageable, alone and both ways at once; a copy on the
              device
-    decode   NF4 to bf16, against a copy that moves as many bytes, for several shapes and cuts of the kernel
+    decode   NF4 to bf16, against a copy that moves as many bytes, for several shapes and cuts of the kernel, and
+             bitsandbytes' where it is installed
+    products few tokens times a packed weight, for shapes of 7B and 70B: decoding first, our fused kernel, bitsandbytes'
+             own, and FP8; errors against fp64 over decoding's, seconds, and what the engine would choose of it
     adam     AdamW, against a copy that moves as many bytes, and torch's fused one
     steps    a step of Llamas, 4096 tokens (gpu_steps.py). Ours are held to --device-memory of the GPU, or to what
              stands behind an @, by torch's allocator itself; others have all of it:
@@ -50,15 +53,17 @@ sys.path.insert(0, str(HERE.parent))
 
 import gpu_steps  # noqa: E402
 
-from offload_rt import codec, cpu_adam  # noqa: E402
+from offload_rt import codec, cpu_adam, nf4_products  # noqa: E402
 from offload_rt.arena import Arena  # noqa: E402
 from offload_rt.cpu_adam import AdamW  # noqa: E402
-from offload_rt.nf4_layout import nf4_layout  # noqa: E402
+from offload_rt.nf4_layout import NESTED_BLOCK_SIZE, QUANT_BLOCK_SIZE, nf4_layout  # noqa: E402
+from offload_rt.nf4_torch import sections_of, tables  # noqa: E402
+from planners.products import shape_key  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-SECTIONS = ("parity", "links", "decode", "adam", "steps")
-LIMITS = {"parity": 200.0, "links": 40.0, "decode": 80.0, "adam": 40.0}
+SECTIONS = ("parity", "links", "decode", "products", "adam", "steps")
+LIMITS = {"parity": 200.0, "links": 40.0, "decode": 80.0, "products": 80.0, "adam": 40.0}
 """Seconds; a section that is not done by then is ended. The steps have what is left."""
 RATE = "bytes_per_second"
 
@@ -198,6 +203,10 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
             name or "decode": lambda launch=launch, run=run, total=total: total / seconds_of(lambda: run(launch), 3)
             for name, launch in launches.items()
         }
+        if GPU and "bitsandbytes" in nf4_products.find_ways():
+            contenders["bitsandbytes"] = lambda shape=shape, blobs=blobs, total=total: (
+                total / seconds_of(lambda: [decoded_by_bitsandbytes(one, shape) for one in blobs], 3)
+            )
         speeds = rounds.interleave(contenders, options.rounds)
         results["x".join(map(str, shape))] = {
             "bytes_moved": moved,
@@ -205,6 +214,75 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
             "over_copy": {name: rounds.ratio(speeds, name, "copy") for name in speeds if name != "copy"},
         }
     return {"backend": codec.backend(device=DEVICE), "shapes": results, "aim_over_copy": 0.85}
+
+
+def decoded_by_bitsandbytes(blob: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    from bitsandbytes import functional
+
+    codes, absmax, nested_absmax, nested_offset, nested_map = sections_of(blob, nf4_layout(shape[0] * shape[1]))
+    of_scales = functional.QuantState(nested_absmax, code=nested_map, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
+    state = functional.QuantState(
+        absmax,
+        shape,
+        tables(blob.device).nf4,
+        QUANT_BLOCK_SIZE,
+        "nf4",
+        torch.bfloat16,
+        nested_offset.view(()),
+        of_scales,
+    )
+    decoded: torch.Tensor = functional.dequantize_4bit(codes.view(-1, 1), state)
+    return decoded
+
+
+def products(options: argparse.Namespace) -> dict[str, Any]:
+    """What the engine measures before it takes a way, with the ways that it does not offer beside."""
+    shapes = [(32, 64)] if options.smoke else [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (8192, 28672)]
+    ways: dict[str, nf4_products.Way] = nf4_products.find_ways() if GPU else {}
+    ways["fp8"] = Fp8()
+    ways["decoded first, again"] = nf4_products.Decoded()  # how far two equals are apart
+    device = torch.device(DEVICE)
+    results = {}
+    for rows, columns in shapes:
+        found = nf4_products.measure(
+            rows, columns, torch.bfloat16, device, ways, most_error=float("inf"), rounds=options.rounds
+        )
+        decoded = found.seconds["decoded"]
+        results[shape_key(rows, columns)] = {
+            "seconds": found.seconds, "error_over_decoding": found.errors, "left_out": found.left_out,
+            "time_over_decoding": {
+                name: [own / other for own, other in zip(seconds, decoded, strict=True)]
+                for name, seconds in found.seconds.items()
+            },
+        }  # fmt: skip
+        if GPU:
+            torch.cuda.empty_cache()
+    return {"tokens": nf4_products.TOKENS, "most_error": nf4_products.MOST_ERROR, "shapes": results}
+
+
+class Fp8:
+    """Decode, round weight and tokens to e4m3 by scales of each row and token, and multiply on the FP8 units. No way of
+    the engine's: docs/log.md says why.
+    """
+
+    name = "fp8"
+
+    def why_not(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            return "FP8 needs Ada or Hopper"
+        return "" if rows % 16 == columns % 16 == 0 else "FP8 needs multiples of 16"
+
+    def product(self, x: torch.Tensor, blob: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+        weight, of_rows = rounded(codec.decode(blob, (rows, x.shape[-1]), x.dtype))
+        given, of_tokens = rounded(x)
+        out = torch._scaled_mm(given, weight.t(), scale_a=of_tokens, scale_b=of_rows.t(), out_dtype=x.dtype)
+        return out if bias is None else out + bias
+
+
+def rounded(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row as float8_e4m3fn, and what to multiply it by."""
+    scales = values.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (values / scales).to(torch.float8_e4m3fn), scales
 
 
 def adam(options: argparse.Namespace) -> dict[str, Any]:
@@ -261,6 +339,9 @@ def measured(section: str, options: argparse.Namespace, words: list[str], second
         return {"error": f"ended with {ended.code}", "tail": ended.tail.splitlines()[-12:]}
 
 
+RUN = {"links": links, "decode": decode, "products": products, "adam": adam}
+
+
 def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -275,7 +356,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--device-memory", default="24GiB")
     parser.add_argument("--nvme", help="a folder on an SSD: adds the contender that streams from it")
     parser.add_argument("--smoke", action="store_true", help="small shapes; runs without a GPU")
-    parser.add_argument("--only", choices=SECTIONS[1:4], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=list(RUN), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return parser
 
@@ -292,7 +373,7 @@ def main() -> int:
     if options.smoke:
         options.rounds = 2
     if options.only:
-        found = {"links": links, "decode": decode, "adam": adam}[options.only](options)
+        found = RUN[options.only](options)
         options.out.write_text(json.dumps(found), encoding="utf-8")
         return 0
     begun = time.monotonic()
@@ -361,6 +442,13 @@ def summary_of(result: dict[str, Any]) -> str:
         best = max(row["over_copy"].items(), key=lambda item: item[1]["median"])
         default = row["over_copy"]["decode"]["median"]
         lines.append(f"decode {shape}: {default:.2f} of a copy; best cut {best[0]}: {best[1]['median']:.2f}")
+    for shape, row in result.get("products", {}).get("shapes", {}).items():
+        for name, shares in row["time_over_decoding"].items():
+            if name in row["error_over_decoding"]:
+                at = ", ".join(
+                    f"{n}: {share:.2f}" for n, share in zip(result["products"]["tokens"], shares, strict=True)
+                )
+                lines.append(f"product {shape} {name}: error {row['error_over_decoding'][name]:.3g}, time at {at}")
     for name, share in result.get("adam", {}).get("over_copy", {}).items():
         lines.append(f"adam {name}: {share['median']:.2f} of a copy")
     for shape, found in result.get("steps", {}).items():

@@ -220,6 +220,9 @@ def measure(
     device: torch.device,
     ways: Mapping[str, Way],
     seconds_of: SecondsOf | None = None,
+    *,
+    most_error: float = MOST_ERROR,
+    rounds: int = ROUNDS,
 ) -> Measured:
     """See [Note: a way is measured before it is taken]. seconds_of: a clock, in place of the device's own."""
     seconds_of = seconds_of or _clock(device)
@@ -233,7 +236,7 @@ def measure(
     for name, way in ways.items():
         reason = way.why_not(rows, columns, dtype, device)
         if not reason:
-            reason, errors[name] = _check(way, twin, blobs[0], rows, columns, dtype)
+            reason, errors[name] = _check(way, twin, blobs[0], rows, columns, dtype, most_error)
         if reason:
             left_out[name] = reason
         else:
@@ -241,9 +244,9 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in taken}
     best: list[tuple[int, str]] = []
     for tokens in TOKENS if len(taken) > 1 else ():
-        x = torch.randn(tokens, columns, dtype=dtype, device=device)
+        x = _random((tokens, columns), dtype, device)
         times: dict[str, list[float]] = {name: [] for name in taken}
-        for turn in range(ROUNDS + 1):
+        for turn in range(rounds + 1):
             for name, way in taken.items():
                 took = seconds_of(partial(_products, way, x, blobs, rows)) / copies
                 if turn:  # the first compiles, and fills what caches there are
@@ -261,10 +264,16 @@ def _products(way: Way, x: Tensor, blobs: Sequence[Tensor], rows: int) -> None:
         way.product(x, blob, rows, None)
 
 
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """By a generator of its own: the user's go on as if nothing had been measured."""
+    return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0))
+
+
 def random_blob(num_elements: int, device: torch.device) -> Tensor:
     """A weight of random codes and scales of about one, made where it is needed: encoding one takes seconds."""
     layout = nf4_layout(num_elements)
-    blob = torch.randint(0, 256, (layout.total_bytes,), dtype=torch.uint8, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    blob = torch.randint(0, 256, (layout.total_bytes,), dtype=torch.uint8, device=device, generator=generator)
     sections = sections_of(blob, layout)
     sections.nested_absmax.fill_(0.25)
     sections.nested_offset.fill_(1.0)
@@ -272,10 +281,12 @@ def random_blob(num_elements: int, device: torch.device) -> Tensor:
     return blob
 
 
-def _check(way: Way, twin: Way, blob: Tensor, rows: int, columns: int, dtype: torch.dtype) -> tuple[str, float]:
+def _check(
+    way: Way, twin: Way, blob: Tensor, rows: int, columns: int, dtype: torch.dtype, most_error: float
+) -> tuple[str, float]:
     """Why `way` is not to be taken, or nothing; its error over the twin's."""
-    x = torch.randn(_CHECKED_TOKENS, columns, dtype=dtype, device=blob.device)
-    bias = torch.randn(rows, dtype=dtype, device=blob.device)
+    x = _random((_CHECKED_TOKENS, columns), dtype, blob.device)
+    bias = _random((rows,), dtype, blob.device)
     weight = codec.decode(blob, (rows, columns), dtype)[:_CHECKED_ROWS]
     exact = x.double() @ weight.double().t() + bias[:_CHECKED_ROWS].double()
 
@@ -288,8 +299,8 @@ def _check(way: Way, twin: Way, blob: Tensor, rows: int, columns: int, dtype: to
     except Exception as raised:  # noqa: BLE001 - somebody else's compiler and kernels: the twin serves
         return f"{type(raised).__name__}: {raised}", float("nan")
     over = error / plain if plain else float(error > 0)
-    if not error <= MOST_ERROR * plain:
-        return f"its error is {over:.3g} times that of decoding first, more than {MOST_ERROR}", over
+    if not error <= most_error * plain:
+        return f"its error is {over:.3g} times that of decoding first, more than {most_error}", over
     if not torch.equal(out, again):
         return "a second call gave other bits", over
     return "", over

@@ -33,7 +33,7 @@ def benchmarks(monkeypatch):
     [
         (["links"], ["resident", "host"]),
         pytest.param(
-            ["decode", "adam"],
+            ["decode", "products", "adam"],
             ["plain", "full", "fsdp2", "full_plain", "full_fsdp2", "full_device", "swap", "host@8GiB", "bnb"],
             marks=pytest.mark.full,
         ),
@@ -57,6 +57,11 @@ def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, sections
         assert found["steps"]["tiny"]["predicted_seconds"] > 0
     else:
         assert found["decode"]["shapes"]["96x128"]["over_copy"]["decode"]["median"] > 0
+        product = found["products"]["shapes"]["32x64"]
+        assert product["error_over_decoding"]["decoded first, again"] == 1.0 and product["left_out"] == {}
+        assert product["error_over_decoding"]["fp8"] > 5
+        assert len(product["seconds"]["decoded"]) == len(found["products"]["tokens"])
+        assert "product 32x64 decoded first, again: error 1, time at 1: " in done.stdout
         assert rows["full"]["training"]["num_steps"] == 4
         assert "ours" in found["adam"]["over_copy"]
         assert rows["swap"]["tokenwise"]["swapped_bytes"] > 0
