@@ -44,6 +44,10 @@ def with_products(options: RuntimeOptions, workload: Workload, given: Plan | Non
     Measuring blocks for seconds a shape, once for a device. Raises `ConfigError` where nothing can be measured.
     """
     if given is None and options.cuts is not None:
+        if options.packed_products == "measured" and not options.cuts.packed_products:
+            raise ConfigError(
+                "packed products: the run was begun without, and keeps its cuts unless --other-cuts says so"
+            )
         return replace(options, packed_products=options.cuts.packed_products)
     if options.packed_products != "measured":
         return options

@@ -33,6 +33,9 @@ FEW = 24
 """Tokens of a batch of `language_batch`."""
 
 
+NONE = Cuts(head_chunk_tokens=None, chunk_tokens=None, layer_major=None)
+
+
 @dataclass
 class Halves:
     """Sums the columns in two halves, the second one first, each in fp32."""
@@ -219,6 +222,7 @@ def test_cuts_from_before_there_were_any_are_read() -> None:
         ({"packed_products": table(), "activations": whole_batch(Action.KEEP)}, "layers that run whole"),
         ({"packed_products": table(name="thirds")}, "'thirds' cannot be had on cpu"),
         ({"packed_products": "measured"}, "on the CPU weights are decoded first"),
+        ({"packed_products": "measured", "cuts": NONE}, "begun without, and keeps its cuts"),
     ],
 )
 def test_a_table_that_cannot_be_had_is_refused(make_engine, disk_folder, options, message) -> None:

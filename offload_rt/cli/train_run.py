@@ -102,7 +102,10 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         lr=None if arguments.full else arguments.lr,
         plan=arguments.plan,
         progress=_IngestProgress(console),
-        options=RuntimeOptions(cuts=cuts_from_json(folder.cuts or {}, of=str(folder.path)) if keeps_cuts else None),
+        options=RuntimeOptions(
+            cuts=cuts_from_json(folder.cuts or {}, of=str(folder.path)) if keeps_cuts else None,
+            packed_products="measured" if arguments.packed_products else None,
+        ),
     ) as engine:
         console.print(engine.summary(), markup=False, highlight=False, soft_wrap=True)
         engine.model.train()
