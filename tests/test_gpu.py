@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import codec, cpu_adam_torch
+from offload_rt import codec, cpu_adam_torch, nf4_products
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.assembly import RuntimeOptions
@@ -72,6 +72,19 @@ def test_transposed_decode_on_the_gpu_agrees_with_the_cpus_twin() -> None:
     codec.decode_transposed_into(blob, 96, 130, outs[0], backend="torch")
     codec.decode_transposed_into(blob.cuda(), 96, 130, outs[1])
     assert same_bits(outs[0], outs[1].cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows, columns", [(65, 136), (4096, 4096), (1000, 11008)])
+def test_the_fused_product_on_the_gpu_is_exact_and_deterministic(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """By the check that every way passes before the engine takes it; and its weights are the twin's bits."""
+    ways = {"fused": nf4_products.find_ways()["fused"]}
+    found = nf4_products.measure(rows, columns, dtype, torch.device("cuda"), ways, lambda call: 1.0)
+    assert found.left_out == {}
+    blob = codec.encode(weights_of(rows * 136))
+    unit = torch.eye(136, dtype=dtype, device="cuda")
+    weight = ways["fused"].product(unit, blob.cuda(), rows, None).t().contiguous()
+    assert same_bits(weight.cpu(), codec.decode(blob, (rows, 136), dtype, backend="torch"))
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.95), (0.0, 0.0)], ids=str)
