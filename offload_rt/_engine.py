@@ -204,16 +204,17 @@ class Engine:
 
     def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the first call in training, the longest one: see `rehearsal`. Blocks. Raises PlanInfeasible."""
-        if self._rehearsal.is_due:
+        while self._rehearsal.is_due:
             change = self._rehearsal.run(self._runtime, self.config, self.model, args, kwargs)
-            if change is not None:
-                try:
-                    self._go_on_with(change_over(self._runtime, *change))
-                except BaseException:
-                    self.close()  # half of the old plan is gone
-                    raise
-                self._replanner = Replanner(self._runtime, self._base.resident_bytes)
             self.step_meter.begin_again()
+            if change is None:
+                return
+            try:
+                self._go_on_with(change_over(self._runtime, change))
+            except BaseException:
+                self.close()  # half of the old plan is gone
+                raise
+            self._replanner = Replanner(self._runtime, self._base.resident_bytes)
 
     def _change_over_if_due(self) -> None:
         """Takes a plan that was made again, before a step begins: see `replanning`. Blocks."""

@@ -48,7 +48,7 @@ from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
 from offload_rt.recording import Recorder
 from offload_rt.rows import RowReader, RowSource
-from offload_rt.runtime import MadeOf, Runtime
+from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
 from offload_rt.streams import COMPUTE
@@ -136,23 +136,23 @@ def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[St
     )
 
 
-def change_over(runtime: Runtime, problem: StreamingProblem, plan: Plan, asked: Asked | None = None) -> Runtime:
-    """The runtime that carries out `plan` in place of `runtime`, which is taken apart. Blocks; between steps only.
+def change_over(runtime: Runtime, change: Change) -> Runtime:
+    """The runtime that carries out the plan of `change` in place of `runtime`, which is taken apart. Blocks; between
+    steps only.
 
-    `plan` is what `made_of.plan_again` plans for `problem`, or what the optimiser answers to `asked`. State goes by
-    the log: it is committed if it is not, and what the new plan holds in memory is read from there. What is counted
-    goes on, the optimizer stays the same object. Raises `ConfigError` before anything was changed.
+    State goes by the log: it is committed if it is not, and what the new plan holds in memory is read from there. What
+    is counted goes on, the optimizer stays the same object. Raises `ConfigError` before anything was changed.
     """
-    choice = runtime.made_of.choice if asked is not None else after_rehearsal(runtime.made_of.choice)
-    made_of = replace(runtime.made_of, problem=problem, asked=asked, choice=choice)
-    check_plan(plan, made_of.problem, made_of.workload)
+    choice = runtime.made_of.choice if change.asked is not None else after_rehearsal(runtime.made_of.choice)
+    made_of = replace(runtime.made_of, problem=change.problem, asked=change.asked, choice=choice)
+    check_plan(change.plan, made_of.problem, made_of.workload)
     training = runtime.training
     if isinstance(training, TieredTraining) and not training.commits.can_go_back:
         training.commits.commit()
     runtime.close()
     runtime.let_go()
     runtime.tiers.give_back()  # before the new plan's memory is taken, whoever still holds the old one's
-    with _Assembly(made_of, plan, None, before=runtime) as assembly:
+    with _Assembly(made_of, change.plan, None, before=runtime, more_bytes=change.more_bytes) as assembly:
         return assembly.run(runtime.coverage, training.optimizer)
 
 
@@ -165,8 +165,12 @@ class _Assembly:
         plan: Plan,
         progress: Progress | None,
         before: Runtime | None = None,
+        more_bytes: int = 0,
     ) -> None:
-        """`before` is the runtime that this one follows: the model has its values then, but for what streams."""
+        """`before` is the runtime that this one follows: the model has its values then, but for what streams.
+        `more_bytes`: as `Change` has it.
+        """
+        self.more_bytes = more_bytes
         self.made_of = made_of
         self.base = made_of.base
         self.workload = workload = made_of.workload
@@ -228,6 +232,7 @@ class _Assembly:
         device = self.tiers.account(Tier.DEVICE)
         device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
         transients = self.activations.transients()
+        device.reserve("activations", self.more_bytes)
         device.reserve("freed, held back by the allocator", self.activations.slack_bytes)
         if self.state is not None:
             self.state.open()

@@ -9,7 +9,8 @@ the backward pass. Where a step takes more than was planned, the difference come
 
     from the room that the budget has left
     from freed memory that the C library was granted       (more of it is given back to the system then: slower)
-    from a new plan with the measured sizes
+    from a new plan with the measured sizes                (the fixed rule's)
+    or one for so much less memory                         (the optimiser's, which is rehearsed in its turn)
     or there is none: `PlanInfeasible`, before anything was trained
 
 It changes nothing: generators, buffers and plain attributes of modules, counters and prefetched blocks are put back;
@@ -23,7 +24,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -46,18 +47,21 @@ from offload_rt.optimizer.rehearsed import rehearsed, update_peak_bytes
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.representatives import Unlike, representatives, run_alone, whole_step
-from offload_rt.runtime import Runtime
+from offload_rt.runtime import Change, Runtime
 from offload_rt.workload import MemoryMeter, gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
-from planners.plan import Plan, Tier
-from planners.streaming import TIGHT_SLACK_BYTES, StreamingProblem
+from planners.plan import Tier
+from planners.streaming import TIGHT_SLACK_BYTES
 
 logger = logging.getLogger("offload_rt")
 
 ROOM = 3
 """With so many times what is planned for a step's tensors left in the budget, nobody needs to count them. Formulas were
 1.3 times too small for Llama layers with adapters on every linear, and 1.8 times with dropout on those."""
+AGAIN = "planned again"
+MOST_AGAIN = 3
+"""Plans of the optimiser's that are rehearsed in place of the first, each of which may take its tensors otherwise."""
 MEASURED_BEFORE = "measured by an earlier run"
 SLACK = "freed, held back by the allocator"
 TRANSIENT = (
@@ -68,10 +72,6 @@ TRANSIENT = (
     "swapped activations on their way",
 )
 """What a micro-batch takes of DEVICE memory outside arenas."""
-
-
-Change = tuple[StreamingProblem, Plan]
-"""Measured sizes, and the plan that is made for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +93,17 @@ class Rehearsal:
 
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
+        self.more_bytes = 0
+        """What tensors were found to take more than the plan in effect says."""
+        self._num_again = 0
+        """Plans of the optimiser's that were made again."""
+        self._is_of_another_plan = False
+        """The newest of them is still to be rehearsed."""
         self._refusal: PlanInfeasible | None = None
 
     @property
     def is_due(self) -> bool:
-        return self.outcome is None or self._refusal is not None
-
-    @property
-    def more_bytes(self) -> int:
-        """What tensors were found to take more than was planned."""
-        found = self.outcome
-        if found is None or found.measured_bytes is None or found.planned_bytes is None:
-            return 0
-        return max(0, found.measured_bytes - found.planned_bytes)
+        return self.outcome is None or self._is_of_another_plan or self._refusal is not None
 
     def run(
         self, runtime: Runtime, config: EngineConfig, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -122,6 +120,7 @@ class Rehearsal:
             runtime.training.commits.check_usable()
         if isinstance(runtime.training, FullTraining) and runtime.training.gradients.blocks:
             return None  # a step has begun behind the engine's back: before the next one
+        self._is_of_another_plan = False
         key = sizes_key(model, runtime.made_of.problem.fingerprint, of_device=runtime.device is not None)
         why = _left_out(runtime)
         digest = tensors_digest(runtime.plan)
@@ -170,6 +169,7 @@ class Rehearsal:
         more = measured - planned
 
         def outcome(result: str) -> None:
+            result = AGAIN if self._num_again else result
             self.outcome = Outcome(
                 result=result, why="" if seconds else MEASURED_BEFORE, planned_bytes=planned, measured_bytes=measured,
                 seconds=round(seconds, 6), num_layers=num_layers,
@@ -188,6 +188,7 @@ class Rehearsal:
         from_slack = max(0, more - room)
         if from_slack <= slack - min(TIGHT_SLACK_BYTES, slack // 4):
             account.holdings["activations"] += more
+            self.more_bytes += more
             if from_slack:
                 account.holdings[SLACK] -= from_slack
                 if runtime.device is None:  # otherwise the C library's is in another memory
@@ -198,7 +199,14 @@ class Rehearsal:
         formula = planned if runtime.plan.classes else scales  # of which a plan with classes says each part
         factor = (formula + more) / max(1, formula)
         remember_factor(key, factor)
-        if runtime.made_of.plan_again is None:
+        short: PlanInfeasible | None = None
+        try:
+            change = _planned_again(runtime, factor, self.more_bytes + more) if self._num_again < MOST_AGAIN else None
+        except PlanInfeasible as error:
+            if runtime.made_of.plan_again is not None:
+                raise
+            change, short = None, error
+        if change is None:
             have = (account.capacity_bytes or 0) - account.used_bytes + planned
             raise PlanInfeasible(
                 tier=account.tier.value,
@@ -209,11 +217,30 @@ class Rehearsal:
                     f"{account.tier.value}_memory of {format_bytes_up((account.capacity_bytes or 0) + more - room)}",
                     'an engine made again with plan="auto": what was measured is remembered',
                 ],
-            )
-        problem = scaled(runtime.made_of.problem, factor)
-        plan = runtime.made_of.plan_again(problem)
-        outcome("planned again")
-        return problem, plan
+            ) from short
+        outcome(AGAIN)
+        self.more_bytes = change.more_bytes
+        self._is_of_another_plan = change.asked is not None
+        self._num_again += self._is_of_another_plan
+        return change
+
+
+def _planned_again(runtime: Runtime, factor: float, more_bytes: int) -> Change | None:
+    """For tensors that are `factor` times as large as was thought, `more_bytes` in all; None for a plan that was given.
+
+    Raises `PlanInfeasible`.
+    """
+    made_of = runtime.made_of
+    if made_of.plan_again is not None:
+        problem = scaled(made_of.problem, factor)
+        return Change(problem=problem, plan=made_of.plan_again(problem))
+    if made_of.asked is None:
+        return None
+    problem = replace(made_of.problem, cuts=runtime.cuts)
+    less = made_of.asked.with_memory(made_of.asked.memory_bytes - more_bytes)
+    plan, answered = less.best(made_of.workload, problem)
+    asked = replace(made_of.asked, answered=answered.answered)
+    return Change(problem=problem, plan=plan, asked=asked, more_bytes=more_bytes)
 
 
 def planned_bytes(runtime: Runtime) -> int:

@@ -44,7 +44,7 @@ from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from offload_rt.plan_check import check_plan
 from offload_rt.profile import free_memory_bytes, resident_bytes
-from offload_rt.runtime import MadeOf, Runtime
+from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.steps import WARM_STEPS, StepMeter, StepReading
 from planners.errors import PlanInfeasible, format_bytes
 from planners.plan import Plan, Tier
@@ -359,7 +359,9 @@ def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, p
                 float(other.predicted["step_seconds"]), answered.change_seconds(other),
             )  # fmt: skip
         elif made_of.plan_again is not None:
-            other = made_of.plan_again(streaming)
+            capacity = streaming.device_capacity_bytes
+            room = None if capacity is None else max(1, capacity - more_bytes)
+            other = made_of.plan_again(replace(streaming, device_capacity_bytes=room))
             found = _Answer(other)
         else:
             return _Answer(None, "the plan was given")
@@ -372,19 +374,17 @@ def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, p
 
 def _changed(runtime: Runtime, streaming: StreamingProblem, answer: _Answer, more_bytes: int) -> tuple[Runtime, str]:
     """The runtime of the answer's plan, or that of the plan before and why."""
-    before, asked = (runtime.made_of.problem, runtime.plan), runtime.made_of.asked
+    made_of = runtime.made_of
+    before = Change(problem=made_of.problem, plan=runtime.plan, asked=made_of.asked, more_bytes=more_bytes)
     if answer.plan is None:
         return runtime, answer.why
     try:
-        check_plan(answer.plan, streaming, runtime.made_of.workload)
+        check_plan(answer.plan, streaming, made_of.workload)
     except ConfigError as error:
         return runtime, str(error)
-    now = runtime
     try:
-        now = change_over(runtime, streaming, answer.plan, answer.asked)
-        if more_bytes:
-            now.tiers.account(Tier.DEVICE).reserve("activations", more_bytes)
-        return now, ""
+        change = Change(problem=streaming, plan=answer.plan, asked=answer.asked, more_bytes=more_bytes)
+        return change_over(runtime, change), ""
     except (OffloadError, MemoryError) as error:
         logger.warning("a change of plans failed, going back: %s", error)
-        return change_over(now, *before, asked), f"the change failed: {error}"
+        return change_over(runtime, before), f"the change failed: {error}"

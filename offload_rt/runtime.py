@@ -59,6 +59,18 @@ class MadeOf:
     """Of plan="auto"; None where the plan was given."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a runtime is to change over to."""
+
+    problem: StreamingProblem
+    plan: Plan
+    asked: Asked | None = None
+    """The questions that the plan answers one of; None where it is the rule's for `problem`."""
+    more_bytes: int = 0
+    """Of DEVICE, what tensors were found to take more than the plan says."""
+
+
 @dataclass(kw_only=True)
 class Runtime:
     """The assembled parts of one engine, and how to take them apart again."""

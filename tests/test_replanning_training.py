@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import calibrate, mapped, optim, planning_training, replanning
+from offload_rt import calibrate, mapped, optim, planning_training, rehearsal, replanning
 from offload_rt.asked import Asked
 from offload_rt.errors import OffloadError, StorageError
 from offload_rt.meter import CPU, SSD_READ, SSD_WRITE
 from offload_rt.planning_training import lowered_training
+from offload_rt.rehearsal import planned_bytes
 from planners.errors import format_bytes
 from planners.mip import plan_optimal
 from planners.placement import UpdateMode
@@ -29,7 +30,7 @@ from tests.conftest import build_base
 from tests.full_parity import state_of, training_of
 from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, one_step, resume, scheduled
 from tests.test_planning_training import BUDGETS, OPTIONS, asked, seconds_of
-from tests.test_replanning import ASKED_UNTIL, FOUND_AT, WINDOW_STEPS, Run, without_clocks
+from tests.test_replanning import ASKED_UNTIL, FOUND_AT, WINDOW_STEPS, Run, drives, without_clocks
 from tests.tiny_training import Plain, batch, differences, engine, model, train
 
 PATHS = [
@@ -309,3 +310,47 @@ def test_rates_that_were_measured_are_in_every_question(tmp_path: Path) -> None:
     slower = of_drive.measured({SSD_READ: 4.0, SSD_WRITE: 4.0})
     assert slower.step_seconds(plan) > of_drive.step_seconds(plan)
     assert slower.change_seconds(plan) == pytest.approx(4 * of_drive.change_seconds(plan), rel=0.05)
+
+
+@pytest.mark.parametrize("layers_train", [True, False])
+def test_an_optimised_plan_that_a_rehearsal_finds_too_small_is_made_again(
+    layers_train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest step takes 64 KiB more than was planned. A plan is made for so much less memory, and rehearsed."""
+    without_clocks(monkeypatch)
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(planning_training, "measured_seconds", lambda workload, *_: seconds_of(workload))
+    monkeypatch.setattr(rehearsal, "ROOM", 1 << 40)
+    monkeypatch.setattr(rehearsal, "remembered_bytes", lambda *_: None)  # both plans have the same tensors
+    more = 64 << 10
+
+    def started(name: str, device_kib: int, **arguments: Any) -> Run:
+        torch.manual_seed(0)
+        of = {"model": build_base("llama", torch.float32).requires_grad_(True).train(), "bits": None}
+        hardware = replace(test_planning_training.machine(device_kib, 0), drives=drives())
+        return Run(tmp_path / name, emulate=hardware, options=OPTIONS, **(of if layers_train else {}), **arguments)
+
+    with started("roomy", 64 << 10) as roomy:
+        expected = [step[0] for step in roomy.train(2).trace]
+        plan = roomy.engine.plan
+        assert roomy.engine.report()["rehearsal"]["result"] in ("fits", "within the budget")
+        used = roomy.engine._runtime.tiers.account(Tier.DEVICE).used_bytes - plan.allocator_slack_bytes
+    with started("tight", used // 1024 + 64) as run:
+        seen: list[Any] = []
+
+        def measured(runtime: Any, *_: Any) -> tuple[int, None]:
+            seen.append(runtime.plan)
+            return planned_bytes(runtime) + (more if len(seen) < 2 else 0), None
+
+        monkeypatch.setattr(rehearsal, "_measure", measured)
+        before = run.engine.plan
+        account = run.engine._runtime.tiers.account(Tier.DEVICE)
+        account.holdings[rehearsal.SLACK] = 0  # there is none to be had
+        account.capacity_bytes = account.used_bytes
+        run.train(2)
+        assert run.engine.report()["rehearsal"]["result"] == "planned again"
+        assert len(seen) == 2 and seen[0] == before != seen[1]
+        assert run.engine._rehearsal.more_bytes == more and run.engine.plan == seen[-1]
+        assert run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes <= (used // 1024 + 64) * 1024
+        assert [step[0] for step in run.trace] == expected
+        assert not run.engine._rehearsal.is_due
