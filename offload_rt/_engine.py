@@ -26,6 +26,7 @@ from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_a
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
+from offload_rt.cuts import cuts_to_json, warn_of_other_cuts
 from offload_rt.device_cuda import find_device
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
@@ -160,7 +161,7 @@ class Engine:
             raise
         self._peaks.follow(self._runtime, self._base.resident_bytes)
         self._training = self._runtime.training
-        self._training.carry(lambda: {"tracked": self._tracked_values()}, self._with_schedulers)
+        self._training.carry(self._carried_values, self._with_schedulers)
         self.optimizer = self._training.optimizer
         self.step_meter = StepMeter(
             lambda: self._runtime.links.reading(),
@@ -345,13 +346,15 @@ class Engine:
         """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it.
 
         `folder` may also be where commits are: this run's, which copies nothing, or another's, which is not running.
-        Raises `CheckpointError` where what is saved does not fit, and is unchanged then.
+        Raises `CheckpointError` where what is saved does not fit, and is unchanged then. Warns where the plan takes
+        sums in another order than that of the run: then the bits are others, within what such an order changes.
         """
 
         def check(extra: Mapping[str, Any]) -> None:
             odd = sorted(set(extra["tracked"]) ^ set(self._tracked))
             if odd:
                 raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(odd)}")
+            warn_of_other_cuts(extra.get("cuts"), self._runtime.cuts, of=str(folder))
 
         with self._peaks.phase(RESUME):
             extra = self._training.load(Path(folder), check)
@@ -359,8 +362,10 @@ class Engine:
             self._tracked[name].load_state_dict(state)
         self._wear_from = (self.step_number, self._runtime.links.counters.bytes_written)
 
-    def _tracked_values(self) -> dict[str, Any]:
-        return {name: tracked.state_dict() for name, tracked in self._tracked.items()}
+    def _carried_values(self) -> dict[str, Any]:
+        """What is saved besides what trains."""
+        tracked = {name: each.state_dict() for name, each in self._tracked.items()}
+        return {"tracked": tracked, "cuts": cuts_to_json(self._runtime.cuts)}
 
     def _with_schedulers(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values of a step that has returned, with schedulers as they are now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -17,6 +18,8 @@ from offload_rt.workload import RuntimeOptions, Workload, chunk_tokens_of
 from planners.plan import Plan
 from planners.products import products_from_json, shape_key
 from planners.streaming import Cuts
+
+logger = logging.getLogger("offload_rt")
 
 
 def cuts_of(plan: Plan, workload: Workload) -> Cuts:
@@ -96,6 +99,20 @@ def cuts_to_json(cuts: Cuts) -> dict[str, Any]:
     """For `cuts_from_json`; equal to what that JSON is read as."""
     packed = {key: [list(pair) for pair in pairs] for key, pairs in cuts.packed_products.items()}
     return {**asdict(cuts), "packed_products": packed}
+
+
+def warn_of_other_cuts(saved: Mapping[str, Any] | None, found: Cuts, *, of: str) -> None:
+    """Says where what is loaded from `of` was made with other cuts than `found`; None as `saved` says nothing of them.
+
+    Raises `CheckpointError` for what are no cuts.
+    """
+    if saved is None or (before := cuts_from_json(saved, of=of)) == found:
+        return
+    logger.warning(
+        "%s: was made with other cuts (%s) than this plan has (%s), so that sums are taken in another order from here "
+        "on, and results are no longer that run's to the bit; for its bits, give plan= the plan that it ran with",
+        of, before.describe(), found.describe(),
+    )  # fmt: skip
 
 
 def draws_numbers(model: nn.Module) -> bool:
