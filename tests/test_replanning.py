@@ -406,3 +406,32 @@ def test_plans_with_other_chunks_give_other_numbers(hardware, tmp_path):
     policy = ActivationPolicy(chunks=tuple(Chunk(num_tokens=6, action=Action.RECOMPUTE) for _ in range(2)))
     assert not same_cuts(plan, replace(plan, activations={"a": policy}))
     assert not same_cuts(plan, replace(plan, head_chunk_tokens=3))
+
+
+def test_a_plan_for_shorter_sequences_has_the_memory_of_the_longest(hardware, tmp_path):
+    """Batches of a quarter of seq_len come, whose layers take less than planned; then the longest one comes again."""
+
+    def shorter(self):
+        self.number += 1
+        whole = language_batch(self.number, BATCH_SIZE, SEQ_LEN)
+        return {name: value[:, : SEQ_LEN // 4] for name, value in whole.items()}
+
+    def faster(step):
+        return {COMPUTE: 0.25}
+
+    runs = []
+    for name, factors, replan in (("nvme", lambda step: {}, False), ("other", faster, True)):
+        with Run(tmp_path / name, factors, emulate=hardware, options=RuntimeOptions(replan=replan)) as run:
+            runs.append(run)
+            draw = run.position.draw
+            run.position.draw = lambda of=run.position: shorter(of)
+            run.train(CHANGED_IN)
+            run.position.draw = draw
+            run.train(CHANGED_IN + 1)
+            assert run.engine.report()["peaks"]["over"] == []
+            used = run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes
+            assert used <= run.engine.config.device_memory_bytes
+    undisturbed, run = runs
+    (decision,) = run.engine._replanner.decisions
+    assert decision.because == "compute takes 0.25 times as long as planned"
+    assert equal(run, undisturbed)
