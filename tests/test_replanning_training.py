@@ -360,3 +360,20 @@ def test_an_optimised_plan_that_a_rehearsal_finds_too_small_is_made_again(
         assert run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes <= (used // 1024 + 64) * 1024
         assert [step[0] for step in run.trace] == expected
         assert not run.engine._rehearsal.is_due
+
+
+def test_a_batch_of_micro_batches_begins_with_the_change(tmp_path: Path) -> None:
+    twin = Plain(model())
+    with engine(model(), "from HOST", tmp_path, nvme=tmp_path, accumulation_steps=2) as run:
+        other = plan_of(run, "BACKWARD, tight")
+        for number in range(4):
+            parts = [batch(10 * number), batch(10 * number + 1)]
+            for part in parts:
+                twin.backward(twin(**part).loss / 2)
+            twin.step()
+            run.train_batch(parts)
+            assert differences(run.state(), twin.state()) == [], number
+            if number == 1:
+                propose(run, other)
+        assert run.plan == other and results(run) == ["changed"] and decisions(run)[0]["step"] == 2
+        assert run.plan.layer_major, "the micro-batches go through the layers together"
