@@ -365,15 +365,17 @@ def test_an_optimised_plan_that_a_rehearsal_finds_too_small_is_made_again(
 def test_a_batch_of_micro_batches_begins_with_the_change(tmp_path: Path) -> None:
     twin = Plain(model())
     with engine(model(), "from HOST", tmp_path, nvme=tmp_path, accumulation_steps=2) as run:
-        other = plan_of(run, "BACKWARD, tight")
+        other, passed_on = plan_of(run, "BACKWARD, tight"), list[int]()
         for number in range(4):
             parts = [batch(10 * number), batch(10 * number + 1)]
             for part in parts:
                 twin.backward(twin(**part).loss / 2)
             twin.step()
+            before = run._runtime.turns.num_passed_on
             run.train_batch(parts)
+            passed_on.append(run._runtime.turns.num_passed_on - before)
             assert differences(run.state(), twin.state()) == [], number
             if number == 1:
                 propose(run, other)
         assert run.plan == other and results(run) == ["changed"] and decisions(run)[0]["step"] == 2
-        assert run.plan.layer_major, "the micro-batches go through the layers together"
+        assert passed_on[0] > 0 and len(set(passed_on)) == 1, "they go through the layers together in every step"
