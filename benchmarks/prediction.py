@@ -59,6 +59,8 @@ class Case:
     inputs: Tier = Tier.DEVICE
     activations: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
     """What layers save beside their inputs, in shares of whole layers: computed again, on NVMe, in HOST, kept."""
+    chunks: int = 1
+    """Into how many a sequence is cut in layers; of more than one, the shares above are of chunks."""
     slots: int = 2
     scope: DecodeScope = DecodeScope.LINEAR
     bits: int | None = 4
@@ -103,6 +105,17 @@ CASES = {
     "activations each way": Case(
         activations=(0.25, 0.25, 0.25, 0.25), weights=(0.3, 0.3, 0.4),
         work={"ssd_read": 0.8, "ssd_write": 0.3, "host_to_device": 0.6, "device_to_host": 0.3},
+    ),
+    "chunks": Case(chunks=4),
+    "chunks, inputs to NVMe": Case(chunks=4, inputs=Tier.NVME, work={"ssd_write": 0.3, "ssd_read": 0.3}),
+    "chunks kept": Case(chunks=4, activations=(0, 0, 0, 1)),
+    "half of the chunks kept": Case(chunks=4, activations=(0.5, 0, 0, 0.5)),
+    "half of the chunks to NVMe": Case(
+        chunks=4, activations=(0.5, 0.5, 0, 0), work={"ssd_write": 0.3, "ssd_read": 0.4}
+    ),
+    "chunks each way": Case(
+        chunks=4, activations=(0.25, 0.25, 0.25, 0.25), weights=(0, 0, 1),
+        work={"ssd_read": 0.5, "ssd_write": 0.3, "host_to_device": 0.5, "device_to_host": 0.3},
     ),
     "full, compute": Case(bits=None, state=1.0),
     "full, CPU updates": Case(bits=None, state=1.0, tokens_share=0.125),
@@ -172,8 +185,9 @@ def machine(unified: bool, rates: dict[str, float]) -> Hardware:
 def plan_of(case: Case, problem: Problem) -> Plan:
     """The case's plan; blocks outside the layers stay in DEVICE memory."""
     kept = tuple(float(case.inputs is tier) for tier in (Tier.NVME, Tier.HOST, Tier.DEVICE))
+    cuts = Cuts(chunk_tokens=problem.workload.measured_chunk_tokens or problem.workload.tokens)
     knobs = Knobs(
-        update_mode=case.mode, slots=case.slots, cuts=Cuts(chunk_tokens=problem.workload.tokens),
+        update_mode=case.mode, slots=case.slots, cuts=cuts,
         decode_scope=case.scope, inputs=case.inputs, buffers=Buffers(state_slots=state_slots(problem)[0]),
     )  # fmt: skip
     updates = {(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0}
@@ -228,7 +242,8 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
 def measured(case: Case, workload: Workload, streaming: StreamingProblem, hardware: Hardware) -> Problem:
     """What the planner is asked, with what this machine takes now."""
     if case.state is None:
-        return measured_problem(workload, streaming, hardware)
+        chunk_tokens = -(-workload.config.seq_len // case.chunks) if case.chunks > 1 else None
+        return measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
     seconds = measured_seconds(workload, streaming, optimizer_of(workload.model))
     in_memory, with_drive = questions(workload, streaming, hardware, seconds)
     return (in_memory if case.state == 1.0 else with_drive)[0]

@@ -28,7 +28,6 @@ from planners.streaming import (
     KEPT_TENSORS,
     STAGING_PIECE_BYTES,
     StreamingProblem,
-    wanted_slack_bytes,
 )
 
 ROOM_FOR_GAPS = 4
@@ -64,7 +63,7 @@ class ActivationsAssembly:
         self._tiers = tiers
         self._links = links
         self._device = device
-        self.wanted_slack_bytes = wanted_slack_bytes(problem, chunk_tokens_of(plan, workload))
+        self.wanted_slack_bytes = problem.slack_bytes(chunk_tokens_of(plan, workload))
         """What `slack_bytes` would be where a budget has room."""
         self._sizes = sizes_of(plan, workload.config.batch_size)
 
@@ -107,11 +106,12 @@ class ActivationsAssembly:
             device.reserve("layer input in use", each)
         if together > 1:
             device.reserve("hidden states of other micro-batches", 2 * together * each)
+        largest_input = max(sizes, default=each) if self._sizes is None else each
         largest = self._largest_saved_bytes()
         window = self._window_bytes(swapped)
         device.reserve("swapped activations on their way", window)
         return Places(
-            layer_inputs=self._stash(home, "layer inputs", inputs, max(sizes, default=each), max(sizes, default=each)),
+            layer_inputs=self._stash(home, "layer inputs", inputs, largest_input, largest_input),
             layer_inputs_tier=home,
             swapped={
                 tier: stash
@@ -174,6 +174,8 @@ class ActivationsAssembly:
             staging = self._tiers.arena(Tier.HOST, f"staging for {name}", 2 * (window_bytes + largest_bytes))
             return DeviceStash(staging, self._links, window_bytes=window_bytes, scratch=self.scratch)
         piece_bytes = min(largest_bytes, STAGING_PIECE_BYTES)
+        if staging_bytes:  # what goes in smaller pieces needs no more
+            piece_bytes = min(piece_bytes, max(staging_bytes // 4, IO_ALIGNMENT_BYTES))
         staging = self._tiers.arena(Tier.HOST, f"staging for {name}", max(4 * piece_bytes, staging_bytes))
         return NvmeStash(self.scratch, staging, self._links, piece_bytes=piece_bytes, ahead_bytes=staging_bytes // 2)
 

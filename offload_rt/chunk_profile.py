@@ -41,6 +41,8 @@ from planners.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGro
 CHUNKS = 2
 """Of a sequence, that run in all ways: with one, a layer would not be cut."""
 WARM_RUNS = 2
+ARENA_HELD, SAVED_AND_GRADIENTS = 1, 2
+"""Times what the two chunks save: in the arena that it is put away to, and while they run."""
 SHORT_WAYS = 4
 SAVED = (Group.BEFORE, Group.QKV, Group.AFTER)
 """What is kept, put away or computed again by itself. Attention's result waits with the layer's input."""
@@ -102,22 +104,18 @@ def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: in
             raise UnsupportedModule("; ".join(tokenwise.refused.values()))
         return _Way(layer, call, tokenwise)
 
-    def room(num_bytes: int) -> HostStash:
-        arena = Arena("profile, put away", num_bytes + IO_ALIGNMENT_BYTES, granule_bytes=GRANULE_BYTES)
-        return HostStash(arena, links)
-
     again = way(short, Places(), Action.RECOMPUTE)
     after_again = way(short, Places(), Action.KEEP, after=Treatment(action=Action.RECOMPUTE))
     kept = way(short, Places(), Action.KEEP)
     kept_bytes = kept.tokenwise.counters.kept_bytes // kept.tokenwise.counters.num_passes
-    put_away = way(short, Places(swapped={Tier.HOST: room(2 * kept_bytes)}), Action.SWAP, Tier.HOST)
+    arena = Arena("profile, put away", kept_bytes + IO_ALIGNMENT_BYTES, granule_bytes=GRANULE_BYTES)
+    put_away = way(short, Places(swapped={Tier.HOST: HostStash(arena, links)}), Action.SWAP, Tier.HOST)
     if put_away.tokenwise.counters.no_room_bytes:
         raise UnsupportedModule("it saves more at one time than at another")
-    # What waits with a layer's input comes back when its backward begins, and is there besides.
     with_input = kept.stored_bytes(Group.RESULT.value, Tier.DEVICE) + kept.stored_bytes("attention", Tier.DEVICE)
-    waiting = round(scale * with_input) + whole.hidden.nbytes
-    alone = way(whole, Places(layer_inputs=room(2 * waiting)), Action.RECOMPUTE)
-    peak_bytes = _peak_bytes(alone)
+    alone = way(whole, Places(), Action.RECOMPUTE)
+    # Where the layer's input waits elsewhere, it comes back into memory of its own.
+    peak_bytes = _peak_bytes(alone) + whole.hidden.nbytes
     timed = _timed([alone, again, after_again, kept, put_away])
     sequence, *ways = timed
     decode = decode_seconds(stand)

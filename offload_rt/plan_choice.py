@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from offload_rt.asked import Asked, asked
 from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
-from offload_rt.chunk_profile import CHUNKS, passes
+from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
 from offload_rt.errors import ConfigError
 from offload_rt.planning import lowered, measured_problem
 from offload_rt.workload import Workload, chunk_tokens_of
@@ -31,7 +31,7 @@ from planners.plan import Plan
 from planners.problem import Problem
 from planners.program import SolverFailed, SolverMissing
 from planners.simulate import simulate
-from planners.streaming import INPUTS_OF_CHUNKS, StreamingProblem
+from planners.streaming import StreamingProblem
 from planners.units import ProblemError
 
 RULE, OPTIMISER = "fixed streaming rule", "optimiser"
@@ -116,15 +116,16 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
 
 def profile_bytes(workload: Workload, streaming: StreamingProblem, chunk_tokens: int | None = None) -> int:
     """About what profiling holds: a stand-in of the largest layer as it came and as it is stored, its activations; or
-    those of two chunks, and what a sequence by chunks takes, with what waits meanwhile and what it goes through.
+    what a sequence by chunks takes, with its input, and what is put away of two chunks.
     """
     layers = [draft.spec for draft in workload.layers]
     stand_in = max((2 * spec.compute_bytes + spec.stored_bytes for spec in layers), default=0)
     if chunk_tokens is None:
         return stand_in + ACTIVATIONS_HELD * streaming.activation_bytes
     share = min(1.0, CHUNKS * chunk_tokens / workload.config.seq_len)
-    sequence = streaming.layer_bytes(chunk_tokens) + 3 * INPUTS_OF_CHUNKS * streaming.layer_input_bytes
-    return stand_in + round(ACTIVATIONS_HELD * share * streaming.activation_bytes) + sequence
+    short = round(share * streaming.activation_bytes)
+    runs = max(streaming.layer_bytes(chunk_tokens), SAVED_AND_GRADIENTS * short)
+    return stand_in + ARENA_HELD * short + runs + 2 * streaming.layer_input_bytes
 
 
 def profile_seconds(workload: Workload, machine: Hardware, chunk_tokens: int | None = None) -> float:

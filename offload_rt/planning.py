@@ -169,8 +169,11 @@ def problem_of(
     )
     counted = planned.trainable_params * (2 * item_bytes + OPTIMIZER_BYTES_PER_ELEMENT)
     # What lies in DEVICE memory besides, whatever the plan.
-    reserve = max(0, streaming.trainable_bytes - counted) + streaming.allocator_slack_bytes // SLACK_DIVISOR
-    more = rounding_of(list(layer_seconds.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len)
+    reserve = max(0, streaming.trainable_bytes - counted) + streaming.slack_bytes(chunk_tokens) // SLACK_DIVISOR
+    more = rounding_of(
+        list(layer_seconds.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len,
+        unified=streaming.unified,
+    )  # fmt: skip
     return Problem(
         hardware=within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES, more),
         workload=planned,
@@ -202,8 +205,9 @@ def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
     freed memory held back.
     """
     sizes = sizes_of(plan, problem.workload.batch_size)
-    wanted = streaming.allocator_slack_bytes + (0 if sizes is None else sizes.kept_bytes // KEPT_PER_HOLE_BYTE)
-    slack = streaming.allocator_slack_bytes // SLACK_DIVISOR
+    most = streaming.slack_bytes(problem.workload.measured_chunk_tokens)
+    wanted = most + (0 if sizes is None else sizes.kept_bytes // KEPT_PER_HOLE_BYTE)
+    slack = most // SLACK_DIVISOR
     room = capacities(problem)["device"] - plan.arena(Tier.DEVICE.value).num_bytes
     return replace(
         plan,

@@ -29,7 +29,7 @@ from planners.placement import ClassPlan, Cuts, Tier, TokenSplit
 from planners.plan import Plan
 from planners.problem import MeasuredSeconds
 from planners.schedule import Phase
-from planners.streaming import KEPT_TENSORS
+from planners.streaming import KEPT_TENSORS, STAGING_PIECE_BYTES
 from planners.trace import Saved, Transient
 
 LEAST_TRANSIENT_SHARE = 4
@@ -83,8 +83,9 @@ class Rounding:
     nvme_bytes: int = 0
 
 
-def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int, seq_len: int) -> Rounding:
+def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int, seq_len: int, unified: bool) -> Rounding:
     """For layers with these measurements. A tensor begins at a granule of HOST, at a page of a drive; small ones stay.
+    unified: nothing is put away to HOST. What a layer by chunks puts away with its input passes HOST in pieces.
 
     Layer inputs have their place on a drive twice, since a second micro-batch may begin before the first one's graph is
     gone; the plan counts one.
@@ -98,8 +99,9 @@ def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int, seq_len
     )
     beside = len(chunks) * PAGES_WITH_INPUT * IO_ALIGNMENT_BYTES
     return Rounding(
-        device_bytes=sum(one.small_bytes for one in kept) + beside,
-        host_bytes=tensors * GRANULE_BYTES + beside,
+        device_bytes=sum(one.small_bytes for one in kept),
+        host_bytes=(len(kept) * KEPT_TENSORS * GRANULE_BYTES if unified else tensors * GRANULE_BYTES + beside)
+        + (4 * min(input_bytes + IO_ALIGNMENT_BYTES, STAGING_PIECE_BYTES) if chunks else 0),
         nvme_bytes=tensors * IO_ALIGNMENT_BYTES
         + len(seconds) * input_bytes
         + sum(one.with_input_bytes for one in chunks)
@@ -206,8 +208,9 @@ def sizes_of(plan: Plan, batch_size: int) -> ActivationSizes | None:
             in_chunk = split.total_tokens if plan.cuts is None else min(split.total_tokens, plan.cuts.chunk_tokens)
             num_chunks = -(-split.total_tokens // in_chunk)
             if split.name == INPUT:
-                pages = PAGES_WITH_INPUT * IO_ALIGNMENT_BYTES * (num_chunks > 1)
-                size = align_up(round(each * split.total_tokens) + pages, IO_ALIGNMENT_BYTES)
+                elsewhere = num_chunks > 1 and plan.layer_inputs is not Tier.DEVICE
+                pages = PAGES_WITH_INPUT * IO_ALIGNMENT_BYTES if elsewhere else 0
+                size = align_up(round(each * split.total_tokens), IO_ALIGNMENT_BYTES) + pages
                 inputs |= dict.fromkeys(entry.blocks, size)
                 continue
             kept += len(entry.blocks) * each * split.device_tokens

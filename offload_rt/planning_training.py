@@ -183,7 +183,10 @@ def training_problem(
     reserve = max(0, streaming.trainable_bytes - counted) + streaming.allocator_slack_bytes // SLACK_DIVISOR
     pages = len(workload.drafts) + 2 * len(training.blocks)
     rates = seconds.steps_per_second
-    more = rounding_of(list(seconds.layers.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len)
+    more = rounding_of(
+        list(seconds.layers.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len,
+        unified=streaming.unified,
+    )  # fmt: skip
     hardware = replace(
         hardware,
         device=replace(hardware.device, adamw_params_per_second=rates),

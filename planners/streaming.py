@@ -186,6 +186,12 @@ class StreamingProblem:
         of_chunk = self.activation_bytes * chunk_tokens // self.chunked.num_tokens
         return self.chunked.sequence_bytes + of_chunk * 3 // 2
 
+    def slack_bytes(self, chunk_tokens: int | None) -> int:
+        """Freed memory that the allocator may hold back where a budget has room: at most twice what is in use."""
+        if chunk_tokens is None:
+            return self.allocator_slack_bytes
+        return min(self.allocator_slack_bytes, 2 * (self.trainable_bytes + self.layer_bytes(chunk_tokens)))
+
     def transient_bytes(self, head_chunk_tokens: int | None, chunk_tokens: int | None = None) -> int:
         """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more."""
         head = 0 if self.loss_head is None else self.loss_head.peak_bytes(head_chunk_tokens)
@@ -270,7 +276,7 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
     quantized = any(layer.decoded_bytes for layer in problem.layers)
     scopes = [DecodeScope.LAYER, DecodeScope.LINEAR] if quantized else [DecodeScope.LINEAR]
     in_place = problem.unified and rest is Tier.HOST
-    most_slack_bytes = wanted_slack_bytes(problem, chunk_tokens)
+    most_slack_bytes = problem.slack_bytes(chunk_tokens)
     slacks = (most_slack_bytes, most_slack_bytes * 2 // 3, min(most_slack_bytes // 4, TIGHT_SLACK_BYTES))
     plans = [
         _plan(
@@ -301,13 +307,6 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
     if problem.cuts is not None and (problem.cuts.head_chunk_tokens is not None or problem.cuts.layer_major):
         return plans  # a tile is what they have in common with the run that goes on
     return [_keeping(problem, plan) for plan in plans if _could_keep(plan)] + plans
-
-
-def wanted_slack_bytes(problem: StreamingProblem, chunk_tokens: int | None) -> int:
-    """Freed memory that the allocator may hold back where a budget has room: at most twice what is in use."""
-    if chunk_tokens is None:
-        return problem.allocator_slack_bytes
-    return min(problem.allocator_slack_bytes, 2 * (problem.trainable_bytes + problem.layer_bytes(chunk_tokens)))
 
 
 def _orders(problem: StreamingProblem, *, in_place: bool) -> tuple[bool, ...]:

@@ -28,9 +28,11 @@ from planners.streaming import plan_streaming
 from planners.validate import InvalidPlan, check
 from tests.parity import BATCH_SIZE, SEQ_LEN, run_steps
 from tests.test_parity import differences
+from tests.test_plan_choice import calibrated
 from tests.test_planning import BF16, KIB, MIB, NF4, PAGE, SECONDS, machine, question
 from tests.test_planning_tokens import model_of, plan_by_hand, train
 
+__all__ = ["calibrated"]  # a fixture
 CHUNK = 4
 NUM_CHUNKS = 3
 BEFORE, QKV, AFTER = (group.value for group in (Group.BEFORE, Group.QKV, Group.AFTER))
@@ -357,6 +359,21 @@ def test_auto_takes_the_optimisers_plan_of_the_rules_own_chunks(timed, tmp_path)
     need = profile_bytes(workload, streaming, CHUNK)
     tight = replace(streaming, device_capacity_bytes=need - 1)
     assert "profiling a layer takes" in choose(workload, tight, rule, hardware)[1].why and timed == [CHUNK]
+
+
+def test_a_session_runs_the_optimisers_chunks_to_the_rules_bits(timed, calibrated, tmp_path):
+    cuts = RunsCuts(head_chunk_tokens=None, chunk_tokens=CHUNK, layer_major=None)
+    given = {"device_memory": 64 * MIB, "options": RuntimeOptions(cuts=cuts)}
+    with engine_of(BF16, tmp_path, **given) as engine:
+        assert engine.plan.planner == "optimiser" and timed == [CHUNK]
+        found = run_steps(BF16.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        report = engine.report()
+    assert differences(ruled(BF16), found) == []
+    assert report["plan_choice"]["chosen"] == OPTIMISER and report["memory"]["device"] <= 64 * MIB
+    done = report["tokenwise"]
+    assert (
+        done["kept_bytes"] > 0 == done["num_second_replays"] and done["num_chunks"] == NUM_CHUNKS * done["num_passes"]
+    )
 
 
 def test_a_run_that_goes_on_keeps_its_chunks_and_a_new_one_takes_them_only_where_it_must(timed, tmp_path, monkeypatch):
