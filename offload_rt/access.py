@@ -81,7 +81,7 @@ class ResidentAccess:
 
 
 class LookupAccess:
-    """Access to a block that is read by rows and has no slot: whole only when a model is saved.
+    """Access to a block that is read by rows or tiles and has no slot: whole only when a model is saved.
 
     From NVMe, in memory that is taken for that long; it must fit the budget of HOST, `BudgetExceeded` says by how much
     it does not. From HOST where it rests.

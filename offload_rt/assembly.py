@@ -54,6 +54,7 @@ from offload_rt.store import Store
 from offload_rt.streams import COMPUTE
 from offload_rt.throttle import Throttle
 from offload_rt.tiers import Tiers
+from offload_rt.tiled_linear import TiledLinear
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transients import Transients
@@ -200,6 +201,8 @@ class _Assembly:
         self.executors: list[RingExecutor] = []
         self.rows: RowReader | None = None
         self.row_sources: dict[str, RowSource] = {}
+        self.tiles: list[tuple[int, int]] = []
+        """Rows of the tiles of the head, which the last of `executors` streams."""
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.tiered: TieredTraining | None = None
         self.state: StateAssembly | None = None
@@ -248,6 +251,9 @@ class _Assembly:
         if self.plan.lookups is not None:
             self.rows, self.row_sources, whole = weights.lookups(self.plan.lookups)
             accesses.update(whole)
+        if self.plan.head_tiles is not None:
+            executor, self.tiles, accesses[self.plan.head_tiles.block] = weights.head_tiles(self.plan.head_tiles)
+            self.executors.append(executor)
         places = self.activations.places()
         return self._attach(decoder, accesses, places, transients, covered, optimizer)
 
@@ -338,6 +344,8 @@ class _Assembly:
                 runtime.streamed.extend(
                     LookupModule(module, block, source, self.rows, ahead) for module in draft.modules
                 )
+            elif self.plan.head_tiles is not None and draft.name == self.plan.head_tiles.block:
+                runtime.streamed.append(TiledLinear(draft.modules[0], block, self.executors[-1], self.tiles))
             elif not isinstance(access, ResidentAccess):
                 runtime.streamed.extend(StreamedModule(module, block, access) for module in draft.modules)
         check_nothing_on_meta(workload.model, workload.sources.describe)
@@ -358,7 +366,7 @@ class _Assembly:
 
     def _ahead_of_lookups(self) -> Callable[[], None]:
         """What a lookup, which begins a forward pass, starts: the fetch of the first block that is needed whole."""
-        executors = [executor for executor in self.executors if executor.ring.name == "edges"]
+        executors = [executor for executor in self.executors if executor.ring.name in ("edges", "tiles")]
         return executors[0].foresee if executors else lambda: None
 
     def _training(self, optimizer: torch.optim.Optimizer | None, *, make_room: Callable[[], None]) -> Training:

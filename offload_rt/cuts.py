@@ -28,6 +28,7 @@ def cuts_of(plan: Plan, workload: Workload) -> Cuts:
     return Cuts(
         head_chunk_tokens=plan.head_chunk_tokens, chunk_tokens=chunk_tokens_of(plan, workload),
         layer_major=plan.layer_major if together else None, packed_products=plan.packed_products,
+        head_tile_rows=None if plan.head_tiles is None else plan.head_tiles.tile_rows,
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def products_of(plan: Plan, workload: Workload, options: RuntimeOptions) -> Prod
 
 def cuts_from_json(data: Mapping[str, Any], *, of: str) -> Cuts:
     """What `asdict` made of cuts. Raises `CheckpointError`, which names `of`, for anything else."""
-    data = {"packed_products": {}, **data}  # runs from before there were any
+    data = {"packed_products": {}, "head_tile_rows": None, **data}  # runs from before there were any
     names = {field.name for field in fields(Cuts)}
     if set(data) != names:
         raise CheckpointError(f"{of}: cuts have {', '.join(sorted(names))}, found {', '.join(sorted(data))}")

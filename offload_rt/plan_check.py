@@ -11,12 +11,12 @@ from offload_rt.optimizer.paged import rule_on_device
 from offload_rt.planning_tokens import policies_of
 from offload_rt.planning_training import placement_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from offload_rt.workload import Workload, is_looked_up, rows_size
+from offload_rt.workload import Workload, is_looked_up, is_multiplied, rows_size
 from planners.placement import UpdateMode
 from planners.plan import Plan, Ring, Split, Tier
 from planners.streaming import StreamingProblem
 from planners.training_state import StatePlacement
-from planners.vocabulary import Lookups
+from planners.vocabulary import HeadTiles, Lookups
 
 
 def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:
@@ -30,7 +30,8 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
     if plan.head_chunk_tokens is not None and not (problem.loss_head is not None and problem.loss_head.tiles):
         raise ConfigError("plan: head_chunk_tokens is for causal language models of transformers; set it to null")
     looked_up = () if plan.lookups is None else plan.lookups.blocks
-    placed = {*plan.resident, *(name for ring in plan.rings for name in ring.blocks), *looked_up}
+    tiled = () if plan.head_tiles is None else (plan.head_tiles.block,)
+    placed = {*plan.resident, *(name for ring in plan.rings for name in ring.blocks), *looked_up, *tiled}
     if placed != {draft.name for draft in drafts}:
         odd = sorted(placed ^ {draft.name for draft in drafts})
         raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
@@ -45,6 +46,8 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
             raise ConfigError(f"plan: {name} is resident, but its class streams {split.streamed_bytes} bytes of it")
     if plan.lookups is not None:
         _check_lookups(plan.lookups, problem, workload)
+    if plan.head_tiles is not None:
+        _check_head_tiles(plan.head_tiles, problem, workload)
     _check_activations(plan, problem, workload)
     _check_state(plan, problem)
     _check_parts_that_train(plan, workload)
@@ -72,6 +75,24 @@ def _check_lookups(lookups: Lookups, problem: StreamingProblem, workload: Worklo
         raise ConfigError("plan: lookups of blocks that rest on NVME, but nvme= gives no folder")
     if lookups.rest is Tier.HOST and problem.unified:
         raise ConfigError("plan: lookups from HOST, which is DEVICE without host_memory=; list the blocks as resident")
+
+
+def _check_head_tiles(tiles: HeadTiles, problem: StreamingProblem, workload: Workload) -> None:
+    """Whether this block can be multiplied with by tiles, where it rests."""
+    draft = workload.draft(tiles.block)
+    if not is_multiplied(draft):
+        raise ConfigError(f"plan: tiles of {tiles.block!r}, which is no frozen linear without a bias; put it in a ring")
+    row_bytes = rows_size(draft, most_rows=1).row_bytes
+    if tiles.tile_rows * row_bytes != tiles.tile_bytes:
+        raise ConfigError(f"plan: tiles of {tiles.tile_rows} rows, {row_bytes} bytes each, in {tiles.tile_bytes} bytes")
+    if workload.training is not None and not workload.training.adapters:
+        raise ConfigError(
+            "plan: tiles of the head are for adapters; where layers train, a model is saved block by block"
+        )
+    if tiles.rest is Tier.NVME and not workload.config.nvme:
+        raise ConfigError("plan: tiles of a head that rests on NVME, but nvme= gives no folder")
+    if tiles.rest is Tier.HOST and problem.unified:
+        raise ConfigError("plan: tiles from HOST, which is DEVICE without host_memory=; list the block as resident")
 
 
 def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name: str) -> None:

@@ -66,6 +66,7 @@ MEASURED_BEFORE = "measured by an earlier run"
 SLACK = "freed, held back by the allocator"
 TRANSIENT = (
     "activations",
+    "products by tiles",
     "kept activations",
     "layer inputs",
     "layer input in use",

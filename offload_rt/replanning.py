@@ -317,7 +317,7 @@ def same_cuts(plan: Plan, other: Plan) -> bool:
 
     def cuts(of: Plan) -> tuple[Any, ...]:
         chunked = {name for name, policy in (of.activations or {}).items() if len(policy.chunks) > 1}
-        return of.cuts, of.head_chunk_tokens, of.layer_major, chunked, of.packed_products
+        return of.cuts, of.head_chunk_tokens, of.head_tiles, of.layer_major, chunked, of.packed_products
 
     return cuts(plan) == cuts(other)
 

@@ -162,6 +162,12 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter, peaks
             f"lookups: rows of {' and '.join(plan.lookups.blocks)} rest in {plan.lookups.rest.value}, "
             f"{format_bytes(plan.lookups.room_bytes)} at a time in device memory"
         )
+    if plan.head_tiles is not None:
+        tiles = plan.head_tiles
+        lines.append(
+            f"head: {tiles.block} rests in {tiles.rest.value}, {tiles.num_slots} tiles of {tiles.tile_rows} rows at a "
+            f"time in device memory ({format_bytes(tiles.slots_bytes)})"
+        )
     if plan.predicted:
         busy = plan.predicted["busy_seconds"]
         binding = max(busy, key=lambda name: float(busy[name]))

@@ -30,6 +30,7 @@ from offload_rt.scratch import Scratch
 from offload_rt.store import Store
 from offload_rt.throttle import Throttle
 from offload_rt.tiers import Tiers
+from offload_rt.tiled_linear import TiledLinear
 from offload_rt.tokenwise.layer import Tokenwise
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transients import Transients
@@ -87,7 +88,7 @@ class Runtime:
     products: Products
     packed: list[PackedLinear]
     """Linears whose weights are not always decoded."""
-    streamed: list[StreamedModule | LookupModule]
+    streamed: list[StreamedModule | LookupModule | TiledLinear]
     rows: RowReader | None
     """What lookups get their rows by."""
     loss_head: LossHead | None
@@ -138,12 +139,13 @@ class Runtime:
 
     def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Runs calls of the model, or their backward passes, layer by layer; returns their results. Blocks."""
-        for executor in self.executors:
+        shared = [executor for executor in self.executors if executor.ring.name != "tiles"]  # a call takes all of these
+        for executor in shared:
             executor.num_calls = len(calls)
         try:
             return self.turns.run(calls)
         finally:
-            for executor in self.executors:
+            for executor in shared:
                 executor.num_calls = 1
 
     def close(self) -> None:

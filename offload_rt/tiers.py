@@ -170,9 +170,21 @@ class BlockSource(Protocol):
 
 
 class NvmeResidence:
-    """A block that rests on NVMe. With `staging`, it lands in HOST first, is verified and copied from there."""
+    """A block that rests on NVMe. With `staging`, it lands in HOST first, is verified and copied from there.
 
-    def __init__(self, store: BlockSource, block: str, num_bytes: int, links: Links, staging: Arena | None) -> None:
+    stage_bytes: of a lease of `staging`, at least `num_bytes`: leases that are all alike leave no gaps too small.
+    """
+
+    def __init__(
+        self,
+        store: BlockSource,
+        block: str,
+        num_bytes: int,
+        links: Links,
+        staging: Arena | None,
+        stage_bytes: int | None = None,
+    ) -> None:
+        self._stage_bytes = num_bytes if stage_bytes is None else stage_bytes
         self.num_bytes = num_bytes
         self._store = store
         self._block = block
@@ -183,7 +195,7 @@ class NvmeResidence:
         if self._staging is None:
             return _Arrival(self._links, self._store.read(self._block, slot), self._store, self._block, slot)
         # A device that is behind still copies out of the stage of the block that it is to replace.
-        stage = self._staging.acquire(self.num_bytes, self._block)
+        stage = self._staging.acquire(self._stage_bytes, self._block).part(0, self.num_bytes)
         read = self._store.read(self._block, stage)
         copy = self._links.copy(
             stage, slot.part(0, self.num_bytes), after=read, inward=True,

@@ -32,7 +32,7 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import HostResidence, NvmeResidence, Residence, SplitResidence, Tiers
 from offload_rt.workload import Workload
 from planners.plan import Plan, Ring, Split, Tier
-from planners.vocabulary import PAGE_SLOTS, Lookups
+from planners.vocabulary import PAGE_SLOTS, HeadTiles, Lookups
 
 
 class WeightsAssembly:
@@ -152,9 +152,51 @@ class WeightsAssembly:
                 sums, slot = None, resting.acquire(stored_bytes, name)
                 sources[name] = HostRows(draft.spec.tensors[0], slot)
                 residence = HostResidence(slot, self._links)
-            self._bring(draft, split, None, slot, sums)
+            self._bring(draft, split, None, slot, *([] if sums is None else [sums]))
             accesses[name] = LookupAccess(residence, slot, host, name)
         return RowReader(table, staging, self._links), sources, accesses
+
+    def head_tiles(self, tiles: HeadTiles) -> tuple[RingExecutor, list[tuple[int, int]], Access]:
+        """A ring for the tiles of a head, their rows [begin, end) in its order, and how to get at it whole."""
+        draft = self._workload.draft(tiles.block)
+        (spec,), stored_bytes = draft.spec.tensors, draft.spec.stored_bytes
+        num_rows = spec.shape[0]
+        rows = [(begin, min(begin + tiles.tile_rows, num_rows)) for begin in range(0, num_rows, tiles.tile_rows)]
+        starts = [number * tiles.tile_bytes for number in range(len(rows))]
+        sizes = [min(tiles.tile_bytes, stored_bytes - start) for start in starts]
+        on_nvme = tiles.rest is Tier.NVME
+        self._tiers.account(Tier.DEVICE).reserve("products by tiles", tiles.product_bytes)
+        arena = self._tiers.arena(Tier.DEVICE, "tiles of the head", tiles.slots_bytes)
+        split = Split(
+            device_bytes=0, host_bytes=0 if on_nvme else stored_bytes, nvme_bytes=stored_bytes if on_nvme else 0
+        )
+        residences: list[Residence]
+        whole: Residence
+        if on_nvme:
+            store = self._open_store("tiles of the head")
+            staging = None
+            if not self._tiers.unified:
+                staging = self._tiers.arena(Tier.HOST, "staging for tiles of the head", tiles.slots_bytes)
+            parts = [StorePart(store, draft.name, start, size) for start, size in zip(starts, sizes, strict=True)]
+            self._bring(draft, split, None, None, *parts)
+            residences = [
+                NvmeResidence(part, draft.name, part.num_bytes, self._links, staging, tiles.tile_bytes)
+                for part in parts
+            ]
+            slot, whole = None, NvmeResidence(store, draft.name, stored_bytes, self._links, None)
+        else:
+            slot = self._tiers.arena(Tier.HOST, "weights", stored_bytes).acquire(stored_bytes, draft.name)
+            self._bring(draft, split, None, slot)
+            residences = [
+                HostResidence(slot.part(start, size), self._links) for start, size in zip(starts, sizes, strict=True)
+            ]
+            whole = HostResidence(slot, self._links)
+        ring = Ring(
+            name="tiles", blocks=tuple(f"{draft.name}[{begin}:{end}]" for begin, end in rows),
+            num_slots=tiles.num_slots, slot_bytes=tiles.tile_bytes, rest=tiles.rest,
+        )  # fmt: skip
+        executor = RingExecutor(ring, residences, arena, recorder=self._recorder)
+        return executor, rows, LookupAccess(whole, slot, self._tiers.account(Tier.HOST), draft.name)
 
     def _split(self, ring: Ring, draft: BlockDraft) -> Split:
         """Where the block's bytes rest: as the plan's classes say, or whole."""
@@ -206,7 +248,7 @@ class WeightsAssembly:
             part = StorePart(
                 self._open_store(f"ring {ring.name!r}"), draft.name, whole - split.nvme_bytes, split.nvme_bytes
             )
-        self._bring(draft, split, resident, host, part)
+        self._bring(draft, split, resident, host, *([] if part is None else [part]))
         parts: list[tuple[int, Residence]] = []
         if host is not None:
             parts.append((0, HostResidence(host, self._links)))
@@ -274,14 +316,14 @@ class WeightsAssembly:
         split: Split,
         resident: Slot | None,
         host: Slot | None,
-        part: StorePart | PageSums | None = None,
+        *parts: StorePart | PageSums,
     ) -> None:
-        """Puts what of the block rests in memory there, and shows all of it to `part`. Blocks."""
+        """Puts what of the block rests in memory there, and shows all of it to `parts`. Blocks."""
         for offset_bytes, piece in self._pieces(draft):
             for begin_bytes, place in ((0, resident), (split.device_bytes, host)):
                 if place is not None:
                     self._copy(offset_bytes, piece, begin_bytes, place)
-            if part is not None:
+            for part in parts:
                 part.see(offset_bytes, piece)
 
     def _copy(self, offset_bytes: int, piece: Slot, begin_bytes: int, place: Slot) -> None:

@@ -43,7 +43,7 @@ from planners.activations import ActivationPolicy
 from planners.placement import ClassPlan, UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Split, Tier
 from planners.products import PackedProducts
-from planners.streaming import BlockSize, Cuts, StreamingProblem, lookups_of
+from planners.streaming import BlockSize, Cuts, StreamingProblem, head_tiles_of, lookups_of
 from planners.training_state import StatePlacement, TrainedSize, TrainingSizes
 from planners.vocabulary import RowsSize
 
@@ -110,6 +110,8 @@ class RuntimeOptions:
     """Stream embedding and head although the budget would hold them."""
     look_up_rows: bool = True
     """Where `stream_edges` is set: embeddings are read by rows, not whole."""
+    head_tile_rows: int | None = None
+    """Where `stream_edges` is set: rows of the head in memory at a time, in place of all."""
     room_bytes: int | None = None
     """Of rows of embeddings in DEVICE memory at a time, in place of the plan's; twice that of pages from NVMe."""
     layer_inputs: Tier | None = None
@@ -387,8 +389,14 @@ def is_looked_up(draft: BlockDraft) -> bool:
     return of_one and all(isinstance(module, nn.Embedding) for module in draft.modules)
 
 
+def is_multiplied(draft: BlockDraft) -> bool:
+    """Whether all that is ever done with the block is multiplying with its one tensor, which is frozen."""
+    of_one = len(draft.spec.tensors) == 1 and not draft.is_layer and not draft.trains
+    return of_one and len(draft.modules) == 1 and type(draft.modules[0]) is nn.Linear
+
+
 def rows_size(draft: BlockDraft, *, most_rows: int) -> RowsSize:
-    """An embedding that `is_looked_up`, of which a lookup wants at most so many rows."""
+    """A block that `is_looked_up` or `is_multiplied`, for batches of at most so many tokens."""
     tensor = draft.spec.tensors[0]
     num_rows = tensor.shape[0]
     return RowsSize(num_rows=num_rows, row_bytes=tensor.stored_bytes // num_rows, most_rows=most_rows)
@@ -408,6 +416,7 @@ def _size(draft: BlockDraft, *, most_rows: int = 0) -> BlockSize:
         decoded_bytes=sum(by_module.values()),
         streams=True,
         rows=rows_size(draft, most_rows=most_rows) if is_looked_up(draft) else None,
+        product=rows_size(draft, most_rows=most_rows) if is_multiplied(draft) else None,
     )
 
 
@@ -462,8 +471,9 @@ def with_options(
         )
         plan = replace(plan, rings=rings)
     if options.stream_edges and plan.rings:
+        by_rows = sizes is None or sizes.adapters
         plan = _with_streamed_edges(
-            plan, drafts, look_up_rows=options.look_up_rows and (sizes is None or sizes.adapters)
+            plan, drafts, options.head_tile_rows if by_rows else None, look_up_rows=options.look_up_rows and by_rows
         )
     if options.room_bytes is not None and plan.lookups is not None:
         pages_bytes = 2 * options.room_bytes if plan.lookups.pages_bytes else 0
@@ -472,12 +482,18 @@ def with_options(
     return plan
 
 
-def _with_streamed_edges(plan: Plan, drafts: list[BlockDraft], *, look_up_rows: bool) -> Plan:
+def _with_streamed_edges(
+    plan: Plan, drafts: list[BlockDraft], head_tile_rows: int | None, *, look_up_rows: bool
+) -> Plan:
     """The plan with what of embedding and head is resident streaming."""
     edges = [d for d in drafts if not d.is_layer and d.name in plan.resident]
     looked_up = [d for d in edges if look_up_rows and is_looked_up(d)]
-    whole = [d for d in edges if d not in looked_up]
+    tiled = next((d for d in edges if head_tile_rows is not None and is_multiplied(d)), None)
+    whole = [d for d in edges if d not in looked_up and d is not tiled]
     rest = plan.rings[0].rest
+    if tiled is not None:
+        size = _size(tiled, most_rows=tiled.spec.tensors[0].shape[0])
+        plan = replace(plan, head_tiles=head_tiles_of(size, rest, plan.head_chunk_tokens, head_tile_rows))
     if looked_up:
         sizes = tuple(_size(d, most_rows=d.spec.tensors[0].shape[0]) for d in looked_up)
         plan = replace(plan, lookups=lookups_of(sizes, rest))

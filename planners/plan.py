@@ -30,7 +30,7 @@ from planners.placement import Split as Split
 from planners.placement import Tier as Tier
 from planners.products import PackedProducts, check_products, products_from_json
 from planners.training_state import StatePlacement as StatePlacement
-from planners.vocabulary import Lookups
+from planners.vocabulary import HeadTiles, Lookups
 
 PLAN_VERSION = 7
 
@@ -91,6 +91,8 @@ class Plan:
     """Of what trains in blocks; None where only adapters train."""
     lookups: Lookups | None = None
     """Embeddings that are read by rows; None: none, blocks are resident or in a ring."""
+    head_tiles: HeadTiles | None = None
+    """A head that is multiplied with by tiles of its rows; None: none. A cut."""
     boundary: Tier = Tier.DEVICE
     """Where the activations between two layers lie: DEVICE, or HOST, chunk by chunk, where a batch is too long."""
     arenas: tuple[Arena, ...] = ()
@@ -162,6 +164,8 @@ class Plan:
                 data["state"] = StatePlacement.from_json(data["state"])
             if data.get("lookups") is not None:
                 data["lookups"] = Lookups.from_json(data["lookups"])
+            if data.get("head_tiles") is not None:
+                data["head_tiles"] = HeadTiles.from_json(data["head_tiles"])
             if activations is not None:
                 data["activations"] = {name: ActivationPolicy.from_json(one) for name, one in activations.items()}
             return Plan(

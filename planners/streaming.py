@@ -2,11 +2,12 @@
 
 Layers stream through up to three slots from NVME, or from HOST where no drive is given. Whatever else the model has
 (embedding, head, final norm) stays in DEVICE memory if the budget holds it; if not, an embedding is read by rows, and
-what is multiplied streams through a slot of its own. Layer inputs wait in the first of DEVICE, HOST, NVME that holds
-them. A third slot hides the latency of one slow read and is given up early; the second one hides every read, and is
-given up last. A layer's decoded weights are held from its recompute to its backward, which saves one decode of three,
-where there is room for them: they are given up first. The loss is taken in tiles that need no more memory than a
-layer's recompute, but of no fewer than `MIN_CHUNK_TOKENS`, which a product needs to be efficient.
+what is multiplied streams through a slot of its own; if there is no room for that, the head streams by tiles of its
+rows, a cut. Layer inputs wait in the first of DEVICE, HOST, NVME that holds them. A third slot hides the latency of one
+slow read and is given up early; the second one hides every read, and is given up last. A layer's decoded weights are
+held from its recompute to its backward, which saves one decode of three, where there is room for them: they are given
+up first. The loss is taken in tiles that need no more memory than a layer's recompute, but of no fewer than
+`MIN_CHUNK_TOKENS`, which a product needs to be efficient.
 
 Where a layer's recompute does not fit whole, layers are recomputed by chunks of tokens, the largest that fit: a cut,
 which is taken only then.
@@ -32,7 +33,7 @@ from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.products import PackedProducts
 from planners.training_state import StatePlacement, TrainingSizes
-from planners.vocabulary import Lookups, RowsSize
+from planners.vocabulary import HeadTiles, Lookups, RowsSize
 
 MAX_SLOTS = 3
 MIN_CHUNK_TOKENS = 64
@@ -65,6 +66,8 @@ class EdgesBy(Enum):
     """Embeddings by the rows that a lookup needs, all others through a slot."""
     WHOLE = 3
     """All through a slot."""
+    TILES = 4
+    """As by rows, but the largest linear by tiles. A cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,8 @@ class BlockSize:
     """False: it holds what cannot be fetched on use (buffers and parameters read outside their module)."""
     rows: RowsSize | None = None
     """Of an embedding that nothing multiplies with; None otherwise."""
+    product: RowsSize | None = None
+    """Of a linear without a bias that is one block by itself; None otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,8 @@ class Cuts:
     """Micro-batches go through the layers together; None where that changes nothing, as no layer draws numbers."""
     packed_products: PackedProducts = field(default_factory=dict)
     """See `Plan.packed_products`."""
+    head_tile_rows: int | None = None
+    """Of the tiles of a head that is never in memory as a whole; None: it is."""
 
     def describe(self) -> str:
         head, layers = (
@@ -136,8 +143,9 @@ class Cuts:
             for what, tokens in (("the loss", self.head_chunk_tokens), ("layers", self.chunk_tokens))
         )
         order = {None: "", True: ", micro-batches layer by layer", False: ", micro-batches one after the other"}
+        tiles = "" if self.head_tile_rows is None else f", the head by {self.head_tile_rows} rows"
         packed = ", products of few tokens by packed weights" if self.packed_products else ""
-        return f"{head}, {layers}{order[self.layer_major]}{packed}"
+        return f"{head}, {layers}{order[self.layer_major]}{tiles}{packed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,9 +299,10 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
             layer_major=layer_major,
             chunk_tokens=chunk_tokens,
         )
+        for choices in _edges_by(problem, in_place=in_place)
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for state in _states(problem, rest)
-        for edges in EdgesBy
+        for edges in choices
         for layer_major in _orders(problem, in_place=in_place)
         for home in homes
         for slots in slot_choices
@@ -358,9 +367,12 @@ def _plan(
     # Where HOST is DEVICE, a layer that rests in HOST is already where it is used.
     in_place = problem.unified and rest is Tier.HOST
     streamed_edges = tuple(block for block in problem.edges if edges is not EdgesBy.RESIDENT and block.streams)
-    looked_up = _looked_up(problem, streamed_edges) if edges is EdgesBy.ROWS and not in_place else ()
+    by_rows = edges in (EdgesBy.ROWS, EdgesBy.TILES) and not in_place
+    looked_up = _looked_up(problem, streamed_edges) if by_rows else ()
     streamed_edges = tuple(block for block in streamed_edges if block not in looked_up)
-    resident = tuple(block for block in problem.edges if block not in (*streamed_edges, *looked_up))
+    tiled = _tiled(problem) if edges is EdgesBy.TILES else None
+    streamed_edges = tuple(block for block in streamed_edges if block is not tiled)
+    resident = tuple(block for block in problem.edges if block not in (*streamed_edges, *looked_up, tiled))
     lookups = lookups_of(looked_up, rest)
     rings = []
     if problem.layers and not in_place:
@@ -377,6 +389,7 @@ def _plan(
     each = one * together
     waiting = each if chunk_tokens is None else INPUTS_OF_CHUNKS * each
     tile_tokens = head_chunk_tokens(problem, chunk_tokens)
+    head_tiles = None if tiled is None else head_tiles_of(tiled, rest, tile_tokens)
     device = {
         "resident blocks": sum(block.stored_bytes for block in resident),
         **{f"ring of {ring.name}": ring.device_bytes for ring in rings},
@@ -397,7 +410,12 @@ def _plan(
             host = {f"staging for {ring.name}": ring.device_bytes for ring in rings}
     elif not in_place:
         in_rings = [block for ring in rings for block in _members(problem, ring)]
-        host["weights"] = sum(block.stored_bytes for block in (*in_rings, *looked_up))
+        host["weights"] = sum(b.stored_bytes for b in (*in_rings, *looked_up, *([tiled] if tiled else [])))
+    if head_tiles is not None:
+        device["tiles of the head"] = head_tiles.slots_bytes
+        device["products by tiles"] = head_tiles.product_bytes
+        if rest is Tier.NVME and not problem.unified:
+            host["staging for tiles of the head"] = head_tiles.slots_bytes
     if lookups is not None:
         device["rows of embeddings"] = lookups.room_bytes
         sums = lookups.sums_bytes(sum(block.stored_bytes for block in looked_up))
@@ -433,8 +451,34 @@ def _plan(
         update_mode=_update_mode(problem, state),
         state=state,
         lookups=lookups,
+        head_tiles=head_tiles,
         peak_bytes={"device": device, "host": host, "nvme": nvme},
     )
+
+
+def _edges_by(problem: StreamingProblem, *, in_place: bool) -> list[list[EdgesBy]]:
+    """The choices that there are, the best first; by tiles, which is a cut, only where nothing else fits."""
+    could: list[list[EdgesBy]] = [[choice for choice in EdgesBy if choice is not EdgesBy.TILES]]
+    if in_place or _tiled(problem) is None or (problem.training is not None and not problem.training.adapters):
+        return could
+    if problem.cuts is None:
+        return [*could, [EdgesBy.TILES]]
+    return could if problem.cuts.head_tile_rows is None else [[EdgesBy.TILES]]
+
+
+def _tiled(problem: StreamingProblem) -> BlockSize | None:
+    """What a plan by tiles takes by tiles: the largest linear outside the layers."""
+    linears = [block for block in problem.edges if block.product is not None and block.streams]
+    return max(linears, key=lambda block: block.stored_bytes, default=None)
+
+
+def head_tiles_of(block: BlockSize, rest: Tier, tile_tokens: int | None, tile_rows: int | None = None) -> HeadTiles:
+    """Its tiles, of `tile_rows` in place of the rule's. tile_tokens: that go through it at once; None: all."""
+    size = block.product
+    if size is None:
+        raise ValueError(f"{block.name}: is no linear that is taken by tiles")
+    rows = size.tile_rows() if tile_rows is None else tile_rows
+    return HeadTiles.of(block.name, size, rest, tile_rows=rows, num_tokens=tile_tokens or size.most_rows)
 
 
 def _looked_up(problem: StreamingProblem, edges: tuple[BlockSize, ...]) -> tuple[BlockSize, ...]:

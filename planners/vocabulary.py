@@ -1,4 +1,4 @@
-"""Data: what of an embedding is in memory where it is read by rows, and how much room that takes.
+"""Data: what of an embedding or a head is in memory where it is read by rows, and how much room that takes.
 
 A lookup needs the rows of a batch's distinct tokens, not the table: of Llama-3-70B's 2.1 GB, 4096 tokens need 64 MiB
 at most. They pass through a bounded room, in pieces if a batch has more:
@@ -8,15 +8,22 @@ at most. They pass through a bounded room, in pieces if a batch has more:
              |- rows -|              HOST, where DEVICE is other memory: what rests in HOST is gathered here
                   v
              |- rows -|              DEVICE, what the module looks up in
+
+A head needs all of its rows, twice a call, but not at the same time: tiles of them are blocks of a ring.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from planners.placement import Tier
 
+TILE_BYTES = 64 << 20
+TILES = 8
+"""Of a head at least, of `TILE_BYTES` at most."""
+TILE_SLOTS = 2
 ROOM_BYTES = 8 << 20
 """The most rows that are in memory at a time; a drive is as fast with it as with more."""
 PAGE_BYTES = 4096
@@ -28,12 +35,12 @@ SUM_BYTES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class RowsSize:
-    """An embedding as the planner sees it, if nothing but lookups use it."""
+    """A matrix outside the layers as the planner sees it: an embedding, or the weight of a linear."""
 
     num_rows: int
     row_bytes: int
     most_rows: int
-    """That the largest batch may look up."""
+    """That the largest batch may look up: its tokens."""
 
     def room_bytes(self) -> int:
         """Of rows in memory at a time, whole pages: those of the largest batch, or as many as there is room for."""
@@ -46,6 +53,12 @@ class RowsSize:
         of_row = _pages(self.row_bytes) + (0 if apart else PAGE_BYTES)
         wanted = min(min(self.most_rows, self.num_rows) * of_row, _pages(self.num_rows * self.row_bytes))
         return max(of_row, min(wanted, ROOM_BYTES))
+
+    def tile_rows(self) -> int:
+        """Of a tile: whole pages. It depends on nothing but the matrix, since it is a cut."""
+        unit = PAGE_BYTES // gcd(PAGE_BYTES, self.row_bytes)
+        wanted = min(TILE_BYTES // self.row_bytes, -(-self.num_rows // TILES))
+        return max(unit, wanted // unit * unit)
 
     def is_worth_it(self) -> bool:
         """Whether rows take less memory than the table."""
@@ -86,6 +99,47 @@ class Lookups:
         data = dict(data)
         blocks, rest = data.pop("blocks"), Tier(data.pop("rest"))
         return Lookups(blocks=tuple(blocks), rest=rest, **data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTiles:
+    """A head whose weight is never in DEVICE memory as a whole: products are taken by tiles of its rows. A cut."""
+
+    block: str
+    rest: Tier
+    """HOST or NVMe, as a whole."""
+    tile_rows: int
+    tile_bytes: int
+    """Whole pages."""
+    num_slots: int = TILE_SLOTS
+    product_bytes: int
+    """What products need beside the logits: a tile in fp32, gradients of its logits and of the inputs."""
+
+    def __post_init__(self) -> None:
+        if self.rest is Tier.DEVICE:
+            raise ValueError("plan: head_tiles: rest is DEVICE; list a block that stays there as resident")
+        if min(self.tile_rows, self.num_slots) < 1 or self.tile_bytes < PAGE_BYTES or self.tile_bytes % PAGE_BYTES:
+            raise ValueError(
+                f"plan: head_tiles: {self.num_slots} slots for {self.tile_rows} rows, {self.tile_bytes} bytes"
+            )
+
+    @property
+    def slots_bytes(self) -> int:
+        return self.num_slots * self.tile_bytes
+
+    @staticmethod
+    def of(block: str, size: RowsSize, rest: Tier, *, tile_rows: int, num_tokens: int) -> HeadTiles:
+        """num_tokens: that go through the head at once."""
+        width = size.row_bytes  # at least two bytes to an element
+        return HeadTiles(
+            block=block, rest=rest, tile_rows=tile_rows, tile_bytes=tile_rows * size.row_bytes,
+            product_bytes=2 * (tile_rows + num_tokens) * width + 8 * num_tokens * tile_rows,
+        )  # fmt: skip
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> HeadTiles:
+        """Reads what `dataclasses.asdict` gave. KeyError, TypeError or ValueError for anything else."""
+        return HeadTiles(**{**data, "rest": Tier(data["rest"])})
 
 
 def _pages(num_bytes: int) -> int:

@@ -93,6 +93,7 @@ FLOORS = {
     "offload_rt.autograd": 7.0,
     "offload_rt.edge": 7.0,
     "offload_rt.lookup": 7.0,
+    "offload_rt.tiled_linear": 7.0,
     "offload_rt.tokenwise": 7.5,
     "offload_rt.loss_head": 7.0,
     "offload_rt.checkpoint": 8.0,

@@ -1,0 +1,117 @@
+"""A linear that streams by tiles of its rows: its weight is never in memory as a whole, its results are.
+
+    forward    out[:, a:b] = in @ tile[a:b].T        tile after tile
+    backward   grad(in) = sum of grad(out)[:, a:b] @ tile[a:b], from the last tile to the first
+
+Tiles are blocks of a ring, fetched ahead; the backward pass begins with those that forward has left there. A tiled loss
+(`loss_head`) asks for the results of some tokens at a time, so that what a head gives is bounded as well.
+
+[Note: products by tiles]
+The sum over rows is cut. Each tile's share is computed in fp32 of what plain PyTorch multiplies (gradients rounded to
+the weight's dtype), summed in fp32 and rounded once: the error against fp64 is then plain's. With shares rounded to
+bf16 it was 1.4 times that (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_rt.access import GoneAccess, put_forward_back
+from offload_rt.block import Block
+from offload_rt.dtypes import torch_dtype
+from offload_rt.executor import RingExecutor
+from planners.schedule import Phase
+
+
+class TiledLinear:
+    """Replaces the `forward` of a frozen linear without a bias. tiles: rows [begin, end) of each block of the ring."""
+
+    def __init__(
+        self, module: nn.Module, block: Block, executor: RingExecutor, tiles: Sequence[tuple[int, int]]
+    ) -> None:
+        self.module = module
+        self.block = block
+        self.tiles = tuple(tiles)
+        self._spec = block.spec.tensors[0]
+        self._executor: RingExecutor | None = executor
+        self._forward: Callable[..., Any] = module.forward
+        self._had_own_forward = "forward" in module.__dict__
+
+    def attach(self) -> None:
+        self.module.forward = self
+
+    def detach(self) -> None:
+        put_forward_back(self.module, self._forward, had_own=self._had_own_forward)
+
+    def let_go(self) -> None:
+        """Has no memory of its runtime's any more, whoever still holds it."""
+        self._executor = None
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As `torch.nn.functional.linear`, autocast included."""
+        if torch.is_autocast_enabled(inputs.device.type):
+            inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
+        return _Product.apply(inputs, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def products(self, rows_ND: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """`rows_ND` times the weight, transposed."""
+        found_NV = rows_ND.new_empty(rows_ND.shape[0], self._spec.shape[0])
+        for index, (begin, end) in enumerate(self.tiles):
+            with _Tile(self, index, Phase.FORWARD, training=training) as tile_RD:
+                torch.mm(rows_ND, tile_RD.to(rows_ND.dtype).t(), out=found_NV[:, begin:end])
+                del tile_RD
+        return found_NV
+
+    def input_gradient(self, grad_NV: torch.Tensor) -> torch.Tensor:
+        """`grad_NV` times the weight, in fp32 or wider. See [Note: products by tiles]."""
+        wide = torch.promote_types(grad_NV.dtype, torch.float32)
+        sum_ND = grad_NV.new_zeros(grad_NV.shape[0], self._spec.shape[1], dtype=wide)
+        for index, (begin, end) in reversed(list(enumerate(self.tiles))):
+            with _Tile(self, index, Phase.BACKWARD, training=True) as tile_RD:
+                sum_ND.addmm_(grad_NV[:, begin:end].to(wide), tile_RD.to(grad_NV.dtype).to(wide))
+                del tile_RD
+        return sum_ND
+
+
+class _Tile:
+    """Inside, a tile is in memory. Whoever enters holds no view of it when he leaves."""
+
+    def __init__(self, linear: TiledLinear, index: int, phase: Phase, *, training: bool) -> None:
+        self._linear = linear
+        self._index = index
+        self._phase = phase
+        self._training = training
+
+    def __enter__(self) -> torch.Tensor:
+        executor, spec = self._linear._executor, self._linear._spec
+        if executor is None:
+            GoneAccess().acquire(self._phase, training=self._training)
+            raise RuntimeError("not reached")
+        slot = executor.acquire(self._index, self._phase, training=self._training)
+        begin, end = self._linear.tiles[self._index]
+        return slot.tensor(torch_dtype(spec.dtype), (end - begin, spec.shape[1]))
+
+    def __exit__(self, *exception: object) -> None:
+        if self._linear._executor is not None:
+            self._linear._executor.release(self._index)
+
+
+class _Product(torch.autograd.Function):
+    """The product as one operation. Keeps nothing: the weight is fetched again, and it does not train."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, linear: TiledLinear) -> torch.Tensor:
+        ctx.linear = linear
+        ctx.shape, ctx.dtype = inputs.shape, inputs.dtype
+        rows_ND = inputs.reshape(-1, inputs.shape[-1])
+        return linear.products(rows_ND, training=ctx.needs_input_grad[0]).view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        rows_NV = grad.reshape(-1, grad.shape[-1])
+        return ctx.linear.input_gradient(rows_NV).to(ctx.dtype).view(ctx.shape), None

@@ -1,0 +1,235 @@
+"""A head by tiles of its rows: never whole in memory, within the criterion of cuts, and the cut is kept.
+
+rows       |-- 0 --|-- 1 --|-- 2 --|-- 3 --|-|    two slots
+forward     0       1       2       3       4
+backward    4 and 3 are still there, then 2, 1, 0; the next call begins with 0 and 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offload_rt.cuts import cuts_from_json
+from offload_rt.errors import CheckpointError, ConfigError
+from planners.errors import PlanInfeasible
+from planners.plan import Plan, Tier
+from planners.vocabulary import HeadTiles, RowsSize
+from tests.conftest import build_base, build_lora
+from tests.fake_device import FakeDevice
+
+ROWS, WIDTH, TOKENS, TILE_ROWS = 1100, 256, 48, 256
+NUM_TILES = 5
+WITH_HOST = {"host_memory": "64MiB"}
+PLACES = {"NVME": {}, "NVME through HOST": WITH_HOST, "HOST": WITH_HOST}
+
+
+def model(dtype=torch.bfloat16):
+    return build_lora("llama", dtype, 2, 0.0, vocab_size=ROWS, hidden_size=WIDTH)
+
+
+def batch(seed=0):
+    ids = torch.randint(3, ROWS, (2, TOKENS), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def folder(parent, number):
+    """Of its own: a store is locked by the engine that uses it."""
+    found = parent / str(number)
+    found.mkdir(exist_ok=True)
+    return found
+
+
+def made(make_engine, drive, place="NVME", built=None, **options):
+    given = {"stream_edges": True, "poison": True, "record": True, "head_tile_rows": TILE_ROWS, **options}
+    nvme = None if place == "HOST" else drive
+    return make_engine(
+        model() if built is None else built, given, batch_size=2, seq_len=TOKENS, nvme=nvme, **PLACES[place]
+    )
+
+
+def train(engine, steps=2):
+    losses = []
+    for step in range(steps):
+        loss = engine(**batch(step)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses, {name: p.detach().clone() for name, p in engine.trainable.items()}
+
+
+def gradients(run, names):
+    run(**batch()).loss.backward()
+    found = {name: p.grad.double() for name, p in run.named_parameters() if name in names}
+    run.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_gradients_are_as_close_to_fp64_as_plain_ones(dtype, chunk, make_engine, disk_folder):
+    names = {name for name, p in model(dtype).named_parameters() if p.requires_grad}
+    exact = gradients(model(dtype).double(), names)
+    plain = gradients(model(dtype), names)
+    engine = made(make_engine, disk_folder, built=model(dtype), head_chunk_tokens=chunk)
+    found = gradients(engine.model, names)
+    assert engine.plan.head_tiles is not None and engine.plan.head_tiles.tile_rows == TILE_ROWS
+
+    def error(of):
+        return sum((of[name] - exact[name]).square().sum() for name in names).sqrt()
+
+    assert 0 < error(found) <= 1.05 * error(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_by_tiles_is_as_close_to_fp64_as_a_whole_one(dtype, make_engine, disk_folder):
+    built = model(dtype)
+    head, weight = built.get_output_embeddings(), built.get_output_embeddings().weight.detach().clone()
+    torch.manual_seed(1)
+    rows = torch.randn(64, WIDTH).to(dtype).requires_grad_()
+    grad = (torch.randn(64, ROWS) / ROWS).to(dtype)  # no row's is much larger than the others
+    expected = torch.nn.functional.linear(rows, weight)
+    (plain,) = torch.autograd.grad(expected, rows, grad)
+    exact = grad.double() @ weight.double()
+    made(make_engine, disk_folder, built=built)
+    found = head(rows)
+    assert torch.allclose(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found, rows, grad)
+    assert (gradient.double() - exact).norm() <= 1.05 * (plain.double() - exact).norm()
+
+
+def test_tiles_are_fetched_ahead_and_those_that_are_there_are_used(make_engine, disk_folder):
+    engine = made(make_engine, disk_folder)
+    executor = next(e for e in engine._runtime.executors if e.ring.name == "tiles")
+    assert executor.ring.blocks[-1].endswith("lm_head[1024:1100]") and len(executor.ring.blocks) == NUM_TILES
+    train(engine, 1)  # the first call checks tiles of the loss besides
+    before, calls = executor.counters.num_fetches, engine.report()["loss_head"]["num_tiles"]
+    train(engine, 2)
+    calls = engine.report()["loss_head"]["num_tiles"] - calls
+    assert calls >= 2 and executor.counters.num_fetches - before == calls * 2 * (NUM_TILES - 2)
+    assert engine.report()["prefetch_misses"] == 0
+    assert executor._arena.peak_bytes == executor._arena.num_bytes == 2 * TILE_ROWS * WIDTH * 2
+    assert [str(race) for race in engine._runtime.recorder.check()] == []
+
+
+def test_places_and_slots_change_no_bit(make_engine, disk_folder):
+    expected = train(made(make_engine, folder(disk_folder, 0)))
+    assert all(loss == loss for loss in expected[0])
+    runs = [made(make_engine, folder(disk_folder, 1), place) for place in ("NVME through HOST", "HOST")]
+    plan = runs[0].plan
+    one = replace(plan, head_tiles=replace(plan.head_tiles, num_slots=1))
+    runs.append(
+        make_engine(model(), plan=one, batch_size=2, seq_len=TOKENS, nvme=folder(disk_folder, 2), host_memory="64MiB")
+    )
+    device = FakeDevice(late_seconds=0.001, kernels_are_late=False)
+    runs.append(made(make_engine, folder(disk_folder, 3), "NVME through HOST", device=device, layer_inputs=Tier.HOST))
+    for run in runs:
+        found = train(run)
+        assert found[0] == expected[0]
+        assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+        if run._runtime.recorder is not None:
+            assert [str(race) for race in run._runtime.recorder.check()] == []
+    runs[-1].close()
+    device.close()
+
+
+def test_micro_batches_that_go_together_take_all_tiles_each(make_engine, disk_folder):
+    found = []
+    for together in (False, True):
+        engine = make_engine(
+            model(), {"stream_edges": True, "head_tile_rows": TILE_ROWS, "layer_major": together}, batch_size=2,
+            seq_len=TOKENS, accumulation_steps=2, nvme=folder(disk_folder, int(together)),
+        )  # fmt: skip
+        losses = [engine.train_batch([batch(0), batch(1)]) for _ in range(2)]
+        assert engine.report()["prefetch_misses"] == 0 and bool(engine.report()["passed_on"]) is together
+        found.append((losses, {name: p.detach().clone() for name, p in engine.trainable.items()}))
+    assert str(found[0][0]) == str(found[1][0])
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_evaluation_and_generation_have_their_logits(make_engine, disk_folder):
+    plain = model(torch.float32).eval()
+    engine = made(make_engine, disk_folder, built=model(torch.float32))
+    engine.model.eval()
+    ids = batch()["input_ids"][:1, :7]
+    with torch.no_grad():
+        assert torch.allclose(engine(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(engine.model.generate(ids, **settings), plain.generate(ids, **settings))
+
+
+def test_a_budget_without_room_for_the_head_plans_tiles_and_a_run_keeps_them(make_engine, disk_folder):
+    numbers = iter(range(9))
+
+    def engine(budget, **options):
+        built = build_lora("llama", torch.bfloat16, 2, 0.0, vocab_size=16384, hidden_size=WIDTH)
+        return make_engine(
+            built, options, batch_size=1, seq_len=16, nvme=folder(disk_folder, next(numbers)), device_memory=budget
+        )  # fmt: skip
+
+    head_bytes = 16384 * WIDTH * 2
+    with pytest.raises(PlanInfeasible) as short:
+        engine("1MiB")
+    budget = short.value.need_bytes
+    found = engine(budget)
+    tiles = found.plan.head_tiles
+    assert tiles is not None and tiles.slots_bytes == head_bytes // 4
+    assert [ring.name for ring in found.plan.rings] == ["layers"]
+    assert found.report()["managed_bytes"] <= budget
+    holdings = found.report()["holdings"]["device"]
+    assert holdings["tiles of the head"] == head_bytes // 4 and "resident blocks" not in holdings
+    assert Plan.from_json(found.plan.to_json()) == found.plan
+    assert "2 tiles of 2048 rows at a time" in found.summary()
+    cuts = cuts_from_json(found.report()["cuts"], of="run")
+    assert cuts.head_tile_rows == 2048 and "the head by 2048 rows" in cuts.describe()
+    assert engine("1GiB").plan.head_tiles is None
+    assert engine("1GiB", cuts=cuts).plan.head_tiles == tiles
+    with pytest.raises(PlanInfeasible, match="other cuts"):
+        engine(budget, cuts=replace(cuts, head_tile_rows=None))
+
+
+def test_cuts_of_a_run_before_there_were_tiles_are_read():
+    data = {"head_chunk_tokens": 8, "chunk_tokens": None, "layer_major": None}
+    assert cuts_from_json(data, of="run").head_tile_rows is None
+    with pytest.raises(CheckpointError, match="run: cuts have"):
+        cuts_from_json({**data, "other": 1}, of="run")
+
+
+def test_tiles_are_whole_pages_and_a_small_part_of_a_head():
+    for num_rows, row_bytes in [(128256, 16384), (32000, 8192), (50257, 1536), (300, 6000), (7, 4096)]:
+        size = RowsSize(num_rows=num_rows, row_bytes=row_bytes, most_rows=1)
+        tile = size.tile_rows() * row_bytes
+        assert tile % 4096 == 0 and (tile <= 64 << 20 or size.tile_rows() == 1)
+        assert size.tile_rows() <= max(-(-num_rows // 8), 4096)
+
+
+def test_tiles_that_cannot_be_are_refused(make_engine, disk_folder):
+    plan = made(make_engine, disk_folder).plan
+    tiles = plan.head_tiles
+    for changed, message in [
+        (replace(tiles, tile_rows=100), "tiles of 100 rows, 512 bytes each, in 131072 bytes"),
+        (replace(tiles, rest=Tier.HOST), "HOST, which is DEVICE"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            make_engine(
+                model(), plan=replace(plan, head_tiles=changed), batch_size=2, seq_len=TOKENS, nvme=disk_folder
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="rest is DEVICE"):
+        replace(tiles, rest=Tier.DEVICE)
+    with pytest.raises(ValueError, match="0 slots"):
+        replace(tiles, num_slots=0)
+    assert HeadTiles.from_json({**vars(tiles), "rest": "nvme"}) == tiles
+
+
+def test_a_tied_head_is_not_taken_by_tiles(make_engine, disk_folder):
+    built = build_base("qwen", torch.bfloat16)
+    built.requires_grad_(False)
+    built.model.norm.weight.requires_grad_(True)
+    engine = make_engine(
+        built, {"stream_edges": True, "head_tile_rows": 64}, batch_size=2, seq_len=16, nvme=disk_folder
+    )
+    assert engine.plan.head_tiles is None and engine.plan.lookups is None
