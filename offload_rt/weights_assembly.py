@@ -266,7 +266,8 @@ class WeightsAssembly:
         staging: Arena | None,
     ) -> Residence:
         """What of a block that trains streams; what of it is in memory has its values, the log's part gets them."""
-        self._bring(draft, split, resident, host)
+        if not state.goes_on:  # otherwise they are made of masters
+            self._bring(draft, split, resident, host)
         parts: list[tuple[int, Residence]] = []
         in_host = None if host is None else HostResidence(host, self._links)
         if in_host is not None:
