@@ -1,6 +1,7 @@
 """Layers by chunks of tokens: the numbers of plain autograd, with the work and the memory that the policy says."""
 
 import copy
+import gc
 import logging
 import re
 from collections import Counter
@@ -344,6 +345,7 @@ def peaks(model, chosen, inputs):
     hidden = torch.randn(*inputs["input_ids"].shape, 64, requires_grad=True)
     rotary = twin.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
     twin.zero_grad()
+    gc.collect()  # what is freed below and was made before would count as less than nothing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         output = layer(hidden, position_embeddings=rotary, attention_mask=None)
         output = output[0] if isinstance(output, tuple) else output
