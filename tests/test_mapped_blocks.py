@@ -41,7 +41,7 @@ before = resident_bytes()
 large, small = [], []
 for _ in range(32):
     large.append(made(MIB))
-    small.append(made(2048))
+    small.append(made(96 * 1024))  # none that finds room in a hole that was there
 for address in large:
     libc.free(address)
 print((resident_bytes() - before) // MIB)
@@ -62,7 +62,7 @@ needs_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reas
 
 @needs_glibc
 def test_a_layer_leaves_no_holes_where_a_plan_is_tight():
-    assert holes_of_a_layer("tight") <= 2
+    assert holes_of_a_layer("tight") <= 4, "what stays is 3 MiB"
     assert holes_of_a_layer("roomy") >= 30, "otherwise nothing was shown"
 
 
