@@ -449,13 +449,12 @@ class _Assembly:
         if causal is None:
             raise ConfigError("plan: takes the loss in tiles, but the model has no loss that can be")
         output: Any = getattr(causal, "get_output_embeddings", lambda: None)()
-        behind = [
-            module.held
-            for module in runtime.streamed
-            if isinstance(module, StreamedModule) and output is not None and module.module in output.modules()
-        ]
+        within = [] if output is None else list(output.modules())
+        streamed = [module for module in runtime.streamed if module.module in within]
+        held = [module.held for module in streamed if isinstance(module, StreamedModule)]
+        tiled = next((module for module in streamed if isinstance(module, TiledLinear)), None)
         head = LossHead(
-            causal, chunk_tokens, *behind[:1], between=runtime.heap.check, transients=runtime.transients
-        )  # fmt: skip
+            causal, chunk_tokens, *held[:1], linear=tiled, between=runtime.heap.check, transients=runtime.transients
+        )
         head.attach()
         return head

@@ -7,8 +7,10 @@ gradients are taken in forward, chunk by chunk, so that no chunk's logits wait f
     backward    the stored gradient of hidden_ND, times the gradient of the loss
 
 The model's own `forward` does the work: it is entered once with its backbone in place, and left by an exception when
-that is done; then once a chunk with a stand-in that gives the chunk's hidden states. So scaling, softcapping and casts
-are the model's. Tiling the head is as in ALST (arXiv 2506.13996); taking gradients in forward as in Liger Kernel.
+that is done; then once a chunk with a stand-in that gives the chunk's hidden states (`model_tail`). So scaling,
+softcapping and casts are the model's. A head that streams by tiles of its rows is gone through twice a batch and not
+twice a chunk, where all that the model does with logits it does to each; they are computed twice then
+(`vocabulary_loss`). Tiling the head is as in ALST (arXiv 2506.13996); taking gradients in forward as in Liger Kernel.
 
 [Note: what tiling changes]
 It is a cut (design, section 7): the sums of losses and of the head's own gradients run in another order, and the rows
@@ -21,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,15 +32,12 @@ from torch import nn
 
 from offload_rt.access import graph_is_kept, put_forward_back, without_hooks
 from offload_rt.backbone import Backbone, with_hidden
+from offload_rt.model_tail import IGNORED, Tail, without_logits
+from offload_rt.tiled_linear import TiledLinear
 from offload_rt.transients import Transients
+from offload_rt.vocabulary_loss import VocabularyLoss
 
 logger = logging.getLogger("offload_rt")
-
-IGNORED = -100
-"""The label that transformers' loss leaves out, unless the call says otherwise."""
-
-_CHECKED_TOKENS = 16
-"""Of the first tiled batch, on which tiles are held against the whole."""
 
 
 @dataclass
@@ -56,8 +55,8 @@ class LossHead:
     """Replaces the `forward` of a causal model while the engine lives.
 
     causal: what `find_causal_model` gave. chunk_tokens: most rows of a tile. held: makes the head's weights stay in
-    memory inside; a streamed head is fetched once a call and not once a tile. between: called before a tile, and before
-    its gradients, which are as large as the vocabulary, are added up.
+    memory inside; a streamed head is fetched once a call and not once a tile. linear: the head, where it streams by
+    tiles of its rows. between: called before a tile, and before its gradients, as large as the vocabulary, are summed.
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class LossHead:
         chunk_tokens: int,
         held: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         *,
+        linear: TiledLinear | None = None,
         between: Callable[[], None] = lambda: None,
         transients: Transients | None = None,
     ) -> None:
@@ -82,6 +82,11 @@ class LossHead:
         self.backbone = Backbone(causal)
         self.refusal: str | None = None
         """Why this model's loss is not taken by tiles after all; None where it is."""
+        self.vocabulary: VocabularyLoss | None = None
+        if linear is not None:
+            self.vocabulary = VocabularyLoss(linear, chunk_tokens, between=between, transients=self.transients)
+        self.vocabulary_refusal: str | None = None
+        """Why a head that streams by tiles is read for each tile of tokens after all; None where it is not."""
         self._is_checked = False
 
     def attach(self) -> None:
@@ -99,12 +104,21 @@ class LossHead:
             return self._whole(arguments)
         reached = self._run_backbone(arguments)
         if isinstance(reached, _Refused):
-            return self._without_logits(reached.output)
+            return without_logits(reached.output)
         return self._finish(reached, arguments)
 
     def report(self) -> dict[str, Any]:
         """What the engine's report says of it."""
-        return {"chunk_tokens": self.chunk_tokens, "runs_whole_because": self.refusal, **asdict(self.counters)}
+        found = {"chunk_tokens": self.chunk_tokens, "runs_whole_because": self.refusal, **asdict(self.counters)}
+        if self.vocabulary is not None:
+            found["num_vocabulary_tiles"] = self.vocabulary.num_visits
+            found["reads_head_per_tile_because"] = self.vocabulary_refusal
+        return found
+
+    def goes_by_vocabulary(self, rows_M: torch.Tensor) -> bool:
+        """Whether the loss of these rows goes by tiles of the head; one tile of tokens reads it no more than that."""
+        usable = self.vocabulary is not None and self.vocabulary_refusal is None
+        return usable and rows_M.numel() > self.chunk_tokens
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         bound = self.__signature__.bind(*args, **kwargs).arguments
@@ -124,7 +138,7 @@ class LossHead:
 
     def _whole(self, arguments: dict[str, Any]) -> Any:
         self.counters.num_whole += 1
-        return self._without_logits(self._forward(**arguments))
+        return without_logits(self._forward(**arguments))
 
     def _refuse(self, why: str) -> None:
         self.refusal = why
@@ -156,21 +170,31 @@ class LossHead:
 
     def _finish(self, reached: _Reached, arguments: dict[str, Any]) -> Any:
         targets_N = _targets(arguments)
-        tail = _Tail(self, reached, arguments)
+        tail = Tail(self.backbone, self._forward, reached.outputs, reached.hidden_ND, arguments)
         with self._held():
             if not self._is_checked:
-                difference = tail.difference(targets_N)
+                self._check(tail, targets_N)
                 self._is_checked = True  # not before: an error in it must not stand for a check
-                if difference is not None:
-                    self._refuse(difference)
             if self.refusal is not None:
                 return self._finish_whole(reached, arguments)
             rows_M = (targets_N != tail.ignore_index).nonzero().flatten()
             if not rows_M.numel():  # the model's own loss of nothing
                 rows_M = rows_M.new_zeros(1)
             parameters = self.backbone.trainable_behind()
-            loss = _Tiles.apply(tail, reached.hidden_ND, targets_N, rows_M, *parameters)  # type: ignore[no-untyped-call]
-        return self._without_logits(tail.output, loss)
+            loss = _Tiles.apply(  # type: ignore[no-untyped-call]
+                self, tail, reached.hidden_ND, targets_N, rows_M, torch.is_grad_enabled(), *parameters
+            )
+        return without_logits(tail.output, loss)
+
+    def _check(self, tail: Tail, targets_N: torch.Tensor) -> None:
+        difference = tail.difference(targets_N)
+        if difference is not None:
+            self._refuse(difference)
+        elif self.vocabulary is not None:
+            taken = self.vocabulary
+            self.vocabulary_refusal = tail.difference_by_rows(targets_N, taken.linear, taken.logits)
+            if self.vocabulary_refusal is not None:
+                logger.warning("the head is read for each tile of the loss: %s", self.vocabulary_refusal)
 
     def _finish_whole(self, reached: _Reached, arguments: dict[str, Any]) -> Any:
         """The rest of the forward as it would have been."""
@@ -178,17 +202,7 @@ class LossHead:
         if self.backbone.norm is not None:
             last = self.backbone.norm(reached.hidden_ND.view(last.shape))
         with self.backbone.replaced(lambda *_: with_hidden(reached.outputs, last)):
-            return self._without_logits(self._forward(**arguments))
-
-    @staticmethod
-    def _without_logits(output: Any, loss: torch.Tensor | None = None) -> Any:
-        """The output without its logits, with `loss` if one is given. See [Note: what tiling changes]."""
-        if not isinstance(output, dict):
-            return output
-        entries = {name: value for name, value in output.items() if name != "logits"}
-        if loss is not None:
-            entries["loss"] = loss
-        return type(output)(**entries)
+            return without_logits(self._forward(**arguments))
 
 
 class _Stop(Exception):
@@ -210,134 +224,27 @@ class _Refused:
     output: Any
 
 
-class _Tail:
-    """What a model does behind its backbone, for any of the call's hidden states."""
-
-    def __init__(self, head: LossHead, reached: _Reached, arguments: dict[str, Any]) -> None:
-        self._head = head
-        self._outputs = reached.outputs
-        self._hidden_ND = reached.hidden_ND
-        self._arguments = arguments
-        self._arguments_of_loss: dict[str, Any] = {}
-        self.ignore_index = int(arguments.get("ignore_index", IGNORED))
-        self.chunk_tokens = head.chunk_tokens
-        self.counters = head.counters
-        self.between = head.between
-        self.transients = head.transients
-        self.wants_grad = torch.is_grad_enabled()
-        self.output: Any = None
-        """Of the last tile, without loss and logits."""
-
-    def num_items(self, targets_N: torch.Tensor) -> Any:
-        """What the sum of losses is divided by."""
-        given = self._arguments.get("num_items_in_batch")
-        return given if given is not None else (targets_N != self.ignore_index).sum()
-
-    def loss(self, hidden_CD: torch.Tensor, targets_C: torch.Tensor, num_items: Any) -> torch.Tensor:
-        """The sum of the losses of these tokens, over `num_items`. A scalar; with a graph if gradients are on."""
-        return self._run(hidden_CD, targets_C, num_items)[0]
-
-    def difference(self, targets_N: torch.Tensor) -> str | None:
-        """Holds tiles against the whole on a few tokens of the call; says what differs."""
-        num_tokens = min(_CHECKED_TOKENS, targets_N.numel())
-        learned = (targets_N != self.ignore_index).nonzero().flatten()
-        start = min(int(learned[0]) if learned.numel() else 0, targets_N.numel() - num_tokens)
-        hidden_CD, targets_C = self._hidden_ND[start : start + num_tokens], targets_N[start : start + num_tokens]
-        half = num_tokens // 2
-        try:
-            with torch.no_grad():
-                whole = self._run(hidden_CD, targets_C, num_tokens)[1]
-                tiles = [self._run(hidden_CD[half:], targets_C[half:], num_tokens)[1]] if half else []
-                tiles.insert(0, self._run(hidden_CD[: half or None], targets_C[: half or None], num_tokens)[1])
-        except _Mismatch as mismatch:
-            return str(mismatch)
-        tolerance = 1e-4 if whole.dtype == torch.float32 else 2e-2
-        together = torch.cat([tile.flatten(0, -2) for tile in tiles])
-        if not torch.allclose(together, whole.flatten(0, -2), rtol=tolerance, atol=tolerance, equal_nan=True):
-            return "the logits of some tokens depend on other tokens"
-        return None
-
-    def _run(
-        self, hidden_CD: torch.Tensor, targets_C: torch.Tensor, num_items: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and logits of these tokens, by the model's own forward."""
-        causal, norm = self._head.causal, self._head.backbone.norm
-        hidden_1CD = hidden_CD.unsqueeze(0)
-        if norm is not None:
-            hidden_1CD = norm(hidden_1CD)
-        inner: Callable[..., torch.Tensor] = causal.loss_function  # type: ignore[assignment]
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def loss_function(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            kwargs.update(shift_labels=targets_C.unsqueeze(0), num_items_in_batch=num_items)
-            loss = inner(logits, *args, **kwargs)
-            seen.append((loss, logits))
-            return loss
-
-        own = causal.__dict__.get("_loss_function")
-        causal._loss_function = loss_function  # type: ignore[assignment]
-        outputs = with_hidden(self._outputs, hidden_1CD)
-        arguments = {**self._arguments, "labels": targets_C.unsqueeze(0), "return_dict": True}
-        try:
-            with self._head.backbone.replaced(lambda *_: outputs):
-                output = self._head._forward(**arguments)
-        finally:
-            if own is None:
-                del causal._loss_function
-            else:
-                causal._loss_function = own
-        if len(seen) != 1 or output.loss is not seen[0][0]:
-            raise _Mismatch("the model's loss is more than the cross-entropy of its logits")
-        self.output = LossHead._without_logits(output, seen[0][0].detach())
-        if seen[0][1].numel() // seen[0][1].shape[-1] != targets_C.numel():
-            raise _Mismatch("the model does not give one row of logits for each hidden state")
-        return seen[0]
-
-
-class _Mismatch(Exception):
-    """The model's forward behind its backbone is not what tiles can do."""
-
-
 class _Tiles(torch.autograd.Function):
     """The loss of all tiles as one operation. Inputs that get gradients: hidden states and the head's parameters."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        tail: _Tail,
+        head: LossHead,
+        tail: Tail,
         hidden_ND: torch.Tensor,
         targets_N: torch.Tensor,
         rows_M: torch.Tensor,
+        wants_grad: bool,
         *parameters: nn.Parameter,
     ) -> torch.Tensor:
-        wants_grad = tail.wants_grad and any(ctx.needs_input_grad)
-        hidden_grad_ND = torch.zeros_like(hidden_ND) if wants_grad and ctx.needs_input_grad[1] else None
-        sums: list[torch.Tensor | None] = [None] * len(parameters)
-        num_items = tail.num_items(targets_N)
-        losses: list[torch.Tensor] = []
-        num_tiles = -(-rows_M.numel() // tail.chunk_tokens)
-        for rows_C in rows_M.tensor_split(num_tiles):
-            tail.between()
-            hidden_CD = hidden_ND.index_select(0, rows_C).requires_grad_(hidden_grad_ND is not None)
-            with torch.set_grad_enabled(wants_grad), without_hooks(list(parameters)), tail.transients.placed():
-                loss = tail.loss(hidden_CD, targets_N[rows_C], num_items)
-                sources = ([hidden_CD] if hidden_grad_ND is not None else []) + list(parameters)
-                found = torch.autograd.grad(loss, sources, allow_unused=True) if wants_grad else ()
-            losses.append(loss.detach())
-            del loss
-            tail.between()
-            if hidden_grad_ND is not None and found[0] is not None:
-                hidden_grad_ND.index_copy_(0, rows_C, found[0])
-            for index, gradient in enumerate(found[len(found) - len(parameters) :] if wants_grad else ()):
-                if gradient is not None:
-                    so_far = sums[index]
-                    sums[index] = tail.transients.kept(gradient.float()) if so_far is None else so_far.add_(gradient)
-            del found
-            tail.counters.num_tiles += 1
-            tail.counters.num_tokens += rows_C.numel()
-        ctx.save_for_backward(hidden_grad_ND, *sums)
+        wants_grad = wants_grad and any(ctx.needs_input_grad)
+        hidden_grad_ND = torch.zeros_like(hidden_ND) if wants_grad and ctx.needs_input_grad[2] else None
+        pieces = _Pieces(head, tail, hidden_ND, targets_N, hidden_grad_ND, parameters, wants_grad=wants_grad)
+        loss = pieces.by_vocabulary(rows_M) if head.goes_by_vocabulary(rows_M) else pieces.by_tokens(rows_M)
+        ctx.save_for_backward(hidden_grad_ND, *pieces.sums)
         ctx.dtypes = [parameter.dtype for parameter in parameters]
-        return sum(losses[1:], losses[0])
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -349,7 +256,119 @@ class _Tiles(torch.autograd.Function):
             None if gradient is None else scale(gradient, grad_loss).to(dtype)
             for gradient, dtype in zip(sums, ctx.dtypes, strict=True)
         ]
-        return (None, None if hidden_grad_ND is None else hidden_grad_ND * grad_loss, None, None, *of_parameters)
+        of_hidden = None if hidden_grad_ND is None else hidden_grad_ND * grad_loss
+        return (None, None, of_hidden, None, None, None, *of_parameters)
+
+
+class _Pieces:
+    """Takes the loss and the gradients of some tokens at a time. hidden_grad_ND is filled; sums are fp32."""
+
+    def __init__(
+        self,
+        head: LossHead,
+        tail: Tail,
+        hidden_ND: torch.Tensor,
+        targets_N: torch.Tensor,
+        hidden_grad_ND: torch.Tensor | None,
+        parameters: tuple[nn.Parameter, ...],
+        *,
+        wants_grad: bool,
+    ) -> None:
+        self.sums: list[torch.Tensor | None] = [None] * len(parameters)
+        self._head = head
+        self._tail = tail
+        self._hidden_ND = hidden_ND
+        self._targets_N = targets_N
+        self._hidden_grad_ND = hidden_grad_ND
+        self._parameters = list(parameters)
+        self._wants_grad = wants_grad
+
+    def by_tokens(self, rows_M: torch.Tensor) -> torch.Tensor:
+        """The loss of these rows, each tile of tokens through all of the head."""
+        num_items = self._tail.num_items(self._targets_N)
+        losses: list[torch.Tensor] = []
+        for rows_C in self._tiles(rows_M):
+            self._head.between()
+            hidden_CD = self._hidden_of(rows_C)
+            with self._inside(wants_grad=self._wants_grad):
+                loss = self._tail.loss(hidden_CD, self._targets_N[rows_C], num_items)
+                found = self._gradients(loss, None, hidden_CD) if self._wants_grad else ()
+            losses.append(loss.detach())
+            del loss
+            self._head.between()
+            self._add(rows_C, found)
+            del found
+        return sum(losses[1:], losses[0])
+
+    def by_vocabulary(self, rows_M: torch.Tensor) -> torch.Tensor:
+        """The loss of these rows, each tile of the head through all tokens; see `vocabulary_loss`."""
+        taken, tail = self._head.vocabulary, self._tail
+        if taken is None:
+            raise RuntimeError("no head that streams by tiles")
+        linear, targets_M = taken.linear, self._targets_N[rows_M]
+        num_rows = linear.tiles[-1][1]
+        if ((targets_M < 0) | (targets_M >= num_rows)).any():
+            raise IndexError(f"labels: {int(targets_M.min())} to {int(targets_M.max())}, for {num_rows} logits")
+        inputs: list[torch.Tensor] = []
+        for rows_C in self._tiles(rows_M):
+            with self._inside(wants_grad=False):
+                found_CD = tail.head_inputs(self._hidden_of(rows_C), self._targets_N[rows_C], linear)
+            inputs.append(self._head.transients.kept(found_CD.detach()))
+        inputs_MD = torch.cat(inputs)
+        inputs.clear()
+
+        def logits(product_CR: torch.Tensor, inputs_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+            return tail.logits(product_CR, inputs_CD, targets_C, linear)
+
+        losses_M, normalizers = taken.losses(inputs_MD, targets_M, logits, training=self._wants_grad)
+        num_items = tail.num_items(self._targets_N)
+        if isinstance(num_items, torch.Tensor):
+            num_items = num_items.to(losses_M.device)
+        if self._wants_grad:
+            gradient_MD = taken.input_gradient(inputs_MD, targets_M, logits, normalizers, 1 / num_items)
+            gradients = gradient_MD.tensor_split(self._num_tiles(rows_M))
+            for rows_C, gradient_CD in zip(rows_M.tensor_split(len(gradients)), gradients, strict=True):
+                hidden_CD = self._hidden_of(rows_C)
+                with self._inside(wants_grad=True):
+                    inputs_CD = tail.head_inputs(hidden_CD, self._targets_N[rows_C], linear)
+                    found = self._gradients(inputs_CD, gradient_CD.to(inputs_CD.dtype), hidden_CD)
+                self._add(rows_C, found)
+        return losses_M.sum().div(num_items)
+
+    def _num_tiles(self, rows_M: torch.Tensor) -> int:
+        return -(-rows_M.numel() // self._head.chunk_tokens)
+
+    def _tiles(self, rows_M: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The rows of each tile of tokens, counted."""
+        for rows_C in rows_M.tensor_split(self._num_tiles(rows_M)):
+            yield rows_C
+            self._head.counters.num_tiles += 1
+            self._head.counters.num_tokens += rows_C.numel()
+
+    def _hidden_of(self, rows_C: torch.Tensor) -> torch.Tensor:
+        return self._hidden_ND.index_select(0, rows_C).requires_grad_(self._hidden_grad_ND is not None)
+
+    @contextlib.contextmanager
+    def _inside(self, *, wants_grad: bool) -> Iterator[None]:
+        with torch.set_grad_enabled(wants_grad), without_hooks(self._parameters), self._head.transients.placed():
+            yield
+
+    def _gradients(
+        self, result: torch.Tensor, gradient: torch.Tensor | None, hidden_CD: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Of hidden states, if they want theirs, and of the parameters."""
+        sources = ([hidden_CD] if self._hidden_grad_ND is not None else []) + self._parameters
+        return torch.autograd.grad(result, sources, gradient, allow_unused=True)
+
+    def _add(self, rows_C: torch.Tensor, found: tuple[torch.Tensor | None, ...]) -> None:
+        """Takes what `_gradients` gave."""
+        if self._hidden_grad_ND is not None and found and found[0] is not None:
+            self._hidden_grad_ND.index_copy_(0, rows_C, found[0])
+        for index, gradient in enumerate(found[len(found) - len(self._parameters) :]):
+            if gradient is not None:
+                so_far = self.sums[index]
+                kept = self._head.transients.kept
+                self.sums[index] = kept(gradient.float()) if so_far is None else so_far.add_(gradient)
 
 
 def _targets(arguments: dict[str, Any]) -> torch.Tensor:

@@ -3,8 +3,8 @@
     forward    out[:, a:b] = in @ tile[a:b].T        tile after tile
     backward   grad(in) = sum of grad(out)[:, a:b] @ tile[a:b], from the last tile to the first
 
-Tiles are blocks of a ring, fetched ahead; the backward pass begins with those that forward has left there. A tiled loss
-(`loss_head`) asks for the results of some tokens at a time, so that what a head gives is bounded as well.
+Tiles are blocks of a ring, fetched ahead; the backward pass begins with those that forward has left there. A loss that
+takes the tiles itself (`vocabulary_loss`) answers in the linear's place when the model calls it.
 
 [Note: products by tiles]
 The sum over rows is cut. Each tile's share is computed in fp32 of what plain PyTorch multiplies (gradients rounded to
@@ -14,7 +14,8 @@ bf16 it was 1.4 times that (docs/log.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class TiledLinear:
         self.tiles = tuple(tiles)
         self._spec = block.spec.tensors[0]
         self._executor: RingExecutor | None = executor
+        self._answer: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._forward: Callable[..., Any] = module.forward
         self._had_own_forward = "forward" in module.__dict__
 
@@ -55,13 +57,27 @@ class TiledLinear:
         """As `torch.nn.functional.linear`, autocast included."""
         if torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
+        if self._answer is not None:
+            return self._answer(inputs)
         return _Product.apply(inputs, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    @contextlib.contextmanager
+    def answered(self, answer: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Inside, calls of the linear get what `answer` gives for their inputs, cast as autocast would."""
+        self._answer = answer
+        try:
+            yield
+        finally:
+            self._answer = None
+
+    def tile(self, index: int, phase: Phase, *, training: bool) -> Tile:
+        return Tile(self, index, phase, training=training)
 
     def products(self, rows_ND: torch.Tensor, *, training: bool) -> torch.Tensor:
         """`rows_ND` times the weight, transposed."""
         found_NV = rows_ND.new_empty(rows_ND.shape[0], self._spec.shape[0])
         for index, (begin, end) in enumerate(self.tiles):
-            with _Tile(self, index, Phase.FORWARD, training=training) as tile_RD:
+            with self.tile(index, Phase.FORWARD, training=training) as tile_RD:
                 torch.mm(rows_ND, tile_RD.to(rows_ND.dtype).t(), out=found_NV[:, begin:end])
                 del tile_RD
         return found_NV
@@ -71,13 +87,13 @@ class TiledLinear:
         wide = torch.promote_types(grad_NV.dtype, torch.float32)
         sum_ND = grad_NV.new_zeros(grad_NV.shape[0], self._spec.shape[1], dtype=wide)
         for index, (begin, end) in reversed(list(enumerate(self.tiles))):
-            with _Tile(self, index, Phase.BACKWARD, training=True) as tile_RD:
+            with self.tile(index, Phase.BACKWARD, training=True) as tile_RD:
                 sum_ND.addmm_(grad_NV[:, begin:end].to(wide), tile_RD.to(grad_NV.dtype).to(wide))
                 del tile_RD
         return sum_ND
 
 
-class _Tile:
+class Tile:
     """Inside, a tile is in memory. Whoever enters holds no view of it when he leaves."""
 
     def __init__(self, linear: TiledLinear, index: int, phase: Phase, *, training: bool) -> None:

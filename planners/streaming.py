@@ -478,7 +478,9 @@ def head_tiles_of(block: BlockSize, rest: Tier, tile_tokens: int | None, tile_ro
     if size is None:
         raise ValueError(f"{block.name}: is no linear that is taken by tiles")
     rows = size.tile_rows() if tile_rows is None else tile_rows
-    return HeadTiles.of(block.name, size, rest, tile_rows=rows, num_tokens=tile_tokens or size.most_rows)
+    return HeadTiles.of(
+        block.name, size, rest, tile_rows=rows, num_tokens=tile_tokens or size.most_rows, batch_tokens=size.most_rows
+    )
 
 
 def _looked_up(problem: StreamingProblem, edges: tuple[BlockSize, ...]) -> tuple[BlockSize, ...]:

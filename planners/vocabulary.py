@@ -9,7 +9,7 @@ at most. They pass through a bounded room, in pieces if a batch has more:
                   v
              |- rows -|              DEVICE, what the module looks up in
 
-A head needs all of its rows, twice a call, but not at the same time: tiles of them are blocks of a ring.
+A head needs all of its rows, twice a batch, but not at the same time: tiles of them are blocks of a ring.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ ROOM_BYTES = 8 << 20
 PAGE_BYTES = 4096
 PAGE_SLOTS = 2
 """Pieces of pages: one is taken out while the next is read."""
+SOFTMAX_BYTES = 32
+"""For each token: maximum, sum, the label's logit and loss in fp32; the label and its position."""
 SUM_BYTES = 5
 """For each page on NVMe: its checksum, and whether it was verified."""
 
@@ -113,7 +115,7 @@ class HeadTiles:
     """Whole pages."""
     num_slots: int = TILE_SLOTS
     product_bytes: int
-    """What products need beside the logits: a tile in fp32, gradients of its logits and of the inputs."""
+    """What products need beside the logits: in fp32 a tile, gradients of its logits and of all inputs; softmax sums."""
 
     def __post_init__(self) -> None:
         if self.rest is Tier.DEVICE:
@@ -128,12 +130,13 @@ class HeadTiles:
         return self.num_slots * self.tile_bytes
 
     @staticmethod
-    def of(block: str, size: RowsSize, rest: Tier, *, tile_rows: int, num_tokens: int) -> HeadTiles:
-        """num_tokens: that go through the head at once."""
+    def of(block: str, size: RowsSize, rest: Tier, *, tile_rows: int, num_tokens: int, batch_tokens: int) -> HeadTiles:
+        """num_tokens: that go through the head at once. batch_tokens: whose gradients are summed."""
         width = size.row_bytes  # at least two bytes to an element
         return HeadTiles(
             block=block, rest=rest, tile_rows=tile_rows, tile_bytes=tile_rows * size.row_bytes,
-            product_bytes=2 * (tile_rows + num_tokens) * width + 8 * num_tokens * tile_rows,
+            product_bytes=2 * (tile_rows + batch_tokens) * width + 8 * num_tokens * tile_rows
+            + SOFTMAX_BYTES * batch_tokens,
         )  # fmt: skip
 
     @staticmethod

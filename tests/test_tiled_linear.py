@@ -1,8 +1,8 @@
 """A head by tiles of its rows: never whole in memory, within the criterion of cuts, and the cut is kept.
 
 rows       |-- 0 --|-- 1 --|-- 2 --|-- 3 --|-|    two slots
-forward     0       1       2       3       4
-backward    4 and 3 are still there, then 2, 1, 0; the next call begins with 0 and 1
+pass 1      0       1       2       3       4                          all tokens of a batch through each
+pass 2      4 and 3 are still there, then 2, 1, 0; the next batch begins with 0 and 1
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def test_gradients_are_as_close_to_fp64_as_plain_ones(dtype, chunk, make_engine,
     plain = gradients(model(dtype), names)
     engine = made(make_engine, disk_folder, built=model(dtype), head_chunk_tokens=chunk)
     found = gradients(engine.model, names)
+    assert chunk is None or engine._runtime.loss_head.vocabulary.num_visits == 2 * NUM_TILES
     assert engine.plan.head_tiles is not None and engine.plan.head_tiles.tile_rows == TILE_ROWS
 
     def error(of):
@@ -103,14 +104,19 @@ def test_a_product_by_tiles_is_as_close_to_fp64_as_a_whole_one(dtype, make_engin
 
 
 def test_tiles_are_fetched_ahead_and_those_that_are_there_are_used(make_engine, disk_folder):
-    engine = made(make_engine, disk_folder)
+    engine = made(make_engine, disk_folder, head_chunk_tokens=16)
     executor = next(e for e in engine._runtime.executors if e.ring.name == "tiles")
     assert executor.ring.blocks[-1].endswith("lm_head[1024:1100]") and len(executor.ring.blocks) == NUM_TILES
-    train(engine, 1)  # the first call checks tiles of the loss besides
-    before, calls = executor.counters.num_fetches, engine.report()["loss_head"]["num_tiles"]
-    train(engine, 2)
-    calls = engine.report()["loss_head"]["num_tiles"] - calls
-    assert calls >= 2 and executor.counters.num_fetches - before == calls * 2 * (NUM_TILES - 2)
+    head = engine._runtime.loss_head
+    for why, reads in [(None, 1), ("the test wants them to be read for each tile of tokens", 6)]:
+        head.vocabulary_refusal = why
+        train(engine, 1)  # the first call checks tiles besides, and ends of the ring are left by the last one
+        before = executor.counters.num_fetches, head.counters.num_tiles, head.vocabulary.num_visits
+        train(engine, 2)
+        after = executor.counters.num_fetches, head.counters.num_tiles, head.vocabulary.num_visits
+        visits = 0 if why else 2 * NUM_TILES
+        fetches = reads * 2 * (NUM_TILES - 2)
+        assert [b - a for a, b in zip(before, after, strict=True)] == [2 * fetches, 2 * 6, 2 * visits]
     assert engine.report()["prefetch_misses"] == 0
     assert executor._arena.peak_bytes == executor._arena.num_bytes == 2 * TILE_ROWS * WIDTH * 2
     assert [str(race) for race in engine._runtime.recorder.check()] == []
