@@ -14,9 +14,10 @@ reported: it is known at the latest when its address is handed out again.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ _PROFILER: Any = getattr(torch._C, "_profiler", None)
 """What `torch.profiler` is made of: that itself cannot leave operations out."""
 _QUIET = "KINETO_LOG_LEVEL"
 """Otherwise the profiler writes two lines on stderr for each session."""
+_LOG_LEVEL = "FLAGS_caffe2_log_level"
+"""Of torch's core library, read at each message. Otherwise it warns on stderr of one in a thousand blocks that began
+before the session, which are not counted here: [Note: blocks of other sessions and threads]."""
+_ERRORS = 2
 _MARK = "offload_rt mark: "
 Happening = tuple[int, int, int] | tuple[int, str]
 """When, and the address and bytes of a block, negative where it was given back; or when, and a mark."""
@@ -51,6 +56,7 @@ class AllocationMeter:
         """The most that was live."""
         self.stretches: list[Stretch] = []
         """The same from mark to mark, in order; the first begins with the session and has no name."""
+        self._quieter = ExitStack()
 
     @staticmethod
     def mark(name: str) -> None:
@@ -74,10 +80,11 @@ class AllocationMeter:
         with _quiet():
             _AUTOGRAD._prepare_profiler(config, activities)
             _AUTOGRAD._enable_profiler(config, activities, {_PROFILER.RecordScope.USER_SCOPE})
+        self._quieter.enter_context(_errors_alone())
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with _quiet():
+        with self._quieter, _quiet():
             result = _AUTOGRAD._disable_profiler()
         self.stretches = counted(_happenings(result.experimental_event_tree()))
         self.live_bytes, self.peak_bytes = together(self.stretches)
@@ -132,3 +139,19 @@ def _quiet() -> Iterator[None]:
             del os.environ[_QUIET]
         else:
             os.environ[_QUIET] = before
+
+
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    """What torch's core library logs below errors, whichever thread's, is not written."""
+    try:
+        level = ctypes.c_int.in_dll(ctypes.CDLL("libc10.so"), _LOG_LEVEL)
+    except (OSError, ValueError):  # another build, which logs otherwise: a line too many is no reason not to count
+        yield
+        return
+    before = level.value
+    level.value = max(before, _ERRORS)
+    try:
+        yield
+    finally:
+        level.value = before
