@@ -59,7 +59,7 @@ from planners.errors import format_bytes
 LOG_VERSION = 1
 PAYLOAD_BYTES = 1 << 20
 """Default room for a payload: random number generators take 30 KB, schedulers and positions little."""
-_FILL_BYTES = 4 << 20
+FILL_BYTES = 4 << 20
 _FILLS_IN_FLIGHT = 4
 
 
@@ -271,7 +271,7 @@ def _fill(
     """Writes every byte but slot 1 of the extents `left_out`: zeros, and on the home drive the first record, which
     nobody believes before `log.json`.
     """
-    zeros = Arena("commit log zeros", _FILL_BYTES).acquire(_FILL_BYTES, "zeros")
+    zeros = Arena("commit log zeros", FILL_BYTES).acquire(FILL_BYTES, "zeros")
     piece = zeros
     for drive, (file, file_bytes) in enumerate(zip(files, layout.file_bytes(), strict=True)):
         holes = [
@@ -280,11 +280,11 @@ def _fill(
         begins = [0, *(end for _, end in holes)]
         ends = [*(begin for begin, _ in holes), file_bytes]
         for begin, end in zip(begins, ends, strict=True):  # extents lie in their order
-            for offset in range(begin, end, _FILL_BYTES):
+            for offset in range(begin, end, FILL_BYTES):
                 if len(in_flight) == _FILLS_IN_FLIGHT:
                     links.wait(in_flight[0])
                     in_flight.popleft()
-                piece = zeros.part(0, min(_FILL_BYTES, end - offset))
+                piece = zeros.part(0, min(FILL_BYTES, end - offset))
                 in_flight.append(links.write(file, offset, piece))
     finish(links, in_flight)
     checksums = {length: _zeros_crc32c(length, zeros.buffer()) for length in {e.length_bytes for e in layout.extents}}

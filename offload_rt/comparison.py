@@ -97,7 +97,9 @@ def peak_lines(peaks: Mapping[str, Any]) -> list[str]:
             name: sum(one.get(part, 0) for part in MANAGED_FILES) if tier is Tier.NVME else one["bytes"]
             for name, one in of["phases"].items()
         }
-        found.append(f"{tier.value}: {_most(phases)}; {format_bytes(of['planned_bytes'])} planned")
+        passing = of.get("passing_bytes")  # not in records of earlier versions
+        beside = f", beside {format_bytes(passing)} for a moment of ingest" if passing else ""
+        found.append(f"{tier.value}: {_most(phases)}; {format_bytes(of['planned_bytes'])} planned{beside}")
     allocator = peaks.get("allocator")
     if allocator is not None and allocator["phases"]:
         planned = format_bytes(allocator["planned_bytes"])

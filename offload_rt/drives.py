@@ -31,6 +31,8 @@ from offload_rt.native import native_core
 
 FILE_BYTES = 32 << 20
 OPERATION_BYTES = 8 << 20
+PROBE_BYTES = 2 * OPERATION_BYTES
+"""What a probe takes of memory."""
 WRITE_SECONDS = 0.15
 READ_SECONDS = 0.4
 """Bounds on a slow drive; a fast one is done sooner."""
@@ -133,7 +135,7 @@ def probe(folder: Path, backend: str) -> DriveProfile:
 
 
 def _measure(links: Links, file: OpenFile) -> DriveProfile:
-    arena = Arena("drive probe", 2 * OPERATION_BYTES)
+    arena = Arena("drive probe", PROBE_BYTES)
     slots = [arena.acquire(OPERATION_BYTES, "drive probe") for _ in range(2)]
     noise = os.urandom(MIB)  # zeros would flatter a drive that compresses
     for slot in slots:

@@ -7,10 +7,11 @@
 
 Memory that is managed is arenas', to the byte: a tier's own, and those beside them that nobody has reserved, which take
 the place of what the plan leaves to PyTorch's allocator (see [Note: every arena] in `mapped`; another engine's, made
-meanwhile in the same process, count here too). On NVME it is the lengths of files: weights, state and scratch; commits
-of adapters, checkpoints (with what they replace, which is there until they are whole) and records have rows of their
-own. What the allocator took is the process's resident memory less its base and the arenas: the kernel's mark where that
-rose, otherwise what was seen between layers and when a phase began or ended.
+meanwhile in the same process, count here too). Making an engine takes buffers of known size for a moment: within the
+budget they are planned, and nobody is warned of them. On NVME it is the lengths of files: weights, state and scratch;
+commits of adapters, checkpoints (with what they replace, which is there until they are whole) and records have rows of
+their own. What the allocator took is the process's resident memory less its base and the arenas: the kernel's mark
+where that rose, otherwise what was seen between layers and when a phase began or ended.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt import mapped
+from offload_rt.commit_layout import FILL_BYTES
 from offload_rt.comparison import MANAGED_FILES, PHASES
+from offload_rt.drives import PROBE_BYTES
 from offload_rt.heap import HeapGuard
 from offload_rt.profile import peak_resident_bytes, resident_bytes
 from offload_rt.runtime import Runtime
-from offload_rt.store import store_folders
+from offload_rt.store import STAGING_BYTES, store_folders
 from offload_rt.tiers import TierAccount, Tiers
 from planners.errors import format_bytes
 from planners.plan import Tier
@@ -39,6 +42,13 @@ logger = logging.getLogger("offload_rt")
 INGEST, STEP, SAVE, RESUME = PHASES
 FILES = {"weights.bin": "weights", "state.bin": "state"}
 """What a tier's capacity is for, by the file that it is in; scratch files have no name."""
+PASSING_BYTES = {
+    "drive probe": PROBE_BYTES,
+    "ingest staging": 2 * STAGING_BYTES,
+    "pieces of weights": STAGING_BYTES,
+    "commit log zeros": FILL_BYTES,
+}
+"""What making an engine takes of HOST for a moment, at most: planned beside what lasts, where the budget has room."""
 
 
 @dataclass
@@ -94,7 +104,9 @@ class Peaks:
         self._watch.close()
 
     def report(self) -> dict[str, Any]:
-        """By tier: what is planned, and by phase what there was; what exceeds a plan under `over`. Bytes."""
+        """By tier: what is planned to last, and to pass while the engine is made; by phase what there was; what exceeds
+        a plan under `over`. Bytes.
+        """
         runtime = self._runtime
         if runtime is None:
             return {}
@@ -117,14 +129,11 @@ class Peaks:
             if not phases:
                 continue
             found[tier.value] = {
-                "planned_bytes": account.used_bytes, "budget_bytes": account.capacity_bytes, "phases": phases,
+                "planned_bytes": account.used_bytes, "passing_bytes": self._passing_bytes(account),
+                "budget_bytes": account.capacity_bytes, "phases": phases,
             }  # fmt: skip
-            planned = self._planned_bytes(account)
-            over += [
-                {"tier": tier.value, "phase": name, "bytes": size - planned}
-                for name, size in most.items()
-                if size > planned
-            ]
+            more = {name: size - self._planned_bytes(account, name) for name, size in most.items()}
+            over += [{"tier": tier.value, "phase": name, "bytes": size} for name, size in more.items() if size > 0]
         memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
         found["allocator"] = {
             "planned_bytes": sum(account.used_bytes - account.arena_bytes for account in memory),
@@ -132,9 +141,21 @@ class Peaks:
         }
         return {**found, "over": over}
 
-    def _planned_bytes(self, account: TierAccount) -> int:
+    def _planned_bytes(self, account: TierAccount, phase: str) -> int:
+        """Of what lasts, and in `INGEST` of what passes."""
+        return self._lasting_bytes(account) + (self._passing_bytes(account) if phase == INGEST else 0)
+
+    def _lasting_bytes(self, account: TierAccount) -> int:
         """By the plan that is in effect, or the one before it that had most: peaks are those of all of them."""
         return max(each.used_bytes for each in (*self._accounts.values(), account) if each.tier is account.tier)
+
+    def _passing_bytes(self, account: TierAccount) -> int:
+        """Of `PASSING_BYTES`, what there was when most was mapped; no more than the budget has room for."""
+        peak = self._memory.get((INGEST, account.tier), MemoryPeak())
+        passing = sum(min(size, PASSING_BYTES.get(name, 0)) for name, size in peak.beside.items())
+        if account.capacity_bytes is None:
+            return passing
+        return max(0, min(passing, account.capacity_bytes - self._lasting_bytes(account)))
 
     def _begin_phase(self, name: str) -> None:
         self._phase = name
@@ -243,7 +264,7 @@ class Peaks:
             return
         for tier in (Tier.DEVICE, Tier.HOST):
             peak = self._memory.get((self._phase, tier))
-            planned = self._planned_bytes(self._runtime.tiers.accounts[tier])
+            planned = self._planned_bytes(self._runtime.tiers.accounts[tier], self._phase)
             if peak is None or peak.num_bytes <= planned or (self._phase, tier.value) in self._warned:
                 continue
             self._warned.add((self._phase, tier.value))

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from offload_rt import arena as arenas
-from offload_rt import mapped, peaks
+from offload_rt import mapped, peaks, store
 from offload_rt.arena import Arena
 from offload_rt.comparison import peak_lines
-from offload_rt.drives import drive_profile
+from offload_rt.drives import PROBE_BYTES, drive_profile
 from offload_rt.links import Links
 from offload_rt.workload import RuntimeOptions
 from planners.plan import StatePlacement, Tier
@@ -163,6 +163,61 @@ def test_memory_that_nobody_reserved_is_over_the_plan_and_named(make_engine, cap
     assert found["device"]["phases"]["step"]["beside"] == {"nobody's": mapped_bytes}
     assert "step: arenas took" in caplog.text and "not reserved: nobody's" in caplog.text
     assert peak_lines(found)[-1].startswith("over the plan: device by ") and "in step" in peak_lines(found)[-1]
+
+
+PASSING = {
+    "drive probe": ({"rest": Tier.NVME}, PROBE_BYTES),
+    "pieces of weights": ({"rest": Tier.HOST}, 0),
+    "commit log zeros": (vars(TIERED), 0),
+}
+
+
+def probing(monkeypatch, name, num_bytes):
+    """Whoever asks for a drive's speed takes so much memory for a moment."""
+
+    def profile(*arguments):
+        if num_bytes:
+            Arena(name, num_bytes)
+        return drive_profile(*arguments)
+
+    monkeypatch.setattr(store, "drive_profile", profile)
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_buffers_of_a_first_start_are_planned_within_the_budget(name, make_engine, tmp_path, caplog, monkeypatch):
+    options, num_bytes = PASSING[name]
+    probing(monkeypatch, name, num_bytes)
+    budgets = {"device_memory": "64MiB", "host_memory": "64MiB"}
+    with make_engine(build_lora(), options, nvme=tmp_path, device="cpu", bits=4, **budgets) as engine:
+        found = engine.report()["peaks"]
+        lines = peak_lines(found)
+    ingest = found["host"]["phases"]["ingest"]
+    assert ingest["bytes"] > found["host"]["planned_bytes"], "they take more than what lasts"
+    assert found["host"]["passing_bytes"] == ingest["beside"][name] > 0
+    assert not [one for one in found["over"] if one["phase"] == "ingest"] and "ingest: arenas took" not in caplog.text
+    assert any(line.startswith("host: ") and line.endswith(" for a moment of ingest") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_bytes", "host_memory", "passing_bytes"),
+    [
+        ("drive probe", 2 * PROBE_BYTES, "64MiB", PROBE_BYTES),
+        ("nobody's", PROBE_BYTES, "64MiB", 0),
+        ("drive probe", PROBE_BYTES, "8MiB", None),
+    ],
+)
+def test_a_first_start_that_takes_more_is_over_the_plan(
+    name, num_bytes, host_memory, passing_bytes, make_engine, tmp_path, caplog, monkeypatch
+):
+    probing(monkeypatch, name, num_bytes)
+    budgets = {"device_memory": "64MiB", "host_memory": host_memory}
+    options = {"rest": Tier.NVME}
+    with make_engine(build_lora(), options, nvme=tmp_path, device="cpu", bits=4, **budgets) as engine:
+        found = engine.report()["peaks"]
+    host = found["host"]
+    planned = host["budget_bytes"] if passing_bytes is None else host["planned_bytes"] + passing_bytes
+    assert found["over"] == [{"tier": "host", "phase": "ingest", "bytes": num_bytes - planned}]
+    assert "ingest: arenas took" in caplog.text and f"not reserved: {name}" in caplog.text
 
 
 def test_two_engines_do_not_count_each_others_budgets(make_engine):
