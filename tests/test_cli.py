@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import random
 import re
@@ -19,6 +20,7 @@ import torch
 
 from offload_rt.cli import doctor_folder, doctor_machine
 from offload_rt.cli.main import COMMANDS, main
+from offload_rt.cli.train_run import _adapters
 from offload_rt.errors import StorageError
 from tests.test_data import make_tokenizer
 
@@ -257,6 +259,18 @@ def arguments(model_folder: Path, tmp_path: Path) -> list[str]:
 
 def adapter_bytes(out: Path) -> bytes:
     return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_bitsandbytes_says_nothing_less_than_errors_to_who_trains_adapters() -> None:
+    above, below = logging.getLogger("bitsandbytes"), logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = above.level
+    try:
+        above.setLevel(logging.NOTSET)
+        assert below.isEnabledFor(logging.WARNING)
+        _adapters("lora:r=8")
+        assert not below.isEnabledFor(logging.WARNING) and below.isEnabledFor(logging.ERROR)
+    finally:
+        above.setLevel(before)
 
 
 @pytest.mark.parametrize("packing", [[], ["--packing"]])

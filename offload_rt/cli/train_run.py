@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -169,6 +170,8 @@ def _set(config: Any, **values: Any) -> dict[str, Any]:
 
 
 def _adapters(text: str) -> Any:
+    # peft imports it where it is installed, and it would warn of kernels that it lacks and nobody here calls.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:
