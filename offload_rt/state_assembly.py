@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,17 +11,17 @@ import torch
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.checkpoint.ingest import fill_slot
-from offload_rt.commit_layout import PAYLOAD_BYTES, make_log, read_layout
+from offload_rt.commit_layout import PAYLOAD_BYTES, MutableExtent, make_log, read_layout
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
 from offload_rt.discover import BlockDraft
 from offload_rt.drive_files import write_atomically
 from offload_rt.drives import drive_profile, weights
-from offload_rt.errors import ConfigError
+from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.links import Links
 from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
-from offload_rt.optimizer.by_name import LAYOUT, layout_json
+from offload_rt.optimizer.by_name import LAYOUT, check_layout, layout_json, read_layout_json
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
@@ -287,9 +287,23 @@ class StateAssembly:
         self.home.log = CommitLog(self.folders, self._links)
         records = sum(self.home.log.layout.file_bytes()) - total
         self._tiers.account(Tier.NVME).reserve("commit records", records)
-        if not (self.folders[0] / LAYOUT).exists():
+        if (self.folders[0] / LAYOUT).exists():
+            self._check_log(self.home.log, extents)
+        else:
             write_atomically(self.folders[0] / LAYOUT, layout_json(self._draft.blocks, self._draft.rule.name))
         note_places(self.home.log.folders)
+
+    def _check_log(self, log: CommitLog, extents: Sequence[MutableExtent]) -> None:
+        """Raises `CheckpointError` where a log that was found is not laid as this version of offload_rt does."""
+        folder = self.folders[0]
+        check_layout(folder, self._draft.blocks, read_layout_json(folder))
+        there = {(name, log.length_bytes(name)) for name in log.names}
+        odd = there ^ {(extent.name, extent.length_bytes) for extent in extents}
+        if odd:
+            raise CheckpointError(
+                f"{folder}: holds other extents than this run, first: {min(odd)[0]} ({len(odd)} differ); remove it "
+                f"with `offload-rt clean --state`"
+            )
 
     @property
     def _open_other_log(self) -> OpenLog:

@@ -3,7 +3,7 @@
     one block, one contiguous extent, read with a few large requests
     0        64 KiB                          n * 4 KiB
     | tensor | tensor | ... | expert 0 | expert 1 | ... |
-      each tensor starts at a multiple of 64 bytes, each expert of a stack at one of 4 KiB
+      each tensor starts at a multiple of 256 bytes, each expert of a stack at one of 4 KiB
 
 No torch: dtypes are named as safetensors names them (`"BF16"`, `"F32"`).
 """
@@ -138,13 +138,15 @@ class BlockSpec:
         return BlockSpec(name=data["name"], tensors=tuple(TensorSpec.from_json(t) for t in data["tensors"]))
 
 
-def layout_block(name: str, tensors: Iterable[TensorSpec]) -> BlockSpec:
+def layout_block(
+    name: str, tensors: Iterable[TensorSpec], *, alignment_bytes: int = TENSOR_ALIGNMENT_BYTES
+) -> BlockSpec:
     """Places `tensors` one behind the other; the order given is kept."""
     placed = []
     offset = 0
     for tensor in tensors:
         experts = tensor.encoding is Encoding.NF4_EXPERTS
-        offset = align_up(offset, IO_ALIGNMENT_BYTES if experts else TENSOR_ALIGNMENT_BYTES)
+        offset = align_up(offset, IO_ALIGNMENT_BYTES if experts else alignment_bytes)
         placed.append(
             TensorSpec(
                 name=tensor.name, shape=tensor.shape, dtype=tensor.dtype, encoding=tensor.encoding,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import peft
 import pytest
 import torch
 
+from offload_rt import discover
 from offload_rt._engine import Engine
 from offload_rt.errors import CheckpointError, StoreCorrupt, StoreInUse
+from offload_rt.optimizer import pieces as optimizer_pieces
+from offload_rt.tensor_spec import layout_block
 from offload_rt.workload import RuntimeOptions
 from tests import tiny_training
 from tests.adapter_tiers import ON_NVME, STEPS, Case, Running, make_engine, run_plain, training_of, unequal
@@ -199,3 +203,60 @@ def test_a_log_of_all_parameters_that_cannot_be_taken_over_changes_nothing(tmp_p
             run.load_checkpoint(empty)
         assert losses + train(run, range(1, 3)) == expected
         assert differences(twin.state(), run.state()) == []
+
+
+def goes_on(folder: Path) -> tiny_training.Made:
+    """An engine whose state and weights rest in the log that an earlier version may have left in `folder`."""
+    return tiny_training.engine(tiny_training.model(dropout=0.2), "BACKWARD", folder)
+
+
+def two_steps_of_an_earlier_version(folder: Path) -> list[int]:
+    """Trains all parameters, commits and saves; returns `offsets_of`."""
+    with goes_on(folder) as run:
+        train(run, range(2))
+        run.save_checkpoint(folder / "saved")
+        return offsets_of(run)
+
+
+def offsets_of(run: Engine) -> list[int]:
+    """Where the tensors of a layer lie."""
+    return [tensor.offset_bytes for tensor in run._runtime.made_of.workload.draft("layers.0").spec.tensors]
+
+
+def test_weights_that_lie_otherwise_in_a_log_are_made_anew_of_masters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = Plain(tiny_training.model(dropout=0.2))
+    expected = train(twin, range(4))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(discover, "layout_block", partial(layout_block, alignment_bytes=512))
+        before = two_steps_of_an_earlier_version(tmp_path)
+    with goes_on(tmp_path) as run:
+        assert offsets_of(run) != before
+        run.load_checkpoint(run.commit_folder)
+        assert train(run, range(2, 4)) == expected[2:]
+        assert differences(twin.state(), run.state()) == []
+
+
+def test_state_that_lies_otherwise_is_refused_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = Plain(tiny_training.model(dropout=0.2))
+    expected = train(twin, range(2))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(optimizer_pieces, "STATE_ALIGNMENT_BYTES", 256)
+        two_steps_of_an_earlier_version(tmp_path)
+    with pytest.raises(CheckpointError, match="holds the state of .* parameters otherwise than this run"):
+        goes_on(tmp_path)
+    (tmp_path / "other").mkdir()
+    with goes_on(tmp_path / "other") as run:
+        losses = train(run, range(1))
+        with pytest.raises(CheckpointError, match="holds the state of .* parameters otherwise than this run"):
+            run.load_checkpoint(tmp_path / "saved")
+        assert losses + train(run, range(1, 2)) == expected, "nothing was changed"
+
+
+def test_a_log_with_weights_of_other_lengths_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(discover, "layout_block", partial(layout_block, alignment_bytes=4096))
+        two_steps_of_an_earlier_version(tmp_path)
+    with pytest.raises(CheckpointError, match="holds other extents than this run, first: weights/layers.0"):
+        goes_on(tmp_path)

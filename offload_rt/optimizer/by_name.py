@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,16 @@ def read_layout_json(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint of full fine-tuning ({error!r})") from None
     return data
+
+
+def check_layout(folder: Path, blocks: Sequence[TrainedBlock], layout: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` where the state of `blocks` lies otherwise than `layout`, which was read in `folder`."""
+    here, there = json.loads(layout_json(blocks))["parameters"], layout["parameters"]
+    odd = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+    if odd:
+        raise CheckpointError(
+            f"{folder}: holds the state of {len(odd)} parameters otherwise than this run, first: {odd[0]}"
+        )
 
 
 def _outlines(layout: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:

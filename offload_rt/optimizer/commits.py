@@ -19,7 +19,7 @@ from typing import Any
 from offload_rt.checkpoint.values import pack_values
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.optimizer.state import StateHome
+from offload_rt.optimizer.state import StateHome, laid_weights
 
 
 @dataclass(kw_only=True)
@@ -135,7 +135,7 @@ class Commits:
             raise ConfigError("commit: state is committed on NVMe; give nvme= a folder")
         self.check_usable()
         begin = time.perf_counter()
-        weights = [block.name for block in self._blocks if self._home.streams_weights(block)]
+        weights = [laid_weights(block) for block in self._blocks if self._home.streams_weights(block)]
         payload = pack_values({**values, "weights": weights}, of="a commit")
         with self.broken_unless_done(f"the commit of step {values['step']} failed"):
             self._home.write_what_rests_in_memory(self._blocks)

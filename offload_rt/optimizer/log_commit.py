@@ -28,7 +28,7 @@ from offload_rt.drive_files import write_atomically
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError
 from offload_rt.links import Links
-from offload_rt.optimizer.by_name import LAYOUT, layout_json, read_layout_json
+from offload_rt.optimizer.by_name import LAYOUT, check_layout, read_layout_json
 from offload_rt.optimizer.interface import Values
 from offload_rt.optimizer.pieces import MASTER, TrainedBlock
 from offload_rt.optimizer.state import STATE_PREFIX
@@ -124,12 +124,7 @@ class LogCommit:
     def check_fits(self, blocks: Sequence[TrainedBlock], rule: str) -> None:
         """Raises `CheckpointError` where `blocks` do not lie in the log as they would in this run's."""
         self._check_rule(rule)
-        here, there = json.loads(layout_json(blocks))["parameters"], self._layout["parameters"]
-        odd = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-        if odd:
-            raise CheckpointError(
-                f"{self._folder}: holds the state of {len(odd)} parameters otherwise than this run, first: {odd[0]}"
-            )
+        check_layout(self._folder, blocks, self._layout)
 
     def copy_into(self, log: SnapshotLog) -> None:
         """Writes the state into `log`, which `check_fits`. Raises as `snapshot.load_snapshot` does. Blocks."""

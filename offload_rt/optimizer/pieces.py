@@ -29,6 +29,8 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, TensorSpec, al
 
 PIECE_ELEMENTS = 1 << 20
 """12 MiB of fp32 AdamW state: a few large requests, and small against any budget that trains at all."""
+STATE_ALIGNMENT_BYTES = 64
+"""Of a tensor in a piece: the format of logs and checkpoints, whatever weights that are computed with need."""
 MASTER = "master"
 
 
@@ -200,13 +202,13 @@ def _piece(
             TensorSpec(name=state.name, shape=state.shape, dtype=dtype_name(state.dtype, of=state.name))
             for state in rule.state(shape, stepped)
         ]
-        laid = layout_block(trained.name, specs).tensors
+        laid = layout_block(trained.name, specs, alignment_bytes=STATE_ALIGNMENT_BYTES).tensors
         moved = tuple(
             TensorSpec(name=s.name, shape=s.shape, dtype=s.dtype, offset_bytes=offset + s.offset_bytes) for s in laid
         )
         segments.append(Segment(index, begin, end, moved))
         if moved:
-            offset = align_up(moved[-1].offset_bytes + moved[-1].stored_bytes, 64)
+            offset = align_up(moved[-1].offset_bytes + moved[-1].stored_bytes, STATE_ALIGNMENT_BYTES)
     return Piece(name, tuple(segments), max(IO_ALIGNMENT_BYTES, align_up(offset, IO_ALIGNMENT_BYTES)))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from offload_rt.checkpoint.values import pack_values, unpack_values
 from offload_rt.errors import CheckpointError, OffloadError
-from offload_rt.optimizer.by_name import LAYOUT, layout_json
+from offload_rt.optimizer.by_name import LAYOUT, check_layout, layout_json, read_layout_json
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.log_commit import is_log
 from offload_rt.optimizer.memory_log import MemoryLog
@@ -47,6 +47,7 @@ def load_training(training: TieredTraining, folder: Path, check: Check) -> Value
             _take_over(training, folder, check, commit.values, commit.copy_into)
             return commit.values
     values = unpack_values(read_payload(folder)[1])
+    check_layout(folder, training.blocks, read_layout_json(folder))
     links = training.home.links
     _take_over(training, folder, check, values, lambda log: load_snapshot(folder, log, links, names=_is_state))
     return values

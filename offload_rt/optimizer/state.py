@@ -12,6 +12,8 @@ written there, and no checkpoint holds weights besides masters.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -42,6 +44,12 @@ def state_extent(piece: Piece) -> str:
 
 def weights_extent(block: TrainedBlock) -> str:
     return WEIGHTS_PREFIX + block.name
+
+
+def laid_weights(block: TrainedBlock) -> str:
+    """Names the weights of `block` in the log, and how they lie there: who lays them otherwise makes them anew."""
+    places = [] if block.weights is None else [[t.name, t.dtype, t.offset_bytes] for t in block.weights.tensors]
+    return f"{block.name} {hashlib.sha256(json.dumps(places).encode()).hexdigest()[:8]}"
 
 
 def log_extents(blocks: Sequence[TrainedBlock], drive_weights: Sequence[float]) -> list[MutableExtent]:

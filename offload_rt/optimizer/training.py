@@ -41,7 +41,7 @@ from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.saving import load_commit, load_training, save_training
 from offload_rt.optimizer.stand_ins import StandIns
-from offload_rt.optimizer.state import Part, StateHome
+from offload_rt.optimizer.state import Part, StateHome, laid_weights
 from offload_rt.optimizer.step import Step, StepCounters, check_first
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered_training import TieredTraining
@@ -240,7 +240,7 @@ class FullTraining(TieredTraining):
         for block in self.blocks:
             if from_log:
                 self.stepper.load_what_rests_in_memory(block)
-            if block.name not in weights or not self.home.streams_weights(block):
+            if laid_weights(block) not in weights or not self.home.streams_weights(block):
                 self.stepper.rebuild_weights(block)
         self.commits.begin_again(self.step_number)
         self._now = Step(order=self._now.order)
