@@ -203,6 +203,7 @@ class _Assembly:
         self.row_sources: dict[str, RowSource] = {}
         self.tiles: list[tuple[int, int]] = []
         """Rows of the tiles of the head, which the last of `executors` streams."""
+        self.heap: HeapGuard | None = None
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.tiered: TieredTraining | None = None
         self.state: StateAssembly | None = None
@@ -227,6 +228,10 @@ class _Assembly:
                 self.activations.scratch.close()
             if self.store is not None:
                 self.store.close()
+            if self.heap is not None:
+                self.heap.close()
+            if self.before is not None:  # whoever goes back takes as much, and the error still sees this
+                self.tiers.give_back()
 
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
         if self.workload.config.nvme and self.workload.frozen:
@@ -307,7 +312,7 @@ class _Assembly:
         optimizer: torch.optim.Optimizer | None,
     ) -> Runtime:
         """Takes the weights out of the model and puts the hooks in. Nothing before this changed the model."""
-        heap = self._heap()
+        heap = self.heap = self._heap()
         workload = self.workload
         stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
         if self.before is None:

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from offload_rt import mapped_blocks, workload
+from offload_rt import assembly, mapped_blocks, workload
 from offload_rt.activation_assembly import TIGHT_DIVISOR
+from offload_rt.errors import OffloadError
 from offload_rt.heap import Base, HeapGuard, is_tight
 from offload_rt.mapped_blocks import BLOCKS_IN_HOLES, LEAST_MAPPED_BYTES, MOST_MAPPED_BYTES, MappedBlocks
 from tests.conftest import build_lora, language_batch
@@ -155,6 +156,23 @@ def test_an_engine_asks_where_its_budget_is_tight_and_only_there(calls, make_eng
     assert tight.report()["allocator"]["mapped_from_bytes"] == calls[0][1] >= LEAST_MAPPED_BYTES
     tight.close()
     assert calls[-2] == (MAP, MOST_MAPPED_BYTES)
+
+
+def test_an_engine_that_could_not_be_made_asks_for_nothing_any_more(calls, make_engine, disk_folder, monkeypatch):
+    roomy = make_engine(build_lora(), nvme=disk_folder, batch_size=2, seq_len=64)
+    roomy.close()
+    with monkeypatch.context() as broken, pytest.raises(OffloadError, match="no such head") as kept:
+        broken.setattr(assembly, "keep_head_input_contiguous", raises("no such head"))
+        make_engine(build_lora(), nvme=disk_folder, batch_size=2, seq_len=64, device_memory=tight_budget(roomy))
+    assert calls[0][1] < MOST_MAPPED_BYTES and calls[-2:] == [(MAP, MOST_MAPPED_BYTES), (TRIM, 2 * MOST_MAPPED_BYTES)]
+    assert kept.tb is not None, "whoever has the error sees the engine's parts, and they ask for nothing"
+
+
+def raises(message):
+    def raising(*_):
+        raise OffloadError(message)
+
+    return raising
 
 
 def test_results_lie_in_an_arena_from_a_smaller_size_on_where_a_budget_is_tight(make_engine, disk_folder, monkeypatch):

@@ -205,7 +205,14 @@ def test_a_change_that_fails_goes_back_and_loses_no_step(tmp_path: Path, monkeyp
                 raise StorageError("the drive fell off", path="/dev/null", errno=5)
 
         monkeypatch.setattr(type(run._training), "begin_again", fails)
+        watch, mapped_now, most = mapped.Watch(), set(), 0
         losses += train(run, range(2, 5))
+        for mapping, there in watch.changes:
+            if mapping.account is not None:
+                (mapped_now.add if there else mapped_now.discard)(mapping)
+                most = max(most, len({id(each.account) for each in mapped_now}))
+        watch.close()
+        assert most == 1, "the memory of the plan that failed was there beside that of the one before"
         assert failures and run.plan == first and results(run) == ["kept"]
         assert "the drive fell off" in decisions(run)[0]["why"]
         assert losses == train(twin, range(5)) and differences(run.state(), twin.state()) == []
