@@ -461,5 +461,6 @@ class _Assembly:
         head = LossHead(
             causal, chunk_tokens, *held[:1], linear=tiled, between=runtime.heap.check, transients=runtime.transients
         )
+        head.counters = runtime.counted.get("loss_head", head.counters)
         head.attach()
         return head

@@ -113,6 +113,8 @@ class Runtime:
     """Of `plan`."""
     ring_counters: list[ExecutorCounters] = field(default_factory=list)
     """Of the executors that there were, once it has let go of them."""
+    counted: dict[str, Any] = field(default_factory=dict)
+    """Counters of what it has let go of, and the runtimes before it, by field."""
     _closed: bool = field(default=False)
 
     def counters(self) -> list[Any]:
@@ -134,8 +136,17 @@ class Runtime:
         self.decoder.counters = before.decoder.counters
         self.products.counters = before.products.counters
         self.turns.num_passed_on = before.turns.num_passed_on
+        self.heap.counters = before.heap.counters
+        self.counted = before.counted
         for executor, earlier in zip(self.executors, before.ring_counters, strict=False):
             executor.counters = earlier
+        for name, part in self._parts_with_counters():
+            part.counters = self.counted.get(name, part.counters)
+
+    def _parts_with_counters(self) -> list[tuple[str, Any]]:
+        """Those that `let_go` forgets, by field."""
+        parts = ((name, getattr(self, name)) for name in ("rows", "loss_head", "transients", "tokenwise"))
+        return [(name, part) for name, part in parts if part is not None]
 
     def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Runs calls of the model, or their backward passes, layer by layer; returns their results. Blocks."""
@@ -181,6 +192,8 @@ class Runtime:
         """Gives the memory of its arenas back, after `close`, to whoever follows. What was counted stays."""
         if self.executors:
             self.ring_counters = [executor.counters for executor in self.executors]
+        for name, part in self._parts_with_counters():
+            self.counted.setdefault(name, part.counters)
         for layer in self.layers:
             layer.let_go()
         for module in self.streamed:

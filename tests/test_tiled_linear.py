@@ -17,8 +17,10 @@ from offload_rt.errors import CheckpointError, ConfigError
 from planners.errors import PlanInfeasible
 from planners.plan import Plan, Tier
 from planners.vocabulary import HeadTiles, RowsSize
+from tests.changing_plans import propose, results
 from tests.conftest import build_base, build_lora
 from tests.fake_device import FakeDevice
+from tests.test_packed_linear import Halves, table
 
 ROWS, WIDTH, TOKENS, TILE_ROWS = 1100, 256, 48, 256
 NUM_TILES = 5
@@ -239,3 +241,35 @@ def test_a_tied_head_is_not_taken_by_tiles(make_engine, disk_folder):
         built, {"stream_edges": True, "head_tile_rows": 64}, batch_size=2, seq_len=16, nvme=disk_folder
     )
     assert engine.plan.head_tiles is None and engine.plan.lookups is None
+
+
+@pytest.mark.parametrize("place", ["NVME", "NVME through HOST"])
+def test_a_change_of_plans_goes_on_with_rows_tiles_and_packed_products(place, make_engine, tmp_path):
+    """To the bits of a run that does not change, and counted on."""
+
+    def run(name, *, changes):
+        way, drive = Halves(), tmp_path / name
+        drive.mkdir()
+        options = {
+            "stream_edges": True, "poison": True, "head_tile_rows": TILE_ROWS, "head_chunk_tokens": 16,
+            "product_ways": {way.name: way}, "packed_products": table(2 * TOKENS, shapes=("256x256", "128x256")),
+        }  # fmt: skip
+        engine = make_engine(model(), options, batch_size=2, seq_len=TOKENS, nvme=drive, bits=4, **PLACES[place])
+        before, _ = train(engine)
+        if changes:
+            rings = tuple(replace(ring, num_slots=1) for ring in engine.plan.rings)
+            tiles = replace(engine.plan.head_tiles, num_slots=3)
+            propose(engine, replace(engine.plan, rings=rings, head_tiles=tiles))
+        after = train(engine)
+        report = engine.report()
+        counted = report["lookups"], report["packed_products"], report["loss_head"], len(way.tokens)
+        return engine, before, after, counted
+
+    changed, first, (losses, weights), counted = run("changed", changes=True)
+    assert results(changed) == ["changed"] and changed.plan.head_tiles.num_slots == 3
+    stayed, expected_first, (expected, expected_weights), expected_counts = run("stayed", changes=False)
+    assert (first, losses) == (expected_first, expected)
+    assert [name for name in weights if not weights[name].equal(expected_weights[name])] == []
+    rows, expected_rows = counted[0], expected_counts[0]
+    assert rows["num_rows"] == expected_rows["num_rows"] > 0 and rows["num_pieces"] == expected_rows["num_pieces"]
+    assert counted[1:] == expected_counts[1:] and counted[1] == counted[3] > 0 < counted[2]["num_tiles"]
