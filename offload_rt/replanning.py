@@ -317,7 +317,8 @@ def same_cuts(plan: Plan, other: Plan) -> bool:
 
     def cuts(of: Plan) -> tuple[Any, ...]:
         chunked = {name for name, policy in (of.activations or {}).items() if len(policy.chunks) > 1}
-        return of.cuts, of.head_chunk_tokens, of.head_tiles, of.layer_major, chunked, of.packed_products
+        tile_rows = None if of.head_tiles is None else of.head_tiles.tile_rows  # wherever they rest
+        return of.cuts, of.head_chunk_tokens, tile_rows, of.layer_major, chunked, of.packed_products
 
     return cuts(plan) == cuts(other)
 

@@ -32,6 +32,7 @@ from planners.mip import plan_optimal
 from planners.plan import Tier
 from planners.problem import KeptPass, MeasuredSeconds
 from planners.simulate import simulate
+from planners.vocabulary import HeadTiles
 from tests.conftest import build_lora, language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN
 from tests.test_planning import SECONDS as HEAD_SECONDS
@@ -406,6 +407,10 @@ def test_plans_with_other_chunks_give_other_numbers(hardware, tmp_path):
     policy = ActivationPolicy(chunks=tuple(Chunk(num_tokens=6, action=Action.RECOMPUTE) for _ in range(2)))
     assert not same_cuts(plan, replace(plan, activations={"a": policy}))
     assert not same_cuts(plan, replace(plan, head_chunk_tokens=3))
+    tiles = HeadTiles(block="head", rest=Tier.HOST, tile_rows=8, tile_bytes=4 * KIB, product_bytes=0)
+    tiled = replace(plan, head_tiles=tiles)
+    assert same_cuts(tiled, replace(plan, head_tiles=replace(tiles, rest=Tier.NVME, num_slots=3)))
+    assert not same_cuts(tiled, replace(plan, head_tiles=replace(tiles, tile_rows=4))) and not same_cuts(tiled, plan)
 
 
 def test_a_plan_for_shorter_sequences_has_the_memory_of_the_longest(hardware, tmp_path):
