@@ -31,7 +31,7 @@ def tensors_digest(plan: Plan) -> str:
     """Names what of `plan` decides which tensors PyTorch allocates in a step."""
     parts = (
         plan.layer_inputs, plan.decode_scope, plan.head_chunk_tokens, plan.activations, plan.layer_major,
-        plan.update_mode, plan.head_tiles,
+        plan.update_mode, plan.head_tiles, plan.packed_products,
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -17,6 +17,7 @@ import torch
 from offload_rt import codec
 from offload_rt.cuts import cuts_from_json, cuts_to_json
 from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.measured_sizes import tensors_digest
 from planners.activations import Action, whole_batch
 from planners.placement import Tier
 from planners.plan import DecodeScope, Plan
@@ -192,6 +193,7 @@ def test_the_table_is_part_of_the_plan_and_of_its_cuts(make_engine, disk_folder)
     cuts = cuts_from_json(noted, of="run")
     assert cuts.packed_products == table(9) and "packed weights" in cuts.describe()
     given = engine.plan
+    assert tensors_digest(given) != tensors_digest(replace(given, packed_products={})), "other tensors are measured"
     engine.close()
 
     ways = {"product_ways": {"halves": way}}
