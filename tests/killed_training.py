@@ -25,6 +25,8 @@ from tests.tiny_training import ROWS, TOKENS, VOCABULARY, Made, Model, Plain, St
 
 ACKNOWLEDGEMENT = struct.Struct("<qd")
 ADAPTERS = "adapters, state on NVME"
+EDGES = ADAPTERS + ", embedding by rows, head by tiles"
+EDGE_ROWS, TILE_ROWS = 160, 64
 CHANGE = ", changing"
 """Of a place: the run changes over to another plan and back, and commits where it does."""
 CHANGING = "SPECULATIVE, split" + CHANGE
@@ -73,7 +75,8 @@ def built(place: str) -> Model:
     """What is trained in `place`: all of it, or what stands for adapters, which are fp32 as peft's are."""
     if not place.startswith(ADAPTERS):
         return model(torch.float32 if "in parts" in place else torch.bfloat16, dropout=0.2)
-    made = model(torch.float32, dropout=0.2).requires_grad_(False)
+    num_rows = EDGE_ROWS if place == EDGES else VOCABULARY
+    made = model(torch.float32, dropout=0.2, num_rows=num_rows).requires_grad_(False)
     for layer in made.layers:
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(name not in ("up.weight", "down.weight"))
@@ -81,12 +84,12 @@ def built(place: str) -> Model:
 
 
 class Twin:
-    """The run that never was killed: what it is after each of its steps."""
+    """The run that never was killed: what it is after each of its steps. A plain one, unless `run` is given."""
 
-    def __init__(self, place: str = "") -> None:
+    def __init__(self, place: str = "", run: Made | None = None) -> None:
         torch.manual_seed(11)
         self._generator = torch.get_rng_state()
-        self._run = Plain(built(place), adamw, max_grad_norm=MAX_NORM)
+        self._run = Plain(built(place), adamw, max_grad_norm=MAX_NORM) if run is None else run
         self._scheduler, self._position = scheduled(self._run), Position()
         self.losses: list[float] = []
         self.states: list[State] = [self._run.state()]
@@ -109,9 +112,11 @@ def resume(folder: Path, place: str) -> tuple[Made, Any, Position]:
     begin = torch.get_rng_state()
     arguments: dict[str, Any] = {"max_grad_norm": MAX_NORM}
     place = place.removesuffix(CHANGE)
-    if place == ADAPTERS:
+    if place.startswith(ADAPTERS):
         state = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)
         arguments |= {"nvme": folder, "options": {"state": state, "piece_elements": 50}}
+    if place == EDGES:
+        arguments["options"] |= {"stream_edges": True, "head_tile_rows": TILE_ROWS}
     run = engine(built(place), place, folder, **arguments)
     torch.set_rng_state(begin)
     scheduler, position = scheduled(run), Position()

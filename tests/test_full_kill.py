@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.killed_training import ACKNOWLEDGEMENT, ADAPTERS, CHANGE, CHANGING, COMMIT_EVERY, Twin, resume
+from tests.killed_training import (
+    ACKNOWLEDGEMENT,
+    ADAPTERS,
+    CHANGE,
+    CHANGING,
+    COMMIT_EVERY,
+    EDGES,
+    TILE_ROWS,
+    Twin,
+    resume,
+)
 from tests.tiny_training import differences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +111,18 @@ def test_adapters_killed_seven_times_train_as_if_they_had_not_been(
 ) -> None:
     step, _ = kill_many(runs, Twin(ADAPTERS), disk_folder, ADAPTERS, 7)
     assert step >= 3
+
+
+def test_rows_and_tiles_killed_five_times_train_as_if_they_had_not_been(
+    runs: subprocess.Popen[str], disk_folder: Path, tmp_path: Path
+) -> None:
+    """The twin is a run by tiles too: they are a cut."""
+    with resume(tmp_path, EDGES)[0] as whole:
+        step, _ = kill_many(runs, Twin(EDGES, whole), disk_folder, EDGES, 5)
+        assert step >= 2
+        assert whole.plan.head_tiles is not None and whole.plan.head_tiles.tile_rows == TILE_ROWS
+        assert whole.report()["lookups"]["num_pieces"] >= step
+        assert [executor.ring.name for executor in whole._runtime.executors] == ["layers", "tiles"]
 
 
 @pytest.mark.full

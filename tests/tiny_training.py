@@ -78,13 +78,15 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """`order` says which layers a forward calls."""
+    """`order` says which layers a forward calls. `num_rows`: of embedding and head; batches have the first of them."""
 
-    def __init__(self, num_layers: int = 3, *, tied: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, num_layers: int = 3, *, tied: bool = False, dropout: float = 0.0, num_rows: int = VOCABULARY
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.embedding = nn.Embedding(num_rows, WIDTH)
         self.layers = nn.ModuleList([Layer(dropout) for _ in range(num_layers)])
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head = nn.Linear(WIDTH, num_rows, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
         self.order = list(range(num_layers))
