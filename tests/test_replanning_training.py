@@ -7,6 +7,7 @@ step      N            N + 1
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tests import test_planning_training
 from tests.changing_plans import decisions, plan_of, propose, results, with_pieces_in_memory
 from tests.conftest import build_base
 from tests.full_parity import state_of, training_of
-from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, one_step, resume, scheduled
+from tests.killed_training import ADAPTERS, EDGES, MAX_NORM, Position, Twin, one_step, resume, scheduled
 from tests.test_planning_training import BUDGETS, OPTIONS, asked, seconds_of
 from tests.test_replanning import ASKED_UNTIL, FOUND_AT, WINDOW_STEPS, Run, drives, without_clocks
 from tests.tiny_training import Plain, batch, differences, engine, model, train
@@ -244,12 +245,16 @@ def test_what_was_stepped_behind_backward_goes_on_being(tmp_path: Path) -> None:
         assert run.report()["training"]["num_ahead_of_norm"] > 0
 
 
-def test_adapters_whose_state_rests_in_tiers_change_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [ADAPTERS, EDGES])
+def test_adapters_whose_state_rests_in_tiers_change_over(place: str, tmp_path: Path) -> None:
+    """By rows and tiles, too: then the twin is a run by tiles that never changes, since they are a cut."""
     folder = tmp_path / "nvme"
     folder.mkdir()
-    twin = Twin(ADAPTERS)
-    run, scheduler, position = resume(folder, ADAPTERS)
-    with run:
+    (tmp_path / "twin").mkdir()
+    with resume(tmp_path / "twin", EDGES)[0] if place == EDGES else nullcontext() as whole, ExitStack() as stack:
+        twin = Twin(place, whole)
+        run, scheduler, position = resume(folder, place)
+        stack.enter_context(run)
         plan = run.plan
         other = with_pieces_in_memory(run, 2)
         for step in range(6):
@@ -259,6 +264,11 @@ def test_adapters_whose_state_rests_in_tiers_change_over(tmp_path: Path) -> None
             if step in (1, 3):
                 propose(run, other if step == 1 else plan)
         assert results(run) == ["changed", "changed"] and run.plan == plan
+        if whole is not None:
+            found, expected = run.report(), whole.report()
+            for counted in ("num_rows", "num_pieces", "num_requests", "page_bytes"):
+                assert found["lookups"][counted] == expected["lookups"][counted] > 0
+            assert found["recomputes"] == expected["recomputes"]
 
 
 @pytest.mark.parametrize("how", ["optimise", "auto"])
