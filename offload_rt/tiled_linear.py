@@ -54,9 +54,12 @@ class TiledLinear:
         self._executor = None
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """As `torch.nn.functional.linear`, autocast included."""
+        """As `torch.nn.functional.linear`, autocast included. Inputs that do not go with the weight are its error."""
+        dtype, num_columns = torch_dtype(self._spec.dtype), self._spec.shape[1]
         if torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
+        elif inputs.dtype != dtype or inputs.shape[-1] != num_columns:
+            return nn.functional.linear(inputs, inputs.new_empty(1, num_columns, dtype=dtype))
         if self._answer is not None:
             return self._answer(inputs)
         return _Product.apply(inputs, self)  # type: ignore[no-any-return, no-untyped-call]
@@ -77,9 +80,8 @@ class TiledLinear:
         """`rows_ND` times the weight, transposed."""
         found_NV = rows_ND.new_empty(rows_ND.shape[0], self._spec.shape[0])
         for index, (begin, end) in enumerate(self.tiles):
-            with self.tile(index, Phase.FORWARD, training=training) as tile_RD:
-                torch.mm(rows_ND, tile_RD.to(rows_ND.dtype).t(), out=found_NV[:, begin:end])
-                del tile_RD
+            with self.tile(index, Phase.FORWARD, training=training) as tile:
+                torch.mm(rows_ND, tile.rows_RD(rows_ND.dtype).t(), out=found_NV[:, begin:end])
         return found_NV
 
     def input_gradient(self, grad_NV: torch.Tensor) -> torch.Tensor:
@@ -87,31 +89,40 @@ class TiledLinear:
         wide = torch.promote_types(grad_NV.dtype, torch.float32)
         sum_ND = grad_NV.new_zeros(grad_NV.shape[0], self._spec.shape[1], dtype=wide)
         for index, (begin, end) in reversed(list(enumerate(self.tiles))):
-            with self.tile(index, Phase.BACKWARD, training=True) as tile_RD:
-                sum_ND.addmm_(grad_NV[:, begin:end].to(wide), tile_RD.to(grad_NV.dtype).to(wide))
-                del tile_RD
+            with self.tile(index, Phase.BACKWARD, training=True) as tile:
+                sum_ND.addmm_(grad_NV[:, begin:end].to(wide), tile.rows_RD(grad_NV.dtype).to(wide))
         return sum_ND
 
 
 class Tile:
-    """Inside, a tile is in memory. Whoever enters holds no view of it when he leaves."""
+    """Inside, a tile is in memory, and only this holds it: whoever keeps an error from there keeps no slot."""
 
     def __init__(self, linear: TiledLinear, index: int, phase: Phase, *, training: bool) -> None:
         self._linear = linear
         self._index = index
         self._phase = phase
         self._training = training
+        self._rows_RD: dict[torch.dtype, torch.Tensor] = {}
 
-    def __enter__(self) -> torch.Tensor:
+    def rows_RD(self, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the weight as `dtype`, made once. Not to be given a name: that would outlive an error."""
+        if dtype not in self._rows_RD:
+            self._rows_RD[dtype] = next(iter(self._rows_RD.values())).to(dtype)
+        return self._rows_RD[dtype]
+
+    def __enter__(self) -> Tile:
         executor, spec = self._linear._executor, self._linear._spec
         if executor is None:
             GoneAccess().acquire(self._phase, training=self._training)
             raise RuntimeError("not reached")
         slot = executor.acquire(self._index, self._phase, training=self._training)
         begin, end = self._linear.tiles[self._index]
-        return slot.tensor(torch_dtype(spec.dtype), (end - begin, spec.shape[1]))
+        dtype = torch_dtype(spec.dtype)
+        self._rows_RD[dtype] = slot.tensor(dtype, (end - begin, spec.shape[1]))
+        return self
 
     def __exit__(self, *exception: object) -> None:
+        self._rows_RD.clear()
         if self._linear._executor is not None:
             self._linear._executor.release(self._index)
 
@@ -124,7 +135,8 @@ class _Product(torch.autograd.Function):
         ctx.linear = linear
         ctx.shape, ctx.dtype = inputs.shape, inputs.dtype
         rows_ND = inputs.reshape(-1, inputs.shape[-1])
-        return linear.products(rows_ND, training=ctx.needs_input_grad[0]).view(*inputs.shape[:-1], -1)
+        found_NV = linear.products(rows_ND, training=ctx.needs_input_grad[0])
+        return found_NV.view(*inputs.shape[:-1], found_NV.shape[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

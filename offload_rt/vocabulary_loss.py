@@ -60,9 +60,8 @@ class VocabularyLoss:
         """All of them, put together from tiles: for a few tokens, to be held against those of a whole head."""
         found = []
         for index in range(len(self.linear.tiles)):
-            with self.linear.tile(index, Phase.FORWARD, training=False) as tile_RD:
-                found.append(logits(inputs_ND @ tile_RD.to(inputs_ND.dtype).t(), inputs_ND, targets_N))
-                del tile_RD
+            with self.linear.tile(index, Phase.FORWARD, training=False) as tile:
+                found.append(logits(inputs_ND @ tile.rows_RD(inputs_ND.dtype).t(), inputs_ND, targets_N))
         return torch.cat(found, dim=-1)
 
     @torch.no_grad()
@@ -75,14 +74,12 @@ class VocabularyLoss:
         total_N, label_N = torch.zeros_like(maximum_N), torch.zeros_like(maximum_N)
         for index, (begin, end) in enumerate(self.linear.tiles):
             self._visit()
-            with self.linear.tile(index, Phase.FORWARD, training=training) as tile_RD:
-                weight_RD = tile_RD.to(inputs_ND.dtype)
-                del tile_RD
+            with self.linear.tile(index, Phase.FORWARD, training=training) as tile:
                 for inputs_CD, targets_C, maximum_C, total_C, label_C in self._chunks(
                     inputs_ND, targets_N, maximum_N, total_N, label_N
                 ):
                     with self._transients.placed():
-                        logits_CR = logits(inputs_CD @ weight_RD.t(), inputs_CD, targets_C).float()
+                        logits_CR = logits(inputs_CD @ tile.rows_RD(inputs_CD.dtype).t(), inputs_CD, targets_C).float()
                         column_C1, is_here_C1 = _columns(targets_C, begin, end)
                         label_C += logits_CR.gather(1, column_C1).where(is_here_C1, 0.0).squeeze(1)
                         larger_C = torch.maximum(maximum_C, logits_CR.amax(1))
@@ -90,7 +87,6 @@ class VocabularyLoss:
                         total_C.add_((logits_CR - larger_C.unsqueeze(1)).exp_().sum(1))
                         maximum_C.copy_(larger_C)
                         del logits_CR
-                del weight_RD
         return total_N.log() - (label_N - maximum_N), Normalizers(maximum_N, total_N)
 
     @torch.no_grad()
@@ -107,15 +103,12 @@ class VocabularyLoss:
         gradient_ND = torch.zeros_like(inputs_ND, dtype=wide)
         for index, (begin, end) in reversed(list(enumerate(self.linear.tiles))):
             self._visit()
-            with self.linear.tile(index, Phase.BACKWARD, training=True) as tile_RD:
-                weight_RD = tile_RD.to(inputs_ND.dtype)
-                wide_RD = weight_RD.to(wide)  # see [Note: products by tiles] in tiled_linear
-                del tile_RD
+            with self.linear.tile(index, Phase.BACKWARD, training=True) as tile:
                 for inputs_CD, targets_C, maximum_C, total_C, gradient_CD in self._chunks(
                     inputs_ND, targets_N, normalizers.maximum_N, normalizers.total_N, gradient_ND
                 ):
                     with self._transients.placed():
-                        product_CR = (inputs_CD @ weight_RD.t()).requires_grad_()
+                        product_CR = (inputs_CD @ tile.rows_RD(inputs_CD.dtype).t()).requires_grad_()
                         with torch.enable_grad():
                             logits_CR = logits(product_CR, inputs_CD, targets_C)
                         softmax_CR = logits_CR.detach().float() - maximum_C.unsqueeze(1)
@@ -123,9 +116,9 @@ class VocabularyLoss:
                         column_C1, is_here_C1 = _columns(targets_C, begin, end)
                         softmax_CR.scatter_add_(1, column_C1, -is_here_C1.float()).mul_(scale)
                         (of_product_CR,) = torch.autograd.grad(logits_CR, product_CR, softmax_CR.to(logits_CR.dtype))
-                        gradient_CD.addmm_(of_product_CR.to(wide), wide_RD)
+                        # See [Note: products by tiles] in tiled_linear.
+                        gradient_CD.addmm_(of_product_CR.to(wide), tile.rows_RD(wide))
                         del product_CR, logits_CR, softmax_CR, of_product_CR
-                del weight_RD, wide_RD
         return gradient_ND
 
     def _visit(self) -> None:

@@ -145,6 +145,29 @@ def test_places_and_slots_change_no_bit(make_engine, disk_folder):
     device.close()
 
 
+def test_odd_inputs_are_torchs_matter_and_errors_that_are_kept_keep_no_tile(make_engine, disk_folder):
+    built = model()
+    head = built.get_output_embeddings()
+    made(make_engine, disk_folder, built=built)
+    kept = []
+    for _ in range(3):  # more than there are slots
+        for inputs, message in [
+            (torch.zeros(2, WIDTH + 1, dtype=torch.bfloat16), "mat1 and mat2 shapes"),
+            (torch.zeros(2, WIDTH), "same dtype"),
+        ]:
+            with pytest.raises(RuntimeError, match=message) as error:
+                head(inputs)
+            kept.append(error.value)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="mat1 and mat2") as error:
+            head(torch.zeros(2, WIDTH + 1))  # while it has a tile
+        kept.append(error.value)
+    assert head(input=torch.ones(WIDTH, dtype=torch.bfloat16)).shape == (ROWS,)
+    nothing = torch.zeros(0, 3, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    found = head(nothing)
+    found.sum().backward()
+    assert found.shape == (0, 3, ROWS) and nothing.grad.shape == nothing.shape
+
+
 def test_micro_batches_that_go_together_take_all_tiles_each(make_engine, disk_folder):
     found = []
     for together in (False, True):
