@@ -100,6 +100,8 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
         return 'state in tiers: plan="optimise" would ask the optimiser'
     if rule.layer_major:
         return "several micro-batches to a fetch are not the optimiser's yet"
+    if rule.head_tiles is not None:
+        return "a head by tiles, which changes numbers, is not the optimiser's yet"
     chunk_tokens = chunk_tokens_of(rule, workload)
     if config.device_memory_bytes is None:
         return "no device_memory= says how much may be used; the optimiser would fill all that is free"

@@ -14,6 +14,7 @@ from planners.placement import Tier
 from planners.problem import KeptPass
 from planners.program import SolverMissing
 from planners.streaming import plan_streaming
+from planners.vocabulary import HeadTiles
 from tests.conftest import build_plain
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
 from tests.test_parity import differences
@@ -131,6 +132,18 @@ def test_profiling_that_would_take_long_is_left_to_who_asks_for_it(timed, tmp_pa
         assert choice.chosen == name == (RULE if plan is rule else OPTIMISER), choice.why
     assert len(timed) == 1 and "about 61 s" in choice.why
     assert profile_bytes(workload, streaming) > 4 * streaming.activation_bytes
+
+
+def test_a_head_by_tiles_stays_the_rules(timed, tmp_path):
+    """A run that goes on by tiles would otherwise be refused for the cuts of the optimiser's plan."""
+    hardware = machine(64 * MIB, 0)
+    workload, streaming, _ = question(build(BF16), tmp_path, hardware, None)
+    whole = plan_streaming(streaming)
+    tiles = HeadTiles(block="lm_head", rest=Tier.NVME, tile_rows=64, tile_bytes=4096, product_bytes=1)
+    for rule, name in ((whole, OPTIMISER), (replace(whole, head_tiles=tiles), RULE)):
+        plan, choice, _ = choose(workload, streaming, rule, hardware)
+        assert choice.chosen == name == (RULE if plan is rule else OPTIMISER), choice.why
+    assert "a head by tiles" in choice.why
 
 
 def test_profiling_that_takes_more_memory_than_there_is_is_not_tried(timed, tmp_path):
