@@ -279,12 +279,15 @@ def test_a_change_of_plans_goes_on_with_rows_tiles_and_packed_products(place, ma
         }  # fmt: skip
         engine = make_engine(model(), options, batch_size=2, seq_len=TOKENS, nvme=drive, bits=4, **PLACES[place])
         before, _ = train(engine)
+        runtime = engine._runtime
+        counters = runtime.heap.counters, runtime.transients.counters
         if changes:
             rings = tuple(replace(ring, num_slots=1) for ring in engine.plan.rings)
             tiles = replace(engine.plan.head_tiles, num_slots=3)
             propose(engine, replace(engine.plan, rings=rings, head_tiles=tiles))
         after = train(engine)
-        report = engine.report()
+        report, runtime = engine.report(), engine._runtime
+        assert counters[0] is runtime.heap.counters and counters[1] is runtime.transients.counters
         counted = report["lookups"], report["packed_products"], report["loss_head"], len(way.tokens)
         return engine, before, after, counted
 
