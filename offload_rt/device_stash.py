@@ -8,6 +8,11 @@ which is ahead of the device, would put away more and more. So at most a *window
 until the oldest copies are over. When a tensor is fetched back, those put away before it are asked for too, as far as
 the window goes: backward wants them next, and their copies run under what is computed meanwhile. (`stash` has the same
 where DEVICE is RAM.)
+
+[Note: one window for both ways]
+What leaves and what was fetched ahead share the window, so that the two never hold more of the device's memory than a
+plan charges: where forward turns into backward, the first look ahead waits for what still leaves. A tensor that was
+asked for is its user's, and in no window.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ class DeviceStash:
     """A `Stash` in an arena of HOST memory; or in a scratch file, to and from which tensors come through the arena."""
 
     def __init__(self, arena: Arena, links: Links, *, window_bytes: int, scratch: Scratch | None = None) -> None:
-        """`window_bytes`: of the device's memory that copies under way may hold; a single tensor may be larger.
+        """`window_bytes`: of the device's memory that tensors on their way may hold; a single one may be larger.
 
         With `scratch`, `arena` has room for twice the window, and for two of the largest tensors besides.
         """
@@ -43,6 +48,8 @@ class DeviceStash:
         self._leaving: deque[Transfer] = deque()
         self._writing: dict[Transfer, ScratchRange] = {}
         """Ranges are not leased again while they are written to, whoever lets go of what lies there."""
+        self._fetched_ahead: weakref.WeakSet[_DeviceStashed] = weakref.WeakSet()
+        """Those fetched back that nobody has asked for yet."""
         self._last: weakref.ref[_DeviceStashed] | None = None
 
     def put(self, tensor: torch.Tensor) -> Stashed | None:
@@ -77,14 +84,23 @@ class DeviceStash:
         return slot if slot is not None else self._arena.acquire(num_bytes, "on its way")
 
     def look_ahead(self, stashed: _DeviceStashed) -> None:
-        """Starts fetching those put away before `stashed`, one at least, as far as the window goes."""
-        left = self._window_bytes
+        """Starts fetching those put away before `stashed`, one at least, as far as the window goes.
+
+        Blocks until what leaves makes room: [Note: one window for both ways].
+        """
         before = stashed.previous()
         while before is not None:
-            left -= before.num_bytes
-            if before.is_held:
+            if before.is_held and before not in self._fetched_ahead:
+                if self._fetched_ahead and self._ahead_bytes() + before.num_bytes > self._window_bytes:
+                    return
+                self._wait_for_window(before.num_bytes)
                 before.start()
-            before = before.previous() if left > 0 else None
+                self._fetched_ahead.add(before)
+            before = before.previous()
+
+    def asked_for(self, stashed: _DeviceStashed) -> None:
+        """`stashed` is its user's, or nobody's, from now on."""
+        self._fetched_ahead.discard(stashed)
 
     def written(self, write: Transfer) -> None:
         """`write` is over, whatever became of it."""
@@ -106,11 +122,14 @@ class DeviceStash:
         self.written(write)
 
     def _wait_for_window(self, num_bytes: int) -> None:
-        num_bytes += sum(transfer.num_bytes for transfer in self._leaving)
+        num_bytes += self._ahead_bytes() + sum(transfer.num_bytes for transfer in self._leaving)
         while self._leaving and num_bytes > self._window_bytes:
             oldest = self._leaving.popleft()
             oldest.wait()
             num_bytes -= oldest.num_bytes
+
+    def _ahead_bytes(self) -> int:
+        return sum(stashed.num_bytes for stashed in self._fetched_ahead)
 
 
 class _DeviceStashed:
@@ -144,9 +163,13 @@ class _DeviceStashed:
         return None if self._previous is None else self._previous()
 
     def load(self) -> torch.Tensor:
-        """The tensor again; kernels given from now on are ordered after its arrival. Blocks for a drive only."""
+        """The tensor again; kernels given from now on are ordered after its arrival.
+
+        Blocks for a drive, and for what still leaves: see `DeviceStash.look_ahead`.
+        """
         tensor, arrival = self.start()
         self._ahead = None
+        self._stash.asked_for(self)
         self._stash.links.wait(arrival)
         self._stash.look_ahead(self)
         return tensor
@@ -178,4 +201,8 @@ class _DeviceStashed:
                 if transfer is not None:
                     self._stash.links.finish(transfer)
         self._stash.written(self._saved)
+        if self._ahead is not None:  # as if it had been used: what it holds of the device goes with its last kernel
+            with contextlib.suppress(OffloadError):
+                self._stash.links.wait(self._ahead[1])
+        self._stash.asked_for(self)
         self._slot = self._place = self._read = self._ahead = None

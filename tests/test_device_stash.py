@@ -93,6 +93,38 @@ def test_no_more_than_the_window_is_on_its_way_out_of_the_device(place: str, tmp
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_what_comes_ahead_waits_until_what_leaves_has_made_room(place: str, tmp_path: Path) -> None:
+    bench = Bench(place, tmp_path)
+    away = [bench.stash.put(bench.compute(value)) for value in range(3)]
+    bench.stash.links.finish(away[2]._saved)  # on NVMe it is read only when it was written
+    bench.device.reports.hold()
+    away += [bench.stash.put(bench.compute(value)) for value in (3, 4)]
+    loading = Waiting(away[2].load)
+    assert loading.still(), "two that leave fill the window"
+    bench.device.reports.resume()
+    bench.use(loading.result())
+    assert sum(stashed._ahead is not None for stashed in away) == 2
+    bench.close()
+    assert bench.seen == [(2.0, 2.0)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_more_than_the_window_comes_ahead_in_whatever_order_tensors_are_wanted(place: str, tmp_path: Path) -> None:
+    bench = Bench(place, tmp_path)
+    away = [bench.stash.put(bench.compute(value)) for value in range(8)]
+    for index in (7, 4, 1):  # each would fetch two of its own
+        bench.use(away[index].load())
+        ahead = [number for number, stashed in enumerate(away) if stashed._ahead is not None]
+        assert ahead == [5, 6]
+    held = away[6]._ahead  # a GPU's allocator knows its streams, the fake one's does not
+    away[6].release()  # nobody wanted it
+    bench.use(away[3].load())
+    assert [number for number, stashed in enumerate(away) if stashed._ahead is not None] == [2, 5]
+    bench.close()
+    assert held is not None and bench.seen == [(float(index),) * 2 for index in (7, 4, 1, 3)]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_what_backward_wants_next_is_fetched_as_far_as_the_window_goes(place: str, tmp_path: Path) -> None:
     bench = Bench(place, tmp_path)
     away = [bench.stash.put(bench.compute(value)) for value in range(5)]
