@@ -21,7 +21,7 @@ from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transients import Transients
 from offload_rt.workload import Workload, chunk_tokens_of, places_transients, policy_of
-from planners.activations import Action, Treatment
+from planners.activations import Action, ActivationPolicy, Treatment
 from planners.plan import Plan, Tier
 from planners.streaming import (
     INPUTS_OF_CHUNKS,
@@ -104,6 +104,10 @@ class ActivationsAssembly:
             device.reserve("layer inputs", inputs)
         elif self._sizes is None:
             device.reserve("layer input in use", each)
+        by_chunks = self._sizes is None and bool(self._policies())
+        on_their_way = self._problem.on_their_way_bytes(home, by_chunks=by_chunks)
+        if on_their_way:
+            device.reserve("layer inputs on their way", on_their_way)
         if together > 1:
             device.reserve("hidden states of other micro-batches", 2 * together * each)
         largest_input = max(sizes, default=each) if self._sizes is None else each
@@ -111,7 +115,7 @@ class ActivationsAssembly:
         window = self._window_bytes(swapped)
         device.reserve("swapped activations on their way", window)
         return Places(
-            layer_inputs=self._stash(home, "layer inputs", inputs, largest_input, largest_input),
+            layer_inputs=self._stash(home, "layer inputs", inputs, largest_input, on_their_way or largest_input),
             layer_inputs_tier=home,
             swapped={
                 tier: stash
@@ -184,9 +188,8 @@ class ActivationsAssembly:
         if self._sizes is not None:
             return self._sizes.kept_bytes if tier is None else self._sizes.swapped_bytes.get(tier, 0)
         seq_len = self._workload.config.seq_len
-        policies = [policy for draft in self._workload.layers if (policy := policy_of(self._plan, draft)) is not None]
         treatment = Treatment(action=action, tier=tier)
-        shares = [(s.end - s.start, s.share(treatment)) for policy in policies for s in policy.spans(seq_len)]
+        shares = [(s.end - s.start, s.share(treatment)) for policy in self._policies() for s in policy.spans(seq_len)]
         tokens = sum(num_tokens * share for num_tokens, share in shares)
         rounded_up = sum(share > 0 for _, share in shares) * KEPT_TENSORS * IO_ALIGNMENT_BYTES
         return align_up(int(self._problem.activation_bytes * tokens / seq_len) + rounded_up, IO_ALIGNMENT_BYTES)
@@ -197,11 +200,14 @@ class ActivationsAssembly:
             return self._sizes.window_bytes
         return self._largest_swapped_bytes() if self._device is not None and any(swapped.values()) else 0
 
+    def _policies(self) -> list[ActivationPolicy]:
+        """Of the layers that have one."""
+        return [policy for draft in self._workload.layers if (policy := policy_of(self._plan, draft)) is not None]
+
     def _largest_swapped_bytes(self) -> int:
         """An estimate of what a layer saves of its largest chunk that is swapped."""
         seq_len = self._workload.config.seq_len
-        policies = [policy for draft in self._workload.layers if (policy := policy_of(self._plan, draft)) is not None]
-        spans = [span for policy in policies for span in policy.spans(seq_len)]
+        spans = [span for policy in self._policies() for span in policy.spans(seq_len)]
         swapped = [s for s in spans if any(one.action is Action.SWAP for one in s.treatments())]
         largest = max((span.end - span.start for span in swapped), default=0)
         return align_up(self._problem.activation_bytes * largest // seq_len, IO_ALIGNMENT_BYTES)
@@ -210,10 +216,5 @@ class ActivationsAssembly:
         """One tensor of one chunk at most: the widest a layer has, in fp32."""
         config = self._workload.config
         widest = max((size for d in self._workload.layers for t in d.spec.tensors for size in t.shape[-2:]), default=1)
-        spans = [
-            span.end - span.start
-            for draft in self._workload.layers
-            if (policy := policy_of(self._plan, draft)) is not None
-            for span in policy.spans(config.seq_len)
-        ]
+        spans = [span.end - span.start for policy in self._policies() for span in policy.spans(config.seq_len)]
         return align_up(4 * config.batch_size * max(spans, default=1) * widest, IO_ALIGNMENT_BYTES)

@@ -52,7 +52,7 @@ from offload_rt.workload import MemoryMeter, gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
 from planners.plan import Tier
-from planners.streaming import TIGHT_SLACK_BYTES
+from planners.streaming import LAYER_INPUTS, TIGHT_SLACK_BYTES
 
 logger = logging.getLogger("offload_rt")
 
@@ -68,8 +68,7 @@ TRANSIENT = (
     "activations",
     "products by tiles",
     "kept activations",
-    "layer inputs",
-    "layer input in use",
+    *LAYER_INPUTS,
     "swapped activations on their way",
 )
 """What a micro-batch takes of DEVICE memory outside arenas."""

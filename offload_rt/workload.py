@@ -308,10 +308,9 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         trainable_bytes = leftovers + weights_bytes + gradients_under_way_bytes(workload)
     activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     input_bytes = layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len)
-    if workload.has_streams:
-        activation_bytes += input_bytes  # of another layer, on its way to where it waits or back
+    passing_bytes = input_bytes if workload.has_streams else 0
+    activation_bytes += passing_bytes
     on_gpu = config.device != "cpu"
-    chunked = chunked_size(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     unified = config.host_memory_bytes is None and not on_gpu
     nvme_capacity = None
     if config.nvme:
@@ -327,6 +326,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         trainable_bytes=trainable_bytes,
         layer_input_bytes=input_bytes,
         activation_bytes=activation_bytes,
+        passing_bytes=passing_bytes,
         allocator_slack_bytes=allocator_slack_bytes(
             trainable_bytes,
             activation_bytes,
@@ -339,7 +339,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         unified=unified,
         training=None if workload.training is None else training_sizes(workload),
         stages_pieces=not workload.has_streams,
-        chunked=None if on_gpu else chunked,
+        chunked=chunked_size(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len),
         num_micro_batches=config.accumulation_steps,
     )
 

@@ -47,6 +47,8 @@ KEPT_TENSORS = 64
 """Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
 INPUTS_OF_CHUNKS = 3
 """Layer inputs' sizes that a layer in chunks puts away: its input, and attention's result, which may be wider."""
+LAYER_INPUTS = ("layer inputs", "layer input in use", "layer inputs on their way")
+"""What a plan says of them in DEVICE memory."""
 TIGHT_SLACK_BYTES = 64 << 20
 """Of freed memory held back, where a budget is tight."""
 STATE_SLOTS = (128, 64, 32, 16, 8, 4, 2)
@@ -162,6 +164,9 @@ class StreamingProblem:
     """One layer's input for the largest batch."""
     activation_bytes: int
     """Peak of transient activations of one layer's recompute."""
+    passing_bytes: int = 0
+    """Part of it: another layer's input, on its way to where it waits or back, on a device whose copies are
+    asynchronous."""
     allocator_slack_bytes: int = 0
     """Freed memory that the allocator should be able to hold back; a tight plan grants a quarter of it at most."""
     loss_head: LossHeadSize | None = None
@@ -191,8 +196,16 @@ class StreamingProblem:
         """
         if chunk_tokens is None or self.chunked is None or chunk_tokens >= self.chunked.num_tokens:
             return self.activation_bytes
-        of_chunk = self.activation_bytes * chunk_tokens // self.chunked.num_tokens
+        of_chunk = (self.activation_bytes - self.passing_bytes) * chunk_tokens // self.chunked.num_tokens
         return self.chunked.sequence_bytes + of_chunk * 3 // 2
+
+    def on_their_way_bytes(self, home: Tier, *, by_chunks: bool) -> int:
+        """DEVICE memory of what layers in chunks put away in `home`, while copies hold it: a layer's, in both ways
+        together (the window of `offload_rt.device_stash`). Of whole layers `passing_bytes` are.
+        """
+        if not by_chunks or home is Tier.DEVICE or not self.passing_bytes:
+            return 0
+        return INPUTS_OF_CHUNKS * _pages(self.layer_input_bytes)
 
     def slack_bytes(self, chunk_tokens: int | None) -> int:
         """Freed memory that the allocator may hold back where a budget has room: at most twice what is in use."""
@@ -429,6 +442,8 @@ def _plan(
         (device if home is Tier.DEVICE else host)["layer inputs"] = waiting * len(problem.layers)
     if home is not Tier.DEVICE:
         device["layer input in use"] = one
+    if on_their_way := problem.on_their_way_bytes(home, by_chunks=chunk_tokens is not None):
+        device["layer inputs on their way"] = on_their_way
     if layer_major:
         device["hidden states of other micro-batches"] = 2 * each
     if state is not None and problem.training is not None:
@@ -584,7 +599,7 @@ def _infeasible(problem: StreamingProblem, candidates: list[Plan]) -> PlanInfeas
         with suppress(PlanInfeasible):
             plan_streaming(replace(problem, cuts=None))
             ways.append("other cuts, which take sums in another order (--other-cuts)")
-    by_tokens = sum(items.get(item, 0) for item in ("activations", "layer inputs", "layer input in use"))
+    by_tokens = sum(items.get(item, 0) for item in ("activations", *LAYER_INPUTS))
     if set(short) == {Tier.DEVICE} and by_tokens > need - have + 4096 * len(problem.layers):
         share = 1 - (need - have + 4096 * len(problem.layers)) / by_tokens
         ways.append(f"batch_size x seq_len cut to {int(share * 100)}% (activations are {format_bytes(by_tokens)})")

@@ -20,7 +20,7 @@ from offload_rt.config import EngineConfig
 from offload_rt.cuda_memory import Bound, bytes_beside_allocator, capacity_bytes
 from offload_rt.errors import ConfigError
 from offload_rt.workload import RuntimeOptions, find_workload, streaming_problem
-from tests.conftest import build_plain
+from tests.conftest import build_lora, build_plain
 from tests.fake_device import FakeDevice
 
 GPU = torch.device("cuda", 0)
@@ -105,6 +105,15 @@ def test_the_planner_is_told_what_is_left_of_a_gpus_budget(card: Card) -> None:
     model: nn.Module = build_plain()
     workload = find_workload(model, None, config, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
     assert streaming_problem(workload).device_capacity_bytes == (500 - 300 - 128 - 16) * MIB
+
+
+def test_the_planner_may_take_layers_by_chunks_on_a_gpu(card: Card) -> None:
+    config = EngineConfig(device="cuda:0", device_memory_bytes=500 * MIB, host_memory_bytes=64 * MIB, seq_len=512)
+    problem = streaming_problem(find_workload(build_lora("llama"), None, config))
+    assert problem.chunked is not None and problem.chunked.num_tokens == 512
+    assert problem.passing_bytes == problem.layer_input_bytes > 0
+    chunk_bytes = problem.layer_bytes(256) - problem.chunked.sequence_bytes
+    assert chunk_bytes == (problem.activation_bytes - problem.passing_bytes) // 2 * 3 // 2, "charged by itself"
 
 
 def test_freed_memory_goes_back_when_more_is_reserved_than_the_budget_has_room_for(card: Card, monkeypatch) -> None:

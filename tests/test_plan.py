@@ -323,6 +323,24 @@ def test_a_loss_that_cannot_or_need_not_be_tiled_is_taken_whole(whole):
     assert plan.peak_bytes["device"]["activations"] == max(64 * KIB, whole.peak_bytes(None) if whole else 0)
 
 
+@pytest.mark.parametrize(("chunk", "window_bytes"), [(None, 8 * KIB), (256, 3 * 8 * KIB)])
+def test_what_waits_for_a_devices_copies_is_charged(chunk, window_bytes):
+    """An input of whole layers, as part of the activations; of layers in chunks all that one of them puts away."""
+
+    def least_bytes(passing_bytes):
+        p = problem(
+            unified=False, host_capacity_bytes=1 << 40, device_capacity_bytes=1, passing_bytes=passing_bytes,
+            activation_bytes=64 * KIB + passing_bytes, chunked=ChunkedSize(num_tokens=512, sequence_bytes=24 * KIB),
+            cuts=Cuts(head_chunk_tokens=None, chunk_tokens=chunk, layer_major=None),
+        )  # fmt: skip
+        with pytest.raises(PlanInfeasible) as short:
+            plan_streaming(p)
+        assert plan_streaming(replace(p, device_capacity_bytes=short.value.need_bytes)).layer_inputs is Tier.HOST
+        return short.value.need_bytes
+
+    assert least_bytes(8 * KIB) - least_bytes(0) == window_bytes
+
+
 def test_tiles_of_no_tokens_are_no_plan():
     with pytest.raises(ValueError, match="head_chunk_tokens"):
         replace(plan_streaming(problem()), head_chunk_tokens=0)
