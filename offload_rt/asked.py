@@ -91,8 +91,11 @@ class Asked:
         """What it takes at most to bring everything to where `plan` has it.
 
         Weights that rest in memory are brought there anew, those in DEVICE over its link. State goes by the drive: what
-        rests in memory is written for a commit and read again, and weights are rounded from all of the masters.
+        rests in memory is written for a commit and read again, and weights are rounded from all of the masters. Without
+        a drive all stays where it is.
         """
+        if not self.question.hardware.drives:
+            return 0.0
         hardware, links = self.question.hardware, self.question.hardware.links
         device = sum(len(entry.blocks) * entry.weights.device_bytes for entry in plan.classes)
         host = sum(len(entry.blocks) * entry.weights.host_bytes for entry in plan.classes)
@@ -100,10 +103,8 @@ class Asked:
             entry.state_cuts[-1][1] * entry.count for entry in self.question.workload.classes if entry.state_cuts
         )
         seconds = 0.0 if hardware.unified else device / links.host_to_device_bytes_per_second
-        if hardware.drives:
-            seconds += (device + host + state) / hardware.read_bytes_per_second
-            seconds += state / hardware.write_bytes_per_second
-        return seconds
+        seconds += (device + host + state) / hardware.read_bytes_per_second
+        return seconds + state / hardware.write_bytes_per_second
 
     def _each(self, change: Callable[[Problem], Problem]) -> Asked:
         return replace(self, questions=tuple((change(problem), freedoms) for problem, freedoms in self.questions))

@@ -47,6 +47,7 @@ from offload_rt.packed_linear import packed_linears
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
 from offload_rt.recording import Recorder
+from offload_rt.resting import Resting, why_none_follows, why_not_follow
 from offload_rt.rows import RowReader, RowSource
 from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.state_assembly import StateAssembly
@@ -129,8 +130,8 @@ def assemble(
 
 
 def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[StreamingProblem], Plan] | None:
-    """The fixed rule for other sizes, where a runtime can change over: all weights and state are on a drive, too."""
-    if workload.has_streams or not workload.config.nvme:
+    """The fixed rule for other sizes, where a runtime can change over."""
+    if workload.has_streams or why_none_follows(workload):
         return None
     return lambda problem: with_options(
         plan_streaming(problem, rest=options.rest), workload.drafts, options, problem.training
@@ -141,20 +142,26 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
     """The runtime that carries out the plan of `change` in place of `runtime`, which is taken apart. Blocks; between
     steps only.
 
-    State goes by the log: it is committed if it is not, and what the new plan holds in memory is read from there. What
-    is counted goes on, the optimizer stays the same object. Raises `ConfigError` before anything was changed.
+    State goes by the log: it is committed if it is not, and what the new plan holds in memory is read from there.
+    Without a store weights stay in the memory that they are in. What is counted goes on, the optimizer stays the same
+    object. Raises `ConfigError` before anything was changed.
     """
     choice = runtime.made_of.choice if change.asked is not None else after_rehearsal(runtime.made_of.choice)
     made_of = replace(runtime.made_of, problem=change.problem, asked=change.asked, choice=choice)
     check_plan(change.plan, made_of.problem, made_of.workload)
+    if why := why_not_follow(made_of.workload, runtime.plan, change.plan):
+        raise ConfigError(f"plan: {why}")
     training = runtime.training
     if isinstance(training, TieredTraining) and not training.commits.can_go_back:
         training.commits.commit()
     runtime.close()
     runtime.let_go()
-    runtime.tiers.give_back()  # before the new plan's memory is taken, whoever still holds the old one's
+    # Before the new plan's memory is taken, whoever still holds the old one's.
+    runtime.tiers.give_back(keep=runtime.resting.values())
     with _Assembly(made_of, change.plan, None, before=runtime, more_bytes=change.more_bytes) as assembly:
-        return assembly.run(runtime.coverage, training.optimizer)
+        follows = assembly.run(runtime.coverage, training.optimizer)
+    runtime.resting = {}
+    return follows
 
 
 class _Assembly:
@@ -199,6 +206,7 @@ class _Assembly:
         self.store_was_cached = False
         self.activations = ActivationsAssembly(workload, problem, plan, self.tiers, self.links, self.device)
         self.executors: list[RingExecutor] = []
+        self.resting: Resting = {}
         self.rows: RowReader | None = None
         self.row_sources: dict[str, RowSource] = {}
         self.tiles: list[tuple[int, int]] = []
@@ -246,8 +254,9 @@ class _Assembly:
             self.state.open()
         weights = WeightsAssembly(
             self.workload, self.plan, self.tiers, self.links, self.store, self.state, self.recorder,
-            device_is_asynchronous=self.device is not None,
+            device_is_asynchronous=self.device is not None, left=self._left(),
         )  # fmt: skip
+        self.resting = weights.resting
         accesses = weights.resident()
         for ring in self.plan.rings:
             executor, streamed = weights.ring(ring)
@@ -261,6 +270,12 @@ class _Assembly:
             self.executors.append(executor)
         places = self.activations.places()
         return self._attach(decoder, accesses, places, transients, covered, optimizer)
+
+    def _left(self) -> Resting | None:
+        """The memory with weights that the runtime before hands over; None where they are brought."""
+        if self.before is None or self.store is not None or self.state is not None:
+            return None
+        return self.before.resting
 
     def _open_store(self) -> None:
         """Finds the store, or builds it."""
@@ -325,7 +340,7 @@ class _Assembly:
             store=self.store, store_was_cached=self.store_was_cached, scratch=self.activations.scratch,
             recorder=self.recorder, turns=self.turns,
             training=self._training(optimizer, make_room=heap.check), device=self.device, transients=transients,
-            made_of=self.made_of, cuts=cuts_of(self.plan, workload), packed=[],
+            made_of=self.made_of, resting=self.resting, cuts=cuts_of(self.plan, workload), packed=[],
             products=products_of(self.plan, workload, self.options),
         )  # fmt: skip
         if self.before is not None:

@@ -47,6 +47,7 @@ from offload_rt.optimizer.rehearsed import rehearsed, update_peak_bytes
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.representatives import Unlike, representatives, run_alone, whole_step
+from offload_rt.resting import why_none_follows, why_not_follow
 from offload_rt.runtime import Change, Runtime
 from offload_rt.workload import MemoryMeter, gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
@@ -226,19 +227,24 @@ class Rehearsal:
 
 
 def _planned_again(runtime: Runtime, factor: float, more_bytes: int) -> Change | None:
-    """For tensors that are `factor` times as large as was thought, `more_bytes` in all; None for a plan that was given.
+    """For tensors that are `factor` times as large as was thought, `more_bytes` in all; None for a plan that was given,
+    and where none can follow.
 
     Raises `PlanInfeasible`.
     """
     made_of = runtime.made_of
     if made_of.plan_again is not None:
         problem = scaled(made_of.problem, factor)
-        return Change(problem=problem, plan=made_of.plan_again(problem))
-    if made_of.asked is None:
+        plan = made_of.plan_again(problem)
+        follows = not why_not_follow(made_of.workload, runtime.plan, plan)
+        return Change(problem=problem, plan=plan) if follows else None
+    if made_of.asked is None or why_none_follows(made_of.workload):
         return None
     problem = replace(made_of.problem, cuts=runtime.cuts)
     less = made_of.asked.with_memory(made_of.asked.memory_bytes - more_bytes)
     plan, answered = less.best(made_of.workload, problem)
+    if why_not_follow(made_of.workload, runtime.plan, plan):
+        return None
     asked = replace(made_of.asked, answered=answered.answered)
     return Change(problem=problem, plan=plan, asked=asked, more_bytes=more_bytes)
 

@@ -25,8 +25,9 @@ returned; and right behind it the change:
                                               └ killed from here on, a run goes on from N under either plan
 
 A forward that adds to gradients which wait already begins no step, nor does one right after a checkpoint was loaded
-that is in no log: then the change waits. A change that fails goes back to the plan before, by the same commit. On a GPU
-and without a store a running engine does not change over, and says so.
+that is in no log: then the change waits. A change that fails goes back to the plan before, by the same commit. Without
+a drive weights stay in the memory that they are in (`resting`), and a plan that moves them is not taken; state in tiers
+is in no log then, and a running engine does not change over, nor on a GPU: it says so.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from offload_rt.plan_check import check_plan
 from offload_rt.profile import free_memory_bytes, resident_bytes
+from offload_rt.resting import why_none_follows, why_not_follow
 from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.steps import WARM_STEPS, StepMeter, StepReading
 from planners.errors import PlanInfeasible, format_bytes
@@ -300,8 +302,8 @@ def why_not(runtime: Runtime) -> str:
         return "switched off"
     if workload.has_streams:
         return "a GPU does not change over while it runs"
-    if not workload.config.nvme:
-        return "weights are in no store that they could be brought from"
+    if why := why_none_follows(workload):
+        return why
     if made_of.asked is None and made_of.plan_again is None:
         return "the plan was given"
     return ""
@@ -370,7 +372,10 @@ def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, p
         return _Answer(None, f"no plan fits: {error}")
     except Exception as error:  # noqa: BLE001 - training goes on with the plan that it has
         return _Answer(None, f"the optimiser failed: {error!r}")
-    return found if same_cuts(plan, other) else _Answer(None, "the other plan cuts otherwise, which changes numbers")
+    if not same_cuts(plan, other):
+        return _Answer(None, "the other plan cuts otherwise, which changes numbers")
+    why = why_not_follow(made_of.workload, plan, other)
+    return _Answer(None, why) if why else found
 
 
 def _changed(runtime: Runtime, streaming: StreamingProblem, answer: _Answer, more_bytes: int) -> tuple[Runtime, str]:

@@ -25,6 +25,7 @@ from offload_rt.optimizer.interface import Training
 from offload_rt.packed_linear import PackedLinear
 from offload_rt.plan_choice import Choice
 from offload_rt.recording import Recorder
+from offload_rt.resting import Resting
 from offload_rt.rows import RowReader
 from offload_rt.scratch import Scratch
 from offload_rt.store import Store
@@ -109,6 +110,8 @@ class Runtime:
     device: TensorDevice | None
     """DEVICE, where its work is asynchronous; None where it is RAM."""
     made_of: MadeOf
+    resting: Resting
+    """Memory with the only copy of its weights, which whoever follows takes over; empty where there is a store."""
     cuts: Cuts
     """Of `plan`."""
     ring_counters: list[ExecutorCounters] = field(default_factory=list)
@@ -189,7 +192,7 @@ class Runtime:
                 self.store.close()
 
     def let_go(self) -> None:
-        """Gives the memory of its arenas back, after `close`, to whoever follows. What was counted stays."""
+        """Gives the memory of its arenas back, after `close`, to whoever follows. Counters and `resting` stay."""
         if self.executors:
             self.ring_counters = [executor.counters for executor in self.executors]
         for name, part in self._parts_with_counters():

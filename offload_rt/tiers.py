@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -113,10 +113,22 @@ class Tiers:
             self._device.lock(arena)
         return arena
 
-    def give_back(self) -> None:
-        """Gives the memory of all arenas back to the system; nobody may use it any more. Nothing under a device."""
+    def take_over(self, tier: Tier, name: str, slots: Sequence[Slot]) -> None:
+        """Books `slots` of other tiers, for `name`: their memory is these tiers' from now on, as it is."""
+        account = self.account(tier)
+        num_bytes = sum(align_up(slot.num_bytes, IO_ALIGNMENT_BYTES) for slot in slots)
+        account.reserve(name, num_bytes)
+        account.arena_bytes += num_bytes
+        self._regions.update(slot.region for slot in slots)
+
+    def give_back(self, *, keep: Iterable[Slot] = ()) -> None:
+        """Gives the memory of all arenas back to the system, but of those with a slot in `keep`; nobody may use it any
+        more. Nothing under a device.
+        """
+        kept = {id(slot.region) for slot in keep}
         for region in list(self._regions) if self._device is None else ():
-            region.give_back()
+            if id(region) not in kept:
+                region.give_back()
 
 
 class Fetch(Protocol):

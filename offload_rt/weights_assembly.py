@@ -10,7 +10,7 @@ Ranges are whole pages, and what streams begins with a tensor: see `BlockSpec.cu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from offload_rt.executor import RingExecutor
 from offload_rt.links import Links
 from offload_rt.optimizer.parted_weights import PartedWeights
 from offload_rt.recording import Recorder
+from offload_rt.resting import Resting, all_in, split_of
 from offload_rt.rows import HostRows, PageSums, RowReader, RowSource, StoredRows
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import STAGING_BYTES, Store
@@ -49,7 +50,12 @@ class WeightsAssembly:
         recorder: Recorder | None,
         *,
         device_is_asynchronous: bool,
+        left: Resting | None,
     ) -> None:
+        """`left`: slots with their weights, which the runtime before has handed over; None: they are brought."""
+        self.resting: Resting = {}
+        """What whoever follows can take over: the only copy there is."""
+        self._left = left
         self._workload = workload
         self._plan = plan
         self._tiers = tiers
@@ -65,14 +71,14 @@ class WeightsAssembly:
         names = self._plan.resident
         if not names:
             return accesses
-        sizes = {name: align_up(self._workload.draft(name).spec.stored_bytes, IO_ALIGNMENT_BYTES) for name in names}
-        arena = self._tiers.arena(Tier.DEVICE, "resident blocks", sum(sizes.values()))
+        sizes = {name: self._workload.draft(name).spec.stored_bytes for name in names}
+        slots = self._places(Tier.DEVICE, "resident blocks", sizes)
         staging = None
-        if self._device_is_asynchronous:
+        if self._device_is_asynchronous and self._left is None:
             staging = self._tiers.arena(Tier.HOST, "staging for resident blocks", max(sizes.values()))
         for name in names:
             draft = self._workload.draft(name)
-            slot = arena.acquire(draft.spec.stored_bytes, name)
+            slot = slots[name]
             if self._store is not None and not draft.trains:
                 NvmeResidence(self._store, name, slot.num_bytes, self._links, staging).fetch(slot).wait()
             elif staging is None:
@@ -88,26 +94,27 @@ class WeightsAssembly:
         return accesses
 
     def _fill(self, draft: BlockDraft, slot: Slot) -> None:
-        """Brings a block's values into `slot`, unless they are made of masters, of a run that goes on."""
-        if self._state is None or not (self._state.goes_on and draft.trains):
+        """Brings a block's values into `slot`, unless they are there, or made of masters, of a run that goes on."""
+        if self._left is None and (self._state is None or not (self._state.goes_on and draft.trains)):
             fill_slot(draft, self._workload.sources, slot)
 
     def ring(self, ring: Ring) -> tuple[RingExecutor, dict[str, Access]]:
         """Slots for a ring, what its blocks rest in, and how to get at them."""
         arena = self._tiers.arena(Tier.DEVICE, f"ring of {ring.name}", ring.device_bytes)
         drafts = [self._workload.draft(name) for name in ring.blocks]
-        splits = [self._split(ring, draft) for draft in drafts]
+        splits = [split_of(self._plan, draft.name, ring.rest, draft.spec.stored_bytes) for draft in drafts]
         staging = self._staging(ring, splits)
-        in_host = self._arena(Tier.HOST, "weights", [split.host_bytes for split in splits])
-        stays = [
-            draft.spec.first_streamed_bytes(split.device_bytes) for draft, split in zip(drafts, splits, strict=True)
-        ]
-        in_device = self._arena(Tier.DEVICE, f"what stays of {ring.name}", stays)
+        in_host = self._places(
+            Tier.HOST, "weights", {draft.name: split.host_bytes for draft, split in zip(drafts, splits, strict=True)}
+        )
+        in_device = self._places(
+            Tier.DEVICE, f"what stays of {ring.name}",
+            {d.name: d.spec.first_streamed_bytes(split.device_bytes) for d, split in zip(drafts, splits, strict=True)},
+        )  # fmt: skip
         residents: list[Slot | None] = []
         residences: list[Residence] = []
-        for draft, split, num_bytes in zip(drafts, splits, stays, strict=True):
-            resident = in_device.acquire(num_bytes, draft.name) if in_device is not None and num_bytes else None
-            host = in_host.acquire(split.host_bytes, draft.name) if in_host is not None and split.host_bytes else None
+        for draft, split in zip(drafts, splits, strict=True):
+            resident, host = in_device.get(draft.name), in_host.get(draft.name)
             residents.append(resident)
             residences.append(self._residence(ring, draft, split, resident, host, staging))
         executor = RingExecutor(
@@ -130,26 +137,24 @@ class WeightsAssembly:
         staging = None
         if not self._tiers.unified:
             staging = self._tiers.arena(Tier.HOST, "rows on their way", lookups.room_bytes)
-        pages, resting = None, None
+        pages, resting = None, dict[str, Slot]()
         if on_nvme:
             pages = self._tiers.arena(Tier.HOST, "pages of embeddings", PAGE_SLOTS * lookups.pages_bytes)
             host.reserve("checksums of pages", lookups.sums_bytes(num_bytes))
         else:
-            resting = self._tiers.arena(Tier.HOST, "weights", num_bytes)
+            resting = self._places(Tier.HOST, "weights", {draft.name: draft.spec.stored_bytes for draft in drafts})
         sources: dict[str, RowSource] = {}
         accesses: dict[str, Access] = {}
         for draft in drafts:
             name, stored_bytes = draft.name, draft.spec.stored_bytes
-            split = Split(
-                device_bytes=0, host_bytes=0 if on_nvme else stored_bytes, nvme_bytes=stored_bytes if on_nvme else 0
-            )
+            split = all_in(lookups.rest, stored_bytes)
             if pages is not None:
                 store = self._open_store("lookups")
                 sums, slot = PageSums(store, name, stored_bytes), None
                 sources[name] = StoredRows(draft.spec.tensors[0], name, store, sums, pages, self._links)
                 residence: Residence = NvmeResidence(store, name, stored_bytes, self._links, None)
-            elif resting is not None:
-                sums, slot = None, resting.acquire(stored_bytes, name)
+            else:
+                sums, slot = None, resting[name]
                 sources[name] = HostRows(draft.spec.tensors[0], slot)
                 residence = HostResidence(slot, self._links)
             self._bring(draft, split, None, slot, *([] if sums is None else [sums]))
@@ -167,9 +172,7 @@ class WeightsAssembly:
         on_nvme = tiles.rest is Tier.NVME
         self._tiers.account(Tier.DEVICE).reserve("products by tiles", tiles.product_bytes)
         arena = self._tiers.arena(Tier.DEVICE, "tiles of the head", tiles.slots_bytes)
-        split = Split(
-            device_bytes=0, host_bytes=0 if on_nvme else stored_bytes, nvme_bytes=stored_bytes if on_nvme else 0
-        )
+        split = all_in(tiles.rest, stored_bytes)
         residences: list[Residence]
         whole: Residence
         if on_nvme:
@@ -185,7 +188,7 @@ class WeightsAssembly:
             ]
             slot, whole = None, NvmeResidence(store, draft.name, stored_bytes, self._links, None)
         else:
-            slot = self._tiers.arena(Tier.HOST, "weights", stored_bytes).acquire(stored_bytes, draft.name)
+            slot = self._places(Tier.HOST, "weights", {draft.name: stored_bytes})[draft.name]
             self._bring(draft, split, None, slot)
             residences = [
                 HostResidence(slot.part(start, size), self._links) for start, size in zip(starts, sizes, strict=True)
@@ -198,14 +201,6 @@ class WeightsAssembly:
         executor = RingExecutor(ring, residences, arena, recorder=self._recorder)
         return executor, rows, LookupAccess(whole, slot, self._tiers.account(Tier.HOST), draft.name)
 
-    def _split(self, ring: Ring, draft: BlockDraft) -> Split:
-        """Where the block's bytes rest: as the plan's classes say, or whole."""
-        split = self._plan.weights_of(draft.name)
-        if split is not None:
-            return split
-        num_bytes, on_nvme = draft.spec.stored_bytes, ring.rest is Tier.NVME
-        return Split(device_bytes=0, host_bytes=0 if on_nvme else num_bytes, nvme_bytes=num_bytes if on_nvme else 0)
-
     def _staging(self, ring: Ring, splits: Sequence[Split]) -> Arena | None:
         """Where in HOST what comes from NVME lands, if it does not land where it is used."""
         largest = max(split.nvme_bytes for split in splits)
@@ -216,9 +211,20 @@ class WeightsAssembly:
             slots = self._plan.buffers.host_slots
         return self._tiers.arena(Tier.HOST, f"staging for {ring.name}", slots * align_up(largest, IO_ALIGNMENT_BYTES))
 
-    def _arena(self, tier: Tier, name: str, sizes: Sequence[int]) -> Arena | None:
-        num_bytes = sum(align_up(size, IO_ALIGNMENT_BYTES) for size in sizes)
-        return self._tiers.arena(tier, name, num_bytes) if num_bytes else None
+    def _places(self, tier: Tier, name: str, sizes: Mapping[str, int]) -> dict[str, Slot]:
+        """A slot for what of each block rests in `tier`, by its name; none for nothing. What was left has its bytes."""
+        wanted = {block: num_bytes for block, num_bytes in sizes.items() if num_bytes}
+        if not wanted:
+            return {}
+        if self._left is not None:
+            slots = {block: self._left[block, tier] for block in wanted}
+            self._tiers.take_over(tier, name, list(slots.values()))
+        else:
+            arena = self._tiers.arena(tier, name, sum(align_up(size, IO_ALIGNMENT_BYTES) for size in wanted.values()))
+            slots = {block: arena.acquire(num_bytes, block) for block, num_bytes in wanted.items()}
+        if self._store is None and self._state is None:
+            self.resting |= {(block, tier): slot for block, slot in slots.items()}
+        return slots
 
     def _residence(
         self,
@@ -320,6 +326,8 @@ class WeightsAssembly:
         *parts: StorePart | PageSums,
     ) -> None:
         """Puts what of the block rests in memory there, and shows all of it to `parts`. Blocks."""
+        if self._left is not None:
+            return
         for offset_bytes, piece in self._pieces(draft):
             for begin_bytes, place in ((0, resident), (split.device_bytes, host)):
                 if place is not None:

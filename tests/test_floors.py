@@ -116,6 +116,7 @@ FLOORS = {
     "offload_rt.planning_training": 8.75,
     "offload_rt.asked": 8.78,
     "offload_rt.plan_check": 8.8,
+    "offload_rt.resting": 8.6,
     "offload_rt.cuts": 8.8,
     "offload_rt.plan_choice": 8.8,
     "offload_rt.state_assembly": 8.8,

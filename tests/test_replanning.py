@@ -117,10 +117,10 @@ class Run:
 
     def __init__(self, folder, factors=lambda step: {}, model=None, **arguments):
         folder.mkdir(exist_ok=True)
-        arguments = {"plan": "optimise", "lr": 1e-2, "max_grad_norm": 0.05, "bits": 4, **arguments}
+        arguments = {"nvme": folder, "plan": "optimise", "lr": 1e-2, "max_grad_norm": 0.05, "bits": 4, **arguments}
         self.engine = Engine(
             build_lora(dropout=0.1) if model is None else model, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cpu",
-            nvme=folder, **arguments,
+            **arguments,
         )  # fmt: skip
         self.position = Position()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, lambda step: 1 / (1 + step))
