@@ -239,7 +239,7 @@ class _Assembly:
             if self.heap is not None:
                 self.heap.close()
             if self.before is not None:  # whoever goes back takes as much, and the error still sees this
-                self.tiers.give_back()
+                self.tiers.give_back(keep=self.before.resting.values())
 
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
         if self.workload.config.nvme and self.workload.frozen:
