@@ -47,6 +47,8 @@ class LossHeadCounters:
     num_tiles: int = 0
     num_tokens: int = 0
     """Hidden states that went through the head in tiles."""
+    num_vocabulary_tiles: int = 0
+    """Tiles of the head that the loss went through, each pass for itself."""
     num_whole: int = 0
     """Calls with labels that ran whole: short ones, and those that tiling does not serve."""
 
@@ -84,7 +86,9 @@ class LossHead:
         """Why this model's loss is not taken by tiles after all; None where it is."""
         self.vocabulary: VocabularyLoss | None = None
         if linear is not None:
-            self.vocabulary = VocabularyLoss(linear, chunk_tokens, between=between, transients=self.transients)
+            self.vocabulary = VocabularyLoss(
+                linear, chunk_tokens, between=self._before_tile, transients=self.transients
+            )
         self.vocabulary_refusal: str | None = None
         """Why a head that streams by tiles is read for each tile of tokens after all; None where it is not."""
         self._is_checked = False
@@ -111,9 +115,12 @@ class LossHead:
         """What the engine's report says of it."""
         found = {"chunk_tokens": self.chunk_tokens, "runs_whole_because": self.refusal, **asdict(self.counters)}
         if self.vocabulary is not None:
-            found["num_vocabulary_tiles"] = self.vocabulary.num_visits
             found["reads_head_per_tile_because"] = self.vocabulary_refusal
         return found
+
+    def _before_tile(self) -> None:
+        self.counters.num_vocabulary_tiles += 1
+        self.between()
 
     def goes_by_vocabulary(self, rows_M: torch.Tensor) -> bool:
         """Whether the loss of these rows goes by tiles of the head; one tile of tokens reads it no more than that."""

@@ -53,16 +53,16 @@ class TiledLinear:
         """Has no memory of its runtime's any more, whoever still holds it."""
         self._executor = None
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """As `torch.nn.functional.linear`, autocast included. Inputs that do not go with the weight are its error."""
         dtype, num_columns = torch_dtype(self._spec.dtype), self._spec.shape[1]
-        if torch.is_autocast_enabled(inputs.device.type):
-            inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
-        elif inputs.dtype != dtype or inputs.shape[-1] != num_columns:
-            return nn.functional.linear(inputs, inputs.new_empty(1, num_columns, dtype=dtype))
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        elif input.dtype != dtype or input.shape[-1] != num_columns:
+            return nn.functional.linear(input, input.new_empty(1, num_columns, dtype=dtype))
         if self._answer is not None:
-            return self._answer(inputs)
-        return _Product.apply(inputs, self)  # type: ignore[no-any-return, no-untyped-call]
+            return self._answer(input)
+        return _Product.apply(input, self)  # type: ignore[no-any-return, no-untyped-call]
 
     @contextlib.contextmanager
     def answered(self, answer: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:

@@ -39,7 +39,7 @@ class Normalizers:
 
 
 class VocabularyLoss:
-    """The loss behind `linear`. chunk_tokens: most rows of logits at once. between: called before a tile."""
+    """The loss behind `linear`. chunk_tokens: most rows of logits at once. between: called before each visit."""
 
     def __init__(
         self,
@@ -51,8 +51,6 @@ class VocabularyLoss:
     ) -> None:
         self.linear = linear
         self.chunk_tokens = chunk_tokens
-        self.num_visits = 0
-        """Tiles of the vocabulary gone through, each pass for itself."""
         self._between = between
         self._transients = transients if transients is not None else Transients()
 
@@ -73,7 +71,7 @@ class VocabularyLoss:
         maximum_N = inputs_ND.new_full(targets_N.shape, lowest, dtype=torch.float32)
         total_N, label_N = torch.zeros_like(maximum_N), torch.zeros_like(maximum_N)
         for index, (begin, end) in enumerate(self.linear.tiles):
-            self._visit()
+            self._between()
             with self.linear.tile(index, Phase.FORWARD, training=training) as tile:
                 for inputs_CD, targets_C, maximum_C, total_C, label_C in self._chunks(
                     inputs_ND, targets_N, maximum_N, total_N, label_N
@@ -102,7 +100,7 @@ class VocabularyLoss:
         wide = torch.promote_types(inputs_ND.dtype, torch.float32)
         gradient_ND = torch.zeros_like(inputs_ND, dtype=wide)
         for index, (begin, end) in reversed(list(enumerate(self.linear.tiles))):
-            self._visit()
+            self._between()
             with self.linear.tile(index, Phase.BACKWARD, training=True) as tile:
                 for inputs_CD, targets_C, maximum_C, total_C, gradient_CD in self._chunks(
                     inputs_ND, targets_N, normalizers.maximum_N, normalizers.total_N, gradient_ND
@@ -120,10 +118,6 @@ class VocabularyLoss:
                         gradient_CD.addmm_(of_product_CR.to(wide), tile.rows_RD(wide))
                         del product_CR, logits_CR, softmax_CR, of_product_CR
         return gradient_ND
-
-    def _visit(self) -> None:
-        self._between()
-        self.num_visits += 1
 
     def _chunks(self, *by_token: torch.Tensor) -> zip[tuple[torch.Tensor, ...]]:
         """Views of `by_token`, a chunk of tokens at a time."""

@@ -79,7 +79,7 @@ def test_gradients_are_as_close_to_fp64_as_plain_ones(dtype, chunk, make_engine,
     plain = gradients(model(dtype), names)
     engine = made(make_engine, disk_folder, built=model(dtype), head_chunk_tokens=chunk)
     found = gradients(engine.model, names)
-    assert chunk is None or engine._runtime.loss_head.vocabulary.num_visits == 2 * NUM_TILES
+    assert chunk is None or engine._runtime.loss_head.counters.num_vocabulary_tiles == 2 * NUM_TILES
     assert engine.plan.head_tiles is not None and engine.plan.head_tiles.tile_rows == TILE_ROWS
 
     def error(of):
@@ -113,9 +113,9 @@ def test_tiles_are_fetched_ahead_and_those_that_are_there_are_used(make_engine, 
     for why, reads in [(None, 1), ("the test wants them to be read for each tile of tokens", 6)]:
         head.vocabulary_refusal = why
         train(engine, 1)  # the first call checks tiles besides, and ends of the ring are left by the last one
-        before = executor.counters.num_fetches, head.counters.num_tiles, head.vocabulary.num_visits
+        before = executor.counters.num_fetches, head.counters.num_tiles, head.counters.num_vocabulary_tiles
         train(engine, 2)
-        after = executor.counters.num_fetches, head.counters.num_tiles, head.vocabulary.num_visits
+        after = executor.counters.num_fetches, head.counters.num_tiles, head.counters.num_vocabulary_tiles
         visits = 0 if why else 2 * NUM_TILES
         fetches = reads * 2 * (NUM_TILES - 2)
         assert [b - a for a, b in zip(before, after, strict=True)] == [2 * fetches, 2 * 6, 2 * visits]

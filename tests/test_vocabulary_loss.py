@@ -142,7 +142,7 @@ def test_a_batch_of_one_tile_of_tokens_takes_its_logits_once():
     linear, attach = with_a_streamed_head(model, chunk_tokens=num_learned(inputs["labels"]))
     head = attach()
     model(**inputs).loss.backward()
-    assert head.counters.num_tiles == 1 and head.vocabulary.num_visits == 0 and head.refusal is None
+    assert head.counters.num_tiles == 1 and head.counters.num_vocabulary_tiles == 0 and head.refusal is None
 
 
 def test_labels_that_the_caller_shifted_and_the_callers_count_are_used():
@@ -155,7 +155,7 @@ def test_labels_that_the_caller_shifted_and_the_callers_count_are_used():
         expected = gradients(model, plain)
         head = attach()
         loss = model(**inputs, **wanted).loss
-        assert torch.allclose(loss, plain, rtol=1e-6) and head.vocabulary.num_visits == 2 * NUM_TILES
+        assert torch.allclose(loss, plain, rtol=1e-6) and head.counters.num_vocabulary_tiles == 2 * NUM_TILES
         assert_close(gradients(model, loss), expected)
         head.detach()
         head.vocabulary.linear.detach()
@@ -186,7 +186,7 @@ def test_under_autocast_products_are_those_of_autocast():
     def error(of):
         return torch.stack([(of[name] - truth[name]).norm() / truth[name].norm() for name in truth]).mean()
 
-    assert head.vocabulary.num_visits == 2 * NUM_TILES
+    assert head.counters.num_vocabulary_tiles == 2 * NUM_TILES
     assert 0.5 * error(plain) < error(found) <= 1.05 * error(plain)
 
 
@@ -235,7 +235,7 @@ def test_logits_that_are_not_each_for_itself_read_the_head_for_each_tile_of_toke
         assert torch.allclose(loss, plain, rtol=1e-6)
         assert_close(gradients(model, loss), expected)
     assert why in head.report()["reads_head_per_tile_because"] and why in caplog.text
-    assert head.refusal is None and head.vocabulary.num_visits == 0 and head.counters.num_tiles > 2
+    assert head.refusal is None and head.counters.num_vocabulary_tiles == 0 and head.counters.num_tiles > 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -280,10 +280,11 @@ def test_the_gradient_of_many_tiles_is_as_close_to_fp64_as_a_whole_one(dtype, la
         loss = nn.functional.cross_entropy(logits_NV if to == torch.float64 else logits_NV.float(), targets_N)
         return torch.autograd.grad(loss, rows_ND)[0].double()
 
-    taken = VocabularyLoss(streamed(head, 512), chunk_tokens=10)
+    visits: list[None] = []
+    taken = VocabularyLoss(streamed(head, 512), chunk_tokens=10, between=lambda: visits.append(None))
     arguments = inputs_ND, targets_N, lambda product, *_: product
     _, normalizers = taken.losses(*arguments, training=True)
     found = taken.input_gradient(*arguments, normalizers, 1 / 64).to(dtype).double()
     exact, plain = whole(torch.float64), whole(dtype)
-    assert taken.num_visits == 16
+    assert len(visits) == 16
     assert 0 < (found - exact).norm() <= 1.05 * (plain - exact).norm()
