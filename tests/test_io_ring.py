@@ -156,23 +156,29 @@ def test_operations_proceed_without_python_calling_in(ring, fd):
 
 
 def test_wait_drops_the_gil(ring, fd):
-    """A thread that only counts gets on while another waits."""
+    """A thread that only counts gets on while another waits; whoever has the GIL is left it for long otherwise."""
     ticks, stop = [0], threading.Event()
 
     def count():
         while not stop.is_set():
             ticks[0] += 1
 
+    def gets_on():
+        before = ticks[0]
+        ring.wait(ring.write(fd, "file.bin", 0, data), PATIENCE_SECONDS)
+        return ticks[0] > before
+
+    data, interval = pattern(20_000_000), sys.getswitchinterval()
     thread = threading.Thread(target=count)
     thread.start()
     try:
-        data = pattern(20_000_000)
         wait_for(lambda: ticks[0] > 0)
-        before = ticks[0]
-        ring.wait(ring.write(fd, "file.bin", 0, data), PATIENCE_SECONDS)
-        assert ticks[0] > before
+        sys.setswitchinterval(0.5)
+        time.sleep(0.01)  # the thread may still be waiting for its turn by the old one
+        assert any(gets_on() for _ in range(8)), "a write may be over before it is waited for, not all of them"
     finally:
         stop.set()
+        sys.setswitchinterval(interval)
         thread.join()
 
 
