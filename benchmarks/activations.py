@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 from rounds import circumstances, interleave, ratio, summary
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from offload_rt.access import ResidentAccess
+from offload_rt.allocations import AllocationMeter
 from offload_rt.arena import Arena
 from offload_rt.block import Block
 from offload_rt.decoder import Decoder
@@ -102,15 +102,10 @@ class Offloading:
 
 
 def peak_bytes(action: Callable[[], Any]) -> int:
-    """The most that PyTorch's allocator holds above what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    """The most of what PyTorch's allocator hands out meanwhile that is held at once."""
+    with AllocationMeter() as meter:
         action()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: int(e.start_ns())):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return meter.peak_bytes
 
 
 def contender(name: str, arguments: argparse.Namespace) -> tuple[Callable[[], float], Tokenwise | None]:

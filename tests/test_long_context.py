@@ -1,11 +1,9 @@
 """Sequences whose activations are many times the memory: layers by chunks of tokens, chosen where nothing else fits."""
 
-import gc
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from offload_rt.allocations import AllocationMeter
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.errors import PlanInfeasible
 from planners.plan import Tier
@@ -61,16 +59,13 @@ def saved_bytes(plain):
 
 
 def peak_bytes(action):
-    """The most that PyTorch's allocator holds above what it held before, to the byte."""
-    gc.collect()  # what is freed below and was made before would count as less than nothing
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    """The most of what PyTorch's allocator hands out meanwhile that is held at once, to the byte.
+
+    What was there before does not count where it is given back, whenever that is.
+    """
+    with AllocationMeter() as meter:
         action()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return meter.peak_bytes
 
 
 def test_activations_of_more_than_ten_times_the_memory_train_in_it(make_engine, disk_folder):

@@ -1,7 +1,6 @@
 """Layers by chunks of tokens: the numbers of plain autograd, with the work and the memory that the policy says."""
 
 import copy
-import gc
 import logging
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from offload_rt.allocations import AllocationMeter
 from offload_rt.errors import UnsupportedModule
 from offload_rt.tokenwise.graphs import Sums, edge
 from offload_rt.tokenwise.tiles import Places
@@ -335,8 +335,6 @@ def test_a_kept_chunk_swaps_nothing_of_its_own():
 
 def peaks(model, chosen, inputs):
     """The most that PyTorch's allocator holds above the model, in forward and in backward of one layer."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
     twin = copy.deepcopy(model)
     if chosen is not None:
         cut(twin, chosen)
@@ -345,20 +343,13 @@ def peaks(model, chosen, inputs):
     hidden = torch.randn(*inputs["input_ids"].shape, 64, requires_grad=True)
     rotary = twin.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
     twin.zero_grad()
-    gc.collect()  # what is freed below and was made before would count as less than nothing
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with AllocationMeter() as meter:
         output = layer(hidden, position_embeddings=rotary, attention_mask=None)
         output = output[0] if isinstance(output, tuple) else output
-        with record_function("backward begins"):
-            output.sum().backward()
-    events = profiled.profiler.kineto_results.events()
-    begins = next(e.start_ns() for e in events if e.name() == "backward begins")
-    held, most = 0, [0, 0]
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        in_backward = event.start_ns() >= begins
-        most[in_backward] = max(most[in_backward], held)
-    return most
+        AllocationMeter.mark("backward")
+        output.sum().backward()
+    forward, backward = meter.stretches
+    return forward.peak_bytes, forward.more_bytes + backward.peak_bytes
 
 
 def test_what_a_layer_needs_at_once_is_that_of_a_chunk():
