@@ -43,6 +43,8 @@ SCALE = 16
 LEARNING_RATE = 1e-3
 KERNEL_BYTES = 8 << 20
 """Charged to a cgroup beside the process's pages: page tables, slabs, stacks. 2 MiB were seen."""
+ROOMY_BYTES = 4 << 30
+"""Freed memory that the run without a limit need not give back: the tight plan's slack would have it trim."""
 
 
 @contextlib.contextmanager
@@ -126,7 +128,9 @@ def child(settings: dict[str, Any]) -> dict[str, Any]:
         (chunk_tokens,) = {chunk.num_tokens for policy in policies for chunk in policy.chunks} or {tokens}
         kept = ActivationPolicy(chunks=(Chunk(num_tokens=chunk_tokens, action=Action.KEEP),))
         activations = dict.fromkeys(layers, kept)
-        arguments["plan"] = replace(plan, activations=activations, layer_inputs=Tier.DEVICE, peak_bytes={})
+        arguments["plan"] = replace(
+            plan, activations=activations, layer_inputs=Tier.DEVICE, peak_bytes={}, allocator_slack_bytes=ROOMY_BYTES
+        )
     torch.manual_seed(1)
     engine = offload_rt.engine(
         model, checkpoint=settings["model"], adapters=lora, nvme=settings["nvme"], seq_len=tokens, batch_size=1,
