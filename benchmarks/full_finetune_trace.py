@@ -129,6 +129,7 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
     from offload_rt.loss_head import LossHead
     from offload_rt.optimizer.commits import Commits
     from offload_rt.optimizer.gradients import Gradients
+    from offload_rt.optimizer.state_slots import StateSlots
     from offload_rt.optimizer.stepper import Stepper
     from offload_rt.optimizer.training import FullTraining
     from offload_rt.tokenwise import layer as tokenwise_layer
@@ -159,10 +160,10 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
             (Stepper, "submit", spans.wrapper("update handed over")),
             (Stepper, "finish", spans.wrapper("updates finish")),
             (Stepper, "expect", spans.wrapper("reads ahead started")),
-            (Stepper, "_read_ahead", spans.wrapper("reads ahead started")),
+            (StateSlots, "_read_ahead", spans.wrapper("reads ahead started")),
             (Stepper, "_step_piece", spans.wrapper("AdamW")),
-            (Stepper, "_settle_writes", spans.wrapper("room for reads")),
-            (Stepper, "_arrived", spans.wrapper("state arrives")),
+            (StateSlots, "_settle_writes", spans.wrapper("room for reads")),
+            (StateSlots, "_arrived", spans.wrapper("state arrives")),
             (FullTraining, "step", spans.wrapper("step, besides")),
             (Commits, "_commit", spans.wrapper("commit")),
             (commit_log, "barrier", spans.wrapper("commit: fdatasync")),

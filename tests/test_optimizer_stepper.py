@@ -112,10 +112,10 @@ def test_state_is_read_along_the_hint_and_what_was_not_hinted_at_on_demand(bench
     for block in (first, second, third):
         bench.stepper.submit(block)
     bench.stepper.finish()
-    counters = bench.stepper.counters
+    counters = bench.stepper.slots.counters
     assert counters.num_read_on_demand >= len(second.pieces)
     assert counters.num_read_ahead > 0
-    assert counters.num_read_ahead + counters.num_read_on_demand == counters.num_pieces == 9
+    assert counters.num_read_ahead + counters.num_read_on_demand == bench.stepper.counters.num_pieces == 9
     assert len(bench.rule.seen) == 9
 
 
@@ -133,7 +133,7 @@ def test_a_slot_that_a_device_is_late_to_report_is_waited_for_and_what_was_read_
     give_back()
     out_of_order.result()
     bench.stepper.submit(bench.blocks[1])
-    assert bench.stepper.counters.num_read_in_vain == 0
+    assert bench.stepper.slots.counters.num_read_in_vain == 0
     assert [bench.masters(block)[0] for block in bench.blocks] == [1.0, 11.0, 20.0]
 
 

@@ -7,7 +7,8 @@ arrivals    gradients on their way from a device
 gradients   where gradients wait between backward and update
 state       where masters, moments and new weights rest
 landing     new weights on their way into a device's memory
-stepper     reads ahead, updates, writes behind
+state_slots state on its way: read ahead, written behind
+stepper     updates it, block after block
 stand_ins   what `.grad` is while a gradient is elsewhere
 commits     which steps are committed, and whether the state is whole
 log_commit  what another run has committed, taken over

@@ -148,8 +148,7 @@ class AdapterTraining(TieredTraining):
     def report(self) -> Values:
         """Counts and seconds since the start, bytes at rest."""
         return {
-            "num_steps": self.step_number, **asdict(self.commits.counters), **asdict(self.stepper.counters),
-            **asdict(self.stepper.device_counters),
+            "num_steps": self.step_number, **asdict(self.commits.counters), **self.stepper.report(),
             "mode": UpdateMode.AFTER.value,
             **state_report(
                 self.blocks, self.home, mode=UpdateMode.AFTER, commit_every=self.commits.every, gradient_passes=0

@@ -6,10 +6,7 @@
 
 With `threaded`, updates run on a thread of their own while the caller computes the next block; without, inside
 `submit`, which is the plain twin: the same operations in the same order, and the same bits. Pieces that a plan gives to
-the device are stepped there meanwhile, see `on_device`.
-
-[Note: read ahead] The order in which blocks will be submitted is a hint. State is read along it as slots fall free; a
-block that comes out of order finds its pieces read on demand, and what was read in vain is dropped.
+the device are stepped there meanwhile, see `on_device`. Reading, writing and their slots are `state_slots`.
 """
 
 from __future__ import annotations
@@ -20,15 +17,13 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from offload_rt.arena import Arena, Slot
-from offload_rt.commit_layout import settle
-from offload_rt.errors import OffloadError
 from offload_rt.links import Links
 from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrival
@@ -38,6 +33,7 @@ from offload_rt.optimizer.parted_weights import PartedRoom
 from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, TrainedBlock, segment_shape
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import Part, StateHome, state_tensors, weights_from_masters
+from offload_rt.optimizer.state_slots import StateSlots
 from offload_rt.recording import HOST
 from offload_rt.transfer import Transfer
 
@@ -48,10 +44,6 @@ class StepperCounters:
 
     num_pieces: int = 0
     """Updated where they lie or read, stepped and written."""
-    num_read_ahead: int = 0
-    """Pieces that were read, or under way, when they were wanted."""
-    num_read_on_demand: int = 0
-    num_read_in_vain: int = 0
     num_elements: int = 0
 
 
@@ -90,43 +82,30 @@ class Stepper:
         self._group_of = group_of
         self._progress = progress
         self._links = links
-        self._state_arena = state_arena
-        self._state_slot_bytes = state_slot_bytes
-        self._weights_arena = weights_arena
-        self._weights_slot_bytes = weights_slot_bytes
-        # Half of the slots at most are on their way out, so that the other half can be read into meanwhile.
-        self._max_writes = max(1, state_arena.num_bytes // max(1, state_slot_bytes) // 2)
         self.new_scalars: dict[str, Scalars] = {}
         """Of parameters stepped since `Progress` was last written; the owner takes them over with the step."""
-        self._to_read: deque[Piece] = deque()
-        self._ahead: dict[str, tuple[Slot, Transfer]] = {}
-        self._writes: deque[Transfer] = deque()
         self._landing: deque[Transfer] = deque()
         """New weights on their way to DEVICE over an emulated link."""
         self._on_device = on_device
         self.device_counters = DeviceCounters() if on_device is None else on_device.counters
+        self.slots = StateSlots(
+            home, state_arena=state_arena, state_slot_bytes=state_slot_bytes, weights_arena=weights_arena,
+            weights_slot_bytes=weights_slot_bytes, wait=self._wait, settle_one=self._settle_one_on_device,
+        )  # fmt: skip
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._num_open = 0
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._waited: defaultdict[str, float] = defaultdict(float)
         """Seconds that the thread of its own has waited for transfers, by resource."""
-        self._read_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._work, name="offload_rt-updates", daemon=True)
             self._thread.start()
 
     def expect(self, blocks: Sequence[TrainedBlock]) -> None:
-        """Says in which order blocks will be submitted, and starts reading. See [Note: read ahead]."""
-        with self._read_lock:
-            self._to_read = deque(
-                piece
-                for block in blocks
-                for piece in self._home.part(block, Part.ALL)
-                if piece.name not in self._home.pieces and piece.name not in self._ahead
-            )
-            self._read_ahead()
+        """Says in which order blocks will be submitted, and starts reading; see `StateSlots.expect`."""
+        self.slots.expect(piece for block in blocks for piece in self._home.part(block, Part.ALL))
 
     def submit(self, block: TrainedBlock, part: Part = Part.ALL, *, grad_scale: float = 1.0) -> None:
         """Steps `part` of `block` with the gradients that it has now. Raises what an earlier block's update raised."""
@@ -178,10 +157,15 @@ class Stepper:
         with self._changed:
             self._changed.wait_for(lambda: not self._num_open)
             self._failure = None
-        with self._read_lock:
-            self._to_read.clear()
-            self._drop_ahead()
-        settle(self._writes)  # a commit would tell what became of them, and there will be none of this
+        self.slots.forget()
+
+    def report(self) -> dict[str, int]:
+        """What all counters of updates say."""
+        return {**asdict(self.counters), **asdict(self.slots.counters), **asdict(self.device_counters)}
+
+    def go_on_counting(self, before: Stepper) -> None:
+        """Counts on where `before`, which is closed, has stopped."""
+        self.counters, self.slots.counters = before.counters, before.slots.counters
 
     def close(self) -> None:
         """Ends the thread and waits for what is under way."""
@@ -200,14 +184,13 @@ class Stepper:
 
     def rebuild_weights(self, block: TrainedBlock) -> None:
         """Rounds the block's masters into its weights again. Blocks."""
-        weights = self._weights_slot(block)
+        weights = self.slots.weights(block)
         for piece in block.pieces:
-            resting = self._home.pieces.get(piece.name)
-            if resting is None:
-                resting = self._take_slot(self._state_arena, self._state_slot_bytes, piece.name)
-                self._wait(self._home.fetch(piece, resting.part(0, piece.num_bytes)))
-            weights_from_masters(self._home, resting, piece, block, weights)
-            del resting
+            slot = self._home.pieces.get(piece.name)
+            if slot is None:
+                slot = self.slots.read(piece)
+            weights_from_masters(self._home, slot, piece, block, weights)
+            del slot
         if weights is not None and self._home.collects_weights(block):
             self._wait(self._home.write_weights(block, weights))
         self._land(block, block.pieces)
@@ -241,7 +224,7 @@ class Stepper:
             return
         for arrival in job.arrivals:
             arrival.settle(self._wait)
-        weights = self._weights_slot(block)
+        weights = self.slots.weights(block)
         if weights is not None and self._home.collects_weights(block) and not job.changes_all_weights:
             self._wait(self._home.fetch_weights(block, weights))
         if self._links.recorder is not None:
@@ -257,10 +240,12 @@ class Stepper:
                     continue
                 self._settle_on_device(device.num_slots - 1)
                 whole = None if isinstance(weights, PartedRoom) else weights  # plans give the device no others' pieces
-                self.new_scalars |= device.start(job, piece, self._held(piece), whole, partial(self._update_of, job))
+                self.new_scalars |= device.start(
+                    job, piece, self.slots.state(piece), whole, partial(self._update_of, job)
+                )
             self._settle_on_device(0)
         if weights is not None and self._home.collects_weights(block):
-            self._writes.append(self._home.write_weights(block, weights))
+            self.slots.write_weights(block, weights)
         self._land(block, pieces)
 
     def _land(self, block: TrainedBlock, pieces: Sequence[Piece]) -> None:
@@ -274,18 +259,13 @@ class Stepper:
             self._landing.append(landing)
 
     def _step_piece(self, job: Job, piece: Piece, weights: Slot | PartedRoom | None) -> None:
-        slot = self._held(piece)
+        slot = self.slots.state(piece)
         present = [segment for segment in piece.segments if segment.parameter in job.present]
         # Small parameters are stepped together, many to a piece; where new weights land, there is room for one.
         together = [present] if self._home.landing is None else [[segment] for segment in present]
         for segments in together:
             self._step_segments(job, segments, slot, weights)
         self._stepped(piece, slot)
-
-    def _held(self, piece: Piece) -> Slot:
-        """The piece's state in HOST: where it rests, or where it arrives. Blocks until it is there."""
-        resting = self._home.pieces.get(piece.name)
-        return resting if resting is not None else self._arrived(piece)
 
     def _step_segments(
         self, job: Job, segments: Sequence[Segment], slot: Slot, weights: Slot | PartedRoom | None
@@ -321,93 +301,20 @@ class Stepper:
         )  # fmt: skip
 
     def _stepped(self, piece: Piece, slot: Slot) -> None:
-        """Starts writing a piece to where it rests, if that is not memory, and reads on."""
         self.counters.num_pieces += 1
-        if piece.name in self._home.pieces:
-            return
-        self._writes.append(self._home.write_back(piece, slot))
-        self._settle_writes(self._max_writes)
-        with self._read_lock:
-            self._read_ahead()
+        self.slots.write_state(piece, slot)
 
     def _settle_on_device(self, num_left: int) -> None:
         """Blocks until the device is stepping `num_left` pieces at most."""
         while self._on_device is not None and self._on_device.num_under_way > num_left:
             self._stepped(*self._on_device.settle(self._wait))
 
-    def _weights_slot(self, block: TrainedBlock) -> Slot | PartedRoom | None:
-        """Where the block's new weights are collected; None where its parameters hold them."""
-        if block.weights is None:
-            return None
-        resting = self._home.weights.get(block.name)
-        if resting is not None:
-            wait = self._home.before_change.get(block.name)
-            if wait is not None:
-                wait()
-            return resting
-        parts = self._home.parted.get(block.name)
-        if parts is not None and not parts.split.nvme_bytes:
-            return parts.room(None)
-        slot = self._take_slot(self._weights_arena, self._weights_slot_bytes, f"weights of {block.name}")
-        if parts is not None:
-            return parts.room(slot.part(0, parts.split.streamed_bytes))
-        return slot.part(0, _stored_bytes(block))
-
-    def _arrived(self, piece: Piece) -> Slot:
-        """The piece's slot with its state in it."""
-        with self._read_lock:
-            found = self._ahead.pop(piece.name, None)
-            if found is None and piece in self._to_read:  # what was read ahead has left the hint
-                while self._to_read.popleft() is not piece:
-                    continue  # passed by
-        if found is None:
-            self.counters.num_read_on_demand += 1
-            slot = self._take_slot(self._state_arena, self._state_slot_bytes, piece.name).part(0, piece.num_bytes)
-            found = (slot, self._home.fetch(piece, slot))
-        else:
-            self.counters.num_read_ahead += 1
-        slot, transfer = found
-        self._wait(transfer)
-        return slot
-
-    def _read_ahead(self) -> None:
-        """Starts reading along the hint while there are slots. Holds the lock."""
-        while self._to_read:
-            slot = self._state_arena.try_acquire(self._state_slot_bytes, self._to_read[0].name)
-            if slot is None:
-                return
-            piece = self._to_read.popleft()
-            slot = slot.part(0, piece.num_bytes)
-            self._ahead[piece.name] = (slot, self._home.fetch(piece, slot))
-
-    def _take_slot(self, arena: Arena, num_bytes: int, owner: str) -> Slot:
-        """A slot, once a write that holds one is done, or the device; at the worst what was read ahead is dropped."""
-        while (slot := arena.try_acquire(num_bytes, owner)) is None:
-            if self._writes:
-                self._settle_writes(len(self._writes) - 1)
-                continue
-            if self._on_device is not None and self._on_device.num_under_way:
-                self._settle_on_device(self._on_device.num_under_way - 1)
-                continue
-            slot = arena.acquire_or_none(num_bytes, owner)  # what a device has stepped is lent until that is reported
-            if slot is not None:
-                return slot
-            with self._read_lock:
-                was_ahead = bool(self._ahead) and arena is self._state_arena
-                if was_ahead:
-                    self._drop_ahead()
-            if not was_ahead:
-                return arena.acquire(num_bytes, owner)  # raises, naming the holders
-        return slot
-
-    def _drop_ahead(self) -> None:
-        while self._ahead:
-            _, (_, transfer) = self._ahead.popitem()
-            self.counters.num_read_in_vain += 1
-            try:
-                self._wait(transfer)
-            except OffloadError:  # nobody wanted it: whoever does will meet it again
-                continue
+    def _settle_one_on_device(self) -> bool:
+        """As `StateSlots` asks for it."""
+        if self._on_device is None or not self._on_device.num_under_way:
+            return False
+        self._settle_on_device(self._on_device.num_under_way - 1)
+        return True
 
     def _wait(self, transfer: Transfer) -> None:
         """On a thread of its own a wait keeps nobody from computing, unless somebody waits for that thread."""
@@ -438,14 +345,6 @@ class Stepper:
         if self._home.landing is not None:
             self._home.landing.order()
 
-    def _settle_writes(self, num_left: int) -> None:
-        while len(self._writes) > num_left:
-            self._wait(self._writes.popleft())
-
 
 def _num_elements(piece: Piece) -> int:
     return sum(segment.end - segment.begin for segment in piece.segments)
-
-
-def _stored_bytes(block: TrainedBlock) -> int:
-    return 0 if block.weights is None else block.weights.stored_bytes

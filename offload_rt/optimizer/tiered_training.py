@@ -82,7 +82,8 @@ class TieredTraining(ABC):
     def go_on_from(self, before: TieredTraining) -> None:
         """Takes over the run of `before`, which is closed, and whose state is what this log has committed. Blocks."""
         self.commits.carry(*before.commits.carried)
-        self.commits.counters, self.stepper.counters = before.commits.counters, before.stepper.counters
+        self.commits.counters = before.commits.counters
+        self.stepper.go_on_counting(before.stepper)
         self.progress.steps |= before.progress.steps
         self.progress.scalars |= before.progress.scalars
         self.step_number = before.step_number

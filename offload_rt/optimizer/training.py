@@ -255,8 +255,7 @@ class FullTraining(TieredTraining):
     def report(self) -> dict[str, Any]:
         """Counts and seconds since the start, bytes at rest."""
         return {
-            **asdict(self.counters), **asdict(self.commits.counters), **asdict(self.stepper.counters),
-            **asdict(self.stepper.device_counters),
+            **asdict(self.counters), **asdict(self.commits.counters), **self.stepper.report(),
             "mode": self.mode.value,
             "waits_because": self.waits_because, "grad_norm": self.grad_norm,
             **state_report(

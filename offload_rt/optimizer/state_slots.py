@@ -1,0 +1,180 @@
+"""Slots through which state comes to memory to be stepped, and leaves again: read ahead, and written behind.
+
+[Note: read ahead] The order in which pieces will be stepped is a hint. State is read along it as slots fall free; a
+piece that comes out of order is read on demand, and what was read in vain is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from offload_rt.arena import Arena, Slot
+from offload_rt.commit_layout import settle
+from offload_rt.errors import OffloadError
+from offload_rt.optimizer.parted_weights import PartedRoom
+from offload_rt.optimizer.pieces import Piece, TrainedBlock
+from offload_rt.optimizer.state import StateHome
+from offload_rt.transfer import Transfer
+
+
+@dataclass(kw_only=True)
+class SlotCounters:
+    """Pieces that came through slots since the start."""
+
+    num_read_ahead: int = 0
+    """They were read, or under way, when they were wanted."""
+    num_read_on_demand: int = 0
+    num_read_in_vain: int = 0
+
+
+class StateSlots:
+    """Room for the state and the new weights of `home` that do not rest in memory. Used by the thread that steps;
+    `expect`, and `forget` while nothing is stepped, by any other.
+    """
+
+    def __init__(
+        self,
+        home: StateHome,
+        *,
+        state_arena: Arena,
+        state_slot_bytes: int,
+        weights_arena: Arena,
+        weights_slot_bytes: int,
+        wait: Callable[[Transfer], None],
+        settle_one: Callable[[], bool],
+    ) -> None:
+        """`wait` blocks until a transfer has arrived. `settle_one` blocks until the device has stepped one piece more
+        and `write_state` has it; False where it steps none.
+        """
+        self.counters = SlotCounters()
+        self._home = home
+        self._state_arena = state_arena
+        self._state_slot_bytes = state_slot_bytes
+        self._weights_arena = weights_arena
+        self._weights_slot_bytes = weights_slot_bytes
+        self._wait = wait
+        self._settle_one = settle_one
+        # Half of the slots at most are on their way out, so that the other half can be read into meanwhile.
+        self._max_writes = max(1, state_arena.num_bytes // max(1, state_slot_bytes) // 2)
+        self._to_read: deque[Piece] = deque()
+        self._ahead: dict[str, tuple[Slot, Transfer]] = {}
+        self._writes: deque[Transfer] = deque()
+        self._read_lock = threading.Lock()
+
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        """Says in which order pieces will be stepped, and starts reading. See [Note: read ahead]. Blocks only for a
+        write of the same piece that is under way.
+        """
+        with self._read_lock:
+            self._to_read = deque(
+                piece for piece in pieces if piece.name not in self._home.pieces and piece.name not in self._ahead
+            )
+            self._read_ahead()
+
+    def state(self, piece: Piece) -> Slot:
+        """The piece's state in HOST: where it rests, or where it arrives. Blocks until it is there."""
+        resting = self._home.pieces.get(piece.name)
+        return resting if resting is not None else self._arrived(piece)
+
+    def read(self, piece: Piece) -> Slot:
+        """As `state`, for a piece that rests in the log and was not read ahead."""
+        slot = self._take(self._state_arena, self._state_slot_bytes, piece.name).part(0, piece.num_bytes)
+        self._wait(self._home.fetch(piece, slot))
+        return slot
+
+    def write_state(self, piece: Piece, slot: Slot) -> None:
+        """Starts writing a piece to where it rests, if that is not memory, and reads on. Blocks for earlier writes."""
+        if piece.name in self._home.pieces:
+            return
+        self._writes.append(self._home.write_back(piece, slot))
+        self._settle_writes(self._max_writes)
+        with self._read_lock:
+            self._read_ahead()
+
+    def weights(self, block: TrainedBlock) -> Slot | PartedRoom | None:
+        """Where the block's new weights are collected; None where its parameters hold them. Blocks for room."""
+        if block.weights is None:
+            return None
+        resting = self._home.weights.get(block.name)
+        if resting is not None:
+            wait = self._home.before_change.get(block.name)
+            if wait is not None:
+                wait()
+            return resting
+        parts = self._home.parted.get(block.name)
+        if parts is not None and not parts.split.nvme_bytes:
+            return parts.room(None)
+        slot = self._take(self._weights_arena, self._weights_slot_bytes, f"weights of {block.name}")
+        if parts is not None:
+            return parts.room(slot.part(0, parts.split.streamed_bytes))
+        return slot.part(0, block.weights.stored_bytes)
+
+    def write_weights(self, block: TrainedBlock, room: Slot | PartedRoom) -> None:
+        """Starts writing collected weights to where they rest."""
+        self._writes.append(self._home.write_weights(block, room))
+
+    def forget(self) -> None:
+        """Drops what was read ahead. Blocks until nothing is under way."""
+        with self._read_lock:
+            self._to_read.clear()
+            self._drop_ahead()
+        settle(self._writes)  # a commit would tell what became of them, and there will be none of this
+
+    def _arrived(self, piece: Piece) -> Slot:
+        with self._read_lock:
+            found = self._ahead.pop(piece.name, None)
+            if found is None and piece in self._to_read:  # what was read ahead has left the hint
+                while self._to_read.popleft() is not piece:
+                    continue  # passed by
+        if found is None:
+            self.counters.num_read_on_demand += 1
+            return self.read(piece)
+        self.counters.num_read_ahead += 1
+        slot, transfer = found
+        self._wait(transfer)
+        return slot
+
+    def _read_ahead(self) -> None:
+        """Starts reading along the hint while there are slots. Holds the lock."""
+        while self._to_read:
+            slot = self._state_arena.try_acquire(self._state_slot_bytes, self._to_read[0].name)
+            if slot is None:
+                return
+            piece = self._to_read.popleft()
+            slot = slot.part(0, piece.num_bytes)
+            self._ahead[piece.name] = (slot, self._home.fetch(piece, slot))
+
+    def _take(self, arena: Arena, num_bytes: int, owner: str) -> Slot:
+        """A slot, once a write that holds one is done, or the device; at the worst what was read ahead is dropped."""
+        while (slot := arena.try_acquire(num_bytes, owner)) is None:
+            if self._writes:
+                self._settle_writes(len(self._writes) - 1)
+                continue
+            if self._settle_one():
+                continue
+            slot = arena.acquire_or_none(num_bytes, owner)  # what a device has stepped is lent until that is reported
+            if slot is not None:
+                return slot
+            with self._read_lock:
+                was_ahead = bool(self._ahead) and arena is self._state_arena
+                if was_ahead:
+                    self._drop_ahead()
+            if not was_ahead:
+                return arena.acquire(num_bytes, owner)  # raises, naming the holders
+        return slot
+
+    def _drop_ahead(self) -> None:
+        while self._ahead:
+            _, (_, transfer) = self._ahead.popitem()
+            self.counters.num_read_in_vain += 1
+            try:
+                self._wait(transfer)
+            except OffloadError:  # nobody wanted it: whoever does will meet it again
+                continue
+
+    def _settle_writes(self, num_left: int) -> None:
+        while len(self._writes) > num_left:
+            self._wait(self._writes.popleft())
