@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
 from offload_rt.optimizer.by_name import LAYOUT, check_layout, layout_json, read_layout_json
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.in_memory import AdapterSteps
+from offload_rt.optimizer.job import GradientSource
 from offload_rt.optimizer.landing import LANDING_SLOTS, Landing
 from offload_rt.optimizer.log_commit import OpenLog, note_places, open_log
 from offload_rt.optimizer.on_device import DeviceUpdates, PiecesOnDevice, device_rule
@@ -39,6 +41,7 @@ from offload_rt.optimizer.state import (
     log_extents,
 )
 from offload_rt.optimizer.stepper import Progress, Stepper
+from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.scratch import Scratch
 from offload_rt.store import store_folders
@@ -48,6 +51,8 @@ from offload_rt.transfer import Transfer
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, training_sizes
 from planners.plan import Plan, StatePlacement, Tier
+
+AnyTraining = TypeVar("AnyTraining", bound=TieredTraining)
 
 PARAMETER_BYTES = 1 << 10
 """Room in a commit for what is kept of a parameter besides tensors. NAdam, which keeps most, takes 612 bytes."""
@@ -194,23 +199,7 @@ class StateAssembly:
 
     def finish_adapters(self, made: torch.optim.Optimizer, steps: AdapterSteps) -> AdapterTraining:
         """The updates of adapters whose state this is, begun; a first commit is there, unless the log goes on."""
-        log, progress = self.home.log, Progress()
-        training: list[AdapterTraining] = []
-        stepper = Stepper(
-            self._draft.rule, self.home, ParameterGradients(), lambda name: training[0].groups.of(name), progress,
-            self._links, state_arena=self._state_arena, state_slot_bytes=self._sizes.piece_bytes,
-            weights_arena=self._weights_arena, weights_slot_bytes=0, on_device=self._on_device, threaded=False,
-        )  # fmt: skip
-        training.append(
-            AdapterTraining(
-                steps, self._draft.blocks, self._draft.rule, self.home, stepper, progress, made,
-                commit_every=self._commit_every, commit_folder=self.folders[0] if self.folders else None,
-                open_log=self._open_other_log, on_close=self.close,
-            )
-        )  # fmt: skip
-        if log is not None and not log.committed.step and not self.goes_on:
-            training[0].commits.commit()
-        return training[0]
+        return self._begun(lambda parts: AdapterTraining(parts, steps), made, ParameterGradients(), threaded=False)
 
     @property
     def _commit_every(self) -> int | None:
@@ -230,31 +219,44 @@ class StateAssembly:
     ) -> FullTraining:
         """The training, begun: its first commit is there, unless the log goes on from an earlier run."""
         config = self._workload.config
-        log = self.home.log
         gradients = Gradients(
             self._draft.blocks, self._gradient_arena, self._scratch, self._links,
             accumulates=config.accumulation_steps > 1, arrivals=self._arrivals,
             device_slots=self._plan.buffers.gradient_slots,
         )  # fmt: skip
+        return self._begun(
+            lambda parts: FullTraining(
+                parts, gradients, mode=self._plan.update_mode, accumulation_steps=config.accumulation_steps,
+                max_grad_norm=config.max_grad_norm, before_weights_change=before_weights_change, make_room=make_room,
+                more_to_come=lambda: turns.active and not turns.is_last,
+            ),
+            made, gradients, threaded=not (self._options.serial_updates or self._options.record),
+        )  # fmt: skip
+
+    def _begun(
+        self,
+        make: Callable[[TieredParts], AnyTraining],
+        made: torch.optim.Optimizer,
+        gradients: GradientSource,
+        *,
+        threaded: bool,
+    ) -> AnyTraining:
+        """What `make` makes, with its first commit, unless the log goes on from an earlier run."""
         progress = Progress()
-        training: list[FullTraining] = []
+        training: list[AnyTraining] = []
         stepper = Stepper(
             self._draft.rule, self.home, gradients, lambda name: training[0].groups.of(name), progress, self._links,
             state_arena=self._state_arena, state_slot_bytes=self._sizes.piece_bytes,
             weights_arena=self._weights_arena, weights_slot_bytes=self._sizes.largest_weight_bytes,
-            on_device=self._on_device, threaded=not (self._options.serial_updates or self._options.record),
+            on_device=self._on_device, threaded=threaded,
         )  # fmt: skip
-        training.append(
-            FullTraining(
-                self._draft.blocks, self._draft.rule, self.home, gradients, stepper, progress, made,
-                mode=self._plan.update_mode, accumulation_steps=config.accumulation_steps,
-                max_grad_norm=config.max_grad_norm, commit_every=self._commit_every,
-                before_weights_change=before_weights_change,
-                make_room=make_room, more_to_come=lambda: turns.active and not turns.is_last,
-                commit_folder=self.folders[0] if self.folders else None, open_log=self._open_other_log,
-                on_close=self.close,
-            )
+        parts = TieredParts(
+            blocks=self._draft.blocks, rule=self._draft.rule, home=self.home, stepper=stepper, progress=progress,
+            made=made, commit_every=self._commit_every, commit_folder=self.folders[0] if self.folders else None,
+            open_log=self._open_other_log, on_close=self.close,
         )  # fmt: skip
+        training.append(make(parts))
+        log = self.home.log
         if log is not None and not log.committed.step and not self.goes_on:
             training[0].commits.commit()
         return training[0]

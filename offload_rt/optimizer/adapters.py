@@ -9,11 +9,10 @@ commit from the next step on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from offload_rt.checkpoint.state import load_state, restore, save_state
@@ -22,13 +21,10 @@ from offload_rt.optimizer.adapter_saving import TieredState
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.interface import Check, Values
-from offload_rt.optimizer.log_commit import OpenLog, is_log
+from offload_rt.optimizer.log_commit import is_log
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.saving import load_commit
-from offload_rt.optimizer.state import StateHome
-from offload_rt.optimizer.stepper import Progress, Stepper
-from offload_rt.optimizer.tiered_training import TieredTraining
+from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.writes import state_report
 from planners.placement import UpdateMode
 
@@ -55,25 +51,8 @@ class AdapterTraining(TieredTraining):
 
     state_name = "optimizer state of adapters"
 
-    def __init__(
-        self,
-        steps: AdapterSteps,
-        blocks: Sequence[TrainedBlock],
-        rule: UpdateRule,
-        home: StateHome,
-        stepper: Stepper,
-        progress: Progress,
-        made: torch.optim.Optimizer,
-        *,
-        commit_every: int | None,
-        commit_folder: Path | None,
-        open_log: OpenLog,
-        on_close: Callable[[], None],
-    ) -> None:
-        super().__init__(
-            blocks, rule, home, stepper, progress, made, commit_every=commit_every, commit_folder=commit_folder,
-            open_log=open_log, on_close=on_close,
-        )  # fmt: skip
+    def __init__(self, parts: TieredParts, steps: AdapterSteps) -> None:
+        super().__init__(parts)
         self._steps = steps
 
     def before_forward(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +24,51 @@ from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered import TieredOptimizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class TieredParts:
+    """What a training is made of, whatever trains. It belongs to the training from then on."""
+
+    blocks: tuple[TrainedBlock, ...]
+    """In the order of the model's parameters."""
+    rule: UpdateRule
+    home: StateHome
+    stepper: Stepper
+    progress: Progress
+    """The stepper's."""
+    made: torch.optim.Optimizer
+    """The user's, or what the run before has made of it."""
+    commit_every: int | None
+    """Steps between commits; None makes none by itself."""
+    commit_folder: Path | None
+    """Where commits are; None without a drive."""
+    open_log: OpenLog
+    """Opens what another run has committed."""
+    on_close: Callable[[], None]
+    """Closes what state rests in."""
+
+
 class TieredTraining(ABC):
     """State in pieces, the optimizer that the user sees of it, and what a commit carries."""
 
-    def __init__(
-        self,
-        blocks: Sequence[TrainedBlock],
-        rule: UpdateRule,
-        home: StateHome,
-        stepper: Stepper,
-        progress: Progress,
-        made: torch.optim.Optimizer,
-        *,
-        commit_every: int | None,
-        commit_folder: Path | None,
-        open_log: OpenLog,
-        on_close: Callable[[], None],
-    ) -> None:
-        self.blocks = tuple(blocks)
-        self.rule = rule
-        self.open_log = open_log
-        self.home = home
-        self.stepper = stepper
-        self.progress = progress
+    def __init__(self, parts: TieredParts) -> None:
+        self.blocks = parts.blocks
+        self.rule = parts.rule
+        self.open_log = parts.open_log
+        self.home = parts.home
+        self.stepper = parts.stepper
+        self.progress = parts.progress
+        made = parts.made
         self.optimizer = made if isinstance(made, TieredOptimizer) else TieredOptimizer(made, self.step, self.forget)
         self.optimizer.serve(self.step, self.forget)
-        names = {id(trained.parameter): trained.name for block in blocks for trained in block.parameters}
+        names = {id(trained.parameter): trained.name for block in self.blocks for trained in block.parameters}
         self._names = tuple(names.values())
         self.groups = ParamGroups(self.optimizer, names)
-        self.commits = Commits(blocks, home, self._values, self.groups.values, every=commit_every, folder=commit_folder)
+        self.commits = Commits(
+            self.blocks, self.home, self._values, self.groups.values, every=parts.commit_every,
+            folder=parts.commit_folder,
+        )  # fmt: skip
         self.step_number = 0
-        self._on_close = on_close
+        self._on_close = parts.on_close
 
     @abstractmethod
     def step(self) -> None:
@@ -133,7 +148,10 @@ class TieredTraining(ABC):
                 self.commits.finish()
         finally:
             self.stepper.close()
-            self._on_close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._on_close()
 
     def _values(self) -> Values:
         return {

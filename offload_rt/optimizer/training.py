@@ -24,7 +24,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,12 @@ from offload_rt.cpu_adam import clip_scale
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError
 from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.optimizer.interface import Check, Values
-from offload_rt.optimizer.log_commit import OpenLog
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.saving import load_commit, load_training, save_training
 from offload_rt.optimizer.stand_ins import StandIns
-from offload_rt.optimizer.state import Part, StateHome, laid_weights
+from offload_rt.optimizer.state import Part, laid_weights
 from offload_rt.optimizer.step import Step, StepCounters, check_first
-from offload_rt.optimizer.stepper import Progress, Stepper
-from offload_rt.optimizer.tiered_training import TieredTraining
+from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.writes import state_report
 from planners.placement import UpdateMode
 
@@ -61,33 +57,21 @@ class FullTraining(TieredTraining):
 
     def __init__(
         self,
-        blocks: Sequence[TrainedBlock],
-        rule: UpdateRule,
-        home: StateHome,
+        parts: TieredParts,
         gradients: Gradients,
-        stepper: Stepper,
-        progress: Progress,
-        made: torch.optim.Optimizer,
         *,
         mode: UpdateMode,
         accumulation_steps: int,
         max_grad_norm: float | None,
-        commit_every: int | None,
         before_weights_change: Callable[[], None],
         make_room: Callable[[], None],
         more_to_come: Callable[[], bool],
-        commit_folder: Path | None,
-        open_log: OpenLog,
-        on_close: Callable[[], None],
     ) -> None:
         """`before_weights_change` makes sure that nobody reads weights ahead; `make_room` is called before memory is
         taken for what is as large as a vocabulary; `more_to_come` is whether the next to arrive are another
         micro-batch's gradients of the same block.
         """
-        super().__init__(
-            blocks, rule, home, stepper, progress, made, commit_every=commit_every, commit_folder=commit_folder,
-            open_log=open_log, on_close=partial(self._let_go, on_close),
-        )  # fmt: skip
+        super().__init__(parts)
         self.gradients = gradients
         self.counters = StepCounters()
         self.grad_norm: float | None = None
@@ -104,9 +88,9 @@ class FullTraining(TieredTraining):
         self._make_room = make_room
         self._more_to_come = more_to_come
         self._now = Step(order=tuple(reversed(self.blocks)))
-        self._stand_ins = StandIns(blocks, self.deliver)
-        gradients.wait_for_room = stepper.wait_for_one
-        gradients.in_background = stepper.settle
+        self._stand_ins = StandIns(self.blocks, self.deliver)
+        gradients.wait_for_room = self.stepper.wait_for_one
+        gradients.in_background = self.stepper.settle
 
     def taker(self, name: str) -> Callable[[Mapping[int, Tensor]], None]:
         """`deliver` for the block `name`."""
@@ -268,10 +252,10 @@ class FullTraining(TieredTraining):
         self._stand_ins.close()
         super().close()
 
-    def _let_go(self, on_close: Callable[[], None]) -> None:
+    def _let_go(self) -> None:
         with suppress(OffloadError):
             self.gradients.clear()
-        on_close()
+        super()._let_go()
 
     def _steps_ahead(self, block: TrainedBlock) -> bool:
         return (
