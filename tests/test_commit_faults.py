@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 
-from offload_rt.arena import Arena
 from offload_rt.checksum import crc32c
 from offload_rt.commit_log import CommitLog
 from offload_rt.commit_record import Record, Version, pack_body
@@ -16,23 +15,9 @@ from offload_rt.file_io import storage_error
 from offload_rt.links import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, holds, make, read, write
-
-
-@pytest.fixture
-def links():
-    links = Links(io=PlainIO())
-    yield links
-    links.close()
-
-
-@pytest.fixture
-def arena():
-    return Arena("a", 4 << 20, poison=True)
-
-
-@pytest.fixture
-def folders(disk_folder):
-    return [disk_folder / "one", disk_folder / "two"]
+from tests.tiny_logs import arena as arena
+from tests.tiny_logs import folders as folders
+from tests.tiny_logs import links as links
 
 
 class FaultyIO(PlainIO):

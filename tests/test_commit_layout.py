@@ -16,23 +16,9 @@ from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorru
 from offload_rt.links import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, extents, holds, make, write
-
-
-@pytest.fixture
-def links():
-    links = Links(io=PlainIO())
-    yield links
-    links.close()
-
-
-@pytest.fixture
-def arena():
-    return Arena("a", 4 << 20, poison=True)
-
-
-@pytest.fixture
-def folders(disk_folder):
-    return [disk_folder / "one", disk_folder / "two"]
+from tests.tiny_logs import arena as arena
+from tests.tiny_logs import folders as folders
+from tests.tiny_logs import links as links
 
 
 def test_every_byte_is_written_when_it_is_made(disk_folder, links):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt.arena import Arena
 from offload_rt.commit_layout import read_layout
 from offload_rt.commit_log import CommitLog
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
@@ -16,25 +15,10 @@ from offload_rt.errors import StorageTimeout, StoreInUse
 from offload_rt.links import Links
 from offload_rt.native import native_core
 from tests.power_loss import PlainIO
+from tests.tiny_logs import arena as arena
+from tests.tiny_logs import folders as folders
+from tests.tiny_logs import links as links
 from tests.tiny_logs import make, write
-
-
-@pytest.fixture
-def links():
-    links = Links(io=PlainIO())
-    yield links
-    links.close()
-
-
-@pytest.fixture
-def arena():
-    return Arena("a", 4 << 20, poison=True)
-
-
-@pytest.fixture
-def folders(disk_folder):
-    return [disk_folder / "one", disk_folder / "two"]
-
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,7 +5,6 @@ m  [ 7 ]*[ 6 ]   --write-->   [ 7 ]*[ 8 ]   --commit-->   [ 7 ] [ 8 ]*      * is
 
 import pytest
 
-from offload_rt.arena import Arena
 from offload_rt.checksum import crc32c
 from offload_rt.commit_layout import make_log
 from offload_rt.commit_log import CommitLog
@@ -16,8 +15,10 @@ from offload_rt.file_io import file_io
 from offload_rt.links import Links
 from offload_rt.native import native_core
 from offload_rt.recording import Recorder
-from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, content, holds, make, read, write
+from tests.tiny_logs import arena as arena
+from tests.tiny_logs import folders as folders
+from tests.tiny_logs import links as links
 
 
 @pytest.fixture(params=["io_uring", "threads", "aiofiles"])
@@ -29,23 +30,6 @@ def every_io(request):
     links = Links(io=file_io(request.param), recorder=Recorder())
     yield links
     links.close()
-
-
-@pytest.fixture
-def links():
-    links = Links(io=PlainIO())
-    yield links
-    links.close()
-
-
-@pytest.fixture
-def arena():
-    return Arena("a", 4 << 20, poison=True)
-
-
-@pytest.fixture
-def folders(disk_folder):
-    return [disk_folder / "one", disk_folder / "two"]
 
 
 def test_what_is_committed_is_there_when_it_opens_again(every_io, folders, arena):

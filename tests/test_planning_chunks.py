@@ -19,7 +19,6 @@ from offload_rt.workload import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment
 from planners.cost import class_costs, knobs_of
 from planners.division import deal
-from planners.errors import PlanInfeasible
 from planners.mip import plan_optimal
 from planners.placement import Cuts, DecodeScope, Tier
 from planners.steady import solve_steady
@@ -31,6 +30,7 @@ from tests.test_parity import differences
 from tests.test_plan_choice import calibrated
 from tests.test_planning import BF16, KIB, MIB, NF4, PAGE, SECONDS, machine, question
 from tests.test_planning_tokens import model_of, plan_by_hand, train
+from tests.test_planning_tokens import plans_for_less_and_less as less_and_less
 
 __all__ = ["calibrated"]  # a fixture
 FULL = pytest.mark.full
@@ -145,21 +145,7 @@ def test_prices_are_those_that_were_measured_whatever_the_mix(tmp_path):
             class_costs(problem, wrong, DecodeScope.LINEAR)
 
 
-def plans_for_less_and_less(folder, host, link):
-    """(hardware, problem, streaming, plan) for ever less DEVICE memory, until nothing fits."""
-    hardware = machine(3 * MIB, host)
-    links = replace(hardware.links, host_to_device_bytes_per_second=link, device_to_host_bytes_per_second=link)
-    hardware = replace(hardware, links=links)
-    while True:
-        _, streaming, problem = measured(BF16, folder, hardware)
-        try:
-            plan = plan_optimal(problem)
-        except PlanInfeasible:
-            return
-        yield hardware, problem, streaming, plan
-        taken = plan.predicted_bytes(Tier.DEVICE) + problem.hardware.device.reserve_bytes
-        device = min(hardware.device.memory_bytes, taken) - 64 * KIB
-        hardware = replace(hardware, device=replace(hardware.device, memory_bytes=device))
+plans_for_less_and_less = functools.partial(less_and_less, measured=measured, begin=3 * MIB, less=64 * KIB)
 
 
 def planned(plan, name, where):

@@ -169,9 +169,9 @@ def test_swapped_blocks_lie_apart():
     assert home_of_each((0, 2, 4, 0)) == [2, 2, 1, 2, 2, 1]
 
 
-def plans_for_less_and_less(folder, host, link):
-    """(hardware, problem, streaming, plan) for ever less DEVICE memory, until nothing fits."""
-    hardware = machine(1400 * KIB, host)
+def plans_for_less_and_less(folder, host, link, *, measured=measured, begin=1400 * KIB, less=80 * KIB):
+    """(hardware, problem, streaming, plan) for ever less DEVICE memory, from `begin` on, until nothing fits."""
+    hardware = machine(begin, host)
     links = replace(hardware.links, host_to_device_bytes_per_second=link, device_to_host_bytes_per_second=link)
     hardware = replace(hardware, links=links)
     while True:
@@ -182,7 +182,7 @@ def plans_for_less_and_less(folder, host, link):
             return
         yield hardware, problem, streaming, plan
         taken = plan.predicted_bytes(Tier.DEVICE) + problem.hardware.device.reserve_bytes
-        device = min(hardware.device.memory_bytes, taken) - 80 * KIB
+        device = min(hardware.device.memory_bytes, taken) - less
         hardware = replace(hardware, device=replace(hardware.device, memory_bytes=device))
 
 

@@ -1,11 +1,33 @@
 """Small commit logs for tests: three extents, whose content a number stands for."""
 
+import pytest
+
+from offload_rt.arena import Arena
 from offload_rt.commit_layout import MutableExtent, make_log
 from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
+from offload_rt.links import Links
+from tests.power_loss import PlainIO
 
 PAGE = 4096
 SIZES = {"a": PAGE, "b": 5 * PAGE, "c": 300 * PAGE}
+
+
+@pytest.fixture
+def links():
+    links = Links(io=PlainIO())
+    yield links
+    links.close()
+
+
+@pytest.fixture
+def arena():
+    return Arena("a", 4 << 20, poison=True)
+
+
+@pytest.fixture
+def folders(disk_folder):
+    return [disk_folder / "one", disk_folder / "two"]
 
 
 def extents(num_drives=1):
