@@ -44,6 +44,9 @@ NESTED_BLOCK_SIZE = 256
 SECTION_ALIGNMENT_BYTES = 64
 """A cache line, and the width of an AVX-512 register."""
 
+CODES_A_WORD = 8
+"""In 32 bits, which is how the kernels for GPUs read them."""
+
 NESTED_MAP_SIZE = 256
 
 NF4_TABLE: tuple[float, ...] = (

@@ -25,17 +25,15 @@ order. The cut depends on the weight's shape alone: not on the GPU, the tokens o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload_rt.nf4_layout import NESTED_BLOCK_SIZE, NF4_ZERO_CODE, QUANT_BLOCK_SIZE, NF4Layout
+from offload_rt.nf4_layout import CODES_A_WORD, NESTED_BLOCK_SIZE, NF4_ZERO_CODE, QUANT_BLOCK_SIZE, NF4Layout
 from offload_rt.nf4_torch import sections_of, tables
 
-CODES_A_WORD = 8
 DTYPES = (torch.bfloat16, torch.float16)
 _ALL_ZERO = sum(NF4_ZERO_CODE << 4 * position for position in range(CODES_A_WORD))
 """A word of weights of zero: what is beyond the matrix."""
@@ -216,7 +214,7 @@ def product(
     padded_bias = given if bias is None else bias  # a pointer that is not read
     with torch.cuda.device_of(x):  # Triton launches on torch's current device
         _product_kernel[grid](
-            given, sections.codes.view(torch.int32), *sections[1:], _table(x.device), padded_bias, parts,
+            given, sections.codes.view(torch.int32), *sections[1:], tables(x.device).nf4, padded_bias, parts,
             num_tokens, rows, columns, columns_a_part,
             ROWS=launch.rows, COLUMNS=launch.columns, TOKENS=tokens, CODES_A_WORD=CODES_A_WORD, ALL_ZERO=_ALL_ZERO,
             WORDS_A_QUANT_BLOCK=QUANT_BLOCK_SIZE // CODES_A_WORD, NESTED_BLOCK_SIZE=NESTED_BLOCK_SIZE,
@@ -253,8 +251,3 @@ def why_not(rows: int, columns: int, dtype: torch.dtype) -> str:
 def serves(device: torch.device) -> bool:
     """Whether the kernel runs on `device`: a GPU, or the CPU in Triton's interpreter."""
     return device.type == "cuda" or type(_product_kernel).__name__ == "InterpretedFunction"
-
-
-@cache
-def _table(device: torch.device) -> Tensor:
-    return tables(device).nf4

@@ -20,17 +20,21 @@ last word is not full, a second launch of one program stores part of it; masks i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload_rt.nf4_layout import NESTED_BLOCK_SIZE, QUANT_BLOCK_SIZE, SECTION_ALIGNMENT_BYTES, NF4Layout
+from offload_rt.nf4_layout import (
+    CODES_A_WORD,
+    NESTED_BLOCK_SIZE,
+    QUANT_BLOCK_SIZE,
+    SECTION_ALIGNMENT_BYTES,
+    NF4Layout,
+)
 from offload_rt.nf4_torch import sections_of, tables
 
-CODES_A_WORD = 8
 _TAIL_WORDS = 32
 """One warp's; only the first is there."""
 
@@ -117,7 +121,7 @@ def decode(blob: Tensor, layout: NF4Layout, out: Tensor, launch: Launch = DEFAUL
             if first == last:
                 continue
             _decode_kernel[(triton.cdiv(last - first, words),)](
-                codes, *sections[1:], _table(out.device), out, first, last, num_elements,
+                codes, *sections[1:], tables(out.device).nf4, out, first, last, num_elements,
                 WORDS=words, CODES_A_WORD=CODES_A_WORD,
                 WORDS_A_QUANT_BLOCK=QUANT_BLOCK_SIZE // CODES_A_WORD, NESTED_BLOCK_SIZE=NESTED_BLOCK_SIZE,
                 IS_TAIL=first == num_whole, num_warps=launch.num_warps, enable_fp_fusion=False,
@@ -127,8 +131,3 @@ def decode(blob: Tensor, layout: NF4Layout, out: Tensor, launch: Launch = DEFAUL
 def serves(device: torch.device) -> bool:
     """Whether tensors on `device` can be decoded: a GPU's, or the CPU's in Triton's interpreter."""
     return device.type == "cuda" or type(_decode_kernel).__name__ == "InterpretedFunction"
-
-
-@cache
-def _table(device: torch.device) -> Tensor:
-    return tables(device).nf4
