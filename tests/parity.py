@@ -291,21 +291,20 @@ def run_plain(case: Case) -> list[Trace]:
     return run_steps(case.accumulation, model, lambda loss: loss.backward(), trainable, update)
 
 
+def engine_of(case: Case, **place: Any) -> Engine:
+    """An engine for the model and the steps of `case`; `place` says on what, and where its weights rest."""
+    return Engine(
+        build(case), bits=4 if case.weights == "nf4" else None, batch_size=BATCH_SIZE, seq_len=SEQ_LEN,
+        accumulation_steps=case.accumulation, max_grad_norm=0.05 if case.clipping else None, lr=1e-2, **place,
+    )  # fmt: skip
+
+
 def run_engine(case: Case, folder: Path) -> tuple[list[Trace], Engine]:
     """The same with an engine, which the caller closes."""
     place = dict(PLACES[case.place])
     if place.pop("nvme", False):
         place["nvme"] = folder
-    engine = Engine(
-        build(case),
-        bits=4 if case.weights == "nf4" else None,
-        batch_size=BATCH_SIZE,
-        seq_len=SEQ_LEN,
-        accumulation_steps=case.accumulation,
-        max_grad_norm=0.05 if case.clipping else None,
-        lr=1e-2,
-        **place,
-    )
+    engine = engine_of(case, **place)
     try:
         return run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step), engine
     except BaseException:

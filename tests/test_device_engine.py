@@ -16,7 +16,7 @@ from offload_rt.assembly import RuntimeOptions
 from offload_rt.errors import ConfigError
 from planners.plan import DecodeScope, Tier
 from tests.fake_device import FakeDevice
-from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, build, run_plain, run_steps
+from tests.parity import STEPS, Case, build, engine_of, run_plain, run_steps
 from tests.test_parity import differences
 
 CASES = [
@@ -31,19 +31,10 @@ CASES = [
 
 def engine_on(device: FakeDevice, case: Case, folder: Path, **options) -> Engine:
     defaults = {"layer_inputs": Tier.HOST, "num_slots": 2, "stream_edges": True, "record": True, "poison": True}
-    return Engine(
-        build(case),
-        bits=4 if case.weights == "nf4" else None,
-        batch_size=BATCH_SIZE,
-        seq_len=SEQ_LEN,
-        accumulation_steps=case.accumulation,
-        max_grad_norm=0.05 if case.clipping else None,
-        lr=1e-2,
-        device="cpu",
-        host_memory="64MiB",
-        nvme=folder if case.place == "from NVME" else None,
+    return engine_of(
+        case, device="cpu", host_memory="64MiB", nvme=folder if case.place == "from NVME" else None,
         options=RuntimeOptions(**{**defaults, "device": device, **options}),
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

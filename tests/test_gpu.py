@@ -32,7 +32,19 @@ from planners.placement import Tier
 from planners.plan import DecodeScope, Ring, StatePlacement
 from planners.schedule import walk
 from tests import full_parity as full
-from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, Trace, build, decode_in_place, micro_batch, run_steps
+from tests.parity import (
+    BATCH_SIZE,
+    SEQ_LEN,
+    STEPS,
+    Case,
+    Trace,
+    build,
+    decode_in_place,
+    engine_of,
+    micro_batch,
+    run_steps,
+)
+from tests.test_device_engine import CASES
 from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of this module too
 from tests.test_parity import differences
 from tests.test_streams import FakeStore
@@ -204,16 +216,6 @@ def exact_attention():
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(was)
 
 
-CASES = [
-    Case("llama", "nf4", 1, True, False, "from NVME"),
-    Case("llama", "bf16", 2, False, True, "from HOST"),
-    Case("qwen", "nf4", 2, False, False, "from HOST"),
-    Case("gpt2", "nf4", 1, False, False, "from NVME"),
-    Case("moe", "fp32", 1, True, False, "from NVME"),
-    Case("plain", "nf4", 1, False, False, "from HOST"),
-]
-
-
 @pytest.mark.parametrize("stream_edges", [True, None])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_on_the_gpu_is_bit_equal_to_plain_pytorch(
@@ -221,17 +223,8 @@ def test_training_on_the_gpu_is_bit_equal_to_plain_pytorch(
 ) -> None:
     expected = gpu_plain(case)
     assert differences(expected, gpu_plain(case)) == [], "plain PyTorch does not repeat itself here"
-    engine = Engine(
-        build(case),
-        bits=4 if case.weights == "nf4" else None,
-        batch_size=BATCH_SIZE,
-        seq_len=SEQ_LEN,
-        accumulation_steps=case.accumulation,
-        max_grad_norm=0.05 if case.clipping else None,
-        lr=1e-2,
-        device="cuda",
-        device_memory="4GiB",
-        host_memory="256MiB",
+    engine = engine_of(
+        case, device="cuda", device_memory="4GiB", host_memory="256MiB",
         nvme=tmp_path if case.place == "from NVME" else None,
         options=RuntimeOptions(
             layer_inputs=Tier.HOST, num_slots=2, stream_edges=stream_edges, record=True, poison=True,
