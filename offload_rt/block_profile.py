@@ -50,7 +50,9 @@ MOST_PASSES = 3 * (WARM_RUNS + RUNS)
 ARENA_HELD = 2
 """Times a layer's activations that the arena holds to which they are put away: gaps, and what is not yet given back."""
 ACTIVATIONS_HELD = 2 + ARENA_HELD
-"""Times a layer's activations that profiling holds at most: in that arena, those that are made, and their gradients."""
+"""Times a layer's activations, as they are estimated, that profiling holds at most: in that arena, those that are made,
+and their gradients. Of Llama's layers 3.1 were counted, 1.9 of them in the arena (hidden sizes 256 and 512, 512 and
+1024 tokens, adapters, 16-bit and NF4 weights)."""
 HEAD_ROWS = 16384
 """Of the vocabulary, at most; the rest takes as long in proportion."""
 DECODED_ELEMENTS = 1 << 22
