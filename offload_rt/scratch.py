@@ -41,7 +41,7 @@ class ScratchRange:
 
 
 class Scratch:
-    """A file of at most `capacity_bytes` in `folder`. Not thread-safe: one executor uses it."""
+    """A file of at most `capacity_bytes` in `folder`. Ranges may be let go of by any thread; all else is for one."""
 
     def __init__(self, folder: Path, capacity_bytes: int, links: Links) -> None:
         self.links = links
@@ -66,7 +66,7 @@ class Scratch:
                 os.close(self.file.fd)
                 if error.errno == errno.ENOSPC:
                     raise StorageFull(
-                        f"layer inputs need {format_bytes(self.capacity_bytes)}",
+                        f"the plan puts {format_bytes(self.capacity_bytes)} there for less than a step",
                         path=path,
                         errno=errno.ENOSPC,
                     ) from None
@@ -91,9 +91,7 @@ class Scratch:
             if end - start >= wanted:
                 merged[index] = (start + wanted, end)
                 return ScratchRange(self, start, wanted)
-        raise StorageFull(
-            f"no room for a layer input of {format_bytes(wanted)}", path=self.file.path, errno=errno.ENOSPC
-        )
+        raise StorageFull(f"no room for {format_bytes(wanted)} more", path=self.file.path, errno=errno.ENOSPC)
 
     def close(self) -> None:
         os.close(self.file.fd)
