@@ -327,7 +327,7 @@ class Engine:
 
     @property
     def committed(self) -> Mapping[str, Any] | None:
-        """`step`, `tracked` and more of the newest commit of full fine-tuning; None where state is not committed.
+        """`step`, `tracked` and more of the newest commit in a log, where state rests in tiers; None without a log.
 
         What is tracked is in it as it was when `step` returned, schedulers as the next forward found them. Step 0 is a
         state that was just made.
@@ -337,7 +337,8 @@ class Engine:
     def save_checkpoint(self, folder: str | Path) -> None:
         """Writes parameters that train, optimizer, random numbers and everything tracked. Atomic and durable.
 
-        In full fine-tuning, the commit folder stands for a commit of what is there now, which copies nothing.
+        Blocks. Where state rests in tiers, the commit folder stands for a commit of what is there now, which copies
+        nothing.
         """
         with self._peaks.phase(SAVE, Path(folder)):
             self._training.save(Path(folder))

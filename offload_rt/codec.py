@@ -247,8 +247,8 @@ def decode_into(
     Allocates nothing on the native path. `num_threads` bounds the threads, None for torch's number; they are those
     that torch computes with, where torch has OpenMP's ([Note: whose threads] in `native/execution.h`). With
     `streaming_stores` the native path writes around the caches, without it through them; None takes the first from
-    `STREAMED_BYTES` on. The bits are the same. Blocks until done. Raises `ValueError` for a wrong dtype, size, stride
-    or alignment.
+    `STREAMED_BYTES` on. The bits are the same. Blocks until done; on a GPU it is given to the current stream. Raises
+    `ValueError` for a wrong dtype, size, stride or alignment.
     """
     flat = _flat(out, "out").detach()
     layout = nf4_layout(flat.numel())

@@ -95,7 +95,8 @@ class EngineConfig:
     max_grad_norm: float | None = None
     """Global norm to which `step` clips; None does not clip."""
     commit_every: int | None = None
-    """Steps between durable commits beside the store; None leaves saving to the caller."""
+    """Steps between durable commits beside the store; None is each one where state rests on NVMe, and otherwise leaves
+    saving to the caller."""
 
     def __post_init__(self) -> None:
         if self.bits not in (None, 4):

@@ -116,7 +116,7 @@ class RingExecutor:
             return slot
 
     def foresee(self) -> None:
-        """A forward pass has begun: starts fetching its first block, if there is room. Does not block."""
+        """A forward pass has begun: starts fetching its first block, if there is room. Blocks as `Residence.fetch`."""
         with self._lock:
             if 0 in self._slots:
                 return
@@ -126,7 +126,9 @@ class RingExecutor:
                 self._start(0, slot)
 
     def release(self, index: int) -> None:
-        """The user of block `index` is done: the schedule goes on to the next computation. Does not block."""
+        """The user of block `index` is done: the schedule goes on to the next computation. Blocks only as
+        `Residence.fetch` does, and for a block on its way that the schedule drops.
+        """
         with self._lock:
             self._users[index] -= 1
             if self._recorder is not None and index in self._slots:

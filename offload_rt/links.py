@@ -90,7 +90,8 @@ class Links:
     ) -> Transfer:
         """Starts copying `source` to `destination` (equal sizes), once `after` has arrived. Does not block.
 
-        `inward` says that it goes from HOST to DEVICE, where both are RAM and a link between them is emulated.
+        `inward` says that it goes from HOST to DEVICE, where both are RAM: it is metered so, and an emulated link takes
+        its time.
         `check` looks at the source when `after` has arrived; what it raises, the transfer raises. `places`: see
         `Copier.start`; for a device with streams. What is in HOST at both ends goes as where there is no device.
         """

@@ -144,7 +144,9 @@ class Residence(Protocol):
     num_bytes: int
 
     def fetch(self, slot: Slot) -> Fetch:
-        """Starts bringing the block into `slot`. Does not block."""
+        """Starts bringing the block into `slot`. Blocks only where it passes a stage that a device still copies out of,
+        or is still being written.
+        """
 
 
 class HostResidence:
@@ -175,7 +177,7 @@ class BlockSource(Protocol):
     """What reads blocks from NVMe: a store, or a log."""
 
     def read(self, block: str, slot: Slot) -> Transfer:
-        """Starts reading a whole block into `slot`. Does not block for the drive."""
+        """Starts reading a whole block into `slot`. Blocks only while it is still being written."""
 
     def verify(self, block: str, slot: Slot) -> None:
         """Checks a block that has arrived, where waiting for it did not. Raises `StoreCorrupt`."""

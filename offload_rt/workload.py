@@ -96,7 +96,9 @@ DEVICE_SLOTS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions:
-    """Switches that tests and the stress mode turn; none changes a number that training gives."""
+    """Switches that tests and the stress mode turn; none changes a number that training gives, but for cuts, which
+    change the order of sums (tiles of the loss and of the head, activations by chunks, packed products).
+    """
 
     record: bool = False
     """Keep every transfer and use for the happens-before check."""
