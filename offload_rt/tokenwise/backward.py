@@ -63,7 +63,7 @@ class Backward:
                 tile.rows(of_input).copy_(rows)
             del attended, rows
             state.places.between_chunks()
-        for tile in state.tiles:
+        for tile in reversed(state.tiles):
             self._gather(tile)
         of_qkv = self._middle.backward(of_result, self._sums, keep_graph=self._keeps_graph)
         del of_result

@@ -92,9 +92,8 @@ class Forward:
                 )
         if tile.saved is not None:
             tile.qkv = [edge(tensor) for tensor in call.qkv]
-        if not state.is_whole and not tile.recomputes(Group.QKV):
-            place = state.place(tile, Group.QKV)
-            tile.held_qkv = [Held(dense(tensor.detach()), place, state.counters) for tensor in call.qkv]
+        if not self._puts_away_qkv(tile):
+            self._hold_qkv(tile, [dense(tensor.detach()) for tensor in call.qkv])
         state.middle.gather(call.qkv, tile.span.start, empty=not state.is_whole)
         if tile.saved is not None:
             tile.saved.seal()
@@ -102,6 +101,9 @@ class Forward:
             self._make_room_for_frames(tile)
             self._run(state.tiles[tile.index + 1])
         else:
+            for each in state.tiles:
+                if self._puts_away_qkv(each):
+                    self._hold_qkv(each, state.middle.operands(each.span.start, each.span.end))
             state.counters.num_attentions += 1
             with_input = state.places.with_input("attention")
             self.attention_bytes = state.middle.attend(call, state.whole, lambda: state.new_saved(with_input))
@@ -115,6 +117,16 @@ class Forward:
             tile.saved.known = state.known()
             rows, tile.attended = enter(rows)
         return rows
+
+    def _puts_away_qkv(self, tile: Tile) -> bool:
+        """Whether a chunk's queries, keys and values go to a stash: see [Note: last put away, first wanted]."""
+        return self._state.place(tile, Group.QKV).stash is not None
+
+    def _hold_qkv(self, tile: Tile, qkv: list[torch.Tensor]) -> None:
+        """Has a chunk's dense queries, keys and values wait for backward, if it wants them."""
+        if not self._state.is_whole and not tile.recomputes(Group.QKV):
+            place = self._state.place(tile, Group.QKV)
+            tile.held_qkv = [Held(tensor, place, self._state.counters) for tensor in qkv]
 
     def _inside_one_graph(self, call: AttentionCall) -> torch.Tensor:
         """The attention of a single chunk with a graph: as it is, but that what it saves has places of its own."""

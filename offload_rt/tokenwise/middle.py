@@ -83,6 +83,11 @@ class Middle:
             for tensor in qkv:
                 tensor.data = tensor.new_empty(0)
 
+    def operands(self, start: int, end: int) -> list[torch.Tensor]:
+        """Copies of tokens [start, end) of the queries, keys and values that are gathered, in their memory layout."""
+        rows = [tensor.narrow(QKV_TOKEN_DIM, start, end - start) for tensor in self._qkv]
+        return [_copied(tensor, order) for tensor, order in zip(rows, self._orders, strict=True)]
+
     def attend(self, call: AttentionCall, whole: dict[int, torch.Tensor], new_saved: Callable[[], SavedTensors]) -> int:
         """Makes the call over all tokens. `whole`: by identity, what its other arguments were cut from.
 

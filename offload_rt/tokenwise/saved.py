@@ -191,14 +191,15 @@ class SavedTensors:
             return weight
         if self.place is None or address in self._stays:
             return tensor.detach()  # with its graph, an operation that saves its own result would hold itself
-        entry = self._open.get(address)
+        entry = self._open.pop(address, None)
         if entry is None:
             place = self.places.get(address, self.place)
             if place.stash is not None and storage.nbytes() > 2 * tensor.numel() * tensor.element_size():
                 tensor = tensor.detach().clone()
                 storage, offset = tensor.untyped_storage(), 0
                 address = storage.data_ptr()
-            entry = self._open[address] = _Storage(storage, place)
+            entry = _Storage(storage, place)
+        self._open[address] = entry  # the last: backward wants first what was saved last
         entry.num_views += 1
         return _View(entry, tensor.dtype, tensor.size(), tensor.stride(), offset)
 

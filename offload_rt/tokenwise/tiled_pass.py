@@ -9,6 +9,11 @@ the last one makes the original call once, over all tokens; then each chunk goes
 seg1 leads from the layer's input to queries, keys and values; seg2 from the attention's result to the output. Either
 runs with a graph, whose saved tensors `saved` takes, or without, and again in backward.
 
+[Note: last put away, first wanted]
+Stashes bring back ahead what was put away before the tensor that is asked for. So forward puts away in the reverse of
+the order in which backward asks: what seg1 saves chunk by chunk, then, when all chunks are at attention, their queries,
+keys and values, and then what seg2 saves, of the last chunk first. Within a graph, by when a tensor was saved last.
+
 [Note: one chunk]
 The graph of a whole layer is not cut, so that its backward adds gradients in the order in which plain autograd does:
 kept or swapped, attention is an operation like any other; recomputed, `InPlaceOfAttention` stands in its place.
