@@ -254,14 +254,22 @@ class Links:
         return noting, (leg,)
 
     def _paced_wait(self, kind: str, num_bytes: int, wait: Callable[[float], None]) -> Callable[[float], None]:
-        """What waits for the transfer, and for the emulated drives, which begin with it now."""
+        """What waits for the transfer, and for the emulated drives, which begin with it now.
+
+        A slow machine is no stuck one: no timeout ends the emulated wait, but one of 0, which asks and does not wait.
+        """
         drives = None if self.throttle is None else self.throttle.drives
         if drives is None:
             return wait
         ticket = drives.submit(IN if kind == "read" else OUT, num_bytes)
+        arriving = [wait]  # what can be waited for once
 
         def both(timeout_seconds: float) -> None:
-            wait(timeout_seconds)
+            if arriving:
+                arriving[0](timeout_seconds)
+                arriving.clear()
+            if not timeout_seconds and not drives.is_through(ticket):
+                raise StorageTimeout(f"a {kind} of {num_bytes} bytes is under way at the emulated drives")
             drives.wait(ticket)
 
         return both

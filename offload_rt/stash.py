@@ -146,9 +146,9 @@ class NvmeStash:
         self._reading.add(piece)
         return slot, place.read(slot)
 
-    def is_written(self, piece: _Piece) -> bool:
-        """Whether it may still be on its way out."""
-        return piece in self._writing
+    def is_leaving(self, piece: _Piece) -> bool:
+        """Whether it is still on its way out."""
+        return piece in self._writing and not piece.has_left()
 
     def free_staging(self) -> None:
         """Waits for writes under way, and gives up what was read ahead: another tensor is wanted than foreseen."""
@@ -192,6 +192,10 @@ class _Piece:
         if self._write is not None:
             self._stash.wait(self._write)  # raises again, as often as it is asked, if the write failed
             self._write = None
+
+    def has_left(self) -> bool:
+        """Whether its write is over, whatever became of it."""
+        return self._write is None or self._write.is_over()
 
     def start_read(self) -> bool:
         """Whether it is on its way; not where there is no free slot."""
@@ -245,7 +249,7 @@ class _NvmeStashed:
 
     def read_ahead(self) -> bool:
         """Starts reading all of it, without waiting for anything; whether it could."""
-        return not any(self._stash.is_written(p) for p in self.pieces) and all([p.start_read() for p in self.pieces])
+        return not any(self._stash.is_leaving(p) for p in self.pieces) and all([p.start_read() for p in self.pieces])
 
     def load(self) -> torch.Tensor:
         if not self.pieces:

@@ -75,6 +75,12 @@ class Pipe:
             self._advance()
             return self._busy[IN], self._busy[OUT]
 
+    def is_through(self, ticket: Ticket) -> bool:
+        """Whether `ticket` is through by now. Does not block."""
+        with self._lock:
+            self._advance()
+            return ticket.is_through
+
     def wait(self, ticket: Ticket) -> None:
         """Sleeps until `ticket` is through."""
         while True:

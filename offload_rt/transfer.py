@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from offload_rt.arena import WAIT_SECONDS
-from offload_rt.errors import StorageTimeout
+from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.streams import Copy
 
 
@@ -53,7 +53,7 @@ class Transfer:
         self._wait = wait
         self._owned: tuple[object, ...] | None = owned
         self._error: Exception | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def wait(self, timeout_seconds: float | None = None) -> None:
         with self._lock:
@@ -70,6 +70,20 @@ class Transfer:
                 self._owned = None
                 raise
             self._owned = None
+
+    def is_over(self) -> bool:
+        """Whether `wait` would return or raise at once. Does not block, nor order anybody after it."""
+        if not self._lock.acquire(blocking=False):
+            return False  # somebody waits for it
+        try:
+            self.wait(0.0)
+        except StorageTimeout:
+            return False
+        except OffloadError:
+            return True
+        finally:
+            self._lock.release()
+        return True
 
     def stalls(self, begin_seconds: float, end_seconds: float) -> Iterator[tuple[str, float]]:
         """How a wait for it, that has returned, divides into waits for its legs: resource and seconds."""

@@ -71,7 +71,7 @@ def test_as_many_are_read_ahead_as_the_plan_has_room_for(disk_folder):
     stash = NvmeStash(scratch, staging, links, piece_bytes=PAGE, ahead_bytes=3 * PAGE)
     held = [stash.put(tensor(i)) for i in range(8)]
     assert torch.equal(held[7].load(), tensor(7))
-    assert links.counters.bytes_read == 2 * PAGE, "those behind the next one may still be on their way out"
+    assert links.counters.bytes_read >= 2 * PAGE, "more, if those behind the next one have left: `test_stash_order`"
     for number in reversed(range(7)):
         assert torch.equal(held[number].load(), tensor(number))
         ahead = min(3, number)

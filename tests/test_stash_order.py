@@ -1,12 +1,26 @@
-"""What is put away last is wanted first."""
+"""What is put away last is wanted first, and is on its way back as soon as it has left, whoever waits."""
+
+import threading
+import time
 
 import pytest
+import torch
 
-from offload_rt.stash import HostStash
+from offload_rt.arena import Arena
+from offload_rt.drive_files import open_file
+from offload_rt.errors import StorageError, StorageTimeout
+from offload_rt.file_io import AiofilesIO, OpenFile
+from offload_rt.links import Links
+from offload_rt.scratch import Scratch
+from offload_rt.stash import HostStash, NvmeStash
+from offload_rt.throttle import Pipe, Throttle
+from offload_rt.transfer import Transfer
 from planners.activations import Action, ActivationPolicy, Chunk, Treatment
+from planners.hardware import named_hardware
 from planners.placement import Tier
 from tests.tokenwise import batch, build, cut, policy, step
 
+PAGE = 4096
 NEAR = 3
 """Tensors that one operation saves are asked for in the order in which it saved them."""
 AGAIN, AWAY = Treatment(action=Action.RECOMPUTE), Treatment(action=Action.SWAP, tier=Tier.HOST)
@@ -53,3 +67,108 @@ def test_backward_asks_in_the_reverse_of_the_order_in_which_forward_put_away(arc
     assert len(asked) == order.num_put > 20
     place_of = {number: place for place, number in enumerate(sorted(asked, reverse=True))}
     assert max(abs(place - place_of[number]) for place, number in enumerate(asked)) < NEAR
+
+
+class HeldWrites:
+    """Writes that are under way until `let_go`, by whom they are looked at, and how often somebody has waited."""
+
+    def __init__(self, io):
+        self._start = io.start
+        self.are_over = False
+        self.num_waits = 0
+        io.start = self.start
+
+    def start(self, kind, file, offset_bytes, buffer):
+        wait = self._start(kind, file, offset_bytes, buffer)
+        if kind != "write":
+            return wait
+
+        def held(timeout_seconds):
+            if not self.are_over:
+                self.num_waits += timeout_seconds > 0
+                if not timeout_seconds:
+                    raise StorageTimeout("under way")
+            wait(60.0)
+
+        return held
+
+
+@pytest.fixture
+def six(disk_folder):
+    """Six tensors of a page on a drive, their writes under way; what three of them have room for may be read ahead."""
+    links = Links(io=AiofilesIO())
+    writes = HeldWrites(links.io)
+    scratch = Scratch(disk_folder, 8 * PAGE, links)
+    stash = NvmeStash(scratch, Arena("staging", 16 * PAGE, poison=True), links, piece_bytes=PAGE, ahead_bytes=3 * PAGE)
+    tensors = [torch.full((PAGE // 4,), float(number)) for number in range(6)]
+    yield links, writes, tensors, [stash.put(tensor) for tensor in tensors]
+    writes.are_over = True
+    links.close()
+    scratch.close()
+
+
+def test_what_has_left_is_read_ahead_though_nobody_waited_for_it(six):
+    links, writes, tensors, held = six
+    writes.are_over = True
+    assert torch.equal(held[5].load(), tensors[5])
+    assert links.counters.bytes_read == 4 * PAGE, "itself, and three ahead"
+    for number in (4, 3, 2, 1, 0):
+        assert torch.equal(held[number].load(), tensors[number])
+    assert (links.counters.bytes_read, writes.num_waits) == (6 * PAGE, 0)
+
+
+def test_nobody_waits_to_read_ahead_what_still_leaves_but_for_the_next_one(six):
+    links, writes, tensors, held = six
+    assert torch.equal(held[5].load(), tensors[5])
+    assert (links.counters.bytes_read, writes.num_waits) == (2 * PAGE, 2)
+
+
+def test_a_write_that_failed_is_over_and_raises_as_often_as_it_is_waited_for(disk_folder):
+    links = Links(io=AiofilesIO())
+
+    def fail(timeout_seconds):
+        raise StorageError("write failed", path="f", errno=5)
+
+    links.io.start = lambda *_: fail
+    arena = Arena("a", PAGE)
+    with open(disk_folder / "f", "wb") as opened:
+        transfer = links.write(OpenFile("f", opened.fileno(), False), 0, arena.acquire(PAGE, "w"))
+    assert transfer.is_over()
+    for _ in range(2):
+        with pytest.raises(StorageError, match="write failed"):
+            transfer.wait()
+    links.close()
+
+
+def test_asking_whether_a_transfer_is_over_waits_for_no_emulated_drive(disk_folder):
+    seconds = []
+    throttle = Throttle(named_hardware("rtx4090"))
+    throttle.drives = Pipe((1e3, 1e3), 1.0, clock=lambda: sum(seconds), sleep=seconds.append)
+    links = Links(io=AiofilesIO(), throttle=throttle)
+    arena, file = Arena("a", PAGE), open_file(disk_folder / "f", writable=True)
+    transfer = links.write(file, 0, arena.acquire(PAGE, "w"))
+    while links.io.outstanding() != "nothing":
+        assert not transfer.is_over()
+        time.sleep(0.001)
+    assert not transfer.is_over() and seconds == [], "the drive is done, the emulated one not"
+    seconds.append(5.0)
+    assert transfer.is_over()
+    transfer.wait()
+    assert seconds == [5.0]
+    links.close()
+
+
+def test_a_transfer_that_somebody_waits_for_is_not_waited_for_to_ask():
+    asked, go = threading.Event(), threading.Event()
+
+    def wait(_):
+        asked.set()
+        assert go.wait(60)
+
+    transfer = Transfer("one", 1, wait, (object(),))
+    waiter = threading.Thread(target=transfer.wait)
+    waiter.start()
+    assert asked.wait(60) and not transfer.is_over()
+    go.set()
+    waiter.join()
+    assert transfer.is_over()
