@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import deque
 from typing import Protocol
 
 import torch
@@ -101,7 +102,10 @@ class NvmeStash:
         self._links = links
         self._last: weakref.ref[_NvmeStashed] | None = None
         self._reading: weakref.WeakSet[_Piece] = weakref.WeakSet()
-        self._writing: list[_Piece] = []
+        self._writing: deque[_Piece] = deque()
+        self._writing_bytes = 0
+        self.num_given_up = 0
+        """How often what was read ahead was given up."""
 
     def put(self, tensor: torch.Tensor) -> Stashed | None:
         source = tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -112,6 +116,7 @@ class NvmeStash:
                 stashed.release()
                 return None
             stashed.pieces.append(piece)
+            stashed.stored_bytes += piece.stored_bytes
         stashed.previous = self._last
         self._last = weakref.ref(stashed)
         return stashed
@@ -119,8 +124,8 @@ class NvmeStash:
     def _write(self, part: torch.Tensor) -> _Piece | None:
         """Starts writing `part` out of a slot; None where there is no slot or no room on the drive."""
         num_bytes = align_up(part.numel(), IO_ALIGNMENT_BYTES)
-        while self._writing and sum(p.stored_bytes for p in self._writing) + num_bytes > self._staging.num_bytes // 2:
-            self._writing.pop(0).finish_write()
+        while self._writing and self._writing_bytes + num_bytes > self._staging.num_bytes // 2:
+            self._finish_a_write()
         slot = self._staging.try_acquire(num_bytes, "activations on their way out")
         if slot is None:
             self.free_staging()
@@ -136,6 +141,7 @@ class NvmeStash:
             self._links.recorder.use("stash", writes=[slot.range])
         piece = _Piece(self, place, place.write(slot), part.numel())
         self._writing.append(piece)
+        self._writing_bytes += piece.stored_bytes
         return piece
 
     def start_read(self, piece: _Piece, place: ScratchRange) -> tuple[Slot, Transfer] | None:
@@ -146,16 +152,13 @@ class NvmeStash:
         self._reading.add(piece)
         return slot, place.read(slot)
 
-    def is_leaving(self, piece: _Piece) -> bool:
-        """Whether it is still on its way out."""
-        return piece in self._writing and not piece.has_left()
-
     def free_staging(self) -> None:
         """Waits for writes under way, and gives up what was read ahead: another tensor is wanted than foreseen."""
         while self._writing:
-            self._writing.pop(0).finish_write()
+            self._finish_a_write()
         for piece in list(self._reading):
             piece.drop_read()
+        self.num_given_up += 1
 
     def start_previous(self, stashed: _NvmeStashed) -> None:
         """Starts reading what was stashed before this tensor: backward will want it next.
@@ -165,13 +168,18 @@ class NvmeStash:
         reference, ahead_bytes, is_first = stashed.previous, 0, True
         while reference is not None and (before := reference()) is not None:
             if before.pieces and not before.was_loaded:
-                ahead_bytes += sum(piece.stored_bytes for piece in before.pieces)
+                ahead_bytes += before.stored_bytes
                 if is_first:
                     before.start_read()
                 elif ahead_bytes > self._ahead_bytes or not before.read_ahead():
                     return
                 is_first = False
             reference = before.previous
+
+    def _finish_a_write(self) -> None:
+        piece = self._writing.popleft()
+        self._writing_bytes -= piece.stored_bytes
+        piece.finish_write()
 
     def wait(self, transfer: Transfer) -> None:
         self._links.wait(transfer)
@@ -236,10 +244,13 @@ class _NvmeStashed:
     def __init__(self, stash: NvmeStash, shape: torch.Size, dtype: torch.dtype) -> None:
         self.previous: weakref.ref[_NvmeStashed] | None = None
         self.pieces: list[_Piece] = []
+        self.stored_bytes = 0
         self.was_loaded = False
         self._stash = stash
         self._shape = shape
         self._dtype = dtype
+        self._read_ahead_at: int | None = None
+        """How often the stash had given up what it read ahead when all of it was on its way."""
 
     def start_read(self) -> None:
         """Starts reading as much as has room on its way in."""
@@ -249,7 +260,12 @@ class _NvmeStashed:
 
     def read_ahead(self) -> bool:
         """Starts reading all of it, without waiting for anything; whether it could."""
-        return not any(self._stash.is_leaving(p) for p in self.pieces) and all([p.start_read() for p in self.pieces])
+        if self._read_ahead_at == self._stash.num_given_up:
+            return True  # as for each that is loaded before it
+        if not all(p.has_left() for p in self.pieces) or not all([p.start_read() for p in self.pieces]):
+            return False
+        self._read_ahead_at = self._stash.num_given_up
+        return True
 
     def load(self) -> torch.Tensor:
         if not self.pieces:
