@@ -62,11 +62,11 @@ class _Way:
         return counters.bytes_by_group[f"{group} in {tier.value}"] // counters.num_passes
 
 
-def passes(batch_tokens: int, chunk_tokens: int) -> float:
+def passes(batch_tokens: int, chunk_tokens: int, *, order: int = 1) -> float:
     """How many forward and backward passes over all of `batch_tokens` of a sequence profiling takes, chunks being so
-    long.
+    long: of what goes by tokens or, of order 2, by pairs of them.
     """
-    return (WARM_RUNS + RUNS) * (1 + SHORT_WAYS * min(1.0, CHUNKS * chunk_tokens / batch_tokens))
+    return (WARM_RUNS + RUNS) * (1 + SHORT_WAYS * min(1.0, CHUNKS * chunk_tokens / batch_tokens) ** order)
 
 
 def profile_chunked_layer(

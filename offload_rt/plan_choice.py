@@ -19,8 +19,9 @@ from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
 from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
 from offload_rt.errors import ConfigError
 from offload_rt.planning import lowered, measured_problem
+from offload_rt.profile import attention_width
 from offload_rt.workload import Workload, chunk_tokens_of
-from planners.cost import Knobs
+from planners.cost import FLASH_BACKWARD, Knobs
 from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
 from planners.expand import Fractions, expand
@@ -41,6 +42,8 @@ MAX_SECONDS = 60.0
 """Of profiling, as estimated; a longer one is for who asks for it by plan="optimise"."""
 PRODUCTS = 4
 """Times forward's products that a profiled pass has at most: forward, again, gradients of inputs and weights."""
+ATTENTIONS = 2
+"""Times forward's attention that such a pass has at most, beside its backward: layers by chunks have it once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +134,22 @@ def profile_bytes(workload: Workload, streaming: StreamingProblem, chunk_tokens:
 
 
 def profile_seconds(workload: Workload, machine: Hardware, chunk_tokens: int | None = None) -> float:
-    """About what profiling takes: the products of one layer of each kind, at the rate that was calibrated."""
+    """About what profiling takes: products and causal attention of one layer of each kind, at the calibrated rates."""
     config = workload.config
     of_kind = {
         (type(draft.modules[0]), draft.spec.compute_bytes): sum(t.num_elements for t in draft.spec.tensors)
         for draft in workload.layers
     }
     flops = 2.0 * config.batch_size * config.seq_len * sum(of_kind.values())
-    num_passes = MOST_PASSES if chunk_tokens is None else passes(config.seq_len, chunk_tokens)
-    return num_passes * PRODUCTS * flops / machine.device.matmul_flops_per_second
+    of_tokens = of_pairs = float(MOST_PASSES)
+    if chunk_tokens is not None:
+        of_tokens, of_pairs = (passes(config.seq_len, chunk_tokens, order=order) for order in (1, 2))
+    device = machine.device
+    attention = 2.0 * config.batch_size * config.seq_len**2 * attention_width(workload.model) * len(of_kind)
+    attentions = (
+        ATTENTIONS / device.attention_forward_efficiency + FLASH_BACKWARD / device.attention_backward_efficiency
+    )
+    return (of_tokens * PRODUCTS * flops + of_pairs * attentions * attention) / device.matmul_flops_per_second
 
 
 def rule_seconds(problem: Problem, rule: Plan) -> float:

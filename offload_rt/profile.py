@@ -58,6 +58,15 @@ def chunked_size(model: nn.Module, drafts: list[BlockDraft], *, batch_size: int,
     return ChunkedSize(num_tokens=seq_len, sequence_bytes=tokens * per_token * item_bytes + of_all_pairs)
 
 
+def attention_width(model: nn.Module) -> int:
+    """Of all heads of queries together; 0 where the model's configuration says nothing of them."""
+    config: Any = getattr(model, "config", None)
+    heads = int(getattr(config, "num_attention_heads", None) or 0)
+    if not heads:
+        return 0
+    return heads * int(getattr(config, "head_dim", None) or -(-int(getattr(config, "hidden_size", 0)) // heads))
+
+
 def loss_head_size(model: nn.Module, *, batch_size: int, seq_len: int) -> LossHeadSize | None:
     """What head and loss need per token, and whether they can run in tiles; None where no head is found."""
     for module in model.modules():

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 
 import pytest
 
 from offload_rt import calibrate, plan_choice, planning, rehearsal
 from offload_rt._engine import Engine
+from offload_rt.block_profile import MOST_PASSES
 from offload_rt.plan_choice import MAX_SECONDS, OPTIMISER, RULE, choose, profile_bytes, profile_seconds, rule_seconds
 from planners.errors import PlanInfeasible
 from planners.placement import Tier
@@ -132,6 +134,28 @@ def test_profiling_that_would_take_long_is_left_to_who_asks_for_it(timed, tmp_pa
         assert choice.chosen == name == (RULE if plan is rule else OPTIMISER), choice.why
     assert len(timed) == 1 and "about 61 s" in choice.why
     assert profile_bytes(workload, streaming) > 4 * streaming.activation_bytes
+
+
+def test_what_profiling_takes_grows_by_tokens_and_attention_by_pairs_of_them(tmp_path):
+    hardware = machine(64 * MIB, 0)
+    workload, _, _ = question(build(BF16), tmp_path, hardware, None)
+    device = replace(hardware.device, attention_forward_efficiency=0.5, attention_backward_efficiency=0.25)
+    free = replace(device, attention_forward_efficiency=math.inf, attention_backward_efficiency=math.inf)
+
+    def parts(seq_len, chunk_tokens=None):
+        asked = replace(workload, config=replace(workload.config, seq_len=seq_len))
+        both, products = (
+            profile_seconds(asked, replace(hardware, device=one), chunk_tokens) for one in (device, free)
+        )  # fmt: skip
+        return products, both - products
+
+    (products, attention), longer = parts(SEQ_LEN), parts(2 * SEQ_LEN)
+    width, rate = workload.model.config.hidden_size, device.matmul_flops_per_second
+    causal = 2 * BATCH_SIZE * SEQ_LEN**2 * width / rate  # queries by keys and probabilities by values, half of each
+    assert attention == pytest.approx(MOST_PASSES * (2 / 0.5 + 2.5 / 0.25) * causal)
+    assert longer == (pytest.approx(2 * products), pytest.approx(4 * attention))
+    by_chunks = parts(8 * SEQ_LEN, SEQ_LEN)  # two of eight chunks four times, and the whole
+    assert by_chunks[1] / parts(8 * SEQ_LEN, 4 * SEQ_LEN)[1] == pytest.approx((1 + 4 / 16) / (1 + 4))
 
 
 def test_a_head_by_tiles_stays_the_rules(timed, tmp_path):
