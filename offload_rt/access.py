@@ -128,6 +128,24 @@ def put_forward_back(module: nn.Module, forward: Callable[..., Any], *, had_own:
         del module.forward
 
 
+class ReplacedForward:
+    """Is called in place of a module's `forward` from `attach` to `detach`, which puts back what was there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._forward: Callable[..., Any] = module.forward
+        self._had_own_forward = "forward" in module.__dict__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    def attach(self) -> None:
+        self.module.forward = self
+
+    def detach(self) -> None:
+        put_forward_back(self.module, self._forward, had_own=self._had_own_forward)
+
+
 @contextlib.contextmanager
 def without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Tensor hooks of parameters fire in the graph outside; an inner pass must not fire them too."""

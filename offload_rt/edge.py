@@ -7,7 +7,7 @@ again, and the tensor handed out holds the slot's lease for as long as backward 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from offload_rt.access import Access, GoneAccess, opened, put_forward_back
+from offload_rt.access import Access, GoneAccess, ReplacedForward, opened
 from offload_rt.block import Block, WeightView, weight_in
 from planners.schedule import Phase
 
@@ -28,21 +28,13 @@ class BlockReference:
     view: WeightView
 
 
-class StreamedModule:
+class StreamedModule(ReplacedForward):
     """Replaces the `forward` of a module outside the layers whose block streams. Its weights are not quantized."""
 
     def __init__(self, module: nn.Module, block: Block, access: Access) -> None:
-        self.module = module
+        super().__init__(module)
         self.block = block
         self._access = access
-        self._forward: Callable[..., Any] = module.forward
-        self._had_own_forward = "forward" in module.__dict__
-
-    def attach(self) -> None:
-        self.module.forward = self
-
-    def detach(self) -> None:
-        put_forward_back(self.module, self._forward, had_own=self._had_own_forward)
 
     def let_go(self) -> None:
         """Has no memory of its runtime's any more, whoever still holds it."""

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from offload_rt.access import GoneAccess, put_forward_back
+from offload_rt.access import GoneAccess, ReplacedForward
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
 from offload_rt.rows import RowReader, RowSource
 from planners.schedule import Phase
 
 
-class LookupModule:
+class LookupModule(ReplacedForward):
     """Replaces the `forward` of an embedding. `ahead` is called first: it may start what comes behind the lookup."""
 
     def __init__(
@@ -33,20 +33,12 @@ class LookupModule:
         reader: RowReader,
         ahead: Callable[[], None] = lambda: None,
     ) -> None:
-        self.module = module
+        super().__init__(module)
         self.block = block
         self._weight = block.bindings[0].parameter
         self._source: RowSource | None = source
         self._reader = reader
         self._ahead = ahead
-        self._forward: Callable[..., Any] = module.forward
-        self._had_own_forward = "forward" in module.__dict__
-
-    def attach(self) -> None:
-        self.module.forward = self
-
-    def detach(self) -> None:
-        put_forward_back(self.module, self._forward, had_own=self._had_own_forward)
 
     def let_go(self) -> None:
         """Has no memory of its runtime's any more, whoever still holds it."""

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.access import graph_is_kept, put_forward_back, without_hooks
+from offload_rt.access import ReplacedForward, graph_is_kept, without_hooks
 from offload_rt.backbone import Backbone, with_hidden
 from offload_rt.model_tail import IGNORED, Tail, without_logits
 from offload_rt.tiled_linear import TiledLinear
@@ -53,7 +53,7 @@ class LossHeadCounters:
     """Calls with labels that ran whole: short ones, and those that tiling does not serve."""
 
 
-class LossHead:
+class LossHead(ReplacedForward):
     """Replaces the `forward` of a causal model while the engine lives.
 
     causal: what `find_causal_model` gave. chunk_tokens: most rows of a tile. held: makes the head's weights stay in
@@ -71,14 +71,12 @@ class LossHead:
         between: Callable[[], None] = lambda: None,
         transients: Transients | None = None,
     ) -> None:
-        self.causal = causal
+        super().__init__(causal)
         self.chunk_tokens = chunk_tokens
         self.counters = LossHeadCounters()
         self.between = between
         self.transients = transients if transients is not None else Transients()
         self._held = held
-        self._forward: Callable[..., Any] = causal.forward
-        self._had_own_forward = "forward" in causal.__dict__
         # transformers looks at the parameters of a model's forward
         self.__signature__ = inspect.signature(causal.forward)
         self.backbone = Backbone(causal)
@@ -92,12 +90,6 @@ class LossHead:
         self.vocabulary_refusal: str | None = None
         """Why a head that streams by tiles is read for each tile of tokens after all; None where it is not."""
         self._is_checked = False
-
-    def attach(self) -> None:
-        self.causal.forward = self
-
-    def detach(self) -> None:
-        put_forward_back(self.causal, self._forward, had_own=self._had_own_forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._named(args, kwargs)
@@ -136,7 +128,7 @@ class LossHead:
 
     def _serves(self, arguments: dict[str, Any]) -> bool:
         """Whether nothing is asked that needs all tokens at once."""
-        config = getattr(self.causal, "config", None)
+        config = getattr(self.module, "config", None)
         keep = arguments.get("logits_to_keep", 0)
         routers = arguments.get("output_router_logits", getattr(config, "output_router_logits", False))
         tuples = arguments.get("return_dict") is False

@@ -21,33 +21,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.access import GoneAccess, put_forward_back
+from offload_rt.access import GoneAccess, ReplacedForward
 from offload_rt.block import Block
 from offload_rt.dtypes import torch_dtype
 from offload_rt.executor import RingExecutor
 from planners.schedule import Phase
 
 
-class TiledLinear:
+class TiledLinear(ReplacedForward):
     """Replaces the `forward` of a frozen linear without a bias. tiles: rows [begin, end) of each block of the ring."""
 
     def __init__(
         self, module: nn.Module, block: Block, executor: RingExecutor, tiles: Sequence[tuple[int, int]]
     ) -> None:
-        self.module = module
+        super().__init__(module)
         self.block = block
         self.tiles = tuple(tiles)
         self._spec = block.spec.tensors[0]
         self._executor: RingExecutor | None = executor
         self._answer: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._forward: Callable[..., Any] = module.forward
-        self._had_own_forward = "forward" in module.__dict__
-
-    def attach(self) -> None:
-        self.module.forward = self
-
-    def detach(self) -> None:
-        put_forward_back(self.module, self._forward, had_own=self._had_own_forward)
 
     def let_go(self) -> None:
         """Has no memory of its runtime's any more, whoever still holds it."""
