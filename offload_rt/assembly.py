@@ -106,7 +106,7 @@ def assemble(
             plan, asked = first_answer(workload, problem, optimise_for, optimizer)
         given = plan
         workload, problem, chosen = planned(workload, plan, optimizer, options)
-        changed = with_options(chosen, workload.drafts, options, problem.training)
+        changed = with_options(chosen, workload, options, problem.training)
         choice: Choice | None = None
         if given is None:
             why_not = 'under emulate=, plan="optimise" asks the optimiser' if emulated is not None else ""
@@ -133,9 +133,7 @@ def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[St
     """The fixed rule for other sizes, where a runtime can change over."""
     if workload.has_streams or why_none_follows(workload):
         return None
-    return lambda problem: with_options(
-        plan_streaming(problem, rest=options.rest), workload.drafts, options, problem.training
-    )
+    return lambda problem: with_options(plan_streaming(problem, rest=options.rest), workload, options, problem.training)
 
 
 def change_over(runtime: Runtime, change: Change) -> Runtime:

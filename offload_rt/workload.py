@@ -440,10 +440,9 @@ def chunk_tokens_of(plan: Plan, workload: Workload) -> int | None:
     return largest or None
 
 
-def with_options(
-    plan: Plan, drafts: list[BlockDraft], options: RuntimeOptions, sizes: TrainingSizes | None = None
-) -> Plan:
+def with_options(plan: Plan, workload: Workload, options: RuntimeOptions, sizes: TrainingSizes | None = None) -> Plan:
     """The plan with what the options override."""
+    drafts = workload.drafts
     if options.layer_inputs is not None:
         plan = replace(plan, layer_inputs=options.layer_inputs)
     if options.decode_scope is not None:
@@ -475,7 +474,7 @@ def with_options(
     if options.stream_edges and plan.rings:
         by_rows = sizes is None or sizes.adapters
         plan = _with_streamed_edges(
-            plan, drafts, options.head_tile_rows if by_rows else None, look_up_rows=options.look_up_rows and by_rows
+            plan, workload, options.head_tile_rows if by_rows else None, look_up_rows=options.look_up_rows and by_rows
         )
     if options.room_bytes is not None and plan.lookups is not None:
         pages_bytes = 2 * options.room_bytes if plan.lookups.pages_bytes else 0
@@ -484,20 +483,19 @@ def with_options(
     return plan
 
 
-def _with_streamed_edges(
-    plan: Plan, drafts: list[BlockDraft], head_tile_rows: int | None, *, look_up_rows: bool
-) -> Plan:
+def _with_streamed_edges(plan: Plan, workload: Workload, head_tile_rows: int | None, *, look_up_rows: bool) -> Plan:
     """The plan with what of embedding and head is resident streaming."""
-    edges = [d for d in drafts if not d.is_layer and d.name in plan.resident]
+    num_tokens = workload.config.batch_size * workload.config.seq_len
+    edges = [d for d in workload.drafts if not d.is_layer and d.name in plan.resident]
     looked_up = [d for d in edges if look_up_rows and is_looked_up(d)]
     tiled = next((d for d in edges if head_tile_rows is not None and is_multiplied(d)), None)
     whole = [d for d in edges if d not in looked_up and d is not tiled]
     rest = plan.rings[0].rest
     if tiled is not None:
-        size = _size(tiled, most_rows=tiled.spec.tensors[0].shape[0])
+        size = _size(tiled, most_rows=num_tokens)
         plan = replace(plan, head_tiles=head_tiles_of(size, rest, plan.head_chunk_tokens, head_tile_rows))
     if looked_up:
-        sizes = tuple(_size(d, most_rows=d.spec.tensors[0].shape[0]) for d in looked_up)
+        sizes = tuple(_size(d, most_rows=num_tokens) for d in looked_up)
         plan = replace(plan, lookups=lookups_of(sizes, rest))
     if whole:
         ring = Ring(

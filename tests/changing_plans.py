@@ -26,7 +26,7 @@ def plan_of(run: Engine, place: str) -> Plan:
         in_memory = {name: count for name, count in options.state.in_memory.items() if name in trains}
         options = replace(options, state=replace(options.state, in_memory=in_memory))
     plan = plan_streaming(made_of.problem, rest=options.rest)
-    return with_options(plan, made_of.workload.drafts, options, made_of.problem.training)
+    return with_options(plan, made_of.workload, options, made_of.problem.training)
 
 
 def propose(run: Engine, plan: Plan) -> None:

@@ -124,6 +124,16 @@ def test_tiles_are_fetched_ahead_and_those_that_are_there_are_used(make_engine, 
     assert [str(race) for race in engine._runtime.recorder.check()] == []
 
 
+def test_rows_and_products_have_room_for_the_tokens_of_a_batch_however_many_rows_there_are(make_engine, disk_folder):
+    engine = made(make_engine, disk_folder, head_chunk_tokens=16)
+    num_tokens, row_bytes = 2 * TOKENS, 2 * WIDTH
+    assert num_tokens < ROWS and engine.plan.lookups.room_bytes == num_tokens * row_bytes
+    assert engine.plan.head_tiles == HeadTiles.of(
+        engine.plan.head_tiles.block, RowsSize(num_rows=ROWS, row_bytes=row_bytes, most_rows=num_tokens), Tier.NVME,
+        tile_rows=TILE_ROWS, num_tokens=16, batch_tokens=num_tokens,
+    )  # fmt: skip
+
+
 def test_places_and_slots_change_no_bit(make_engine, disk_folder):
     expected = train(made(make_engine, folder(disk_folder, 0)))
     assert all(loss == loss for loss in expected[0])
