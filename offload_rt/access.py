@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from offload_rt.arena import Arena, Slot
+from offload_rt.arena import Slot
 from offload_rt.block import Block
 from offload_rt.errors import OffloadError
 from offload_rt.executor import RingExecutor
@@ -83,26 +83,32 @@ class ResidentAccess:
 class LookupAccess:
     """Access to a block that is read by rows or tiles and has no slot: whole only when a model is saved.
 
-    From NVMe, in memory that is taken for that long; it must fit the budget of HOST, `BudgetExceeded` says by how much
-    it does not. From HOST where it rests.
+    From NVMe, in memory that is booked in HOST for that long; `BudgetExceeded` says by how much it does not fit. From
+    HOST where it rests.
     """
 
     def __init__(self, residence: Residence, resting: Slot | None, account: TierAccount, name: str) -> None:
         self._residence = residence
         self._resting = resting
         self._account = account
-        self._name = name
+        self._owner = f"{name}, whole"
 
     def acquire(self, phase: Phase, *, training: bool) -> Slot:
         if self._resting is not None:
             return self._resting
-        self._account.check(f"{self._name}, whole", self._residence.num_bytes)
-        slot = Arena(self._name, self._residence.num_bytes).acquire(self._residence.num_bytes, self._name)
-        self._residence.fetch(slot).wait()
+        num_bytes = self._residence.num_bytes
+        arena = self._account.lend(self._owner, num_bytes)
+        try:
+            slot = arena.acquire(num_bytes, self._owner)
+            self._residence.fetch(slot).wait()
+        except BaseException:
+            self.release()
+            raise
         return slot
 
     def release(self) -> None:
-        """The memory goes with the last view of it."""
+        if self._resting is None:
+            self._account.take_back(self._owner, self._residence.num_bytes)
 
 
 @contextlib.contextmanager

@@ -142,8 +142,9 @@ class Peaks:
         return {**found, "over": over}
 
     def _planned_bytes(self, account: TierAccount, phase: str) -> int:
-        """Of what lasts, and in `INGEST` of what passes."""
-        return self._lasting_bytes(account) + (self._passing_bytes(account) if phase == INGEST else 0)
+        """Of what lasts; in `INGEST` of what passes, and in `SAVE` of what was booked for as long as that took."""
+        passing = {INGEST: self._passing_bytes(account), SAVE: account.most_passing_bytes}
+        return self._lasting_bytes(account) + passing.get(phase, 0)
 
     def _lasting_bytes(self, account: TierAccount) -> int:
         """By the plan that is in effect, or the one before it that had most: peaks are those of all of them."""

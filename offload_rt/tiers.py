@@ -34,6 +34,9 @@ class TierAccount:
     """Of these, in arenas; the rest is left to PyTorch's allocator."""
     arenas: list[weakref.ref[Arena]] = field(default_factory=list)
     """Those that are still used."""
+    passing_bytes: int = 0
+    most_passing_bytes: int = 0
+    """Booked for a time, see `lend`: now, and the most that there was."""
 
     @property
     def used_bytes(self) -> int:
@@ -43,6 +46,23 @@ class TierAccount:
         """Books `num_bytes` for `owner`. Raises `BudgetExceeded`, naming all holders, when they do not fit."""
         self.check(owner, num_bytes)
         self.holdings[owner] = self.holdings.get(owner, 0) + num_bytes
+
+    def lend(self, owner: str, num_bytes: int) -> Arena:
+        """An arena beside the plan's, booked for `owner` until `take_back`. Raises `BudgetExceeded`."""
+        self.reserve(owner, num_bytes)
+        self.arena_bytes += num_bytes
+        self.passing_bytes += num_bytes
+        self.most_passing_bytes = max(self.most_passing_bytes, self.passing_bytes)
+        with mapped.reserved_from(self):
+            return Arena(owner, num_bytes)
+
+    def take_back(self, owner: str, num_bytes: int) -> None:
+        """What `lend` booked is over. The memory goes with the last view of it."""
+        self.holdings[owner] -= num_bytes
+        if not self.holdings[owner]:
+            del self.holdings[owner]
+        self.arena_bytes -= num_bytes
+        self.passing_bytes -= num_bytes
 
     def check(self, owner: str, num_bytes: int) -> None:
         """As `reserve`, but books nothing."""

@@ -19,6 +19,7 @@ from offload_rt.rows import PageRange, Piece, pieces_of
 from offload_rt.tensor_spec import Encoding, TensorSpec
 from planners.errors import PlanInfeasible
 from planners.plan import Plan, Tier
+from planners.schedule import Phase
 from planners.vocabulary import PAGE_BYTES, Lookups
 from tests.conftest import build_lora
 from tests.fake_device import FakeDevice
@@ -297,8 +298,21 @@ def test_a_whole_model_is_saved_with_its_table(place, make_engine, disk_folder, 
     assert engine.plan.lookups is not None
     engine.save_pretrained(tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["embedding.weight"], expected)
-    account = engine._runtime.tiers.account(Tier.HOST)
+    account, access = engine._runtime.tiers.account(Tier.HOST), engine._runtime.accesses["embedding"]
+    for peaks in (engine.report()["peaks"][tier.value] for tier in (Tier.DEVICE, account.tier)):
+        assert peaks["phases"]["save"]["beside"] == {}
+    assert engine.report()["peaks"]["over"] == []
+    before, in_arenas = dict(account.holdings), account.arena_bytes
+    slot = access.acquire(Phase.FORWARD, training=False)
+    booked = 0 if place == "HOST" else slot.num_bytes
+    assert account.holdings == before | ({"embedding, whole": booked} if booked else {})
+    assert account.arena_bytes == in_arenas + booked
+    del slot
+    access.release()
+    assert (account.holdings, account.arena_bytes, account.passing_bytes) == (before, in_arenas, 0)
+    assert engine._peaks._planned_bytes(account, "save") - account.used_bytes == booked
     account.capacity_bytes = account.used_bytes
     if place != "HOST":
         with pytest.raises(BudgetExceeded, match="embedding, whole needs 24 KiB, 0 B of"):
             engine.save_pretrained(tmp_path / "again")
+        assert account.holdings == before
