@@ -225,7 +225,7 @@ def test_a_modules_own_forward_runs_on_its_own_ids(kind, make_engine, disk_folde
         assert torch.equal(embedding(ids), expected)
 
 
-def test_an_adapter_on_the_embedding_trains_as_without_rows(make_engine, disk_folder):
+def test_an_adapter_on_the_embedding_trains_and_is_saved_as_without_rows(make_engine, disk_folder, tmp_path):
     peft = pytest.importorskip("peft")
 
     def built():
@@ -240,11 +240,34 @@ def test_an_adapter_on_the_embedding_trains_as_without_rows(make_engine, disk_fo
                 nn.init.normal_(parameter, std=0.02)
         return found
 
-    expected = losses_of(make_engine(built(), batch_size=2, seq_len=TOKENS))
+    whole = make_engine(built(), batch_size=2, seq_len=TOKENS)
+    expected = losses_of(whole)
     engine = made(make_engine, disk_folder, "NVME", built())
     found = losses_of(engine)
+    files = []
+    for run, name in ((whole, "whole"), (engine, "rows")):
+        run.save_pretrained(tmp_path / name)
+        files.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert files[0].keys() == files[1].keys() and all("lora_" in name for name in files[0])
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     assert engine.plan.lookups is not None and any("lora_embedding" in name for name in found[1])
     assert found[0] == expected[0] and all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+
+
+def test_an_embedding_that_trains_is_saved_and_a_frozen_head_is_not_wherever_it_rests(
+    make_engine, disk_folder, tmp_path
+):
+    files = []
+    for options in ({"stream_edges": True}, None):
+        built = small()
+        embedding = built.get_input_embeddings().requires_grad_(True)
+        engine = make_engine(built, options, batch_size=2, seq_len=TOKENS, nvme=disk_folder)
+        engine.save_pretrained(tmp_path / str(len(files)))
+        files.append(load_file(tmp_path / str(len(files)) / "adapter_model.safetensors"))
+        engine.close()
+    assert files[0].keys() == files[1].keys() and not any("lm_head" in name for name in files[0])
+    (name,) = [name for name in files[0] if "lora_" not in name]
+    assert name.endswith("embed_tokens.weight") and torch.equal(files[0][name], embedding.weight.detach())
 
 
 def test_a_budget_without_room_for_the_table_plans_rows(make_engine, disk_folder):

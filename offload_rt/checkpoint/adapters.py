@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,16 +49,25 @@ def remove_adapters(wrapped: Any, model: nn.Module, flags: Mapping[int, bool]) -
 
 
 def save_adapters(model: Any, folder: Path) -> None:
-    """peft's own files, read back: every tensor there, equal, and not all of `lora_B` zero."""
-    # "auto" would look the base model up on a hub; embeddings are saved where an adapter trains them.
-    embeddings = any("embed" in name for name, p in model.named_parameters() if p.requires_grad)
-    model.save_pretrained(folder, save_embedding_layers=embeddings)
+    """peft's own files, read back: every tensor there, equal, and not all of `lora_B` zero.
+
+    Of the weights of embedding and head themselves those that train; frozen ones are the base model's.
+    """
+    weights = _edge_weights(model)
+    frozen = {id(weight) for weight in weights if not weight.requires_grad}
+    entries = model.state_dict(keep_vars=True).items()
+    what: dict[str, Any] = {
+        # "auto" would look the base model up on a hub, and True takes both, with what an adapter on them stands on.
+        "save_embedding_layers": len(frozen) < len(weights),
+        "state_dict": {name: getattr(entry, "data", entry) for name, entry in entries if id(entry) not in frozen},
+    }
+    model.save_pretrained(folder, **what)
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         raise CheckpointVerifyError(f"{path}: peft wrote no such file")
     import peft
 
-    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+    expected = peft.get_peft_model_state_dict(model, **what)
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if names != set(expected):
@@ -68,3 +78,16 @@ def save_adapters(model: Any, folder: Path) -> None:
         for name, tensor in expected.items():
             if not torch.equal(file.get_tensor(name), tensor.detach().cpu()):
                 raise CheckpointVerifyError(f"{path}: {name} does not read back as it was written")
+
+
+def _edge_weights(model: Any) -> list[nn.Parameter]:
+    """Of embedding and head, without those of adapters on them; a tied one counts once."""
+    found: dict[int, nn.Parameter] = {}
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        edge = None
+        with contextlib.suppress(NotImplementedError):  # transformers' word for a model that has none
+            edge = getattr(model, get, lambda: None)()
+        inner = getattr(edge, "base_layer", getattr(edge, "original_module", edge))
+        if isinstance(inner, nn.Module):
+            found |= {id(weight): weight for weight in inner.parameters(recurse=False)}
+    return list(found.values())
