@@ -168,7 +168,9 @@ def _edges(
     taken: set[int] = set()
     outside = {id(module) for module in _outside(model, layers)}
     for module in _outside(model, layers):
-        own = [p for p in module.parameters(recurse=False) if id(p) not in taken]
+        own = list(module.parameters(recurse=False))
+        if any(id(p) in taken for p in own):
+            continue  # tied: what else it has, a bias, is small
         streams = isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and module.max_norm is None)
         if not streams or not own or any(p.requires_grad or not p.numel() for p in own):
             continue

@@ -21,7 +21,7 @@ from planners.errors import PlanInfeasible
 from planners.plan import Plan, Tier
 from planners.schedule import Phase
 from planners.vocabulary import PAGE_BYTES, Lookups
-from tests.conftest import build_lora
+from tests.conftest import build_base, build_lora
 from tests.fake_device import FakeDevice
 from tests.parity import PlainModel
 
@@ -339,3 +339,18 @@ def test_a_whole_model_is_saved_with_its_table(place, make_engine, disk_folder, 
         with pytest.raises(BudgetExceeded, match="embedding, whole needs 24 KiB, 0 B of"):
             engine.save_pretrained(tmp_path / "again")
         assert account.holdings == before
+
+
+def test_a_tied_head_with_a_bias_streams_whole_and_its_bias_stays(make_engine, disk_folder):
+    built = build_base("qwen", torch.bfloat16, 2, vocab_size=SMALL, hidden_size=WIDTH).requires_grad_(False)
+    built.lm_head.bias = nn.Parameter(torch.ones(SMALL, dtype=torch.bfloat16), requires_grad=False)
+    built.model.norm.weight.requires_grad_(True)
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        expected = built(input_ids=ids).logits
+    engine = made(make_engine, disk_folder, "NVME", built, head_tile_rows=256)
+    assert engine.plan.head_tiles is None and engine.plan.lookups is None
+    assert [ring.blocks for ring in engine.plan.rings if ring.name == "edges"] == [("model.embed_tokens",)]
+    with torch.no_grad():
+        assert torch.equal(engine(input_ids=ids).logits, expected)
+    losses_of(engine, 1)
