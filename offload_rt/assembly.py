@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.access import Access, ResidentAccess
+from offload_rt.access import Access, LookupAccess, ResidentAccess
 from offload_rt.activation_assembly import ActivationsAssembly
 from offload_rt.adapter_draft import planned, question
 from offload_rt.asked import Asked, first_answer
@@ -261,11 +261,11 @@ class _Assembly:
             self.executors.append(executor)
             accesses.update(streamed)
         if self.plan.lookups is not None:
-            self.rows, self.row_sources, whole = weights.lookups(self.plan.lookups)
-            accesses.update(whole)
+            self.rows, self.row_sources = weights.lookups(self.plan.lookups)
         if self.plan.head_tiles is not None:
-            executor, self.tiles, accesses[self.plan.head_tiles.block] = weights.head_tiles(self.plan.head_tiles)
+            executor, self.tiles = weights.head_tiles(self.plan.head_tiles)
             self.executors.append(executor)
+        accesses.update(weights.bring_what_is_in_pieces())
         places = self.activations.places()
         return self._attach(decoder, accesses, places, transients, covered, optimizer)
 
@@ -357,13 +357,8 @@ class _Assembly:
                 block.open(access.slot)
             if draft.is_layer:
                 runtime.layers.append(self._layer(runtime, draft, block, access, places))
-            elif self.rows is not None and draft.name in self.row_sources:
-                source, ahead = self.row_sources[draft.name], self._ahead_of_lookups()
-                runtime.streamed.extend(
-                    LookupModule(module, block, source, self.rows, ahead) for module in draft.modules
-                )
-            elif self.plan.head_tiles is not None and draft.name == self.plan.head_tiles.block:
-                runtime.streamed.append(TiledLinear(draft.modules[0], block, self.executors[-1], self.tiles))
+            elif isinstance(access, LookupAccess):
+                runtime.streamed.extend(self._in_pieces(module, block) for module in draft.modules)
             elif not isinstance(access, ResidentAccess):
                 runtime.streamed.extend(StreamedModule(module, block, access) for module in draft.modules)
         check_nothing_on_meta(workload.model, workload.sources.describe)
@@ -381,6 +376,12 @@ class _Assembly:
         runtime.loss_head = self._loss_head(runtime)
         heap.trim()  # of what the weights and their encoding have left
         return runtime
+
+    def _in_pieces(self, module: nn.Module, block: Block) -> LookupModule | TiledLinear:
+        """What answers for `module`, of a block that is read by rows or tiles."""
+        if isinstance(module, nn.Embedding) and self.rows is not None:
+            return LookupModule(module, block, self.row_sources[block.name], self.rows, self._ahead_of_lookups())
+        return TiledLinear(module, block, self.executors[-1], self.tiles)
 
     def _ahead_of_lookups(self) -> Callable[[], None]:
         """What a lookup, which begins a forward pass, starts: the fetch of the first block that is needed whole."""

@@ -11,7 +11,7 @@ from offload_rt.optimizer.paged import rule_on_device
 from offload_rt.planning_tokens import policies_of
 from offload_rt.planning_training import placement_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from offload_rt.workload import Workload, is_looked_up, is_multiplied, rows_size
+from offload_rt.workload import Workload, is_looked_up, is_multiplied, is_tied, rows_size
 from planners.placement import UpdateMode
 from planners.plan import Plan, Ring, Split, Tier
 from planners.streaming import StreamingProblem
@@ -35,6 +35,7 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
     if placed != {draft.name for draft in drafts}:
         odd = sorted(placed ^ {draft.name for draft in drafts})
         raise ConfigError(f"plan: its blocks are not this model's, first odd one: {odd[0]} ({len(odd)} differ)")
+    _check_placed_once(plan)
     for ring in plan.rings:
         for name in ring.blocks:
             split = plan.weights_of(name)
@@ -45,9 +46,9 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
         if split is not None and split.streamed_bytes:
             raise ConfigError(f"plan: {name} is resident, but its class streams {split.streamed_bytes} bytes of it")
     if plan.lookups is not None:
-        _check_lookups(plan.lookups, problem, workload)
+        _check_lookups(plan, plan.lookups, problem, workload)
     if plan.head_tiles is not None:
-        _check_head_tiles(plan.head_tiles, problem, workload)
+        _check_head_tiles(plan, plan.head_tiles, workload)
     _check_activations(plan, problem, workload)
     _check_state(plan, problem)
     _check_parts_that_train(plan, workload)
@@ -60,11 +61,27 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
         _check_updates_on_device(plan.state, workload)
 
 
-def _check_lookups(lookups: Lookups, problem: StreamingProblem, workload: Workload) -> None:
+def _check_placed_once(plan: Plan) -> None:
+    """Whether no block is placed twice. What is embedding and head, tied, is in lookups and tiles, and rests once."""
+    names = [*plan.resident, *(name for ring in plan.rings for name in ring.blocks)]
+    looked_up = () if plan.lookups is None else plan.lookups.blocks
+    tiled = () if plan.head_tiles is None else (plan.head_tiles.block,)
+    names += looked_up + tuple(name for name in tiled if name not in looked_up)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"plan: places {twice[0]!r} twice ({len(twice)} are)")
+
+
+def _check_lookups(plan: Plan, lookups: Lookups, problem: StreamingProblem, workload: Workload) -> None:
     """Whether these blocks can be read by rows, where they rest, through the room that there is."""
+    tiled = None if plan.head_tiles is None else plan.head_tiles.block
     for name in lookups.blocks:
         draft = workload.draft(name)
-        if not is_looked_up(draft):
+        if is_tied(draft) and name != tiled:
+            raise ConfigError(
+                f"plan: lookups of {name!r}, which is the head, too: give tiles of it, or put it in a ring"
+            )
+        if not is_looked_up(draft) and not is_tied(draft):
             raise ConfigError(f"plan: lookups of {name!r}, which is no frozen embedding by itself; put it in a ring")
         row = rows_size(draft, most_rows=1)
         if lookups.room_bytes < row.row_bytes:
@@ -73,14 +90,24 @@ def _check_lookups(lookups: Lookups, problem: StreamingProblem, workload: Worklo
             raise ConfigError(f"plan: lookups with {lookups.pages_bytes} bytes of pages, a row has {row.row_bytes}")
     if lookups.rest is Tier.NVME and not workload.config.nvme:
         raise ConfigError("plan: lookups of blocks that rest on NVME, but nvme= gives no folder")
-    if lookups.rest is Tier.HOST and problem.unified:
+    if lookups.rest is Tier.HOST and problem.unified and lookups.blocks != (tiled,):
         raise ConfigError("plan: lookups from HOST, which is DEVICE without host_memory=; list the blocks as resident")
 
 
-def _check_head_tiles(tiles: HeadTiles, problem: StreamingProblem, workload: Workload) -> None:
+def _check_head_tiles(plan: Plan, tiles: HeadTiles, workload: Workload) -> None:
     """Whether this block can be multiplied with by tiles, where it rests."""
-    draft = workload.draft(tiles.block)
-    if not is_multiplied(draft):
+    draft, lookups = workload.draft(tiles.block), plan.lookups
+    if is_tied(draft):
+        if lookups is None or tiles.block not in lookups.blocks:
+            raise ConfigError(
+                f"plan: tiles of {tiles.block!r}, which is the embedding, too: give lookups of it, or put it in a ring"
+            )
+        if lookups.rest is not tiles.rest:
+            raise ConfigError(
+                f"plan: {tiles.block!r} is embedding and head, and rests once: its lookups are from "
+                f"{lookups.rest.value}, its tiles from {tiles.rest.value}"
+            )
+    elif not is_multiplied(draft):
         raise ConfigError(f"plan: tiles of {tiles.block!r}, which is no frozen linear without a bias; put it in a ring")
     row_bytes = rows_size(draft, most_rows=1).row_bytes
     if tiles.tile_rows * row_bytes != tiles.tile_bytes:
@@ -91,8 +118,6 @@ def _check_head_tiles(tiles: HeadTiles, problem: StreamingProblem, workload: Wor
         )
     if tiles.rest is Tier.NVME and not workload.config.nvme:
         raise ConfigError("plan: tiles of a head that rests on NVME, but nvme= gives no folder")
-    if tiles.rest is Tier.HOST and problem.unified:
-        raise ConfigError("plan: tiles from HOST, which is DEVICE without host_memory=; list the block as resident")
 
 
 def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name: str) -> None:

@@ -11,6 +11,7 @@ Ranges are whole pages, and what streams begins with a tensor: see `BlockSpec.cu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -34,6 +35,17 @@ from offload_rt.tiers import HostResidence, NvmeResidence, Residence, SplitResid
 from offload_rt.workload import Workload
 from planners.plan import Plan, Ring, Split, Tier
 from planners.vocabulary import PAGE_SLOTS, HeadTiles, Lookups
+
+
+@dataclass
+class _InPieces:
+    """A block that is read by rows, by tiles, or, where embedding and head are tied, by both."""
+
+    draft: BlockDraft
+    slot: Slot | None
+    """All of it, in HOST; None where it rests on NVMe."""
+    parts: list[StorePart | PageSums]
+    """What is to see all of it once."""
 
 
 class WeightsAssembly:
@@ -64,6 +76,7 @@ class WeightsAssembly:
         self._state = state
         self._recorder = recorder
         self._device_is_asynchronous = device_is_asynchronous
+        self._in_pieces: dict[str, _InPieces] = {}
 
     def resident(self) -> dict[str, Access]:
         """Brings the blocks that stay as a whole into DEVICE memory."""
@@ -128,78 +141,88 @@ class WeightsAssembly:
             )
         return executor, accesses
 
-    def lookups(self, lookups: Lookups) -> tuple[RowReader, dict[str, RowSource], dict[str, Access]]:
-        """Rooms for rows of embeddings, where these rest, and how to get at them whole."""
-        drafts = [self._workload.draft(name) for name in lookups.blocks]
-        num_bytes = sum(draft.spec.stored_bytes for draft in drafts)
-        on_nvme, host = lookups.rest is Tier.NVME, self._tiers.account(Tier.HOST)
+    def lookups(self, lookups: Lookups) -> tuple[RowReader, dict[str, RowSource]]:
+        """Rooms for rows of embeddings, and where these rest; see `bring_what_is_in_pieces`."""
         table = self._tiers.arena(Tier.DEVICE, "rows of embeddings", lookups.room_bytes)
         staging = None
         if not self._tiers.unified:
             staging = self._tiers.arena(Tier.HOST, "rows on their way", lookups.room_bytes)
-        pages, resting = None, dict[str, Slot]()
-        if on_nvme:
+        found = [self._taken_in_pieces(name, lookups.rest) for name in lookups.blocks]
+        pages = None
+        if lookups.rest is Tier.NVME:
             pages = self._tiers.arena(Tier.HOST, "pages of embeddings", PAGE_SLOTS * lookups.pages_bytes)
-            host.reserve("checksums of pages", lookups.sums_bytes(num_bytes))
-        else:
-            resting = self._places(Tier.HOST, "weights", {draft.name: draft.spec.stored_bytes for draft in drafts})
+            num_bytes = sum(each.draft.spec.stored_bytes for each in found)
+            self._tiers.account(Tier.HOST).reserve("checksums of pages", lookups.sums_bytes(num_bytes))
         sources: dict[str, RowSource] = {}
-        accesses: dict[str, Access] = {}
-        for draft in drafts:
-            name, stored_bytes = draft.name, draft.spec.stored_bytes
-            split = all_in(lookups.rest, stored_bytes)
-            if pages is not None:
+        for each in found:
+            name, spec = each.draft.name, each.draft.spec
+            if each.slot is not None:
+                sources[name] = HostRows(spec.tensors[0], each.slot)
+            elif pages is not None:
                 store = self._open_store("lookups")
-                sums, slot = PageSums(store, name, stored_bytes), None
-                sources[name] = StoredRows(draft.spec.tensors[0], name, store, sums, pages, self._links)
-                residence: Residence = NvmeResidence(store, name, stored_bytes, self._links, None)
-            else:
-                sums, slot = None, resting[name]
-                sources[name] = HostRows(draft.spec.tensors[0], slot)
-                residence = HostResidence(slot, self._links)
-            self._bring(draft, split, None, slot, *([] if sums is None else [sums]))
-            accesses[name] = LookupAccess(residence, slot, host, name)
-        return RowReader(table, staging, self._links), sources, accesses
+                sums = PageSums(store, name, spec.stored_bytes)
+                each.parts.append(sums)
+                sources[name] = StoredRows(spec.tensors[0], name, store, sums, pages, self._links)
+        return RowReader(table, staging, self._links), sources
 
-    def head_tiles(self, tiles: HeadTiles) -> tuple[RingExecutor, list[tuple[int, int]], Access]:
-        """A ring for the tiles of a head, their rows [begin, end) in its order, and how to get at it whole."""
-        draft = self._workload.draft(tiles.block)
+    def head_tiles(self, tiles: HeadTiles) -> tuple[RingExecutor, list[tuple[int, int]]]:
+        """A ring for the tiles of a head, and their rows [begin, end) in its order; see `bring_what_is_in_pieces`."""
+        taken = self._taken_in_pieces(tiles.block, tiles.rest)
+        draft = taken.draft
         (spec,), stored_bytes = draft.spec.tensors, draft.spec.stored_bytes
         num_rows = spec.shape[0]
         rows = [(begin, min(begin + tiles.tile_rows, num_rows)) for begin in range(0, num_rows, tiles.tile_rows)]
         starts = [number * tiles.tile_bytes for number in range(len(rows))]
         sizes = [min(tiles.tile_bytes, stored_bytes - start) for start in starts]
-        on_nvme = tiles.rest is Tier.NVME
         self._tiers.account(Tier.DEVICE).reserve("products by tiles", tiles.product_bytes)
         arena = self._tiers.arena(Tier.DEVICE, "tiles of the head", tiles.slots_bytes)
-        split = all_in(tiles.rest, stored_bytes)
         residences: list[Residence]
-        whole: Residence
-        if on_nvme:
+        if taken.slot is None:
             store = self._open_store("tiles of the head")
             staging = None
             if not self._tiers.unified:
                 staging = self._tiers.arena(Tier.HOST, "staging for tiles of the head", tiles.slots_bytes)
             parts = [StorePart(store, draft.name, start, size) for start, size in zip(starts, sizes, strict=True)]
-            self._bring(draft, split, None, None, *parts)
+            taken.parts += parts
             residences = [
                 NvmeResidence(part, draft.name, part.num_bytes, self._links, staging, tiles.tile_bytes)
                 for part in parts
             ]
-            slot, whole = None, NvmeResidence(store, draft.name, stored_bytes, self._links, None)
         else:
-            slot = self._places(Tier.HOST, "weights", {draft.name: stored_bytes})[draft.name]
-            self._bring(draft, split, None, slot)
             residences = [
-                HostResidence(slot.part(start, size), self._links) for start, size in zip(starts, sizes, strict=True)
+                HostResidence(taken.slot.part(start, size), self._links)
+                for start, size in zip(starts, sizes, strict=True)
             ]
-            whole = HostResidence(slot, self._links)
         ring = Ring(
             name="tiles", blocks=tuple(f"{draft.name}[{begin}:{end}]" for begin, end in rows),
             num_slots=tiles.num_slots, slot_bytes=tiles.tile_bytes, rest=tiles.rest,
         )  # fmt: skip
         executor = RingExecutor(ring, residences, arena, recorder=self._recorder)
-        return executor, rows, LookupAccess(whole, slot, self._tiers.account(Tier.HOST), draft.name)
+        return executor, rows
+
+    def _taken_in_pieces(self, name: str, rest: Tier) -> _InPieces:
+        """The block that rests whole in `rest`, the same for lookups and for tiles."""
+        if name not in self._in_pieces:
+            draft = self._workload.draft(name)
+            slot = None
+            if rest is Tier.HOST:
+                slot = self._places(Tier.HOST, "weights", {name: draft.spec.stored_bytes})[name]
+            self._in_pieces[name] = _InPieces(draft, slot, [])
+        return self._in_pieces[name]
+
+    def bring_what_is_in_pieces(self) -> dict[str, Access]:
+        """Brings what is read by rows and tiles to where it rests, once; how to get at each block whole. Blocks."""
+        accesses: dict[str, Access] = {}
+        for name, each in self._in_pieces.items():
+            num_bytes, rest = each.draft.spec.stored_bytes, Tier.NVME if each.slot is None else Tier.HOST
+            self._bring(each.draft, all_in(rest, num_bytes), None, each.slot, *each.parts)
+            residence: Residence
+            if each.slot is None:
+                residence = NvmeResidence(self._open_store("rows and tiles"), name, num_bytes, self._links, None)
+            else:
+                residence = HostResidence(each.slot, self._links)
+            accesses[name] = LookupAccess(residence, each.slot, self._tiers.account(Tier.HOST), name)
+        return accesses
 
     def _staging(self, ring: Ring, splits: Sequence[Split]) -> Arena | None:
         """Where in HOST what comes from NVME lands, if it does not land where it is used."""

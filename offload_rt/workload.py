@@ -113,7 +113,8 @@ class RuntimeOptions:
     look_up_rows: bool = True
     """Where `stream_edges` is set: embeddings are read by rows, not whole."""
     head_tile_rows: int | None = None
-    """Where `stream_edges` is set: rows of the head in memory at a time, in place of all."""
+    """Where `stream_edges` is set: rows of the head in memory at a time, in place of all. Of one that is tied to the
+    embedding only with `look_up_rows`."""
     room_bytes: int | None = None
     """Of rows of embeddings in DEVICE memory at a time, in place of the plan's; twice that of pages from NVMe."""
     layer_inputs: Tier | None = None
@@ -387,18 +388,32 @@ def allocator_slack_bytes(trainable_bytes: int, activation_bytes: int, *, placed
 
 def is_looked_up(draft: BlockDraft) -> bool:
     """Whether all that is ever done with the block is looking up rows of its one tensor, which is frozen."""
-    of_one = len(draft.spec.tensors) == 1 and not draft.is_layer and not draft.trains
-    return of_one and all(isinstance(module, nn.Embedding) for module in draft.modules)
+    return _uses(draft) == (True, 0)
 
 
 def is_multiplied(draft: BlockDraft) -> bool:
     """Whether all that is ever done with the block is multiplying with its one tensor, which is frozen."""
-    of_one = len(draft.spec.tensors) == 1 and not draft.is_layer and not draft.trains
-    return of_one and len(draft.modules) == 1 and type(draft.modules[0]) is nn.Linear
+    return _uses(draft) == (False, 1)
+
+
+def is_tied(draft: BlockDraft) -> bool:
+    """Whether rows of the block's one tensor, which is frozen, are looked up, it is multiplied with, and no more."""
+    return _uses(draft) == (True, 1)
+
+
+def _uses(draft: BlockDraft) -> tuple[bool, int] | None:
+    """Whether rows of the block's one tensor are looked up, and how many linears multiply with it; None where it is
+    used otherwise, or trains.
+    """
+    linears = [module for module in draft.modules if not isinstance(module, nn.Embedding)]
+    plain = all(type(module) is nn.Linear and module.bias is None for module in linears)
+    if len(draft.spec.tensors) != 1 or draft.is_layer or draft.trains or not plain:
+        return None
+    return len(linears) < len(draft.modules), len(linears)
 
 
 def rows_size(draft: BlockDraft, *, most_rows: int) -> RowsSize:
-    """A block that `is_looked_up` or `is_multiplied`, for batches of at most so many tokens."""
+    """A block that `is_looked_up`, `is_multiplied` or `is_tied`, for batches of at most so many tokens."""
     tensor = draft.spec.tensors[0]
     num_rows = tensor.shape[0]
     return RowsSize(num_rows=num_rows, row_bytes=tensor.stored_bytes // num_rows, most_rows=most_rows)
@@ -417,8 +432,8 @@ def _size(draft: BlockDraft, *, most_rows: int = 0) -> BlockSize:
         largest_module_bytes=max(by_module.values(), default=0),
         decoded_bytes=sum(by_module.values()),
         streams=True,
-        rows=rows_size(draft, most_rows=most_rows) if is_looked_up(draft) else None,
-        product=rows_size(draft, most_rows=most_rows) if is_multiplied(draft) else None,
+        rows=rows_size(draft, most_rows=most_rows) if is_looked_up(draft) or is_tied(draft) else None,
+        product=rows_size(draft, most_rows=most_rows) if is_multiplied(draft) or is_tied(draft) else None,
     )
 
 
@@ -487,8 +502,9 @@ def _with_streamed_edges(plan: Plan, workload: Workload, head_tile_rows: int | N
     """The plan with what of embedding and head is resident streaming."""
     num_tokens = workload.config.batch_size * workload.config.seq_len
     edges = [d for d in workload.drafts if not d.is_layer and d.name in plan.resident]
-    looked_up = [d for d in edges if look_up_rows and is_looked_up(d)]
-    tiled = next((d for d in edges if head_tile_rows is not None and is_multiplied(d)), None)
+    by_tiles = (d for d in edges if is_multiplied(d) or (look_up_rows and is_tied(d)))
+    tiled = None if head_tile_rows is None else next(by_tiles, None)
+    looked_up = [d for d in edges if look_up_rows and (is_looked_up(d) or (is_tied(d) and d is tiled))]
     whole = [d for d in edges if d not in looked_up and d is not tiled]
     rest = plan.rings[0].rest
     if tiled is not None:

@@ -69,7 +69,7 @@ class EdgesBy(Enum):
     WHOLE = 3
     """All through a slot."""
     TILES = 4
-    """As by rows, but the largest linear by tiles. A cut."""
+    """As by rows, but the largest linear by tiles, and the rows of an embedding that is tied to it. A cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,9 @@ class BlockSize:
     streams: bool
     """False: it holds what cannot be fetched on use (buffers and parameters read outside their module)."""
     rows: RowsSize | None = None
-    """Of an embedding that nothing multiplies with; None otherwise."""
+    """Of an embedding that is one block by itself; None otherwise."""
     product: RowsSize | None = None
-    """Of a linear without a bias that is one block by itself; None otherwise."""
+    """Of a linear without a bias that is one block by itself; None otherwise. Both: they are tied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,12 +380,14 @@ def _plan(
     # Where HOST is DEVICE, a layer that rests in HOST is already where it is used.
     in_place = problem.unified and rest is Tier.HOST
     streamed_edges = tuple(block for block in problem.edges if edges is not EdgesBy.RESIDENT and block.streams)
-    by_rows = edges in (EdgesBy.ROWS, EdgesBy.TILES) and not in_place
-    looked_up = _looked_up(problem, streamed_edges) if by_rows else ()
-    streamed_edges = tuple(block for block in streamed_edges if block not in looked_up)
     tiled = _tiled(problem) if edges is EdgesBy.TILES else None
-    streamed_edges = tuple(block for block in streamed_edges if block is not tiled)
-    resident = tuple(block for block in problem.edges if block not in (*streamed_edges, *looked_up, tiled))
+    by_rows = streamed_edges if edges in (EdgesBy.ROWS, EdgesBy.TILES) else ()
+    if in_place:
+        by_rows = tuple(block for block in by_rows if block is tiled)  # the others are where they are used
+    looked_up = _looked_up(problem, by_rows, tiled)
+    in_pieces = (*looked_up, *([] if tiled is None or tiled in looked_up else [tiled]))
+    streamed_edges = tuple(block for block in streamed_edges if block not in in_pieces)
+    resident = tuple(block for block in problem.edges if block not in (*streamed_edges, *in_pieces))
     lookups = lookups_of(looked_up, rest)
     rings = []
     if problem.layers and not in_place:
@@ -393,7 +395,7 @@ def _plan(
     if streamed_edges and not in_place:
         rings.append(_ring("edges", streamed_edges, 1, rest))
     if in_place:
-        resident = (*problem.edges, *problem.layers)
+        resident = tuple(block for block in (*problem.edges, *problem.layers) if block not in in_pieces)
     scratch = 2 * max((block.largest_module_bytes for block in problem.layers), default=0)
     if scope is DecodeScope.LAYER:
         scratch += max((block.decoded_bytes for block in problem.layers), default=0)
@@ -421,9 +423,9 @@ def _plan(
         nvme["weights"] = sum(block.stored_bytes for block in frozen)
         if not problem.unified:
             host = {f"staging for {ring.name}": ring.device_bytes for ring in rings}
-    elif not in_place:
+    elif rings or in_pieces:
         in_rings = [block for ring in rings for block in _members(problem, ring)]
-        host["weights"] = sum(b.stored_bytes for b in (*in_rings, *looked_up, *([tiled] if tiled else [])))
+        host["weights"] = sum(block.stored_bytes for block in (*in_rings, *in_pieces))
     if head_tiles is not None:
         device["tiles of the head"] = head_tiles.slots_bytes
         device["products by tiles"] = head_tiles.product_bytes
@@ -472,18 +474,24 @@ def _plan(
 
 
 def _edges_by(problem: StreamingProblem, *, in_place: bool) -> list[list[EdgesBy]]:
-    """The choices that there are, the best first; by tiles, which is a cut, only where nothing else fits."""
+    """The choices that there are, the best first; by tiles, which is a cut, only where nothing else fits, or where the
+    run that goes on has them: then in place, too.
+    """
     could: list[list[EdgesBy]] = [[choice for choice in EdgesBy if choice is not EdgesBy.TILES]]
-    if in_place or _tiled(problem) is None or (problem.training is not None and not problem.training.adapters):
+    if _tiled(problem) is None or (problem.training is not None and not problem.training.adapters):
         return could
     if problem.cuts is None:
-        return [*could, [EdgesBy.TILES]]
+        return could if in_place else [*could, [EdgesBy.TILES]]
     return could if problem.cuts.head_tile_rows is None else [[EdgesBy.TILES]]
 
 
 def _tiled(problem: StreamingProblem) -> BlockSize | None:
-    """What a plan by tiles takes by tiles: the largest linear outside the layers."""
-    linears = [block for block in problem.edges if block.product is not None and block.streams]
+    """What a plan by tiles takes by tiles: the largest linear outside the layers, tied to an embedding or not."""
+    linears = [
+        block
+        for block in problem.edges
+        if block.product is not None and block.streams and (block.rows is None or block.rows.is_worth_it())
+    ]
     return max(linears, key=lambda block: block.stored_bytes, default=None)
 
 
@@ -498,11 +506,16 @@ def head_tiles_of(block: BlockSize, rest: Tier, tile_tokens: int | None, tile_ro
     )
 
 
-def _looked_up(problem: StreamingProblem, edges: tuple[BlockSize, ...]) -> tuple[BlockSize, ...]:
-    """Those that are worth reading by rows. None where layers train: a whole model is saved block by block."""
+def _looked_up(
+    problem: StreamingProblem, edges: tuple[BlockSize, ...], tiled: BlockSize | None
+) -> tuple[BlockSize, ...]:
+    """Those that are worth reading by rows; of those that are tied to a head, what is `tiled`, since another one is
+    there as a whole. None where layers train: a whole model is saved block by block.
+    """
     if problem.training is not None and not problem.training.adapters:
         return ()
-    return tuple(block for block in edges if block.rows is not None and block.rows.is_worth_it())
+    by_rows = (block for block in edges if block.product is None or block is tiled)
+    return tuple(block for block in by_rows if block.rows is not None and block.rows.is_worth_it())
 
 
 def lookups_of(blocks: tuple[BlockSize, ...], rest: Tier) -> Lookups | None:

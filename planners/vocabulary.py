@@ -9,7 +9,9 @@ at most. They pass through a bounded room, in pieces if a batch has more:
                   v
              |- rows -|              DEVICE, what the module looks up in
 
-A head needs all of its rows, twice a batch, but not at the same time: tiles of them are blocks of a ring.
+A head needs all of its rows, twice a batch, but not at the same time: tiles of them are blocks of a ring. A matrix
+that is embedding and head at once, tied, is listed in both ways, and rests once: lookups read its rows, products its
+tiles.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from tests.tiny_training import ROWS, TOKENS, VOCABULARY, Made, Model, Plain, St
 ACKNOWLEDGEMENT = struct.Struct("<qd")
 ADAPTERS = "adapters, state on NVME"
 EDGES = ADAPTERS + ", embedding by rows, head by tiles"
+TIED = EDGES + ", which are one matrix"
 EDGE_ROWS, TILE_ROWS = 160, 64
 CHANGE = ", changing"
 """Of a place: the run changes over to another plan and back, and commits where it does."""
@@ -75,8 +76,8 @@ def built(place: str) -> Model:
     """What is trained in `place`: all of it, or what stands for adapters, which are fp32 as peft's are."""
     if not place.startswith(ADAPTERS):
         return model(torch.float32 if "in parts" in place else torch.bfloat16, dropout=0.2)
-    num_rows = EDGE_ROWS if place == EDGES else VOCABULARY
-    made = model(torch.float32, dropout=0.2, num_rows=num_rows).requires_grad_(False)
+    num_rows = EDGE_ROWS if place in (EDGES, TIED) else VOCABULARY
+    made = model(torch.float32, dropout=0.2, num_rows=num_rows, tied=place == TIED).requires_grad_(False)
     for layer in made.layers:
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(name not in ("up.weight", "down.weight"))
@@ -115,7 +116,7 @@ def resume(folder: Path, place: str) -> tuple[Made, Any, Position]:
     if place.startswith(ADAPTERS):
         state = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)
         arguments |= {"nvme": folder, "options": {"state": state, "piece_elements": 50}}
-    if place == EDGES:
+    if place in (EDGES, TIED):
         arguments["options"] |= {"stream_edges": True, "head_tile_rows": TILE_ROWS}
     run = engine(built(place), place, folder, **arguments)
     torch.set_rng_state(begin)

@@ -19,6 +19,7 @@ from tests.killed_training import (
     CHANGING,
     COMMIT_EVERY,
     EDGES,
+    TIED,
     TILE_ROWS,
     Twin,
     resume,
@@ -123,6 +124,17 @@ def test_rows_and_tiles_killed_five_times_train_as_if_they_had_not_been(
         assert whole.plan.head_tiles is not None and whole.plan.head_tiles.tile_rows == TILE_ROWS
         assert whole.report()["lookups"]["num_pieces"] >= step
         assert [executor.ring.name for executor in whole._runtime.executors] == ["layers", "tiles"]
+
+
+@pytest.mark.full
+def test_a_tied_matrix_by_rows_and_tiles_killed_twenty_times_trains_as_if_it_had_not_been(
+    runs: subprocess.Popen[str], disk_folder: Path, tmp_path: Path
+) -> None:
+    with resume(tmp_path, TIED)[0] as whole:
+        step, _ = kill_many(runs, Twin(TIED, whole), disk_folder, TIED, 20)
+        assert step >= 10
+        assert whole.plan.head_tiles is not None and whole.plan.head_tiles.block in whole.plan.lookups.blocks
+        assert whole.report()["lookups"]["num_pieces"] >= step
 
 
 @pytest.mark.full

@@ -18,7 +18,7 @@ from planners.errors import PlanInfeasible
 from planners.plan import Plan, Tier
 from planners.vocabulary import HeadTiles, RowsSize
 from tests.changing_plans import propose, results
-from tests.conftest import build_base, build_lora
+from tests.conftest import build_lora
 from tests.fake_device import FakeDevice
 from tests.test_packed_linear import Halves, table
 
@@ -206,11 +206,10 @@ def test_evaluation_and_generation_have_their_logits(make_engine, disk_folder):
 def test_a_budget_without_room_for_the_head_plans_tiles_and_a_run_keeps_them(make_engine, disk_folder):
     numbers = iter(range(9))
 
-    def engine(budget, **options):
+    def engine(budget, drive=True, **options):
         built = build_lora("llama", torch.bfloat16, 2, 0.0, vocab_size=16384, hidden_size=WIDTH)
-        return make_engine(
-            built, options, batch_size=1, seq_len=16, nvme=folder(disk_folder, next(numbers)), device_memory=budget
-        )  # fmt: skip
+        nvme = folder(disk_folder, next(numbers)) if drive else None
+        return make_engine(built, options, batch_size=1, seq_len=16, nvme=nvme, device_memory=budget)
 
     head_bytes = 16384 * WIDTH * 2
     with pytest.raises(PlanInfeasible) as short:
@@ -231,6 +230,14 @@ def test_a_budget_without_room_for_the_head_plans_tiles_and_a_run_keeps_them(mak
     assert engine("1GiB", cuts=cuts).plan.head_tiles == tiles
     with pytest.raises(PlanInfeasible, match="other cuts"):
         engine(budget, cuts=replace(cuts, head_tile_rows=None))
+    in_place = engine("1GiB", drive=False, cuts=cuts)
+    assert in_place.plan.head_tiles == replace(tiles, rest=Tier.HOST)
+    assert not in_place.plan.rings and in_place.plan.lookups is None
+    planned, held = in_place.plan.peak_bytes["device"], in_place.report()["holdings"]["device"]
+    assert held["weights"] == planned["weights"] == head_bytes
+    ids = torch.arange(16).unsqueeze(0)
+    losses = [run(input_ids=ids, labels=ids).loss for run in (found, in_place)]
+    assert torch.equal(*losses)
 
 
 def test_cuts_of_a_run_before_there_were_tiles_are_read():
@@ -253,7 +260,6 @@ def test_tiles_that_cannot_be_are_refused(make_engine, disk_folder):
     tiles = plan.head_tiles
     for changed, message in [
         (replace(tiles, tile_rows=100), "tiles of 100 rows, 512 bytes each, in 131072 bytes"),
-        (replace(tiles, rest=Tier.HOST), "HOST, which is DEVICE"),
     ]:
         with pytest.raises(ConfigError, match=message):
             make_engine(
@@ -264,16 +270,6 @@ def test_tiles_that_cannot_be_are_refused(make_engine, disk_folder):
     with pytest.raises(ValueError, match="0 slots"):
         replace(tiles, num_slots=0)
     assert HeadTiles.from_json({**vars(tiles), "rest": "nvme"}) == tiles
-
-
-def test_a_tied_head_is_not_taken_by_tiles(make_engine, disk_folder):
-    built = build_base("qwen", torch.bfloat16)
-    built.requires_grad_(False)
-    built.model.norm.weight.requires_grad_(True)
-    engine = make_engine(
-        built, {"stream_edges": True, "head_tile_rows": 64}, batch_size=2, seq_len=16, nvme=disk_folder
-    )
-    assert engine.plan.head_tiles is None and engine.plan.lookups is None
 
 
 @pytest.mark.parametrize("place", ["NVME", "NVME through HOST"])
