@@ -23,9 +23,11 @@ a device with memory of its own steps it there, piece by piece.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import chain, tee
 
 from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
@@ -287,8 +289,11 @@ def _states(problem: StreamingProblem, rest: Tier) -> list[StatePlacement | None
     ]  # fmt: skip
 
 
-def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -> list[Plan]:
-    """All plans of the rule with weights resting there, the fast ones first. chunk_tokens: None for whole layers."""
+def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -> Iterator[Plan]:
+    """All plans of the rule with weights resting there, the fast ones first. chunk_tokens: None for whole layers.
+
+    Each is made when it is asked for: the first one that fits is taken, of hundreds.
+    """
     homes = [Tier.DEVICE]
     if not problem.unified:
         homes.append(Tier.HOST)
@@ -299,7 +304,7 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
     in_place = problem.unified and rest is Tier.HOST
     most_slack_bytes = problem.slack_bytes(chunk_tokens)
     slacks = (most_slack_bytes, most_slack_bytes * 2 // 3, min(most_slack_bytes // 4, TIGHT_SLACK_BYTES))
-    plans = [
+    plans = (
         _plan(
             problem,
             rest,
@@ -321,14 +326,15 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
         for slots in slot_choices
         for slack_bytes in slacks
         for scope in scopes
-    ]
+    )
     if chunk_tokens is not None or problem.num_micro_batches > 1 and not in_place:
         return plans  # what is kept would be kept of all micro-batches
     if problem.training is None or problem.training.adapters:
         return plans
     if problem.cuts is not None and (problem.cuts.head_chunk_tokens is not None or problem.cuts.layer_major):
         return plans  # a tile is what they have in common with the run that goes on
-    return [_keeping(problem, plan) for plan in plans if _could_keep(plan)] + plans
+    made, plans_again = tee(plans)
+    return chain((_keeping(problem, plan) for plan in made if _could_keep(plan)), plans_again)
 
 
 def _orders(problem: StreamingProblem, *, in_place: bool) -> tuple[bool, ...]:

@@ -1,5 +1,6 @@
 """Where the fixed rule and plans place masters and moments: what HOST leaves is filled, piece by piece."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from offload_rt.errors import ConfigError
+from planners import streaming
 from planners.errors import PlanInfeasible
 from planners.placement import UpdateMode
 from planners.plan import Plan, StatePlacement, Tier
@@ -28,6 +30,17 @@ def training_problem(**changes: object) -> StreamingProblem:
     return problem(training=sizes, **changes)
 
 
+@pytest.mark.parametrize("asked", [problem(), training_problem()], ids=["frozen", "trains"])
+def test_no_plan_is_made_behind_the_first_that_fits(asked: StreamingProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Plan] = []
+    plan = streaming._plan
+    monkeypatch.setattr(streaming, "_plan", lambda *given, **named: made.append(plan(*given, **named)) or made[-1])
+    found = plan_streaming(asked)
+    assert len(made) == 1
+    assert (found.rings, found.layer_inputs, found.head_chunk_tokens) == (made[0].rings, made[0].layer_inputs, None)
+
+
+@functools.cache
 def leanest_bytes() -> int:
     """The least HOST memory that a plan fits into."""
     low, high = 0, 1 << 30
@@ -59,7 +72,7 @@ def test_memory_is_filled_until_the_next_piece_would_not_fit_and_never_beyond() 
     sizes = training_problem().training
     assert sizes is not None
     lean, split = leanest_bytes(), 0
-    for more in range(0, 400 * KIB, 3 * KIB):
+    for more in range(0, 400 * KIB, 7 * KIB):
         asked = training_problem(unified=False, host_capacity_bytes=lean + more)
         plan = plan_streaming(asked)
         state = plan.state
