@@ -71,8 +71,9 @@ def test_the_benchmark_measures_what_it_says(disk_folder, names):
             ends.append(begin - minus_dur)
 
 
+@pytest.mark.full  # four processes that import everything
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="it is there")
-@pytest.mark.parametrize("apart", [["--apart"], pytest.param([], marks=pytest.mark.full)])
+@pytest.mark.parametrize("apart", [["--apart"], []])
 def test_a_contender_that_is_not_installed_is_left_out_with_a_sentence(disk_folder, apart):
     names = "zero3_nvme,ours_nvme+device_memory=zero3_nvme/4,torch"
     done = run(disk_folder, "--contenders", names, *apart)
