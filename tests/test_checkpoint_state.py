@@ -149,6 +149,23 @@ def test_saving_over_an_old_one_replaces_it(saved):
     assert names_in(saved.parent) == ["c"]
 
 
+def test_a_save_takes_away_nothing_but_a_checkpoint(saved):
+    trainable, optimizer = some_training(steps=4)
+    (saved / "adapter_config.json").write_text("mine")
+    (saved / "link").symlink_to("nowhere")
+    save_state(saved, trainable, optimizer, extra(4))
+    assert names_in(saved) == sorted([*FILES, "COMPLETE", "adapter_config.json", "link"])
+    assert (saved / "adapter_config.json").read_text() == "mine" and is_complete(saved)
+    model = saved.parent / "model"
+    (model / "shards").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="model holds a folder, shards"):
+        save_state(model, trainable, optimizer, extra(4))
+    (saved / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"):
+        save_state(saved / "notes.txt", trainable, optimizer, extra(4))
+    assert names_in(model) == ["shards"] and names_in(saved.parent) == ["c", "model"]
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing of ours runs after it."""
 

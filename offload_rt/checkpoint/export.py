@@ -43,20 +43,17 @@ def save_model(
     a tensor does not read back as it was written, ConfigError where `folder` is not one for a model.
     """
     folder = folder.absolute()
-    staying = _staying(folder)
+    _check_place(folder)
     outlines = _outlines(model, groups)
     shards = _shards(outlines, max_shard_bytes)
     need = sum(map(file_bytes, shards.values())) + _MARGIN_BYTES
-    with replaced_whole(folder, need, what="the model") as partial:
+    with replaced_whole(folder, need, what="the model", is_ours=_WEIGHTS.fullmatch) as partial:
         _save_configuration(model, partial)
         _write_shards(model, groups, outlines, shards, partial)
         if len(shards) > 1:
             write_atomically(partial / _INDEX, _index(model, shards))
         for path in partial.iterdir():
             _sync(path)
-        for path in staying:
-            if not (partial / path.name).exists():
-                os.link(path, partial / path.name, follow_symlinks=False)
 
 
 def _write_shards(
@@ -152,20 +149,13 @@ def _save_configuration(model: Any, folder: Path) -> None:
             raise ConfigError(f"save_pretrained: model.generation_config is not valid: {error}") from None
 
 
-def _staying(folder: Path) -> list[Path]:
-    """The files in `folder` that are not a model's weights. ConfigError where it is no place for a model."""
-    if not folder.exists():
-        return []
+def _check_place(folder: Path) -> None:
+    """ConfigError where `folder` holds an adapter, which `from_pretrained` would load in place of the model."""
     if not folder.is_dir():
-        raise ConfigError(f"save_pretrained: {folder} is a file, not a folder")
-    entries = [entry for entry in folder.iterdir() if not _WEIGHTS.fullmatch(entry.name)]
-    odd = [
-        entry for entry in entries if (entry.is_dir() and not entry.is_symlink()) or entry.name.startswith("adapter")
-    ]
-    if odd:
-        kind = "a folder" if odd[0].is_dir() else "an adapter"
-        raise ConfigError(f"save_pretrained: {folder} holds {kind}, {odd[0].name}; give the model a folder of its own")
-    return entries
+        return
+    adapter = next((entry.name for entry in folder.iterdir() if entry.name.startswith("adapter")), None)
+    if adapter is not None:
+        raise ConfigError(f"save_pretrained: {folder} holds an adapter, {adapter}; give the model a folder of its own")
 
 
 def _sync(path: Path) -> None:

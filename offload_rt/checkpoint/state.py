@@ -31,6 +31,7 @@ from offload_rt.errors import CheckpointError, CheckpointVerifyError
 
 STATE_VERSION = 1
 _FILES = ("trainable.safetensors", "optimizer.safetensors", "state.pt")
+_OURS = (*_FILES, "COMPLETE")
 
 
 def save_state(
@@ -41,11 +42,11 @@ def save_state(
     *,
     state: OptimizerState | None = None,
 ) -> None:
-    """Writes a checkpoint to `folder`, replacing one that is there. Blocks until it is durable.
+    """Writes a checkpoint to `folder`, replacing one that is there; other files stay. Blocks until it is durable.
 
     `state` is the optimizer's where it is not in the optimizer itself, and need not be in memory.
     `extra` holds plain values and tensors; random numbers are those of now, unless it has `rng`. Raises `StorageFull`
-    before the first byte where space is short.
+    before the first byte where space is short, `ConfigError` where `folder` holds folders.
     """
     state = state if state is not None else TorchState(trainable, optimizer)
     parameters = {name: torch.empty_like(p, device="meta") for name, p in trainable.items()}
@@ -57,7 +58,7 @@ def save_state(
         for name, parameter in trainable.items():
             write(name, parameter)
 
-    with replaced_whole(folder, need, what="a checkpoint") as partial:
+    with replaced_whole(folder, need, what="a checkpoint", is_ours=_OURS.__contains__) as partial:
         _write(partial / _FILES[0], parameters, give_parameters)
         _write(partial / _FILES[1], tensors, state.write)
         packed = {"version": STATE_VERSION, "optimizer": values, "rng": rng_state(), **extra}

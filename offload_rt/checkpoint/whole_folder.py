@@ -8,24 +8,29 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from offload_rt.drive_files import sync_folder
-from offload_rt.errors import OffloadError, StorageError, StorageFull
+from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull
 from planners.errors import format_bytes
 
 
 @contextlib.contextmanager
-def replaced_whole(folder: Path, need_bytes: int, *, what: str) -> Iterator[Path]:
+def replaced_whole(
+    folder: Path, need_bytes: int, *, what: str, is_ours: Callable[[str], object] = lambda name: False
+) -> Iterator[Path]:
     """Yields an empty folder to write to; it takes the place of `folder` where the body ends without an error.
 
-    Until then what was there is whole. The body syncs the files that it writes. Raises `StorageFull` before the first
-    byte where `need_bytes` are not free, and gives the body's own failures to write as `StorageError`.
+    Until then what was there is whole. Of it, files that are not `is_ours` by their names, and that the body did not
+    write, stay. The body syncs the files that it writes. Raises `ConfigError` where `folder` is a file or holds a
+    folder, which would be gone; `StorageFull` before the first byte where `need_bytes` are not free; and gives the
+    body's own failures to write as `StorageError`.
     """
     folder = folder.absolute()
+    staying = _staying(folder, what, is_ours)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +42,9 @@ def replaced_whole(folder: Path, need_bytes: int, *, what: str) -> Iterator[Path
             )
         partial.mkdir()
         yield partial
+        for path in staying:
+            if not (partial / path.name).exists():
+                os.link(path, partial / path.name, follow_symlinks=False)
         sync_folder(partial)
         _put_in_place(partial, folder)
     except Exception as error:
@@ -47,6 +55,18 @@ def replaced_whole(folder: Path, need_bytes: int, *, what: str) -> Iterator[Path
         code = error.errno if isinstance(error, OSError) else None
         kind = StorageFull if code in (errno.ENOSPC, errno.EDQUOT) else StorageError
         raise kind(f"{what} could not be written: {error}", path=str(folder), errno=code or 0) from None
+
+
+def _staying(folder: Path, what: str, is_ours: Callable[[str], object]) -> list[Path]:
+    """The files in `folder` that are somebody else's. ConfigError where it is no place for a folder of files."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, not a folder for {what}")
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            raise ConfigError(f"{folder} holds a folder, {entry.name}; give {what} a folder of its own")
+    return [entry for entry in folder.iterdir() if not is_ours(entry.name)]
 
 
 def _tidy(folder: Path) -> None:
