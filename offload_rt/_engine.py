@@ -26,6 +26,7 @@ from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_a
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
+from offload_rt.conversions import ConversionGuard
 from offload_rt.cuts import cuts_to_json, warn_of_other_cuts
 from offload_rt.device_cuda import find_device
 from offload_rt.emulation import emulated_config, emulated_hardware
@@ -177,6 +178,7 @@ class Engine:
         self._num_backwards = 0
         self._warned_accumulation = False
         self._handles = [
+            ConversionGuard(*{self.model, model}),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
                 lambda *arguments: self._leave_out_absent(*arguments)  # torch marks the hook: a method takes no marks

@@ -83,6 +83,7 @@ FLOORS = {
     "offload_rt.discover": 5.0,
     "offload_rt.integrity": 5.0,
     "offload_rt.batch_check": 5.0,
+    "offload_rt.conversions": 5.0,
     "offload_rt.steps": 5.0,
     "offload_rt.executor": 6.0,
     "offload_rt.access": 6.5,

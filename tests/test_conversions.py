@@ -1,0 +1,39 @@
+"""`model.to` and its like: refused where they would change a model that an engine manages, passed on where not."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from offload_rt.errors import ConfigError
+from tests.conftest import build_plain
+
+
+def test_a_conversion_is_refused_and_leaves_every_weight_as_it_was(make_engine, disk_folder):
+    model = build_plain()
+    engine = make_engine(model, seq_len=8, nvme=disk_folder)
+    frozen, trained = model.layers[0].up.weight, model.layers[0].scale
+    assert frozen.untyped_storage().nbytes() == 4  # absent: one element
+    empty = partial(model.to_empty, device="cpu")
+    for convert in (model.half, model.double, model.bfloat16, partial(model.to, "meta"), empty):
+        with pytest.raises(ConfigError, match=r"torch\.float32 on cpu"):
+            convert()
+    assert model.to("cpu") is model and model.float() is model
+    assert frozen.untyped_storage().nbytes() == 4 and (frozen.dtype, trained.dtype) == (torch.float32, torch.float32)
+    loss = engine(torch.ones(2, 8, 8)).sum()
+    engine.backward(loss)
+    engine.step()
+    engine.close()
+    assert model.half() is model and "_apply" not in vars(model)
+
+
+def test_the_model_under_new_adapters_is_guarded_too(make_engine):
+    peft = pytest.importorskip("peft")
+    model = build_plain()
+    engine = make_engine(model, seq_len=8, adapters=peft.LoraConfig(r=2, target_modules=["up"]))
+    assert engine.model is not model
+    for guarded in (model, engine.model):
+        with pytest.raises(ConfigError, match="convert it before"):
+            guarded.half()
