@@ -44,21 +44,30 @@ def with_adapter_state(workload: Workload, optimizer: torch.optim.Optimizer, *, 
     return replace(workload, training=TrainingDraft(rule=rule, blocks=(block,), key=key, adapters=True))
 
 
-def question(workload: Workload, cuts: Cuts | None) -> StreamingProblem:
+def question(workload: Workload, cuts: Cuts | None, before: StreamingProblem | None = None) -> StreamingProblem:
     """The planner's question, with transient memory as it was measured for this model before, if it was.
 
-    `cuts` are those that the plan must have.
+    `cuts` are those that the plan must have. before: the one that was asked about the same model with its state
+    elsewhere; memory that is free is what it was then.
     """
     problem = replace(streaming_problem(workload), cuts=cuts)
+    if before is not None:
+        problem = replace(
+            problem, device_capacity_bytes=before.device_capacity_bytes, host_capacity_bytes=before.host_capacity_bytes
+        )
     factor = remembered_factor(sizes_key(workload.model, problem.fingerprint, of_device=workload.has_streams))
     return problem if factor is None else scaled(problem, factor)
 
 
 def planned(
-    workload: Workload, plan: Plan | None, optimizer: torch.optim.Optimizer | None, options: RuntimeOptions
+    workload: Workload,
+    plan: Plan | None,
+    optimizer: torch.optim.Optimizer | None,
+    options: RuntimeOptions,
+    asked: StreamingProblem | None = None,
 ) -> tuple[Workload, StreamingProblem, Plan]:
     """The plan, the question that it answers, and the workload: adapters' state is in tiers where the plan says so, or
-    where memory does not hold it beside them.
+    where memory does not hold it beside them. asked: the question about `workload`, where somebody has asked it.
     """
 
     def in_tiers() -> Workload:
@@ -72,7 +81,9 @@ def planned(
     asked_for = options.state if plan is None else plan.state
     if asked_for is not None and workload.training is None:
         workload = in_tiers()
-    problem = question(workload, options.cuts)
+        problem = question(workload, options.cuts, asked)
+    else:
+        problem = question(workload, options.cuts) if asked is None else asked
     if plan is not None:
         return workload, problem, plan
     try:
@@ -85,5 +96,5 @@ def planned(
             workload = in_tiers()
         except ConfigError as reason:
             raise infeasible from reason
-    problem = question(workload, options.cuts)
+    problem = question(workload, options.cuts, problem)
     return workload, problem, plan_streaming(problem, rest=options.rest)

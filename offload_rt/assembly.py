@@ -100,12 +100,13 @@ def assemble(
         workload = find_workload(model, opened, config, optimizer, options)
         options = with_products(options, workload, plan)
         asked: Asked | None = None
+        problem: StreamingProblem | None = None
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
             problem = question(workload, options.cuts)
             plan, asked = first_answer(workload, problem, optimise_for, optimizer)
         given = plan
-        workload, problem, chosen = planned(workload, plan, optimizer, options)
+        workload, problem, chosen = planned(workload, plan, optimizer, options, problem)
         changed = with_options(chosen, workload, options, problem.training)
         choice: Choice | None = None
         if given is None:

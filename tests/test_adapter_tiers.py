@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from offload_rt import optim
+from offload_rt import optim, workload
 from offload_rt._engine import Engine
 from offload_rt.errors import (
     CheckpointError,
@@ -186,6 +186,15 @@ def test_the_rule_moves_state_only_where_memory_does_not_hold_it_beside_the_adap
         training = engine.report()["training"]
         assert training["state_in_memory_bytes"] == training["state_bytes"] > 0
         assert unequal(expected, two_steps(engine)) == []
+
+
+def test_what_is_free_is_asked_for_once_where_state_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second question is about the same memory, however little was free by then."""
+    free = itertools.chain([2300 << 10], itertools.repeat(1))
+    monkeypatch.setattr(workload, "free_memory_bytes", lambda: next(free))
+    with rank_24(tmp_path) as engine:
+        assert engine.plan.state is not None
+        assert engine._runtime.made_of.problem.device_capacity_bytes == 2300 << 10
 
 
 def test_a_plan_file_may_say_where_state_rests_and_is_refused_where_it_has_no_effect(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from offload_rt import calibrate, plan_choice, planning, rehearsal
+from offload_rt import calibrate, plan_choice, planning, rehearsal, workload
 from offload_rt._engine import Engine
 from offload_rt.block_profile import MOST_PASSES
 from offload_rt.plan_choice import MAX_SECONDS, OPTIMISER, RULE, choose, profile_bytes, profile_seconds, rule_seconds
@@ -121,6 +121,15 @@ def test_the_optimiser_is_asked_only_where_it_may_be(change, why, timed, calibra
     with engine_of(tmp_path, **change) as engine:
         choice = engine.report()["plan_choice"]
     assert choice is None if why is None else (why in choice["why"] and choice["chosen"] == RULE and not timed)
+
+
+def test_free_memory_is_asked_for_once(timed, calibrated, tmp_path, monkeypatch):
+    """There is some MiB less each time; the optimiser and the runtime see the same."""
+    free = iter(range(64 * MIB, 0, -MIB))
+    monkeypatch.setattr(workload, "free_memory_bytes", lambda: next(free))
+    with engine_of(tmp_path, plan="optimise", device_memory=None) as engine:
+        made_of = engine._runtime.made_of
+        assert made_of.problem.device_capacity_bytes == made_of.asked.memory_bytes == 64 * MIB
 
 
 def test_profiling_that_would_take_long_is_left_to_who_asks_for_it(timed, tmp_path):
