@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from offload_rt.allocations import AllocationMeter, together
 from offload_rt.checkpoint.values import restore_rng, rng_state
 from offload_rt.config import EngineConfig
+from offload_rt.cuts import cuts_of, cuts_to_json, warn_of_other_cuts
 from offload_rt.errors import OffloadError
 from offload_rt.measured_sizes import (
     remember_bytes,
@@ -52,8 +53,8 @@ from offload_rt.runtime import Change, Runtime
 from offload_rt.workload import MemoryMeter, gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
-from planners.plan import Tier
-from planners.streaming import LAYER_INPUTS, TIGHT_SLACK_BYTES
+from planners.plan import Plan, Tier
+from planners.streaming import LAYER_INPUTS, TIGHT_SLACK_BYTES, StreamingProblem
 
 logger = logging.getLogger("offload_rt")
 
@@ -234,19 +235,37 @@ def _planned_again(runtime: Runtime, factor: float, more_bytes: int) -> Change |
     """
     made_of = runtime.made_of
     if made_of.plan_again is not None:
-        problem = scaled(made_of.problem, factor)
-        plan = made_of.plan_again(problem)
+        problem, plan = _by_the_rule(runtime, scaled(made_of.problem, factor), made_of.plan_again)
         follows = not why_not_follow(made_of.workload, runtime.plan, plan)
         return Change(problem=problem, plan=plan) if follows else None
     if made_of.asked is None or why_none_follows(made_of.workload):
         return None
     problem = replace(made_of.problem, cuts=runtime.cuts)
     less = made_of.asked.with_memory(made_of.asked.memory_bytes - more_bytes)
-    plan, answered = less.best(made_of.workload, problem)
+    best, answered = less.best(made_of.workload, problem)
+    plan = made_of.as_fixed(best)
     if why_not_follow(made_of.workload, runtime.plan, plan):
         return None
     asked = replace(made_of.asked, answered=answered.answered)
     return Change(problem=problem, plan=plan, asked=asked, more_bytes=more_bytes)
+
+
+def _by_the_rule(
+    runtime: Runtime, problem: StreamingProblem, plan_again: Callable[[StreamingProblem], Plan]
+) -> tuple[StreamingProblem, Plan]:
+    """The question with the cuts that its plan has. A run that goes on keeps its own, or is warned.
+
+    Raises `PlanInfeasible`.
+    """
+    step = runtime.training.step_number
+    if not step or problem.cuts is not None:
+        return problem, plan_again(problem)
+    kept = replace(problem, cuts=runtime.cuts)
+    with suppress(PlanInfeasible):
+        return kept, plan_again(kept)
+    plan = plan_again(problem)
+    warn_of_other_cuts(cuts_to_json(runtime.cuts), cuts_of(plan, runtime.made_of.workload), of=f"step {step}")
+    return problem, plan
 
 
 def planned_bytes(runtime: Runtime) -> int:

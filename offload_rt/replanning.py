@@ -356,10 +356,11 @@ def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, p
     """Asks the optimiser, or the rule. In a thread of its own: whatever it raises is an answer."""
     try:
         if asked is not None:
-            other, answered = asked.with_memory(asked.memory_bytes - more_bytes).best(made_of.workload, streaming)
+            best, answered = asked.with_memory(asked.memory_bytes - more_bytes).best(made_of.workload, streaming)
+            other = made_of.as_fixed(best)
             found = _Answer(
                 other, "", replace(asked, answered=answered.answered), asked.step_seconds(plan),
-                float(other.predicted["step_seconds"]), answered.change_seconds(other),
+                float(best.predicted["step_seconds"]), answered.change_seconds(best),
             )  # fmt: skip
         elif made_of.plan_again is not None:
             capacity = streaming.device_capacity_bytes

@@ -37,7 +37,7 @@ from offload_rt.tokenwise.tiles import Places
 from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions as RuntimeOptions
-from offload_rt.workload import TensorDevice, Workload
+from offload_rt.workload import TensorDevice, Workload, with_options
 from planners.plan import Plan
 from planners.streaming import Cuts, StreamingProblem
 
@@ -59,6 +59,10 @@ class MadeOf:
     """What the optimiser was asked, where the plan is its own."""
     choice: Choice | None = None
     """Of plan="auto"; None where the plan was given."""
+
+    def as_fixed(self, plan: Plan) -> Plan:
+        """`plan` with what the options override: whoever makes it again knows nothing of them."""
+        return with_options(plan, self.workload.drafts, self.options, self.problem.training)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
-from offload_rt.cuts import warn_of_other_cuts
+from offload_rt.cuts import cuts_of, warn_of_other_cuts
 from offload_rt.errors import CheckpointError
+from offload_rt.rehearsal import _by_the_rule
 from offload_rt.workload import RuntimeOptions
 from planners.plan import StatePlacement, Tier
 from planners.streaming import Cuts
@@ -52,6 +54,29 @@ def test_a_checkpoint_and_a_commit_made_with_other_cuts_say_so(
                     "the loss by 4 tokens, layers at once) than this plan has (the loss at once" in caplog.text
                 ) == warns
                 assert ("other cuts" in caplog.text) == warns and run.step_number == 1
+
+
+def test_a_run_that_goes_on_keeps_its_cuts_where_a_rehearsal_plans_again_or_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A head that was measured to take a hundred times as much would be cut into tiles."""
+    torch.manual_seed(0)
+    with Engine(build_lora("llama").train(), batch_size=2, seq_len=64, nvme=tmp_path, lr=1e-2) as run:
+        runtime, made_of = run._runtime, run._runtime.made_of
+        head, plan_again = made_of.problem.loss_head, made_of.plan_again
+        assert head is not None and plan_again is not None
+        problem = replace(made_of.problem, loss_head=replace(head, bytes_per_token=100 * head.bytes_per_token))
+        free = plan_again(problem)
+        assert _by_the_rule(runtime, problem, plan_again) == (problem, free), "a run that begins has none to keep"
+        assert cuts_of(free, made_of.workload) != runtime.cuts
+        run.backward(run(**language_batch(0, 2, 64)).loss)
+        run.step()
+        asked, kept = _by_the_rule(runtime, problem, plan_again)
+        assert cuts_of(kept, made_of.workload) == asked.cuts == runtime.cuts and "other cuts" not in caplog.text
+        less = replace(problem, device_capacity_bytes=free.predicted_bytes(Tier.DEVICE))
+        asked, other = _by_the_rule(runtime, less, plan_again)
+        assert cuts_of(other, made_of.workload) == cuts_of(free, made_of.workload) and asked == less
+        assert "step 1: was made with other cuts" in caplog.text
 
 
 def test_what_are_no_cuts_is_a_bad_checkpoint(caplog: pytest.LogCaptureFixture) -> None:

@@ -222,6 +222,18 @@ def test_a_drive_three_times_slower_changes_the_plan_and_no_number(hardware, tmp
     assert "the plan is changed (" in caplog.text
 
 
+def test_what_the_options_fix_stays_fixed_where_a_plan_is_made_again(hardware, tmp_path):
+    """By drift, and by a rehearsal; the optimiser would have more slots."""
+    with Run(tmp_path / "run", emulate=hardware, options=RuntimeOptions(num_slots=1)) as run:
+        made_of = run.engine._runtime.made_of
+        free, _ = made_of.asked.best(made_of.workload, made_of.problem)
+        drifted = replanning._answer(made_of, made_of.asked, made_of.problem, run.first_plan, 0)
+        rehearsed = rehearsal._planned_again(run.engine._runtime, 1.0, 0)
+        plans = [run.first_plan, drifted.plan, rehearsed.plan, free]
+        slots = [ring.num_slots for plan in plans for ring in plan.rings if ring.name == "layers"]
+    assert slots == [1, 1, 1, 2]
+
+
 def test_noise_and_outliers_change_nothing(hardware, tmp_path):
     def noisy(step):
         factor = (0.82, 1.0, 1.24, 0.9)[step % 4] if step % 5 else 9.0
