@@ -142,8 +142,8 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
     steps only.
 
     State goes by the log: it is committed if it is not, and what the new plan holds in memory is read from there.
-    Without a store weights stay in the memory that they are in. What is counted goes on, the optimizer stays the same
-    object. Raises `ConfigError` before anything was changed.
+    Without a drive it stays in the memory that it is in, as frozen weights do; those that train are made of masters.
+    What is counted goes on, the optimizer stays the same object. Raises `ConfigError` before anything was changed.
     """
     choice = runtime.made_of.choice if change.asked is not None else after_rehearsal(runtime.made_of.choice)
     made_of = replace(runtime.made_of, problem=change.problem, asked=change.asked, choice=choice)
@@ -151,12 +151,12 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
     if why := why_not_follow(made_of.workload, runtime.plan, change.plan):
         raise ConfigError(f"plan: {why}")
     training = runtime.training
-    if isinstance(training, TieredTraining) and not training.commits.can_go_back:
+    if isinstance(training, TieredTraining) and training.home.log is not None and not training.commits.can_go_back:
         training.commits.commit()
     runtime.close()
     runtime.let_go()
     # Before the new plan's memory is taken, whoever still holds the old one's.
-    runtime.tiers.give_back(keep=runtime.resting.values())
+    runtime.tiers.give_back(keep=runtime.only_copies())
     with _Assembly(made_of, change.plan, None, before=runtime, more_bytes=change.more_bytes) as assembly:
         follows = assembly.run(runtime.coverage, training.optimizer)
     runtime.resting = {}
@@ -216,7 +216,8 @@ class _Assembly:
         self.state: StateAssembly | None = None
         if workload.training is not None:
             self.state = StateAssembly(
-                workload, plan, self.tiers, self.links, options, goes_on=before is not None
+                workload, plan, self.tiers, self.links, options, goes_on=before is not None,
+                left={} if before is None else before.state_left(),
             )  # fmt: skip
 
     def __enter__(self) -> _Assembly:
@@ -238,7 +239,7 @@ class _Assembly:
             if self.heap is not None:
                 self.heap.close()
             if self.before is not None:  # whoever goes back takes as much, and the error still sees this
-                self.tiers.give_back(keep=self.before.resting.values())
+                self.tiers.give_back(keep=self.before.only_copies())
 
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
         if self.workload.config.nvme and self.workload.frozen:
@@ -271,8 +272,8 @@ class _Assembly:
         return self._attach(decoder, accesses, places, transients, covered, optimizer)
 
     def _left(self) -> Resting | None:
-        """The memory with weights that the runtime before hands over; None where they are brought."""
-        if self.before is None or self.store is not None or self.state is not None:
+        """The memory with frozen weights that the runtime before hands over; None where they are brought."""
+        if self.before is None or self.store is not None:
             return None
         return self.before.resting
 

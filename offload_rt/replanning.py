@@ -25,9 +25,11 @@ returned; and right behind it the change:
                                               └ killed from here on, a run goes on from N under either plan
 
 A forward that adds to gradients which wait already begins no step, nor does one right after a checkpoint was loaded
-that is in no log: then the change waits. A change that fails goes back to the plan before, by the same commit. Without
-a drive weights stay in the memory that they are in (`resting`), and a plan that moves them is not taken; state in tiers
-is in no log then, and a running engine does not change over, nor on a GPU: it says so.
+that is in no log: then the change waits. A change that fails goes back to the plan before, by the same commit.
+
+Without a drive there is no log and no commit, and what memory alone has is handed over as it lies (`resting`): masters
+and moments, which no plan moves then, and frozen weights; a plan that moves those is not taken. Weights that train are
+rounded from their masters, wherever they are to be. On a GPU a running engine does not change over: it says so.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Where a plan has weights rest, and whether another plan can follow it in a running engine.
 
 With nvme= everything can be brought anew: frozen weights from the store, state from the log. Without, a run's memory
-holds the only copy, and who made the weights may be gone. Then a plan can follow that has each byte where it is: slots
-are handed over as they are, and what a plan decides besides changes around them.
+holds the only copy, and who made the weights may be gone. Then a plan can follow that has each frozen byte where it is:
+slots are handed over as they are, those of masters and moments too, and what a plan decides besides changes around
+them. Weights that train can go anywhere: they are their masters, rounded.
 
     the plan before   |-- weights --|-- ring --|-- decoded --|-- inputs --|
     the one after     |-- weights --|-- ring ------|-- inputs --|
@@ -47,7 +48,7 @@ def splits_of(plan: Plan, workload: Workload) -> Mapping[str, Split]:
 
 def why_none_follows(workload: Workload) -> str:
     """Why no other plan can follow, whatever it is; empty where one can."""
-    if not workload.config.nvme and workload.training is not None:
+    if not workload.config.nvme and workload.training is not None and workload.has_streams:
         return "state is in no log that it could be brought from"
     return ""
 
@@ -59,5 +60,5 @@ def why_not_follow(workload: Workload, plan: Plan, other: Plan) -> str:
     if workload.config.nvme:
         return ""
     before, after = splits_of(plan, workload), splits_of(other, workload)
-    moved = sum(split != after.get(name) for name, split in before.items())
+    moved = sum(before[draft.name] != after.get(draft.name) for draft in workload.frozen)
     return f"the other plan moves weights of {moved} blocks, which are in no store" if moved else ""

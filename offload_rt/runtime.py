@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.access import Access
+from offload_rt.arena import Slot
 from offload_rt.asked import Asked
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.block import Block
@@ -22,6 +23,7 @@ from offload_rt.lookup import LookupModule
 from offload_rt.loss_head import LossHead
 from offload_rt.nf4_products import Products
 from offload_rt.optimizer.interface import Training
+from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.packed_linear import PackedLinear
 from offload_rt.plan_choice import Choice
 from offload_rt.recording import Recorder
@@ -62,7 +64,7 @@ class MadeOf:
 
     def as_fixed(self, plan: Plan) -> Plan:
         """`plan` with what the options override: whoever makes it again knows nothing of them."""
-        return with_options(plan, self.workload.drafts, self.options, self.problem.training)
+        return with_options(plan, self.workload, self.options, self.problem.training)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class Runtime:
     """DEVICE, where its work is asynchronous; None where it is RAM."""
     made_of: MadeOf
     resting: Resting
-    """Memory with the only copy of its weights, which whoever follows takes over; empty where there is a store."""
+    """Memory with the only copy of frozen weights, which whoever follows takes over; empty where there is a store."""
     cuts: Cuts
     """Of `plan`."""
     ring_counters: list[ExecutorCounters] = field(default_factory=list)
@@ -136,6 +138,14 @@ class Runtime:
         if self.tokenwise is not None:
             found += [self.tokenwise.counters, self.tokenwise]
         return found
+
+    def state_left(self) -> Mapping[str, Slot]:
+        """Memory with the only copy of state in tiers, by piece, which whoever follows takes over; none with a log."""
+        return self.training.only_copies if isinstance(self.training, TieredTraining) else {}
+
+    def only_copies(self) -> list[Slot]:
+        """Of everything that whoever follows takes over."""
+        return [*self.resting.values(), *self.state_left().values()]
 
     def go_on_counting(self, before: Runtime) -> None:
         """Counts on from where `before`, which this runtime follows, has left off."""

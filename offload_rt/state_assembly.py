@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -63,9 +64,11 @@ class StateAssembly:
 
     def __init__(
         self, workload: Workload, plan: Plan, tiers: Tiers, links: Links, options: RuntimeOptions, *,
-        goes_on: bool = False,
+        goes_on: bool = False, left: Mapping[str, Slot] = MappingProxyType({}),
     ) -> None:  # fmt: skip
-        """`goes_on`: the state is what the log has committed; whoever asked for this brings it to memory."""
+        """`goes_on`: the state is what the log has committed; whoever asked for this brings it to memory. What is in
+        `left`, by piece, is in these slots already, which the runtime before has handed over.
+        """
         if workload.training is None or plan.state is None:
             raise ConfigError("plan: no layer trains")
         self._workload = workload
@@ -81,6 +84,7 @@ class StateAssembly:
         self._arrivals: Arrivals | None = None
         self._on_device: PiecesOnDevice | None = None
         self.goes_on = goes_on
+        self._left = left
         self.home = StateHome(log=None, links=links)
         self.folders: list[Path] = []
 
@@ -96,7 +100,10 @@ class StateAssembly:
         in_memory = [p for b in self._draft.blocks for p in b.pieces[: placement.in_memory.get(b.name, 0)]]
         for name, there in (("optimizer state", False), ("optimizer state, copied to DEVICE", True)):
             pieces = [piece for piece in in_memory if (piece.name in self.home.on_device) == there]
-            if pieces:
+            if pieces and self._left:
+                self.home.pieces |= {piece.name: self._left[piece.name] for piece in pieces}
+                self._tiers.take_over(Tier.HOST, name, [self._left[piece.name] for piece in pieces])
+            elif pieces:
                 arena = self._arena(name, sum(piece.num_bytes for piece in pieces), copied=there)
                 self.home.pieces |= {piece.name: arena.acquire(piece.num_bytes, piece.name) for piece in pieces}
         self._state_arena = self._arena(

@@ -64,7 +64,9 @@ class WeightsAssembly:
         device_is_asynchronous: bool,
         left: Resting | None,
     ) -> None:
-        """`left`: slots with their weights, which the runtime before has handed over; None: they are brought."""
+        """`left`: slots with frozen weights, which the runtime before has handed over; None: they are brought. Weights
+        that train are made of their masters then.
+        """
         self.resting: Resting = {}
         """What whoever follows can take over: the only copy there is."""
         self._left = left
@@ -108,7 +110,8 @@ class WeightsAssembly:
 
     def _fill(self, draft: BlockDraft, slot: Slot) -> None:
         """Brings a block's values into `slot`, unless they are there, or made of masters, of a run that goes on."""
-        if self._left is None and (self._state is None or not (self._state.goes_on and draft.trains)):
+        made_of_masters = draft.trains and self._state is not None and self._state.goes_on
+        if self._left is None and not made_of_masters:
             fill_slot(draft, self._workload.sources, slot)
 
     def ring(self, ring: Ring) -> tuple[RingExecutor, dict[str, Access]]:
@@ -239,14 +242,18 @@ class WeightsAssembly:
         wanted = {block: num_bytes for block, num_bytes in sizes.items() if num_bytes}
         if not wanted:
             return {}
+        kept = {block for block in wanted if self._store is None and not self._workload.draft(block).trains}
+        slots: dict[str, Slot] = {}
         if self._left is not None:
-            slots = {block: self._left[block, tier] for block in wanted}
+            slots = {block: self._left[block, tier] for block in kept}
             self._tiers.take_over(tier, name, list(slots.values()))
-        else:
-            arena = self._tiers.arena(tier, name, sum(align_up(size, IO_ALIGNMENT_BYTES) for size in wanted.values()))
-            slots = {block: arena.acquire(num_bytes, block) for block, num_bytes in wanted.items()}
-        if self._store is None and self._state is None:
-            self.resting |= {(block, tier): slot for block, slot in slots.items()}
+        # Two arenas: what is handed over, the whole of whose arena stays, and what is made anew.
+        others = f"{name}, not handed over" if kept else name
+        for of, blocks in ((name, kept - slots.keys()), (others, wanted.keys() - kept)):
+            if blocks:
+                arena = self._tiers.arena(tier, of, sum(align_up(wanted[each], IO_ALIGNMENT_BYTES) for each in blocks))
+                slots |= {each: arena.acquire(wanted[each], each) for each in wanted if each in blocks}
+        self.resting |= {(block, tier): slots[block] for block in kept}
         return slots
 
     def _residence(

@@ -389,14 +389,20 @@ def test_what_fits_no_plan_is_refused_before_training_starts(make, monkeypatch):
     assert engine.step_number == 0 and same(before[0], values(engine)) and before[1] == files(engine)
 
 
-def test_without_a_drive_to_go_by_it_is_refused_and_the_next_engine_plans_with_what_was_measured(make, monkeypatch):
+@pytest.mark.parametrize("given", [False, True])
+def test_without_a_drive_to_go_by_it_is_refused(make, monkeypatch, given):
+    """By what any plan would need, or, for a plan that was given, by what the next engine plans with."""
     short_formula(monkeypatch, 0.1)
     with pytest.raises(PlanInfeasible) as least:
         make(KIB, nvme=None)
-    engine = make(least.value.need_bytes + 4 * KIB, nvme=None)
-    with pytest.raises(PlanInfeasible, match="rehearsal of the longest step") as refused:
+    budget = least.value.need_bytes + 4 * KIB
+    engine = make(budget, nvme=None)
+    if given:
+        engine = make(budget, nvme=None, plan=engine.plan)
+    why, way_out = ("rehearsal of the longest step", "made again") if given else ("optimizer state", "device_memory of")
+    with pytest.raises(PlanInfeasible, match=why) as refused:
         train(engine)
-    assert any("made again" in way for way in refused.value.ways_out)
+    assert any(way_out in way for way in refused.value.ways_out)
 
 
 def test_a_change_over_that_fails_closes_the_engine(make, tmp_path, monkeypatch):

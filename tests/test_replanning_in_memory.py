@@ -189,12 +189,21 @@ def test_rings_rows_and_tiles_take_weights_over_from_host(by, tmp_path):
         run.engine.save_pretrained(tmp_path / "saved")
 
 
-def test_memory_that_others_take_is_given_up(tmp_path, monkeypatch):
-    """One tier, which was what was free; the fixed rule has all weights in it, and gives up what is beside them."""
+@pytest.mark.parametrize("trains", ["adapters", "all"])
+def test_memory_that_others_take_is_given_up(trains, tmp_path, monkeypatch):
+    """One tier, which was what was free; the fixed rule has all weights in it, and state that rests there, and gives up
+    what is beside them.
+    """
     last = ASKED_UNTIL + WINDOW_STEPS + 3
-    with Run(tmp_path, nvme=None, plan="auto", options=OFF) as undisturbed:
+
+    def started(**arguments):
+        torch.manual_seed(0)
+        full = {"model": build_base("llama", torch.float32).requires_grad_(True).train(), "bits": None}
+        return Run(tmp_path, nvme=None, plan="auto", **(full if trains == "all" else {}), **arguments)
+
+    with started(options=OFF) as undisturbed:
         undisturbed.train(last)
-    with Run(tmp_path, nvme=None, plan="auto") as run:
+    with started() as run:
         run.train(FOUND_AT - 1)
         used = run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes
         short = used // 16 // KIB * KIB
@@ -253,13 +262,6 @@ def test_a_rehearsal_that_finds_more_has_the_rule_plan_again(moves, tmp_path, mo
         run.train(2)
         assert run.engine.report()["rehearsal"]["result"] == "planned again"
         assert run.engine.plan != first and weights_of(run) == weights and equal(run, undisturbed)
-
-
-def test_state_without_a_log_says_why_nothing_changes(tmp_path):
-    torch.manual_seed(0)
-    model = build_base("llama", torch.float32).requires_grad_(True).train()
-    with Run(tmp_path, model=model, bits=None, nvme=None, plan="auto") as run:
-        assert "in no log" in run.engine.report()["replanning"]["off"]
 
 
 def test_where_weights_rest_is_read_off_a_plan(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from offload_rt.arena import Slot
 from offload_rt.checkpoint.values import rng_state, unpack_values
 from offload_rt.config import NO_COMMIT_FOLDER
 from offload_rt.errors import ConfigError
@@ -95,14 +96,22 @@ class TieredTraining(ABC):
         """
 
     def go_on_from(self, before: TieredTraining) -> None:
-        """Takes over the run of `before`, which is closed, and whose state is what this log has committed. Blocks."""
+        """Takes over the run of `before`, which is closed, and whose state is what this log has committed, or, without
+        one, in the memory that it left. Blocks.
+        """
         self.commits.carry(*before.commits.carried)
         self.commits.counters = before.commits.counters
         self.stepper.go_on_counting(before.stepper)
         self.progress.steps |= before.progress.steps
         self.progress.scalars |= before.progress.scalars
         self.step_number = before.step_number
-        self.begin_again((self.committed or {})["weights"], from_log=True)
+        in_log = self.home.log is not None
+        self.begin_again((self.committed or {}).get("weights", ()), from_log=in_log)
+
+    @property
+    def only_copies(self) -> Mapping[str, Slot]:
+        """State that memory alone has, by piece: all of it without a log."""
+        return {} if self.home.log is not None else self.home.pieces
 
     @property
     def committed(self) -> Values | None:
@@ -131,7 +140,7 @@ class TieredTraining(ABC):
     def settled(self) -> bool:
         """See `interface.Training`."""
         self.before_forward()
-        return self.commits.can_go_back
+        return self.home.log is None or self.commits.can_go_back
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Takes over what was saved of `commits.all_values`. ConfigError where these are other param groups."""

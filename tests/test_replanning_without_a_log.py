@@ -1,0 +1,221 @@
+"""A plan made again where state rests in memory alone: it is handed over, as frozen weights are.
+
+masters, moments   | the same memory under every plan |
+what trains        | masters, rounded, wherever the next plan has them |
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_rt import assembly, mapped, optim
+from offload_rt.errors import OffloadError, StorageError
+from offload_rt.optimizer.stepper import Stepper
+from offload_rt.workload import RuntimeOptions, with_shares
+from planners.plan import Plan, StatePlacement, Tier
+from tests.changing_plans import decisions, propose, results
+from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, built, one_step, scheduled
+from tests.tiny_training import ROWS, TOKENS, Made, Plain, adamw, batch, differences, engine, model, train
+
+IN_PIECES = RuntimeOptions(
+    state=StatePlacement(in_memory={"adapters": 3}, gradients=Tier.HOST), piece_elements=150
+)  # fmt: skip
+LAST = 6
+
+
+def elsewhere(run: Made, how: str) -> Plan:
+    """The plan of `run`, with what a change may move without a drive where `how` says."""
+    plan = run.plan
+    if how == "in DEVICE":
+        (ring,) = plan.rings
+        return replace(plan, rings=(), resident=ring.blocks)
+    if how == "in parts":
+        return with_shares(plan, run._runtime.made_of.workload.drafts, 0.5, 0.5)
+    if how == "one slot":
+        return replace(plan, rings=tuple(replace(ring, num_slots=1) for ring in plan.rings))
+    return replace(plan, allocator_slack_bytes=plan.allocator_slack_bytes // 2)
+
+
+def addresses(run: Made) -> dict[Any, Any]:
+    """Of what memory alone has: state by piece, frozen weights by block and tier."""
+    runtime = run._runtime
+    found: dict[Any, Any] = {**runtime.state_left(), **runtime.resting}
+    return {name: slot.buffer().obj for name, slot in found.items()}
+
+
+def half_frozen() -> Any:
+    made = model(dropout=0.2)
+    made.layers[0].requires_grad_(False)
+    made.layers[1].requires_grad_(False)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("place", "how", "accumulation", "build"),
+    [
+        ("from HOST", "in DEVICE", 2, model),
+        ("from HOST", "in parts", 1, model),
+        ("from HOST", "one slot", 1, half_frozen),
+        ("in place", "less slack", 1, half_frozen),
+    ],
+)
+def test_all_parameters_have_the_bits_of_a_run_that_does_not_change(
+    place: str, how: str, accumulation: int, build: Any, tmp_path: Path
+) -> None:
+    """Clipped in some steps, with dropout, a scheduler and param groups, to the second plan and back."""
+
+    def groups(parameters: Any) -> torch.optim.Optimizer:
+        return optim.AdamW([{"params": parameters[:3], "weight_decay": 0.3}, {"params": parameters[3:]}], lr=1e-2)
+
+    def one(run: Any, scheduler: Any, number: int) -> float:
+        total = 0.0
+        for part in range(accumulation):
+            torch.manual_seed(10 * number + part)
+            loss = run(**batch(10 * number + part)).loss
+            run.backward(loss)
+            total += float(loss.detach())
+        run.step()
+        scheduler.step()
+        return total
+
+    made = {"dropout": 0.2} if build is model else {}
+    twin = Plain(build(**made), groups, max_grad_norm=MAX_NORM)
+    given = {"max_grad_norm": MAX_NORM, "accumulation_steps": accumulation, "optimizer": groups}
+    with engine(build(**made), place, tmp_path, **given) as run:
+        scheduler, expected, optimizer = scheduled(run), scheduled(twin), run.optimizer
+        first, there = run.plan, addresses(run)
+        other = elsewhere(run, how)
+        assert other != first and there and run.report()["replanning"]["off"] is None
+        for number in range(LAST):
+            assert one(run, scheduler, number) == one(twin, expected, number), number
+            assert differences(run.state(), twin.state()) == [], number
+            if number in (1, 3):
+                propose(run, other if number == 1 else first)
+            assert run.plan == (other if number in (2, 3) else first)
+            assert addresses(run) == there, "the same memory"
+        report = run.report()
+        assert run.optimizer is optimizer and scheduler.get_last_lr() == expected.get_last_lr()
+        assert results(run) == ["changed"] * 2 and [each["step"] for each in decisions(run)] == [2, 4]
+        assert run.step_number == LAST and report["training"]["num_steps"] == LAST
+        assert report["training"]["num_clipped"] > 0 and report["peaks"]["over"] == []
+        run.save_checkpoint(tmp_path / "saved")
+    with engine(build(**made), place, tmp_path, **given) as later:
+        later.load_checkpoint(tmp_path / "saved")
+        assert differences(later.state(), twin.state()) == []
+
+
+def test_adapters_whose_state_rests_in_memory_change_over() -> None:
+    twin = Twin(ADAPTERS)
+    torch.manual_seed(11)
+    begin = torch.get_rng_state()
+    given = {"batch_size": ROWS, "seq_len": TOKENS, "optimizer": adamw, "max_grad_norm": MAX_NORM}
+    with Made(built(ADAPTERS), host_memory="64MiB", options=IN_PIECES, **given) as run:
+        torch.set_rng_state(begin)
+        scheduler, position = scheduled(run), Position()
+        first, there, other = run.plan, addresses(run), elsewhere(run, "one slot")
+        assert len(there) == 3 + 5, "pieces, and three layers, embedding and head"
+        for step in range(LAST):
+            twin.reach(step + 1)
+            assert one_step(run, scheduler, position) == twin.losses[step]
+            expected = twin.states[step + 1]
+            assert all(torch.equal(parameter, expected[name][1]) for name, parameter in run.trainable.items())
+            if step in (1, 3):
+                propose(run, other if step == 1 else first)
+            assert run.plan == (other if step in (2, 3) else first) and addresses(run) == there
+        assert results(run) == ["changed", "changed"]
+
+
+def test_all_but_what_is_handed_over_is_back_before_the_next_plan_takes_any(tmp_path: Path) -> None:
+    with engine(half_frozen(), "from HOST", tmp_path) as run:
+        train(run, range(2))
+        propose(run, elsewhere(run, "one slot"))
+        runtime = run._runtime
+        accounts = {id(account) for account in runtime.tiers.accounts.values()}
+        arenas = sum(account.arena_bytes for account in runtime.tiers.accounts.values())
+        kept = sum({id(slot.region): len(slot.region) for slot in runtime.only_copies()}.values())
+        gc.disable()  # memory comes back without it
+        try:
+            watch = mapped.Watch()
+            train(run, [2])
+            changes = [(id(m.account) in accounts, m.num_bytes, there) for m, there in watch.changes if m.num_bytes]
+            watch.close()
+        finally:
+            gc.enable()
+        given_back = [num_bytes for old, num_bytes, there in changes if old and not there]
+        assert results(run) == ["changed"] and sum(given_back) == arenas - kept > 0
+        assert not any(not old and there for old, _, there in changes[: len(given_back)])
+
+
+@pytest.mark.parametrize("where", ["attach", "masters"])
+def test_a_change_that_fails_goes_back_and_loses_no_step(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is in the model, or when half of the weights are made of their masters."""
+    twin, failures = Plain(half_frozen(), max_grad_norm=MAX_NORM), list[str]()
+    of, name, calls = (assembly._Assembly, "_attach", 1) if where == "attach" else (Stepper, "rebuild_weights", 2)
+    whole = getattr(of, name)
+    with engine(half_frozen(), "from HOST", tmp_path, max_grad_norm=MAX_NORM) as run:
+        first, there, losses = run.plan, addresses(run), train(run, range(2))
+        propose(run, elsewhere(run, "one slot"))
+
+        def fails(self: Any, *arguments: Any, **named: Any) -> Any:
+            failures.append(name)
+            if len(failures) == calls:
+                raise StorageError("there was none", path="/dev/null", errno=12)
+            return whole(self, *arguments, **named)
+
+        monkeypatch.setattr(of, name, fails)
+        losses += train(run, range(2, 5))
+        assert results(run) == ["kept"] and "there was none" in decisions(run)[0]["why"]
+        assert run.plan == first and addresses(run) == there
+        assert losses == train(twin, range(5)) and differences(run.state(), twin.state()) == []
+
+
+def test_it_waits_for_gradients_and_for_no_commit(tmp_path: Path) -> None:
+    twin = Plain(model(dropout=0.2))
+    with engine(model(dropout=0.2), "from HOST", tmp_path, accumulation_steps=2) as run:
+        assert train(run, range(2)) == train(twin, range(2))
+        other = elsewhere(run, "one slot")
+        propose(run, other)
+        for part in (run.model, run):  # the first one behind the engine's back
+            torch.manual_seed(2)
+            part(**batch(2)).loss.backward()
+            assert run.plan != other, "gradients wait"
+        run.step()
+        for _ in range(2):
+            torch.manual_seed(2)
+            twin.backward(twin(**batch(2)).loss)
+        twin.step()
+        run.save_checkpoint(tmp_path / "saved")
+        run.load_checkpoint(tmp_path / "saved")
+        assert train(run, [3]) == train(twin, [3])
+        assert run.plan == other and results(run) == ["changed"], "what was loaded is in memory"
+        assert train(run, [4]) == train(twin, [4]) and differences(run.state(), twin.state()) == []
+
+
+def test_half_a_step_is_not_carried_on_by_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(model(), "from HOST", tmp_path) as run:
+        train(run, range(2))
+        plan = run.plan
+        propose(run, elsewhere(run, "one slot"))
+        run._replanner._to_take, waiting = None, run._replanner._to_take
+        loss = run(**batch(2)).loss
+        run.backward(loss)
+
+        def breaks(*_: Any, **__: Any) -> None:
+            raise OffloadError("a worker died")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Stepper, "_step_block", breaks)
+            with pytest.raises(OffloadError, match="a worker died"):
+                run.step()
+        run._replanner._to_take = waiting
+        with pytest.raises(OffloadError, match="half a step was made"):
+            run(**batch(3))
+        assert run.plan == plan
