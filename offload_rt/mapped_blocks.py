@@ -12,17 +12,20 @@ blocks that its room for holes would hold few of. Results that can be foretold l
     mallopt(M_TRIM_THRESHOLD, ...)      what is free at the heap's end is given back by `free` itself
 
 Both hold for the whole process. Engines that are open at once get what the tightest of them asks for; the last one that
-closes leaves 32 and 64 MiB, which is what glibc's own thresholds come to in a process that has freed large blocks.
-They would move by themselves, but no call lets them move again. Who has set them for the process (in the environment:
-`MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`) keeps them, and a C library without `mallopt` has nothing to be told.
+closes, or is collected without that, leaves 32 and 64 MiB, which is what glibc's own thresholds come to in a process
+that has freed large blocks. They would move by themselves, but no call lets them move again. Who has set them for the
+process (in the environment: `MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`) keeps them, and a C library without `mallopt`
+has nothing to be told.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import threading
 import weakref
+from collections import deque
 
 BLOCKS_IN_HOLES = 16
 """Room for holes holds so many blocks of the size from which they are mapped. Between 8 and 32 (docs/log.md): with 32,
@@ -42,6 +45,8 @@ class MappedBlocks:
     def __init__(self) -> None:
         self.least_bytes: int | None = None
         """Blocks of this size are mapped, for this engine; None where it leaves them to the C library."""
+        self._number = next(_numbers)
+        weakref.finalize(self, _leaves, self._number).atexit = False
 
     def ask(self, hole_bytes: int) -> None:
         """Blocks are to be mapped where `hole_bytes` hold few of them."""
@@ -50,19 +55,39 @@ class MappedBlocks:
         least = min(max(hole_bytes // BLOCKS_IN_HOLES, LEAST_MAPPED_BYTES), MOST_MAPPED_BYTES)
         with _lock:
             self.least_bytes = least
-            _asked[self] = least
+            _asked[self._number] = least
             _set(min(_asked.values()))
+        _take_out()
 
     def close(self) -> None:
         """Leaves blocks to the C library, or to other engines. May be called twice."""
-        with _lock:
-            if _asked.pop(self, None) is not None:
-                _set(min(_asked.values(), default=MOST_MAPPED_BYTES))
-            self.least_bytes = None
+        self.least_bytes = None
+        _leaves(self._number)
 
 
-_asked: weakref.WeakKeyDictionary[MappedBlocks, int] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
+_asked: dict[int, int] = {}
+"""By number, what engines ask for. Changed under the lock."""
+_gone: deque[int] = deque()
+"""Those that ask for nothing any more, and are still among them."""
 _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+
+
+def _leaves(number: int) -> None:
+    """May be called inside any allocation, also of the thread that holds the lock: then that one takes it out."""
+    _gone.append(number)
+    _take_out()
+
+
+def _take_out() -> None:
+    """Does not block: who holds the lock calls this when it is free again."""
+    while _gone and _lock.acquire(blocking=False):
+        try:
+            asked = [_asked.pop(_gone.popleft(), None) for _ in range(len(_gone))]
+            if any(least is not None for least in asked):
+                _set(min(_asked.values(), default=MOST_MAPPED_BYTES))
+        finally:
+            _lock.release()
 
 
 def _set(least_bytes: int) -> None:

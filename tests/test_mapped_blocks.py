@@ -112,6 +112,32 @@ def test_an_engine_that_nobody_closed_decides_nothing(calls):
     assert calls[-2:] == [(MAP, 4 * MIB), (TRIM, 16 * MIB)]
 
 
+def test_an_engine_that_is_collected_puts_back(calls):
+    forgotten = MappedBlocks()
+    forgotten.ask(MIB)
+    del forgotten
+    gc.collect()
+    assert calls[-2:] == [(MAP, MOST_MAPPED_BYTES), (TRIM, 64 * MIB)]
+
+
+def test_one_that_is_collected_while_another_asks_is_put_back_behind_it(calls, monkeypatch):
+    """The collector runs where the lock is held."""
+    forgotten, other, called = [MappedBlocks()], MappedBlocks(), mapped_blocks._mallopt
+    forgotten[0].ask(MIB)
+
+    def collecting(*arguments):
+        if forgotten:
+            assert mapped_blocks._lock.locked()
+            forgotten.clear()
+        called(*arguments)
+
+    monkeypatch.setattr(mapped_blocks, "_mallopt", collecting)
+    other.ask(64 * MIB)
+    assert calls[-2:] == [(MAP, 4 * MIB), (TRIM, 16 * MIB)] and not mapped_blocks._lock.locked()
+    other.close()
+    assert calls[-2:] == [(MAP, MOST_MAPPED_BYTES), (TRIM, 64 * MIB)]
+
+
 def test_blocks_are_mapped_from_sizes_that_the_c_library_takes(calls):
     blocks = MappedBlocks()
     for hole_bytes in (0, BLOCKS_IN_HOLES * LEAST_MAPPED_BYTES, BLOCKS_IN_HOLES * (LEAST_MAPPED_BYTES + 1), 1 << 40):
