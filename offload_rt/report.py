@@ -39,7 +39,7 @@ def report(
     `link_busy_seconds` what emulated links and drives worked; `peaks` the most that there was, by phase (`peaks`).
     """
     links = runtime.links.counters
-    executors = [executor.counters for executor in runtime.executors]
+    executors = runtime.counters_of_rings().values()
     memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
     managed, in_arenas = sum(a.used_bytes for a in memory), sum(a.arena_bytes for a in memory)
     outside = base_bytes + in_arenas

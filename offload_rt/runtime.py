@@ -120,8 +120,8 @@ class Runtime:
     """Memory with the only copy of frozen weights, which whoever follows takes over; empty where there is a store."""
     cuts: Cuts
     """Of `plan`."""
-    ring_counters: list[ExecutorCounters] = field(default_factory=list)
-    """Of the executors that there were, once it has let go of them."""
+    ring_counters: dict[str, ExecutorCounters] = field(default_factory=dict)
+    """By ring, of the executors that there were: before this runtime, and its own once it has let go of them."""
     counted: dict[str, Any] = field(default_factory=dict)
     """Counters of what it has let go of, and the runtimes before it, by field."""
     _closed: bool = field(default=False)
@@ -147,6 +147,10 @@ class Runtime:
         """Of everything that whoever follows takes over."""
         return [*self.resting.values(), *self.state_left().values()]
 
+    def counters_of_rings(self) -> dict[str, ExecutorCounters]:
+        """By its name, of each ring that there was since the start."""
+        return self.ring_counters | {executor.ring.name: executor.counters for executor in self.executors}
+
     def go_on_counting(self, before: Runtime) -> None:
         """Counts on from where `before`, which this runtime follows, has left off."""
         self.layer_counters = before.layer_counters
@@ -155,8 +159,9 @@ class Runtime:
         self.turns.num_passed_on = before.turns.num_passed_on
         self.heap.counters = before.heap.counters
         self.counted = before.counted
-        for executor, earlier in zip(self.executors, before.ring_counters, strict=False):
-            executor.counters = earlier
+        self.ring_counters = dict(before.ring_counters)
+        for executor in self.executors:
+            executor.counters = self.ring_counters.get(executor.ring.name, executor.counters)
         for name, part in self._parts_with_counters():
             part.counters = self.counted.get(name, part.counters)
 
@@ -207,8 +212,7 @@ class Runtime:
 
     def let_go(self) -> None:
         """Gives the memory of its arenas back, after `close`, to whoever follows. Counters and `resting` stay."""
-        if self.executors:
-            self.ring_counters = [executor.counters for executor in self.executors]
+        self.ring_counters = self.counters_of_rings()
         for name, part in self._parts_with_counters():
             self.counted.setdefault(name, part.counters)
         for layer in self.layers:

@@ -219,3 +219,28 @@ def test_half_a_step_is_not_carried_on_by_a_change(tmp_path: Path, monkeypatch: 
         with pytest.raises(OffloadError, match="half a step was made"):
             run(**batch(3))
         assert run.plan == plan
+
+
+def test_rings_count_on_by_name(tmp_path: Path) -> None:
+    """In another order; and behind a plan that has none of them."""
+    options = {"stream_edges": True, "look_up_rows": False}
+    with engine(built(ADAPTERS), "from HOST", tmp_path, options=options) as run:
+        train(run, range(2))
+        plan, counters = run.plan, dict(run._runtime.counters_of_rings())
+        assert [ring.name for ring in plan.rings] == ["layers", "edges"] == list(counters)
+        counted = [counters[name].num_fetches for name in counters]
+        assert min(counted) > 0 and counted[0] != counted[1]
+        propose(run, replace(plan, rings=plan.rings[::-1]))
+        train(run, [2])
+        now = run._runtime.executors
+        assert results(run) == ["changed"] and [executor.ring.name for executor in now] == ["edges", "layers"]
+        assert all(executor.counters is counters[executor.ring.name] for executor in now)
+    with engine(model(), "from HOST", tmp_path) as run:
+        train(run, range(2))
+        first, fetches = run.plan, run.report()["fetches"]
+        propose(run, elsewhere(run, "in DEVICE"))
+        train(run, [2])
+        assert not run._runtime.executors and run.report()["fetches"] == fetches > 0
+        propose(run, first)
+        train(run, [3])
+        assert run.report()["fetches"] > fetches
