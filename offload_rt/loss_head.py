@@ -90,8 +90,15 @@ class LossHead(ReplacedForward):
         self.vocabulary_refusal: str | None = None
         """Why a head that streams by tiles is read for each tile of tokens after all; None where it is not."""
         self._is_checked = False
+        self._is_detached = False
+
+    def detach(self) -> None:
+        super().detach()
+        self._is_detached = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_detached:  # by a hook of the call that has found it: torch looks a forward up before them
+            return self.module.forward(*args, **kwargs)
         arguments = self._named(args, kwargs)
         labels = arguments.get("labels")
         if labels is None:

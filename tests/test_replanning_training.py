@@ -153,12 +153,12 @@ def test_it_waits_for_gradients_and_for_a_commit(tmp_path: Path) -> None:
         twin = Plain(model(dropout=0.2))
         assert train(run, range(2)) == train(twin, range(2))
         other = plan_of(run, "in place")
-        propose(run, other)
         for part in (run.model, run):  # the first one behind the engine's back
             torch.manual_seed(2)
             loss = part(**batch(2)).loss
             loss.backward()
             assert run.plan != other, "gradients wait"
+            propose(run, other)
         run.step()
         for _ in range(2):
             torch.manual_seed(2)

@@ -16,10 +16,12 @@ import torch
 
 from offload_rt import assembly, mapped, optim
 from offload_rt.errors import OffloadError, StorageError
+from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.stepper import Stepper
 from offload_rt.workload import RuntimeOptions, with_shares
 from planners.plan import Plan, StatePlacement, Tier
 from tests.changing_plans import decisions, propose, results
+from tests.conftest import build_base, language_batch
 from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, built, one_step, scheduled
 from tests.tiny_training import ROWS, TOKENS, Made, Plain, adamw, batch, differences, engine, model, train
 
@@ -68,7 +70,9 @@ def half_frozen() -> Any:
 def test_all_parameters_have_the_bits_of_a_run_that_does_not_change(
     place: str, how: str, accumulation: int, build: Any, tmp_path: Path
 ) -> None:
-    """Clipped in some steps, with dropout, a scheduler and param groups, to the second plan and back."""
+    """Clipped in some steps, with dropout, a scheduler and param groups, to the second plan and back; in parts with
+    late transfers and poison, too.
+    """
 
     def groups(parameters: Any) -> torch.optim.Optimizer:
         return optim.AdamW([{"params": parameters[:3], "weight_decay": 0.3}, {"params": parameters[3:]}], lr=1e-2)
@@ -87,7 +91,8 @@ def test_all_parameters_have_the_bits_of_a_run_that_does_not_change(
     made = {"dropout": 0.2} if build is model else {}
     twin = Plain(build(**made), groups, max_grad_norm=MAX_NORM)
     given = {"max_grad_norm": MAX_NORM, "accumulation_steps": accumulation, "optimizer": groups}
-    with engine(build(**made), place, tmp_path, **given) as run:
+    late = {"options": {"poison": True, "record": True, "delay_seconds": 0.002}} if how == "in parts" else {}
+    with engine(build(**made), place, tmp_path, **given, **late) as run:
         scheduler, expected, optimizer = scheduled(run), scheduled(twin), run.optimizer
         first, there = run.plan, addresses(run)
         other = elsewhere(run, how)
@@ -99,6 +104,8 @@ def test_all_parameters_have_the_bits_of_a_run_that_does_not_change(
                 propose(run, other if number == 1 else first)
             assert run.plan == (other if number in (2, 3) else first)
             assert addresses(run) == there, "the same memory"
+            recorder = run._runtime.recorder
+            assert recorder is None or recorder.operations and [str(race) for race in recorder.check()] == []
         report = run.report()
         assert run.optimizer is optimizer and scheduler.get_last_lr() == expected.get_last_lr()
         assert results(run) == ["changed"] * 2 and [each["step"] for each in decisions(run)] == [2, 4]
@@ -182,11 +189,11 @@ def test_it_waits_for_gradients_and_for_no_commit(tmp_path: Path) -> None:
     with engine(model(dropout=0.2), "from HOST", tmp_path, accumulation_steps=2) as run:
         assert train(run, range(2)) == train(twin, range(2))
         other = elsewhere(run, "one slot")
-        propose(run, other)
         for part in (run.model, run):  # the first one behind the engine's back
             torch.manual_seed(2)
             part(**batch(2)).loss.backward()
             assert run.plan != other, "gradients wait"
+            propose(run, other)
         run.step()
         for _ in range(2):
             torch.manual_seed(2)
@@ -244,3 +251,38 @@ def test_rings_count_on_by_name(tmp_path: Path) -> None:
         propose(run, first)
         train(run, [3])
         assert run.report()["fetches"] > fetches
+
+
+@pytest.mark.parametrize("by", ["the model's own forward", "a loss by tiles"])
+def test_a_loop_that_calls_the_model_itself_takes_a_change(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has looked up the old head's forward by then."""
+    tiles, heads = by == "a loss by tiles", list[object]()
+    finish = LossHead._finish
+    monkeypatch.setattr(
+        LossHead,
+        "_finish",
+        lambda head, *arguments: heads.append(head) or finish(head, *arguments),  # type: ignore[func-returns-value]
+    )
+
+    def losses(changes: bool) -> list[float]:
+        torch.manual_seed(0)
+        made = build_base("llama", torch.float32).requires_grad_(True).train() if tiles else model(dropout=0.2)
+        options = {"head_chunk_tokens": 5 if tiles else None}
+        with engine(made, "in place", tmp_path, seq_len=12, options=options) as run:
+            found, first = [], run.plan
+            for number in range(3):
+                torch.manual_seed(number)
+                loss = run.model(**(language_batch(number) if tiles else batch(number))).loss
+                loss.backward()
+                run.step()
+                found.append(float(loss.detach()))
+                if changes and not number:
+                    propose(run, elsewhere(run, "less slack"))
+            assert results(run) == ["changed"] * changes and (run.plan != first) is changes
+            assert not tiles or heads[-2] is heads[-1] is run._runtime.loss_head
+        return found
+
+    assert losses(changes=True) == losses(changes=False)
+    assert len(heads) == 6 * tiles
