@@ -10,6 +10,7 @@ from offload_rt.optimizer.on_device import device_rule
 from offload_rt.optimizer.paged import rule_on_device
 from offload_rt.planning_tokens import policies_of
 from offload_rt.planning_training import placement_of
+from offload_rt.resting import all_in
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import Workload, is_looked_up, is_multiplied, is_tied, rows_size
 from planners.placement import UpdateMode
@@ -84,6 +85,9 @@ def _check_lookups(plan: Plan, lookups: Lookups, problem: StreamingProblem, work
         if not is_looked_up(draft) and not is_tied(draft):
             raise ConfigError(f"plan: lookups of {name!r}, which is no frozen embedding by itself; put it in a ring")
         row = rows_size(draft, most_rows=1)
+        split = plan.weights_of(name)
+        if split is not None and split != all_in(lookups.rest, split.total_bytes):
+            raise ConfigError(f"plan: lookups of {name!r} from {lookups.rest.value}, but its class says {split}")
         if lookups.room_bytes < row.row_bytes:
             raise ConfigError(f"plan: lookups in {lookups.room_bytes} bytes, a row of {name!r} has {row.row_bytes}")
         if lookups.rest is Tier.NVME and lookups.pages_bytes < row.pages_bytes():

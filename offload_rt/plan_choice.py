@@ -162,6 +162,8 @@ def rule_seconds(problem: Problem, rule: Plan) -> float:
         raise ValueError("a plan with other cuts than those of the question is not simulated")
     unified = problem.hardware.unified
     rings = {name: ring.rest for ring in rule.rings for name in ring.blocks}
+    if rule.lookups is not None:
+        rings |= dict.fromkeys(rule.lookups.blocks, rule.lookups.rest)
     layers = next((ring for ring in rule.rings if ring.name == "layers"), None)
     inputs = Tier.DEVICE if unified and rule.layer_inputs is Tier.HOST else rule.layer_inputs
     kept = (0.0, float(inputs is Tier.NVME), float(inputs is Tier.HOST), float(inputs is Tier.DEVICE))

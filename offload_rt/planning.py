@@ -39,6 +39,7 @@ from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem,
 from planners.problem import Workload as PlannedWorkload
 from planners.streaming import CHUNK_TOKENS, StreamingProblem, head_chunk_tokens
 from planners.trace import Saved, Transient
+from planners.vocabulary import RowsSize
 from planners.wear import rated_bytes
 
 CAPABILITIES = Capabilities(
@@ -143,12 +144,13 @@ def problem_of(
         )  # fmt: skip
     edges = [draft for draft in workload.drafts if not draft.is_layer]
     nothing = MeasuredSeconds(forward=0.0, backward=0.0)
+    rows = {block.name: block.rows for block in streaming.edges}
     for draft in edges:
         seconds, peak = (head_seconds, head_bytes) if draft is edges[-1] else (nothing, 0)
         classes.append(
             class_of(
                 draft.name, [draft], order, seconds, is_layer=False,
-                again=needed_again(draft, streaming, chunk_tokens),
+                again=needed_again(draft, streaming, chunk_tokens), rows=rows.get(draft.name),
                 **_passes_of_edge(seconds, peak, chunk_tokens, tokens),
             )
         )  # fmt: skip
@@ -231,6 +233,7 @@ def class_of(
     saved: tuple[Saved, ...] = (),
     transients: tuple[Transient, ...] = (),
     tile_bytes: int = 0,
+    rows: RowsSize | None = None,
 ) -> BlockClass:
     spec = drafts[0].spec
     quantized = [tensor.compute_bytes for tensor in spec.tensors if tensor.is_quantized]
@@ -255,6 +258,7 @@ def class_of(
         visits_backward=again,
         weight_cuts=spec.cuts_bytes,
         measured=seconds,
+        rows=rows,
     )
 
 

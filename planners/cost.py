@@ -96,19 +96,19 @@ class RingWalk:
 
 
 def ring_walks(problem: Problem, slots: int) -> tuple[RingWalk, ...]:
-    """The rings: layers through `slots` slots, embedding and head through one."""
-    classes = problem.workload.classes
+    """The rings: layers through `slots` slots, embedding and head through one. What is read by rows is in none."""
+    workload, classes = problem.workload, problem.workload.classes
     rings = []
     for name, is_layer, num_slots in (("layers", True, slots), ("edges", False, EDGE_SLOTS)):
         members = sorted(
             (position, c, k)
             for c, entry in enumerate(classes)
             for k, position in enumerate(entry.positions)
-            if entry.is_layer is is_layer and entry.stored_bytes
+            if entry.is_layer is is_layer and entry.stored_bytes and workload.rows_of(entry) is None
         )
         if members:
             backward = frozenset(i for i, (_, c, _) in enumerate(members) if classes[c].visits_backward)
-            steps = steady_ring(len(members), num_slots, backward, problem.workload.mutable)
+            steps = steady_ring(len(members), num_slots, backward, workload.mutable)
             rings.append(RingWalk(name, tuple((c, k) for _, c, k in members), steps))
     return tuple(rings)
 
@@ -352,7 +352,8 @@ def ring_slot_bytes(plan: Plan, problem: Problem) -> dict[str, int]:
     found = {"layers": 0, "edges": 0}
     for entry in problem.workload.classes:
         name = "layers" if entry.is_layer else "edges"
-        found[name] = max(found[name], plan.entry(entry.name).weights.streamed_bytes)
+        if problem.workload.rows_of(entry) is None:
+            found[name] = max(found[name], plan.entry(entry.name).weights.streamed_bytes)
     return found
 
 
@@ -379,8 +380,9 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
     add(device, "slots of swapped activations", plan.buffers.swap_slots * slot)
     add(device, "ring of layers", knobs.slots * slots["layers"])
     add(device, "ring of edges", EDGE_SLOTS * slots["edges"])
+    whole = [(entry, placed) for entry, placed in entries if workload.rows_of(entry) is None]
     staged = {
-        is_layer: max((p.weights.nvme_bytes for e, p in entries if e.is_layer is is_layer), default=0)
+        is_layer: max((p.weights.nvme_bytes for e, p in whole if e.is_layer is is_layer), default=0)
         for is_layer in (True, False)
     }
     copies = state_copies(problem, plan.update_mode)
@@ -408,6 +410,10 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
             on_device = max(on_device, 2 * piece)
     add(device, "state updated on the device", on_device)
     add(nvme, "what changes, twice", workload.log_bytes or 0)
+    if (lookups := plan.lookups) is not None:
+        tables = sum(entry.count * entry.stored_bytes for entry, _ in entries if {*entry.blocks} & {*lookups.blocks})
+        add(device, "rows of embeddings", lookups.room_bytes)
+        add(host, "rows on their way", lookups.staging_bytes(unified=unified) + lookups.sums_bytes(tables))
     for name, size in _host_rings(problem, plan).items():
         add(host, name, size)
     if unified:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from planners.arenas import with_arenas
@@ -9,8 +10,9 @@ from planners.cost import EDGE_SLOTS, Knobs, buckets, num_chunks, saving_bytes, 
 from planners.division import deal, divide, divided
 from planners.placement import ClassPlan, Cuts, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
 from planners.plan import Plan, Ring
-from planners.problem import BlockClass, Problem
+from planners.problem import BlockClass, Problem, Workload
 from planners.simulate import Simulation
+from planners.vocabulary import Lookups, RowsSize
 
 UpdateKey = tuple[Tier, UpdatePlace, bool]
 """Where state rests, who steps it, and whether in the next forward."""
@@ -54,7 +56,10 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
     rings = []
     for name, is_layer, slots in (("layers", True, knobs.slots), ("edges", False, EDGE_SLOTS)):
         placed = dict(zip((e.name for e in workload.classes), classes, strict=True))
-        members = [e for e in workload.classes if e.is_layer is is_layer and placed[e.name].weights.streamed_bytes]
+        members = [
+            e for e in workload.classes
+            if e.is_layer is is_layer and workload.rows_of(e) is None and placed[e.name].weights.streamed_bytes
+        ]  # fmt: skip
         if members:
             order = sorted((p, b) for e in members for p, b in zip(e.positions, e.blocks, strict=True))
             rests = [placed[e.name].weights for e in members]
@@ -67,7 +72,8 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
                     rest=Tier.NVME if any(rest.nvme_bytes for rest in rests) else Tier.HOST,
                 )
             )
-    streamed = {block for ring in rings for block in ring.blocks}
+    lookups = _lookups(workload, classes)
+    streamed = {block for ring in rings for block in ring.blocks} | {*(lookups.blocks if lookups is not None else ())}
     inputs = [t for entry in classes for t in entry.tokens if t.name == "input"]
     home = Tier.DEVICE
     if any(t.nvme_tokens for t in inputs):
@@ -82,6 +88,7 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
         rings=tuple(rings),
         layer_inputs=home,
         decode_scope=knobs.decode_scope,
+        lookups=lookups,
         classes=classes,
         buffers=knobs.buffers,
         cuts=knobs.cuts,
@@ -89,6 +96,18 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
         boundary=knobs.boundary,
     )
     return with_arenas(divided(problem, plan), plan)
+
+
+def _lookups(workload: Workload, classes: Sequence[ClassPlan]) -> Lookups | None:
+    """Of the embeddings that are read by rows. All rest in one tier, or the plan is not valid."""
+    sizes: dict[str, RowsSize] = {}
+    rest = Tier.HOST
+    for entry, placed in zip(workload.classes, classes, strict=True):
+        size = workload.rows_of(entry)
+        if size is not None and placed.weights.streamed_bytes:
+            sizes |= dict.fromkeys(entry.blocks, size)
+            rest = Tier.NVME if placed.weights.nvme_bytes else rest
+    return Lookups.of(sizes, rest) if sizes else None
 
 
 def _in_whole_chunks(entry: BlockClass, fractions: Fractions, chunks: int) -> list[tuple[BlockClass, Fractions]]:
@@ -158,7 +177,12 @@ def _expand(problem: Problem, cuts: Cuts, entry: BlockClass, fractions: Fraction
     return ClassPlan(
         name=entry.name,
         blocks=entry.blocks,
-        weights=_split(entry, fractions.weights, drives=bool(problem.hardware.drives)),
+        weights=_split(
+            entry,
+            fractions.weights,
+            drives=bool(problem.hardware.drives),
+            whole=problem.workload.rows_of(entry) is not None,
+        ),
         tokens=tuple(tokens),
         updates=tuple(updates),
     )
@@ -179,8 +203,14 @@ def _cut(entry: BlockClass, keys: list[UpdateKey], counts: list[int]) -> list[in
     return found
 
 
-def _split(entry: BlockClass, fractions: tuple[float, float, float], *, drives: bool) -> Split:
-    """A block's bytes as the fractions say; where they can only be cut in some places, lower tiers get the more."""
+def _split(entry: BlockClass, fractions: tuple[float, float, float], *, drives: bool, whole: bool) -> Split:
+    """A block's bytes as the fractions say; where they can only be cut in some places, lower tiers get the more.
+
+    whole: not cut at all, the largest fraction gets them.
+    """
+    if whole:
+        most = max(range(len(fractions)), key=lambda tier: fractions[tier])
+        fractions = (float(most == 0), float(most == 1), float(most == 2))
     device, host, nvme = whole_numbers(entry.stored_bytes, fractions)
     if entry.weight_cuts and device < entry.stored_bytes:
         device = max(cut for cut in entry.weight_cuts if cut <= device)

@@ -20,6 +20,7 @@ from planners.cost import (
     fixed_host_bytes,
     num_chunks,
     saving_bytes,
+    slab_bytes,
     whole_state_bytes,
 )
 from planners.errors import PlanInfeasible, format_bytes_up
@@ -28,6 +29,7 @@ from planners.placement import Buffers, Cuts, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Problem
 from planners.simulate import simulate
+from planners.vocabulary import Lookups
 
 MIN_CHUNK_TOKENS = 512
 SLACK_BYTES = 2**20
@@ -120,10 +122,25 @@ def state_slots(problem: Problem) -> list[int]:
 
 
 def slot_bytes(problem: Problem) -> tuple[int, int]:
-    """The most that a layer can stream, and a block beside the layers."""
-    classes = problem.workload.classes
+    """The most that a layer can stream, and a block beside the layers that is not read by rows."""
+    workload = problem.workload
+    classes = [entry for entry in workload.classes if workload.rows_of(entry) is None]
     layer = max((e.streamed_bytes for e in classes if e.is_layer), default=0)
     return layer, max((e.streamed_bytes for e in classes if not e.is_layer), default=0)
+
+
+def lookup_bytes(problem: Problem) -> dict[str, int]:
+    """What reading all embeddings by rows takes that can be read so, wherever they rest."""
+    workload, unified = problem.workload, problem.hardware.unified
+    sizes = [(size, entry.stored_bytes) for entry in workload.classes if (size := workload.rows_of(entry)) is not None]
+    if not sizes:
+        return {"device": 0, "host": 0}
+    rest = Tier.NVME if problem.hardware.drives else Tier.HOST
+    lookups = Lookups.of({str(index): size for index, (size, _) in enumerate(sizes)}, rest)
+    staging = lookups.staging_bytes(unified=unified) + lookups.sums_bytes(sum(num_bytes for _, num_bytes in sizes))
+    if unified:
+        return {"device": lookups.room_bytes + staging, "host": 0}
+    return {"device": lookups.room_bytes, "host": staging}
 
 
 def default_mode(problem: Problem) -> UpdateMode:
@@ -184,13 +201,15 @@ def room_left(problem: Problem, knobs: Knobs, room: dict[str, float]) -> dict[st
     workload = problem.workload
     classes = workload.classes
     slot, edge = slot_bytes(problem)
+    through = lookup_bytes(problem)
     again = max(chunk_bytes(problem, knobs, entry) for entry in classes)
     device = room["device"] - sum(fixed_device_bytes(problem, knobs).values())
-    device -= knobs.slots * slot + EDGE_SLOTS * edge + again
+    device -= knobs.slots * slot + EDGE_SLOTS * edge + again + through["device"]
     device -= sum(e.count * e.stored_bytes for e in classes if e.weights_stay)
     host = room["host"] - sum(fixed_host_bytes(problem, knobs).values())
     if room["nvme"] > 0 and not problem.hardware.unified:
         host -= knobs.buffers.host_slots * slot + EDGE_SLOTS * edge
+    host -= through["host"]
     return {"device": device, "host": host}
 
 
@@ -202,6 +221,7 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     device, host = left["device"], left["host"]
     total_inputs = sum(e.count * e.saved[0].bytes_per_token for e in classes if e.saved) * workload.tokens
     total_weights = float(sum(e.count * e.streamed_bytes for e in classes))
+    total_tables = float(sum(e.count * e.streamed_bytes for e in classes if workload.rows_of(e) is not None))
     total_state = float(sum(e.count * whole_state_bytes(problem, e) for e in classes))
 
     def share(available: float, wanted: float) -> float:
@@ -214,6 +234,12 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
         inputs_host = float(inputs_host == 1.0)
     host -= inputs_host * total_inputs
     whole = problem.capabilities.whole_weights and workload.mutable
+    tables = (1.0, 0.0, 0.0)
+    if device < total_weights:  # what is read by rows makes room for the others first
+        fits = not unified and host - slab_bytes(problem) >= total_tables
+        tables = (0.0, 1.0, 0.0) if fits else (0.0, 0.0, 1.0)
+        host -= tables[1] * total_tables
+        total_weights -= total_tables
     weights_device = share(device, total_weights)
     weights_device = float(weights_device == 1.0) if whole else weights_device
     device -= weights_device * total_weights
@@ -227,6 +253,7 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     if not drives:
         weights_host, inputs_host = (0.0, 0.0) if unified else (1 - weights_device, 1 - inputs_device)
         weights_device, inputs_device = (1.0, 1.0) if unified else (weights_device, inputs_device)
+        tables = tables if tables[0] else (1.0, 0.0, 0.0) if unified else (0.0, 1.0, 0.0)
     state_host = 0.0 if unified else (share(host, total_state) if drives else 1.0)
     state_device = 1.0 if unified and not drives else state_device
     inputs = (0.0, max(0.0, 1 - inputs_device - inputs_host), inputs_host, inputs_device)
@@ -246,6 +273,8 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
         Fractions(
             weights=(1.0, 0.0, 0.0)
             if e.weights_stay
+            else tables
+            if workload.rows_of(e) is not None
             else (weights_device, weights_host, max(0.0, 1 - weights_device - weights_host)),
             tokens=tuple((1.0, 0.0, 0.0, 0.0) if s.recomputable else inputs for s in e.saved),
             updates=updates,

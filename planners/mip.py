@@ -27,6 +27,7 @@ from planners.greedy import (
     homes,
     infeasible,
     input_tiers,
+    lookup_bytes,
     may_rest,
     room_left,
     shortages,
@@ -47,6 +48,7 @@ MAX_SIMULATIONS = 10
 MAX_CUTS = 3
 """Sizes of chunks that are compared, of those that fit."""
 TIGHTENINGS = 4
+HARDER = 4
 GOOD_ENOUGH = 0.002
 """Gap at which the search ends."""
 WEAR_PRICES = (1.0, 0.3, 0.1, 0.03, 0.01)
@@ -195,11 +197,13 @@ def _try(
     """Lays out a candidate, tightening what overflows, and simulates it; keeps it if it is the best so far."""
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     current: Steady | None = steady
-    whole = not problem.capabilities.token_shares
+    workload = problem.workload
+    whole = not problem.capabilities.token_shares or any(map(workload.rows_of, workload.classes))
     if whole:
         current = solve_steady(
-            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_chunks=True
+            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_numbers=True
         )
+    harder: dict[str, tuple[float, int]] = {}
     for _ in range(TIGHTENINGS):
         if current is None:
             return
@@ -211,9 +215,13 @@ def _try(
         for shortage in short:
             # Rounding and layout take their own; of a small tier less.
             slack = min(SLACK_BYTES, shortage.have_bytes / 1024)
-            room[shortage.tier] -= 1.05 * (shortage.need_bytes - shortage.have_bytes) + slack
+            # Where nothing gave way the last time, only what moves as a whole is left to: push harder.
+            before, factor = harder.get(shortage.tier, (0.0, 1))
+            factor = HARDER * factor if shortage.need_bytes == before else 1
+            harder[shortage.tier] = (shortage.need_bytes, factor)
+            room[shortage.tier] -= factor * (1.05 * (shortage.need_bytes - shortage.have_bytes) + slack)
         current = solve_steady(
-            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price, in_whole_chunks=whole
+            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, room=room, price=price, in_whole_numbers=whole
         )
         found.num_programs += 1
     else:
@@ -274,7 +282,7 @@ def _may_fit(problem: Problem, knobs: Knobs, room: dict[str, float]) -> bool:
     """False if not even a plan that streams everything fits; with all weights resident it may still."""
     left = room_left(problem, knobs, room)
     slot, edge = slot_bytes(problem)
-    slack = knobs.slots * slot + edge
+    slack = knobs.slots * slot + edge + max(lookup_bytes(problem).values())
     return left["device"] + slack >= 0 and left["host"] + 2 * slack >= 0
 
 

@@ -216,6 +216,22 @@ class _Passes(Operations):
     def _previous(self) -> list[tuple[int, int]]:
         return [(self.computes[-1], 0)] if self.computes else []
 
+    def _looked_up(self, position: int, key: float) -> int | None:
+        """The rows of an embedding for a whole batch, which nothing can bring before its forward; None for all else."""
+        c = self.class_at[position]
+        size, weights = self.workload.rows_of(self.workload.classes[c]), self.placed[c].weights
+        if size is None or not weights.streamed_bytes:
+            return None
+        read = self._previous()
+        begin = len(self.timeline)
+        if weights.nvme_bytes:
+            label = ("read rows", position, 0)
+            read = [(self.op(Resource.SSD_READ, size.read_bytes, key - 0.4, read, 0, label), 0)]
+        found = self.link_in(position, 0, size.looked_up_bytes, key - 0.3, read, 0)
+        if not self.computes:
+            self.late.append((begin, "barrier" if self.barrier else "end"))
+        return found
+
     def _forward(self, position: int) -> None:
         self._fetches(position, 0)
         c, n = self.class_at[position], self.chunks
@@ -230,6 +246,8 @@ class _Passes(Operations):
             key = position + turn / n
             deps = self._previous()
             first = not self.computes
+            if turn == 0 and (looked_up := self._looked_up(position, key)) is not None:
+                deps.append((looked_up, 0))
             if position in self.arrived:
                 deps.append((self.arrived[position], 0))
             if moved and len(self.swaps_out) >= self.knobs.buffers.swap_slots:

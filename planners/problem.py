@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 
 from planners.hardware import Hardware
@@ -23,6 +23,7 @@ from planners.placement import Tier, UpdateMode
 from planners.schedule import Phase
 from planners.trace import ITEM_BYTES, NUM_OPERATIONS, Saved, Transient, saved_tensors, transients
 from planners.units import ProblemError, nearest
+from planners.vocabulary import RowsSize
 
 HEAD_TILE_TOKENS = 1024
 """The loss is computed over so many tokens at a time, so that logits never exist whole."""
@@ -138,6 +139,8 @@ class BlockClass:
     """(parameters, bytes): how many of a block's first parameters can have their state in memory while that of the
     others rests on NVME, and what it takes; ascending from (0, 0) to all. Empty: it is cut anywhere, at
     `Workload.state_bytes_per_param`."""
+    rows: RowsSize | None = None
+    """Of a frozen embedding that nothing multiplies with; None of all else. See `Workload.rows_of`."""
 
     @property
     def count(self) -> int:
@@ -210,6 +213,17 @@ class Workload:
         """Of the chunks in which its layers were timed, and so have to run; None: they were timed whole, or not."""
         timed = (entry.measured for entry in self.classes if entry.is_layer)
         return next((one.chunks.num_tokens for one in timed if one is not None and one.chunks is not None), None)
+
+    def rows_of(self, entry: BlockClass) -> RowsSize | None:
+        """Of a class that is read by rows where it is not resident, for this batch; None where it streams whole.
+
+        Rows move no more than the whole does, through a smaller room, and what streams by itself is no faster than what
+        is resident: so a slot for the whole is not offered.
+        """
+        if entry.rows is None:
+            return None
+        size = replace(entry.rows, most_rows=self.tokens)
+        return size if size.is_worth_it() else None
 
     @property
     def useful_flops(self) -> float:
@@ -399,12 +413,16 @@ class _Maker:
         # A tied table is the head's: it is fetched for the product, and its rows are looked up where it lies.
         params = 0 if shape.head_params < shape.vocabulary * shape.hidden else shape.embedding_params
         row = ITEM_BYTES * shape.hidden
+        rows = None
+        if params and self.rank is not None and params % shape.vocabulary == 0:
+            width = params // shape.vocabulary
+            rows = RowsSize(num_rows=shape.vocabulary, row_bytes=ITEM_BYTES * width, most_rows=self.seq_len)
         return BlockClass(
             name="embedding", blocks=(shape.embedding_name,), positions=(0,), is_layer=False,
             stored_bytes=ITEM_BYTES * params, decoded_bytes=0, largest_linear_bytes=0,
             trainable_params=params if self.rank is None else 0, forward_flops=0.0, backward_flops=0.0,
             attention_flops=0.0, moved_bytes=2 * row, saved=(), attention_bytes=0.0, attention_groups=1,
-            transients=_workspace(row, row), visits_backward=False,
+            transients=_workspace(row, row), visits_backward=False, rows=rows,
         )  # fmt: skip
 
     def _head(self, position: int) -> BlockClass:

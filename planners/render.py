@@ -140,6 +140,8 @@ def choices(plan: Plan) -> str:
         if cuts.attention_groups > 1:
             parts.append(f"attention in {cuts.attention_groups} groups of heads")
     parts.append(f"decodes a {plan.decode_scope.value} at a time")
+    if plan.lookups is not None:
+        parts.append(f"{' and '.join(plan.lookups.blocks)} by rows from {plan.lookups.rest.name}")
     if plan.boundary is Tier.HOST:
         parts.append("activations between layers in HOST")
     return ", ".join(parts)
@@ -175,6 +177,7 @@ def trace(simulation: Simulation) -> str:
 
 _COLOURS = {
     "forward": "#4878a8", "backward": "#2a4f7a", "update": "#b5763a", "fetch": "#5a9367", "read": "#5a9367",
+    "read rows": "#5a9367",
     "load": "#8ab17d", "swap": "#c9a227", "save": "#c9a227", "read state": "#d08c60", "write state": "#a44a3f",
     "write back": "#a44a3f",
 }  # fmt: skip

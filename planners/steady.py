@@ -29,6 +29,7 @@ from planners.cost import (
     whole_state_bytes,
 )
 from planners.expand import Fractions, UpdateKey
+from planners.lookup_rows import LookupRows
 from planners.placement import Tier, UpdatePlace
 from planners.problem import BlockClass, Problem
 from planners.program import Solution, Terms
@@ -81,7 +82,7 @@ class _Builder(Rows):
 
     def build(self) -> list[ClassVariables]:
         found = []
-        updates = UpdateRows(self)
+        updates, self.lookups = UpdateRows(self), LookupRows(self)
         counts = fetch_counts(self.problem, self.knobs.slots)
         costs = class_costs(self.problem, self.knobs.cuts, self.knobs.decode_scope)
         for c, entry in enumerate(self.workload.classes):
@@ -143,6 +144,8 @@ class _Builder(Rows):
             allowed = [True, False, False]
         elif changes and self.knobs.weights is not None:
             allowed = [ok and tier is self.knobs.weights for tier, ok in zip(Tier, allowed, strict=True)]
+        if (size_of_rows := self.workload.rows_of(entry)) is not None:
+            return self.lookups.add(entry, size_of_rows, allowed)
         device, host, nvme = (self.program.variable(0.0, float(ok)) for ok in allowed)
         self.program.row([(device, 1.0), (host, 1.0), (nvme, 1.0)], 1.0, 1.0)
         for phase, count in zip((FORWARD, BACKWARD), fetches, strict=True):
@@ -287,12 +290,12 @@ def solve_steady(
     freedoms: Freedoms | None = None,
     room: dict[str, float] | None = None,
     elastic: bool = False,
-    in_whole_chunks: bool = False,
+    in_whole_numbers: bool = False,
 ) -> Steady | None:
     """The best fractions for `knobs`; None if nothing fits. `unit_seconds` scales time, about a step.
 
-    `elastic` lets tiers overflow, as little as possible, and says by how much. `in_whole_chunks` rounds, where chunks
-    are treated whole; bound and duals are those of the relaxation.
+    `elastic` lets tiers overflow, as little as possible, and says by how much. `in_whole_numbers` rounds what has to be
+    whole (chunks that are treated so, embeddings by rows); bound and duals are those of the relaxation.
 
     `room` replaces the capacities, bytes by tier. Raises what `Program.solve` raises.
     """
@@ -303,7 +306,7 @@ def solve_steady(
     if solution is None:
         return None
     relaxed = _read(builder, columns, solution)
-    if not (in_whole_chunks and builder.program.whole):
+    if not (in_whole_numbers and builder.program.whole):
         return relaxed
     solution = builder.program.solve(in_whole_numbers=True)
     if solution is None:

@@ -526,15 +526,8 @@ def _looked_up(
 
 def lookups_of(blocks: tuple[BlockSize, ...], rest: Tier) -> Lookups | None:
     """The lookups of embeddings that rest there; None without any."""
-    sizes = [block.rows for block in blocks if block.rows is not None]
-    if not sizes:
-        return None
-    return Lookups(
-        blocks=tuple(block.name for block in blocks),
-        rest=rest,
-        room_bytes=max(size.room_bytes() for size in sizes),
-        pages_bytes=max(size.pages_bytes() for size in sizes) if rest is Tier.NVME else 0,
-    )
+    sizes = {block.name: block.rows for block in blocks if block.rows is not None}
+    return Lookups.of(sizes, rest) if sizes else None
 
 
 def _update_mode(problem: StreamingProblem, state: StatePlacement | None) -> UpdateMode:

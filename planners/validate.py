@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from planners.activations import Group
 from planners.arenas import (
@@ -30,6 +31,7 @@ from planners.problem import BlockClass, MeasuredSeconds, Problem
 from planners.schedule import Phase
 from planners.simulate import Event, Simulation, simulate
 from planners.timeline import Resource
+from planners.vocabulary import RowsSize
 
 TOLERANCE = 1e-6
 
@@ -101,7 +103,12 @@ def check_placement(problem: Problem, plan: Plan) -> None:
         if sum(update.params for update in placed.updates) != entry.trainable_params:
             raise InvalidPlan(f"class {entry.name!r}: updates do not cover its {entry.trainable_params} parameters")
         streams = placed.weights.streamed_bytes > 0
+        if (size := workload.rows_of(entry)) is not None:
+            _check_rows(plan, placed, size)
+            continue
         for block in entry.blocks:
+            if plan.lookups is not None and block in plan.lookups.blocks:
+                raise InvalidPlan(f"block {block!r} is read by rows, which the workload's cannot be")
             if streams and (block not in in_rings or block in plan.resident):
                 raise InvalidPlan(f"block {block!r} streams, and must be in a ring and not resident")
             if not streams and (block in in_rings or block not in plan.resident):
@@ -114,6 +121,31 @@ def check_placement(problem: Problem, plan: Plan) -> None:
         )
         if ring.slot_bytes < most:
             raise InvalidPlan(f"ring {ring.name!r}: a block streams {most} bytes into slots of {ring.slot_bytes}")
+
+
+def _check_rows(plan: Plan, placed: ClassPlan, size: RowsSize) -> None:
+    """An embedding that can be read by rows is, as a whole from one tier and with room for a row, or is resident."""
+    lookups, split = plan.lookups, placed.weights
+    streams = split.streamed_bytes > 0
+    for block in placed.blocks:
+        by_rows = lookups is not None and block in lookups.blocks
+        in_ring = any(block in ring.blocks for ring in plan.rings)
+        if in_ring or by_rows is not streams or (block in plan.resident) is streams:
+            raise InvalidPlan(f"block {block!r} is in no ring, but resident or read by rows, as its bytes say")
+    if lookups is None or not streams:
+        return
+    there = {Tier.HOST: split.host_bytes, Tier.NVME: split.nvme_bytes}[lookups.rest]
+    if there != split.total_bytes:
+        raise InvalidPlan(
+            f"class {placed.name!r} is read by rows from {lookups.rest.value}, where {there} of {split.total_bytes} "
+            "bytes rest"
+        )
+    least_bytes = replace(size, most_rows=1).pages_bytes() if lookups.rest is Tier.NVME else 0
+    if lookups.room_bytes < size.row_bytes or lookups.pages_bytes < least_bytes:
+        raise InvalidPlan(
+            f"class {placed.name!r}: rows of {size.row_bytes} bytes in a room of {lookups.room_bytes}, from pages of "
+            f"{lookups.pages_bytes}"
+        )
 
 
 def check_modes(problem: Problem, plan: Plan) -> None:
@@ -321,6 +353,9 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
         compute += n * (costs[c].forward_seconds + costs[c].backward_seconds)
         down += sum(counts[c]) * weights.streamed_bytes
         read += sum(counts[c]) * weights.nvme_bytes
+        if (rows := workload.rows_of(entry)) is not None and weights.streamed_bytes:
+            down += n * rows.looked_up_bytes
+            read += n * rows.read_bytes if weights.nvme_bytes else 0
         trains = entry.visits_backward or entry.trainable_params
         up += n * (costs[c].spill_bytes[0] + (costs[c].spill_bytes[1] if trains else 0))
         down += n * (costs[c].spill_bytes[0] + (costs[c].spill_bytes[1] if trains else 0))

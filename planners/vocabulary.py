@@ -16,6 +16,7 @@ tiles.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -46,17 +47,28 @@ class RowsSize:
     most_rows: int
     """That the largest batch may look up: its tokens."""
 
+    @property
+    def looked_up_bytes(self) -> int:
+        """Of the rows that the largest batch looks up, if no two of its tokens are the same."""
+        return min(self.most_rows, self.num_rows) * self.row_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the pages that these rows lie in, wherever they are; gaps that are read along come on top."""
+        return min(min(self.most_rows, self.num_rows) * self._pages_of_row, _pages(self.num_rows * self.row_bytes))
+
+    @property
+    def _pages_of_row(self) -> int:
+        apart = self.row_bytes % PAGE_BYTES == 0 or PAGE_BYTES % self.row_bytes == 0  # no row is in a page too many
+        return _pages(self.row_bytes) + (0 if apart else PAGE_BYTES)
+
     def room_bytes(self) -> int:
         """Of rows in memory at a time, whole pages: those of the largest batch, or as many as there is room for."""
-        wanted = min(self.most_rows, self.num_rows) * self.row_bytes
-        return _pages(max(self.row_bytes, min(wanted, ROOM_BYTES)))
+        return _pages(max(self.row_bytes, min(self.looked_up_bytes, ROOM_BYTES)))
 
     def pages_bytes(self) -> int:
         """Of a piece of pages that such rows lie in, wherever they are, as far as there is room for them."""
-        apart = self.row_bytes % PAGE_BYTES == 0 or PAGE_BYTES % self.row_bytes == 0  # no row is in a page too many
-        of_row = _pages(self.row_bytes) + (0 if apart else PAGE_BYTES)
-        wanted = min(min(self.most_rows, self.num_rows) * of_row, _pages(self.num_rows * self.row_bytes))
-        return max(of_row, min(wanted, ROOM_BYTES))
+        return max(self._pages_of_row, min(self.read_bytes, ROOM_BYTES))
 
     def tile_rows(self) -> int:
         """Of a tile: whole pages. It depends on nothing but the matrix, since it is a cut."""
@@ -96,6 +108,16 @@ class Lookups:
     def staging_bytes(self, *, unified: bool) -> int:
         """HOST memory that rows pass through."""
         return PAGE_SLOTS * self.pages_bytes + (0 if unified else _pages(self.room_bytes))
+
+    @staticmethod
+    def of(sizes: Mapping[str, RowsSize], rest: Tier) -> Lookups:
+        """With rooms for the largest of these embeddings, by their blocks."""
+        return Lookups(
+            blocks=tuple(sizes),
+            rest=rest,
+            room_bytes=max(size.room_bytes() for size in sizes.values()),
+            pages_bytes=max(size.pages_bytes() for size in sizes.values()) if rest is Tier.NVME else 0,
+        )
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Lookups:

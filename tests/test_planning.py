@@ -278,3 +278,41 @@ def test_an_emulated_machine_gives_the_budgets(tmp_path):
     ):
         with pytest.raises(ConfigError, match=match):
             emulated_config(broken, hardware)
+
+
+@pytest.mark.parametrize("host", [0, 64 * MIB], ids=["from NVMe", "from HOST"])
+def test_an_embedding_that_does_not_stay_is_read_by_rows_with_the_same_bits(host, tmp_path, monkeypatch):
+    """Its table alone is larger than the memory that there is besides the head's."""
+    monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)
+    monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
+    monkeypatch.setattr(planning, "updates_per_second", lambda _: UPDATES_PER_SECOND)
+
+    def model():
+        return build_lora("llama", torch.bfloat16, 2, 0.0, vocab_size=8192, hidden_size=64)
+
+    table = 8192 * 64 * 2
+    ids = torch.randint(3, 8192, (2, SEQ_LEN), generator=torch.Generator().manual_seed(1))
+
+    def losses(**options):
+        with Engine(model(), batch_size=2, seq_len=SEQ_LEN, lr=1e-2, nvme=tmp_path, **options) as engine:
+            found = []
+            for _ in range(3):
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss)
+                engine.step()
+                found.append(loss.item())
+            return engine.plan, engine.report(), found
+
+    workload, _, problem = question(model(), tmp_path, machine(64 * MIB, host), None)
+    rows = {entry.name: problem.workload.rows_of(entry) for entry in problem.workload.classes}
+    (name,) = [name for name, size in rows.items() if size is not None]
+    everything = plan_optimal(problem)
+    assert everything.lookups is None and name in everything.resident
+    less = everything.predicted_bytes(Tier.DEVICE) + problem.hardware.device.reserve_bytes - table // 2
+    plan, report, found = losses(plan="optimise", emulate=machine(less, host))
+    assert plan.planner == "optimiser" and plan.lookups is not None and plan.lookups.blocks == (name,)
+    assert plan.lookups.rest is (Tier.HOST if host else Tier.NVME)
+    assert report["lookups"]["num_rows"] == 3 * ids.unique().numel()
+    assert report["memory"]["device"] <= less
+    other, _, expected = losses(device_memory=64 * MIB)
+    assert other.lookups is None and found == expected

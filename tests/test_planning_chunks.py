@@ -175,7 +175,7 @@ def test_chunks_are_counted_in_whole_numbers(tmp_path):
     mixed = 0
     for _, problem, _, plan in plans_for_less_and_less(tmp_path, 0, 2e9):
         knobs = replace(knobs_of(plan), inputs=plan.layer_inputs)
-        whole = solve_steady(problem, knobs, unit_seconds=0.1, in_whole_chunks=True)
+        whole = solve_steady(problem, knobs, unit_seconds=0.1, in_whole_numbers=True)
         relaxed = solve_steady(problem, knobs, unit_seconds=0.1)
         for found in (whole, relaxed):
             before, qkv, after = found.fractions[0].tokens[1:]

@@ -214,7 +214,7 @@ def test_blocks_are_counted_in_whole_numbers_and_the_bound_is_the_relaxations(tm
     mixed = 0
     for knobs in itertools.chain.from_iterable(combinations(problem)):
         relaxed = solve_steady(problem, knobs, unit_seconds=unit)
-        whole = solve_steady(problem, knobs, unit_seconds=unit, in_whole_chunks=True)
+        whole = solve_steady(problem, knobs, unit_seconds=unit, in_whole_numbers=True)
         if relaxed is None or whole is None:
             continue
         counts = [4 * share for share in whole.fractions[0].tokens[1]]
