@@ -96,7 +96,7 @@ class RingWalk:
 
 
 def ring_walks(problem: Problem, slots: int) -> tuple[RingWalk, ...]:
-    """The rings: layers through `slots` slots, embedding and head through one. What is read by rows is in none."""
+    """The rings: layers through `slots` slots, embedding and head through one, if not by rows or tiles."""
     workload, classes = problem.workload, problem.workload.classes
     rings = []
     for name, is_layer, num_slots in (("layers", True, slots), ("edges", False, EDGE_SLOTS)):
@@ -104,7 +104,7 @@ def ring_walks(problem: Problem, slots: int) -> tuple[RingWalk, ...]:
             (position, c, k)
             for c, entry in enumerate(classes)
             for k, position in enumerate(entry.positions)
-            if entry.is_layer is is_layer and entry.stored_bytes and workload.rows_of(entry) is None
+            if entry.is_layer is is_layer and workload.in_ring(entry)
         )
         if members:
             backward = frozenset(i for i, (_, c, _) in enumerate(members) if classes[c].visits_backward)
@@ -256,6 +256,11 @@ def _measured_cost(
     )
 
 
+def tiles_again_seconds(problem: Problem, entry: BlockClass) -> float:
+    """What a head takes longer by tiles: its logits are computed twice."""
+    return problem.workload.tokens * entry.forward_flops / problem.hardware.device.matmul_flops_per_second
+
+
 def buckets(entry: BlockClass) -> int:
     """Pieces in which a block's optimizer state moves."""
     return max(1, min(MAX_BUCKETS, -(-entry.trainable_params // BUCKET_PARAMS)))
@@ -352,7 +357,7 @@ def ring_slot_bytes(plan: Plan, problem: Problem) -> dict[str, int]:
     found = {"layers": 0, "edges": 0}
     for entry in problem.workload.classes:
         name = "layers" if entry.is_layer else "edges"
-        if problem.workload.rows_of(entry) is None:
+        if problem.workload.in_ring(entry):
             found[name] = max(found[name], plan.entry(entry.name).weights.streamed_bytes)
     return found
 
@@ -380,7 +385,7 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
     add(device, "slots of swapped activations", plan.buffers.swap_slots * slot)
     add(device, "ring of layers", knobs.slots * slots["layers"])
     add(device, "ring of edges", EDGE_SLOTS * slots["edges"])
-    whole = [(entry, placed) for entry, placed in entries if workload.rows_of(entry) is None]
+    whole = [(entry, placed) for entry, placed in entries if workload.in_ring(entry)]
     staged = {
         is_layer: max((p.weights.nvme_bytes for e, p in whole if e.is_layer is is_layer), default=0)
         for is_layer in (True, False)
@@ -414,6 +419,11 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
         tables = sum(entry.count * entry.stored_bytes for entry, _ in entries if {*entry.blocks} & {*lookups.blocks})
         add(device, "rows of embeddings", lookups.room_bytes)
         add(host, "rows on their way", lookups.staging_bytes(unified=unified) + lookups.sums_bytes(tables))
+    if (tiles := plan.head_tiles) is not None:
+        add(device, "tiles of the head", tiles.slots_bytes)
+        add(device, "products by tiles", tiles.product_bytes)
+        if tiles.rest is Tier.NVME and not unified:
+            add(host, "staging for tiles of the head", tiles.slots_bytes)
     for name, size in _host_rings(problem, plan).items():
         add(host, name, size)
     if unified:

@@ -12,7 +12,7 @@ from planners.placement import ClassPlan, Cuts, Split, Tier, TokenSplit, Update,
 from planners.plan import Plan, Ring
 from planners.problem import BlockClass, Problem, Workload
 from planners.simulate import Simulation
-from planners.vocabulary import Lookups, RowsSize
+from planners.vocabulary import HeadTiles, Lookups, RowsSize
 
 UpdateKey = tuple[Tier, UpdatePlace, bool]
 """Where state rests, who steps it, and whether in the next forward."""
@@ -58,7 +58,7 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
         placed = dict(zip((e.name for e in workload.classes), classes, strict=True))
         members = [
             e for e in workload.classes
-            if e.is_layer is is_layer and workload.rows_of(e) is None and placed[e.name].weights.streamed_bytes
+            if e.is_layer is is_layer and workload.in_ring(e) and placed[e.name].weights.streamed_bytes
         ]  # fmt: skip
         if members:
             order = sorted((p, b) for e in members for p, b in zip(e.positions, e.blocks, strict=True))
@@ -73,7 +73,9 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
                 )
             )
     lookups = _lookups(workload, classes)
+    head_tiles = _head_tiles(workload, classes)
     streamed = {block for ring in rings for block in ring.blocks} | {*(lookups.blocks if lookups is not None else ())}
+    streamed |= {head_tiles.block} if head_tiles is not None else set()
     inputs = [t for entry in classes for t in entry.tokens if t.name == "input"]
     home = Tier.DEVICE
     if any(t.nvme_tokens for t in inputs):
@@ -89,6 +91,7 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
         layer_inputs=home,
         decode_scope=knobs.decode_scope,
         lookups=lookups,
+        head_tiles=head_tiles,
         classes=classes,
         buffers=knobs.buffers,
         cuts=knobs.cuts,
@@ -108,6 +111,14 @@ def _lookups(workload: Workload, classes: Sequence[ClassPlan]) -> Lookups | None
             sizes |= dict.fromkeys(entry.blocks, size)
             rest = Tier.NVME if placed.weights.nvme_bytes else rest
     return Lookups.of(sizes, rest) if sizes else None
+
+
+def _head_tiles(workload: Workload, classes: Sequence[ClassPlan]) -> HeadTiles | None:
+    """Of the head that goes by tiles, if one does."""
+    for entry, placed in zip(workload.classes, classes, strict=True):
+        if placed.weights.streamed_bytes and workload.tiles_of(entry) is not None:
+            return workload.tiles_of(entry, Tier.NVME if placed.weights.nvme_bytes else Tier.HOST)
+    return None
 
 
 def _in_whole_chunks(entry: BlockClass, fractions: Fractions, chunks: int) -> list[tuple[BlockClass, Fractions]]:
@@ -181,7 +192,7 @@ def _expand(problem: Problem, cuts: Cuts, entry: BlockClass, fractions: Fraction
             entry,
             fractions.weights,
             drives=bool(problem.hardware.drives),
-            whole=problem.workload.rows_of(entry) is not None,
+            whole=not problem.workload.in_ring(entry),
         ),
         tokens=tuple(tokens),
         updates=tuple(updates),
@@ -206,12 +217,14 @@ def _cut(entry: BlockClass, keys: list[UpdateKey], counts: list[int]) -> list[in
 def _split(entry: BlockClass, fractions: tuple[float, float, float], *, drives: bool, whole: bool) -> Split:
     """A block's bytes as the fractions say; where they can only be cut in some places, lower tiers get the more.
 
-    whole: not cut at all, the largest fraction gets them.
+    whole: not cut at all, the largest fraction gets them; but for what stays beside the matrix of a head.
     """
     if whole:
         most = max(range(len(fractions)), key=lambda tier: fractions[tier])
         fractions = (float(most == 0), float(most == 1), float(most == 2))
-    device, host, nvme = whole_numbers(entry.stored_bytes, fractions)
+    beside = 0 if entry.product is None or not whole else entry.stored_bytes - entry.product.num_bytes
+    device, host, nvme = whole_numbers(entry.stored_bytes - beside, fractions)
+    device += beside
     if entry.weight_cuts and device < entry.stored_bytes:
         device = max(cut for cut in entry.weight_cuts if cut <= device)
         streamed = entry.stored_bytes - device

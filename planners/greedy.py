@@ -122,11 +122,17 @@ def state_slots(problem: Problem) -> list[int]:
 
 
 def slot_bytes(problem: Problem) -> tuple[int, int]:
-    """The most that a layer can stream, and a block beside the layers that is not read by rows."""
+    """The most that a layer can stream, and a block beside the layers that does so as a whole."""
     workload = problem.workload
-    classes = [entry for entry in workload.classes if workload.rows_of(entry) is None]
+    classes = [entry for entry in workload.classes if workload.in_ring(entry)]
     layer = max((e.streamed_bytes for e in classes if e.is_layer), default=0)
     return layer, max((e.streamed_bytes for e in classes if not e.is_layer), default=0)
+
+
+def tiled_bytes(problem: Problem) -> int:
+    """Of a head that goes by tiles where it does not stay; here it stays."""
+    workload = problem.workload
+    return sum(entry.stored_bytes for entry in workload.classes if workload.tiles_of(entry) is not None)
 
 
 def lookup_bytes(problem: Problem) -> dict[str, int]:
@@ -204,7 +210,7 @@ def room_left(problem: Problem, knobs: Knobs, room: dict[str, float]) -> dict[st
     through = lookup_bytes(problem)
     again = max(chunk_bytes(problem, knobs, entry) for entry in classes)
     device = room["device"] - sum(fixed_device_bytes(problem, knobs).values())
-    device -= knobs.slots * slot + EDGE_SLOTS * edge + again + through["device"]
+    device -= knobs.slots * slot + EDGE_SLOTS * edge + again + through["device"] + tiled_bytes(problem)
     device -= sum(e.count * e.stored_bytes for e in classes if e.weights_stay)
     host = room["host"] - sum(fixed_host_bytes(problem, knobs).values())
     if room["nvme"] > 0 and not problem.hardware.unified:
@@ -220,7 +226,7 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     left = room_left(problem, knobs, room)
     device, host = left["device"], left["host"]
     total_inputs = sum(e.count * e.saved[0].bytes_per_token for e in classes if e.saved) * workload.tokens
-    total_weights = float(sum(e.count * e.streamed_bytes for e in classes))
+    total_weights = float(sum(e.count * e.streamed_bytes for e in classes)) - tiled_bytes(problem)
     total_tables = float(sum(e.count * e.streamed_bytes for e in classes if workload.rows_of(e) is not None))
     total_state = float(sum(e.count * whole_state_bytes(problem, e) for e in classes))
 
@@ -272,7 +278,7 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     return [
         Fractions(
             weights=(1.0, 0.0, 0.0)
-            if e.weights_stay
+            if e.weights_stay or workload.tiles_of(e) is not None
             else tables
             if workload.rows_of(e) is not None
             else (weights_device, weights_host, max(0.0, 1 - weights_device - weights_host)),

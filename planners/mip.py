@@ -33,6 +33,7 @@ from planners.greedy import (
     shortages,
     slot_bytes,
     state_slots,
+    tiled_bytes,
 )
 from planners.placement import Buffers, DecodeScope, Tier, UpdateMode
 from planners.plan import Plan
@@ -118,7 +119,25 @@ def plan_any(problem: Problem) -> Plan | None:
 
 
 def search(problem: Problem, *, freedoms: Freedoms | None = None) -> Search:
-    """Enumerates, solves, simulates. The result has no plan where nothing fits."""
+    """Enumerates, solves, simulates. The result has no plan where nothing fits.
+
+    Where a head by tiles was found best, another search keeps it whole: it may find what the tiles made room for in the
+    first one to be worth less than it seemed.
+    """
+    found = _search(problem, freedoms)
+    if found.plan is None or found.plan.head_tiles is None:
+        return found
+    other = _search(problem, replace(freedoms or Freedoms(), tiles=False))
+    best = min(found, other, key=lambda one: float("inf") if one.simulation is None else one.simulation.step_seconds)
+    return replace(
+        best,
+        bound_seconds=min(found.bound_seconds, other.bound_seconds),
+        num_programs=found.num_programs + other.num_programs,
+        num_simulations=found.num_simulations + other.num_simulations,
+    )
+
+
+def _search(problem: Problem, freedoms: Freedoms | None) -> Search:
     found = Search()
     unit = floor_seconds(problem)
     candidates: list[Steady] = []
@@ -198,7 +217,8 @@ def _try(
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     current: Steady | None = steady
     workload = problem.workload
-    whole = not problem.capabilities.token_shares or any(map(workload.rows_of, workload.classes))
+    whole = not problem.capabilities.token_shares
+    whole |= any(entry.stored_bytes and not workload.in_ring(entry) for entry in workload.classes)
     if whole:
         current = solve_steady(
             problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_numbers=True
@@ -282,7 +302,7 @@ def _may_fit(problem: Problem, knobs: Knobs, room: dict[str, float]) -> bool:
     """False if not even a plan that streams everything fits; with all weights resident it may still."""
     left = room_left(problem, knobs, room)
     slot, edge = slot_bytes(problem)
-    slack = knobs.slots * slot + edge + max(lookup_bytes(problem).values())
+    slack = knobs.slots * slot + edge + max(lookup_bytes(problem).values()) + tiled_bytes(problem)
     return left["device"] + slack >= 0 and left["host"] + 2 * slack >= 0
 
 

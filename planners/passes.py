@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planners.cost import EDGE_SLOTS, ClassCost, class_costs, num_chunks, ring_walks
+from planners.cost import EDGE_SLOTS, ClassCost, class_costs, num_chunks, ring_walks, tiles_again_seconds
 from planners.placement import Tier
 from planners.plan import Plan
 from planners.problem import Problem
@@ -232,6 +232,24 @@ class _Passes(Operations):
             self.late.append((begin, "barrier" if self.barrier else "end"))
         return found
 
+    def _tiles(self, position: int, phase: int, key: float) -> tuple[int, int] | None:
+        """A head's tiles for one pass: what brings the first one, and all others, which come while it computes."""
+        entry = self.workload.classes[self.class_at[position]]
+        size, tiles = entry.product, self.plan.head_tiles
+        if size is None or tiles is None or tiles.block not in entry.blocks:
+            return None
+        came: list[int] = []
+        reads: list[int] = []
+        for num_bytes in (tiles.tile_bytes, size.num_bytes - tiles.tile_bytes):
+            deps = [(came[-1], 0)] if came else self._previous()
+            if tiles.rest is Tier.NVME:
+                waits = [(reads[-1], 0)] if reads else self._previous()
+                label = ("read tiles", position, len(came))
+                reads.append(self.op(Resource.SSD_READ, num_bytes, key - 0.4, waits, phase, label))
+                deps = [*deps, (reads[-1], 0)]
+            came.append(self.link_in(position, len(came), num_bytes, key - 0.3, deps, phase))
+        return came[0], came[1]
+
     def _forward(self, position: int) -> None:
         self._fetches(position, 0)
         c, n = self.class_at[position], self.chunks
@@ -239,6 +257,7 @@ class _Passes(Operations):
         stream = self._input_swapped(position) if self.knobs.boundary is Tier.HOST else 0.0
         spill = cost.spill_bytes[0]
         plain = cost.forward_seconds - cost.forward_attention_seconds
+        tiles = self._tiles(position, 0, position)
         for turn, k in enumerate(self._order()):
             linear, attention = self._share(k)
             own = self._chunk(position, k)
@@ -248,6 +267,8 @@ class _Passes(Operations):
             first = not self.computes
             if turn == 0 and (looked_up := self._looked_up(position, key)) is not None:
                 deps.append((looked_up, 0))
+            if tiles is not None:
+                deps.append((tiles[0], 0))
             if position in self.arrived:
                 deps.append((self.arrived[position], 0))
             if moved and len(self.swaps_out) >= self.knobs.buffers.swap_slots:
@@ -273,6 +294,8 @@ class _Passes(Operations):
                 self._swap_out(position, k, own.host, own.nvme, spill, compute, key)
             elif spill:
                 self.link_out(position, k, spill / n, key, [(compute, 0)], 0)
+        if tiles is not None:
+            self.computes.append(self.join([self.computes[-1], tiles[1]], position, ("tiles", position, 0)))
         self._computed(position)
 
     def _swap_out(
@@ -315,6 +338,9 @@ class _Passes(Operations):
         plain = cost.backward_seconds - cost.backward_attention_seconds
         through_host = self.workload.boundary_bytes if self.knobs.boundary is Tier.HOST and entry.is_layer else 0
         extra = cost.spill_bytes[1] + through_host
+        tiles = self._tiles(position, 1, visit)
+        if tiles is not None:
+            plain += tiles_again_seconds(self.problem, entry)
         first, before = True, self.computes[-1]
         for turn, k in enumerate(reversed(self._order())):
             linear, attention = self._share(k)
@@ -324,6 +350,8 @@ class _Passes(Operations):
             deps = self._previous()
             if position in self.arrived:
                 deps.append((self.arrived[position], 0))
+            if tiles is not None:
+                deps.append((tiles[0], 0))
             trains = entry.trainable_params and not self.workload.pinned
             if first and trains and len(self.updates.gradients_gone) >= self.knobs.buffers.gradient_slots:
                 deps.append((self.updates.gradients_gone[-self.knobs.buffers.gradient_slots], 0))
@@ -339,6 +367,8 @@ class _Passes(Operations):
             if extra:
                 self.link_out(position, k, extra / n, key, [(compute, 0)], 1)
             first = False
+        if tiles is not None:
+            self.computes.append(self.join([self.computes[-1], tiles[1]], visit, ("tiles", position, 1)))
         if entry.visits_backward:
             self._computed(position)
         if entry.trainable_params:

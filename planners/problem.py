@@ -23,7 +23,7 @@ from planners.placement import Tier, UpdateMode
 from planners.schedule import Phase
 from planners.trace import ITEM_BYTES, NUM_OPERATIONS, Saved, Transient, saved_tensors, transients
 from planners.units import ProblemError, nearest
-from planners.vocabulary import RowsSize
+from planners.vocabulary import HeadTiles, RowsSize
 
 HEAD_TILE_TOKENS = 1024
 """The loss is computed over so many tokens at a time, so that logits never exist whole."""
@@ -141,6 +141,8 @@ class BlockClass:
     `Workload.state_bytes_per_param`."""
     rows: RowsSize | None = None
     """Of a frozen embedding that nothing multiplies with; None of all else. See `Workload.rows_of`."""
+    product: RowsSize | None = None
+    """Of the matrix of a frozen head without a bias; None of all else. See `Workload.tiles_of`."""
 
     @property
     def count(self) -> int:
@@ -224,6 +226,23 @@ class Workload:
             return None
         size = replace(entry.rows, most_rows=self.tokens)
         return size if size.is_worth_it() else None
+
+    def tiles_of(self, entry: BlockClass, rest: Tier = Tier.HOST) -> HeadTiles | None:
+        """Of a head that is multiplied with by tiles where it is not resident; None where it streams whole, as it does
+        if another block shares its slot. By itself in a slot it would stay there, and be as good as resident.
+        """
+        others = [other for other in self.classes if not other.is_layer and other.stored_bytes and other != entry]
+        if entry.product is None or any(self.rows_of(other) is None for other in others):
+            return None
+        tiles = HeadTiles.of(
+            entry.blocks[0], entry.product, rest, tile_rows=entry.product.tile_rows(),
+            num_tokens=min(HEAD_TILE_TOKENS, self.tokens), batch_tokens=self.tokens,
+        )  # fmt: skip
+        return tiles if tiles.slots_bytes + tiles.product_bytes < entry.product.num_bytes else None
+
+    def in_ring(self, entry: BlockClass) -> bool:
+        """Whether the blocks of a class go through slots of their whole size where they do not stay."""
+        return entry.stored_bytes > 0 and self.rows_of(entry) is None and self.tiles_of(entry) is None
 
     @property
     def useful_flops(self) -> float:
@@ -432,6 +451,9 @@ class _Maker:
         full = self.rank is None
         products = 2.0 * shape.vocabulary * shape.hidden
         row = ITEM_BYTES * shape.hidden
+        product = None
+        if not full and shape.head_params == shape.vocabulary * shape.hidden:
+            product = RowsSize(num_rows=shape.vocabulary, row_bytes=row, most_rows=self.seq_len)
         return BlockClass(
             name="head", blocks=(shape.head_name,), positions=(position,), is_layer=False,
             stored_bytes=ITEM_BYTES * params, decoded_bytes=0, largest_linear_bytes=0,
@@ -440,7 +462,7 @@ class _Maker:
             saved=(Saved(name="input", bytes_per_token=row, recomputable=False),), attention_bytes=0.0,
             attention_groups=1, transients=_workspace(row, 2 * row),
             # Logits in 16 and 32 bit, log-softmax, and the gradients of both.
-            tile_bytes=HEAD_TILE_TOKENS * shape.vocabulary * (2 * ITEM_BYTES + 12),
+            tile_bytes=HEAD_TILE_TOKENS * shape.vocabulary * (2 * ITEM_BYTES + 12), product=product,
         )  # fmt: skip
 
 

@@ -142,6 +142,8 @@ def choices(plan: Plan) -> str:
     parts.append(f"decodes a {plan.decode_scope.value} at a time")
     if plan.lookups is not None:
         parts.append(f"{' and '.join(plan.lookups.blocks)} by rows from {plan.lookups.rest.name}")
+    if (tiles := plan.head_tiles) is not None:
+        parts.append(f"{tiles.block} by tiles of {tiles.tile_rows} rows from {tiles.rest.name}")
     if plan.boundary is Tier.HOST:
         parts.append("activations between layers in HOST")
     return ", ".join(parts)
@@ -177,7 +179,7 @@ def trace(simulation: Simulation) -> str:
 
 _COLOURS = {
     "forward": "#4878a8", "backward": "#2a4f7a", "update": "#b5763a", "fetch": "#5a9367", "read": "#5a9367",
-    "read rows": "#5a9367",
+    "read rows": "#5a9367", "read tiles": "#5a9367",
     "load": "#8ab17d", "swap": "#c9a227", "save": "#c9a227", "read state": "#d08c60", "write state": "#a44a3f",
     "write back": "#a44a3f",
 }  # fmt: skip

@@ -27,6 +27,8 @@ class Freedoms:
     swaps: bool = True
     """Saved tensors other than layer inputs may be kept and swapped."""
     device_updates: bool = True
+    tiles: bool = True
+    """A head may go by tiles."""
     weights: tuple[bool, bool, bool] = (True, True, True)
     """Tiers in which weights may rest."""
     states: tuple[bool, bool, bool] = (True, True, True)

@@ -29,12 +29,12 @@ from planners.cost import (
     whole_state_bytes,
 )
 from planners.expand import Fractions, UpdateKey
-from planners.lookup_rows import LookupRows
 from planners.placement import Tier, UpdatePlace
 from planners.problem import BlockClass, Problem
 from planners.program import Solution, Terms
 from planners.rows import BACKWARD, FORWARD, GB, LOW_PRICE, PRICE_SUM, PRICES, RESOURCES, Freedoms, Rows
 from planners.update_rows import UpdateRows
+from planners.vocabulary_rows import VocabularyRows
 
 BEFORE, AFTER = Group.BEFORE.value, Group.AFTER.value
 SHORTAGE_PRICES = {"device": 1e4, "host": 1e3, "nvme": 1e2}
@@ -82,7 +82,7 @@ class _Builder(Rows):
 
     def build(self) -> list[ClassVariables]:
         found = []
-        updates, self.lookups = UpdateRows(self), LookupRows(self)
+        updates, self.vocabulary = UpdateRows(self), VocabularyRows(self)
         counts = fetch_counts(self.problem, self.knobs.slots)
         costs = class_costs(self.problem, self.knobs.cuts, self.knobs.decode_scope)
         for c, entry in enumerate(self.workload.classes):
@@ -145,7 +145,9 @@ class _Builder(Rows):
         elif changes and self.knobs.weights is not None:
             allowed = [ok and tier is self.knobs.weights for tier, ok in zip(Tier, allowed, strict=True)]
         if (size_of_rows := self.workload.rows_of(entry)) is not None:
-            return self.lookups.add(entry, size_of_rows, allowed)
+            return self.vocabulary.add(entry, size_of_rows, allowed)
+        if self.workload.tiles_of(entry) is not None:
+            return self.vocabulary.add_tiles(entry, allowed)
         device, host, nvme = (self.program.variable(0.0, float(ok)) for ok in allowed)
         self.program.row([(device, 1.0), (host, 1.0), (nvme, 1.0)], 1.0, 1.0)
         for phase, count in zip((FORWARD, BACKWARD), fetches, strict=True):

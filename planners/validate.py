@@ -21,7 +21,15 @@ from planners.arenas import (
     step_buffers,
     swapped_bytes,
 )
-from planners.cost import capacities, class_costs, fetch_counts, knobs_of, saving_bytes, update_bytes
+from planners.cost import (
+    capacities,
+    class_costs,
+    fetch_counts,
+    knobs_of,
+    saving_bytes,
+    tiles_again_seconds,
+    update_bytes,
+)
 from planners.division import divided
 from planners.errors import format_bytes
 from planners.layout import Arena, Buffer
@@ -106,7 +114,12 @@ def check_placement(problem: Problem, plan: Plan) -> None:
         if (size := workload.rows_of(entry)) is not None:
             _check_rows(plan, placed, size)
             continue
+        if workload.tiles_of(entry) is not None:
+            _check_tiles(plan, placed, entry)
+            continue
         for block in entry.blocks:
+            if plan.head_tiles is not None and block == plan.head_tiles.block:
+                raise InvalidPlan(f"block {block!r} goes by tiles, which the workload's cannot")
             if plan.lookups is not None and block in plan.lookups.blocks:
                 raise InvalidPlan(f"block {block!r} is read by rows, which the workload's cannot be")
             if streams and (block not in in_rings or block in plan.resident):
@@ -146,6 +159,25 @@ def _check_rows(plan: Plan, placed: ClassPlan, size: RowsSize) -> None:
             f"class {placed.name!r}: rows of {size.row_bytes} bytes in a room of {lookups.room_bytes}, from pages of "
             f"{lookups.pages_bytes}"
         )
+
+
+def _check_tiles(plan: Plan, placed: ClassPlan, entry: BlockClass) -> None:
+    """A head that can go by tiles does, its matrix as a whole from one tier, or is resident."""
+    tiles, split, size = plan.head_tiles, placed.weights, entry.product
+    streams, (block,) = split.streamed_bytes > 0, placed.blocks
+    by_tiles = tiles is not None and tiles.block == block
+    in_ring = any(block in ring.blocks for ring in plan.rings)
+    if in_ring or by_tiles is not streams or (block in plan.resident) is streams:
+        raise InvalidPlan(f"block {block!r} is in no ring, but resident or by tiles, as its bytes say")
+    if tiles is None or size is None or not streams:
+        return
+    there = {Tier.HOST: split.host_bytes, Tier.NVME: split.nvme_bytes}[tiles.rest]
+    if there != split.streamed_bytes or there != size.num_bytes:
+        raise InvalidPlan(
+            f"block {block!r} goes by tiles from {tiles.rest.value}, where {there} of {size.num_bytes} bytes rest"
+        )
+    if tiles.tile_rows * size.row_bytes != tiles.tile_bytes:
+        raise InvalidPlan(f"tiles of {tiles.tile_rows} rows, {size.row_bytes} bytes each, in {tiles.tile_bytes} bytes")
 
 
 def check_modes(problem: Problem, plan: Plan) -> None:
@@ -356,6 +388,10 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
         if (rows := workload.rows_of(entry)) is not None and weights.streamed_bytes:
             down += n * rows.looked_up_bytes
             read += n * rows.read_bytes if weights.nvme_bytes else 0
+        if plan.head_tiles is not None and plan.head_tiles.block in entry.blocks:
+            compute += tiles_again_seconds(problem, entry)
+            down += 2 * weights.streamed_bytes
+            read += 2 * weights.nvme_bytes
         trains = entry.visits_backward or entry.trainable_params
         up += n * (costs[c].spill_bytes[0] + (costs[c].spill_bytes[1] if trains else 0))
         down += n * (costs[c].spill_bytes[0] + (costs[c].spill_bytes[1] if trains else 0))

@@ -48,6 +48,10 @@ class RowsSize:
     """That the largest batch may look up: its tokens."""
 
     @property
+    def num_bytes(self) -> int:
+        return self.num_rows * self.row_bytes
+
+    @property
     def looked_up_bytes(self) -> int:
         """Of the rows that the largest batch looks up, if no two of its tokens are the same."""
         return min(self.most_rows, self.num_rows) * self.row_bytes

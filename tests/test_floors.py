@@ -141,8 +141,8 @@ PLANNERS = [
     "plan", "streaming", "hardware", "model", "architectures", "well_known", "headers", "tensors", "meta_model",
     "models", "trace",
     "problem", "cost", "division", "arenas", "timeline", "updates", "passes", "simulate", "validate", "expand",
-    "greedy", "program", "rows", "lookup_rows", "update_rows", "steady", "wear", "mip", "policies", "explain", "render",
-    "command", "__main__",
+    "greedy", "program", "rows", "vocabulary_rows", "update_rows", "steady", "wear", "mip", "policies", "explain",
+    "render", "command", "__main__",
 ]  # fmt: skip
 """Each may import those before it."""
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from offload_rt import calibrate, plan_choice, planning, rehearsal, workload
 from offload_rt._engine import Engine
@@ -15,9 +16,9 @@ from planners.errors import PlanInfeasible
 from planners.placement import Tier
 from planners.problem import KeptPass
 from planners.program import SolverMissing
-from planners.streaming import plan_streaming
+from planners.streaming import lookups_of, plan_streaming
 from planners.vocabulary import HeadTiles
-from tests.conftest import build_plain
+from tests.conftest import build_lora, build_plain
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
 from tests.test_parity import differences
 from tests.test_planning import BF16, MIB, SECONDS, UPDATES_PER_SECOND, machine, question
@@ -177,6 +178,20 @@ def test_a_head_by_tiles_stays_the_rules(timed, tmp_path):
         plan, choice, _ = choose(workload, streaming, rule, hardware)
         assert choice.chosen == name == (RULE if plan is rule else OPTIMISER), choice.why
     assert "a head by tiles" in choice.why
+
+
+def test_the_rules_rows_are_priced_as_rows(tmp_path):
+    """Read by rows from a slow drive, an embedding is waited for; one that stays is not."""
+    model = build_lora("llama", torch.bfloat16, 2, 0.0, vocab_size=8192, hidden_size=64)
+    _, streaming, problem = question(model, tmp_path, machine(64 * MIB, 0), None)
+    stays = plan_streaming(streaming)
+    (block,) = [block for block in streaming.edges if block.rows is not None]
+    resident = tuple(name for name in stays.resident if name != block.name)
+    by_rows = replace(stays, lookups=lookups_of((block,), Tier.NVME), resident=resident)
+    slow = [replace(drive, read_bytes_per_second=1e6) for drive in problem.hardware.drives]
+    problem = replace(problem, hardware=replace(problem.hardware, drives=tuple(slow)))
+    read = problem.workload.rows_of(next(e for e in problem.workload.classes if e.rows is not None)).read_bytes
+    assert rule_seconds(problem, by_rows) == pytest.approx(rule_seconds(problem, stays) + read / 1e6)
 
 
 def test_profiling_that_takes_more_memory_than_there_is_is_not_tried(timed, tmp_path):

@@ -296,7 +296,7 @@ def test_an_embedding_that_does_not_stay_is_read_by_rows_with_the_same_bits(host
     def losses(**options):
         with Engine(model(), batch_size=2, seq_len=SEQ_LEN, lr=1e-2, nvme=tmp_path, **options) as engine:
             found = []
-            for _ in range(3):
+            for _ in range(2):
                 loss = engine(input_ids=ids, labels=ids).loss
                 engine.backward(loss)
                 engine.step()
@@ -312,7 +312,12 @@ def test_an_embedding_that_does_not_stay_is_read_by_rows_with_the_same_bits(host
     plan, report, found = losses(plan="optimise", emulate=machine(less, host))
     assert plan.planner == "optimiser" and plan.lookups is not None and plan.lookups.blocks == (name,)
     assert plan.lookups.rest is (Tier.HOST if host else Tier.NVME)
-    assert report["lookups"]["num_rows"] == 3 * ids.unique().numel()
+    assert report["lookups"]["num_rows"] == 2 * ids.unique().numel()
     assert report["memory"]["device"] <= less
+    entry = plan.entry(name)
+    parted = replace(entry.weights, device_bytes=PAGE, host_bytes=0, nvme_bytes=table - PAGE)
+    odd = replace(plan, classes=tuple(replace(c, weights=parted) if c is entry else c for c in plan.classes))
+    with pytest.raises(ConfigError, match="lookups of .* but its class says"):
+        losses(plan=odd, emulate=machine(less, host))
     other, _, expected = losses(device_memory=64 * MIB)
     assert other.lookups is None and found == expected
