@@ -12,7 +12,6 @@ Alone: python benchmarks/native_adam.py [--json FILE]
 
 import argparse
 import ctypes
-import json
 import subprocess
 import tempfile
 import threading
@@ -221,17 +220,5 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"configuration": configuration, **results}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="recorded rounds (default 7, and at least)")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    results = {**rounds.circumstances(), "adam": run(arguments)}
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    rounds.run_alone("adam", __doc__, add_arguments, run)

@@ -13,11 +13,9 @@ Alone: python benchmarks/native_nf4.py [--json FILE]
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import _offload_rt_native as native
@@ -230,17 +228,5 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="recorded rounds (default 7, and at least)")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    results = {**rounds.circumstances(), "nf4": run(arguments)}
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    rounds.run_alone("nf4", __doc__, add_arguments, run)

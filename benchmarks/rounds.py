@@ -4,6 +4,8 @@ A drive or a neighbour that slows down for a minute slows all contenders of that
 holds where their speeds do not. The order within a round rotates, so that nobody is always the one who goes first.
 """
 
+import argparse
+import json
 import platform
 import subprocess
 import sys
@@ -64,6 +66,24 @@ def circumstances() -> dict[str, Any]:
         "num_cpus": len(models),
         "isa": instruction_sets(),
     }
+
+
+def run_alone(
+    section: str,
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+) -> None:
+    """A section of native.py as a command of its own, with a file for its results."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="recorded rounds (default 7, and at least)")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    results = {**circumstances(), section: run(arguments)}
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def instruction_sets() -> list[str]:
