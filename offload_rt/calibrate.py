@@ -34,7 +34,7 @@ from offload_rt.bench import (
     small_operations,
 )
 from offload_rt.cache import recall, remember
-from offload_rt.drives import drive_identity, drive_profile
+from offload_rt.drives import MAX_AGE_SECONDS, drive_identity, drive_profile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull
 from offload_rt.links import Links
 from planners.errors import format_bytes
@@ -42,7 +42,6 @@ from planners.hardware import Device, Drive, Hardware, Host, read_hardware
 from planners.hardware import Links as LinkRates
 from planners.units import JsonFile
 
-MAX_AGE_SECONDS = 30 * 24 * 3600.0
 RESERVE = 0.1
 """Of memory: the process, and what else runs."""
 

@@ -42,6 +42,7 @@ CLOSE_ENOUGH = 0.95
 DRAIN_SECONDS = 0.05
 """What is needed at once waits behind what is in flight; within that, more of it wakes the ring less often."""
 MAX_AGE_SECONDS = 30 * 24 * 3600.0
+"""What was measured of a machine is measured again after a month: drives fill up, kernels and drivers change."""
 MIB = 1 << 20
 CANDIDATES = ((RING_DEPTH, MIB), (32, MIB), (16, MIB), (8, MIB), (8, 4 * MIB), (32, MIB // 2))
 """Requests in flight, and bytes of one."""

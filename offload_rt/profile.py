@@ -21,6 +21,7 @@ from offload_rt.discover import BlockDraft
 from planners.streaming import ChunkedSize, LossHeadSize
 
 _LAYER_FACTOR = 2.0
+"""Measured: [Note: activation estimate]."""
 _HEAD_BYTES_PER_LOGIT = 4 + 4 + 4
 """fp32 copy, log-softmax and its gradient, beside the logits and their gradient in the model's dtype."""
 

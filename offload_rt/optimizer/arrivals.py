@@ -30,6 +30,7 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Transfer
 
 ALIGNMENT_BYTES = 64
+"""Of a gradient in staging: a cache line."""
 ARRIVING_SLOTS = 2
 """Of staging: the gradients of one block arrive while those of another are added to what waits."""
 

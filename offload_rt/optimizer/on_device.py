@@ -50,6 +50,7 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, TensorSpec, align_up
 from offload_rt.transfer import Transfer
 
 ALIGNMENT_BYTES = 64
+"""Of gradients and new weights in a slot, as state lies there."""
 UpdateOf = Callable[[Segment, dict[str, Tensor], Tensor, Tensor], Update]
 """The update of a segment with its state, its gradient, and where its new weights are to be written, all flat."""
 
