@@ -1,5 +1,6 @@
 """Small shared fixtures: tiny models, folders on a real disk, the plain twin with decoded weights."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -43,6 +44,12 @@ def _takes_direct_io(folder):
 def _cache_of_drives(tmp_path_factory):
     """A run of the tests probes each drive once, and leaves the user's cache alone."""
     os.environ["OFFLOAD_RT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def open_descriptors():
+    """This process's. What others have left is collected first: the collector may come at any time."""
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture

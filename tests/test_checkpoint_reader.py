@@ -24,6 +24,7 @@ from offload_rt.checkpoint.sources import (
     materialise,
 )
 from offload_rt.errors import CheckpointError, StorageError
+from tests.conftest import open_descriptors
 
 #   0       8                     76         84  86
 #   | 68    | {"a":...,"b":...}   | a: 2 F32 | b: 2 U8 |
@@ -322,7 +323,7 @@ def test_failed_and_short_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_closing_gives_back_descriptors_and_ends_reading(tmp_path: Path) -> None:
     file = write(tmp_path / "x.safetensors", GOLDEN)
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     with open_checkpoint(file) as checkpoint:
         checkpoint.read_into(checkpoint.tensors["a"], 0, bytearray(8))
         assert len(os.listdir("/proc/self/fd")) == len(before) + 1

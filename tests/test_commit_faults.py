@@ -13,6 +13,7 @@ from offload_rt.commit_record import Record, Version, pack_body
 from offload_rt.errors import StorageError, StorageFull, StoreCorrupt
 from offload_rt.file_io import storage_error
 from offload_rt.links import Links
+from tests.conftest import open_descriptors
 from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, holds, make, read, write
 from tests.tiny_logs import arena as arena
@@ -248,7 +249,7 @@ def test_a_tampered_layout_and_a_short_file_are_refused(folders, links):
     with pytest.raises(StoreCorrupt, match="5 bytes, the layout needs"):
         CommitLog(folders, links)
     (folders[1] / "state.bin").unlink()
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(StoreCorrupt, match="0 bytes, the layout needs"):
         CommitLog(folders, links)
     assert set(os.listdir("/proc/self/fd")) == before, "a failed start kept a descriptor"

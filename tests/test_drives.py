@@ -14,6 +14,7 @@ from offload_rt.drives import CANDIDATES, MIB, DriveProfile, choose, drive_ident
 from offload_rt.errors import StorageError
 from offload_rt.file_io import AiofilesIO, OpenFile, RingIO
 from offload_rt.native import native_core
+from tests.conftest import open_descriptors
 
 FAST = DriveProfile(depth=8, io_bytes=MIB, read_bytes_per_second=2e9, write_bytes_per_second=1e9)
 
@@ -47,7 +48,7 @@ def probes(monkeypatch):
 
 
 def test_a_real_drive_is_probed_and_nothing_is_left_on_it(io, disk_folder):
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     profile = drives.probe(disk_folder, io.name)
     if not profile.read_bytes_per_second:
         pytest.skip("no O_DIRECT here")

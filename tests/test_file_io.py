@@ -14,6 +14,7 @@ from offload_rt.arena import Arena, Region
 from offload_rt.file_io import AiofilesIO, OpenFile, RingIO, file_io, open_file
 from offload_rt.links import Links
 from offload_rt.native import native_core
+from tests.conftest import open_descriptors
 
 PAGE = 4096
 NUM_BYTES = 300 * PAGE
@@ -248,7 +249,7 @@ def no_transfer(monkeypatch):
 @pytest.mark.parametrize("refuse", [no_flag, no_transfer])
 @pytest.mark.parametrize("backend", ["auto", "aiofiles"])
 def test_where_direct_io_is_refused_the_page_cache_serves(refuse, backend, disk_folder, monkeypatch):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     with monkeypatch.context() as patch:
         refuse(patch)
         files = [open_file(disk_folder / "data", writable=True), open_file(disk_folder / "data", writable=False)]

@@ -5,6 +5,7 @@ mapped   |- staging -|            |---- arenas of the tiers --------------------
 phase    |------------- ingest ---------------------|------ step ------|------ save ------|------ step ...
 """
 
+import gc
 import sys
 from itertools import pairwise
 
@@ -231,6 +232,7 @@ def test_two_engines_do_not_count_each_others_budgets(make_engine):
 
 
 def test_changes_are_told_in_their_order_and_to_whoever_watches():
+    gc.collect()  # arenas of other tests that nobody has let go
     before, early = Arena("before", 4096), mapped.Watch()
     late = mapped.Watch()
     first = Arena("first", 4096)

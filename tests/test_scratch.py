@@ -13,6 +13,7 @@ from offload_rt.errors import StorageError, StorageFull
 from offload_rt.file_io import AiofilesIO
 from offload_rt.links import Links
 from offload_rt.scratch import Scratch
+from tests.conftest import open_descriptors
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096
@@ -91,7 +92,7 @@ def test_a_full_drive_is_reported_and_leaves_nothing(disk_folder, links, monkeyp
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(StorageFull):
         Scratch(disk_folder, PAGE, links)
     assert list(disk_folder.iterdir()) == []

@@ -27,6 +27,7 @@ from offload_rt.links import Links
 from offload_rt.native import native_core
 from offload_rt.store import Store
 from offload_rt.tensor_spec import TensorSpec, layout_block
+from tests.conftest import open_descriptors
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096
@@ -499,7 +500,7 @@ def test_a_failed_start_leaves_no_lock_and_no_descriptor(drive, links, disk_fold
     fill(store)
     store.close()
     (disk_folder / "offload_rt-key" / "manifest.json").write_text("{")
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(StoreCorrupt):
         Store([drive], "key", links)
     assert set(os.listdir("/proc/self/fd")) == before
@@ -574,7 +575,7 @@ def test_a_drive_that_fills_up_is_reported_and_leaves_nothing_behind(drive, link
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     store = Store([drive], "key", links)
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(StorageFull) as raised:
         store.build(specs())
     assert raised.value.errno == errno.ENOSPC
