@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 MAKEFLAGS += -j$(WORKERS)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Files in their order: sorted by their number of tests, those of a few long ones would come last, and one worker wait.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv demo test test-all check native-test wheel clean
 
@@ -24,10 +26,11 @@ demo: venv
 	$(BIN)/python examples/smollm2_qlora.py
 
 test: check native-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not full"
+	$(PYTEST) -m "not full"
 
+test-all: NATIVE := test-all
 test-all: check native-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --hypothesis-profile=random
+	$(PYTEST) --hypothesis-profile=random
 
 check: venv
 	$(BIN)/ruff check .
@@ -35,8 +38,9 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc native/tests/*.h
 
+NATIVE := test
 native-test:
-	@if command -v $${CXX:-g++} >/dev/null; then $(MAKE) --no-print-directory -C native test; \
+	@if command -v $${CXX:-g++} >/dev/null; then $(MAKE) --no-print-directory -C native $(NATIVE); \
 	else echo "native tests skipped: no C++ compiler"; fi
 
 # A manylinux wheel with run-time instruction-set dispatch: users need no compiler.
