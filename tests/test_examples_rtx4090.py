@@ -55,6 +55,7 @@ def test_a_smoke_run_of_full_fine_tuning_leaves_a_model_with_its_state_on_nvme(t
     assert list(out.rglob("*.safetensors"))
 
 
+@pytest.mark.full  # a process that imports everything
 def test_a_run_without_a_gpu_says_so(tmp_path):
     import torch
 
