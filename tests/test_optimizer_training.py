@@ -436,7 +436,7 @@ def test_gradients_are_those_of_plain_pytorch_and_are_found_nowhere_else(place: 
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16])
 def test_odd_models_train_as_in_memory(place: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Tied, with dropout, frozen edges, only the last layers, parameters without elements."""
 

@@ -394,6 +394,7 @@ run.train(here.CHANGED_IN)
 """
 
 
+@pytest.mark.full  # a process that imports everything; test_full_kill kills changes, too
 def test_a_run_killed_in_the_middle_of_a_change_goes_on_from_its_last_step(hardware, tmp_path):
     last = ASKED_UNTIL + 2
     folder, machine_file = tmp_path / "nvme", tmp_path / "machine.json"
