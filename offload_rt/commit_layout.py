@@ -60,6 +60,10 @@ LOG_VERSION = 1
 PAYLOAD_BYTES = 1 << 20
 """Default room for a payload: random number generators take 30 KB, schedulers and positions little."""
 FILL_BYTES = 4 << 20
+BUFFER_BYTES = 64 << 10
+"""Through which a body is written and read, part by part: most payloads are smaller."""
+LOG_BUFFER_BYTES = BUFFER_BYTES + RECORD_BYTES
+"""The memory of a log that is open: a body's part, and a record, which need not wait for each other."""
 _FILLS_IN_FLIGHT = 4
 
 
@@ -294,7 +298,7 @@ def _fill(
         body_bytes=len(body), body_crc32c=crc32c(memoryview(body)),
     )  # fmt: skip
     del zeros, piece  # their memory, before more is taken
-    pages = Arena("commit log pages", layout.body_capacity_bytes + RECORD_BYTES)
+    pages = Arena("commit log", LOG_BUFFER_BYTES)
     for offset, data in ((layout.body_offset(0), body), (layout.record_offset(0), record.pack())):
         put(links, files[0], offset, data, pages, in_flight)
     barrier(links, files, in_flight)
@@ -302,11 +306,30 @@ def _fill(
 
 def put(links: Links, file: OpenFile, offset_bytes: int, data: bytes, arena: Arena, in_flight: deque[Transfer]) -> None:
     """Writes `data`, filled up to whole pages with zeros, and waits for it. See `finish` for `in_flight`."""
-    if data:
-        slot = arena.acquire(align_up(len(data), IO_ALIGNMENT_BYTES), "commit")
-        slot.buffer()[:] = data.ljust(slot.num_bytes, b"\0")
-        in_flight.append(links.write(file, offset_bytes, slot))
+    if not data:
+        return
+    slot = arena.acquire(min(BUFFER_BYTES, align_up(len(data), IO_ALIGNMENT_BYTES)), "commit")
+    for begin in range(0, len(data), slot.num_bytes):
+        rest = len(data) - begin
+        part = slot.part(0, min(slot.num_bytes, align_up(rest, IO_ALIGNMENT_BYTES)))
+        part.buffer()[:] = data[begin : begin + part.num_bytes].ljust(part.num_bytes, b"\0")
+        in_flight.append(links.write(file, offset_bytes + begin, part))
         finish(links, in_flight)
+
+
+def get(
+    links: Links, file: OpenFile, offset_bytes: int, num_bytes: int, arena: Arena, in_flight: deque[Transfer]
+) -> bytes:
+    """Reads what `put` has written. See `finish` for `in_flight`."""
+    slot = arena.acquire(min(BUFFER_BYTES, align_up(num_bytes, IO_ALIGNMENT_BYTES)), "commit")
+    found = bytearray()
+    while len(found) < num_bytes:
+        rest = num_bytes - len(found)
+        part = slot.part(0, min(slot.num_bytes, align_up(rest, IO_ALIGNMENT_BYTES)))
+        in_flight.append(links.read(file, offset_bytes + len(found), part))
+        finish(links, in_flight)
+        found += part.buffer()[:rest]
+    return bytes(found)
 
 
 def barrier(links: Links, files: Sequence[OpenFile], in_flight: deque[Transfer]) -> None:

@@ -31,14 +31,23 @@ from pathlib import Path
 
 from offload_rt.arena import WAIT_SECONDS, Arena, Slot
 from offload_rt.checksum import crc32c
-from offload_rt.commit_layout import Layout, MutableExtent, barrier, finish, put, read_layout, read_record, settle
-from offload_rt.commit_record import RECORD_BYTES, Record, RecordInvalid, Version, body_bytes, pack_body
+from offload_rt.commit_layout import (
+    LOG_BUFFER_BYTES,
+    Layout,
+    MutableExtent,
+    barrier,
+    get,
+    put,
+    read_layout,
+    read_record,
+    settle,
+)
+from offload_rt.commit_record import Record, RecordInvalid, Version, body_bytes, pack_body
 from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.drives import tune
 from offload_rt.errors import ConfigError, StorageError, StorageTimeout, StoreCorrupt, nearest
 from offload_rt.file_io import OpenFile
 from offload_rt.links import Links
-from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Transfer
 
 
@@ -69,11 +78,20 @@ class CommitLog:
     """A log that `make_log` made, opened by one process. Owns its files and their locks until `close`.
 
     Reads and writes of different extents may come from different threads; `commit`, `drop` and `close` while no other
-    call runs. Its own memory is a page and a body (eight bytes an extent, and the payload's room).
+    call runs. Its own memory is `LOG_BUFFER_BYTES`, whatever a commit carries.
     """
 
-    def __init__(self, folders: Sequence[Path], links: Links, *, patience_seconds: float = WAIT_SECONDS) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        links: Links,
+        *,
+        buffer: Arena | None = None,
+        patience_seconds: float = WAIT_SECONDS,
+    ) -> None:
         """Opens the log in `folders`, one per drive in any order, at its newest commit.
+
+        buffer: its memory, of `LOG_BUFFER_BYTES`, which `close` gives back; None: memory that nobody has reserved.
 
         Blocks until writes that a killed process left under way are over, at most `patience_seconds`. Raises
         `StoreInUse`, `StoreCorrupt` (with what is wrong with either record) and `StorageError`; ConfigError where there
@@ -94,7 +112,7 @@ class CommitLog:
         self.layout: Layout = found[0]
         self.folders = tuple(found[1])
         """In the order of the layout's drives, the home first."""
-        self._arena = Arena("commit log", self.layout.body_capacity_bytes + RECORD_BYTES)
+        self._arena = Arena("commit log", LOG_BUFFER_BYTES) if buffer is None else buffer
         try:
             for folder, file_bytes in zip(found[1], self.layout.file_bytes(), strict=True):
                 self._locks.append(FolderLock(folder))
@@ -273,10 +291,7 @@ class CommitLog:
         self.committed = Commit(step=record.step, payload=payload, sequence=record.sequence)
 
     def _get(self, offset_bytes: int, num_bytes: int) -> bytes:
-        slot = self._arena.acquire(align_up(num_bytes, IO_ALIGNMENT_BYTES), "commit")
-        self._in_flight.append(self._links.read(self._files[0], offset_bytes, slot))
-        finish(self._links, self._in_flight)
-        return bytes(slot.buffer()[:num_bytes])
+        return get(self._links, self._files[0], offset_bytes, num_bytes, self._arena, self._in_flight)
 
     def _extent(self, name: str) -> _Extent:
         self._check_usable()

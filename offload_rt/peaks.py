@@ -8,10 +8,11 @@
 Memory that is managed is arenas', to the byte: a tier's own, and those beside them that nobody has reserved, which take
 the place of what the plan leaves to PyTorch's allocator (see [Note: every arena] in `mapped`; another engine's, made
 meanwhile in the same process, count here too). Making an engine takes buffers of known size for a moment: within the
-budget they are planned, and nobody is warned of them. On NVME it is the lengths of files: weights, state and scratch;
-commits of adapters, checkpoints (with what they replace, which is there until they are whole) and records have rows of
-their own. What the allocator took is the process's resident memory less its base and the arenas: the kernel's mark
-where that rose, otherwise what was seen between layers and when a phase began or ended.
+budget they are planned, and nobody is warned of them. What state is saved and loaded through is reserved all the time,
+but for what a step's activations leave free then, where memory is one tier. On NVME it is the lengths of files:
+weights, state and scratch; commits of adapters, checkpoints (with what they replace, which is there until they are
+whole) and records have rows of their own. What the allocator took is the process's resident memory less its base and
+the arenas: the kernel's mark where that rose, otherwise what was seen between layers and when a phase began or ended.
 """
 
 from __future__ import annotations

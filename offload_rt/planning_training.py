@@ -42,7 +42,8 @@ from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
 from planners.rows import Freedoms
-from planners.streaming import StreamingProblem, head_chunk_tokens
+from planners.streaming import SAVING, StreamingProblem, head_chunk_tokens
+from planners.training_state import TrainingSizes
 
 NOTHING = MeasuredSeconds(forward=0.0, backward=0.0)
 MODES = (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE, UpdateMode.AFTER)
@@ -187,6 +188,7 @@ def training_problem(
         list(seconds.layers.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len,
         unified=streaming.unified,
     )  # fmt: skip
+    more = replace(more, host_bytes=more.host_bytes + sum(_beside_steps(sizes).values()))
     hardware = replace(
         hardware,
         device=replace(hardware.device, adamw_params_per_second=rates),
@@ -201,11 +203,19 @@ def training_problem(
 def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem, problem: Problem) -> Plan:
     """The optimiser's plan with what the runtime decides by itself, and where its classes place state."""
     streamed = {draft.name for draft in workload.drafts}
+    memory = (Tier.DEVICE if streaming.unified else Tier.HOST).value
+    beside = {} if streaming.training is None else _beside_steps(streaming.training)
     return replace(
         lowered(plan, streaming, problem),
         resident=tuple(name for name in plan.resident if name in streamed),
         state=placement_of(plan, workload, unified=streaming.unified),
+        peak_bytes={**plan.peak_bytes, memory: {**plan.peak_bytes.get(memory, {}), **beside}},
     )
+
+
+def _beside_steps(sizes: TrainingSizes) -> dict[str, int]:
+    """HOST memory that state takes, whatever the plan."""
+    return {"commit log": sizes.log_bytes, SAVING: sizes.saving_bytes}
 
 
 def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlacement:

@@ -52,6 +52,7 @@ from offload_rt.transfer import Transfer
 from offload_rt.turns import Turns
 from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, training_sizes
 from planners.plan import Plan, StatePlacement, Tier
+from planners.streaming import SAVING
 
 AnyTraining = TypeVar("AnyTraining", bound=TieredTraining)
 
@@ -132,6 +133,9 @@ class StateAssembly:
             self._arrivals = Arrivals(self._links, staging, sizes.arriving_bytes // ARRIVING_SLOTS)
         if self._workload.config.nvme:
             self._open_log()
+        host = self._tiers.account(Tier.HOST)
+        between_steps = host.holdings.get("activations", 0) if self._tiers.unified else 0
+        host.reserve(SAVING, max(0, self._sizes.saving_bytes - between_steps))
 
     def _updates_on_device(self, arena: Arena) -> PiecesOnDevice:
         rule, slot_bytes, links = self._draft.rule, self._sizes.stepping_bytes, self._links
@@ -280,6 +284,7 @@ class StateAssembly:
         shares = weights([drive_profile(drive.path, self._links.io) for drive in drives])
         extents = log_extents(self._draft.blocks, shares)
         total = sum(2 * extent.length_bytes for extent in extents)
+        buffer = self._arena("commit log", self._sizes.log_bytes, copied=False)
         self._tiers.account(Tier.NVME).reserve("masters, moments and weights that train, twice", total)
         if read_layout(self.folders) is None:
             make_log(
@@ -293,7 +298,7 @@ class StateAssembly:
                 + PARAMETER_BYTES * sum(len(block.parameters) for block in self._draft.blocks),
                 written_first={extent.name for extent in extents if self._writes_first(extent.name)},
             )
-        self.home.log = CommitLog(self.folders, self._links)
+        self.home.log = CommitLog(self.folders, self._links, buffer=buffer)
         records = sum(self.home.log.layout.file_bytes()) - total
         self._tiers.account(Tier.NVME).reserve("commit records", records)
         if (self.folders[0] / LAYOUT).exists():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -18,6 +18,7 @@ from torch import nn
 from offload_rt.checkpoint import Checkpoint, map_checkpoint
 from offload_rt.checkpoint.ingest import Sources, sources_in_memory, store_key
 from offload_rt.checkpoint.sources import TensorSource
+from offload_rt.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.config import EngineConfig
 from offload_rt.cuda_memory import capacity_bytes
 from offload_rt.discover import BlockDraft, find_blocks
@@ -289,7 +290,16 @@ def training_sizes(workload: Workload) -> TrainingSizes:
         if lands and config.accumulation_steps > 1
         else 0,
         stepping_bytes=stepping if on_a_device else 0,
+        log_bytes=LOG_BUFFER_BYTES if config.nvme else 0,
+        saving_bytes=saving_bytes(training.blocks),
     )  # fmt: skip
+
+
+def saving_bytes(blocks: Sequence[TrainedBlock]) -> int:
+    """HOST memory through which state is saved and loaded, at most: two of the largest piece, and the other log that
+    it may be loaded from.
+    """
+    return 2 * max(piece.num_bytes for block in blocks for piece in block.pieces) + LOG_BUFFER_BYTES
 
 
 def streaming_problem(workload: Workload) -> StreamingProblem:

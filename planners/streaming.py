@@ -51,6 +51,8 @@ INPUTS_OF_CHUNKS = 3
 """Layer inputs' sizes that a layer in chunks puts away: its input, and attention's result, which may be wider."""
 LAYER_INPUTS = ("layer inputs", "layer input in use", "layer inputs on their way")
 """What a plan says of them in DEVICE memory."""
+SAVING = "saving and loading"
+"""What a plan says of memory through which state goes between steps, beside what is free then."""
 TIGHT_SLACK_BYTES = 64 << 20
 """Of freed memory held back, where a budget is tight."""
 STATE_SLOTS = (128, 64, 32, 16, 8, 4, 2)
@@ -456,6 +458,10 @@ def _plan(
         device["hidden states of other micro-batches"] = 2 * each
     if state is not None and problem.training is not None:
         host |= state.memory_bytes(problem.training)
+        # In one tier it takes the place of a step's activations.
+        saving_bytes = problem.training.saving_bytes - (device["activations"] if problem.unified else 0)
+        if saving_bytes > 0:
+            host[SAVING] = saving_bytes
         if problem.nvme_capacity_bytes is not None:
             nvme |= state.nvme_bytes(problem.training)
     if problem.unified:

@@ -43,6 +43,10 @@ class TrainingSizes:
     """HOST memory through which gradients come from a device to be added to those of other micro-batches."""
     stepping_bytes: int = 0
     """DEVICE memory of a piece that is stepped there, with its gradients and new weights. 0 where none can be."""
+    log_bytes: int = 0
+    """HOST memory of the log that commits go to. 0 without one."""
+    saving_bytes: int = 0
+    """HOST memory through which state is saved and loaded, between steps."""
 
     @property
     def state_bytes(self) -> int:
@@ -160,11 +164,12 @@ class StatePlacement:
             "new weights on their way": self.weight_slots * sizes.largest_weight_bytes,
             "gradients": waiting,
         }
-        on_a_device = {
+        not_always = {
             "new weights on their way to DEVICE": sizes.landing_bytes,
             "gradients arriving": sizes.arriving_bytes,
+            "commit log": sizes.log_bytes,
         }
-        return items | {name: num_bytes for name, num_bytes in on_a_device.items() if num_bytes}
+        return items | {name: num_bytes for name, num_bytes in not_always.items() if num_bytes}
 
     def nvme_bytes(self, sizes: TrainingSizes) -> dict[str, int]:
         """What lies on NVME, itemised: two slots of everything that changes."""

@@ -35,7 +35,7 @@ def full(arguments: list[str]) -> list[str]:
         at = words.index(option) if option in words else None
         if at is not None:
             del words[at : at + 2]
-    return [*words, "--full", "--device-memory", "1700KiB", "--accumulation-steps", "1"]
+    return [*words, "--full", "--device-memory", "2450KiB", "--accumulation-steps", "1"]
 
 
 def with_nvme(words: list[str], folder: Path) -> list[str]:

@@ -6,9 +6,9 @@ m  [ 7 ]*[ 6 ]   --write-->   [ 7 ]*[ 8 ]   --commit-->   [ 7 ] [ 8 ]*      * is
 import pytest
 
 from offload_rt.checksum import crc32c
-from offload_rt.commit_layout import make_log
+from offload_rt.commit_layout import BUFFER_BYTES, LOG_BUFFER_BYTES, make_log
 from offload_rt.commit_log import CommitLog
-from offload_rt.commit_record import Record, RecordInvalid
+from offload_rt.commit_record import Record, RecordInvalid, body_bytes
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError
 from offload_rt.file_io import file_io
@@ -173,6 +173,23 @@ def test_extents_are_optional_and_payloads_go_up_to_their_room(disk_folder, link
     log = CommitLog([folder], links)
     assert log.committed.payload == b"y" * (PAGE - 1)
     log.close()
+
+
+@pytest.mark.parametrize("beyond", [-BUFFER_BYTES, -1, 0, 1, PAGE, BUFFER_BYTES - 1, 2 * BUFFER_BYTES + 5])
+def test_a_commit_of_any_size_goes_through_one_small_buffer(beyond, folders, links):
+    """Part by part, the last of them in whole pages; and as one piece through memory of that size, the same bytes."""
+    payload = bytes(number % 251 for number in range(BUFFER_BYTES + beyond))
+    log = make(folders, links)
+    log.commit(1, payload)
+    assert log._arena.num_bytes == LOG_BUFFER_BYTES and log._arena.peak_bytes <= LOG_BUFFER_BYTES
+    at = log.layout.body_offset(1)
+    log.close()
+    log = CommitLog(folders, links, buffer=Arena("a commit log", LOG_BUFFER_BYTES, poison=True))
+    assert (log.committed.step, log.committed.payload, log.ignored) == (1, payload, None)
+    log.close()
+    body = (folders[0] / "state.bin").read_bytes()[at:]
+    end = body_bytes(len(SIZES), len(payload))
+    assert body[body_bytes(len(SIZES), 0) : end] == payload and not any(body[end : -(-end // PAGE) * PAGE])
 
 
 def test_a_commit_writes_what_changed_and_two_pages(folders, arena, links):

@@ -15,11 +15,14 @@ import torch
 from offload_rt import arena as arenas
 from offload_rt import mapped, peaks, store
 from offload_rt.arena import Arena
+from offload_rt.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.comparison import peak_lines
 from offload_rt.drives import PROBE_BYTES, drive_profile
 from offload_rt.links import Links
 from offload_rt.workload import RuntimeOptions
+from planners.errors import PlanInfeasible
 from planners.plan import StatePlacement, Tier
+from planners.streaming import SAVING
 from tests.conftest import build_base, build_lora, language_batch
 
 SEQ_LEN = 512
@@ -166,6 +169,8 @@ def test_memory_that_nobody_reserved_is_over_the_plan_and_named(make_engine, cap
     assert peak_lines(found)[-1].startswith("over the plan: device by ") and "in step" in peak_lines(found)[-1]
 
 
+SNAPSHOTS = {"adapters": "state of adapters", "all parameters": "snapshot"}
+"""What memory is called that state goes through."""
 PASSING = {
     "drive probe": ({"rest": Tier.NVME}, PROBE_BYTES),
     "pieces of weights": ({"rest": Tier.HOST}, 0),
@@ -219,6 +224,49 @@ def test_a_first_start_that_takes_more_is_over_the_plan(
     planned = host["budget_bytes"] if passing_bytes is None else host["planned_bytes"] + passing_bytes
     assert found["over"] == [{"tier": "host", "phase": "ingest", "bytes": num_bytes - planned}]
     assert "ingest: arenas took" in caplog.text and f"not reserved: {name}" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["adapters", "all parameters"])
+def test_a_host_of_the_least_size_holds_the_log_and_what_state_is_saved_through(kind, make_engine, tmp_path, caplog):
+    """In no phase is anything over the plan, loading from another run's log included; a page less is refused."""
+    adapters = kind == "adapters"
+    options = {**vars(TIERED), "piece_elements": 4096} if adapters else {"rest": Tier.NVME, "piece_elements": 4096}
+    folders = {name: tmp_path / name for name in ("one", "other", "saved", "again")}
+
+    def started(folder, host_memory):
+        folders[folder].mkdir(exist_ok=True)
+        budgets = {"device_memory": "64MiB", "host_memory": host_memory, "nvme": folders[folder]}
+        torch.manual_seed(0)
+        model = build_lora() if adapters else build_base("llama", torch.bfloat16)
+        return make_engine(model, options, device="cpu", bits=4 if adapters else None, seq_len=64, **budgets)
+
+    for folder in ("one", "other"):  # what a first start takes for a moment is another matter
+        with started(folder, "64MiB") as roomy:
+            train(roomy, range(1))
+            roomy.save_checkpoint(folders["saved"] / folder)
+    with pytest.raises(PlanInfeasible) as refused:
+        started("one", 4096)
+    least = refused.value.needs["host"]
+    with pytest.raises(PlanInfeasible) as refused:
+        started("one", least - 4096)
+    assert refused.value.need_bytes == least == refused.value.have_bytes + 4096
+    with started("one", least) as run:
+        assert run.plan.predicted_bytes(Tier.HOST) == least
+        piece_bytes = max(piece.num_bytes for block in run._training.blocks for piece in block.pieces)
+        items = run.plan.peak_bytes["host"]
+        assert items["commit log"] == LOG_BUFFER_BYTES and items[SAVING] == 2 * piece_bytes + LOG_BUFFER_BYTES
+        run.load_checkpoint(run.commit_folder)
+        train(run, range(1))
+        run.save_checkpoint(folders["again"])
+        run.load_checkpoint(folders["again"])
+        run.load_checkpoint(next(path.parent for path in folders["other"].rglob("log.json")))
+        train(run, range(1))
+        found = run.report()["peaks"]
+    assert found["over"] == [] and "arenas took" not in caplog.text
+    phases = found["host"]["phases"]
+    assert all(SNAPSHOTS[kind] in phases[phase]["beside"] for phase in ("save", "resume"))
+    assert not phases["step"]["beside"], "its memory is reserved"
+    assert "commit log" in phases["resume"]["beside"] and phases["step"]["leased"]["commit log"] <= LOG_BUFFER_BYTES
 
 
 def test_two_engines_do_not_count_each_others_budgets(make_engine):

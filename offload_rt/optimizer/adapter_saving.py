@@ -35,6 +35,7 @@ class TieredState:
             for trained in block.parameters
         }
         """Of each parameter, whole; what else there is of it are scalars."""
+        self._through: Slot | None = None
 
     def outline(self) -> dict[str, Tensor]:
         stepped = self._training.progress.steps
@@ -132,7 +133,11 @@ class TieredState:
         return slot
 
     def _room(self, piece: Piece) -> Slot:
-        return Arena(f"checkpoint of {piece.name}", piece.num_bytes).acquire(piece.num_bytes, piece.name)
+        """The same memory for every piece: whoever had it is done with it when the next one comes."""
+        if self._through is None:
+            largest = max(piece.num_bytes for _, piece in self._pieces())
+            self._through = Arena("state of adapters", largest).acquire(largest, "checkpoint")
+        return self._through.part(0, piece.num_bytes)
 
 
 def _moments(slot: Slot, segment: Segment) -> dict[str, Tensor]:

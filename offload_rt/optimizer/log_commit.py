@@ -136,22 +136,25 @@ class LogCommit:
 
 
 class _Extents:
-    """Extents of a commit, verified, one in memory at a time."""
+    """Extents of a commit, verified, one in memory at a time: the same memory for each."""
 
     def __init__(self, log: CommitLog, links: Links) -> None:
         self._log = log
         self._links = links
-        self._last: tuple[str, Slot] | None = None
+        self._last: str | None = None
+        self._room: Slot | None = None
 
     def read(self, name: str) -> memoryview:
         """Valid until the next one is read. Blocks; raises `StoreCorrupt`."""
-        if self._last is None or self._last[0] != name:
+        if self._room is None:
+            largest = max(map(self._log.length_bytes, self._log.names))
+            self._room = Arena("another run's state", largest).acquire(largest, "commit")
+        slot = self._room.part(0, self._log.length_bytes(name))
+        if self._last != name:
             self._last = None
-            num_bytes = self._log.length_bytes(name)
-            slot = Arena(f"commit of {name}", num_bytes).acquire(num_bytes, name)
             self._links.wait(self._log.read(name, slot, committed=True))
-            self._last = name, slot
-        return self._last[1].buffer()
+            self._last = name
+        return slot.buffer()
 
 
 @dataclass(frozen=True)
