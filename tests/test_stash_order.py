@@ -101,14 +101,14 @@ def six(disk_folder):
     scratch = Scratch(disk_folder, 8 * PAGE, links)
     stash = NvmeStash(scratch, Arena("staging", 16 * PAGE, poison=True), links, piece_bytes=PAGE, ahead_bytes=3 * PAGE)
     tensors = [torch.full((PAGE // 4,), float(number)) for number in range(6)]
-    yield links, writes, tensors, [stash.put(tensor) for tensor in tensors]
+    yield links, writes, tensors, [stash.put(tensor) for tensor in tensors], stash
     writes.are_over = True
     links.close()
     scratch.close()
 
 
 def test_what_has_left_is_read_ahead_though_nobody_waited_for_it(six):
-    links, writes, tensors, held = six
+    links, writes, tensors, held, _ = six
     writes.are_over = True
     assert torch.equal(held[5].load(), tensors[5])
     assert links.counters.bytes_read == 4 * PAGE, "itself, and three ahead"
@@ -118,9 +118,21 @@ def test_what_has_left_is_read_ahead_though_nobody_waited_for_it(six):
 
 
 def test_nobody_waits_to_read_ahead_what_still_leaves_but_for_the_next_one(six):
-    links, writes, tensors, held = six
+    links, writes, tensors, held, _ = six
     assert torch.equal(held[5].load(), tensors[5])
     assert (links.counters.bytes_read, writes.num_waits) == (2 * PAGE, 2)
+
+
+def test_what_was_given_up_is_read_ahead_anew(six):
+    links, writes, tensors, held, stash = six
+    writes.are_over = True
+    held[5].load()
+    stash.free_staging()
+    assert torch.equal(held[4].load(), tensors[4])
+    assert links.counters.bytes_read == 8 * PAGE, "four, which were given up but for one; and four again"
+    for number in (3, 2, 1, 0):
+        assert torch.equal(held[number].load(), tensors[number])
+    assert links.counters.bytes_read == 9 * PAGE
 
 
 def test_a_write_that_failed_is_over_and_raises_as_often_as_it_is_waited_for(disk_folder):
