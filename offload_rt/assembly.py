@@ -452,6 +452,8 @@ class _Assembly:
         accounts = {account.tier: account for account in map(self.tiers.account, tiers)}.values()
         device = self.tiers.account(Tier.DEVICE).holdings if Tier.DEVICE in tiers else {}
         kept = device.get("kept activations", 0)  # without any, inputs are small beside what the plan grants
+        if self.device is None:  # what is swapped is copied at once, and leaves holes in place of a window
+            kept += device.get("swapped activations on their way", 0)
         return HeapGuard(
             self.base, planned_bytes=sum(account.used_bytes for account in accounts),
             arena_bytes=sum(account.arena_bytes for account in accounts),

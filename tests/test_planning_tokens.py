@@ -268,6 +268,9 @@ def test_a_plan_of_whole_layers_gives_plain_bits_and_moves_what_it_says(name, tm
         train(engine)
         after = engine.report()
         assert engine._runtime.decoder.counters.overflow_bytes == 0
+    window = after["holdings"]["device"].get("swapped activations on their way", 0)
+    assert (window > 0) is (after["tokenwise"]["swapped_bytes"] > 0 and any(shares[1:3]))
+    assert engine._runtime.heap._kept_bytes >= window + after["holdings"]["device"].get("kept activations", 0)
     did = {key: after["tokenwise"][key] - before["tokenwise"][key] for key in ("kept_bytes", "swapped_bytes")}
     layers = problem.workload.classes[0].blocks
     actions = [tokens_of(plan, block) for block in layers]
