@@ -46,15 +46,24 @@ class FolderLock:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise StorageError("cannot be locked", path=str(path), errno=error.errno or 0) from None
             holder = path.read_text().strip() or "unknown"
+            if holder == _this_process():
+                raise StoreInUse(
+                    f"{folder} is in use by an engine of this process ({holder}), which keeps it until engine.close(): "
+                    f"close that one first (`with offload_rt.engine(...)` does), or give nvme= another folder"
+                ) from None
             raise StoreInUse(
                 f"{folder} is in use by another run ({holder}); wait for it to end, or give nvme= another folder"
             ) from None
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(self._fd, f"{_this_process()}\n".encode(), 0)
 
     def close(self) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold the descriptor too, and the lock with it
         os.close(self._fd)
+
+
+def _this_process() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def make_folder(folder: Path) -> None:
