@@ -16,6 +16,7 @@ from offload_rt._engine import Engine
 from offload_rt.cli import train_run
 from offload_rt.cli.main import main
 from offload_rt.errors import StorageError
+from offload_rt.training.run_folder import RunFolder
 from offload_rt.workload import RuntimeOptions
 from tests.test_cli import adapter_bytes, fails, save_llama
 from tests.test_cli import arguments as arguments
@@ -59,6 +60,16 @@ def goes_on(words: list[str], out: Path, to_step: int, capsys: pytest.CaptureFix
 def report(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "report.json").read_text())
     return found
+
+
+def test_a_run_that_is_resumed_with_other_settings_is_refused_before_its_model_is_read(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"lr": 0.01, "warmup_ratio": 0.03, "schedule": "constant", "accumulation_steps": 4, "batch_size": 1}
+    RunFolder(tmp_path / "out").begin(at_step=0, settings=options)
+    monkeypatch.setattr(train_run, "_load_transformers", lambda folder: pytest.fail("the model was read"))
+    code, line = fails(capsys, *arguments, "--out", str(tmp_path / "out"), "--resume")
+    assert code == 2 and "begun with other settings: accumulation_steps was 4, is 2; batch_size was 1, is 2" in line
 
 
 def test_a_run_of_all_parameters_moves_through_memory_and_drives(

@@ -58,9 +58,10 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         **_begun_with(folder, arguments, model_folder),
         "bits": arguments.bits, "adapters": arguments.adapters, "max_grad_norm": arguments.max_grad_norm,
         "seed": arguments.seed, "full": arguments.full, "optimizer": arguments.optimizer,
+        "batch_size": arguments.batch_size, "packing": arguments.packing,
     }  # fmt: skip
     if options.resume:
-        folder.require_same(settings)
+        folder.require_same({**options.settings(), **settings})
     else:
         folder.require_free()
     tokenizer, model_on_meta, settings_of_model = _load_transformers(model_folder)

@@ -102,10 +102,7 @@ def train(
     care = care or DriveCare()
     folder = RunFolder(options.out)
     total_steps = num_steps(options, batches)
-    fixed = {
-        "lr": options.lr, "warmup_ratio": options.warmup_ratio, "schedule": options.schedule,
-        "accumulation_steps": options.accumulation_steps, **(settings or {}),
-    }  # fmt: skip
+    fixed = {**options.settings(), **(settings or {})}
     if options.resume:
         folder.require_same(fixed)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from offload_rt.errors import ConfigError, nearest
 
@@ -61,6 +62,13 @@ class TrainingOptions:
             raise ConfigError(f"warmup_ratio: must be at least 0 and below 1, got {self.warmup_ratio!r}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule: {self.schedule!r}; {nearest(self.schedule, SCHEDULES)}")
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change when the run is resumed. Plain values."""
+        return {
+            "lr": self.lr, "warmup_ratio": self.warmup_ratio, "schedule": self.schedule,
+            "accumulation_steps": self.accumulation_steps,
+        }  # fmt: skip
 
 
 def lr_factor(step: int, *, total_steps: int, warmup_ratio: float, schedule: str) -> float:
