@@ -338,4 +338,11 @@ def test_bad_data_or_model_is_found_before_a_store_is_written(
     (broken / "config.json").write_text("{}")
     code, line = fails(capsys, *arguments, "--model", str(broken))
     assert code == 2 and str(broken) in line
+    (broken / "config.json").write_text('{"model_type": "t5"}')
+    make_tokenizer().save_pretrained(broken)
+    code, line = fails(capsys, *arguments, "--model", str(broken))
+    assert code == 2 and f"{broken}: Unrecognized configuration class" in line and "Gemma" not in line
+    (tmp_path / "file").write_text("")
+    code, line = fails(capsys, *arguments, "--out", str(tmp_path / "file" / "out"))
+    assert code == 2 and "file is a file, not a folder" in line
     assert list((tmp_path / "nvme").iterdir()) == [] and not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -17,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from offload_rt.errors import CheckpointError, ConfigError, NonFiniteLoss
+from offload_rt.errors import CheckpointError, ConfigError, NonFiniteLoss, StorageFull
 from offload_rt.training.batches import Batches
 from offload_rt.training.data import Example
 from offload_rt.training.display import Display, StepNumbers
@@ -259,6 +260,42 @@ def test_a_nan_loss_stops_the_run_and_the_good_state_stays(tmp_path: Path) -> No
     with pytest.raises(NonFiniteLoss, match=r"step 5: the loss is nan; the last good state is .*checkpoint-4"):
         run(tmp_path / "out", engine, save_every=2)
     assert [step for step, _ in RunFolder(tmp_path / "out").checkpoints()] == [2, 4]
+
+
+def test_a_full_drive_is_typed_wherever_the_runs_folder_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.begin(at_step=0, settings={"lr": 0.1})
+    before = (tmp_path / "out" / "run.json").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("offload_rt.training.run_folder.os.fsync", full)
+    for write in (
+        lambda: folder.note_cuts({"tiles": 1}),
+        lambda: folder.write_report({}),
+        lambda: folder.finish(at_step=1),
+        lambda: RunFolder(tmp_path / "other").begin(at_step=0, settings={}),
+    ):
+        with pytest.raises(StorageFull, match=r"(run|report)\.json: cannot be written: No space left"):
+            write()
+    assert (tmp_path / "out" / "run.json").read_bytes() == before
+    folder.close()
+
+
+def test_a_folder_that_cannot_be_written_is_found_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunFolder(tmp_path / "new" / "run").require_writable()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is a file"):
+        RunFolder(tmp_path / "file" / "run").require_writable()
+    asked: list[Path] = []  # root may write anywhere but on what is mounted read-only
+    monkeypatch.setattr("offload_rt.training.run_folder.os.access", lambda path, mode: asked.append(path))
+    with pytest.raises(ConfigError, match=f"{tmp_path} cannot be written to"):
+        RunFolder(tmp_path / "new" / "run").require_writable()
+    assert asked == [tmp_path]
 
 
 def test_resume_with_other_settings_lists_every_difference(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     )
     # Everything that can be wrong with the call is found before a weight is read.
     folder = RunFolder(options.out)
+    folder.require_writable()
     model_folder = _model_folder(arguments.model)
     settings = {
         **_begun_with(folder, arguments, model_folder),
@@ -157,8 +158,12 @@ def _load_transformers(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         raise ConfigError(f"--model: {folder}: {error}") from error
     # A key-value cache would keep every layer's keys and values for a generation that does not happen.
     before = _set(config, use_cache=False, output_router_logits=False)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
+    except ValueError as error:
+        # transformers goes on with the names of all causal language models that it knows.
+        raise ConfigError(f"--model: {folder}: {str(error).partition(chr(10))[0]}") from error
     return tokenizer, model, before
 
 

@@ -12,6 +12,7 @@ A checkpoint is removed by renaming it first, so that a folder named checkpoint-
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from offload_rt.errors import CheckpointError, ConfigError, StorageError
+from offload_rt.errors import CheckpointError, ConfigError, StorageError, StorageFull
 
 
 class RunFolder:
@@ -115,6 +116,14 @@ class RunFolder:
             "or --resume with more steps to continue it"
         )
 
+    def require_writable(self) -> None:
+        """Raises `ConfigError` where the folder cannot be made or written to. Writes nothing."""
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise ConfigError(f"out: {there} is a file, not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"out: {there} cannot be written to (read-only, or no permission)")
+
     def require_same(self, settings: Mapping[str, Any]) -> None:
         """Raises `ConfigError` that lists every setting with which this folder's run was not begun."""
         before = self._read_run().get("settings", {})
@@ -146,10 +155,10 @@ class RunFolder:
             kept = [line for line in self._metric_lines() if 0 < json.loads(line).get("step", 0) <= at_step]
             self._write(self._metrics_file, "".join(f"{line}\n" for line in kept))
             self._metrics = open(self._metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        except StorageError:
+            raise
         except OSError as error:
-            raise StorageError(
-                f"cannot be written: {error.strerror}", path=str(self.path), errno=error.errno or 0
-            ) from error
+            raise _cannot_be_written(self.path, error) from error
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line, handed to the kernel at once: it survives this process."""
@@ -159,9 +168,7 @@ class RunFolder:
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise StorageError(
-                f"cannot be written: {error.strerror}", path=str(self._metrics_file), errno=error.errno or 0
-            ) from error
+            raise _cannot_be_written(self._metrics_file, error) from error
 
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
@@ -209,10 +216,18 @@ class RunFolder:
 
     @staticmethod
     def _write(path: Path, text: str) -> None:
-        """All of it or nothing, and durable."""
+        """All of it or nothing, and durable. Raises `StorageError`."""
         temporary = path.with_name(f"{path.name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except OSError as error:
+            raise _cannot_be_written(path, error) from error
+
+
+def _cannot_be_written(path: Path, error: OSError) -> StorageError:
+    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return kind(f"cannot be written: {error.strerror}", path=str(path), errno=error.errno or 0)
