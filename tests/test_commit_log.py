@@ -5,6 +5,7 @@ m  [ 7 ]*[ 6 ]   --write-->   [ 7 ]*[ 8 ]   --commit-->   [ 7 ] [ 8 ]*      * is
 
 import pytest
 
+from offload_rt.arena import Arena
 from offload_rt.checksum import crc32c
 from offload_rt.commit_layout import BUFFER_BYTES, LOG_BUFFER_BYTES, make_log
 from offload_rt.commit_log import CommitLog
