@@ -7,6 +7,7 @@ measured                   |=========================>           fits | room | f
 import hashlib
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -393,12 +394,13 @@ def test_what_fits_no_plan_is_refused_before_training_starts(make, monkeypatch):
 def test_without_a_drive_to_go_by_it_is_refused(make, monkeypatch, given):
     """By what any plan would need, or, for a plan that was given, by what the next engine plans with."""
     short_formula(monkeypatch, 0.1)
+    in_memory = partial(make, nvme=None, options=RuntimeOptions(piece_elements=8192))  # what saving takes is no room
     with pytest.raises(PlanInfeasible) as least:
-        make(KIB, nvme=None)
+        in_memory(KIB)
     budget = least.value.need_bytes + 4 * KIB
-    engine = make(budget, nvme=None)
+    engine = in_memory(budget)
     if given:
-        engine = make(budget, nvme=None, plan=engine.plan)
+        engine = in_memory(budget, plan=engine.plan)
     why, way_out = ("rehearsal of the longest step", "made again") if given else ("optimizer state", "device_memory of")
     with pytest.raises(PlanInfeasible, match=why) as refused:
         train(engine)
