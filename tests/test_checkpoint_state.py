@@ -166,6 +166,21 @@ def test_a_save_takes_away_nothing_but_a_checkpoint(saved):
     assert names_in(model) == ["shards"] and names_in(saved.parent) == ["c", "model"]
 
 
+def test_what_came_during_a_save_stays_and_so_does_what_a_killed_one_had_moved(saved, monkeypatch):
+    trainable, optimizer = some_training(steps=4)
+    (saved / "notes").write_text("mine")
+    saved.rename(saved.with_name(".c.old-999999"))  # killed between two names, where they cannot be exchanged
+    write = state_module._write
+
+    def meanwhile(*arguments):
+        (saved / "events").write_text("mine")
+        write(*arguments)
+
+    monkeypatch.setattr(state_module, "_write", meanwhile)
+    save_state(saved, trainable, optimizer, extra(4))
+    assert names_in(saved) == sorted([*FILES, "COMPLETE", "events", "notes"]) and names_in(saved.parent) == ["c"]
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing of ours runs after it."""
 

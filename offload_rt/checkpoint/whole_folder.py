@@ -25,12 +25,12 @@ def replaced_whole(
     """Yields an empty folder to write to; it takes the place of `folder` where the body ends without an error.
 
     Until then what was there is whole. Of it, files that are not `is_ours` by their names, and that the body did not
-    write, stay. The body syncs the files that it writes. Raises `ConfigError` where `folder` is a file or holds a
-    folder, which would be gone; `StorageFull` before the first byte where `need_bytes` are not free; and gives the
-    body's own failures to write as `StorageError`.
+    write, stay, also those that came meanwhile. The body syncs the files that it writes. Raises `ConfigError` where
+    `folder` is a file or holds a folder, which would be gone; `StorageFull` before the first byte where `need_bytes`
+    are not free; and gives the body's own failures to write as `StorageError`.
     """
     folder = folder.absolute()
-    staying = _staying(folder, what, is_ours)
+    _staying(folder, what, is_ours)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def replaced_whole(
             )
         partial.mkdir()
         yield partial
-        for path in staying:
+        for path in _staying(folder, what, is_ours):  # now: it may have been put back, and others write to it
             if not (partial / path.name).exists():
                 os.link(path, partial / path.name, follow_symlinks=False)
         sync_folder(partial)
