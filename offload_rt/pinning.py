@@ -102,7 +102,7 @@ def pinning_plan(arena_bytes: int, ceiling: Ceiling) -> PinningPlan:
 
 
 def pin_ceiling(runtime: CudaRuntime, limit_bytes: int, *, step_bytes: int = STEP_BYTES) -> Ceiling:
-    """How much of `limit_bytes` may be locked, tried in a child process once per boot. Blocks for seconds.
+    """How much of `limit_bytes` may be locked, tried in a child process. Blocks for seconds, once per boot.
 
     A child that dies or hangs is a ceiling of zero. The caller makes sure that `limit_bytes` are free.
     """
@@ -117,7 +117,8 @@ def pin_ceiling(runtime: CudaRuntime, limit_bytes: int, *, step_bytes: int = STE
         if known_bytes < known_limit or known_limit >= limit_bytes > 0:
             return Ceiling(ceiling_bytes=min(known_bytes, limit_bytes), reason=str(reason))
     ceiling = _ask_child(runtime.path, limit_bytes, step_bytes)
-    remember("pinning", {"boot": boot, "library": runtime.path, "limit_bytes": limit_bytes, **vars(ceiling)})
+    if ceiling.ceiling_bytes:  # who had none may have had no driver: it can come without a boot, as to a container
+        remember("pinning", {"boot": boot, "library": runtime.path, "limit_bytes": limit_bytes, **vars(ceiling)})
     return ceiling
 
 

@@ -252,10 +252,23 @@ def test_doctor_says_how_much_can_be_locked(runtime, monkeypatch, ceiling, said)
     line = doctor.pinnable_memory()
     assert said in line
     assert ("out of memory" in line) == (ceiling is not None)
+    monkeypatch.setattr(doctor, "_has_driver", lambda: False)
+    assert said in doctor.pinnable_memory()
     monkeypatch.setenv("OFFLOAD_RT_CUDART", "/none.so")
     assert "is no CUDA runtime" in doctor.pinnable_memory()
     monkeypatch.setenv("OFFLOAD_RT_CUDART", "")
     assert doctor.pinnable_memory() == "no CUDA runtime: host memory is not locked"
+
+
+def test_without_a_driver_doctor_says_so_and_nobody_remembers_that_nothing_could_be_locked(runtime, monkeypatch):
+    monkeypatch.setenv("OFFLOAD_RT_CUDART", runtime.path)
+    monkeypatch.setenv("FAKE_CUDA_CEILING", "0")
+    monkeypatch.setattr(doctor, "_has_driver", lambda: False)
+    assert doctor.pinnable_memory().startswith("no GPU driver")
+    monkeypatch.setattr(doctor, "_has_driver", lambda: True)
+    assert doctor.pinnable_memory().startswith("only 0 B can")
+    monkeypatch.delenv("FAKE_CUDA_CEILING")
+    assert "at least 1 GiB can" in doctor.pinnable_memory()
 
 
 # ---- the ring over pageable memory ----

@@ -10,6 +10,7 @@ Torch is imported to say what it can do; transformers is not.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import mmap
 import platform
 import sys
@@ -120,8 +121,19 @@ def pinnable_memory() -> str:
     if runtime is None:
         return "no CUDA runtime: host memory is not locked"
     ceiling = pinning.pin_ceiling(runtime, _PINNED_BYTES)
+    if not ceiling.ceiling_bytes and not _has_driver():
+        return "no GPU driver: host memory is not locked, and need not be"
     found = f"{format_bytes(ceiling.ceiling_bytes)} can be locked by {runtime.path}"
     return f"only {found}: {ceiling.reason}" if ceiling.reason else f"at least {found}"
+
+
+def _has_driver() -> bool:
+    """Without it a CUDA runtime, which torch brings along, can do nothing."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def nf4_in_use() -> str:
