@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offload_rt.errors import ConfigError
-from tests.conftest import build_plain
+from tests.conftest import build_lora, build_plain, language_batch
 
 
 def test_a_conversion_is_refused_and_leaves_every_weight_as_it_was(make_engine, disk_folder):
@@ -37,3 +37,19 @@ def test_the_model_under_new_adapters_is_guarded_too(make_engine):
     for guarded in (model, engine.model):
         with pytest.raises(ConfigError, match="convert it before"):
             guarded.half()
+
+
+def test_merging_adapters_is_refused_and_changes_no_weight(make_engine, disk_folder):
+    model = build_lora(dtype=torch.float32)
+    engine = make_engine(model, nvme=disk_folder)
+    batch = language_batch(0)
+    engine.model.eval()
+    with torch.no_grad():
+        before = engine(**batch).loss
+        for name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter"):
+            for asked in (engine.model, engine.model.base_model):
+                with pytest.raises(ConfigError, match=f"{name}: the frozen weights"):
+                    getattr(asked, name)()
+        assert torch.equal(engine(**batch).loss, before)
+    engine.close()
+    assert "merge_adapter" not in vars(model.base_model)
