@@ -104,8 +104,8 @@ def _model(
     table = vocabulary * hidden if embedding is None else embedding
     head = (0 if tied else vocabulary * hidden) + (vocabulary if head_bias else 0)
     return ModelShape(
-        name=Path(c.file.path).stem, hidden=hidden, vocabulary=vocabulary, layers=tuple(layers), embedding_params=table,
-        head_params=head, final_params=final,
+        name=name_of(Path(c.file.path)), hidden=hidden, vocabulary=vocabulary, layers=tuple(layers),
+        embedding_params=table, head_params=head, final_params=final,
     )  # fmt: skip
 
 
@@ -315,6 +315,14 @@ FAMILIES: dict[str, Callable[[Config], ModelShape]] = {
     "mixtral": _mixture, "qwen2_moe": _mixture, "qwen3_moe": _mixture, "gpt_oss": _mixture,
     "deepseek_v2": _deepseek, "deepseek_v3": _deepseek,
 }  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    """What the model of a configuration, or in a folder, is called; a well-known name is itself."""
+    if path.name == "config.json" or path.is_dir():
+        path = path.resolve()
+        return path.parent.name if path.name == "config.json" else path.name
+    return path.stem if path.suffix == ".json" else path.name
 
 
 def shape_from_config(config: dict[str, Any], name: str) -> ModelShape:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from planners.architectures import FAMILIES, Config, known_shape, model_type, shape_from_config, unknown_type
+from planners.architectures import FAMILIES, Config, known_shape, model_type, name_of, shape_from_config, unknown_type
 from planners.headers import read_headers
 from planners.meta_model import NotThere, parameter_shapes
 from planners.model import ModelShape
@@ -25,7 +25,7 @@ def find_model(name_or_path: str) -> ModelShape:
     if path.suffix == ".safetensors" and path.is_file():
         return shape_from_tensors(path.stem, read_headers(path), Hints())
     if path.is_dir() and not (path / "config.json").exists():
-        return shape_from_tensors(path.name, read_headers(path), Hints())
+        return shape_from_tensors(name_of(path), read_headers(path), Hints())
     if path.exists():
         return read_config(path)
     if "/" in name_or_path or path.suffix in (".json", ".safetensors"):
@@ -41,7 +41,7 @@ def read_config(path: Path | str) -> ModelShape:
         return known_shape(file)
     folder = path if path.is_dir() else path.parent
     if any(folder.glob("*.safetensors")):
-        return shape_from_tensors(folder.name, read_headers(folder), _hints(file))
+        return shape_from_tensors(name_of(folder), read_headers(folder), _hints(file))
     try:
         return shape_from_tensors(model_type(file), parameter_shapes(file.data), _hints(file))
     except NotThere as error:

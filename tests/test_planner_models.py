@@ -152,3 +152,14 @@ def test_an_unknown_name_gets_the_nearest():
         find_model("llama-70b")
     with pytest.raises(ProblemError, match="no file"):
         find_model("nowhere/config.json")
+
+
+def test_a_model_is_called_as_its_folder_or_its_well_known_name(tmp_path, monkeypatch):
+    folder = tmp_path / "tiny-1.5b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **GQA}))
+    monkeypatch.chdir(folder)
+    for asked in (folder, folder / "config.json", "config.json", "."):
+        assert find_model(str(asked)).name == "tiny-1.5b", asked
+    (folder / "other.json").write_text((folder / "config.json").read_text())
+    assert (find_model(str(folder / "other.json")).name, find_model("Llama3.2-1B").name) == ("other", "llama3.2-1b")
