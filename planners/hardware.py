@@ -305,7 +305,8 @@ def with_budgets(
 ) -> Hardware:
     """`hardware` with what the user said instead. `ProblemError` where a budget contradicts the machine.
 
-    A device budget is of managed bytes, so that nothing of it is reserved.
+    A device budget is of managed bytes, so that nothing of it is reserved. Where memory is one tier, a host budget
+    makes two of it, as it does in training.
     """
     device, host = hardware.device, hardware.host
     for field, size in (("device_memory", device_memory_bytes), ("host_memory", host_memory_bytes)):
@@ -318,7 +319,18 @@ def with_budgets(
             )
         device = replace(device, memory_bytes=device_memory_bytes, reserve_bytes=0)
     if host_memory_bytes is not None:
-        if hardware.unified:
-            raise ProblemError("host_memory: this machine has one tier of memory; give device_memory alone")
         host = replace(host, memory_bytes=host_memory_bytes)
-    return replace(hardware, device=device, host=host, drives=hardware.drives if drives is None else drives)
+        if hardware.unified:
+            left_bytes = hardware.device.memory_bytes - host_memory_bytes
+            least_bytes = device.reserve_bytes + 1 if device_memory_bytes is None else device_memory_bytes
+            if left_bytes < least_bytes:
+                raise ProblemError(
+                    f"host_memory: {host_memory_bytes} bytes, and {least_bytes} of device memory, are more than the "
+                    f"{hardware.device.memory_bytes} that {hardware.name} has of both"
+                )
+            if device_memory_bytes is None:
+                device = replace(device, memory_bytes=left_bytes)
+    return replace(
+        hardware, device=device, host=host, drives=hardware.drives if drives is None else drives,
+        unified=hardware.unified and host_memory_bytes is None,
+    )  # fmt: skip

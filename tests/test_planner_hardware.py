@@ -7,6 +7,8 @@ import pytest
 from planners.hardware import Drive, hardware_names, load_hardware, named_hardware, parse_drive, with_budgets
 from planners.units import ProblemError, parse_size
 
+GIB = 1 << 30
+
 
 @pytest.mark.parametrize("name", hardware_names())
 def test_a_profile_survives_its_file(tmp_path, name):
@@ -107,8 +109,17 @@ def test_several_drives_add_up_and_their_bus_may_limit_them():
 def test_a_budget_beyond_the_machine_is_a_contradiction():
     with pytest.raises(ProblemError, match="more than rtx4090 has"):
         with_budgets(named_hardware("rtx4090"), device_memory_bytes=48 * 2**30)
-    with pytest.raises(ProblemError, match="one tier of memory"):
-        with_budgets(named_hardware("cpu"), host_memory_bytes=2**30)
+    for budgets in ({"host_memory_bytes": 30 * GIB}, {"host_memory_bytes": 2 * GIB, "device_memory_bytes": 31 * GIB}):
+        with pytest.raises(ProblemError, match="that cpu has of both"):
+            with_budgets(named_hardware("cpu"), **budgets)
+
+
+def test_a_host_budget_makes_two_tiers_of_one():
+    alone = with_budgets(named_hardware("cpu"), host_memory_bytes=8 * GIB)
+    both = with_budgets(named_hardware("cpu"), host_memory_bytes=8 * GIB, device_memory_bytes=24 * GIB)
+    assert not alone.unified and (alone.device.memory_bytes, alone.host.memory_bytes) == (24 * GIB, 8 * GIB)
+    assert (both.device.memory_bytes, both.device.reserve_bytes) == (24 * GIB, 0)
+    assert with_budgets(named_hardware("cpu"), device_memory_bytes=8 * GIB).unified
 
 
 def test_a_device_budget_is_of_managed_bytes():
