@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--bits", type=int, help="4: frozen weights as NF4; left out: 16 bit")
     what.add_argument("--adapters", metavar="KIND", help="lora:r=16,targets=q_proj+v_proj (default: lora:r=16)")
     what.add_argument("--full", action="store_true", help="train all parameters")
-    what.add_argument("--optimizer", default="adamw", help="adamw, sgd-momentum or sgd (default: %(default)s)")
+    what.add_argument("--optimizer", default="adamw", help="adamw, adamw-8bit, adamw-bf16, lion, sgd or adafactor")
     what.add_argument("--seq-len", type=int, default=4096, help="tokens of a row (default: %(default)s)")
     what.add_argument("--batch-size", type=int, default=1, help="rows of a step (default: %(default)s)")
     what.add_argument("--clip", action="store_true", help="the gradient's global norm is clipped")

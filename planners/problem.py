@@ -309,8 +309,10 @@ def _fingerprint(record: Hardware | Workload) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_STATE_BYTES = {"adamw": 8, "sgd-momentum": 4, "sgd": 0}
-"""Moments per parameter, fp32."""
+STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adamw-bf16": 4, "lion": 4, "sgd": 4, "adafactor": 0}
+"""Moments per parameter, of the optimizers that `offload-rt train` offers; `sgd` has momentum. Without the scales of
+8-bit moments (a 64th) and Adafactor's sums of rows and columns.
+"""
 
 
 def make_workload(
@@ -340,8 +342,8 @@ def make_workload(
         raise ProblemError("bits: 4-bit weights are frozen; full fine-tuning trains them: give one of the two")
     if rank is not None and not 1 <= rank <= 65536:
         raise ProblemError(f"adapters: r must be between 1 and 65536, got {rank}")
-    if optimizer not in _STATE_BYTES:
-        raise ProblemError(f"optimizer: unknown {optimizer!r}; {nearest(optimizer, _STATE_BYTES)}")
+    if optimizer not in STATE_BYTES:
+        raise ProblemError(f"optimizer: unknown {optimizer!r}; {nearest(optimizer, STATE_BYTES)}")
     names = {linear.name.rpartition(".")[2] for layer in shape.layers for linear in layer.linears}
     for target in targets:
         if target not in names:
@@ -356,7 +358,7 @@ def make_workload(
         batch_size=batch_size,
         seq_len=seq_len,
         # Full: 16-bit weights with an fp32 master. Adapters are fp32 themselves.
-        state_bytes_per_param=_STATE_BYTES[optimizer] + (4 if full else 0),
+        state_bytes_per_param=STATE_BYTES[optimizer] + (4 if full else 0),
         gradient_bytes_per_param=2 if full else 4,
         weight_bytes_per_param=2 if full else 4,
         clips=clips,

@@ -1,18 +1,24 @@
 """`offload-rt plan`: a page, files, errors that help; without torch."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from offload_rt.cli.main import main
+from offload_rt.cli.train import OPTIMIZERS
+from offload_rt.cli.train_run import _optimizer
+from offload_rt.optimizer.rules import rule_for
 from planners.explain import advise, ways_out
 from planners.hardware import named_hardware
 from planners.plan import Plan
 from planners.policies import NAMES, plan_by_policy
+from planners.problem import STATE_BYTES
 from planners.units import ProblemError
 from planners.validate import check
 from tests.planner_cases import MIB, TINY, machine, problem
@@ -179,3 +185,19 @@ def test_planning_imports_no_torch_and_the_package_runs_alone():
         [sys.executable, "-m", "planners", "--model", "x"], cwd=root, capture_output=True, text=True, timeout=60
     )
     assert wrong.returncode == 2 and "planners: error: model: unknown" in wrong.stderr
+
+
+def test_the_optimizers_are_those_of_train_and_their_state_is_what_it_takes():
+    assert set(STATE_BYTES) == set(OPTIMIZERS)
+    for name, num_bytes in STATE_BYTES.items():
+        rule = rule_for(_optimizer(name, 1e-3)([torch.nn.Parameter(torch.ones(2, 2))]))
+        real = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in rule.state((1024, 1024)))
+        assert (4 + num_bytes) << 20 == pytest.approx((4 << 20) + real, rel=0.01), name
+
+
+def test_memory_of_a_cpu_is_planned_in_two_tiers_as_train_takes_it(tmp_path):
+    argv = ["plan", "--model", "llama3.2-1b", "--gpu", "cpu", "--host-memory", "4GiB", "--device-memory", "3GiB"]
+    path = tmp_path / "plan.json"
+    assert main([*argv, "--seq-len", "256", "--nvme", "none", "--no-advice", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["model"] == "llama3.2-1b" and 0 < report["predicted"]["peak_bytes"]["host"] <= 4 << 30
