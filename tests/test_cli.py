@@ -20,8 +20,8 @@ import torch
 
 from offload_rt.cli import doctor_folder, doctor_machine
 from offload_rt.cli.main import COMMANDS, main
-from offload_rt.cli.train_run import _adapters
-from offload_rt.errors import StorageError
+from offload_rt.cli.train_run import _adapters, check_length
+from offload_rt.errors import ConfigError, StorageError
 from tests.test_data import make_tokenizer
 
 torch.set_num_threads(1)
@@ -346,3 +346,31 @@ def test_bad_data_or_model_is_found_before_a_store_is_written(
     code, line = fails(capsys, *arguments, "--out", str(tmp_path / "file" / "out"))
     assert code == 2 and "file is a file, not a folder" in line
     assert list((tmp_path / "nvme").iterdir()) == [] and not (tmp_path / "out").exists()
+
+
+def test_rows_longer_than_the_model_was_made_for_are_refused_or_warned_of_once(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
+    arguments += ["--out", str(tmp_path / "out")]
+    for num_tokens, num_warnings in ((2048, 0), (2049, 1)):
+        assert main([*arguments, "--seq-len", str(num_tokens)]) == 2
+        out = capsys.readouterr().out
+        assert out.count("2049 tokens a row, the model was made for 2048") == out.count("warning") == num_warnings
+
+
+@pytest.mark.parametrize("config", ["GPT2Config", "OPTConfig", "GPTNeoXConfig"])
+def test_positions_that_are_learned_end(config: str) -> None:
+    import transformers
+
+    made = getattr(transformers, config)(
+        max_position_embeddings=24, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=24
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(made)
+    assert check_length(model, 24) == ""
+    if config == "GPTNeoXConfig":  # a vocabulary is no table of positions
+        assert "25 tokens a row, the model was made for 24" in check_length(model, 25)
+    else:
+        with pytest.raises(ConfigError, match=r"the model has learned 24 positions \((transformer\.wpe|model\..*pos)"):
+            check_length(model, 25)

@@ -66,6 +66,8 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     else:
         folder.require_free()
     tokenizer, model_on_meta, settings_of_model = _load_transformers(model_folder)
+    if arguments.seq_len is not None and (warning := check_length(model_on_meta, arguments.seq_len)):
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     examples, data_report = load_examples(
         arguments.data,
         tokenizer,
@@ -200,7 +202,25 @@ def _optimizer(name: str, lr: float) -> Callable[[list[torch.nn.Parameter]], tor
 
 def _longest_row(model: Any) -> int:
     """What the model was made for, in tokens."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 4096)
+    return _num_positions(model) or 4096
+
+
+def _num_positions(model: Any) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None) or None
+
+
+def check_length(model: Any, seq_len: int) -> str:
+    """What to warn of where rows are to be so long; empty where nothing is. ConfigError where the model has no
+    positions for them: those that are learned end, in a table with a row or two more (OPT), others go on.
+    """
+    most = _num_positions(model)
+    if most is None or seq_len <= most:
+        return ""
+    for name, module in model.named_modules():
+        is_table = isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+        if is_table and most <= module.num_embeddings <= most + 2:
+            raise ConfigError(f"--seq-len: {seq_len} tokens a row; the model has learned {most} positions ({name})")
+    return f"--seq-len: {seq_len} tokens a row, the model was made for {most} (max_position_embeddings)"
 
 
 class _IngestProgress:
