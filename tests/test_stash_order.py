@@ -14,6 +14,7 @@ from offload_rt.links import Links
 from offload_rt.scratch import Scratch
 from offload_rt.stash import HostStash, NvmeStash
 from offload_rt.throttle import Pipe, Throttle
+from offload_rt.tokenwise import forward, middle
 from offload_rt.transfer import Transfer
 from planners.activations import Action, ActivationPolicy, Chunk, Treatment
 from planners.hardware import named_hardware
@@ -67,6 +68,22 @@ def test_backward_asks_in_the_reverse_of_the_order_in_which_forward_put_away(arc
     assert len(asked) == order.num_put > 20
     place_of = {number: place for place, number in enumerate(sorted(asked, reverse=True))}
     assert max(abs(place - place_of[number]) for place, number in enumerate(asked)) < NEAR
+
+
+ONE_CHUNK = ActivationPolicy(chunks=(Chunk(num_tokens=20, action=Action.RECOMPUTE, **BY_GROUP),))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "module", "copying"),
+    [(CHOSEN["without operands"], forward, "dense"), (ONE_CHUNK, middle, "_copied")],
+)
+def test_queries_keys_and_values_that_nobody_waits_for_are_not_copied(chosen, module, copying, monkeypatch):
+    copied, model = [], build("gpt2")
+    cut(model, chosen, stash_bytes=16 << 20)
+    step(model, batch())  # which first tries a layer by other chunks
+    monkeypatch.setattr(module, copying, lambda tensor, *order: copied.append(tensor) or tensor)
+    step(model, batch())
+    assert copied == []
 
 
 class HeldWrites:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +94,7 @@ class Forward:
         if tile.saved is not None:
             tile.qkv = [edge(tensor) for tensor in call.qkv]
         if not self._puts_away_qkv(tile):
-            self._hold_qkv(tile, [dense(tensor.detach()) for tensor in call.qkv])
+            self._hold_qkv(tile, (dense(tensor.detach()) for tensor in call.qkv))
         state.middle.gather(call.qkv, tile.span.start, empty=not state.is_whole)
         if tile.saved is not None:
             tile.saved.seal()
@@ -122,8 +123,8 @@ class Forward:
         """Whether a chunk's queries, keys and values go to a stash: see [Note: last put away, first wanted]."""
         return self._state.place(tile, Group.QKV).stash is not None
 
-    def _hold_qkv(self, tile: Tile, qkv: list[torch.Tensor]) -> None:
-        """Has a chunk's dense queries, keys and values wait for backward, if it wants them."""
+    def _hold_qkv(self, tile: Tile, qkv: Iterable[torch.Tensor]) -> None:
+        """Has a chunk's dense queries, keys and values, made one by one, wait for backward, if it wants them."""
         if not self._state.is_whole and not tile.recomputes(Group.QKV):
             place = self._state.place(tile, Group.QKV)
             tile.held_qkv = [Held(tensor, place, self._state.counters) for tensor in qkv]

@@ -15,7 +15,7 @@ dropout give the same bits for a head whichever others they are given.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,10 +83,10 @@ class Middle:
             for tensor in qkv:
                 tensor.data = tensor.new_empty(0)
 
-    def operands(self, start: int, end: int) -> list[torch.Tensor]:
+    def operands(self, start: int, end: int) -> Iterator[torch.Tensor]:
         """Copies of tokens [start, end) of the queries, keys and values that are gathered, in their memory layout."""
-        rows = [tensor.narrow(QKV_TOKEN_DIM, start, end - start) for tensor in self._qkv]
-        return [_copied(tensor, order) for tensor, order in zip(rows, self._orders, strict=True)]
+        for tensor, order in zip(self._qkv, self._orders, strict=True):
+            yield _copied(tensor.narrow(QKV_TOKEN_DIM, start, end - start), order)
 
     def attend(self, call: AttentionCall, whole: dict[int, torch.Tensor], new_saved: Callable[[], SavedTensors]) -> int:
         """Makes the call over all tokens. `whole`: by identity, what its other arguments were cut from.
