@@ -224,9 +224,10 @@ class Engine:
         if not self._replanner.is_due or self._num_backwards or not self._training.settled():
             return
         try:
-            runtime = self._replanner.before_step(
-                self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
-            )
+            with torch.inference_mode(False):  # tensors that are made now are trained with, whoever calls
+                runtime = self._replanner.before_step(
+                    self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
+                )
         except BaseException:
             self.close()  # half of the old plan is gone
             raise

@@ -117,6 +117,17 @@ def test_all_parameters_have_the_bits_of_a_run_that_does_not_change(
         assert differences(later.state(), twin.state()) == []
 
 
+def test_a_change_at_a_forward_in_inference_mode_leaves_weights_that_train(tmp_path: Path) -> None:
+    twin = Plain(model())
+    with engine(model(), "from HOST", tmp_path) as run:
+        assert train(run, [0]) == train(twin, [0])
+        propose(run, elsewhere(run, "in DEVICE"))
+        with torch.inference_mode():
+            run.model(**batch(9))
+        assert train(run, [1, 2]) == train(twin, [1, 2])
+        assert results(run) == ["changed"] and differences(run.state(), twin.state()) == []
+
+
 def test_adapters_whose_state_rests_in_memory_change_over() -> None:
     twin = Twin(ADAPTERS)
     torch.manual_seed(11)
