@@ -184,6 +184,7 @@ class Engine:
                 lambda *arguments: self._leave_out_absent(*arguments)  # torch marks the hook: a method takes no marks
             ),
             *self.step_meter.attach(self.model),
+            *self._training.watch(),
         ]
         logger.info("%s", self.summary())
 

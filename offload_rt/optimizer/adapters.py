@@ -72,8 +72,9 @@ class AdapterTraining(TieredTraining):
         return self._steps.gradients()
 
     def step(self) -> None:
-        """Updates every parameter that has a gradient. Blocks."""
+        """Updates every parameter that has a gradient. Blocks. Raises as `AdapterSteps` says."""
         self.before_forward()
+        self._steps.begins(self.optimizer, self.step_number + 1)
         present = [
             trained.name for block in self.blocks for trained in block.parameters if trained.parameter.grad is not None
         ]
@@ -89,6 +90,7 @@ class AdapterTraining(TieredTraining):
         self.step_number += 1
         self.commits.step_taken(self.step_number)
         self._expect_next()
+        self._steps.is_over(self.optimizer)
 
     def forget(self) -> None:
         """Nothing: gradients are where the optimizer forgets them itself."""

@@ -1,12 +1,18 @@
-"""Adapters that train in memory, with torch's own optimizer; and how a step of adapters is taken wherever they rest."""
+"""Adapters that train in memory, with torch's own optimizer; and how a step of adapters is taken wherever they rest.
+
+Their optimizer is torch's, which any loop may step itself. So steps are seen by the optimizer's own hooks, those of
+`engine.step` too, and each is checked, counted and committed once, whoever takes it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from offload_rt.checkpoint.state import FolderCommits, load_state, restore, save_state
 from offload_rt.config import NO_COMMIT_FOLDER
@@ -24,21 +30,34 @@ class AdapterSteps:
         """`trainable` is in the model's order, in which norms are summed. `max_grad_norm`: as declared."""
         self.trainable = trainable
         self._max_grad_norm = max_grad_norm
+        self._before: dict[str, Tensor] = {}
+        """Of a first step that is under way, what it is to change."""
 
     def take(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Takes the step number `step`, from 1. Raises `IntegrityError`, then before anything was updated but for
-        a first step that changed nothing.
+        """Clips as declared, takes the step number `step`, from 1, and forgets the gradients. The optimizer's step
+        calls `begins` and `is_over`, whose errors these are.
         """
+        if self._max_grad_norm is not None:
+            self._check(optimizer, step)  # clipping spreads what is not finite
+            check_norm(self.clip(self._max_grad_norm), step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def begins(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Raises `IntegrityError`, before anything is updated."""
+        self._check(optimizer, step)
+        self._before = {name: p.detach().clone() for name, p in self.trainable.items()} if step == 1 else {}
+
+    def is_over(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises `IntegrityError` where a first step has changed nothing."""
+        before, self._before = self._before, {}
+        if before:
+            check_moved(before, self.trainable, optimizer)
+
+    def _check(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         if step <= CHECKED_STEPS:
             check_gradients(self.trainable, step)
             check_optimizer(optimizer, self.trainable)
-        before = {name: p.detach().clone() for name, p in self.trainable.items()} if step == 1 else {}
-        if self._max_grad_norm is not None:
-            check_norm(self.clip(self._max_grad_norm), step)
-        optimizer.step()
-        if before:
-            check_moved(before, self.trainable, optimizer)
-        optimizer.zero_grad(set_to_none=True)
 
     def clip(self, max_norm: float) -> Tensor:
         """As torch does, by torch."""
@@ -68,6 +87,8 @@ class MemoryTraining:
         """`commit_every`: steps between commits to `commit_folder`, which is None without a drive."""
         self.optimizer = optimizer
         self.step_number = 0
+        self._is_stepping = False
+        """Whether a step has begun that is not counted: an optimizer's `step` may call that of its base, hooks too."""
         self._steps = steps
         self._extra: Callable[[], Values] = dict
         self._amend: Callable[[Values], Values] = dict
@@ -112,6 +133,27 @@ class MemoryTraining:
         optimizer = self._training("step: nothing trains; give adapters=, or leave some parameters requires_grad")
         self.before_forward()
         self._steps.take(optimizer, self.step_number + 1)
+
+    def watch(self) -> list[RemovableHandle]:
+        """See `interface.Training`."""
+        if self.optimizer is None:
+            return []
+        return [
+            self.optimizer.register_step_pre_hook(self._step_begins),
+            self.optimizer.register_step_post_hook(self._step_is_over),
+        ]
+
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.before_forward()  # of a loop that takes two steps without a forward in between
+        if all(argument is None for argument in (*args[1:], *kwargs.values())):  # a closure has yet to take gradients
+            self._steps.begins(optimizer, self.step_number + 1)
+        self._is_stepping = True
+
+    def _step_is_over(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_stepping:
+            return
+        self._is_stepping = False
+        self._steps.is_over(optimizer)
         self.step_number += 1
         if self._commits is not None:
             self._commits.step_taken(self.step_number)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 Check = Callable[[Mapping[str, Any]], None]
 """May refuse what was saved besides the state, by raising, before anything is changed."""
@@ -61,6 +62,9 @@ class Training(Protocol):
 
     def take_step(self) -> None:
         """Clips as declared, updates by the optimizer, and forgets the gradients. Blocks."""
+
+    def watch(self) -> list[RemovableHandle]:
+        """Sees the steps that a loop takes by the optimizer itself. The caller removes the hooks."""
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients so that their global norm is at most `max_norm`; returns the norm before."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arena import Slot
 from offload_rt.checkpoint.values import rng_state, unpack_values
@@ -132,6 +133,10 @@ class TieredTraining(ABC):
     def carry(self, extra: Callable[[], Values], amend: Callable[[Values], Values]) -> None:
         """See `interface.Training`."""
         self.commits.carry(extra, amend)
+
+    def watch(self) -> list[RemovableHandle]:
+        """None: the optimizer's steps are this training's own."""
+        return []
 
     def commit_next(self) -> None:
         """See `interface.Training`."""

@@ -1,0 +1,126 @@
+"""A loop that calls `loss.backward()` and `engine.optimizer.step()`, as torch's loops and Trainer do: its steps are
+checked, counted and committed as those of `engine.step` are.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW
+
+from offload_rt.checkpoint.state import is_complete
+from offload_rt.errors import IntegrityError
+from tests.adapter_tiers import IN_HOST
+from tests.conftest import build_lora, language_batch
+
+
+class CallsItsBase(AdamW):
+    """Its `step` calls that of its base, which carries hooks too once there was a plain one."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.fixture
+def made(make_engine, disk_folder):
+    def make(**arguments):
+        return make_engine(build_lora(dropout=0.0, num_layers=1), nvme=disk_folder, **arguments)
+
+    return make
+
+
+def backward(engine, number=0):
+    engine.model(**language_batch(number)).loss.backward()
+
+
+def step(engine, number=0):
+    backward(engine, number)
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+
+
+def values(engine):
+    return {name: p.detach().clone() for name, p in engine.trainable.items()}
+
+
+def test_its_steps_are_committed_when_the_next_forward_begins_and_a_run_goes_on_from_them(made):
+    engine = made(commit_every=2)
+    for number in range(3):
+        assert not is_complete(engine.commit_folder)
+        step(engine, number)
+        assert engine.step_number == number + 1
+    assert is_complete(engine.commit_folder)
+    last, folder = values(engine), engine.commit_folder
+    engine.close()
+    engine = made(commit_every=2)
+    engine.load_checkpoint(folder)
+    assert engine.step_number == 2
+    step(engine, 2)
+    assert engine.step_number == 3 and all(torch.equal(last[name], value) for name, value in values(engine).items())
+
+
+def test_the_last_step_is_committed_by_the_end(made):
+    with made(commit_every=1) as engine:
+        step(engine)
+        assert not is_complete(engine.commit_folder)
+    assert is_complete(engine.commit_folder)
+
+
+def test_a_step_is_counted_once_whoever_takes_it(made):
+    AdamW([torch.nn.Parameter(torch.zeros(1))])  # from here on a base's step carries hooks
+    engine = made(optimizer=lambda parameters: CallsItsBase(parameters, lr=1e-2), max_grad_norm=1.0)
+    step(engine)
+    assert engine.step_number == 1
+    backward(engine)
+    engine.step()
+    assert engine.step_number == 2
+    with pytest.raises(RuntimeError, match="no"):  # a step that fails is none
+        engine.optimizer.step(lambda: (_ for _ in ()).throw(RuntimeError("no")))
+    assert engine.step_number == 2
+    step(engine)
+    assert engine.step_number == 3
+
+
+def test_a_closure_takes_the_gradients_itself(made):
+    engine = made(optimizer=lambda parameters: SGD(parameters, lr=1e-2), commit_every=1)
+    for number in range(2):
+
+        def closure(number=number):
+            engine.optimizer.zero_grad()
+            backward(engine, number)
+
+        engine.optimizer.step(closure)
+        assert engine.step_number == number + 1
+
+
+@pytest.mark.parametrize("options", [None, {"state": IN_HOST}], ids=["in memory", "in tiers"])
+def test_the_first_steps_are_checked_before_anything_is_updated(made, options):
+    engine = made(options=options, host_memory="64MiB")
+    before = values(engine)
+    with pytest.raises(IntegrityError, match="received no gradient in step 1"):
+        engine.optimizer.step()
+    backward(engine)
+    name, parameter = next(iter(engine.trainable.items()))
+    parameter.grad.fill_(torch.inf)
+    with pytest.raises(IntegrityError, match=f"step 1: the gradient of {name} is not finite"):
+        engine.optimizer.step()
+    assert engine.step_number == 0 and all(torch.equal(before[name], value) for name, value in values(engine).items())
+    engine.optimizer.zero_grad()
+    step(engine)
+    assert engine.step_number == 1
+
+
+def test_a_first_step_that_changes_nothing_is_told(made):
+    engine = made(optimizer=lambda parameters: SGD(parameters, lr=1e-30))
+    backward(engine)
+    with pytest.raises(IntegrityError, match="changed no parameter"):
+        engine.optimizer.step()
+    assert engine.step_number == 0
+
+
+def test_a_closed_engine_sees_no_steps_any_more(made):
+    engine = made(commit_every=1)
+    optimizer = engine.optimizer
+    assert optimizer._optimizer_step_pre_hooks and optimizer._optimizer_step_post_hooks
+    engine.close()
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
