@@ -6,6 +6,7 @@ from `.grad` as soon as they are there.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,13 +28,15 @@ class StandIns:
         self._blocks = tuple(blocks)
         self._deliver = deliver
         self._handles = []
-        for block in blocks:
+        # The collector does not see what torch holds for a parameter: nothing there may hold that, or this.
+        weakly = weakref.ref(self)
+        for number, block in enumerate(blocks):
             for index, trained in enumerate(block.parameters):
                 if trained.streamed is None:
                     parameter: Any = trained.parameter  # torch leaves its hooks without types
-                    take = partial(self._take, block, index)
+                    take, make_way = partial(_take, weakly, number, index), partial(_make_way, weakly, number, index)
                     self._handles.append(parameter.register_post_accumulate_grad_hook(take))
-                    self._handles.append(parameter.register_hook(partial(_make_way, parameter)))
+                    self._handles.append(parameter.register_hook(make_way))
 
     def put(self, block: TrainedBlock, indices: Iterable[int]) -> None:
         """Gives these parameters of `block` one, where they have none."""
@@ -73,17 +76,30 @@ class StandIns:
         for handle in self._handles:
             handle.remove()
 
-    def _take(self, block: TrainedBlock, index: int, parameter: nn.Parameter) -> None:
+    def take(self, number: int, index: int) -> None:
+        """Delivers the gradient that autograd has left with a parameter of a block."""
+        block = self._blocks[number]
+        parameter = block.parameters[index].parameter
         gradient = parameter.grad
         if gradient is not None:
             parameter.grad = None
             self._deliver(block, {index: gradient})
 
+    def make_way(self, number: int, index: int) -> None:
+        """Nothing can be added to a stand-in: it goes before the next gradient comes."""
+        parameter = self._blocks[number].parameters[index].parameter
+        if isinstance(parameter.grad, AbsentGradient):
+            parameter.grad = None
 
-def _make_way(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Nothing can be added to a stand-in: it goes before the next gradient comes."""
-    if isinstance(parameter.grad, AbsentGradient):
-        parameter.grad = None
+
+def _take(of: weakref.ref[StandIns], number: int, index: int, _: nn.Parameter) -> None:
+    if (stand_ins := of()) is not None:
+        stand_ins.take(number, index)
+
+
+def _make_way(of: weakref.ref[StandIns], number: int, index: int, _: Tensor) -> None:
+    if (stand_ins := of()) is not None:
+        stand_ins.make_way(number, index)
 
 
 class AbsentGradient(torch.Tensor):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import traceback
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -92,7 +93,7 @@ class Stepper:
             home, state_arena=state_arena, state_slot_bytes=state_slot_bytes, weights_arena=weights_arena,
             weights_slot_bytes=weights_slot_bytes, wait=self._wait, settle_one=self._settle_one_on_device,
         )  # fmt: skip
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Stepper, Callable[[], None]] | None] = queue.SimpleQueue()
         self._num_open = 0
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -100,8 +101,9 @@ class Stepper:
         """Seconds that the thread of its own has waited for transfers, by resource."""
         self._thread: threading.Thread | None = None
         if threaded:
-            self._thread = threading.Thread(target=self._work, name="offload_rt-updates", daemon=True)
+            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="offload_rt-updates", daemon=True)
             self._thread.start()
+            weakref.finalize(self, self._jobs.put, None).atexit = False  # nobody may have closed it
 
     def expect(self, blocks: Sequence[TrainedBlock]) -> None:
         """Says in which order blocks will be submitted, and starts reading; see `StateSlots.expect`."""
@@ -121,14 +123,14 @@ class Stepper:
         with self._changed:
             self._raise_failure()
             self._num_open += 1
-        self._jobs.put(partial(self._step_block, job))
+        self._jobs.put((self, partial(self._step_block, job)))
 
     def settle(self, arrival: Arrival) -> None:
         """Settles `arrival` behind what was submitted, where there is a thread; whoever wants it can do so before."""
         if self._thread is not None:
             with self._changed:
                 self._num_open += 1
-            self._jobs.put(partial(arrival.settle, self._wait))
+            self._jobs.put((self, partial(arrival.settle, self._wait)))
 
     def wait_for_one(self) -> bool:
         """Blocks until a block that was submitted is done; False where none is open."""
@@ -195,23 +197,6 @@ class Stepper:
             self._wait(self._home.write_weights(block, weights))
         self._land(block, block.pieces)
         self._order_weights()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                with self._changed:
-                    skip = self._failure is not None  # what follows a failed block is not worth stepping
-                if not skip:
-                    job()
-            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-                traceback.clear_frames(error.__traceback__)  # whoever keeps it must not keep slots with it
-                with self._changed:
-                    self._failure = error
-            finally:
-                del job
-                with self._changed:
-                    self._num_open -= 1
-                    self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -344,6 +329,28 @@ class Stepper:
             self._links.wait(self._landing.popleft())
         if self._home.landing is not None:
             self._home.landing.order()
+
+
+def _work(jobs: queue.SimpleQueue[tuple[Stepper, Callable[[], None]] | None]) -> None:
+    """What a stepper's thread does. It sees the stepper only while there is something to do."""
+    while (given := jobs.get()) is not None:
+        stepper, job = given
+        del given
+        try:
+            with stepper._changed:
+                skip = stepper._failure is not None  # what follows a failed block is not worth stepping
+            if not skip:
+                job()
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            traceback.clear_frames(error.__traceback__)  # whoever keeps it must not keep slots with it
+            with stepper._changed:
+                stepper._failure = error
+        finally:
+            del job
+            with stepper._changed:
+                stepper._num_open -= 1
+                stepper._changed.notify_all()
+            del stepper
 
 
 def _num_elements(piece: Piece) -> int:
