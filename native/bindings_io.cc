@@ -104,12 +104,13 @@ class PyRing {
   ~PyRing() {
     const py::gil_scoped_release release;
     ring_.reset();
-  }  // buffers_ goes after this, with the GIL
+  }  // held_ goes after this, with the GIL
 
   PyRing(const PyRing&) = delete;
   PyRing& operator=(const PyRing&) = delete;
 
-  Ticket submit(IoKind kind, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer) {
+  Ticket submit(IoKind kind, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer,
+                py::object owner) {
     BufferView view(buffer, kind == IoKind::read);
     Ticket ticket = 0;
     raise_unless_ok(ring_->submit({.kind = kind,
@@ -119,7 +120,7 @@ class PyRing {
                                    .address = view.data(),
                                    .length = static_cast<std::uint64_t>(view.size())},
                                   ticket));
-    buffers_.emplace(ticket, std::move(view));
+    held_.emplace(ticket, Held{std::move(view), std::move(owner)});
     return ticket;
   }
 
@@ -141,7 +142,8 @@ class PyRing {
       }
       const bool finished = status.ok() || status.code == StatusCode::os_error ||
                             status.code == StatusCode::end_of_file || status.code == StatusCode::no_progress;
-      if (finished) buffers_.erase(ticket);
+      // Taken out first: what goes with it may run Python, and drop the GIL.
+      const auto over = finished ? held_.extract(ticket) : decltype(held_)::node_type{};
       raise_unless_ok(status);
       return;
     }
@@ -159,7 +161,7 @@ class PyRing {
       const py::gil_scoped_release release;
       status = ring_->close();
     }
-    buffers_.clear();
+    std::exchange(held_, {}).clear();
     raise_unless_ok(status);
   }
 
@@ -187,7 +189,12 @@ class PyRing {
     return call();
   }
 
-  std::unordered_map<Ticket, BufferView> buffers_;
+  // What an operation needs: its memory, and whoever closes its descriptor.
+  struct Held {
+    BufferView view;
+    py::object owner;
+  };
+  std::unordered_map<Ticket, Held> held_;
   IoRingPtr ring_;
 };
 
@@ -260,28 +267,31 @@ void bind_io(py::module_& m) {
                              [](const PyRing& ring) { return ring.core().fallback_reason(); })
       .def(
           "read",
-          [](PyRing& ring, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer) {
-            return ring.submit(IoKind::read, fd, std::move(path), offset_bytes, buffer);
+          [](PyRing& ring, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer,
+             py::object owner) {
+            return ring.submit(IoKind::read, fd, std::move(path), offset_bytes, buffer, std::move(owner));
           },
-          arg("fd"), arg("path"), arg("offset_bytes"), arg("buffer"),
+          arg("fd"), arg("path"), arg("offset_bytes"), arg("buffer"), arg("owner") = py::none(),
           "Starts filling all of `buffer` from `offset_bytes` on; returns a ticket. The ring holds the "
           "buffer until\n"
-          "the ticket was waited for; the descriptor must stay open as long. `path` is for messages.")
+          "the ticket was waited for; the descriptor must stay open as long, and whoever closes it with his\n"
+          "end is `owner`, which is held too. `path` is for messages.")
       .def(
           "write",
-          [](PyRing& ring, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer) {
-            return ring.submit(IoKind::write, fd, std::move(path), offset_bytes, buffer);
+          [](PyRing& ring, int fd, std::string path, std::uint64_t offset_bytes, const py::object& buffer,
+             py::object owner) {
+            return ring.submit(IoKind::write, fd, std::move(path), offset_bytes, buffer, std::move(owner));
           },
-          arg("fd"), arg("path"), arg("offset_bytes"), arg("buffer"),
+          arg("fd"), arg("path"), arg("offset_bytes"), arg("buffer"), arg("owner") = py::none(),
           "Starts writing all of `buffer` to `offset_bytes` on; returns a ticket. As read(), and the buffer "
           "must\n"
           "not be changed meanwhile. Written is not yet durable: that is sync's part.")
       .def(
           "sync",
-          [](PyRing& ring, int fd, std::string path) {
-            return ring.submit(IoKind::sync, fd, std::move(path), 0, py::bytes());
+          [](PyRing& ring, int fd, std::string path, py::object owner) {
+            return ring.submit(IoKind::sync, fd, std::move(path), 0, py::bytes(), std::move(owner));
           },
-          arg("fd"), arg("path"),
+          arg("fd"), arg("path"), arg("owner") = py::none(),
           "Starts fdatasync; returns a ticket. It covers what was waited for before this call, and nothing\n"
           "that is still under way.")
       .def("wait", &PyRing::wait, arg("ticket"), arg("timeout_seconds"),

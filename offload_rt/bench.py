@@ -252,4 +252,4 @@ def drive(bench: Bench, folder: Path, links: Links, profile: DriveProfile) -> It
             "read and write": (run("read", "write", "read", "write"), amount),
         }
     finally:
-        os.close(file.fd)
+        file.close()

@@ -6,13 +6,15 @@ Nothing here reads or writes a tensor; that goes through `Links`.
 io_uring does not take a killed process's direct writes back, and its end does not wait for them: a `lock` file is free
 while the drive still writes (10 to 40 ms were seen for 64 MiB in flight). A request holds the open file that it writes
 to, though, and an flock belongs to that open file, not to the process. So each `state.bin` is locked itself, through
-the descriptor that is written through: whoever has got that lock knows that no earlier write is under way.
+the descriptor that is written through: whoever has got that lock knows that no earlier write is under way. Who is
+collected without having been closed lets go of both by closing them, the file when its last write is over.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -23,7 +25,7 @@ from typing import Any
 
 from offload_rt import file_io
 from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreInUse
-from offload_rt.file_io import OpenFile
+from offload_rt.file_io import Descriptor, OpenFile
 from planners.errors import format_bytes
 
 MARKER = "OFFLOAD_RT_STORE"
@@ -31,35 +33,47 @@ _POLL_SECONDS = 0.01
 
 
 class FolderLock:
-    """An exclusive flock on a store's `lock` file, held until closed or until the process is gone."""
+    """An exclusive flock on a store's `lock` file, held until closed, or collected, or until the process is gone."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "lock"
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._file = Descriptor(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
         except OSError as error:
             raise StorageError("the lock cannot be opened", path=str(path), errno=error.errno or 0) from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise StorageError("cannot be locked", path=str(path), errno=error.errno or 0) from None
+        if not self._takes(path):
             holder = path.read_text().strip() or "unknown"
             if holder == _this_process():
-                raise StoreInUse(
-                    f"{folder} is in use by an engine of this process ({holder}), which keeps it until engine.close(): "
-                    f"close that one first (`with offload_rt.engine(...)` does), or give nvme= another folder"
-                ) from None
-            raise StoreInUse(
-                f"{folder} is in use by another run ({holder}); wait for it to end, or give nvme= another folder"
-            ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{_this_process()}\n".encode(), 0)
+                gc.collect()  # an engine that nobody closed, and nobody sees any more
+            if not self._takes(path):
+                self._file.close()
+                raise StoreInUse(_in_use(folder, holder))
+        os.ftruncate(self._file.fd, 0)
+        os.pwrite(self._file.fd, f"{_this_process()}\n".encode(), 0)
+
+    def _takes(self, path: Path) -> bool:
+        """Takes the lock where it is free, and says whether."""
+        try:
+            fcntl.flock(self._file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            self._file.close()
+            raise StorageError("cannot be locked", path=str(path), errno=error.errno or 0) from None
+        return True
 
     def close(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold the descriptor too, and the lock with it
-        os.close(self._fd)
+        fcntl.flock(self._file.fd, fcntl.LOCK_UN)  # a forked child may hold the descriptor too, and the lock with it
+        self._file.close()
+
+
+def _in_use(folder: Path, holder: str) -> str:
+    if holder == _this_process():
+        return (
+            f"{folder} is in use by an engine of this process ({holder}), which keeps it until engine.close(): "
+            f"close that one first (`with offload_rt.engine(...)` does), or give nvme= another folder"
+        )
+    return f"{folder} is in use by another run ({holder}); wait for it to end, or give nvme= another folder"
 
 
 def _this_process() -> str:
@@ -111,10 +125,10 @@ def open_fenced(path: Path, patience_seconds: float) -> OpenFile:
             return file
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(file.fd)
+                file.close()
                 raise os_error("cannot be locked", path, error) from None
         if time.monotonic() >= deadline:
-            os.close(file.fd)
+            file.close()
             raise StoreInUse(
                 f"{path}: a process that is gone left writes under way, or a child that has the file open; "
                 f"not free after {patience_seconds:g} s"
@@ -125,7 +139,7 @@ def open_fenced(path: Path, patience_seconds: float) -> OpenFile:
 def close_fenced(file: OpenFile) -> None:
     """Gives the lock back, also where a forked child has the descriptor. Nothing may be in flight."""
     fcntl.flock(file.fd, fcntl.LOCK_UN)
-    os.close(file.fd)
+    file.close()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -31,6 +31,27 @@ RING_DEPTH = 64
 """Requests in flight at one device, at most; `FileIO.tune` sets less where a drive wants no more."""
 
 
+class Descriptor:
+    """Closes `fd` once: by `close`, or when nobody sees this any more. Operations under way see it: the ring holds it.
+
+    So what is collected with nobody having closed it ends its own reads and writes first, and no number of a closed
+    descriptor is used that may be another file's by then.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Nothing may be under way. May be called twice."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.fd >= 0:
+            close(self.fd)  # no lock is given back: in a forked child it is the parent's
+
+
 @dataclass(frozen=True)
 class OpenFile:
     """A file that the store has open. `direct` says that its descriptor was opened with O_DIRECT."""
@@ -38,11 +59,18 @@ class OpenFile:
     path: str
     fd: int
     direct: bool
+    owner: Descriptor | None = None
+    """Who closes it; None where the caller does."""
+
+    def close(self) -> None:
+        """Nothing may be under way."""
+        if self.owner is not None:
+            self.owner.close()
 
 
 def open_file(path: str | Path, *, writable: bool) -> OpenFile:
     """Opens (and, if writable, makes) a file, past the page cache where its file system lets us, which is tried: some
-    take the flag and refuse the first transfer. The caller closes it. Raises `OSError`.
+    take the flag and refuse the first transfer. Raises `OSError`.
     """
     flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
     fd = -1
@@ -54,13 +82,14 @@ def open_file(path: str | Path, *, writable: bool) -> OpenFile:
                 os.ftruncate(fd, 0)
             else:
                 os.preadv(fd, [page], 0)
-        return OpenFile(str(path), fd, True)
+        return OpenFile(str(path), fd, True, Descriptor(fd))
     except OSError as error:
         if fd >= 0:
             os.close(fd)
         if error.errno not in (errno_names.EINVAL, errno_names.EOPNOTSUPP):
             raise
-    return OpenFile(str(path), os.open(path, flags, 0o644), False)
+    fd = os.open(path, flags, 0o644)
+    return OpenFile(str(path), fd, False, Descriptor(fd))
 
 
 class FileIO(Protocol):
@@ -143,7 +172,7 @@ class RingIO:
 
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
         place = () if kind == "sync" else (offset_bytes, buffer)
-        ticket = getattr(self._ring, kind)(file.fd, file.path, *place)
+        ticket = getattr(self._ring, kind)(file.fd, file.path, *place, owner=file.owner)
         num_bytes = len(buffer)
 
         def wait(timeout_seconds: float) -> None:

@@ -63,7 +63,7 @@ class Scratch:
             try:
                 os.posix_fallocate(self.file.fd, 0, self.capacity_bytes)
             except OSError as error:
-                os.close(self.file.fd)
+                self.file.close()
                 if error.errno == errno.ENOSPC:
                     raise StorageFull(
                         f"the plan puts {format_bytes(self.capacity_bytes)} there for less than a step",
@@ -94,4 +94,4 @@ class Scratch:
         raise StorageFull(f"no room for {format_bytes(wanted)} more", path=self.file.path, errno=errno.ENOSPC)
 
     def close(self) -> None:
-        os.close(self.file.fd)
+        self.file.close()

@@ -134,7 +134,7 @@ def load_snapshot(
         _bring(log, {name: here[name] for name in saved}, links, read)
     finally:
         settle(reads)
-        os.close(file.fd)
+        file.close()
     return found
 
 
@@ -195,7 +195,7 @@ def _save(log: SnapshotLog, folder: Path, links: Links, names: list[str]) -> int
         barrier(links, [file], in_flight)
     finally:
         settle(in_flight)
-        os.close(file.fd)
+        file.close()
     body = {
         "version": SNAPSHOT_VERSION, "step": log.committed.step, "extents": extents,
         "payload_crc32c": crc32c(memoryview(log.committed.payload)),

@@ -186,14 +186,14 @@ class Store:
     def close(self) -> None:
         """Closes descriptors and gives the lock back. The files stay."""
         for file in self._files:
-            os.close(file.fd)
+            file.close()
         for lock in self._locks:
             lock.close()
         self._files = []
         self._locks = []
 
     def open_on(self, drive: int, path: Path, *, writable: bool) -> OpenFile:
-        """Opens a file on one of the drives, to be asked as its profile says. The caller closes it."""
+        """Opens a file on one of the drives, to be asked as its profile says."""
         file = open_file(path, writable=writable)
         self._links.io.tune(file, self.profiles[drive].depth, self.profiles[drive].io_bytes)
         return file
@@ -303,7 +303,7 @@ class StoreBuilder:
     def close(self) -> None:
         """Gives the descriptors back; without `finish`, the store stays incomplete."""
         for file in self._files:
-            os.close(file.fd)
+            file.close()
         self._files = []
 
 

@@ -57,7 +57,7 @@ folder = Path(sys.argv[1])
 lock, file = FolderLock(folder), open_fenced(folder / "state.bin", 0)
 end, other = os.pipe()
 if os.fork() == 0:  # stands for the kernel, that holds the file of a request which is under way
-    lock._fd and os.close(lock._fd)
+    lock._file.close()
     os.close(other)
     print("under way", flush=True)
     sys.stdin.read()

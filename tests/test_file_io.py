@@ -263,7 +263,7 @@ def test_where_direct_io_is_refused_the_page_cache_serves(refuse, backend, disk_
     assert slots[1].buffer() == slots[0].buffer()
     links.close()
     for file in files:
-        os.close(file.fd)
+        file.close()
 
 
 def test_a_file_is_opened_past_the_page_cache_and_left_as_it_was(disk_folder):
@@ -275,7 +275,7 @@ def test_a_file_is_opened_past_the_page_cache_and_left_as_it_was(disk_folder):
     assert path.read_bytes() == b"content"
     assert len({file.direct for file in (made, again, read)}) == 1
     for file in (made, again, read):
-        os.close(file.fd)
+        file.close()
 
 
 def test_what_cannot_be_opened_is_no_matter_of_direct_io(tmp_path):
