@@ -53,7 +53,8 @@ class UpdatePlace(str, Enum):
     DEVICE = "device"
 
 
-def _not_negative(record: object, what: str, names: tuple[str, ...]) -> None:
+def check_not_negative(record: object, what: str, names: tuple[str, ...]) -> None:
+    """Raises ValueError where one of these fields of a part of a plan is no whole number of at least 0."""
     for name in names:
         value = getattr(record, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -69,7 +70,7 @@ class Split:
     nvme_bytes: int
 
     def __post_init__(self) -> None:
-        _not_negative(self, "weights", ("device_bytes", "host_bytes", "nvme_bytes"))
+        check_not_negative(self, "weights", ("device_bytes", "host_bytes", "nvme_bytes"))
 
     @property
     def total_bytes(self) -> int:
@@ -94,7 +95,7 @@ class TokenSplit:
     """What the planner was told that it takes, in each sequence of a batch."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, f"tokens of {self.name!r}", _TOKEN_FIELDS)
+        check_not_negative(self, f"tokens of {self.name!r}", _TOKEN_FIELDS)
         if not 0 <= self.bytes_per_token < 1 << 60:
             raise ValueError(f"plan: tokens of {self.name!r}: {self.bytes_per_token!r} bytes per token")
 
@@ -118,7 +119,7 @@ class Update:
     """During the next forward (`UpdateMode.DEFERRED` only)."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "update", ("params",))
+        check_not_negative(self, "update", ("params",))
         if self.tier is Tier.DEVICE and self.place is UpdatePlace.CPU:
             raise ValueError("plan: update: state that rests in DEVICE is stepped there, not on the CPU")
 
@@ -171,6 +172,6 @@ class Cuts:
     queries, keys, values and results pass through HOST between the groups."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "cuts", ("chunk_tokens", "attention_groups"))
+        check_not_negative(self, "cuts", ("chunk_tokens", "attention_groups"))
         if self.chunk_tokens < 1 or self.attention_groups < 1:
             raise ValueError("plan: cuts: chunk_tokens and attention_groups are at least 1")

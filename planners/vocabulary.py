@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from planners.placement import Tier
+from planners.placement import Tier, check_not_negative
 
 TILE_BYTES = 64 << 20
 TILES = 8
@@ -98,6 +98,8 @@ class Lookups:
     """Of a piece of pages on their way from NVMe; 0 from HOST."""
 
     def __post_init__(self) -> None:
+        check_not_negative(self, "lookups", ("room_bytes", "pages_bytes"))
+        _check_names("lookups", self.blocks)
         if self.rest is Tier.DEVICE:
             raise ValueError("plan: lookups: rest is DEVICE; list blocks that stay there as resident")
         if not self.blocks or self.room_bytes < 1:
@@ -146,6 +148,8 @@ class HeadTiles:
     """What products need beside the logits: in fp32 a tile, gradients of its logits and of all inputs; softmax sums."""
 
     def __post_init__(self) -> None:
+        check_not_negative(self, "head_tiles", ("tile_rows", "tile_bytes", "num_slots", "product_bytes"))
+        _check_names("head_tiles", (self.block,))
         if self.rest is Tier.DEVICE:
             raise ValueError("plan: head_tiles: rest is DEVICE; list a block that stays there as resident")
         if min(self.tile_rows, self.num_slots) < 1 or self.tile_bytes < PAGE_BYTES or self.tile_bytes % PAGE_BYTES:
@@ -175,3 +179,9 @@ class HeadTiles:
 
 def _pages(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _check_names(what: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"plan: {what}: {name!r} is no block's name")

@@ -21,6 +21,7 @@ from planners.rows import LOW_PRICE, Freedoms
 from planners.simulate import simulate
 from planners.steady import _Builder, _read, solve_steady
 from planners.validate import InvalidPlan, busy_seconds, check, floor_seconds
+from planners.vocabulary import HeadTiles, Lookups
 from tests.planner_cases import MIB, TINY, machine
 
 VOCABULARY, WIDTH, TOKENS = 32768, 1024, 64
@@ -167,3 +168,26 @@ def test_the_command_says_it(capsys):
     argv = ["plan", "--model", "llama3-8b", "--gpu", "rtx3060", "--nvme", "1TB@7.0r/5.0w", "--no-advice", "--bits", "4"]
     assert main([*argv, "--device-memory", "4GiB", "--host-memory", "32GiB", "--seq-len", "1024"]) == 0
     assert "lm_head by tiles of 8192 rows from " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("of", "change"),
+    [
+        *(
+            (HeadTiles, {name: value})
+            for name in ("num_slots", "product_bytes")
+            for value in (-1, 1.5, "1", None, True)
+        ),
+        *((HeadTiles, {"block": block}) for block in ([], ["head"], None)),
+        *((Lookups, {"room_bytes": value}) for value in (-1, 4096.5, True)),
+        (Lookups, {"blocks": [["head"]]}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
+)
+def test_what_is_no_number_or_name_is_refused_where_a_plan_is_read(of, change):
+    tiles = {"block": "head", "rest": "nvme", "tile_rows": 8, "tile_bytes": 4096, "num_slots": 2, "product_bytes": 0}
+    lookups = {"blocks": ["table"], "rest": "nvme", "room_bytes": 4096, "pages_bytes": 4096}
+    good = tiles if of is HeadTiles else lookups
+    assert of.from_json(good).rest is Tier.NVME
+    with pytest.raises(ValueError, match=f"plan: .*{next(iter(change))[:5]}"):
+        of.from_json({**good, **change})
