@@ -159,6 +159,7 @@ def training_problem(
     items = {trained.parameter.element_size() for block in training.blocks for trained in block.parameters}
     classes = _classes(workload, streaming, seconds)
     params = sum(map(_num_params, training.blocks))
+    changing_bytes = sizes.state_bytes + sum(block.weight_bytes for block in sizes.blocks)
     planned = PlannedWorkload(
         name=type(workload.model).__name__,
         training=Training.FULL,
@@ -173,8 +174,8 @@ def training_problem(
         commit_every=commit_every,
         slab_bytes=0,  # slabs are ordinary memory, and come when a step's activations are gone
         state_piece_bytes=sizes.piece_bytes,
-        # Extents of all that changes, and gradients of a first step, which always waits for its norm.
-        log_bytes=2 * (sizes.state_bytes + sum(b.weight_bytes for b in sizes.blocks)) + sizes.gradient_bytes,
+        # Where there is a drive: extents of all that changes, and gradients of a first step, which waits for its norm.
+        log_bytes=2 * changing_bytes + sizes.gradient_bytes if config.nvme else 0,
     )
     # What lies in DEVICE memory besides, whatever the plan: of what trains, the gradient that is made is the planner's
     # where gradients leave DEVICE, and one more where they wait in what is DEVICE as well.
