@@ -44,6 +44,16 @@ def with_adapter_state(workload: Workload, optimizer: torch.optim.Optimizer, *, 
     return replace(workload, training=TrainingDraft(rule=rule, blocks=(block,), key=key, adapters=True))
 
 
+def in_tiers(workload: Workload, optimizer: torch.optim.Optimizer | None, options: RuntimeOptions) -> Workload:
+    """`workload` with its adapters' state to be placed. Raises ConfigError where it cannot be."""
+    if optimizer is None:
+        raise ConfigError("plan: places optimizer state, but nothing trains")
+    drafted = with_adapter_state(workload, optimizer, piece_elements=options.piece_elements)
+    if workload.has_streams and drafted.training is not None:
+        rule_on_device(drafted.training.rule, workload.config.device)  # or it says why not
+    return drafted
+
+
 def question(workload: Workload, cuts: Cuts | None, before: StreamingProblem | None = None) -> StreamingProblem:
     """The planner's question, with transient memory as it was measured for this model before, if it was.
 
@@ -69,18 +79,9 @@ def planned(
     """The plan, the question that it answers, and the workload: adapters' state is in tiers where the plan says so, or
     where memory does not hold it beside them. asked: the question about `workload`, where somebody has asked it.
     """
-
-    def in_tiers() -> Workload:
-        if optimizer is None:
-            raise ConfigError("plan: places optimizer state, but nothing trains")
-        drafted = with_adapter_state(workload, optimizer, piece_elements=options.piece_elements)
-        if workload.has_streams and drafted.training is not None:
-            rule_on_device(drafted.training.rule, workload.config.device)  # or it says why not
-        return drafted
-
     asked_for = options.state if plan is None else plan.state
     if asked_for is not None and workload.training is None:
-        workload = in_tiers()
+        workload = in_tiers(workload, optimizer, options)
         problem = question(workload, options.cuts, asked)
     else:
         problem = question(workload, options.cuts) if asked is None else asked
@@ -93,7 +94,7 @@ def planned(
         if workload.training is not None or optimizer is None or one_tier:
             raise
         try:
-            workload = in_tiers()
+            workload = in_tiers(workload, optimizer, options)
         except ConfigError as reason:
             raise infeasible from reason
     problem = question(workload, options.cuts, problem)

@@ -3,7 +3,8 @@
     first_answer ─► Asked ──► best ──► the plan that runs
                      ▲  │
                      │  └── measured, with_memory ──► Asked ──► best ──► a plan in its place
-                     └── adapters: one question; where layers train: one with all state in memory, one with a drive
+                     └── adapters: one question; where layers train, or adapters' state rests in tiers, one with all
+                         of it in memory, one with a drive
 
 Rates are those of a machine, seconds those of the blocks; both are in the question, so that it is asked again without
 timing anything twice.
@@ -16,10 +17,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from offload_rt.adapter_draft import in_tiers, question
+from offload_rt.errors import ConfigError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from offload_rt.planning import lowered, optimised_adapters
+from offload_rt.planning_adapters import questions_by_chunks
 from offload_rt.planning_training import lowered_training, questions_of
-from offload_rt.workload import Workload
+from offload_rt.workload import RuntimeOptions, Workload
 from planners.division import divided
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware
@@ -112,16 +116,50 @@ class Asked:
 
 
 def first_answer(
-    workload: Workload, streaming: StreamingProblem, hardware: Hardware, optimizer: torch.optim.Optimizer | None
+    workload: Workload,
+    streaming: StreamingProblem,
+    hardware: Hardware,
+    optimizer: torch.optim.Optimizer | None,
+    options: RuntimeOptions,
+    *,
+    in_tiers_too: bool = True,
 ) -> tuple[Plan, Asked]:
     """The plan for whatever trains, after it was timed, and what was asked. Blocks for seconds.
 
-    Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
+    in_tiers_too: where no plan holds adapters' state beside them, one that has it in tiers is an answer; layers are
+    timed anew then. Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
     """
     if workload.training is None or optimizer is None:
-        plan, problem = optimised_adapters(workload, streaming, hardware)
-        return plan, asked(problem)
+        try:
+            plan, problem = optimised_adapters(workload, streaming, hardware)
+            return plan, asked(problem)
+        except PlanInfeasible as infeasible:
+            if optimizer is None or not in_tiers_too or (streaming.unified and streaming.nvme_capacity_bytes is None):
+                raise
+            return _with_state_in_tiers(workload, streaming, hardware, optimizer, options, infeasible)
     return Asked(questions=tuple(questions_of(workload, streaming, hardware, optimizer))).best(workload, streaming)
+
+
+def _with_state_in_tiers(
+    workload: Workload,
+    streaming: StreamingProblem,
+    hardware: Hardware,
+    optimizer: torch.optim.Optimizer,
+    options: RuntimeOptions,
+    infeasible: PlanInfeasible,
+) -> tuple[Plan, Asked]:
+    """As `first_answer`, of adapters whose state is `infeasible` beside them."""
+    try:
+        tiered = in_tiers(workload, optimizer, options)
+    except ConfigError as reason:
+        raise infeasible from reason
+    again, failure = question(tiered, streaming.cuts, streaming), None
+    for questions in questions_by_chunks(tiered, again, hardware, optimizer):
+        try:
+            return Asked(questions=questions).best(tiered, again)
+        except PlanInfeasible as error:
+            failure = failure or error  # of whole layers, see `optimised_adapters`
+    raise failure or infeasible from infeasible
 
 
 def asked(problem: Problem) -> Asked:

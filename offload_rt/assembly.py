@@ -104,7 +104,9 @@ def assemble(
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
             problem = question(workload, options.cuts)
-            plan, asked = first_answer(workload, problem, optimise_for, optimizer)
+            plan, asked = first_answer(
+                workload, problem, optimise_for, optimizer, options, in_tiers_too=emulated is None
+            )
         given = plan
         workload, problem, chosen = planned(workload, plan, optimizer, options, problem)
         changed = with_options(chosen, workload, options, problem.training)

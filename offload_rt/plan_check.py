@@ -54,7 +54,7 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
     _check_state(plan, problem)
     _check_parts_that_train(plan, workload)
     says_state = any(entry.updates for entry in plan.classes)  # without, classes are of weights alone
-    if says_state and plan.state is not None and problem.training is not None and not problem.training.adapters:
+    if says_state and plan.state is not None and problem.training is not None:
         said = placement_of(plan, workload, unified=problem.unified)
         if plan.state != said:
             raise ConfigError(f"plan: its classes place state so: {said}, and its state says: {plan.state}")

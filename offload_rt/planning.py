@@ -70,7 +70,7 @@ def measured_problem(
     `hardware` gives rates; memory and drives are as `streaming` says. chunk_tokens: of the chunks in which layers run;
     None: whole. ConfigError for what cannot be asked.
     """
-    if workload.training is not None:
+    if workload.training is not None and not workload.training.adapters:
         raise ConfigError("plan: layers train here, about which `planning_training` asks")
     config = workload.config
     if config.device != "cpu":
@@ -98,19 +98,23 @@ def optimised_adapters(workload: Workload, streaming: StreamingProblem, hardware
     With layers whole, if that fits, or by the longest chunks that do: `streaming.cuts` says if one of these must be.
     Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
     """
-    lengths: list[int | None] = [None]
-    if streaming.chunked is not None:
-        lengths += [tokens for tokens in CHUNK_TOKENS if tokens < streaming.chunked.num_tokens]
-    if streaming.cuts is not None:
-        lengths = [streaming.cuts.chunk_tokens]
     failure: PlanInfeasible | None = None
-    for chunk_tokens in lengths:
+    for chunk_tokens in chunk_lengths(streaming):
         problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
         try:
             return lowered(plan_optimal(problem), streaming, problem), problem
         except PlanInfeasible as error:
             failure = failure or error  # of whole layers, if they were asked about: what is said of them helps most
     raise failure or ConfigError("plan: no question can be asked about this workload")
+
+
+def chunk_lengths(streaming: StreamingProblem) -> list[int | None]:
+    """Of the chunks to ask about, the best first; None for whole layers."""
+    if streaming.cuts is not None:
+        return [streaming.cuts.chunk_tokens]
+    if streaming.chunked is None:
+        return [None]
+    return [None, *(tokens for tokens in CHUNK_TOKENS if tokens < streaming.chunked.num_tokens)]
 
 
 def problem_of(
@@ -120,7 +124,10 @@ def problem_of(
     layer_seconds: dict[str, MeasuredSeconds],
     head_seconds: MeasuredSeconds,
 ) -> Problem:
-    """The question, with the seconds that each layer takes, by its name, and those of head and loss."""
+    """The question, with the seconds that each layer takes, by its name, and those of head and loss.
+
+    Where adapters' state rests in tiers, without what trains: `planning_adapters` adds that.
+    """
     config = workload.config
     kinds: dict[tuple[str, MeasuredSeconds], list[BlockDraft]] = {}
     for draft in workload.layers:
@@ -135,7 +142,9 @@ def problem_of(
         classes.append(
             class_of(
                 f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, seconds, is_layer=True,
-                trainable_params=sum(p.numel() for p in drafts[0].modules[0].parameters() if p.requires_grad),
+                trainable_params=sum(p.numel() for p in drafts[0].modules[0].parameters() if p.requires_grad)
+                if workload.training is None
+                else 0,
                 saved=saved_of(
                     seconds, input_bytes_per_token=streaming.layer_input_bytes / tokens, num_tokens=tokens
                 ),

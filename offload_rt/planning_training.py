@@ -189,7 +189,7 @@ def training_problem(
         list(seconds.layers.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len,
         unified=streaming.unified,
     )  # fmt: skip
-    more = replace(more, host_bytes=more.host_bytes + sum(_beside_steps(sizes).values()))
+    more = replace(more, host_bytes=more.host_bytes + sum(beside_steps(sizes).values()))
     hardware = replace(
         hardware,
         device=replace(hardware.device, adamw_params_per_second=rates),
@@ -205,7 +205,7 @@ def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem
     """The optimiser's plan with what the runtime decides by itself, and where its classes place state."""
     streamed = {draft.name for draft in workload.drafts}
     memory = (Tier.DEVICE if streaming.unified else Tier.HOST).value
-    beside = {} if streaming.training is None else _beside_steps(streaming.training)
+    beside = {} if streaming.training is None else beside_steps(streaming.training)
     return replace(
         lowered(plan, streaming, problem),
         resident=tuple(name for name in plan.resident if name in streamed),
@@ -214,7 +214,7 @@ def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem
     )
 
 
-def _beside_steps(sizes: TrainingSizes) -> dict[str, int]:
+def beside_steps(sizes: TrainingSizes) -> dict[str, int]:
     """HOST memory that state takes, whatever the plan."""
     return {"commit log": sizes.log_bytes, SAVING: sizes.saving_bytes}
 

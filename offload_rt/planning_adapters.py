@@ -1,0 +1,105 @@
+"""The optimiser's questions about adapters whose optimizer state rests in tiers.
+
+They are asked where no plan holds the state beside the adapters. Weights and gradients stay in DEVICE memory as they
+are, and cross no link; the state, one block's, is a class of its own that computes nothing: in pieces in memory and
+on NVMe, stepped when the last gradient is there. As where layers train, two questions are asked where HOST is a tier of
+its own and there is a drive: with all state in memory, and with the drive for some of it, which commits each step
+unless `commit_every=` says otherwise.
+
+    layers, edges ──► classes without parameters that train
+    adapters      ──► a class of pieces ──► classes[].updates ──► `placement_of` ──► StatePlacement
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from offload_rt.errors import ConfigError
+from offload_rt.planning import chunk_lengths, measured_problem
+from offload_rt.planning_training import NOTHING, beside_steps, state_cuts
+from offload_rt.update_profile import steps_per_second
+from offload_rt.workload import TrainingDraft, Workload
+from planners.hardware import Hardware
+from planners.placement import Tier
+from planners.problem import BlockClass, Problem
+from planners.rows import Freedoms
+from planners.streaming import StreamingProblem
+
+Questions = tuple[tuple[Problem, Freedoms], ...]
+
+
+def questions_by_chunks(
+    workload: Workload, streaming: StreamingProblem, hardware: Hardware, optimizer: torch.optim.Optimizer
+) -> Iterator[Questions]:
+    """The questions with layers whole, then by ever shorter chunks. Blocks for seconds before each.
+
+    Raises ConfigError for what cannot be asked.
+    """
+    rate: float | None = None
+    for chunk_tokens in chunk_lengths(streaming):
+        problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
+        rate = rate or measured_rate(workload, optimizer)
+        yield tuple((each, Freedoms()) for each in questions(workload, streaming, problem, rate))
+
+
+def measured_rate(workload: Workload, optimizer: torch.optim.Optimizer) -> float:
+    """Parameters a second by the code that steps them, piece by piece. Blocks."""
+    training = _training(workload)
+    (block,) = training.blocks
+    return steps_per_second(block, training.rule, optimizer.param_groups[0], on_nvme=bool(workload.config.nvme))
+
+
+def questions(
+    workload: Workload, streaming: StreamingProblem, problem: Problem, params_per_second: float
+) -> Iterator[Problem]:
+    """`problem`, which was asked without it, with the adapters' state, and the rate at which that is stepped."""
+    config, sizes = workload.config, streaming.training
+    if sizes is None:
+        raise ConfigError("plan: no state of adapters rests in tiers")
+    (block,) = _training(workload).blocks
+    params = sum(trained.num_elements for trained in block.parameters)
+    entry = BlockClass(
+        name=block.name, blocks=(block.name,), positions=(problem.workload.num_blocks,), is_layer=False, stored_bytes=0,
+        decoded_bytes=0, largest_linear_bytes=0, trainable_params=params, forward_flops=0.0, backward_flops=0.0,
+        attention_flops=0.0, moved_bytes=0.0, saved=(), attention_bytes=0.0, attention_groups=1, transients=(),
+        measured=NOTHING, weights_stay=True, state_cuts=state_cuts(block),
+    )  # fmt: skip
+    beside = sum(beside_steps(sizes).values())
+    device = replace(problem.hardware.device, adamw_params_per_second=params_per_second)
+    host = replace(problem.hardware.host, adamw_params_per_second=params_per_second)
+    if streaming.unified:
+        reserve = device.reserve_bytes + beside
+        device = replace(device, reserve_bytes=reserve, memory_bytes=max(device.memory_bytes, reserve + 1))
+    else:
+        host = replace(host, memory_bytes=max(0, host.memory_bytes - beside))
+    planned = replace(
+        problem.workload,
+        classes=(*problem.workload.classes, entry),
+        state_bytes_per_param=-(-sizes.state_bytes // params),
+        gradient_bytes_per_param=0,  # they and the weights are in what `problem` has reserved
+        weight_bytes_per_param=0,
+        state_piece_bytes=sizes.piece_bytes,
+        log_bytes=2 * sizes.state_bytes if config.nvme else 0,
+    )
+    memory = Tier.DEVICE if streaming.unified else Tier.HOST
+    places: list[tuple[tuple[Tier, ...], int | None]] = []
+    if not streaming.unified and (not config.nvme or config.commit_every is None):
+        places.append(((memory,), None))
+    if config.nvme:
+        places.append(((memory, Tier.NVME), config.commit_every or 1))
+    for tiers, every in places:
+        yield replace(
+            problem,
+            hardware=replace(problem.hardware, device=device, host=host),
+            workload=replace(planned, commit_every=every),
+            capabilities=replace(problem.capabilities, state_tiers=tiers),
+        )
+
+
+def _training(workload: Workload) -> TrainingDraft:
+    if workload.training is None or not workload.training.adapters:
+        raise ConfigError("plan: no state of adapters rests in tiers")
+    return workload.training

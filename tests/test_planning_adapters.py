@@ -1,0 +1,204 @@
+"""Adapters whose state does not fit beside them, as the optimiser plans it: its numbers, its bytes, its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from offload_rt import calibrate, optim, planning, planning_adapters, rehearsal
+from offload_rt._engine import Engine
+from offload_rt.commit_record import RECORD_BYTES, body_bytes
+from offload_rt.errors import ConfigError
+from offload_rt.optimizer.adapters import AdapterTraining
+from offload_rt.tensor_spec import align_up
+from offload_rt.workload import RuntimeOptions
+from planners.errors import PlanInfeasible
+from planners.hardware import Hardware
+from planners.placement import Tier, UpdateMode
+from tests import test_planning
+from tests.conftest import build_base, language_batch
+from tests.parity import BATCH_SIZE, SEQ_LEN
+from tests.test_planning import SECONDS
+
+KIB, PAGE = 1 << 10, 4096
+MAX_NORM = 0.05
+OPTIONS = RuntimeOptions(piece_elements=2048)
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory in KiB, where a `host` of 0 makes one tier; and where the state rests then."""
+
+    device: int
+    host: int
+    state: tuple[Tier, ...]
+    nvme: bool = True
+    commit_every: int | None = None
+
+
+D, H, N = Tier
+BUDGETS = {
+    "in HOST, no drive": Budget(900, 4096, (H,), nvme=False),
+    "in HOST": Budget(900, 4096, (H,)),
+    "in HOST, committed": Budget(900, 4096, (H,), commit_every=2),
+    "split": Budget(900, 450, (H, N)),
+    "on NVME": Budget(900, 277, (N,)),
+    "split, one tier": Budget(980, 0, (D, N)),
+    "on NVME, one tier": Budget(920, 0, (N,)),
+}
+QUICK = ("split", "on NVME, one tier")
+
+
+def build() -> nn.Module:
+    """Equal at every call; with adapters that are large beside its layers."""
+    torch.manual_seed(5)
+    config = LoraConfig(r=16, lora_dropout=0.1, target_modules=["q_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM")
+    model: nn.Module = get_peft_model(build_base("llama", torch.bfloat16), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return optim.AdamW(parameters, lr=1e-2)
+
+
+def machine(budget: Budget) -> Hardware:
+    return test_planning.machine(budget.device * KIB, budget.host * KIB)
+
+
+@pytest.fixture(autouse=True)
+def unmeasured_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)
+    monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
+    monkeypatch.setattr(planning, "updates_per_second", lambda _: 1e9)
+    monkeypatch.setattr(planning_adapters, "measured_rate", lambda *_: 1e9)
+    monkeypatch.setattr(rehearsal, "ROOM", 0)  # of nothing: these budgets are for weights and state
+
+
+def engine(budget: Budget, folder: Path, **arguments: Any) -> Engine:
+    """On this machine, of which nothing but the budget's memory may be used."""
+    folder.mkdir(exist_ok=True)
+    folders = (folder.resolve(),) if budget.nvme else ()
+    known = calibrate.identity("cpu", folders)
+    calibrate.keep(calibrate.cache_name(known), known, calibrate.Measurement(machine(budget), {}, 1.0))
+    given = {"plan": "optimise", "device_memory": budget.device * KIB, "host_memory": budget.host * KIB or None}
+    return Engine(
+        build(), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=MAX_NORM, nvme=folder if budget.nvme else None,
+        commit_every=budget.commit_every, optimizer=adamw, options=OPTIONS, **{**given, **arguments},
+    )  # fmt: skip
+
+
+Trace = list[list[torch.Tensor]]
+
+
+def train(forward: Any, backward: Callable[[Any], None], step: Callable[[], None], trainable: Any, first: int) -> Trace:
+    """Losses and adapters of some steps."""
+    found = []
+    for number in range(first, first + STEPS):
+        torch.manual_seed(number)
+        loss = forward(**language_batch(number, BATCH_SIZE, SEQ_LEN)).loss
+        backward(loss)
+        step()
+        found.append([loss.detach(), *(p.detach().clone() for p in trainable)])
+    return found
+
+
+def run(of: Engine, first: int = 0) -> Trace:
+    return train(of, of.backward, of.step, list(of.trainable.values()), first)
+
+
+def run_plain() -> Trace:
+    model = build()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(trainable)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(trainable, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train(model, lambda loss: loss.backward(), step, trainable, 0)
+
+
+def unequal(one: Trace, other: Trace) -> list[int]:
+    """Steps, from 0, that are not the same to the bit."""
+    pairs = enumerate(zip(one, other, strict=True))
+    return [step for step, (a, b) in pairs if not all(map(torch.equal, a, b))]
+
+
+def moved(of: Engine) -> dict[str, int]:
+    report = of.report()
+    return {"read": report["bytes_read"], "written": report["bytes_written"]}
+
+
+def commit_bytes(of: Engine) -> int:
+    """What a commit writes besides state: its record, and the body that this vouches for."""
+    assert isinstance(of._training, AdapterTraining)
+    log = of._training.home.log
+    if log is None:
+        return 0
+    return RECORD_BYTES + align_up(body_bytes(len(log.names), len(log.committed.payload)), PAGE)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in BUDGETS]
+)
+def test_state_that_does_not_fit_beside_adapters_is_planned_to_the_same_bits_within_budgets(
+    name: str, tmp_path: Path
+) -> None:
+    budget, file = BUDGETS[name], tmp_path / "plan.json"
+    with engine(budget, tmp_path / "nvme") as optimised:
+        plan, sizes = optimised.plan, optimised._runtime.made_of.problem.training
+        assert plan.planner == "optimiser" and plan.update_mode is UpdateMode.AFTER and plan.state is not None
+        assert tuple(u.tier for u in plan.entry("adapters").updates if u.params) == budget.state
+        assert plan.state.is_all_in_memory(sizes) is (N not in budget.state)
+        found = run(optimised)
+        every = budget.commit_every or 1
+        before = moved(optimised)
+        for number in range(2):
+            run(optimised, STEPS * (1 + number))
+        after, report = moved(optimised), optimised.report()
+        committed = commit_bytes(optimised) / every if report["training"]["num_commits"] > 1 else 0
+        assert (committed > 0) is (N in budget.state or budget.commit_every is not None)
+        file.write_text(plan.to_json())
+    each = {key: (after[key] - before[key]) / (2 * STEPS) for key in after}
+    busy, drive = plan.predicted["busy_seconds"], test_planning.DRIVES[0]
+    assert each["written"] == pytest.approx(busy["ssd_write"] * drive.write_bytes_per_second + committed, abs=1)
+    assert each["read"] == pytest.approx(busy["ssd_read"] * drive.read_bytes_per_second, abs=1)
+    assert report["memory"]["device"] <= budget.device * KIB and report["memory"]["host"] <= budget.host * KIB
+    assert [each for each in report["peaks"]["over"] if each["phase"] == "step"] == []
+    with engine(budget, tmp_path / "rule", plan="auto", device_memory="64MiB", host_memory="64MiB") as ruled:
+        assert ruled.plan.planner == "fixed streaming rule" and ruled.plan.state is None
+        assert unequal(found, run(ruled)) == []
+    assert unequal(found, run_plain()) == []
+    with engine(budget, tmp_path / "again", plan=file) as again:
+        assert again.plan == plan and unequal(found, run(again)) == []
+
+
+def test_what_does_not_fit_in_tiers_either_says_what_is_short_there(tmp_path: Path) -> None:
+    for budget, tier in ((Budget(900, 100, ()), "host"), (Budget(800, 0, ()), "device")):
+        with pytest.raises(PlanInfeasible, match=f"of {tier} memory") as found:
+            engine(budget, tmp_path)
+        beside = found.value.__cause__
+        assert isinstance(beside, PlanInfeasible) and str(beside) != str(found.value)
+
+
+def test_plans_say_one_thing_of_state(tmp_path: Path) -> None:
+    budget = BUDGETS["split"]
+    with engine(budget, tmp_path) as optimised:
+        plan = optimised.plan
+    assert plan.state is not None
+    broken = replace(plan, state=replace(plan.state, in_memory={"adapters": 1}))
+    with pytest.raises(ConfigError, match="classes place state so"):
+        engine(budget, tmp_path, plan=broken)
