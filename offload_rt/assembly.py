@@ -114,7 +114,7 @@ def assemble(
         if given is None:
             why_not = 'under emulate=, plan="optimise" asks the optimiser' if emulated is not None else ""
             why_not = why_not or ("switches of the runtime change the plan" if changed != chosen else "")
-            changed, choice, asked = choose(workload, problem, changed, chooses_for, why_not=why_not)
+            changed, choice, asked = choose(workload, problem, changed, chooses_for, optimizer, why_not=why_not)
         chosen = changed
         check_plan(chosen, problem, workload)
         check_cuts(chosen, workload, options.cuts)

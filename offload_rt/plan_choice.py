@@ -14,22 +14,25 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+import torch
+
 from offload_rt.asked import Asked, asked
 from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
 from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
 from offload_rt.errors import ConfigError
 from offload_rt.planning import lowered, measured_problem
+from offload_rt.planning_adapters import asked_for
 from offload_rt.profile import attention_width
 from offload_rt.workload import Workload, chunk_tokens_of
 from planners.cost import FLASH_BACKWARD, Knobs
 from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
-from planners.expand import Fractions, expand
+from planners.expand import Fractions, UpdateKey, expand
 from planners.hardware import Hardware
 from planners.mip import plan_optimal
-from planners.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
-from planners.plan import Plan
-from planners.problem import Problem
+from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plan import Plan, StatePlacement
+from planners.problem import BlockClass, Problem
 from planners.program import SolverFailed, SolverMissing
 from planners.simulate import simulate
 from planners.streaming import StreamingProblem
@@ -63,12 +66,18 @@ class Choice:
 
 
 def choose(
-    workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware | None, *, why_not: str = ""
+    workload: Workload,
+    streaming: StreamingProblem,
+    rule: Plan,
+    machine: Hardware | None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    why_not: str = "",
 ) -> tuple[Plan, Choice, Asked | None]:
     """The plan to run, of `rule` and what the optimiser finds, and if that is the optimiser's what it was asked.
 
-    Blocks for a few seconds where it is asked. machine: as calibrated; None where it was not. why_not: what the caller
-    knows against asking.
+    Blocks for a few seconds where it is asked. machine: as calibrated; None where it was not. optimizer: of adapters
+    whose state rests in tiers. why_not: what the caller knows against asking.
     """
     why_not = why_not or _why_not(workload, streaming, rule, machine)
     if why_not or machine is None:
@@ -80,18 +89,23 @@ def choose(
 
     try:
         problem = measured_problem(workload, streaming, machine, chunk_tokens=chunk_tokens_of(rule, workload))
-        found = plan_optimal(problem)
-        plan, ruled = lowered(found, streaming, problem), rule_seconds(problem, rule)
+        if workload.training is None or optimizer is None:
+            plan, found = lowered(plan_optimal(problem), streaming, problem), asked(problem)
+        else:
+            questions = asked_for(workload, streaming, problem, optimizer)
+            plan, found = Asked(questions=questions).best(workload, streaming)
+            problem = questions[0 if _is_all_in_memory(rule, streaming) else -1][0]  # one that commits as often
+        ruled = rule_seconds(problem, rule)
     except (ConfigError, PlanInfeasible, ProblemError, SolverFailed, SolverMissing, ValueError) as error:
         return rule, chosen(RULE, f"the optimiser cannot plan this: {error}"), None
     if plan.head_chunk_tokens != rule.head_chunk_tokens:
         return rule, chosen(RULE, "the optimiser's plan takes the loss in other tiles, which changes numbers"), None
-    optimised = float(found.predicted["step_seconds"])
+    optimised = float(plan.predicted["step_seconds"])
     both = {"rule_step_seconds": ruled, "optimised_step_seconds": optimised}
     compared = f"{optimised:.3g} s a step expected, {ruled:.3g} s with the rule"
     if optimised > (1 - GAIN) * ruled:
         return rule, chosen(RULE, f"the optimiser's plan is no faster by {GAIN:.0%}: {compared}", **both), None
-    return plan, chosen(OPTIMISER, compared, **both), asked(problem)
+    return plan, chosen(OPTIMISER, compared, **both), found
 
 
 def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware | None) -> str:
@@ -99,8 +113,8 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
     config = workload.config
     if config.device != "cpu" or workload.has_streams:
         return "the optimiser's plans run on the CPU device only so far"
-    if workload.training is not None:
-        return 'state in tiers: plan="optimise" would ask the optimiser'
+    if workload.training is not None and not workload.training.adapters:
+        return 'layers train: plan="optimise" would ask the optimiser'
     if rule.layer_major:
         return "several micro-batches to a fetch are not the optimiser's yet"
     if rule.head_tiles is not None:
@@ -175,16 +189,32 @@ def rule_seconds(problem: Problem, rule: Plan) -> float:
             Fractions(
                 weights=(device + host, 0.0, nvme) if unified else (device, host, nvme),
                 tokens=tuple((1.0, 0.0, 0.0, 0.0) if s.recomputable else kept for s in entry.saved),
-                updates={(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0},
+                updates=_updates(entry, rule.state, unified=unified),
             )
         )
     knobs = Knobs(
         update_mode=UpdateMode.AFTER, slots=layers.num_slots if layers else 2,
         cuts=Cuts(chunk_tokens=chunk_tokens or problem.workload.tokens),
         decode_scope=rule.decode_scope or DecodeScope.LINEAR, inputs=inputs,
+        buffers=Buffers() if rule.state is None else Buffers(state_slots=max(1, rule.state.state_slots)),
     )  # fmt: skip
     plan = expand(problem, knobs, fractions, planner=RULE)
     return float(simulate(divided(problem, plan), plan).step_seconds)
+
+
+def _is_all_in_memory(rule: Plan, streaming: StreamingProblem) -> bool:
+    """Whether the rule has no adapters' state on NVMe."""
+    sizes = streaming.training
+    return rule.state is not None and sizes is not None and rule.state.is_all_in_memory(sizes)
+
+
+def _updates(entry: BlockClass, state: StatePlacement | None, *, unified: bool) -> dict[UpdateKey, float]:
+    """Shares of a class's parameters by where their state rests, and who steps them."""
+    if state is None or not entry.state_cuts:
+        return {(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0}
+    memory, place = (Tier.DEVICE, UpdatePlace.DEVICE) if unified else (Tier.HOST, UpdatePlace.CPU)
+    share = entry.state_cuts[state.in_memory.get(entry.name, 0)][0] / entry.trainable_params
+    return {(tier, place, False): part for tier, part in ((memory, share), (Tier.NVME, 1 - share)) if part}
 
 
 def after_rehearsal(choice: Choice | None) -> Choice | None:

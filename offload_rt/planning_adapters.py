@@ -1,10 +1,10 @@
 """The optimiser's questions about adapters whose optimizer state rests in tiers.
 
-They are asked where no plan holds the state beside the adapters. Weights and gradients stay in DEVICE memory as they
-are, and cross no link; the state, one block's, is a class of its own that computes nothing: in pieces in memory and
-on NVMe, stepped when the last gradient is there. As where layers train, two questions are asked where HOST is a tier of
-its own and there is a drive: with all state in memory, and with the drive for some of it, which commits each step
-unless `commit_every=` says otherwise.
+They are asked where no plan holds the state beside the adapters: none of the optimiser's, or for plan="auto" none of
+the fixed rule's. Weights and gradients stay in DEVICE memory as they are, and cross no link; the state, one block's, is
+a class of its own that computes nothing: in pieces in memory and on NVMe, stepped when the last gradient is there. As
+where layers train, two questions are asked where HOST is a tier of its own and there is a drive: with all state in
+memory, and with the drive for some of it, which commits each step unless `commit_every=` says otherwise.
 
     layers, edges ──► classes without parameters that train
     adapters      ──► a class of pieces ──► classes[].updates ──► `placement_of` ──► StatePlacement
@@ -42,7 +42,14 @@ def questions_by_chunks(
     for chunk_tokens in chunk_lengths(streaming):
         problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
         rate = rate or measured_rate(workload, optimizer)
-        yield tuple((each, Freedoms()) for each in questions(workload, streaming, problem, rate))
+        yield questions(workload, streaming, problem, rate)
+
+
+def asked_for(
+    workload: Workload, streaming: StreamingProblem, problem: Problem, optimizer: torch.optim.Optimizer
+) -> Questions:
+    """`questions` about what `problem` says of layers. Blocks for seconds."""
+    return questions(workload, streaming, problem, measured_rate(workload, optimizer))
 
 
 def measured_rate(workload: Workload, optimizer: torch.optim.Optimizer) -> float:
@@ -52,10 +59,11 @@ def measured_rate(workload: Workload, optimizer: torch.optim.Optimizer) -> float
     return steps_per_second(block, training.rule, optimizer.param_groups[0], on_nvme=bool(workload.config.nvme))
 
 
-def questions(
-    workload: Workload, streaming: StreamingProblem, problem: Problem, params_per_second: float
-) -> Iterator[Problem]:
-    """`problem`, which was asked without it, with the adapters' state, and the rate at which that is stepped."""
+def questions(workload: Workload, streaming: StreamingProblem, problem: Problem, params_per_second: float) -> Questions:
+    """`problem`, which was asked without it, with the adapters' state, and the rate at which that is stepped.
+
+    The last one leaves most open.
+    """
     config, sizes = workload.config, streaming.training
     if sizes is None:
         raise ConfigError("plan: no state of adapters rests in tiers")
@@ -90,13 +98,17 @@ def questions(
         places.append(((memory,), None))
     if config.nvme:
         places.append(((memory, Tier.NVME), config.commit_every or 1))
-    for tiers, every in places:
-        yield replace(
-            problem,
-            hardware=replace(problem.hardware, device=device, host=host),
-            workload=replace(planned, commit_every=every),
-            capabilities=replace(problem.capabilities, state_tiers=tiers),
+    machine = replace(problem.hardware, device=device, host=host)
+    return tuple(
+        (
+            replace(
+                problem, hardware=machine, workload=replace(planned, commit_every=every),
+                capabilities=replace(problem.capabilities, state_tiers=tiers),
+            ),
+            Freedoms(),
         )
+        for tiers, every in places
+    )  # fmt: skip
 
 
 def _training(workload: Workload) -> TrainingDraft:
