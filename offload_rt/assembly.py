@@ -105,7 +105,7 @@ def assemble(
         if plan is None and optimise_for is not None:
             problem = question(workload, options.cuts)
             plan, asked = first_answer(
-                workload, problem, optimise_for, optimizer, options, in_tiers_too=emulated is None
+                workload, problem, optimise_for, optimizer, options, in_tiers_too=emulated is None or emulated.unified
             )
         given = plan
         workload, problem, chosen = planned(workload, plan, optimizer, options, problem)
@@ -119,7 +119,7 @@ def assemble(
         check_plan(chosen, problem, workload)
         check_cuts(chosen, workload, options.cuts)
         products_of(chosen, workload, options)
-        if emulated is not None and workload.training is not None and workload.training.adapters:
+        if emulated is not None and not problem.unified and problem.training is not None and problem.training.adapters:
             raise ConfigError("emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory")
         made_of = MadeOf(
             workload=workload, problem=problem, options=options, base=base,

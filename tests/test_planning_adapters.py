@@ -16,6 +16,7 @@ from offload_rt import adapter_draft, calibrate, optim, plan_choice, planning, p
 from offload_rt._engine import Engine
 from offload_rt.commit_record import RECORD_BYTES, body_bytes
 from offload_rt.errors import ConfigError
+from offload_rt.meter import SSD_READ, SSD_WRITE
 from offload_rt.optimizer.adapters import AdapterTraining
 from offload_rt.tensor_spec import align_up
 from offload_rt.workload import RuntimeOptions
@@ -44,6 +45,8 @@ class Budget:
     state: tuple[Tier, ...]
     nvme: bool = True
     commit_every: int | None = None
+    emulated: bool = False
+    """Drives are as slow as the profile says, not those of this machine."""
 
 
 D, H, N = Tier
@@ -54,7 +57,7 @@ BUDGETS = {
     "split": Budget(900, 450, (H, N)),
     "on NVME": Budget(900, 277, (N,)),
     "split, one tier": Budget(980, 0, (D, N)),
-    "on NVME, one tier": Budget(920, 0, (N,)),
+    "on NVME, one tier": Budget(920, 0, (N,), emulated=True),
 }
 QUICK = ("split",)
 
@@ -89,12 +92,14 @@ def unmeasured_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def engine(budget: Budget, folder: Path, **arguments: Any) -> Engine:
-    """On this machine, of which nothing but the budget's memory may be used."""
+    """On this machine, of which nothing but the budget's memory may be used, or on one that has no more."""
     folder.mkdir(exist_ok=True)
     folders = (folder.resolve(),) if budget.nvme else ()
     known = calibrate.identity("cpu", folders)
     calibrate.keep(calibrate.cache_name(known), known, calibrate.Measurement(machine(budget), {}, 1.0))
     given = {"plan": "optimise", "device_memory": budget.device * KIB, "host_memory": budget.host * KIB or None}
+    if budget.emulated:
+        given["emulate"] = machine(budget)
     return Engine(
         build(), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=MAX_NORM, nvme=folder if budget.nvme else None,
         commit_every=budget.commit_every, optimizer=adamw, options=OPTIONS, **{**given, **arguments},
@@ -140,8 +145,10 @@ def unequal(one: Trace, other: Trace) -> list[int]:
 
 
 def moved(of: Engine) -> dict[str, float]:
-    report = of.report()
-    return {"read": report["bytes_read"], "written": report["bytes_written"]}
+    """Bytes that drives were given so far, and emulated ones."""
+    report, throttle = of.report(), of._runtime.links.throttle
+    emulated = {} if throttle is None else throttle.moved_bytes()
+    return {"read": report["bytes_read"], "written": report["bytes_written"], **emulated}
 
 
 def commit_bytes(of: Engine) -> int:
@@ -178,9 +185,10 @@ def test_state_that_does_not_fit_beside_adapters_is_planned_to_the_same_bits_wit
     busy, drive = plan.predicted["busy_seconds"], test_planning.DRIVES[0]
     assert each["written"] == pytest.approx(busy["ssd_write"] * drive.write_bytes_per_second + committed, abs=1)
     assert each["read"] == pytest.approx(busy["ssd_read"] * drive.read_bytes_per_second, abs=1)
+    assert not budget.emulated or (each[SSD_WRITE], each[SSD_READ]) == (each["written"], each["read"])
     assert report["memory"]["device"] <= budget.device * KIB and report["memory"]["host"] <= budget.host * KIB
     assert [each for each in report["peaks"]["over"] if each["phase"] == "step"] == []
-    with engine(budget, tmp_path / "rule", plan="auto", device_memory="64MiB") as ruled:
+    with engine(budget, tmp_path / "rule", plan="auto", emulate=None, device_memory="64MiB") as ruled:
         assert ruled.plan.planner == "fixed streaming rule" and ruled.plan.state is None
         assert unequal(found, run(ruled)) == []
     assert unequal(found, run_plain()) == []
@@ -211,7 +219,7 @@ def test_auto_weighs_the_optimisers_tiers_against_the_rules(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drives are said to be so slow that writing state is most of a step."""
-    budget, found = BUDGETS[name], {}
+    budget, found = replace(BUDGETS[name], emulated=False), {}
     slow = replace(test_planning.DRIVES[0], write_bytes_per_second=1e6)
 
     def not_beside(problem: StreamingProblem, **given: Any) -> Plan:
