@@ -77,6 +77,7 @@ class ActivationsAssembly:
             self._tiers.account(Tier.DEVICE).reserve("activations", num_bytes)
             return Transients()
         gaps = min(num_bytes // ROOM_FOR_GAPS, self._plan.allocator_slack_bytes // 2)
+        gaps -= gaps % IO_ALIGNMENT_BYTES
         self.slack_bytes -= gaps
         self.wanted_slack_bytes -= gaps
         return Transients(self._tiers.arena(Tier.DEVICE, "activations", num_bytes + gaps), least_bytes)

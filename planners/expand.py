@@ -12,13 +12,12 @@ from planners.placement import ClassPlan, Cuts, Split, Tier, TokenSplit, Update,
 from planners.plan import Plan, Ring
 from planners.problem import BlockClass, Problem, Workload
 from planners.simulate import Simulation
+from planners.units import PAGE_BYTES
 from planners.vocabulary import HeadTiles, Lookups, RowsSize
 
 UpdateKey = tuple[Tier, UpdatePlace, bool]
 """Where state rests, who steps it, and whether in the next forward."""
 NEGLIGIBLE = 1e-6
-PAGE_BYTES = 4096
-"""What drives read whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

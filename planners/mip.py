@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from planners.cost import Knobs, capacities
 from planners.division import divided
 from planners.errors import PlanInfeasible
-from planners.expand import PAGE_BYTES, expand, with_prediction
+from planners.expand import expand, with_prediction
 from planners.greedy import (
     SLACK_BYTES,
     Shortage,
@@ -41,7 +41,7 @@ from planners.problem import Problem
 from planners.rows import LOW_PRICE, Freedoms
 from planners.simulate import Abandoned, Simulation, simulate
 from planners.steady import SHORTAGE_PRICES, Steady, solve_steady
-from planners.units import ProblemError
+from planners.units import PAGE_BYTES, ProblemError
 from planners.validate import floor_seconds
 from planners.wear import default_limit_bytes, is_worth_its_writes, spared
 

@@ -35,6 +35,7 @@ from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.products import PackedProducts
 from planners.training_state import StatePlacement, TrainingSizes
+from planners.units import PAGE_BYTES, whole_pages
 from planners.vocabulary import HeadTiles, Lookups, RowsSize
 
 MAX_SLOTS = 3
@@ -209,7 +210,7 @@ class StreamingProblem:
         """
         if not by_chunks or home is Tier.DEVICE or not self.passing_bytes:
             return 0
-        return INPUTS_OF_CHUNKS * _pages(self.layer_input_bytes)
+        return INPUTS_OF_CHUNKS * whole_pages(self.layer_input_bytes)
 
     def slack_bytes(self, chunk_tokens: int | None) -> int:
         """Freed memory that the allocator may hold back where a budget has room: at most twice what is in use."""
@@ -218,9 +219,11 @@ class StreamingProblem:
         return min(self.allocator_slack_bytes, 2 * (self.trainable_bytes + self.layer_bytes(chunk_tokens)))
 
     def transient_bytes(self, head_chunk_tokens: int | None, chunk_tokens: int | None = None) -> int:
-        """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more."""
+        """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more. In whole
+        pages, as their arena is.
+        """
         head = 0 if self.loss_head is None else self.loss_head.peak_bytes(head_chunk_tokens)
-        return max(self.layer_bytes(chunk_tokens), head)
+        return whole_pages(max(self.layer_bytes(chunk_tokens), head))
 
 
 def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Plan:
@@ -361,8 +364,8 @@ def _keeping(problem: StreamingProblem, plan: Plan) -> Plan:
     device = {
         **plan.peak_bytes["device"],
         "activations": problem.transient_bytes(None),
-        "kept activations": _pages(num_layers * (problem.activation_bytes + KEPT_TENSORS * 4096)),
-        "layer inputs": INPUTS_OF_CHUNKS * _pages(problem.layer_input_bytes) * num_layers,
+        "kept activations": whole_pages(num_layers * (problem.activation_bytes + KEPT_TENSORS * PAGE_BYTES)),
+        "layer inputs": INPUTS_OF_CHUNKS * whole_pages(problem.layer_input_bytes) * num_layers,
     }
     return replace(
         plan,
@@ -408,7 +411,7 @@ def _plan(
     if scope is DecodeScope.LAYER:
         scratch += max((block.decoded_bytes for block in problem.layers), default=0)
     together = problem.num_micro_batches if layer_major else 1
-    one = _pages(problem.layer_input_bytes)
+    one = whole_pages(problem.layer_input_bytes)
     each = one * together
     waiting = each if chunk_tokens is None else INPUTS_OF_CHUNKS * each
     tile_tokens = head_chunk_tokens(problem, chunk_tokens)
@@ -575,11 +578,6 @@ def _members(problem: StreamingProblem, ring: Ring) -> list[BlockSize]:
     return [block for block in problem.layers + problem.edges if block.name in ring.blocks]
 
 
-def _pages(num_bytes: int) -> int:
-    """`num_bytes` as a slot takes them: whole pages of 4 KiB."""
-    return -(-num_bytes // 4096) * 4096
-
-
 def _shortages(problem: StreamingProblem, plan: Plan) -> dict[Tier, tuple[int, int]]:
     """The tiers that `plan` overfills, each with need and capacity."""
     capacities = {
@@ -618,8 +616,8 @@ def _infeasible(problem: StreamingProblem, candidates: list[Plan]) -> PlanInfeas
             plan_streaming(replace(problem, cuts=None))
             ways.append("other cuts, which take sums in another order (--other-cuts)")
     by_tokens = sum(items.get(item, 0) for item in ("activations", *LAYER_INPUTS))
-    if set(short) == {Tier.DEVICE} and by_tokens > need - have + 4096 * len(problem.layers):
-        share = 1 - (need - have + 4096 * len(problem.layers)) / by_tokens
+    if set(short) == {Tier.DEVICE} and by_tokens > need - have + PAGE_BYTES * len(problem.layers):
+        share = 1 - (need - have + PAGE_BYTES * len(problem.layers)) / by_tokens
         ways.append(f"batch_size x seq_len cut to {int(share * 100)}% (activations are {format_bytes(by_tokens)})")
     if problem.nvme_capacity_bytes is None and tier is not Tier.NVME:
         ways.append("nvme= a folder on an SSD, so that weights rest there")

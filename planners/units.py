@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them, and fields of JSON files, read with errors that say where.
+"""Whole pages; sizes and rates as people write them, and fields of JSON files, read with errors that say where.
 
 `ProblemError` is a malformed question: the caller's mistake. It is not `PlanInfeasible`, which is an answer.
 """
@@ -17,12 +17,19 @@ from typing import Any
 
 MAX_BYTES = 1 << 60
 """1 EiB: more than any tier of one machine; a larger number is a slip of the unit."""
+PAGE_BYTES = 4096
+"""Of a slot, an extent and a read past the page cache, the unit."""
 
 _UNITS = {
     "": 1, "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "pib": 2**50,
 }  # fmt: skip
+
+
+def whole_pages(num_bytes: int) -> int:
+    """`num_bytes` as a slot takes them."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class ProblemError(ValueError):

@@ -22,6 +22,7 @@ from math import gcd
 from typing import Any
 
 from planners.placement import Tier, check_not_negative
+from planners.units import PAGE_BYTES, whole_pages
 
 TILE_BYTES = 64 << 20
 TILES = 8
@@ -29,7 +30,6 @@ TILES = 8
 TILE_SLOTS = 2
 ROOM_BYTES = 8 << 20
 """The most rows that are in memory at a time; a drive is as fast with it as with more."""
-PAGE_BYTES = 4096
 PAGE_SLOTS = 2
 """Pieces of pages: one is taken out while the next is read."""
 SOFTMAX_BYTES = 32
@@ -59,16 +59,16 @@ class RowsSize:
     @property
     def read_bytes(self) -> int:
         """Of the pages that these rows lie in, wherever they are; gaps that are read along come on top."""
-        return min(min(self.most_rows, self.num_rows) * self._pages_of_row, _pages(self.num_rows * self.row_bytes))
+        return min(min(self.most_rows, self.num_rows) * self._pages_of_row, whole_pages(self.num_rows * self.row_bytes))
 
     @property
     def _pages_of_row(self) -> int:
         apart = self.row_bytes % PAGE_BYTES == 0 or PAGE_BYTES % self.row_bytes == 0  # no row is in a page too many
-        return _pages(self.row_bytes) + (0 if apart else PAGE_BYTES)
+        return whole_pages(self.row_bytes) + (0 if apart else PAGE_BYTES)
 
     def room_bytes(self) -> int:
         """Of rows in memory at a time, whole pages: those of the largest batch, or as many as there is room for."""
-        return _pages(max(self.row_bytes, min(self.looked_up_bytes, ROOM_BYTES)))
+        return whole_pages(max(self.row_bytes, min(self.looked_up_bytes, ROOM_BYTES)))
 
     def pages_bytes(self) -> int:
         """Of a piece of pages that such rows lie in, wherever they are, as far as there is room for them."""
@@ -113,7 +113,7 @@ class Lookups:
 
     def staging_bytes(self, *, unified: bool) -> int:
         """HOST memory that rows pass through."""
-        return PAGE_SLOTS * self.pages_bytes + (0 if unified else _pages(self.room_bytes))
+        return PAGE_SLOTS * self.pages_bytes + (0 if unified else whole_pages(self.room_bytes))
 
     @staticmethod
     def of(sizes: Mapping[str, RowsSize], rest: Tier) -> Lookups:
@@ -175,10 +175,6 @@ class HeadTiles:
     def from_json(data: dict[str, Any]) -> HeadTiles:
         """Reads what `dataclasses.asdict` gave. KeyError, TypeError or ValueError for anything else."""
         return HeadTiles(**{**data, "rest": Tier(data["rest"])})
-
-
-def _pages(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def _check_names(what: str, names: tuple[str, ...]) -> None:

@@ -20,7 +20,8 @@ from offload_rt.tensor_spec import Encoding, TensorSpec
 from planners.errors import PlanInfeasible
 from planners.plan import Plan, Tier
 from planners.schedule import Phase
-from planners.vocabulary import PAGE_BYTES, Lookups
+from planners.units import PAGE_BYTES
+from planners.vocabulary import Lookups
 from tests.conftest import build_base, build_lora
 from tests.fake_device import FakeDevice
 from tests.parity import PlainModel

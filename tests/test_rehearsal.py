@@ -300,7 +300,7 @@ def test_what_fits_no_plan_is_refused_before_training_starts(make, monkeypatch):
         least = used_bytes(short)
     with pytest.raises(PlanInfeasible) as least_of_all:
         make(KIB)
-    with make(max(least, least_of_all.value.need_bytes + 4 * KIB)) as engine:
+    with make(max(least, least_of_all.value.need_bytes)) as engine:
         before = {name: p.detach().clone() for name, p in engine.trainable.items()}
         for _ in range(2):  # it stays refused
             with pytest.raises(PlanInfeasible) as refused:

@@ -223,3 +223,14 @@ def test_freed_memory_is_planned_for_results_that_get_no_place(make_engine, monk
         assert (engine._runtime.transients._arena is None) is (placed_bytes == 0)
         slack[placed_bytes] = engine.plan.allocator_slack_bytes
     assert slack[0] > slack[4096] == 0
+
+
+@pytest.mark.parametrize("tokens", [33, 35])
+def test_the_arena_takes_no_byte_more_than_is_planned(tokens, make_engine, disk_folder, monkeypatch):
+    """However the activations' bytes lie to pages, of which it is made."""
+    monkeypatch.setattr(workload, "PLACED_RESULTS", 1)
+    engine = make_engine(build_lora(), bits=4, seq_len=tokens, nvme=disk_folder, options={"placed_bytes": 4096})
+    holdings, planned = engine.report()["holdings"]["device"], engine.plan.peak_bytes["device"]
+    both = ("activations", "freed, held back by the allocator")
+    assert engine._runtime.transients._arena.num_bytes == holdings["activations"] > planned["activations"]
+    assert sum(holdings[item] for item in both) == sum(planned[item] for item in both)
