@@ -212,7 +212,7 @@ def _times(seconds: MeasuredSeconds, factor: float) -> MeasuredSeconds:
         )  # fmt: skip
     return replace(
         seconds, forward=seconds.forward * factor, backward=seconds.backward * factor,
-        decode=seconds.decode * factor, kept=kept,
+        decode=seconds.decode * factor, kept=kept, product=seconds.product * factor,
     )  # fmt: skip
 
 

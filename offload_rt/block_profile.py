@@ -248,7 +248,8 @@ def updates_per_second(parameters: Sequence[nn.Parameter]) -> float:
 def profile_head(
     *, hidden_size: int, vocabulary: int, num_tokens: int, tile_tokens: int, dtype: torch.dtype, trains: bool = False
 ) -> MeasuredSeconds:
-    """Times head and loss with their gradients, which tiles take in forward, for `num_tokens`. Blocks.
+    """Times head and loss with their gradients, which tiles take in forward, for `num_tokens`, and beside it what of
+    that a head by tiles of its rows does twice. Blocks.
 
     trains: the head's weights do, whose gradients are summed over tiles in float32.
     """
@@ -265,7 +266,14 @@ def profile_head(
         for gradient_VD in of_weights:
             total_VD.add_(gradient_VD)
 
-    return MeasuredSeconds(forward=median_seconds(run) * (vocabulary / rows) * (num_tokens / tile), backward=0.0)
+    @torch.no_grad()
+    def product() -> None:
+        nn.functional.linear(hidden_ND, weight_VD).float().logsumexp(-1)
+
+    times = (vocabulary / rows) * (num_tokens / tile)
+    return MeasuredSeconds(
+        forward=median_seconds(run) * times, backward=0.0, product=0.0 if trains else median_seconds(product) * times
+    )
 
 
 def profile_embedding(*, vocabulary: int, hidden_size: int, num_tokens: int, dtype: torch.dtype) -> MeasuredSeconds:

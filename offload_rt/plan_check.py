@@ -113,6 +113,9 @@ def _check_head_tiles(plan: Plan, tiles: HeadTiles, workload: Workload) -> None:
             )
     elif not is_multiplied(draft):
         raise ConfigError(f"plan: tiles of {tiles.block!r}, which is no frozen linear without a bias; put it in a ring")
+    split = plan.weights_of(tiles.block)
+    if split is not None and split != all_in(tiles.rest, split.total_bytes):
+        raise ConfigError(f"plan: tiles of {tiles.block!r} from {tiles.rest.value}, but its class says {split}")
     row_bytes = rows_size(draft, most_rows=1).row_bytes
     if tiles.tile_rows * row_bytes != tiles.tile_bytes:
         raise ConfigError(f"plan: tiles of {tiles.tile_rows} rows, {row_bytes} bytes each, in {tiles.tile_bytes} bytes")

@@ -4,7 +4,8 @@ The rule needs nothing but sizes. The optimiser needs this machine's rates (`off
 layer's seconds, measured now; at these prices both plans are simulated, and the optimiser's runs if it is faster by
 more than what predictions are off. Whatever stands in the way, the rule's plan runs, and the `Choice` says why. Both
 keep to the budgets. Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and
-where it does not, of whole layers: so the bits are the same.
+where it does not, of whole layers; where the rule takes the head by tiles, so does the optimiser: so the bits are the
+same.
 
     rule ──► can it be asked, and for how much? ──► profile, solve, simulate both ──► the faster one, and the reason
 """
@@ -20,7 +21,7 @@ from offload_rt.asked import Asked, asked
 from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
 from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
 from offload_rt.errors import ConfigError
-from offload_rt.planning import lowered, measured_problem
+from offload_rt.planning import by_tiles, lowered, measured_problem
 from offload_rt.planning_adapters import asked_for
 from offload_rt.profile import attention_width
 from offload_rt.workload import Workload, chunk_tokens_of
@@ -89,6 +90,8 @@ def choose(
 
     try:
         problem = measured_problem(workload, streaming, machine, chunk_tokens=chunk_tokens_of(rule, workload))
+        if rule.head_tiles is not None:
+            problem = by_tiles(problem, streaming)
         if workload.training is None or optimizer is None:
             plan, found = lowered(plan_optimal(problem), streaming, problem), asked(problem)
         else:
@@ -117,8 +120,6 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
         return 'layers train: plan="optimise" would ask the optimiser'
     if rule.layer_major:
         return "several micro-batches to a fetch are not the optimiser's yet"
-    if rule.head_tiles is not None:
-        return "a head by tiles, which changes numbers, is not the optimiser's yet"
     chunk_tokens = chunk_tokens_of(rule, workload)
     if config.device_memory_bytes is None:
         return "no device_memory= says how much may be used; the optimiser would fill all that is free"
@@ -172,12 +173,16 @@ def rule_seconds(problem: Problem, rule: Plan) -> float:
     ValueError for a plan with other cuts.
     """
     chunk_tokens = problem.workload.measured_chunk_tokens
-    if rule.layer_major or (rule.activations is not None) != (chunk_tokens is not None):
+    tiled = any(entry.in_tiles for entry in problem.workload.classes)
+    chunked = rule.activations is not None
+    if rule.layer_major or chunked != (chunk_tokens is not None) or (rule.head_tiles is not None) != tiled:
         raise ValueError("a plan with other cuts than those of the question is not simulated")
     unified = problem.hardware.unified
     rings = {name: ring.rest for ring in rule.rings for name in ring.blocks}
     if rule.lookups is not None:
         rings |= dict.fromkeys(rule.lookups.blocks, rule.lookups.rest)
+    if rule.head_tiles is not None:
+        rings[rule.head_tiles.block] = rule.head_tiles.rest
     layers = next((ring for ring in rule.rings if ring.name == "layers"), None)
     inputs = Tier.DEVICE if unified and rule.layer_inputs is Tier.HOST else rule.layer_inputs
     kept = (0.0, float(inputs is Tier.NVME), float(inputs is Tier.HOST), float(inputs is Tier.DEVICE))

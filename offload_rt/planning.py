@@ -9,6 +9,7 @@ fixed rule plans for it, so that a plan that fits the question fits the runtime.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ from planners.placement import Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
-from planners.streaming import CHUNK_TOKENS, StreamingProblem, head_chunk_tokens
+from planners.streaming import CHUNK_TOKENS, StreamingProblem, head_chunk_tokens, tiled_block
 from planners.trace import Saved, Transient
 from planners.vocabulary import RowsSize
 from planners.wear import rated_bytes
@@ -95,16 +96,18 @@ def measured_problem(
 def optimised_adapters(workload: Workload, streaming: StreamingProblem, hardware: Hardware) -> tuple[Plan, Problem]:
     """The optimiser's plan where adapters train, and the question that it answers. Blocks for seconds.
 
-    With layers whole, if that fits, or by the longest chunks that do: `streaming.cuts` says if one of these must be.
+    With layers whole, if that fits, or by the longest chunks that do, and the head by tiles only where nothing else
+    fits: `streaming.cuts` says which of these must be.
     Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
     """
     failure: PlanInfeasible | None = None
     for chunk_tokens in chunk_lengths(streaming):
-        problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
-        try:
-            return lowered(plan_optimal(problem), streaming, problem), problem
-        except PlanInfeasible as error:
-            failure = failure or error  # of whole layers, if they were asked about: what is said of them helps most
+        whole = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
+        for problem in _by_head(whole, streaming):
+            try:
+                return lowered(plan_optimal(problem), streaming, problem), problem
+            except PlanInfeasible as error:
+                failure = failure or error  # of what is cut least, if that was asked about: it helps most
     raise failure or ConfigError("plan: no question can be asked about this workload")
 
 
@@ -115,6 +118,32 @@ def chunk_lengths(streaming: StreamingProblem) -> list[int | None]:
     if streaming.chunked is None:
         return [None]
     return [None, *(tokens for tokens in CHUNK_TOKENS if tokens < streaming.chunked.num_tokens)]
+
+
+def _by_head(problem: Problem, streaming: StreamingProblem) -> Iterator[Problem]:
+    """The question of a head that stays as a whole, then of one by tiles; of what the cuts say, if there are any."""
+    cuts = streaming.cuts
+    if cuts is None or cuts.head_tile_rows is None:
+        yield problem
+    if (cuts is not None and cuts.head_tile_rows is not None) or (cuts is None and _can_tile(problem, streaming)):
+        yield by_tiles(problem, streaming)
+
+
+def _can_tile(problem: Problem, streaming: StreamingProblem) -> bool:
+    """Whether there is a head that can go by tiles, and a place for it to come from."""
+    block, head = tiled_block(streaming), problem.workload.classes[-1]
+    somewhere = not problem.hardware.unified or bool(problem.hardware.drives)
+    return somewhere and block is not None and block.rows is None and head.blocks == (block.name,)
+
+
+def by_tiles(problem: Problem, streaming: StreamingProblem) -> Problem:
+    """The same question where the head goes by tiles, in every plan: a cut. ConfigError where it cannot."""
+    block = tiled_block(streaming)
+    if block is None or not _can_tile(problem, streaming):
+        raise ConfigError("plan: the head goes by tiles, about which the optimiser cannot be asked here")
+    *others, head = problem.workload.classes
+    classes = (*others, replace(head, product=block.product, in_tiles=True))
+    return replace(problem, workload=replace(problem.workload, classes=classes))
 
 
 def problem_of(
@@ -176,6 +205,7 @@ def problem_of(
         gradient_bytes_per_param=item_bytes,
         weight_bytes_per_param=item_bytes,
         clips=config.max_grad_norm is not None,
+        head_tile_tokens=tile_tokens or tokens,
         slab_bytes=0,  # slabs are ordinary memory, and come when a step's activations are gone
     )
     counted = planned.trainable_params * (2 * item_bytes + OPTIMIZER_BYTES_PER_ELEMENT)

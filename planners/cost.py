@@ -258,6 +258,8 @@ def _measured_cost(
 
 def tiles_again_seconds(problem: Problem, entry: BlockClass) -> float:
     """What a head takes longer by tiles: its logits are computed twice."""
+    if entry.measured is not None:
+        return entry.measured.product
     return problem.workload.tokens * entry.forward_flops / problem.hardware.device.matmul_flops_per_second
 
 

@@ -221,7 +221,7 @@ def _split(entry: BlockClass, fractions: tuple[float, float, float], *, drives: 
     if whole:
         most = max(range(len(fractions)), key=lambda tier: fractions[tier])
         fractions = (float(most == 0), float(most == 1), float(most == 2))
-    beside = 0 if entry.product is None or not whole else entry.stored_bytes - entry.product.num_bytes
+    beside = entry.beside_product_bytes if whole else 0
     device, host, nvme = whole_numbers(entry.stored_bytes - beside, fractions)
     device += beside
     if entry.weight_cuts and device < entry.stored_bytes:

@@ -277,7 +277,9 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     }
     return [
         Fractions(
-            weights=(1.0, 0.0, 0.0)
+            weights=(0.0, float(not drives), float(drives))
+            if e.in_tiles
+            else (1.0, 0.0, 0.0)
             if e.weights_stay or workload.tiles_of(e) is not None
             else tables
             if workload.rows_of(e) is not None

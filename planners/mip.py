@@ -125,7 +125,8 @@ def search(problem: Problem, *, freedoms: Freedoms | None = None) -> Search:
     first one to be worth less than it seemed.
     """
     found = _search(problem, freedoms)
-    if found.plan is None or found.plan.head_tiles is None:
+    always = any(entry.in_tiles for entry in problem.workload.classes)
+    if found.plan is None or found.plan.head_tiles is None or always:
         return found
     other = _search(problem, replace(freedoms or Freedoms(), tiles=False))
     best = min(found, other, key=lambda one: float("inf") if one.simulation is None else one.simulation.step_seconds)

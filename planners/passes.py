@@ -235,12 +235,13 @@ class _Passes(Operations):
     def _tiles(self, position: int, phase: int, key: float) -> tuple[int, int] | None:
         """A head's tiles for one pass: what brings the first one, and all others, which come while it computes."""
         entry = self.workload.classes[self.class_at[position]]
-        size, tiles = entry.product, self.plan.head_tiles
-        if size is None or tiles is None or tiles.block not in entry.blocks:
+        tiles = self.plan.head_tiles
+        if tiles is None or tiles.block not in entry.blocks:
             return None
+        first = min(tiles.tile_bytes, num_streamed := self.plan.entry(entry.name).weights.streamed_bytes)
         came: list[int] = []
         reads: list[int] = []
-        for num_bytes in (tiles.tile_bytes, size.num_bytes - tiles.tile_bytes):
+        for num_bytes in (first, num_streamed - first):
             deps = [(came[-1], 0)] if came else self._previous()
             if tiles.rest is Tier.NVME:
                 waits = [(reads[-1], 0)] if reads else self._previous()

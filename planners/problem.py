@@ -50,6 +50,8 @@ class MeasuredSeconds:
     """Where all that backward needs is kept; None where that was not measured, and cannot be asked for."""
     chunks: MeasuredChunks | None = None
     """Of a layer that ran by chunks of tokens; None: whole."""
+    product: float = 0.0
+    """Of a head, its logits and their sums: what they take once more where it goes by tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,8 @@ class BlockClass:
     """Of a frozen embedding that nothing multiplies with; None of all else. See `Workload.rows_of`."""
     product: RowsSize | None = None
     """Of the matrix of a frozen head without a bias; None of all else. See `Workload.tiles_of`."""
+    in_tiles: bool = False
+    """It goes by tiles, be there room for the whole or not: a cut that all plans have in common."""
 
     @property
     def count(self) -> int:
@@ -152,6 +156,11 @@ class BlockClass:
     def streamed_bytes(self) -> int:
         """Of a block's weights, the most that can stream."""
         return 0 if self.weights_stay else self.stored_bytes
+
+    @property
+    def beside_product_bytes(self) -> int:
+        """What stays of a head that goes by tiles. A block that is cut at pages is its matrix, and rests whole."""
+        return 0 if self.product is None or self.weight_cuts else self.stored_bytes - self.product.num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +188,8 @@ class Workload:
     """Of a model that is read in or saved, at once; two of them are in memory."""
     state_piece_bytes: int | None = None
     """The most state that moves as one; `Buffers.state_slots` are of this size then. None: `cost.buckets` says."""
+    head_tile_tokens: int = HEAD_TILE_TOKENS
+    """That go through the head at once."""
     log_bytes: int | None = None
     """What NVME holds of everything that changes, wherever it rests. None: two copies of what rests there, and of what
     is committed."""
@@ -232,13 +243,16 @@ class Workload:
         if another block shares its slot. By itself in a slot it would stay there, and be as good as resident.
         """
         others = [other for other in self.classes if not other.is_layer and other.stored_bytes and other != entry]
-        if entry.product is None or any(self.rows_of(other) is None for other in others):
+        if entry.product is None:
+            return None
+        if not entry.in_tiles and any(self.rows_of(other) is None for other in others):
             return None
         tiles = HeadTiles.of(
             entry.blocks[0], entry.product, rest, tile_rows=entry.product.tile_rows(),
-            num_tokens=min(HEAD_TILE_TOKENS, self.tokens), batch_tokens=self.tokens,
+            num_tokens=min(self.head_tile_tokens, self.tokens), batch_tokens=self.tokens,
         )  # fmt: skip
-        return tiles if tiles.slots_bytes + tiles.product_bytes < entry.product.num_bytes else None
+        gains = tiles.slots_bytes + tiles.product_bytes < entry.product.num_bytes
+        return tiles if gains or entry.in_tiles else None
 
     def in_ring(self, entry: BlockClass) -> bool:
         """Whether the blocks of a class go through slots of their whole size where they do not stay."""

@@ -391,7 +391,7 @@ def _plan(
     # Where HOST is DEVICE, a layer that rests in HOST is already where it is used.
     in_place = problem.unified and rest is Tier.HOST
     streamed_edges = tuple(block for block in problem.edges if edges is not EdgesBy.RESIDENT and block.streams)
-    tiled = _tiled(problem) if edges is EdgesBy.TILES else None
+    tiled = tiled_block(problem) if edges is EdgesBy.TILES else None
     by_rows = streamed_edges if edges in (EdgesBy.ROWS, EdgesBy.TILES) else ()
     if in_place:
         by_rows = tuple(block for block in by_rows if block is tiled)  # the others are where they are used
@@ -493,14 +493,14 @@ def _edges_by(problem: StreamingProblem, *, in_place: bool) -> list[list[EdgesBy
     run that goes on has them: then in place, too.
     """
     could: list[list[EdgesBy]] = [[choice for choice in EdgesBy if choice is not EdgesBy.TILES]]
-    if _tiled(problem) is None or (problem.training is not None and not problem.training.adapters):
+    if tiled_block(problem) is None or (problem.training is not None and not problem.training.adapters):
         return could
     if problem.cuts is None:
         return could if in_place else [*could, [EdgesBy.TILES]]
     return could if problem.cuts.head_tile_rows is None else [[EdgesBy.TILES]]
 
 
-def _tiled(problem: StreamingProblem) -> BlockSize | None:
+def tiled_block(problem: StreamingProblem) -> BlockSize | None:
     """What a plan by tiles takes by tiles: the largest linear outside the layers, tied to an embedding or not."""
     linears = [
         block

@@ -167,12 +167,14 @@ def _check_tiles(plan: Plan, placed: ClassPlan, entry: BlockClass) -> None:
     streams, (block,) = split.streamed_bytes > 0, placed.blocks
     by_tiles = tiles is not None and tiles.block == block
     in_ring = any(block in ring.blocks for ring in plan.rings)
+    if entry.in_tiles and not by_tiles:
+        raise InvalidPlan(f"block {block!r} stays, but all plans that are asked for take it by tiles")
     if in_ring or by_tiles is not streams or (block in plan.resident) is streams:
         raise InvalidPlan(f"block {block!r} is in no ring, but resident or by tiles, as its bytes say")
     if tiles is None or size is None or not streams:
         return
     there = {Tier.HOST: split.host_bytes, Tier.NVME: split.nvme_bytes}[tiles.rest]
-    if there != split.streamed_bytes or there != size.num_bytes:
+    if there != split.streamed_bytes or there != entry.stored_bytes - entry.beside_product_bytes:
         raise InvalidPlan(
             f"block {block!r} goes by tiles from {tiles.rest.value}, where {there} of {size.num_bytes} bytes rest"
         )

@@ -54,33 +54,36 @@ class VocabularyRows:
 
     def add_tiles(self, entry: BlockClass, allowed: list[bool]) -> tuple[int, int, int]:
         """The same of a head: columns of its shares in DEVICE, in HOST and on NVMe."""
-        rows, program, size = self._rows, self._rows.program, entry.product
-        if size is None:
+        rows, program = self._rows, self._rows.program
+        if entry.product is None:
             raise ValueError(f"{entry.name!r}: is no head that goes by tiles")
         costs = class_costs(rows.problem, rows.knobs.cuts, rows.knobs.decode_scope)
         cost = costs[rows.workload.classes.index(entry)]
-        if not rows.freedoms.tiles:
+        if entry.in_tiles:
+            allowed = [False, *allowed[1:]]
+        elif not rows.freedoms.tiles:
             allowed = [True, False, False]
         device = program.variable(0.0, float(allowed[0]))
         columns = [program.whole_number(int(ok)) for ok in allowed[1:]]
         program.row([(column, 1.0) for column in (device, *columns)], 1.0, 1.0)
-        beside = entry.stored_bytes - size.num_bytes  # what else is in its block stays
+        beside = entry.beside_product_bytes
+        streamed = entry.stored_bytes - beside
         rows.hold("device", device, entry.stored_bytes)
         for tier, column, ok in zip((Tier.HOST, Tier.NVME), columns, allowed[1:], strict=True):
             tiles = rows.workload.tiles_of(entry, tier)
             if not ok or tiles is None:
                 continue
-            rows.hold(tier.value, column, size.num_bytes)
+            rows.hold(tier.value, column, streamed)
             rows.hold("device", column, beside + tiles.slots_bytes + tiles.product_bytes)
             if tier is Tier.NVME and not rows.unified:
                 rows.hold("host", column, tiles.slots_bytes)
             again = tiles_again_seconds(rows.problem, entry)
-            link = 0.0 if rows.unified else size.num_bytes / rows.rate["host_to_device"]
-            drive = size.num_bytes / rows.rate["ssd_read"] if tier is Tier.NVME else 0.0
+            link = 0.0 if rows.unified else streamed / rows.rate["host_to_device"]
+            drive = streamed / rows.rate["ssd_read"] if tier is Tier.NVME else 0.0
             for phase, own in ((FORWARD, cost.forward_seconds), (BACKWARD, cost.backward_seconds + again)):
-                rows.work(phase, "host_to_device", column, size.num_bytes)
+                rows.work(phase, "host_to_device", column, streamed)
                 if tier is Tier.NVME:
-                    rows.work(phase, "ssd_read", column, size.num_bytes)
+                    rows.work(phase, "ssd_read", column, streamed)
                 rows.wait(phase, "tiles", [(column, max(0.0, max(link, drive) - own) / rows.unit)])
             rows.work(BACKWARD, "compute", column, again)
             rows.redone.append((column, again / rows.unit))

@@ -17,7 +17,6 @@ from planners.placement import Tier
 from planners.problem import KeptPass
 from planners.program import SolverMissing
 from planners.streaming import lookups_of, plan_streaming
-from planners.vocabulary import HeadTiles
 from tests.conftest import build_lora, build_plain
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
 from tests.test_parity import differences
@@ -166,18 +165,6 @@ def test_what_profiling_takes_grows_by_tokens_and_attention_by_pairs_of_them(tmp
     assert longer == (pytest.approx(2 * products), pytest.approx(4 * attention))
     by_chunks = parts(8 * SEQ_LEN, SEQ_LEN)  # two of eight chunks four times, and the whole
     assert by_chunks[1] / parts(8 * SEQ_LEN, 4 * SEQ_LEN)[1] == pytest.approx((1 + 4 / 16) / (1 + 4))
-
-
-def test_a_head_by_tiles_stays_the_rules(timed, tmp_path):
-    """A run that goes on by tiles would otherwise be refused for the cuts of the optimiser's plan."""
-    hardware = machine(64 * MIB, 0)
-    workload, streaming, _ = question(build(BF16), tmp_path, hardware, None)
-    whole = plan_streaming(streaming)
-    tiles = HeadTiles(block="lm_head", rest=Tier.NVME, tile_rows=64, tile_bytes=4096, product_bytes=1)
-    for rule, name in ((whole, OPTIMISER), (replace(whole, head_tiles=tiles), RULE)):
-        plan, choice, _ = choose(workload, streaming, rule, hardware)
-        assert choice.chosen == name == (RULE if plan is rule else OPTIMISER), choice.why
-    assert "a head by tiles" in choice.why
 
 
 def test_the_rules_rows_are_priced_as_rows(tmp_path):

@@ -180,7 +180,7 @@ def test_a_profile_measures_and_leaves_the_model_and_the_random_numbers_alone():
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert min(seconds.forward, seconds.backward, seconds.decode) > 0
     head = profile_head(hidden_size=8, vocabulary=40000, num_tokens=64, tile_tokens=16, dtype=torch.float32)
-    assert head.forward > 0 == head.backward
+    assert head.forward > 0 == head.backward and head.product > 0
     assert updates_per_second([p for p in model.parameters() if p.requires_grad]) > 0
 
 
