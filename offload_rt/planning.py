@@ -133,7 +133,7 @@ def _can_tile(problem: Problem, streaming: StreamingProblem) -> bool:
     """Whether there is a head that can go by tiles, and a place for it to come from."""
     block, head = tiled_block(streaming), problem.workload.classes[-1]
     somewhere = not problem.hardware.unified or bool(problem.hardware.drives)
-    return somewhere and block is not None and block.rows is None and head.blocks == (block.name,)
+    return somewhere and block is not None and head.blocks == (block.name,)
 
 
 def by_tiles(problem: Problem, streaming: StreamingProblem) -> Problem:
@@ -142,7 +142,7 @@ def by_tiles(problem: Problem, streaming: StreamingProblem) -> Problem:
     if block is None or not _can_tile(problem, streaming):
         raise ConfigError("plan: the head goes by tiles, about which the optimiser cannot be asked here")
     *others, head = problem.workload.classes
-    classes = (*others, replace(head, product=block.product, in_tiles=True))
+    classes = (*others, replace(head, product=block.product, rows=block.rows, in_tiles=True))
     return replace(problem, workload=replace(problem.workload, classes=classes))
 
 
@@ -182,7 +182,7 @@ def problem_of(
         )  # fmt: skip
     edges = [draft for draft in workload.drafts if not draft.is_layer]
     nothing = MeasuredSeconds(forward=0.0, backward=0.0)
-    rows = {block.name: block.rows for block in streaming.edges}
+    rows = {block.name: block.rows for block in streaming.edges if block.product is None}  # tied: a slot, or by tiles
     for draft in edges:
         seconds, peak = (head_seconds, head_bytes) if draft is edges[-1] else (nothing, 0)
         classes.append(

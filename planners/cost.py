@@ -418,7 +418,7 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
     add(device, "state updated on the device", on_device)
     add(nvme, "what changes, twice", workload.log_bytes or 0)
     if (lookups := plan.lookups) is not None:
-        tables = sum(entry.count * entry.stored_bytes for entry, _ in entries if {*entry.blocks} & {*lookups.blocks})
+        tables = sum(p.weights.streamed_bytes * e.count for e, p in entries if {*e.blocks} & {*lookups.blocks})
         add(device, "rows of embeddings", lookups.room_bytes)
         add(host, "rows on their way", lookups.staging_bytes(unified=unified) + lookups.sums_bytes(tables))
     if (tiles := plan.head_tiles) is not None:

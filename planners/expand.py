@@ -105,7 +105,7 @@ def _lookups(workload: Workload, classes: Sequence[ClassPlan]) -> Lookups | None
     sizes: dict[str, RowsSize] = {}
     rest = Tier.HOST
     for entry, placed in zip(workload.classes, classes, strict=True):
-        size = workload.rows_of(entry)
+        size = workload.looked_up_of(entry)
         if size is not None and placed.weights.streamed_bytes:
             sizes |= dict.fromkeys(entry.blocks, size)
             rest = Tier.NVME if placed.weights.nvme_bytes else rest

@@ -217,19 +217,23 @@ class _Passes(Operations):
         return [(self.computes[-1], 0)] if self.computes else []
 
     def _looked_up(self, position: int, key: float) -> int | None:
-        """The rows of an embedding for a whole batch, which nothing can bring before its forward; None for all else."""
-        c = self.class_at[position]
-        size, weights = self.workload.rows_of(self.workload.classes[c]), self.placed[c].weights
-        if size is None or not weights.streamed_bytes:
-            return None
-        read = self._previous()
-        begin = len(self.timeline)
-        if weights.nvme_bytes:
-            label = ("read rows", position, 0)
-            read = [(self.op(Resource.SSD_READ, size.read_bytes, key - 0.4, read, 0, label), 0)]
-        found = self.link_in(position, 0, size.looked_up_bytes, key - 0.3, read, 0)
-        if not self.computes:
-            self.late.append((begin, "barrier" if self.barrier else "end"))
+        """The rows of an embedding for a whole batch, which nothing can bring before its forward; None for all else.
+        Those of a matrix that is the head, too, are wanted first of all.
+        """
+        found = None
+        for c, entry in enumerate(self.workload.classes):
+            size, weights = self.workload.looked_up_of(entry), self.placed[c].weights
+            own = position == 0 if entry.product is not None else c == self.class_at[position]
+            if size is None or not weights.streamed_bytes or not own:
+                continue
+            read = self._previous() if found is None else [(found, 0)]
+            begin = len(self.timeline)
+            if weights.nvme_bytes:
+                label = ("read rows", position, 0)
+                read = [(self.op(Resource.SSD_READ, size.read_bytes, key - 0.4, read, 0, label), 0)]
+            found = self.link_in(position, 0, size.looked_up_bytes, key - 0.3, read, 0)
+            if not self.computes:
+                self.late.append((begin, "barrier" if self.barrier else "end"))
         return found
 
     def _tiles(self, position: int, phase: int, key: float) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ from planners.placement import Tier, UpdateMode
 from planners.schedule import Phase
 from planners.trace import ITEM_BYTES, NUM_OPERATIONS, Saved, Transient, saved_tensors, transients
 from planners.units import ProblemError, nearest
-from planners.vocabulary import HeadTiles, RowsSize
+from planners.vocabulary import HeadTiles, Lookups, RowsSize
 
 HEAD_TILE_TOKENS = 1024
 """The loss is computed over so many tokens at a time, so that logits never exist whole."""
@@ -142,9 +142,9 @@ class BlockClass:
     others rests on NVME, and what it takes; ascending from (0, 0) to all. Empty: it is cut anywhere, at
     `Workload.state_bytes_per_param`."""
     rows: RowsSize | None = None
-    """Of a frozen embedding that nothing multiplies with; None of all else. See `Workload.rows_of`."""
+    """Of a frozen embedding; None of all else. See `Workload.rows_of`."""
     product: RowsSize | None = None
-    """Of the matrix of a frozen head without a bias; None of all else. See `Workload.tiles_of`."""
+    """Of the matrix of a frozen head without a bias; None of all else. See `Workload.tiles_of`. Both: they are tied."""
     in_tiles: bool = False
     """It goes by tiles, be there room for the whole or not: a cut that all plans have in common."""
 
@@ -228,12 +228,13 @@ class Workload:
         return next((one.chunks.num_tokens for one in timed if one is not None and one.chunks is not None), None)
 
     def rows_of(self, entry: BlockClass) -> RowsSize | None:
-        """Of a class that is read by rows where it is not resident, for this batch; None where it streams whole.
+        """Of a class that is read by rows where it is not resident, for this batch; None where it streams whole, or is
+        multiplied with, too.
 
         Rows move no more than the whole does, through a smaller room, and what streams by itself is no faster than what
         is resident: so a slot for the whole is not offered.
         """
-        if entry.rows is None:
+        if entry.rows is None or entry.product is not None:
             return None
         size = replace(entry.rows, most_rows=self.tokens)
         return size if size.is_worth_it() else None
@@ -251,8 +252,16 @@ class Workload:
             entry.blocks[0], entry.product, rest, tile_rows=entry.product.tile_rows(),
             num_tokens=min(self.head_tile_tokens, self.tokens), batch_tokens=self.tokens,
         )  # fmt: skip
-        gains = tiles.slots_bytes + tiles.product_bytes < entry.product.num_bytes
-        return tiles if gains or entry.in_tiles else None
+        rooms = tiles.slots_bytes + tiles.product_bytes
+        if entry.rows is not None:
+            rooms += Lookups.of({entry.name: replace(entry.rows, most_rows=self.tokens)}, rest).most_room_bytes
+        return tiles if rooms < entry.product.num_bytes or entry.in_tiles else None
+
+    def looked_up_of(self, entry: BlockClass) -> RowsSize | None:
+        """Of a class whose rows are looked up where it is not resident: read by rows, or tied to a head by tiles."""
+        if entry.rows is None or (self.rows_of(entry) is None and self.tiles_of(entry) is None):
+            return None
+        return replace(entry.rows, most_rows=self.tokens)
 
     def in_ring(self, entry: BlockClass) -> bool:
         """Whether the blocks of a class go through slots of their whole size where they do not stay."""
@@ -468,7 +477,8 @@ class _Maker:
         products = 2.0 * shape.vocabulary * shape.hidden
         row = ITEM_BYTES * shape.hidden
         product = None
-        if not full and shape.head_params == shape.vocabulary * shape.hidden:
+        matrix = shape.embedding_params if tied else shape.head_params
+        if not full and matrix == shape.vocabulary * shape.hidden:
             product = RowsSize(num_rows=shape.vocabulary, row_bytes=row, most_rows=self.seq_len)
         return BlockClass(
             name="head", blocks=(shape.head_name,), positions=(position,), is_layer=False,
@@ -478,7 +488,8 @@ class _Maker:
             saved=(Saved(name="input", bytes_per_token=row, recomputable=False),), attention_bytes=0.0,
             attention_groups=1, transients=_workspace(row, 2 * row),
             # Logits in 16 and 32 bit, log-softmax, and the gradients of both.
-            tile_bytes=HEAD_TILE_TOKENS * shape.vocabulary * (2 * ITEM_BYTES + 12), product=product,
+            tile_bytes=HEAD_TILE_TOKENS * shape.vocabulary * (2 * ITEM_BYTES + 12),
+            product=product, rows=product if tied else None,
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from planners.problem import BlockClass, MeasuredSeconds, Problem
 from planners.schedule import Phase
 from planners.simulate import Event, Simulation, simulate
 from planners.timeline import Resource
-from planners.vocabulary import RowsSize
+from planners.vocabulary import Lookups, RowsSize
 
 TOLERANCE = 1e-6
 
@@ -153,10 +153,15 @@ def _check_rows(plan: Plan, placed: ClassPlan, size: RowsSize) -> None:
             f"class {placed.name!r} is read by rows from {lookups.rest.value}, where {there} of {split.total_bytes} "
             "bytes rest"
         )
+    _check_room(lookups, size, placed.name)
+
+
+def _check_room(lookups: Lookups, size: RowsSize, name: str) -> None:
+    """Whether a row goes through the rooms."""
     least_bytes = replace(size, most_rows=1).pages_bytes() if lookups.rest is Tier.NVME else 0
     if lookups.room_bytes < size.row_bytes or lookups.pages_bytes < least_bytes:
         raise InvalidPlan(
-            f"class {placed.name!r}: rows of {size.row_bytes} bytes in a room of {lookups.room_bytes}, from pages of "
+            f"class {name!r}: rows of {size.row_bytes} bytes in a room of {lookups.room_bytes}, from pages of "
             f"{lookups.pages_bytes}"
         )
 
@@ -178,6 +183,11 @@ def _check_tiles(plan: Plan, placed: ClassPlan, entry: BlockClass) -> None:
         raise InvalidPlan(
             f"block {block!r} goes by tiles from {tiles.rest.value}, where {there} of {size.num_bytes} bytes rest"
         )
+    if entry.rows is not None:
+        lookups = plan.lookups
+        if lookups is None or block not in lookups.blocks or lookups.rest is not tiles.rest:
+            raise InvalidPlan(f"block {block!r} is the embedding, too, whose rows are looked up where its tiles rest")
+        _check_room(lookups, entry.rows, placed.name)
     if tiles.tile_rows * size.row_bytes != tiles.tile_bytes:
         raise InvalidPlan(f"tiles of {tiles.tile_rows} rows, {size.row_bytes} bytes each, in {tiles.tile_bytes} bytes")
 
@@ -387,7 +397,7 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
         compute += n * (costs[c].forward_seconds + costs[c].backward_seconds)
         down += sum(counts[c]) * weights.streamed_bytes
         read += sum(counts[c]) * weights.nvme_bytes
-        if (rows := workload.rows_of(entry)) is not None and weights.streamed_bytes:
+        if (rows := workload.looked_up_of(entry)) is not None and weights.streamed_bytes:
             down += n * rows.looked_up_bytes
             read += n * rows.read_bytes if weights.nvme_bytes else 0
         if plan.head_tiles is not None and plan.head_tiles.block in entry.blocks:

@@ -111,6 +111,11 @@ class Lookups:
         """Of the checksums of the pages of blocks of so many bytes together."""
         return SUM_BYTES * (stored_bytes // PAGE_BYTES) if self.rest is Tier.NVME else 0
 
+    @property
+    def most_room_bytes(self) -> int:
+        """Of all that rows pass through, in whatever memory."""
+        return self.room_bytes + self.staging_bytes(unified=False)
+
     def staging_bytes(self, *, unified: bool) -> int:
         """HOST memory that rows pass through."""
         return PAGE_SLOTS * self.pages_bytes + (0 if unified else whole_pages(self.room_bytes))

@@ -14,6 +14,9 @@ from planners.problem import BlockClass
 from planners.rows import BACKWARD, FORWARD, Rows
 from planners.vocabulary import Lookups, RowsSize
 
+RESTS = (Tier.HOST, Tier.NVME)
+"""Where a matrix rests that is not resident."""
+
 
 class VocabularyRows:
     """Adds them to a program, class by class."""
@@ -26,34 +29,38 @@ class VocabularyRows:
     def add(self, entry: BlockClass, size: RowsSize, allowed: list[bool]) -> tuple[int, int, int]:
         """Columns of the shares in DEVICE, where it is resident, in HOST and on NVMe; `allowed` of each."""
         rows, program = self._rows, self._rows.program
-        if not self._rest:
-            self._rest = {tier: program.variable(0.0, 1.0) for tier in (Tier.HOST, Tier.NVME)}
-            program.at_most([(column, 1.0) for column in self._rest.values()], 1.0)
         device = program.variable(0.0, float(allowed[0]))
-        columns = {tier: program.whole_number(int(ok)) for tier, ok in zip(self._rest, allowed[1:], strict=True)}
+        columns = {tier: program.whole_number(int(ok)) for tier, ok in zip(RESTS, allowed[1:], strict=True)}
         program.row([(device, 1.0), *((column, 1.0) for column in columns.values())], 1.0, 1.0)
         rows.hold("device", device, entry.count * entry.stored_bytes)
         for (tier, column), ok in zip(columns.items(), allowed[1:], strict=True):
-            if not ok:
-                continue
-            program.at_most([(column, 1.0), (self._rest[tier], -1.0)], 0.0)
-            rows.hold(tier.value, column, entry.count * entry.stored_bytes)
-            rows.work(FORWARD, "host_to_device", column, entry.count * size.looked_up_bytes)
-            link = 0.0 if rows.unified else size.looked_up_bytes / rows.rate["host_to_device"]
-            drive = size.read_bytes / rows.rate["ssd_read"] if tier is Tier.NVME else 0.0
-            rows.wait(FORWARD, "rows", [(column, entry.count * (link + drive) / rows.unit)])
-            lookups = Lookups.of(dict.fromkeys(entry.blocks, size), tier)
-            rows.largest("device", "rows of embeddings", [(column, lookups.room_bytes)])
-            if not rows.unified:
-                rows.largest("host", "rows on their way", [(column, lookups.room_bytes)])
-            if tier is Tier.NVME:
-                rows.work(FORWARD, "ssd_read", column, entry.count * size.read_bytes)
-                rows.largest("host", "pages of embeddings", [(column, lookups.staging_bytes(unified=True))])
-                rows.hold("host", column, lookups.sums_bytes(entry.count * entry.stored_bytes))
+            if ok:
+                rows.hold(tier.value, column, entry.count * entry.stored_bytes)
+                self._look_up(entry, size, tier, column, entry.count * entry.stored_bytes)
         return device, columns[Tier.HOST], columns[Tier.NVME]
 
+    def _look_up(self, entry: BlockClass, size: RowsSize, tier: Tier, column: int, table_bytes: int) -> None:
+        """What reading a class by rows from `tier` takes, as far as `column` says that it is."""
+        rows, program = self._rows, self._rows.program
+        if not self._rest:
+            self._rest = {rest: program.variable(0.0, 1.0) for rest in RESTS}
+            program.at_most([(rest, 1.0) for rest in self._rest.values()], 1.0)
+        program.at_most([(column, 1.0), (self._rest[tier], -1.0)], 0.0)
+        rows.work(FORWARD, "host_to_device", column, entry.count * size.looked_up_bytes)
+        link = 0.0 if rows.unified else size.looked_up_bytes / rows.rate["host_to_device"]
+        drive = size.read_bytes / rows.rate["ssd_read"] if tier is Tier.NVME else 0.0
+        rows.wait(FORWARD, "rows", [(column, entry.count * (link + drive) / rows.unit)])
+        lookups = Lookups.of(dict.fromkeys(entry.blocks, size), tier)
+        rows.largest("device", "rows of embeddings", [(column, lookups.room_bytes)])
+        if not rows.unified:
+            rows.largest("host", "rows on their way", [(column, lookups.room_bytes)])
+        if tier is Tier.NVME:
+            rows.work(FORWARD, "ssd_read", column, entry.count * size.read_bytes)
+            rows.largest("host", "pages of embeddings", [(column, lookups.staging_bytes(unified=True))])
+            rows.hold("host", column, lookups.sums_bytes(table_bytes))
+
     def add_tiles(self, entry: BlockClass, allowed: list[bool]) -> tuple[int, int, int]:
-        """The same of a head: columns of its shares in DEVICE, in HOST and on NVMe."""
+        """The same of a head: columns of its shares in DEVICE, in HOST and on NVMe. Tied, it is read by rows, too."""
         rows, program = self._rows, self._rows.program
         if entry.product is None:
             raise ValueError(f"{entry.name!r}: is no head that goes by tiles")
@@ -69,10 +76,12 @@ class VocabularyRows:
         beside = entry.beside_product_bytes
         streamed = entry.stored_bytes - beside
         rows.hold("device", device, entry.stored_bytes)
-        for tier, column, ok in zip((Tier.HOST, Tier.NVME), columns, allowed[1:], strict=True):
+        for tier, column, ok in zip(RESTS, columns, allowed[1:], strict=True):
             tiles = rows.workload.tiles_of(entry, tier)
             if not ok or tiles is None:
                 continue
+            if (size := rows.workload.looked_up_of(entry)) is not None:
+                self._look_up(entry, size, tier, column, streamed)
             rows.hold(tier.value, column, streamed)
             rows.hold("device", column, beside + tiles.slots_bytes + tiles.product_bytes)
             if tier is Tier.NVME and not rows.unified:

@@ -40,8 +40,8 @@ HOSTS = pytest.mark.parametrize(
 )
 
 
-def model():
-    return build_lora("llama", torch.bfloat16, 2, 0.0, vocab_size=VOCABULARY, hidden_size=WIDTH)
+def model(family="llama"):
+    return build_lora(family, torch.bfloat16, 2, 0.0, vocab_size=VOCABULARY, hidden_size=WIDTH)
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +52,17 @@ def timed(monkeypatch):
     monkeypatch.setattr(planning, "updates_per_second", lambda _: UPDATES_PER_SECOND)
 
 
-def asked(folder, device, host=0):
-    workload, streaming, problem = question(model(), folder, machine(device, host), None, KEPT)
+def asked(folder, device, host=0, family="llama"):
+    workload, streaming, problem = question(model(family), folder, machine(device, host), None, KEPT)
     *others, head = problem.workload.classes
     classes = (*others, replace(head, measured=HEAD))
     problem = replace(problem, workload=replace(problem.workload, classes=classes))
     return workload, streaming, problem, by_tiles(problem, streaming)
 
 
-def tight(folder, host):
+def tight(folder, host, family="llama"):
     """DEVICE memory in which the head's rows by tiles fit, and not all of them."""
-    _, _, whole, tiled = asked(folder, 64 * MIB, host)
+    _, _, whole, tiled = asked(folder, 64 * MIB, host, family)
     reserve, hardware = whole.hardware.device.reserve_bytes, whole.hardware
 
     def answer(problem, num_bytes):
@@ -96,8 +96,8 @@ def same(one, other):
     return one[0] == other[0] and all(torch.equal(p, other[1][name]) for name, p in one[1].items())
 
 
-def engine_of(folder, **options):
-    return Engine(model(), batch_size=2, seq_len=SEQ_LEN, lr=1e-2, nvme=folder, **options)
+def engine_of(folder, family="llama", **options):
+    return Engine(model(family), batch_size=2, seq_len=SEQ_LEN, lr=1e-2, nvme=folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +206,21 @@ def test_what_cannot_go_by_tiles_is_not_asked_about(tmp_path):
     for one, sizes in ((nowhere, streaming), (problem, replace(streaming, edges=edges))):
         with pytest.raises(ConfigError, match="head goes by tiles"):
             by_tiles(one, sizes)
+
+
+@HOSTS
+def test_a_tied_matrix_is_read_by_rows_and_tiles_where_nothing_else_fits(host, tmp_path):
+    _, streaming, whole, _ = asked(tmp_path, 64 * MIB, host, "qwen")
+    assert streaming.edges[-1].rows is not None and whole.workload.classes[-1].rows is None, "it is multiplied with"
+    budget = tight(tmp_path, host, "qwen")
+    with engine_of(tmp_path, "qwen", plan="optimise", emulate=machine(budget, host)) as engine:
+        plan, cuts = engine.plan, engine._runtime.cuts
+        assert plan.planner == "optimiser" and plan.head_tiles is not None and plan.lookups is not None
+        assert plan.lookups.blocks == (plan.head_tiles.block,)
+        assert plan.lookups.rest is plan.head_tiles.rest is (Tier.HOST if host else Tier.NVME)
+        found, report = train(engine), engine.report()
+    assert report["memory"]["device"] <= budget and report["prefetch_misses"] == 0
+    assert report["lookups"]["num_rows"] == 3 * batch()["input_ids"].unique().numel()
+    with engine_of(tmp_path, "qwen", device_memory=64 * MIB, options=RuntimeOptions(cuts=cuts)) as engine:
+        assert engine.plan.planner != "optimiser" and engine.plan.head_tiles is not None
+        assert same(train(engine), found)
