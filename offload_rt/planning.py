@@ -103,7 +103,7 @@ def optimised_adapters(workload: Workload, streaming: StreamingProblem, hardware
     failure: PlanInfeasible | None = None
     for chunk_tokens in chunk_lengths(streaming):
         whole = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
-        for problem in _by_head(whole, streaming):
+        for problem in by_head(whole, streaming):
             try:
                 return lowered(plan_optimal(problem), streaming, problem), problem
             except PlanInfeasible as error:
@@ -120,7 +120,7 @@ def chunk_lengths(streaming: StreamingProblem) -> list[int | None]:
     return [None, *(tokens for tokens in CHUNK_TOKENS if tokens < streaming.chunked.num_tokens)]
 
 
-def _by_head(problem: Problem, streaming: StreamingProblem) -> Iterator[Problem]:
+def by_head(problem: Problem, streaming: StreamingProblem) -> Iterator[Problem]:
     """The question of a head that stays as a whole, then of one by tiles; of what the cuts say, if there are any."""
     cuts = streaming.cuts
     if cuts is None or cuts.head_tile_rows is None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from offload_rt.errors import ConfigError
-from offload_rt.planning import chunk_lengths, measured_problem
+from offload_rt.planning import by_head, chunk_lengths, measured_problem
 from offload_rt.planning_training import NOTHING, beside_steps, state_cuts
 from offload_rt.update_profile import steps_per_second
 from offload_rt.workload import TrainingDraft, Workload
@@ -34,7 +34,7 @@ Questions = tuple[tuple[Problem, Freedoms], ...]
 def questions_by_chunks(
     workload: Workload, streaming: StreamingProblem, hardware: Hardware, optimizer: torch.optim.Optimizer
 ) -> Iterator[Questions]:
-    """The questions with layers whole, then by ever shorter chunks. Blocks for seconds before each.
+    """The questions with layers whole, then by ever shorter chunks; the head whole, then by tiles. Blocks.
 
     Raises ConfigError for what cannot be asked.
     """
@@ -42,7 +42,8 @@ def questions_by_chunks(
     for chunk_tokens in chunk_lengths(streaming):
         problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
         rate = rate or measured_rate(workload, optimizer)
-        yield questions(workload, streaming, problem, rate)
+        for question in by_head(problem, streaming):
+            yield questions(workload, streaming, question, rate)
 
 
 def asked_for(
