@@ -196,10 +196,9 @@ class _DeviceStashed:
 
     def release(self) -> None:
         """Blocks until the drive is done with its place. An error of what nobody wants any more is nobody's."""
-        for transfer in (self._saved, self._read) if self._place is not None else ():
-            with contextlib.suppress(OffloadError):
-                if transfer is not None:
-                    self._stash.links.finish(transfer)
+        for transfer in (self._saved, self._read):
+            if self._place is not None:
+                self._place.settle(transfer, self._stash.links.finish)
         self._stash.written(self._saved)
         if self._ahead is not None:  # as if it had been used: what it holds of the device goes with its last kernel
             with contextlib.suppress(OffloadError):

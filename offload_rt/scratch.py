@@ -10,11 +10,12 @@ import errno
 import os
 import tempfile
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from offload_rt.arena import Slot
 from offload_rt.drives import tune
-from offload_rt.errors import StorageError, StorageFull
+from offload_rt.errors import OffloadError, StorageError, StorageFull, StorageTimeout
 from offload_rt.file_io import open_file, storage_error
 from offload_rt.links import Links
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
@@ -29,6 +30,7 @@ class ScratchRange:
         self._scratch = scratch
         self.offset_bytes = offset_bytes
         self.num_bytes = num_bytes
+        self._is_kept = False
 
     def write(self, slot: Slot) -> Transfer:
         return self._scratch.links.write(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
@@ -36,8 +38,19 @@ class ScratchRange:
     def read(self, slot: Slot) -> Transfer:
         return self._scratch.links.read(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
 
+    def settle(self, transfer: Transfer | None, wait: Callable[[Transfer], None]) -> None:
+        """Waits for what nobody wants any more, so its error is nobody's. What is late keeps the range for good."""
+        try:
+            if transfer is not None:
+                wait(transfer)
+        except StorageTimeout:  # it may still be written to, or read, when others would be there
+            self._is_kept = True
+        except OffloadError:
+            pass
+
     def __del__(self) -> None:
-        self._scratch.returned.append((self.offset_bytes, self.offset_bytes + self.num_bytes))
+        if not self._is_kept:
+            self._scratch.returned.append((self.offset_bytes, self.offset_bytes + self.num_bytes))
 
 
 class Scratch:

@@ -7,7 +7,6 @@ NVME in the scratch file, through staging slots.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections import deque
 from typing import Protocol
@@ -15,7 +14,7 @@ from typing import Protocol
 import torch
 
 from offload_rt.arena import Arena, Slot
-from offload_rt.errors import OffloadError, StorageFull
+from offload_rt.errors import StorageFull
 from offload_rt.links import Links
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.scratch import Scratch, ScratchRange
@@ -231,12 +230,10 @@ class _Piece:
         self._read = None
 
     def release(self) -> None:
-        # Transfers own their memory, but the range on the drive must not be reused while one is under way. An error
-        # of one that nobody will read any more is nobody's.
+        # Transfers own their memory, but the range on the drive must not be reused while one is under way.
         for transfer in (self._write, self._read[1] if self._read is not None else None):
-            with contextlib.suppress(OffloadError):
-                if transfer is not None:
-                    self._stash.wait(transfer)
+            if self._place is not None:
+                self._place.settle(transfer, self._stash.wait)
         self._place = self._write = self._read = None
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offload_rt.arena import Arena
-from offload_rt.errors import StorageError
+from offload_rt.errors import StorageError, StorageFull, StorageTimeout
 from offload_rt.file_io import AiofilesIO
 from offload_rt.links import Links
 from offload_rt.recording import Recorder
@@ -208,4 +208,31 @@ def test_a_write_that_failed_never_reads_back_as_if_it_had_not(disk_folder):
     for _ in range(3):
         with pytest.raises(StorageError, match="write failed"):
             held.load()
+    parts.close()
+
+
+def test_a_place_that_may_still_be_written_to_is_not_given_to_others(disk_folder):
+    """A write that nobody sees the end of, and that nobody wants any more: it would go over what came next."""
+    parts = Parts(disk_folder, "nvme", places=2)
+    start = parts.links.io.start
+
+    def stuck(kind, file, offset_bytes, buffer):
+        wait = start(kind, file, offset_bytes, buffer)
+
+        def late(timeout_seconds):
+            wait(timeout_seconds)
+            if offset_bytes == 0:
+                raise StorageTimeout("not finished")
+
+        return late
+
+    parts.links.io.start = stuck
+    held = [parts.stash.put(tensor(number)) for number in range(2)]
+    for one in held:
+        one.release()
+    del held, one
+    gc.collect()
+    assert parts.scratch.acquire(PAGE).offset_bytes == PAGE
+    with pytest.raises(StorageFull):
+        parts.scratch.acquire(2 * PAGE)
     parts.close()
