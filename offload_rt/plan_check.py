@@ -116,9 +116,16 @@ def _check_head_tiles(plan: Plan, tiles: HeadTiles, workload: Workload) -> None:
     split = plan.weights_of(tiles.block)
     if split is not None and split != all_in(tiles.rest, split.total_bytes):
         raise ConfigError(f"plan: tiles of {tiles.block!r} from {tiles.rest.value}, but its class says {split}")
-    row_bytes = rows_size(draft, most_rows=1).row_bytes
-    if tiles.tile_rows * row_bytes != tiles.tile_bytes:
-        raise ConfigError(f"plan: tiles of {tiles.tile_rows} rows, {row_bytes} bytes each, in {tiles.tile_bytes} bytes")
+    num_tokens = workload.config.batch_size * workload.config.seq_len
+    size = rows_size(draft, most_rows=num_tokens)
+    if tiles.tile_rows * size.row_bytes != tiles.tile_bytes:
+        raise ConfigError(
+            f"plan: tiles of {tiles.tile_rows} rows, {size.row_bytes} bytes each, in {tiles.tile_bytes} bytes"
+        )
+    try:
+        tiles.check_products(size, num_tokens=plan.head_chunk_tokens or num_tokens, batch_tokens=num_tokens)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if workload.training is not None and not workload.training.adapters:
         raise ConfigError(
             "plan: tiles of the head are for adapters; where layers train, a model is saved block by block"

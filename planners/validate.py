@@ -35,7 +35,7 @@ from planners.errors import format_bytes
 from planners.layout import Arena, Buffer
 from planners.placement import ClassPlan, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
-from planners.problem import BlockClass, MeasuredSeconds, Problem
+from planners.problem import BlockClass, MeasuredSeconds, Problem, Workload
 from planners.schedule import Phase
 from planners.simulate import Event, Simulation, simulate
 from planners.timeline import Resource
@@ -115,7 +115,7 @@ def check_placement(problem: Problem, plan: Plan) -> None:
             _check_rows(plan, placed, size)
             continue
         if workload.tiles_of(entry) is not None:
-            _check_tiles(plan, placed, entry)
+            _check_tiles(workload, plan, placed, entry)
             continue
         for block in entry.blocks:
             if plan.head_tiles is not None and block == plan.head_tiles.block:
@@ -166,7 +166,7 @@ def _check_room(lookups: Lookups, size: RowsSize, name: str) -> None:
         )
 
 
-def _check_tiles(plan: Plan, placed: ClassPlan, entry: BlockClass) -> None:
+def _check_tiles(workload: Workload, plan: Plan, placed: ClassPlan, entry: BlockClass) -> None:
     """A head that can go by tiles does, its matrix as a whole from one tier, or is resident."""
     tiles, split, size = plan.head_tiles, placed.weights, entry.product
     streams, (block,) = split.streamed_bytes > 0, placed.blocks
@@ -190,6 +190,10 @@ def _check_tiles(plan: Plan, placed: ClassPlan, entry: BlockClass) -> None:
         _check_room(lookups, entry.rows, placed.name)
     if tiles.tile_rows * size.row_bytes != tiles.tile_bytes:
         raise InvalidPlan(f"tiles of {tiles.tile_rows} rows, {size.row_bytes} bytes each, in {tiles.tile_bytes} bytes")
+    try:
+        tiles.check_products(size, num_tokens=workload.head_tile_tokens, batch_tokens=workload.tokens)
+    except ValueError as error:
+        raise InvalidPlan(str(error)) from None
 
 
 def check_modes(problem: Problem, plan: Plan) -> None:

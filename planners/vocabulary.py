@@ -168,18 +168,32 @@ class HeadTiles:
 
     @staticmethod
     def of(block: str, size: RowsSize, rest: Tier, *, tile_rows: int, num_tokens: int, batch_tokens: int) -> HeadTiles:
-        """num_tokens: that go through the head at once. batch_tokens: whose gradients are summed."""
-        width = size.row_bytes  # at least two bytes to an element
+        """With what products need; see `check_products`."""
         return HeadTiles(
             block=block, rest=rest, tile_rows=tile_rows, tile_bytes=tile_rows * size.row_bytes,
-            product_bytes=2 * (tile_rows + batch_tokens) * width + 8 * num_tokens * tile_rows
-            + SOFTMAX_BYTES * batch_tokens,
+            product_bytes=_product_bytes(size.row_bytes, tile_rows, num_tokens, batch_tokens),
         )  # fmt: skip
+
+    def check_products(self, size: RowsSize, *, num_tokens: int, batch_tokens: int) -> None:
+        """Raises ValueError where less is planned for products than they need.
+
+        num_tokens: that go through the head at once. batch_tokens: whose gradients are summed.
+        """
+        least = _product_bytes(size.row_bytes, self.tile_rows, min(num_tokens, batch_tokens), batch_tokens)
+        if self.product_bytes < least:
+            raise ValueError(
+                f"plan: head_tiles: product_bytes {self.product_bytes}; products by {self.tile_rows} rows need {least}"
+            )
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> HeadTiles:
         """Reads what `dataclasses.asdict` gave. KeyError, TypeError or ValueError for anything else."""
         return HeadTiles(**{**data, "rest": Tier(data["rest"])})
+
+
+def _product_bytes(row_bytes: int, tile_rows: int, num_tokens: int, batch_tokens: int) -> int:
+    """See `HeadTiles.product_bytes`. A row has at least two bytes to an element, so in fp32 twice as many at most."""
+    return 2 * (tile_rows + batch_tokens) * row_bytes + 8 * num_tokens * tile_rows + SOFTMAX_BYTES * batch_tokens
 
 
 def _check_names(what: str, names: tuple[str, ...]) -> None:

@@ -142,6 +142,9 @@ def test_what_a_plan_says_of_tiles_is_checked():
     refused("which the workload's cannot", head_tiles=replace(tiles, block=plan.entry("layer").blocks[0]))
     half = replace(split, host_bytes=split.host_bytes - 4096, nvme_bytes=4096)
     refused("bytes rest", classes=tuple(replace(c, weights=half) if c.name == "head" else c for c in plan.classes))
+    less = replace(tiles, product_bytes=tiles.product_bytes - 1)
+    with pytest.raises(InvalidPlan, match=f"need {tiles.product_bytes}"):
+        check(p, with_arenas(p, replace(plan, head_tiles=less, predicted={})))
     refused("'products by tiles' has", head_tiles=replace(tiles, product_bytes=1 << 30))
 
 

@@ -260,6 +260,7 @@ def test_tiles_that_cannot_be_are_refused(make_engine, disk_folder):
     tiles = plan.head_tiles
     for changed, message in [
         (replace(tiles, tile_rows=100), "tiles of 100 rows, 512 bytes each, in 131072 bytes"),
+        (replace(tiles, product_bytes=tiles.product_bytes - 1), f"need {tiles.product_bytes}"),
     ]:
         with pytest.raises(ConfigError, match=message):
             make_engine(
