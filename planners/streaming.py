@@ -415,7 +415,8 @@ def _plan(
     each = one * together
     waiting = each if chunk_tokens is None else INPUTS_OF_CHUNKS * each
     tile_tokens = head_chunk_tokens(problem, chunk_tokens)
-    head_tiles = None if tiled is None else head_tiles_of(tiled, rest, tile_tokens)
+    tile_rows = None if problem.cuts is None else problem.cuts.head_tile_rows
+    head_tiles = None if tiled is None else head_tiles_of(tiled, rest, tile_tokens, tile_rows)
     device = {
         "resident blocks": sum(block.stored_bytes for block in resident),
         **{f"ring of {ring.name}": ring.device_bytes for ring in rings},

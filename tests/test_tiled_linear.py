@@ -228,6 +228,7 @@ def test_a_budget_without_room_for_the_head_plans_tiles_and_a_run_keeps_them(mak
     assert cuts.head_tile_rows == 2048 and "the head by 2048 rows" in cuts.describe()
     assert engine("1GiB").plan.head_tiles is None
     assert engine("1GiB", cuts=cuts).plan.head_tiles == tiles
+    assert engine("1GiB", cuts=replace(cuts, head_tile_rows=512)).plan.head_tiles.tile_rows == 512, "of a given plan"
     with pytest.raises(PlanInfeasible, match="other cuts"):
         engine(budget, cuts=replace(cuts, head_tile_rows=None))
     in_place = engine("1GiB", drive=False, cuts=cuts)
