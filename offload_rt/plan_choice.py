@@ -20,7 +20,9 @@ import torch
 from offload_rt.asked import Asked, asked
 from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
 from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
-from offload_rt.errors import ConfigError
+from offload_rt.cuts import cuts_of
+from offload_rt.errors import OffloadError
+from offload_rt.plan_check import check_plan
 from offload_rt.planning import by_tiles, lowered, measured_problem
 from offload_rt.planning_adapters import asked_for
 from offload_rt.profile import attention_width
@@ -34,10 +36,8 @@ from planners.mip import plan_optimal
 from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Problem
-from planners.program import SolverFailed, SolverMissing
 from planners.simulate import simulate
 from planners.streaming import StreamingProblem
-from planners.units import ProblemError
 
 RULE, OPTIMISER = "fixed streaming rule", "optimiser"
 GAIN = 0.03
@@ -99,10 +99,12 @@ def choose(
             plan, found = Asked(questions=questions).best(workload, streaming)
             problem = questions[0 if _is_all_in_memory(rule, streaming) else -1][0]  # one that commits as often
         ruled = rule_seconds(problem, rule)
-    except (ConfigError, PlanInfeasible, ProblemError, SolverFailed, SolverMissing, ValueError) as error:
+        check_plan(plan, streaming, workload)
+    except (OffloadError, PlanInfeasible, MemoryError, RuntimeError, ValueError) as error:
         return rule, chosen(RULE, f"the optimiser cannot plan this: {error}"), None
-    if plan.head_chunk_tokens != rule.head_chunk_tokens:
-        return rule, chosen(RULE, "the optimiser's plan takes the loss in other tiles, which changes numbers"), None
+    if cuts_of(plan, workload) != cuts_of(rule, workload):
+        cuts = cuts_of(plan, workload).describe()
+        return rule, chosen(RULE, f"the optimiser's plan cuts otherwise, which changes numbers: {cuts}"), None
     optimised = float(plan.predicted["step_seconds"])
     both = {"rule_step_seconds": ruled, "optimised_step_seconds": optimised}
     compared = f"{optimised:.3g} s a step expected, {ruled:.3g} s with the rule"

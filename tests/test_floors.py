@@ -120,7 +120,7 @@ FLOORS = {
     "offload_rt.plan_check": 8.8,
     "offload_rt.resting": 8.6,
     "offload_rt.cuts": 8.8,
-    "offload_rt.plan_choice": 8.8,
+    "offload_rt.plan_choice": 8.85,
     "offload_rt.state_assembly": 8.8,
     "offload_rt.weights_assembly": 8.85,
     "offload_rt.activation_assembly": 8.85,

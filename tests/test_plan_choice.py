@@ -11,6 +11,7 @@ import torch
 from offload_rt import calibrate, plan_choice, planning, rehearsal, workload
 from offload_rt._engine import Engine
 from offload_rt.block_profile import MOST_PASSES
+from offload_rt.errors import UnsupportedModule
 from offload_rt.plan_choice import MAX_SECONDS, OPTIMISER, RULE, choose, profile_bytes, profile_seconds, rule_seconds
 from planners.errors import PlanInfeasible
 from planners.placement import Tier
@@ -89,11 +90,17 @@ def test_without_a_calibration_the_rules_plan_runs_and_says_what_would_help(time
     assert f"offload-rt calibrate --nvme {tmp_path}" in why and why in caplog.text and not timed
 
 
-@pytest.mark.parametrize("error", [PlanInfeasible, SolverMissing])
+@pytest.mark.parametrize("error", [PlanInfeasible, SolverMissing, UnsupportedModule, MemoryError, None])
 def test_an_optimiser_that_fails_leaves_the_rules_plan(error, timed, calibrated, tmp_path, monkeypatch):
+    """As one does whose plan the runtime refuses."""
+    answer = plan_choice.plan_optimal
+
     def fail(problem):
-        if error is SolverMissing:
-            raise SolverMissing("no solver here")
+        if error is None:
+            plan = answer(problem)
+            return replace(plan, resident=(*plan.resident, "of another model"))
+        if error is not PlanInfeasible:
+            raise error("no plan here")
         raise PlanInfeasible(tier="device", phase="forward", need_bytes=2, have_bytes=1, ways_out=[])
 
     monkeypatch.setattr(plan_choice, "plan_optimal", fail)

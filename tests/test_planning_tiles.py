@@ -156,8 +156,8 @@ def test_a_run_that_goes_on_keeps_its_cuts(tmp_path, of_the_rule):
         engine_of(tmp_path, plan="optimise", emulate=machine(budget, 0), options=RuntimeOptions(cuts=whole))
 
 
-def by_the_rule(streaming):
-    tiled = Cuts(head_chunk_tokens=None, chunk_tokens=None, layer_major=None, head_tile_rows=TILE_ROWS)
+def by_the_rule(streaming, tile_rows=TILE_ROWS):
+    tiled = Cuts(head_chunk_tokens=None, chunk_tokens=None, layer_major=None, head_tile_rows=tile_rows)
     return plan_streaming(replace(streaming, cuts=tiled))
 
 
@@ -171,6 +171,9 @@ def test_auto_asks_about_the_cuts_of_the_rules_plan(tmp_path):
         assert choice.rule_step_seconds == rule_seconds(question.question, rule)
     with pytest.raises(ValueError, match="other cuts"):
         rule_seconds(problem, rule)
+    rule = by_the_rule(streaming, TILE_ROWS // 2)  # as a run was begun with that goes on
+    plan, choice, _ = choose(workload, streaming, rule, machine(64 * MIB, 0))
+    assert plan is rule and "cuts otherwise" in choice.why and f"by {TILE_ROWS} rows" in choice.why
 
 
 def test_tiles_are_priced_by_what_a_head_was_measured_to_take(tmp_path):
