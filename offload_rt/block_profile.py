@@ -85,7 +85,7 @@ def profile_layer(model: nn.Module, draft: BlockDraft, *, batch_size: int, seq_l
 def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int) -> MeasuredSeconds:
     call = call_of(model, draft.modules[0], batch_size, seq_len)
     with contextlib.ExitStack() as opened:
-        stand = made_stand(draft)
+        stand = opened.enter_context(contextlib.closing(made_stand(draft)))
         try:
             again = RecomputedLayer(stand.layer, stand.block, stand.access, deliver=stand.deliver)
             _warm(again, call)
@@ -128,6 +128,11 @@ class Stand:
     """Of its weights."""
     deliver: Callable[[Mapping[int, torch.Tensor]], None] | None
     """Takes the gradients of weights that train."""
+
+    def close(self) -> None:
+        """Lets go of its memory now: its hooks, which know the block, would hold that until the collector runs."""
+        self.block.detach()
+        self.block.close()
 
 
 @dataclass(frozen=True)

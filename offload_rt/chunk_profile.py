@@ -82,11 +82,12 @@ def profile_chunked_layer(
         whole = call_of(model, draft.modules[0], batch_size, seq_len)
         short_tokens = min(CHUNKS * chunk_tokens, seq_len)
         short = call_of(model, draft.modules[0], batch_size, short_tokens)
-        stand = made_stand(draft)
-        try:
-            return _measured(stand, whole, short, chunk_tokens, links)
-        except (UnsupportedModule, RuntimeError) as error:
-            raise ConfigError(f"{draft.name}: could not be measured by chunks of {chunk_tokens}: {error}") from error
+        with contextlib.closing(made_stand(draft)) as stand:
+            try:
+                return _measured(stand, whole, short, chunk_tokens, links)
+            except (UnsupportedModule, RuntimeError) as error:
+                why = f"could not be measured by chunks of {chunk_tokens}: {error}"
+                raise ConfigError(f"{draft.name}: {why}") from error
 
 
 def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: int, links: Links) -> MeasuredSeconds:

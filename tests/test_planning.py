@@ -1,15 +1,20 @@
 """The optimiser's plan of the model at hand, run under emulated links: its numbers, its bytes, its memory."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from offload_rt import block_profile, calibrate, planning
 from offload_rt._engine import Engine
+from offload_rt.arena import Arena
 from offload_rt.autograd import CHECKED_CALLS, RecomputedLayer
 from offload_rt.block_profile import profile_head, profile_layer, updates_per_second
+from offload_rt.chunk_profile import profile_chunked_layer
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.discover import find_blocks
 from offload_rt.emulation import emulated_config, emulated_hardware
@@ -213,6 +218,31 @@ def test_a_profile_takes_as_many_passes_as_are_told_beforehand(monkeypatch):
     (first, *_) = [draft for draft in find_blocks(model, bits=4) if draft.is_layer]
     profile_layer(model, first, batch_size=2, seq_len=16)
     assert len(passes) == block_profile.MOST_PASSES
+
+
+@pytest.mark.parametrize(
+    "take",
+    [profile_layer, pytest.param(partial(profile_chunked_layer, chunk_tokens=8), marks=pytest.mark.full)],
+    ids=["whole", "by chunks"],
+)
+def test_the_memory_of_a_profile_is_given_back_without_the_collector(take, monkeypatch):
+    """Which may come steps later: until then a layer's bytes would be held beside all that is planned."""
+    made = []
+
+    def arena(*arguments, **more):
+        found = Arena(*arguments, **more)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(block_profile, "Arena", arena)
+    model = build_lora("llama")
+    (first, *_) = [draft for draft in find_blocks(model, bits=4) if draft.is_layer]
+    gc.disable()
+    try:
+        take(model, first, batch_size=2, seq_len=16)
+        assert len(made) >= 2 and [one for one in made if one() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_a_model_on_meta_is_profiled_as_one_in_memory():
