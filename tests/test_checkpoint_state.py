@@ -164,6 +164,12 @@ def test_a_save_takes_away_nothing_but_a_checkpoint(saved):
     with pytest.raises(ConfigError, match="is a file"):
         save_state(saved / "notes.txt", trainable, optimizer, extra(4))
     assert names_in(model) == ["shards"] and names_in(saved.parent) == ["c", "model"]
+    log = saved.parent / "log"
+    log.mkdir()
+    (log / "log.json").write_text("mine")
+    with pytest.raises(ConfigError, match="holds the commit log of a run"):  # `load_checkpoint` would read the log
+        save_state(log, trainable, optimizer, extra(4))
+    assert names_in(log) == ["log.json"]
 
 
 def test_what_came_during_a_save_stays_and_so_does_what_a_killed_one_had_moved(saved, monkeypatch):
@@ -179,6 +185,38 @@ def test_what_came_during_a_save_stays_and_so_does_what_a_killed_one_had_moved(s
     monkeypatch.setattr(state_module, "_write", meanwhile)
     save_state(saved, trainable, optimizer, extra(4))
     assert names_in(saved) == sorted([*FILES, "COMPLETE", "events", "notes"]) and names_in(saved.parent) == ["c"]
+
+
+def test_a_save_through_a_link_replaces_what_it_leads_to(saved, tmp_path):
+    """`adapter -> /other-drive/adapter`: the name stays a link, and nothing is moved from one drive to the other."""
+    trainable, optimizer = some_training(steps=4)
+    (saved / "notes").write_text("mine")
+    for link, folder in (("there", saved), ("not yet", tmp_path / "d" / "new")):
+        (tmp_path / "links").mkdir(exist_ok=True)
+        (tmp_path / "links" / link).symlink_to(folder)
+        save_state(tmp_path / "links" / link, trainable, optimizer, extra(4))
+        assert (tmp_path / "links" / link).is_symlink() and is_complete(folder)
+        assert load_state(folder, *some_training(steps=0))["step"] == 4
+    assert names_in(tmp_path / "links") == ["not yet", "there"] and names_in(tmp_path) == ["c", "d", "links"]
+    assert (saved / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_files_of_others_stay_where_there_are_no_hard_links(saved, monkeypatch, code):
+    """exFAT and some network drives have none; for files of other users the kernel may refuse them."""
+    refused = []
+
+    def link(*arguments, **options):
+        refused.append(arguments)
+        raise OSError(code, os.strerror(code))
+
+    trainable, optimizer = some_training(steps=4)
+    (saved / "notes").write_text("mine")
+    (saved / "nowhere").symlink_to("nothing")
+    monkeypatch.setattr(os, "link", link)
+    save_state(saved, trainable, optimizer, extra(4))
+    assert len(refused) == 2 and (saved / "notes").read_text() == "mine" and os.readlink(saved / "nowhere") == "nothing"
+    assert load_state(saved, *some_training(steps=0))["step"] == 4 and names_in(saved.parent) == ["c"]
 
 
 class Killed(BaseException):

@@ -27,7 +27,7 @@ from offload_rt.checkpoint.values import pack_values, restore_rng, rng_state
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.checksum import crc32c
 from offload_rt.drive_files import write_atomically
-from offload_rt.errors import CheckpointError, CheckpointVerifyError
+from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError
 
 STATE_VERSION = 1
 _FILES = ("trainable.safetensors", "optimizer.safetensors", "state.pt")
@@ -46,8 +46,11 @@ def save_state(
 
     `state` is the optimizer's where it is not in the optimizer itself, and need not be in memory.
     `extra` holds plain values and tensors; random numbers are those of now, unless it has `rng`. Raises `StorageFull`
-    before the first byte where space is short, `ConfigError` where `folder` holds folders.
+    before the first byte where space is short, `ConfigError` where `folder` holds folders, or a run's commit log, which
+    would be loaded in place of the checkpoint.
     """
+    if (folder / "log.json").exists():
+        raise ConfigError(f"{folder} holds the commit log of a run; give a checkpoint a folder of its own")
     state = state if state is not None else TorchState(trainable, optimizer)
     parameters = {name: torch.empty_like(p, device="meta") for name, p in trainable.items()}
     tensors = state.outline()

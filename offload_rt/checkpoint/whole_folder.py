@@ -25,11 +25,12 @@ def replaced_whole(
     """Yields an empty folder to write to; it takes the place of `folder` where the body ends without an error.
 
     Until then what was there is whole. Of it, files that are not `is_ours` by their names, and that the body did not
-    write, stay, also those that came meanwhile. The body syncs the files that it writes. Raises `ConfigError` where
-    `folder` is a file or holds a folder, which would be gone; `StorageFull` before the first byte where `need_bytes`
-    are not free; and gives the body's own failures to write as `StorageError`.
+    write, stay, also those that came meanwhile. The body syncs the files that it writes. A link stays one: the folder
+    that it leads to is replaced, on its drive. Raises `ConfigError` where `folder` is a file or holds a folder, which
+    would be gone; `StorageFull` before the first byte where `need_bytes` are not free; and gives the body's own
+    failures to write as `StorageError`.
     """
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))
     _staying(folder, what, is_ours)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
@@ -43,8 +44,8 @@ def replaced_whole(
         partial.mkdir()
         yield partial
         for path in _staying(folder, what, is_ours):  # now: it may have been put back, and others write to it
-            if not (partial / path.name).exists():
-                os.link(path, partial / path.name, follow_symlinks=False)
+            if not os.path.lexists(partial / path.name):
+                _keep(path, partial / path.name)
         sync_folder(partial)
         _put_in_place(partial, folder)
     except Exception as error:
@@ -67,6 +68,20 @@ def _staying(folder: Path, what: str, is_ours: Callable[[str], object]) -> list[
         if entry.is_dir() and not entry.is_symlink():
             raise ConfigError(f"{folder} holds a folder, {entry.name}; give {what} a folder of its own")
     return [entry for entry in folder.iterdir() if not is_ours(entry.name)]
+
+
+def _keep(path: Path, place: Path) -> None:
+    """Has the file `path` at `place` too: by another name, or copied where there is none to be had."""
+    try:
+        os.link(path, place, follow_symlinks=False)
+    except OSError as error:
+        # A file system without links, or one that refuses them for the files of other users.
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copy2(path, place, follow_symlinks=False)
+        if not place.is_symlink():
+            with open(place, "rb") as copied:
+                os.fsync(copied.fileno())
 
 
 def _tidy(folder: Path) -> None:
