@@ -49,12 +49,14 @@ class TierAccount:
 
     def lend(self, owner: str, num_bytes: int) -> Arena:
         """An arena beside the plan's, booked for `owner` until `take_back`. Raises `BudgetExceeded`."""
+        self.check(owner, num_bytes)
+        with mapped.reserved_from(self):
+            arena = Arena(owner, num_bytes)  # before it is booked: the system may have no memory for it
         self.reserve(owner, num_bytes)
         self.arena_bytes += num_bytes
         self.passing_bytes += num_bytes
         self.most_passing_bytes = max(self.most_passing_bytes, self.passing_bytes)
-        with mapped.reserved_from(self):
-            return Arena(owner, num_bytes)
+        return arena
 
     def take_back(self, owner: str, num_bytes: int) -> None:
         """What `lend` booked is over. The memory goes with the last view of it."""

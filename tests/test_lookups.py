@@ -7,6 +7,7 @@ read          [.........]      [....]      neighbours together, 9 in a piece of 
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from offload_rt import tiers
 from offload_rt.errors import BudgetExceeded, ConfigError, StoreCorrupt, UnsupportedModule
 from offload_rt.rows import PageRange, Piece, pieces_of
 from offload_rt.tensor_spec import Encoding, TensorSpec
+from offload_rt.tiers import TierAccount
 from planners.errors import PlanInfeasible
 from planners.plan import Plan, Tier
 from planners.schedule import Phase
@@ -340,6 +343,17 @@ def test_a_whole_model_is_saved_with_its_table(place, make_engine, disk_folder, 
         with pytest.raises(BudgetExceeded, match="embedding, whole needs 24 KiB, 0 B of"):
             engine.save_pretrained(tmp_path / "again")
         assert account.holdings == before
+
+
+def test_what_cannot_be_mapped_is_not_booked(monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOMEM, "no memory")
+
+    account = TierAccount(Tier.HOST, 1 << 20)
+    monkeypatch.setattr(tiers, "Arena", refused)
+    with pytest.raises(OSError, match="no memory"):
+        account.lend("embedding, whole", 4096)
+    assert (account.holdings, account.arena_bytes, account.passing_bytes, account.most_passing_bytes) == ({}, 0, 0, 0)
 
 
 def test_a_tied_head_with_a_bias_streams_whole_and_its_bias_stays(make_engine, disk_folder):
