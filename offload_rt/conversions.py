@@ -34,7 +34,9 @@ class ConversionGuard:
                     self._guard(inner, name, _refused(name))
 
     def remove(self) -> None:
-        for module, name in self._guarded:
+        """May be called twice: what another guard has put there since stays."""
+        while self._guarded:
+            module, name = self._guarded.pop()
             module.__dict__.pop(name, None)
 
     def _guard(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:

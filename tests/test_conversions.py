@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from offload_rt.conversions import ConversionGuard
 from offload_rt.errors import ConfigError
 from tests.conftest import build_lora, build_plain, language_batch
 
@@ -53,3 +54,16 @@ def test_merging_adapters_is_refused_and_changes_no_weight(make_engine, disk_fol
         assert torch.equal(engine(**batch).loss, before)
     engine.close()
     assert "merge_adapter" not in vars(model.base_model)
+
+
+def test_a_guard_that_is_removed_again_leaves_the_next_ones_in_place():
+    """`close` may be called twice, and the model be another engine's by then."""
+    model = build_plain()
+    first = ConversionGuard(model)
+    first.remove()
+    second = ConversionGuard(model)
+    first.remove()
+    with pytest.raises(ConfigError, match="convert it before"):
+        model.half()
+    second.remove()
+    assert model.half() is model
