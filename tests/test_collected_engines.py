@@ -66,6 +66,17 @@ def test_the_next_engine_collects_the_one_that_has_the_store(disk_folder, withou
     made(build_full(), disk_folder).close()
 
 
+def test_a_scheduler_that_outlives_an_engine_does_not_keep_it(disk_folder):
+    build_lora(num_layers=1)  # see above
+    engine = made(build_lora(num_layers=1), disk_folder)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer)
+    folders, seen = [path.parent for path in disk_folder.glob("*/lock")], weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert seen() is None and folders and not any(is_locked(folder) for folder in folders)
+    scheduler.optimizer.step()  # nobody's
+
+
 def test_one_that_somebody_still_sees_keeps_its_store(disk_folder):
     with made(build_lora(num_layers=1), disk_folder) as engine:
         with pytest.raises(StoreInUse, match="this process"):
