@@ -2,8 +2,9 @@
 
 [Note: what an engine does to a model]
 `engine.model` is the user's module. Its frozen parameters keep their identity and are absent between uses; its layers'
-`forward` goes through the engine; nothing else changes. `close` takes all of this out again, except that the frozen
-weights stay absent: they are in the store.
+`forward` goes through the engine, and what would convert it or merge adapters into it is refused (`conversions`);
+nothing else changes. `close` takes all of this out again, except that the frozen weights stay absent: they are in the
+store.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
         its plan and the optimiser's, which times one layer for that: some seconds), "optimise" (what the optimiser
         makes of the model's blocks and this machine's calibrated rates; on the CPU device), a Plan, or the path of one.
     emulate: a hardware profile, its name or a file, on the CPU device: its tier sizes are budgets, and transfers take
-        the time of its links and drives. Not for adapters whose optimizer state rests in tiers.
+        the time of its links and drives. Where it has HOST memory, not for adapters whose optimizer state rests in
+        tiers.
     progress: called with (phase, bytes done, bytes in all) while the store is built.
 
     Outputs of a call with labels have no `logits`: the loss is taken in tiles of tokens. Call without labels for them.
