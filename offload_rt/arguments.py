@@ -86,4 +86,11 @@ def make_optimizer(
     built = factory(parameters)
     if not isinstance(built, torch.optim.Optimizer):
         raise ConfigError(f"optimizer: the function returned {type(built).__name__}, not a torch.optim.Optimizer")
+    try:
+        built.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:  # of a wrapper that is one by name
+        raise ConfigError(
+            f"optimizer: {type(built).__name__}.__init__ does not call torch.optim.Optimizer.__init__, so nobody could "
+            f"see its steps"
+        ) from None
     return built

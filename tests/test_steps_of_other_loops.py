@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
+from offload_rt.arguments import make_optimizer
 from offload_rt.checkpoint.state import is_complete
-from offload_rt.errors import IntegrityError
+from offload_rt.errors import ConfigError, IntegrityError
 from tests.adapter_tiers import IN_HOST
 from tests.conftest import build_lora, language_batch
 
@@ -124,3 +125,12 @@ def test_a_closed_engine_sees_no_steps_any_more(made):
     assert optimizer._optimizer_step_pre_hooks and optimizer._optimizer_step_post_hooks
     engine.close()
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_an_optimizer_whose_steps_nobody_can_see_is_refused():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner, self.param_groups = inner, inner.param_groups
+
+    with pytest.raises(ConfigError, match=r"Wrapper\.__init__ does not call"):
+        make_optimizer(lambda parameters: Wrapper(SGD(parameters)), None, [torch.nn.Parameter(torch.zeros(1))])
