@@ -39,14 +39,18 @@ class ScratchRange:
         return self._scratch.links.read(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
 
     def settle(self, transfer: Transfer | None, wait: Callable[[Transfer], None]) -> None:
-        """Waits for what nobody wants any more, so its error is nobody's. What is late keeps the range for good."""
+        """Waits for what nobody wants any more, so its error is nobody's. What is late, or whoever interrupts the wait,
+        keeps the range for good: it may still be written to, or read, when others would be there.
+        """
+        was_kept, self._is_kept = self._is_kept, True
         try:
             if transfer is not None:
                 wait(transfer)
-        except StorageTimeout:  # it may still be written to, or read, when others would be there
-            self._is_kept = True
+        except StorageTimeout:
+            return
         except OffloadError:
             pass
+        self._is_kept = was_kept
 
     def __del__(self) -> None:
         if not self._is_kept:
