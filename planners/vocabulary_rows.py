@@ -71,14 +71,15 @@ class VocabularyRows:
         elif not rows.freedoms.tiles:
             allowed = [True, False, False]
         device = program.variable(0.0, float(allowed[0]))
-        columns = [program.whole_number(int(ok)) for ok in allowed[1:]]
+        places = zip(RESTS, allowed[1:], strict=True)
+        found = [rows.workload.tiles_of(entry, tier) if ok else None for tier, ok in places]
+        columns = [program.whole_number(int(tiles is not None)) for tiles in found]
         program.row([(column, 1.0) for column in (device, *columns)], 1.0, 1.0)
         beside = entry.beside_product_bytes
         streamed = entry.stored_bytes - beside
         rows.hold("device", device, entry.stored_bytes)
-        for tier, column, ok in zip(RESTS, columns, allowed[1:], strict=True):
-            tiles = rows.workload.tiles_of(entry, tier)
-            if not ok or tiles is None:
+        for tier, column, tiles in zip(RESTS, columns, found, strict=True):
+            if tiles is None:  # pages from NVMe may take more room than the matrix
                 continue
             if (size := rows.workload.looked_up_of(entry)) is not None:
                 self._look_up(entry, size, tier, column, streamed)

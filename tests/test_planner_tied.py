@@ -17,7 +17,7 @@ from planners.problem import Problem, make_workload
 from planners.simulate import simulate
 from planners.validate import InvalidPlan, busy_seconds, check, check_placement
 from planners.vocabulary import Lookups
-from tests.planner_cases import TINY
+from tests.planner_cases import MIB, TINY, machine
 from tests.test_planner_tiles import NORM_BYTES, PLACES, TABLE_BYTES, TOKENS, VOCABULARY, WIDTH
 
 
@@ -95,3 +95,15 @@ def test_what_a_plan_says_of_it_is_checked():
 def test_where_all_trains_it_streams_whole():
     *_, head = question("HOST", rank=None).workload.classes
     assert head.product is None and head.rows is None
+
+
+def test_from_nvme_it_stays_where_pages_on_their_way_take_more_room_than_the_matrix():
+    """What is no tile there must not be free."""
+    config = {**TINY, "hidden_size": WIDTH, "vocab_size": 1000, "tie_word_embeddings": True}
+    workload = make_workload(shape_from_config(config, "tiny"), batch_size=1, seq_len=TOKENS)
+    head = workload.classes[-1]
+    assert workload.tiles_of(head, Tier.HOST) is not None and workload.tiles_of(head, Tier.NVME) is None
+    p = Problem(hardware=machine(device=96 * MIB, name="cpu"), workload=workload)
+    plan = plan_optimal(p)
+    check(p, plan)
+    assert plan.entry("head").weights.streamed_bytes == 0 and plan.head_tiles is None and plan.lookups is None
