@@ -79,11 +79,11 @@ class WatchedRing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ring, name)
 
-    def read(self, *args: Any) -> int:
-        return self._start("read", *args)
+    def read(self, *args: Any, **options: Any) -> int:
+        return self._start("read", *args, **options)
 
-    def write(self, *args: Any) -> int:
-        return self._start("write", *args)
+    def write(self, *args: Any, **options: Any) -> int:
+        return self._start("write", *args, **options)
 
     def wait(self, ticket: int, timeout_seconds: float) -> None:
         try:
@@ -97,10 +97,10 @@ class WatchedRing:
         for ticket in list(self._under_way):
             self._arrived(ticket)
 
-    def _start(self, kind: str, *args: Any) -> int:
+    def _start(self, kind: str, *args: Any, **options: Any) -> int:
         begin = time.perf_counter()
         with self._lock:  # the poller must not meet a ticket that is not noted yet
-            ticket = int(getattr(self._ring, kind)(*args))
+            ticket = int(getattr(self._ring, kind)(*args, **options))
             self._under_way[ticket] = (kind, begin)
         return ticket
 
