@@ -12,6 +12,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.heap import is_tight
 from offload_rt.links import Links
 from offload_rt.paced_stash import PacedStash
+from offload_rt.plan_options import chunk_tokens_of, policy_of
 from offload_rt.planning_tokens import sizes_of
 from offload_rt.scratch import Scratch
 from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash, Stash
@@ -20,7 +21,8 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transients import Transients
-from offload_rt.workload import Workload, chunk_tokens_of, places_transients, policy_of
+from offload_rt.workload import Workload
+from offload_rt.workload_sizes import places_transients
 from planners.activations import Action, ActivationPolicy, Treatment
 from planners.plan import Plan, Tier
 from planners.streaming import (

@@ -13,7 +13,9 @@ from offload_rt.measured_sizes import remembered_factor, scaled, sizes_key
 from offload_rt.optimizer.paged import rule_on_device
 from offload_rt.optimizer.pieces import Masters, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import rule_for
-from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, streaming_problem
+from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.workload import TrainingDraft, Workload
+from offload_rt.workload_sizes import streaming_problem
 from planners.plan import Plan
 from planners.streaming import Cuts, StreamingProblem, plan_streaming
 

@@ -23,7 +23,8 @@ from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_T
 from offload_rt.planning import lowered, optimised_adapters
 from offload_rt.planning_adapters import questions_by_chunks
 from offload_rt.planning_training import lowered_training, questions_of
-from offload_rt.workload import RuntimeOptions, Workload
+from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.workload import Workload
 from planners.division import divided
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware

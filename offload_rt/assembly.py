@@ -46,10 +46,12 @@ from offload_rt.optimizer.training import FullTraining
 from offload_rt.packed_linear import packed_linears
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
+from offload_rt.plan_options import policy_of, with_options
 from offload_rt.recording import Recorder
 from offload_rt.resting import Resting, why_none_follows, why_not_follow
 from offload_rt.rows import RowReader, RowSource
 from offload_rt.runtime import Change, MadeOf, Runtime
+from offload_rt.runtime_options import RuntimeOptions as RuntimeOptions
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
 from offload_rt.streams import COMPUTE
@@ -61,13 +63,7 @@ from offload_rt.tokenwise.tiles import Places
 from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.weights_assembly import WeightsAssembly
-from offload_rt.workload import RuntimeOptions as RuntimeOptions
-from offload_rt.workload import (
-    Workload,
-    find_workload,
-    policy_of,
-    with_options,
-)
+from offload_rt.workload import Workload, find_workload
 from planners.hardware import Hardware
 from planners.plan import DecodeScope, Plan, Tier
 from planners.streaming import StreamingProblem, plan_streaming

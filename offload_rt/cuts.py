@@ -13,8 +13,10 @@ from torch import nn
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.nf4_products import Products, measured_products
+from offload_rt.plan_options import chunk_tokens_of
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tensor_spec import Encoding
-from offload_rt.workload import RuntimeOptions, Workload, chunk_tokens_of
+from offload_rt.workload import Workload
 from planners.plan import Plan
 from planners.products import products_from_json, shape_key
 from planners.streaming import Cuts

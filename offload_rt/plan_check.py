@@ -12,7 +12,8 @@ from offload_rt.planning_tokens import policies_of
 from offload_rt.planning_training import placement_of
 from offload_rt.resting import all_in
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from offload_rt.workload import Workload, is_looked_up, is_multiplied, is_tied, rows_size
+from offload_rt.workload import Workload
+from offload_rt.workload_sizes import is_looked_up, is_multiplied, is_tied, rows_size
 from planners.placement import UpdateMode
 from planners.plan import Plan, Ring, Split, Tier
 from planners.streaming import StreamingProblem

@@ -23,10 +23,11 @@ from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, pa
 from offload_rt.cuts import cuts_of
 from offload_rt.errors import OffloadError
 from offload_rt.plan_check import check_plan
+from offload_rt.plan_options import chunk_tokens_of
 from offload_rt.planning import by_tiles, lowered, measured_problem
 from offload_rt.planning_adapters import asked_for
 from offload_rt.profile import attention_width
-from offload_rt.workload import Workload, chunk_tokens_of
+from offload_rt.workload import Workload
 from planners.cost import FLASH_BACKWARD, Knobs
 from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes

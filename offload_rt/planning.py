@@ -30,7 +30,8 @@ from offload_rt.planning_tokens import (
     transients_of,
 )
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from offload_rt.workload import OPTIMIZER_BYTES_PER_ELEMENT, Workload
+from offload_rt.workload import Workload
+from offload_rt.workload_sizes import OPTIMIZER_BYTES_PER_ELEMENT
 from planners.cost import capacities
 from planners.hardware import Drive, Hardware
 from planners.mip import plan_optimal

@@ -50,7 +50,8 @@ from offload_rt.optimizer.training import FullTraining
 from offload_rt.representatives import Unlike, representatives, run_alone, whole_step
 from offload_rt.resting import why_none_follows, why_not_follow
 from offload_rt.runtime import Change, Runtime
-from offload_rt.workload import MemoryMeter, gradients_under_way_bytes
+from offload_rt.runtime_options import MemoryMeter
+from offload_rt.workload_sizes import gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
 from planners.plan import Plan, Tier

@@ -26,9 +26,12 @@ from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.packed_linear import PackedLinear
 from offload_rt.plan_choice import Choice
+from offload_rt.plan_options import with_options
 from offload_rt.recording import Recorder
 from offload_rt.resting import Resting
 from offload_rt.rows import RowReader
+from offload_rt.runtime_options import RuntimeOptions as RuntimeOptions
+from offload_rt.runtime_options import TensorDevice
 from offload_rt.scratch import Scratch
 from offload_rt.store import Store
 from offload_rt.throttle import Throttle
@@ -38,8 +41,7 @@ from offload_rt.tokenwise.layer import Tokenwise
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transients import Transients
 from offload_rt.turns import Turns
-from offload_rt.workload import RuntimeOptions as RuntimeOptions
-from offload_rt.workload import TensorDevice, Workload, with_options
+from offload_rt.workload import Workload
 from planners.plan import Plan
 from planners.streaming import Cuts, StreamingProblem
 

@@ -44,13 +44,15 @@ from offload_rt.optimizer.state import (
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.training import FullTraining
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.scratch import Scratch
 from offload_rt.store import store_folders
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import NvmeResidence, Residence, Tiers
 from offload_rt.transfer import Transfer
 from offload_rt.turns import Turns
-from offload_rt.workload import RuntimeOptions, TrainingDraft, Workload, training_sizes
+from offload_rt.workload import TrainingDraft, Workload
+from offload_rt.workload_sizes import training_sizes
 from planners.plan import Plan, StatePlacement, Tier
 from planners.streaming import SAVING
 

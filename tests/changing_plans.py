@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from offload_rt._engine import Engine
+from offload_rt.plan_options import with_options
 from offload_rt.replanning import _Answer, _Question
-from offload_rt.workload import RuntimeOptions, with_options
+from offload_rt.runtime_options import RuntimeOptions
 from planners.plan import Plan
 from planners.streaming import plan_streaming
 from tests.tiny_training import PLACES

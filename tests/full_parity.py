@@ -17,7 +17,8 @@ from offload_rt.arena import Arena, Slot
 from offload_rt.config import EngineConfig
 from offload_rt.optimizer.state import state_tensors
 from offload_rt.optimizer.training import FullTraining
-from offload_rt.workload import RuntimeOptions, find_workload
+from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.workload import find_workload
 from planners.plan import StatePlacement, Tier
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, pairwise
 

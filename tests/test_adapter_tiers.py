@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from offload_rt import optim, workload
+from offload_rt import optim, workload_sizes
 from offload_rt._engine import Engine
 from offload_rt.errors import (
     CheckpointError,
@@ -27,9 +27,9 @@ from offload_rt.errors import (
     UnsupportedModule,
 )
 from offload_rt.optimizer.in_memory import MemoryTraining
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.training.loop import train
 from offload_rt.training.options import TrainingOptions
-from offload_rt.workload import RuntimeOptions
 from planners.placement import UpdateMode
 from planners.plan import Plan, Tier
 from tests import parity
@@ -191,7 +191,7 @@ def test_the_rule_moves_state_only_where_memory_does_not_hold_it_beside_the_adap
 def test_what_is_free_is_asked_for_once_where_state_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second question is about the same memory, however little was free by then."""
     free = itertools.chain([2300 << 10], itertools.repeat(1))
-    monkeypatch.setattr(workload, "free_memory_bytes", lambda: next(free))
+    monkeypatch.setattr(workload_sizes, "free_memory_bytes", lambda: next(free))
     with rank_24(tmp_path) as engine:
         assert engine.plan.state is not None
         assert engine._runtime.made_of.problem.device_capacity_bytes == 2300 << 10

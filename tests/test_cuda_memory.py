@@ -19,7 +19,9 @@ from offload_rt.cli import train
 from offload_rt.config import EngineConfig
 from offload_rt.cuda_memory import Bound, bytes_beside_allocator, capacity_bytes
 from offload_rt.errors import ConfigError
-from offload_rt.workload import RuntimeOptions, find_workload, streaming_problem
+from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.workload import find_workload
+from offload_rt.workload_sizes import streaming_problem
 from tests.conftest import build_lora, build_plain
 from tests.fake_device import FakeDevice
 

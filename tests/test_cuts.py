@@ -14,7 +14,7 @@ from offload_rt._engine import Engine
 from offload_rt.cuts import cuts_of, warn_of_other_cuts
 from offload_rt.errors import CheckpointError
 from offload_rt.rehearsal import _by_the_rule
-from offload_rt.workload import RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from planners.plan import StatePlacement, Tier
 from planners.streaming import Cuts
 from tests.conftest import build_base, build_lora, language_batch

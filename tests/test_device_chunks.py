@@ -21,8 +21,8 @@ from offload_rt._engine import Engine
 from offload_rt.device_copies import DeviceCopies
 from offload_rt.device_stash import DeviceStash
 from offload_rt.rehearsal import planned_bytes
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.transfer import Transfer
-from offload_rt.workload import RuntimeOptions
 from planners.plan import Tier
 from planners.streaming import Cuts
 from tests.fake_device import FakeDevice

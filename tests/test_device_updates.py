@@ -25,7 +25,7 @@ from offload_rt.optimizer.on_device import DeviceAdamW, stepping_bytes
 from offload_rt.optimizer.pieces import Piece, step_order
 from offload_rt.optimizer.rules import AdamWRule
 from offload_rt.optimizer.training import FullTraining
-from offload_rt.workload import DEVICE_SLOTS, RuntimeOptions
+from offload_rt.runtime_options import DEVICE_SLOTS, RuntimeOptions
 from planners.placement import UpdateMode
 from planners.plan import Plan, Tier
 from planners.training_state import TrainedSize, TrainingSizes

@@ -19,8 +19,8 @@ from offload_rt.arena import Arena
 from offload_rt.errors import ConfigError
 from offload_rt.links import Links as Connections
 from offload_rt.optimizer.gradients import Gradients
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.throttle import Pipe, Throttle
-from offload_rt.workload import RuntimeOptions
 from planners.hardware import Drive, Hardware, Links, named_hardware
 from planners.plan import StatePlacement, Tier
 from tests.conftest import build_lora

@@ -186,11 +186,11 @@ import sys
 import torch
 torch.set_num_threads(1)
 import peft, transformers
-from offload_rt import heap, workload
+from offload_rt import heap, workload_sizes
 from offload_rt._engine import Engine
-from offload_rt.workload import RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from planners.activations import Action, whole_batch
-workload.allocator_slack_bytes = lambda *_, **__: 160 << 20  # holes of 80 MiB with all kept, of 270 with nothing
+workload_sizes.allocator_slack_bytes = lambda *_, **__: 160 << 20  # holes of 80 MiB with all kept, of 270 with nothing
 if sys.argv[2] == "without":
     heap.HeapGuard._unfilled = lambda guard, in_use: 0
 torch.manual_seed(0)

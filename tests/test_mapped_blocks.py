@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from offload_rt import assembly, mapped_blocks, workload
+from offload_rt import assembly, mapped_blocks, workload_sizes
 from offload_rt.activation_assembly import TIGHT_DIVISOR
 from offload_rt.errors import OffloadError
 from offload_rt.heap import Base, HeapGuard, is_tight
@@ -203,7 +203,7 @@ def raises(message):
 
 def test_results_lie_in_an_arena_from_a_smaller_size_on_where_a_budget_is_tight(make_engine, disk_folder, monkeypatch):
     """To the same bits: an arena spares the faults of blocks that are mapped anew for each result."""
-    monkeypatch.setattr(workload, "PLACED_RESULTS", 64)
+    monkeypatch.setattr(workload_sizes, "PLACED_RESULTS", 64)
 
     def trained(device_memory):
         engine = make_engine(

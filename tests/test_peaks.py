@@ -19,7 +19,7 @@ from offload_rt.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.comparison import peak_lines
 from offload_rt.drives import PROBE_BYTES, drive_profile
 from offload_rt.links import Links
-from offload_rt.workload import RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from planners.errors import PlanInfeasible
 from planners.plan import StatePlacement, Tier
 from planners.streaming import SAVING

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import calibrate, plan_choice, planning, rehearsal, workload
+from offload_rt import calibrate, plan_choice, planning, rehearsal, workload_sizes
 from offload_rt._engine import Engine
 from offload_rt.block_profile import MOST_PASSES
 from offload_rt.errors import UnsupportedModule
@@ -133,7 +133,7 @@ def test_the_optimiser_is_asked_only_where_it_may_be(change, why, timed, calibra
 def test_free_memory_is_asked_for_once(timed, calibrated, tmp_path, monkeypatch):
     """There is some MiB less each time; the optimiser and the runtime see the same."""
     free = iter(range(64 * MIB, 0, -MIB))
-    monkeypatch.setattr(workload, "free_memory_bytes", lambda: next(free))
+    monkeypatch.setattr(workload_sizes, "free_memory_bytes", lambda: next(free))
     with engine_of(tmp_path, plan="optimise", device_memory=None) as engine:
         made_of = engine._runtime.made_of
         assert made_of.problem.device_capacity_bytes == made_of.asked.memory_bytes == 64 * MIB

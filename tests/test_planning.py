@@ -20,7 +20,8 @@ from offload_rt.discover import find_blocks
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError
 from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, lowered, problem_of
-from offload_rt.workload import find_workload, streaming_problem
+from offload_rt.workload import find_workload
+from offload_rt.workload_sizes import streaming_problem
 from planners.cost import capacities, knobs_of
 from planners.errors import PlanInfeasible
 from planners.hardware import Drive, Links, named_hardware

@@ -18,8 +18,8 @@ from offload_rt.commit_record import RECORD_BYTES, body_bytes
 from offload_rt.errors import ConfigError
 from offload_rt.meter import SSD_READ, SSD_WRITE
 from offload_rt.optimizer.adapters import AdapterTraining
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tensor_spec import align_up
-from offload_rt.workload import RuntimeOptions
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware
 from planners.placement import Tier, UpdateMode

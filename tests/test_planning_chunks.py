@@ -15,7 +15,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.plan_choice import OPTIMISER, choose, profile_bytes, rule_seconds
 from offload_rt.planning import lowered, optimised_adapters
 from offload_rt.planning_tokens import GROUPS, INPUT, policies_of
-from offload_rt.workload import RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment
 from planners.cost import class_costs, knobs_of
 from planners.division import deal

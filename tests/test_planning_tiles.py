@@ -13,7 +13,7 @@ from offload_rt.cuts import cuts_of
 from offload_rt.errors import ConfigError
 from offload_rt.plan_choice import OPTIMISER, choose, rule_seconds
 from offload_rt.planning import by_tiles
-from offload_rt.workload import RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from planners.cost import tiles_again_seconds
 from planners.errors import PlanInfeasible
 from planners.greedy import plan_greedy

@@ -15,9 +15,9 @@ from offload_rt.discover import find_blocks
 from offload_rt.errors import ConfigError
 from offload_rt.planning import SLACK_DIVISOR, lowered
 from offload_rt.planning_tokens import ACTIVATIONS, policies_of
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tokenwise.saved import MIN_SWAPPED_BYTES
 from offload_rt.tokenwise.slicing import NotTokenLocal
-from offload_rt.workload import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.cost import Knobs
 from planners.division import divided, home_of_each

@@ -25,9 +25,11 @@ from offload_rt.planning_training import (
     questions,
     state_cuts,
 )
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tensor_spec import align_up
 from offload_rt.update_profile import PIECES, steps_per_second
-from offload_rt.workload import RuntimeOptions, Workload, find_workload, streaming_problem
+from offload_rt.workload import Workload, find_workload
+from offload_rt.workload_sizes import streaming_problem
 from planners import mip
 from planners.errors import PlanInfeasible
 from planners.greedy import plan_greedy

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import rehearsal, workload
+from offload_rt import rehearsal, workload_sizes
 from offload_rt.allocations import AllocationMeter, counted, together
 from offload_rt.measured_sizes import remembered_factor, scaled, sizes_key
 from offload_rt.rehearsal import MEASURED_BEFORE, SLACK, Rehearsal, longest, planned_bytes
@@ -239,8 +239,8 @@ def test_it_changes_nothing(make, tight, monkeypatch):
 
 def short_formula(monkeypatch, factor):
     """The formula for a layer gives so much of what it gave."""
-    whole = workload.estimate_activation_bytes
-    monkeypatch.setattr(workload, "estimate_activation_bytes", lambda *a, **k: int(whole(*a, **k) * factor))
+    whole = workload_sizes.estimate_activation_bytes
+    monkeypatch.setattr(workload_sizes, "estimate_activation_bytes", lambda *a, **k: int(whole(*a, **k) * factor))
 
 
 def test_more_than_planned_is_booked_where_the_budget_has_room(make, tight, monkeypatch):

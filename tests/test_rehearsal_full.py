@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from offload_rt import assembly, rehearsal, workload
+from offload_rt import assembly, rehearsal, workload_sizes
 from offload_rt._engine import Engine
 from offload_rt.allocations import AllocationMeter
 from offload_rt.errors import BudgetExceeded, ConfigError, OffloadError
 from offload_rt.optimizer import rehearsed
 from offload_rt.optimizer.rehearsed import update_peak_bytes
 from offload_rt.rehearsal import SLACK
-from offload_rt.workload import RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from planners.errors import PlanInfeasible
 from planners.placement import UpdateMode
 from planners.plan import StatePlacement, Tier
@@ -293,8 +293,8 @@ def test_an_update_behind_the_backward_pass_is_added_to_it(make, monkeypatch):
 
 def short_formula(monkeypatch, factor):
     """The formula for a layer gives so much of what it gave."""
-    whole = workload.estimate_activation_bytes
-    monkeypatch.setattr(workload, "estimate_activation_bytes", lambda *a, **k: int(whole(*a, **k) * factor))
+    whole = workload_sizes.estimate_activation_bytes
+    monkeypatch.setattr(workload_sizes, "estimate_activation_bytes", lambda *a, **k: int(whole(*a, **k) * factor))
 
 
 @pytest.mark.parametrize("result, budget", [("within the budget", 2500), ("less freed memory is granted", 3140)])

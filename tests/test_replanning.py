@@ -21,9 +21,9 @@ from offload_rt.asked import Asked, measured
 from offload_rt.errors import ConfigError, StorageError
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, SSD_READ, SSD_WRITE, Reading
 from offload_rt.replanning import MARGIN, has_drifted, same_cuts
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.steps import WARM_STEPS, StepReading
 from offload_rt.throttle import Throttle
-from offload_rt.workload import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes

@@ -15,7 +15,9 @@ from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.planning import lowered, problem_of
 from offload_rt.resting import splits_of, why_not_follow
 from offload_rt.runtime import Change
-from offload_rt.workload import RuntimeOptions, find_workload, streaming_problem
+from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.workload import find_workload
+from offload_rt.workload_sizes import streaming_problem
 from planners import streaming
 from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes

@@ -18,7 +18,8 @@ from offload_rt import assembly, mapped, optim
 from offload_rt.errors import OffloadError, StorageError
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.stepper import Stepper
-from offload_rt.workload import RuntimeOptions, with_shares
+from offload_rt.plan_options import with_shares
+from offload_rt.runtime_options import RuntimeOptions
 from planners.plan import Plan, StatePlacement, Tier
 from tests.changing_plans import decisions, propose, results
 from tests.conftest import build_base, language_batch

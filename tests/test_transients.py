@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from offload_rt import workload
+from offload_rt import workload_sizes
 from offload_rt.arena import Arena
 from offload_rt.transients import _OUTPUTS, Transients
 from tests.conftest import build_lora, language_batch
@@ -180,7 +180,7 @@ def held(engine):
 
 @pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
 def test_training_is_the_same_with_activations_in_the_arena(make_engine, disk_folder, modules_to_save, monkeypatch):
-    monkeypatch.setattr(workload, "PLACED_RESULTS", 64)
+    monkeypatch.setattr(workload_sizes, "PLACED_RESULTS", 64)
     model = build_lora()
     if modules_to_save:  # the gradient of the head is a result that stays
         model.get_base_model().lm_head.weight.requires_grad_(True)
@@ -202,21 +202,21 @@ def test_training_is_the_same_with_activations_in_the_arena(make_engine, disk_fo
 
 
 def test_activations_are_an_arena_where_frozen_layers_run_whole_and_are_large(make_engine, disk_folder, monkeypatch):
-    monkeypatch.setattr(workload, "PLACED_RESULTS", 1)
+    monkeypatch.setattr(workload_sizes, "PLACED_RESULTS", 1)
     small = make_engine(build_lora(), bits=4)
     assert small._runtime.transients._arena is None, "a layer of some KiB has no result of 1 MiB"
     large = make_engine(build_lora(), bits=4, options={"placed_bytes": 4096})
     assert large._runtime.transients._arena.num_bytes == large.report()["holdings"]["device"]["activations"]
     trained = make_engine(build_lora().get_base_model().requires_grad_(True), options={"placed_bytes": 4096})
     assert trained._runtime.transients._arena is None
-    assert workload.allocator_slack_bytes(1000 * MIB, 280 * MIB, placed=True) == 384 * MIB
-    assert workload.allocator_slack_bytes(1000 * MIB, 280 * MIB) == 816 * MIB
+    assert workload_sizes.allocator_slack_bytes(1000 * MIB, 280 * MIB, placed=True) == 384 * MIB
+    assert workload_sizes.allocator_slack_bytes(1000 * MIB, 280 * MIB) == 816 * MIB
 
 
 def test_freed_memory_is_planned_for_results_that_get_no_place(make_engine, monkeypatch):
     """The plan asks what the runtime asks: by the size of results that is set for this engine."""
     for name, value in (("PLACED_RESULTS", 1), ("ALLOCATOR_SLACK_BYTES", 0), ("SLACK_BESIDE_ACTIVATIONS_BYTES", 0)):
-        monkeypatch.setattr(workload, name, value)
+        monkeypatch.setattr(workload_sizes, name, value)
     slack = {}
     for placed_bytes in (0, 4096):
         engine = make_engine(build_lora(), bits=4, options={"placed_bytes": placed_bytes})
@@ -228,7 +228,7 @@ def test_freed_memory_is_planned_for_results_that_get_no_place(make_engine, monk
 @pytest.mark.parametrize("tokens", [33, 35])
 def test_the_arena_takes_no_byte_more_than_is_planned(tokens, make_engine, disk_folder, monkeypatch):
     """However the activations' bytes lie to pages, of which it is made."""
-    monkeypatch.setattr(workload, "PLACED_RESULTS", 1)
+    monkeypatch.setattr(workload_sizes, "PLACED_RESULTS", 1)
     engine = make_engine(build_lora(), bits=4, seq_len=tokens, nvme=disk_folder, options={"placed_bytes": 4096})
     holdings, planned = engine.report()["holdings"]["device"], engine.plan.peak_bytes["device"]
     both = ("activations", "freed, held back by the allocator")
