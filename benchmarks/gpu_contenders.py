@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload_rt._engine import Engine
-from offload_rt.assembly import RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
 

@@ -58,7 +58,7 @@ class Ours:
     def __init__(self, settings: dict[str, Any]) -> None:
         from offload_rt import codec
         from offload_rt._engine import Engine
-        from offload_rt.assembly import RuntimeOptions
+        from offload_rt.runtime_options import RuntimeOptions
         from planners.activations import Action, ActivationPolicy, Chunk
         from planners.plan import DecodeScope, Tier
 

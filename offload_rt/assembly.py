@@ -51,7 +51,7 @@ from offload_rt.recording import Recorder
 from offload_rt.resting import Resting, why_none_follows, why_not_follow
 from offload_rt.rows import RowReader, RowSource
 from offload_rt.runtime import Change, MadeOf, Runtime
-from offload_rt.runtime_options import RuntimeOptions as RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
 from offload_rt.streams import COMPUTE

@@ -13,7 +13,7 @@ from torch import nn
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.nf4_products import Products, measured_products
-from offload_rt.plan_options import chunk_tokens_of
+from offload_rt.plan_options import chunk_tokens_of, policy_of
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tensor_spec import Encoding
 from offload_rt.workload import Workload
@@ -32,6 +32,26 @@ def cuts_of(plan: Plan, workload: Workload) -> Cuts:
         layer_major=plan.layer_major if together else None, packed_products=plan.packed_products,
         head_tile_rows=None if plan.head_tiles is None else plan.head_tiles.tile_rows,
     )  # fmt: skip
+
+
+def same_cuts(plan: Plan, other: Plan, workload: Workload) -> bool:
+    """Whether both give the same numbers, to the bit. Updates do, whenever and wherever the runtime makes them.
+
+    More than `cuts_of` is held equal: each layer's chunks, of which that has the longest alone, and the order of
+    micro-batches, whether numbers are drawn in it or not.
+    """
+
+    def cuts(of: Plan) -> tuple[Any, ...]:
+        policies = {draft.name: policy_of(of, draft) for draft in workload.layers}
+        ends = {
+            name: tuple(span.end for span in policy.spans(workload.config.seq_len))
+            for name, policy in policies.items()
+            if policy is not None
+        }
+        chunked = {name: found for name, found in ends.items() if len(found) > 1}
+        return cuts_of(of, workload), of.cuts, of.layer_major, chunked
+
+    return cuts(plan) == cuts(other)
 
 
 def check_cuts(plan: Plan, workload: Workload, wanted: Cuts | None) -> None:

@@ -43,6 +43,7 @@ from typing import Any
 
 from offload_rt.asked import Asked
 from offload_rt.assembly import change_over
+from offload_rt.cuts import same_cuts
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from offload_rt.plan_check import check_plan
@@ -316,17 +317,6 @@ def has_drifted(factors: Sequence[float]) -> bool:
     return min(factors) > 1 + MARGIN or max(factors) < 1 / (1 + MARGIN)
 
 
-def same_cuts(plan: Plan, other: Plan) -> bool:
-    """Whether both give the same numbers, to the bit. Updates do, whenever and wherever the runtime makes them."""
-
-    def cuts(of: Plan) -> tuple[Any, ...]:
-        chunked = {name for name, policy in (of.activations or {}).items() if len(policy.chunks) > 1}
-        tile_rows = None if of.head_tiles is None else of.head_tiles.tile_rows  # wherever they rest
-        return of.cuts, of.head_chunk_tokens, tile_rows, of.layer_major, chunked, of.packed_products
-
-    return cuts(plan) == cuts(other)
-
-
 def said(decision: Decision) -> str:
     """A line for the log."""
     text = f"step {decision.step}: {decision.because}; the plan is {decision.result}"
@@ -375,7 +365,7 @@ def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, p
         return _Answer(None, f"no plan fits: {error}")
     except Exception as error:  # noqa: BLE001 - training goes on with the plan that it has
         return _Answer(None, f"the optimiser failed: {error!r}")
-    if not same_cuts(plan, other):
+    if not same_cuts(plan, other, made_of.workload):
         return _Answer(None, "the other plan cuts otherwise, which changes numbers")
     why = why_not_follow(made_of.workload, plan, other)
     return _Answer(None, why) if why else found

@@ -30,8 +30,7 @@ from offload_rt.plan_options import with_options
 from offload_rt.recording import Recorder
 from offload_rt.resting import Resting
 from offload_rt.rows import RowReader
-from offload_rt.runtime_options import RuntimeOptions as RuntimeOptions
-from offload_rt.runtime_options import TensorDevice
+from offload_rt.runtime_options import RuntimeOptions, TensorDevice
 from offload_rt.scratch import Scratch
 from offload_rt.store import Store
 from offload_rt.throttle import Throttle

@@ -27,7 +27,7 @@ from planners.errors import PlanInfeasible, format_bytes_up
 from planners.expand import Fractions, expand, with_prediction
 from planners.placement import Buffers, Cuts, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
-from planners.problem import Problem
+from planners.problem import BlockClass, Problem
 from planners.simulate import simulate
 from planners.vocabulary import Lookups
 
@@ -275,15 +275,18 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
         (Tier.HOST, place, deferred): state_host,
         (Tier.DEVICE, UpdatePlace.DEVICE, deferred): state_device,
     }
+    streamed = (weights_device, weights_host, max(0.0, 1 - weights_device - weights_host))
+
+    def weights(entry: BlockClass) -> tuple[float, float, float]:
+        if entry.in_tiles:
+            return 0.0, float(not drives), float(drives)
+        if entry.weights_stay or workload.tiles_of(entry) is not None:
+            return 1.0, 0.0, 0.0
+        return streamed if workload.rows_of(entry) is None else tables
+
     return [
         Fractions(
-            weights=(0.0, float(not drives), float(drives))
-            if e.in_tiles
-            else (1.0, 0.0, 0.0)
-            if e.weights_stay or workload.tiles_of(e) is not None
-            else tables
-            if workload.rows_of(e) is not None
-            else (weights_device, weights_host, max(0.0, 1 - weights_device - weights_host)),
+            weights=weights(e),
             tokens=tuple((1.0, 0.0, 0.0, 0.0) if s.recomputable else inputs for s in e.saved),
             updates=updates,
         )

@@ -50,6 +50,7 @@ MAX_CUTS = 3
 """Sizes of chunks that are compared, of those that fit."""
 TIGHTENINGS = 4
 HARDER = 4
+"""Times as much room is taken from a tier that overflows by as much as the last time, each time anew."""
 GOOD_ENOUGH = 0.002
 """Gap at which the search ends."""
 WEAR_PRICES = (1.0, 0.3, 0.1, 0.03, 0.01)

@@ -242,10 +242,11 @@ class _Passes(Operations):
         tiles = self.plan.head_tiles
         if tiles is None or tiles.block not in entry.blocks:
             return None
-        first = min(tiles.tile_bytes, num_streamed := self.plan.entry(entry.name).weights.streamed_bytes)
+        streamed_bytes = self.plan.entry(entry.name).weights.streamed_bytes
+        first_bytes = min(tiles.tile_bytes, streamed_bytes)
         came: list[int] = []
         reads: list[int] = []
-        for num_bytes in (first, num_streamed - first):
+        for num_bytes in (first_bytes, streamed_bytes - first_bytes):
             deps = [(came[-1], 0)] if came else self._previous()
             if tiles.rest is Tier.NVME:
                 waits = [(reads[-1], 0)] if reads else self._previous()

@@ -15,8 +15,8 @@ from torch import nn
 
 from offload_rt import codec
 from offload_rt._engine import Engine
-from offload_rt.assembly import RuntimeOptions
 from offload_rt.discover import find_blocks
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tensor_spec import Encoding
 from planners.plan import DecodeScope, Tier
 

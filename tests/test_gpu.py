@@ -15,7 +15,6 @@ import torch
 from offload_rt import codec, cpu_adam_torch, nf4_products
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
-from offload_rt.assembly import RuntimeOptions
 from offload_rt.cpu_adam import AdamW
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
@@ -25,6 +24,7 @@ from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedParameter, trained_block
 from offload_rt.optimizer.rules import AdamWRule
 from offload_rt.recording import Recorder
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
 from planners.activations import Action, ActivationPolicy, Chunk

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
-from offload_rt.assembly import RuntimeOptions
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.turns import Turns, shown
 from planners.plan import StatePlacement, Tier
 from tests.fake_device import FakeDevice

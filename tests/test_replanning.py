@@ -18,9 +18,10 @@ import torch
 from offload_rt import asked, assembly, calibrate, mapped, planning, rehearsal, replanning
 from offload_rt._engine import Engine
 from offload_rt.asked import Asked, measured
+from offload_rt.cuts import same_cuts
 from offload_rt.errors import ConfigError, StorageError
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, SSD_READ, SSD_WRITE, Reading
-from offload_rt.replanning import MARGIN, has_drifted, same_cuts
+from offload_rt.replanning import MARGIN, has_drifted
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.steps import WARM_STEPS, StepReading
 from offload_rt.throttle import Throttle
@@ -415,15 +416,25 @@ def test_a_run_killed_in_the_middle_of_a_change_goes_on_from_its_last_step(hardw
 
 def test_plans_with_other_chunks_give_other_numbers(hardware, tmp_path):
     with Run(tmp_path / "nvme", emulate=hardware) as run:
-        plan = run.first_plan
-    assert same_cuts(plan, replace(plan, resident=()))
-    policy = ActivationPolicy(chunks=tuple(Chunk(num_tokens=6, action=Action.RECOMPUTE) for _ in range(2)))
-    assert not same_cuts(plan, replace(plan, activations={"a": policy}))
-    assert not same_cuts(plan, replace(plan, head_chunk_tokens=3))
+        plan, workload = run.first_plan, run.engine._runtime.made_of.workload
+
+    def same(one, other):
+        return same_cuts(one, other, workload)
+
+    def by_chunks(*lengths):
+        policy = ActivationPolicy(chunks=tuple(Chunk(num_tokens=length, action=Action.RECOMPUTE) for length in lengths))
+        return replace(plan, activations={draft.name: policy for draft in workload.layers})
+
+    tokens = workload.config.seq_len
+    assert same(plan, replace(plan, resident=())) and same(plan, by_chunks(tokens))
+    assert not same(plan, by_chunks(tokens // 2)) and same(by_chunks(tokens // 2), by_chunks(tokens // 2, tokens // 2))
+    assert not same(by_chunks(tokens // 2), by_chunks(tokens // 4)), "one length that goes on to the end"
+    assert not same(by_chunks(tokens // 2), by_chunks(tokens // 2, tokens // 4)), "as long at most"
+    assert not same(plan, replace(plan, head_chunk_tokens=3))
     tiles = HeadTiles(block="head", rest=Tier.HOST, tile_rows=8, tile_bytes=4 * KIB, product_bytes=0)
     tiled = replace(plan, head_tiles=tiles)
-    assert same_cuts(tiled, replace(plan, head_tiles=replace(tiles, rest=Tier.NVME, num_slots=3)))
-    assert not same_cuts(tiled, replace(plan, head_tiles=replace(tiles, tile_rows=4))) and not same_cuts(tiled, plan)
+    assert same(tiled, replace(plan, head_tiles=replace(tiles, rest=Tier.NVME, num_slots=3)))
+    assert not same(tiled, replace(plan, head_tiles=replace(tiles, tile_rows=4))) and not same(tiled, plan)
 
 
 def test_a_plan_for_shorter_sequences_has_the_memory_of_the_longest(hardware, tmp_path):

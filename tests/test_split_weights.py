@@ -12,9 +12,9 @@ import torch
 from offload_rt import weights_assembly
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
-from offload_rt.assembly import RuntimeOptions
 from offload_rt.errors import ConfigError, StorageError, StoreCorrupt
 from offload_rt.parted import PartedBytes
+from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.streams import Copier
 from offload_rt.tensor_spec import TENSOR_ALIGNMENT_BYTES, TensorSpec, layout_block
 from offload_rt.tiers import SplitResidence

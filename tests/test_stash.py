@@ -190,20 +190,26 @@ def test_a_graph_that_is_dropped_half_way_leaves_room_for_the_next(parts):
         del held, one
 
 
-def test_a_write_that_failed_never_reads_back_as_if_it_had_not(disk_folder):
-    parts = Parts(disk_folder, "nvme")
+def parts_whose_writes_end_with(error, disk_folder, at=lambda offset_bytes: True):
+    """On NVMe. The drive does what is asked; whoever waits for a write to one of these places is told otherwise."""
+    parts = Parts(disk_folder, "nvme", places=2)
     start = parts.links.io.start
 
-    def failing(kind, file, offset_bytes, buffer):
+    def started(kind, file, offset_bytes, buffer):
         wait = start(kind, file, offset_bytes, buffer)
 
         def fail(timeout_seconds):
             wait(timeout_seconds)
-            raise StorageError("write failed", path=file.path, errno=5)
+            raise error
 
-        return fail if kind == "write" else wait
+        return fail if kind == "write" and at(offset_bytes) else wait
 
-    parts.links.io.start = failing
+    parts.links.io.start = started
+    return parts
+
+
+def test_a_write_that_failed_never_reads_back_as_if_it_had_not(disk_folder):
+    parts = parts_whose_writes_end_with(StorageError("write failed", path="scratch", errno=5), disk_folder)
     held = parts.stash.put(tensor(1))
     for _ in range(3):
         with pytest.raises(StorageError, match="write failed"):
@@ -213,23 +219,12 @@ def test_a_write_that_failed_never_reads_back_as_if_it_had_not(disk_folder):
 
 def test_a_place_that_may_still_be_written_to_is_not_given_to_others(disk_folder):
     """A write that nobody sees the end of, and that nobody wants any more: it would go over what came next."""
-    parts = Parts(disk_folder, "nvme", places=2)
-    start = parts.links.io.start
-
-    def stuck(kind, file, offset_bytes, buffer):
-        wait = start(kind, file, offset_bytes, buffer)
-
-        def late(timeout_seconds):
-            wait(timeout_seconds)
-            if offset_bytes == 0:
-                raise StorageTimeout("not finished")
-
-        return late
-
-    parts.links.io.start = stuck
+    late = StorageTimeout("not finished")
+    parts = parts_whose_writes_end_with(late, disk_folder, at=lambda offset_bytes: offset_bytes == 0)
     held = [parts.stash.put(tensor(number)) for number in range(2)]
     for one in held:
         one.release()
+    late.__traceback__ = None
     del held, one
     gc.collect()
     assert parts.scratch.acquire(PAGE).offset_bytes == PAGE
