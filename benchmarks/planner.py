@@ -27,9 +27,10 @@ from planners.errors import PlanInfeasible
 from planners.greedy import plan_greedy
 from planners.hardware import Drive, Hardware, Links, named_hardware
 from planners.mip import plan_optimal
+from planners.model_workload import make_workload
 from planners.models import find_model
 from planners.placement import UpdateMode
-from planners.problem import Capabilities, Problem, make_workload
+from planners.problem import Capabilities, Problem
 from planners.rows import Freedoms
 from planners.validate import check
 

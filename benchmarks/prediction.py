@@ -39,8 +39,8 @@ from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, Upd
 from planners.plan import Plan
 from planners.problem import Problem
 from planners.simulate import simulate
-from planners.streaming import StreamingProblem
-from planners.validate import busy_seconds
+from planners.step_work import busy_seconds
+from planners.streaming_problem import StreamingProblem
 
 FAST = 0.1
 """Work of what does not bind, over compute."""

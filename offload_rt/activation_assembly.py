@@ -25,12 +25,8 @@ from offload_rt.workload import Workload
 from offload_rt.workload_sizes import places_transients
 from planners.activations import Action, ActivationPolicy, Treatment
 from planners.plan import Plan, Tier
-from planners.streaming import (
-    INPUTS_OF_CHUNKS,
-    KEPT_TENSORS,
-    STAGING_PIECE_BYTES,
-    StreamingProblem,
-)
+from planners.streaming import KEPT_TENSORS, STAGING_PIECE_BYTES
+from planners.streaming_problem import INPUTS_OF_CHUNKS, StreamingProblem
 
 ROOM_FOR_GAPS = 4
 """Such a part of the activations is added to their arena, for gaps between them and what an estimate lacks. It is taken

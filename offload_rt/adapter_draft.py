@@ -17,7 +17,8 @@ from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.workload import TrainingDraft, Workload
 from offload_rt.workload_sizes import streaming_problem
 from planners.plan import Plan
-from planners.streaming import Cuts, StreamingProblem, plan_streaming
+from planners.streaming import plan_streaming
+from planners.streaming_problem import Cuts, StreamingProblem
 
 BLOCK = "adapters"
 """All of them are one block, so that pieces are full however small the parameters are."""

@@ -33,7 +33,7 @@ from planners.plan import Plan
 from planners.problem import MeasuredSeconds, Problem
 from planners.rows import Freedoms
 from planners.simulate import simulate
-from planners.streaming import StreamingProblem
+from planners.streaming_problem import StreamingProblem
 
 
 @dataclass(frozen=True, kw_only=True)

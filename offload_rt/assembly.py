@@ -66,7 +66,8 @@ from offload_rt.weights_assembly import WeightsAssembly
 from offload_rt.workload import Workload, find_workload
 from planners.hardware import Hardware
 from planners.plan import DecodeScope, Plan, Tier
-from planners.streaming import StreamingProblem, plan_streaming
+from planners.streaming import plan_streaming
+from planners.streaming_problem import StreamingProblem
 
 Progress = Callable[[str, int, int], None]
 

@@ -19,7 +19,7 @@ from offload_rt.tensor_spec import Encoding
 from offload_rt.workload import Workload
 from planners.plan import Plan
 from planners.products import products_from_json, shape_key
-from planners.streaming import Cuts
+from planners.streaming_problem import Cuts
 
 logger = logging.getLogger("offload_rt")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from offload_rt.cache import recall, remember
 from planners.plan import Plan
-from planners.streaming import StreamingProblem
+from planners.streaming_problem import StreamingProblem
 
 
 def sizes_key(model: nn.Module, fingerprint: str, *, of_device: bool = False) -> str:

@@ -16,7 +16,7 @@ from offload_rt.workload import Workload
 from offload_rt.workload_sizes import is_looked_up, is_multiplied, is_tied, rows_size
 from planners.placement import UpdateMode
 from planners.plan import Plan, Ring, Split, Tier
-from planners.streaming import StreamingProblem
+from planners.streaming_problem import StreamingProblem
 from planners.training_state import StatePlacement
 from planners.vocabulary import HeadTiles, Lookups
 

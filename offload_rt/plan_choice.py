@@ -38,7 +38,7 @@ from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, Upd
 from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Problem
 from planners.simulate import simulate
-from planners.streaming import StreamingProblem
+from planners.streaming_problem import StreamingProblem
 
 RULE, OPTIMISER = "fixed streaming rule", "optimiser"
 GAIN = 0.03

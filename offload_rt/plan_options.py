@@ -10,9 +10,9 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import Workload
 from offload_rt.workload_sizes import block_size, is_looked_up, is_multiplied, is_tied
 from planners.activations import ActivationPolicy
+from planners.edges import head_tiles_of, lookups_of
 from planners.placement import ClassPlan
 from planners.plan import Plan, Ring, Split
-from planners.streaming import head_tiles_of, lookups_of
 from planners.training_state import TrainingSizes
 
 

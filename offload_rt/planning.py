@@ -32,14 +32,16 @@ from offload_rt.planning_tokens import (
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import Workload
 from offload_rt.workload_sizes import OPTIMIZER_BYTES_PER_ELEMENT
-from planners.cost import capacities
+from planners.edges import tiled_block
 from planners.hardware import Drive, Hardware
 from planners.mip import plan_optimal
 from planners.placement import Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
-from planners.streaming import CHUNK_TOKENS, StreamingProblem, head_chunk_tokens, tiled_block
+from planners.static_memory import capacities
+from planners.streaming import CHUNK_TOKENS, head_chunk_tokens
+from planners.streaming_problem import StreamingProblem
 from planners.trace import Saved, Transient
 from planners.vocabulary import RowsSize
 from planners.wear import rated_bytes

@@ -26,7 +26,7 @@ from planners.hardware import Hardware
 from planners.placement import Tier
 from planners.problem import BlockClass, Problem
 from planners.rows import Freedoms
-from planners.streaming import StreamingProblem
+from planners.streaming_problem import StreamingProblem
 
 Questions = tuple[tuple[Problem, Freedoms], ...]
 

@@ -23,15 +23,7 @@ from offload_rt.block_profile import profile_embedding, profile_head, profile_la
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.planning import (
-    CAPABILITIES,
-    SLACK_DIVISOR,
-    class_of,
-    kind_of,
-    lowered,
-    needed_again,
-    within_budgets,
-)
+from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, class_of, kind_of, lowered, needed_again, within_budgets
 from offload_rt.planning_tokens import rounding_of, saved_of, transients_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.update_profile import delivery_seconds, steps_per_second
@@ -42,7 +34,8 @@ from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
 from planners.rows import Freedoms
-from planners.streaming import SAVING, StreamingProblem, head_chunk_tokens
+from planners.streaming import SAVING, head_chunk_tokens
+from planners.streaming_problem import StreamingProblem
 from planners.training_state import TrainingSizes
 
 NOTHING = MeasuredSeconds(forward=0.0, backward=0.0)

@@ -18,7 +18,7 @@ from torch import nn
 
 from offload_rt.backbone import find_causal_model
 from offload_rt.discover import BlockDraft
-from planners.streaming import ChunkedSize, LossHeadSize
+from planners.streaming_problem import ChunkedSize, LossHeadSize
 
 _LAYER_FACTOR = 2.0
 """Measured: [Note: activation estimate]."""

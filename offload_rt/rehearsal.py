@@ -55,7 +55,8 @@ from offload_rt.workload_sizes import gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
 from planners.plan import Plan, Tier
-from planners.streaming import LAYER_INPUTS, TIGHT_SLACK_BYTES, StreamingProblem
+from planners.streaming import LAYER_INPUTS, TIGHT_SLACK_BYTES
+from planners.streaming_problem import StreamingProblem
 
 logger = logging.getLogger("offload_rt")
 

@@ -54,7 +54,7 @@ from offload_rt.steps import WARM_STEPS, StepMeter, StepReading
 from planners.errors import PlanInfeasible, format_bytes
 from planners.plan import Plan, Tier
 from planners.problem import Problem
-from planners.streaming import StreamingProblem
+from planners.streaming_problem import StreamingProblem
 
 logger = logging.getLogger("offload_rt")
 

@@ -42,7 +42,7 @@ from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.workload import Workload
 from planners.plan import Plan
-from planners.streaming import Cuts, StreamingProblem
+from planners.streaming_problem import Cuts, StreamingProblem
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from planners.activations import ActivationPolicy
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Tier
 from planners.products import PackedProducts
-from planners.streaming import Cuts
+from planners.streaming_problem import Cuts
 from planners.training_state import StatePlacement
 
 

@@ -31,7 +31,7 @@ from offload_rt.profile import (
 from offload_rt.store import store_folders, usable_bytes
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.workload import Workload
-from planners.streaming import BlockSize, StreamingProblem
+from planners.streaming_problem import BlockSize, StreamingProblem
 from planners.training_state import TrainedSize, TrainingSizes
 from planners.vocabulary import RowsSize
 

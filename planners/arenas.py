@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from planners.cost import Knobs, gradients_stay, in_a_chunk, knobs_of, static_bytes, tokens_at_once
+from planners.cost import Knobs, in_a_chunk, knobs_of, tokens_at_once
 from planners.layout import Arena, Buffer, aligned, lay_out, live_bytes
+from planners.optimizer_state import gradients_stay
 from planners.placement import ClassPlan, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import BlockClass, Problem
 from planners.schedule import Phase
+from planners.static_memory import static_bytes
 from planners.trace import Saved, backward_tick, num_ticks
 
 

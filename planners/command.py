@@ -136,8 +136,9 @@ def _write(path: str, text: str) -> None:
 def problem_of(arguments: argparse.Namespace) -> Problem:
     """The question that the options ask."""
     from planners.hardware import load_hardware, named_hardware, parse_drive, with_budgets
+    from planners.model_workload import make_workload
     from planners.models import find_model
-    from planners.problem import Problem, make_workload
+    from planners.problem import Problem
 
     if arguments.gpu and arguments.hardware:
         raise ProblemError("gpu, hardware: give one of the two")

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from planners.arenas import with_arenas
-from planners.cost import EDGE_SLOTS, Knobs, buckets, num_chunks, saving_bytes, slab_bytes, static_bytes
+from planners.cost import EDGE_SLOTS, Knobs, num_chunks
 from planners.division import deal, divide, divided
+from planners.optimizer_state import buckets
 from planners.placement import ClassPlan, Cuts, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
 from planners.plan import Plan, Ring
 from planners.problem import BlockClass, Problem, Workload
 from planners.simulate import Simulation
+from planners.static_memory import saving_bytes, slab_bytes, static_bytes
 from planners.units import PAGE_BYTES
 from planners.vocabulary import HeadTiles, Lookups, RowsSize
 

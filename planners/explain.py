@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from planners.cost import capacities
 from planners.errors import PlanInfeasible, format_bytes
 from planners.hardware import Drive
 from planners.mip import plan_any, plan_optimal
 from planners.plan import Plan
 from planners.problem import Problem
 from planners.rows import Freedoms
+from planners.static_memory import capacities
 
 GIB = 2**30
 NUM_WAYS_OUT = 3

@@ -12,23 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from planners.arenas import chunk_bytes, peak_bytes, peak_phase
-from planners.cost import (
-    EDGE_SLOTS,
-    Knobs,
-    capacities,
-    fixed_device_bytes,
-    fixed_host_bytes,
-    num_chunks,
-    saving_bytes,
-    slab_bytes,
-    whole_state_bytes,
-)
+from planners.cost import EDGE_SLOTS, Knobs, num_chunks
 from planners.errors import PlanInfeasible, format_bytes_up
 from planners.expand import Fractions, expand, with_prediction
+from planners.optimizer_state import whole_state_bytes
 from planners.placement import Buffers, Cuts, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import BlockClass, Problem
 from planners.simulate import simulate
+from planners.static_memory import capacities, fixed_device_bytes, fixed_host_bytes, saving_bytes, slab_bytes
 from planners.vocabulary import Lookups
 
 MIN_CHUNK_TOKENS = 512

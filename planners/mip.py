@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from planners.cost import Knobs, capacities
+from planners.cost import Knobs
 from planners.division import divided
 from planners.errors import PlanInfeasible
 from planners.expand import expand, with_prediction
@@ -40,9 +40,10 @@ from planners.plan import Plan
 from planners.problem import Problem
 from planners.rows import LOW_PRICE, Freedoms
 from planners.simulate import Abandoned, Simulation, simulate
+from planners.static_memory import capacities
 from planners.steady import SHORTAGE_PRICES, Steady, solve_steady
+from planners.step_work import floor_seconds
 from planners.units import PAGE_BYTES, ProblemError
-from planners.validate import floor_seconds
 from planners.wear import default_limit_bytes, is_worth_its_writes, spared
 
 MAX_SIMULATIONS = 10

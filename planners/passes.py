@@ -11,11 +11,8 @@ it is done, as the executor issues it, and goes through the drive (what rests on
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from planners.cost import EDGE_SLOTS, ClassCost, class_costs, num_chunks, ring_walks, tiles_again_seconds
+from planners.chunk_work import ChunkWork
+from planners.cost import EDGE_SLOTS, ClassCost, class_costs, ring_walks, tiles_again_seconds
 from planners.placement import Tier
 from planners.plan import Plan
 from planners.problem import Problem
@@ -23,26 +20,10 @@ from planners.schedule import StepKind
 from planners.timeline import DEVICE, Operations, Resource, Timeline
 from planners.updates import Updates
 
-MAX_SIMULATED_CHUNKS = 4
-"""Chunks beyond are simulated in groups: their time is one operation. Their memory is for `arenas` to say."""
-
 
 def build_timeline(problem: Problem, plan: Plan) -> Timeline:
     """The steady step of `plan`. KeyError or ValueError if the plan is not for this problem."""
     return _Passes(problem, plan).build()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Chunk:
-    """What a chunk does of what its block saves. Bytes of a whole batch, and seconds."""
-
-    kept: float
-    host: float
-    nvme: float
-    put_away_seconds: float
-    """For which swapping keeps it from computing in forward."""
-    again_seconds: float
-    """The same of backward, with computing again; but for attention."""
 
 
 class _Passes(Operations):
@@ -51,11 +32,10 @@ class _Passes(Operations):
     def __init__(self, problem: Problem, plan: Plan) -> None:
         super().__init__(problem, plan)
         self.costs: tuple[ClassCost, ...] = class_costs(problem, self.knobs.cuts, self.knobs.decode_scope)
-        self.chunks = min(num_chunks(problem, self.knobs.cuts), MAX_SIMULATED_CHUNKS)
+        self.chunks = ChunkWork(problem, self.knobs.cuts, self.placed, self.costs)
         self.updates = Updates(self)
         self.late: list[tuple[int, str]] = []
         """Operations that wait for something of the step before, known only when the step is complete."""
-        self._chunks: dict[tuple[int, int], _Chunk] = {}
         self.computes: list[int] = []
         self.swaps_out: list[int] = []
         self.saves: list[int] = []
@@ -138,72 +118,6 @@ class _Passes(Operations):
             self.staged[ring].append(move)
         self.arrived[position] = move
 
-    def _chunk(self, position: int, k: int) -> _Chunk:
-        """What chunk `k` of the block at `position` does besides computing; made once for all blocks of a class."""
-        c = self.class_at[position]
-        if (c, k) not in self._chunks:
-            self._chunks[c, k] = self._made(c, self._tokens(c, k))
-        return self._chunks[c, k]
-
-    def _made(self, c: int, tokens: list[tuple[float, float, float, float]]) -> _Chunk:
-        saved, cost, seq_len = self.workload.classes[c].saved, self.costs[c], self.workload.seq_len
-        sizes = [one.bytes_per_token * self.workload.batch_size for one in saved]
-        of_tokens = list(zip(sizes, tokens, strict=True))
-        held_up = [
-            sum(s[phase] * (host + nvme) for s, (_, nvme, host, _) in zip(cost.swap_seconds, tokens, strict=True))
-            for phase in (0, 1)
-        ]
-        again = sum(
-            seconds * redone
-            for one, seconds, (redone, *_) in zip(saved, cost.recompute_seconds, tokens, strict=True)
-            if not one.is_attention
-        )
-        return _Chunk(
-            kept=sum(each * part[3] for each, part in of_tokens),
-            host=sum(each * part[2] for each, part in of_tokens),
-            nvme=sum(each * part[1] for each, part in of_tokens),
-            put_away_seconds=held_up[0] / seq_len,
-            again_seconds=(held_up[1] + again) / seq_len,
-        )
-
-    def _tokens(self, c: int, k: int) -> list[tuple[float, float, float, float]]:
-        """Of each saved tensor of a class, how many of a sequence's tokens chunk `k` computes again, has on NVMe, in
-        HOST, keeps: its part of each, or where chunks are treated whole, what of each range lies in it.
-        """
-        found = []
-        seq_len, n = self.workload.seq_len, self.chunks
-        for split in self.placed[c].tokens:
-            parts = (split.recompute_tokens, split.nvme_tokens, split.host_tokens, split.device_tokens)
-            if self.problem.capabilities.token_shares:
-                again, nvme, host, kept = (part / n for part in parts)
-            else:
-                ends = list(itertools.accumulate(parts, initial=0))
-                low, high = k * seq_len / n, (k + 1) * seq_len / n
-                again, nvme, host, kept = (
-                    max(0.0, min(high, end) - max(low, begin)) for begin, end in itertools.pairwise(ends)
-                )
-            found.append((again, nvme, host, kept))
-        return found
-
-    def _order(self) -> Sequence[int]:
-        """Chunks in the order of forward; backward takes them in the reverse one.
-
-        Those that are treated whole end with the first: [Note: order of chunks] of `_share`.
-        """
-        own = range(self.chunks)
-        return own if self.problem.capabilities.token_shares else own[::-1]
-
-    def _share(self, chunk: int) -> tuple[float, float]:
-        """A chunk's share of the token-wise work, and of causal attention: later chunks look back further.
-
-        [Note: order of chunks]
-        The runtime takes all chunks of a sequence to attention and comes back from there with the last one first; most
-        of what is saved is made on the way back, and wanted in the reverse order.
-        """
-        n = self.chunks
-        one_sequence = self.workload.batch_size == 1
-        return 1 / n, (2 * chunk + 1) / n**2 if one_sequence else 1 / n
-
     def _input_swapped(self, position: int) -> float:
         """Bytes of the block's input that are not kept in DEVICE memory."""
         c = self.class_at[position]
@@ -258,15 +172,15 @@ class _Passes(Operations):
 
     def _forward(self, position: int) -> None:
         self._fetches(position, 0)
-        c, n = self.class_at[position], self.chunks
+        c, n = self.class_at[position], self.chunks.num_chunks
         cost = self.costs[c]
         stream = self._input_swapped(position) if self.knobs.boundary is Tier.HOST else 0.0
         spill = cost.spill_bytes[0]
         plain = cost.forward_seconds - cost.forward_attention_seconds
         tiles = self._tiles(position, 0, position)
-        for turn, k in enumerate(self._order()):
-            linear, attention = self._share(k)
-            own = self._chunk(position, k)
+        for turn, k in enumerate(self.chunks.order()):
+            linear, attention = self.chunks.share(k)
+            own = self.chunks.of(c, k)
             moved = own.host + own.nvme
             key = position + turn / n
             deps = self._previous()
@@ -307,7 +221,7 @@ class _Passes(Operations):
     def _swap_out(
         self, position: int, k: int, host: float, nvme: float, spill: float, compute: int, key: float
     ) -> None:
-        n, slots = self.chunks, self.knobs.buffers.swap_slots
+        n, slots = self.chunks.num_chunks, self.knobs.buffers.swap_slots
         waits = [(compute, 0)]
         if nvme and len(self.saves) >= 2 * slots:  # HOST staging on the way to the drive
             waits.append((self.saves[-2 * slots], 0))
@@ -330,7 +244,7 @@ class _Passes(Operations):
             self.last_in_ring[ring] = self.computes[-1]
 
     def _backward(self, position: int) -> None:
-        c, n = self.class_at[position], self.chunks
+        c, n = self.class_at[position], self.chunks.num_chunks
         entry, placed, cost = self.workload.classes[c], self.placed[c], self.costs[c]
         if not entry.visits_backward and not entry.trainable_params:
             return
@@ -348,9 +262,9 @@ class _Passes(Operations):
         if tiles is not None:
             plain += tiles_again_seconds(self.problem, entry)
         first, before = True, self.computes[-1]
-        for turn, k in enumerate(reversed(self._order())):
-            linear, attention = self._share(k)
-            own = self._chunk(position, k)
+        for turn, k in enumerate(reversed(self.chunks.order())):
+            linear, attention = self.chunks.share(k)
+            own = self.chunks.of(c, k)
             moved = own.host + own.nvme
             key = visit + turn / n
             deps = self._previous()
@@ -381,7 +295,7 @@ class _Passes(Operations):
             self.updates.add(position, self.computes[-1], before, float(visit))
 
     def _swap_in(self, position: int, k: int, host: float, nvme: float, extra: float, key: float) -> int:
-        n, slots = self.chunks, self.knobs.buffers.swap_slots
+        n, slots = self.chunks.num_chunks, self.knobs.buffers.swap_slots
         moved = host + nvme
         deps: list[tuple[int, int]] = []
         if moved:

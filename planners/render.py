@@ -7,13 +7,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from planners.cost import capacities
 from planners.errors import format_bytes
 from planners.explain import Advice, binding
 from planners.placement import Tier
 from planners.plan import Plan
 from planners.problem import Problem
 from planners.simulate import Simulation
+from planners.static_memory import capacities
 from planners.timeline import RESOURCES
 
 BAR = 40

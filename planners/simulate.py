@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from planners.arenas import peak_bytes
-from planners.cost import static_bytes
 from planners.passes import build_timeline
 from planners.placement import UpdateMode
 from planners.plan import Plan
 from planners.problem import Problem
+from planners.static_memory import static_bytes
 from planners.timeline import PHASES, RESOURCES, Resource, Timeline
 
 NUM_STEPS = {False: 3, True: 2}

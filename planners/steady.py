@@ -15,24 +15,14 @@ from dataclasses import dataclass, replace
 
 from planners.activations import Group
 from planners.arenas import demands
-from planners.cost import (
-    EDGE_SLOTS,
-    ClassCost,
-    Knobs,
-    capacities,
-    class_costs,
-    fetch_counts,
-    fixed_device_bytes,
-    fixed_host_bytes,
-    in_a_chunk,
-    num_chunks,
-    whole_state_bytes,
-)
+from planners.cost import EDGE_SLOTS, ClassCost, Knobs, class_costs, fetch_counts, in_a_chunk, num_chunks
 from planners.expand import Fractions, UpdateKey
+from planners.optimizer_state import whole_state_bytes
 from planners.placement import Tier, UpdatePlace
 from planners.problem import BlockClass, Problem
 from planners.program import Solution, Terms
 from planners.rows import BACKWARD, FORWARD, GB, LOW_PRICE, PRICE_SUM, PRICES, RESOURCES, Freedoms, Rows
+from planners.static_memory import capacities, fixed_device_bytes, fixed_host_bytes
 from planners.update_rows import UpdateRows
 from planners.vocabulary_rows import VocabularyRows
 

@@ -25,18 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from itertools import chain, tee
 
 from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
+from planners.edges import EdgesBy, edge_choices, head_tiles_of, looked_up_of, lookups_of, tiled_block
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
-from planners.products import PackedProducts
-from planners.training_state import StatePlacement, TrainingSizes
+from planners.streaming_problem import INPUTS_OF_CHUNKS, BlockSize, StreamingProblem
+from planners.training_state import StatePlacement
 from planners.units import PAGE_BYTES, whole_pages
-from planners.vocabulary import HeadTiles, Lookups, RowsSize
 
 MAX_SLOTS = 3
 MIN_CHUNK_TOKENS = 64
@@ -48,8 +47,6 @@ STAGING_PIECE_BYTES = 4 << 20
 """The most that is put away or fetched back at once; a drive is as fast with it as with more."""
 KEPT_TENSORS = 64
 """Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
-INPUTS_OF_CHUNKS = 3
-"""Layer inputs' sizes that a layer in chunks puts away: its input, and attention's result, which may be wider."""
 LAYER_INPUTS = ("layer inputs", "layer input in use", "layer inputs on their way")
 """What a plan says of them in DEVICE memory."""
 SAVING = "saving and loading"
@@ -62,168 +59,6 @@ PAGED_SLOTS = 2
 """Pieces of adapters' state in a device's memory: one is stepped there while another comes or goes."""
 ENOUGH_STATE_SLOTS = 8
 """With so many, kept activations are worth more than further ones."""
-
-
-class EdgesBy(Enum):
-    """How blocks outside the layers come to DEVICE memory, the best choice first."""
-
-    RESIDENT = 1
-    """They stay there."""
-    ROWS = 2
-    """Embeddings by the rows that a lookup needs, all others through a slot."""
-    WHOLE = 3
-    """All through a slot."""
-    TILES = 4
-    """As by rows, but the largest linear by tiles, and the rows of an embedding that is tied to it. A cut."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSize:
-    """A block as the planner sees it."""
-
-    name: str
-    stored_bytes: int
-    largest_module_bytes: int
-    """Decoded bytes of the module that decodes most at once; 0 where nothing is quantized."""
-    decoded_bytes: int
-    """Decoded bytes of all quantized tensors of the block."""
-    streams: bool
-    """False: it holds what cannot be fetched on use (buffers and parameters read outside their module)."""
-    rows: RowsSize | None = None
-    """Of an embedding that is one block by itself; None otherwise."""
-    product: RowsSize | None = None
-    """Of a linear without a bias that is one block by itself; None otherwise. Both: they are tied."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossHeadSize:
-    """Final norm, head and loss as the planner sees them."""
-
-    num_tokens: int
-    """Of the largest batch."""
-    bytes_per_token: int
-    """Logits, their gradients and what the loss makes of them, for one token."""
-    hidden_bytes_per_token: int
-    """Of a hidden state. Tiling holds the gradients of all, besides a tile's logits."""
-    tiles: bool
-    """False: the model takes its loss in a way that the runtime cannot cut."""
-    trains: bool = False
-    """The head's own weights do."""
-
-    def peak_bytes(self, chunk_tokens: int | None) -> int:
-        """Transient memory for tiles of `chunk_tokens`, for all tokens at once where it is None."""
-        if chunk_tokens is None or chunk_tokens >= self.num_tokens:
-            return self.num_tokens * self.bytes_per_token
-        return chunk_tokens * self.bytes_per_token + self.num_tokens * self.hidden_bytes_per_token
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkedSize:
-    """Layers by chunks of tokens as the planner sees them, for the largest batch."""
-
-    num_tokens: int
-    """Of a sequence."""
-    sequence_bytes: int
-    """What a layer's backward holds of all tokens: its input, attention's operands and result, and their gradients."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cuts:
-    """What of a plan decides in which order sums are taken, and random numbers drawn: plans that have it in common give
-    the same bits. A run that goes on under other budgets keeps it.
-    """
-
-    head_chunk_tokens: int | None
-    """Of a tile of the loss; None takes it at once."""
-    chunk_tokens: int | None
-    """Of the chunks in which layers run; None: whole."""
-    layer_major: bool | None
-    """Micro-batches go through the layers together; None where that changes nothing, as no layer draws numbers."""
-    packed_products: PackedProducts = field(default_factory=dict)
-    """See `Plan.packed_products`."""
-    head_tile_rows: int | None = None
-    """Of the tiles of a head that is never in memory as a whole; None: it is."""
-
-    def describe(self) -> str:
-        head, layers = (
-            f"{what} by {tokens} tokens" if tokens is not None else f"{what} at once"
-            for what, tokens in (("the loss", self.head_chunk_tokens), ("layers", self.chunk_tokens))
-        )
-        order = {None: "", True: ", micro-batches layer by layer", False: ", micro-batches one after the other"}
-        tiles = "" if self.head_tile_rows is None else f", the head by {self.head_tile_rows} rows"
-        packed = ", products of few tokens by packed weights" if self.packed_products else ""
-        return f"{head}, {layers}{order[self.layer_major]}{tiles}{packed}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamingProblem:
-    """What the rule decides from. Bytes; None as a capacity means that the tier is not limited."""
-
-    fingerprint: str
-    layers: tuple[BlockSize, ...]
-    edges: tuple[BlockSize, ...]
-    """Blocks outside the layers, in the order of use."""
-    trainable_bytes: int
-    """Adapters with their gradients and optimizer state."""
-    layer_input_bytes: int
-    """One layer's input for the largest batch."""
-    activation_bytes: int
-    """Peak of transient activations of one layer's recompute."""
-    passing_bytes: int = 0
-    """Part of it: another layer's input, on its way to where it waits or back, on a device whose copies are
-    asynchronous."""
-    allocator_slack_bytes: int = 0
-    """Freed memory that the allocator should be able to hold back; a tight plan grants a quarter of it at most."""
-    loss_head: LossHeadSize | None = None
-    """None where the model has no head that could be found."""
-    device_capacity_bytes: int | None
-    host_capacity_bytes: int | None
-    nvme_capacity_bytes: int | None
-    """None here means that there is no drive."""
-    unified: bool
-    """DEVICE and HOST are one tier (the CPU device without `host_memory`)."""
-    training: TrainingSizes | None = None
-    """Of layers that train; None where only adapters do."""
-    num_micro_batches: int = 1
-    """Of a step, as declared."""
-
-    stages_pieces: bool = True
-    """What waits on NVMe goes there in pieces; False: whole, as on a GPU."""
-    chunked: ChunkedSize | None = None
-    """None where layers cannot run by chunks of tokens."""
-    cuts: Cuts | None = None
-    """Those that the plan must have; None leaves them to the rule."""
-
-    def layer_bytes(self, chunk_tokens: int | None) -> int:
-        """Peak of transient activations of one layer, by chunks of so many tokens or, with None, whole.
-
-        A chunk has half as much again: what the formula for a layer lacks (adapters) counts for more in a small one.
-        """
-        if chunk_tokens is None or self.chunked is None or chunk_tokens >= self.chunked.num_tokens:
-            return self.activation_bytes
-        of_chunk = (self.activation_bytes - self.passing_bytes) * chunk_tokens // self.chunked.num_tokens
-        return self.chunked.sequence_bytes + of_chunk * 3 // 2
-
-    def on_their_way_bytes(self, home: Tier, *, by_chunks: bool) -> int:
-        """DEVICE memory of what layers in chunks put away in `home`, while copies hold it: a layer's, in both ways
-        together (the window of `offload_rt.device_stash`). Of whole layers `passing_bytes` are.
-        """
-        if not by_chunks or home is Tier.DEVICE or not self.passing_bytes:
-            return 0
-        return INPUTS_OF_CHUNKS * whole_pages(self.layer_input_bytes)
-
-    def slack_bytes(self, chunk_tokens: int | None) -> int:
-        """Freed memory that the allocator may hold back where a budget has room: at most twice what is in use."""
-        if chunk_tokens is None:
-            return self.allocator_slack_bytes
-        return min(self.allocator_slack_bytes, 2 * (self.trainable_bytes + self.layer_bytes(chunk_tokens)))
-
-    def transient_bytes(self, head_chunk_tokens: int | None, chunk_tokens: int | None = None) -> int:
-        """Peak of transient activations: one layer's recompute, or the head with the loss, whichever is more. In whole
-        pages, as their arena is.
-        """
-        head = 0 if self.loss_head is None else self.loss_head.peak_bytes(head_chunk_tokens)
-        return whole_pages(max(self.layer_bytes(chunk_tokens), head))
 
 
 def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Plan:
@@ -322,7 +157,7 @@ def _attempts(problem: StreamingProblem, rest: Tier, chunk_tokens: int | None) -
             layer_major=layer_major,
             chunk_tokens=chunk_tokens,
         )
-        for choices in _edges_by(problem, in_place=in_place)
+        for choices in edge_choices(problem, in_place=in_place)
         for slot_choices in (range(MAX_SLOTS, 1, -1), [1])
         for state in _states(problem, rest)
         for edges in choices
@@ -395,7 +230,7 @@ def _plan(
     by_rows = streamed_edges if edges in (EdgesBy.ROWS, EdgesBy.TILES) else ()
     if in_place:
         by_rows = tuple(block for block in by_rows if block is tiled)  # the others are where they are used
-    looked_up = _looked_up(problem, by_rows, tiled)
+    looked_up = looked_up_of(problem, by_rows, tiled)
     in_pieces = (*looked_up, *([] if tiled is None or tiled in looked_up else [tiled]))
     streamed_edges = tuple(block for block in streamed_edges if block not in in_pieces)
     resident = tuple(block for block in problem.edges if block not in (*streamed_edges, *in_pieces))
@@ -487,57 +322,6 @@ def _plan(
         head_tiles=head_tiles,
         peak_bytes={"device": device, "host": host, "nvme": nvme},
     )
-
-
-def _edges_by(problem: StreamingProblem, *, in_place: bool) -> list[list[EdgesBy]]:
-    """The choices that there are, the best first; by tiles, which is a cut, only where nothing else fits, or where the
-    run that goes on has them: then in place, too.
-    """
-    could: list[list[EdgesBy]] = [[choice for choice in EdgesBy if choice is not EdgesBy.TILES]]
-    if tiled_block(problem) is None or (problem.training is not None and not problem.training.adapters):
-        return could
-    if problem.cuts is None:
-        return could if in_place else [*could, [EdgesBy.TILES]]
-    return could if problem.cuts.head_tile_rows is None else [[EdgesBy.TILES]]
-
-
-def tiled_block(problem: StreamingProblem) -> BlockSize | None:
-    """What a plan by tiles takes by tiles: the largest linear outside the layers, tied to an embedding or not."""
-    linears = [
-        block
-        for block in problem.edges
-        if block.product is not None and block.streams and (block.rows is None or block.rows.is_worth_it())
-    ]
-    return max(linears, key=lambda block: block.stored_bytes, default=None)
-
-
-def head_tiles_of(block: BlockSize, rest: Tier, tile_tokens: int | None, tile_rows: int | None = None) -> HeadTiles:
-    """Its tiles, of `tile_rows` in place of the rule's. tile_tokens: that go through it at once; None: all."""
-    size = block.product
-    if size is None:
-        raise ValueError(f"{block.name}: is no linear that is taken by tiles")
-    rows = size.tile_rows() if tile_rows is None else tile_rows
-    return HeadTiles.of(
-        block.name, size, rest, tile_rows=rows, num_tokens=tile_tokens or size.most_rows, batch_tokens=size.most_rows
-    )
-
-
-def _looked_up(
-    problem: StreamingProblem, edges: tuple[BlockSize, ...], tiled: BlockSize | None
-) -> tuple[BlockSize, ...]:
-    """Those that are worth reading by rows; of those that are tied to a head, what is `tiled`, since another one is
-    there as a whole. None where layers train: a whole model is saved block by block.
-    """
-    if problem.training is not None and not problem.training.adapters:
-        return ()
-    by_rows = (block for block in edges if block.product is None or block is tiled)
-    return tuple(block for block in by_rows if block.rows is not None and block.rows.is_worth_it())
-
-
-def lookups_of(blocks: tuple[BlockSize, ...], rest: Tier) -> Lookups | None:
-    """The lookups of embeddings that rest there; None without any."""
-    sizes = {block.name: block.rows for block in blocks if block.rows is not None}
-    return Lookups.of(sizes, rest) if sizes else None
 
 
 def _update_mode(problem: StreamingProblem, state: StatePlacement | None) -> UpdateMode:

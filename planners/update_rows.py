@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from planners.cost import buckets, state_copies, steps_after, whole_state_bytes
 from planners.expand import UpdateKey
+from planners.optimizer_state import buckets, state_copies, steps_after, whole_state_bytes
 from planners.placement import Tier, UpdateMode, UpdatePlace
 from planners.problem import BlockClass
 from planners.rows import BACKWARD, FORWARD, UPDATE, Rows

@@ -10,7 +10,14 @@ backward, so that the first block that is not done always has what it waits for.
 
 from __future__ import annotations
 
-from planners.cost import MAX_BUCKETS, gradients_stay, passing_gradient_bytes, state_bytes, steps_after, update_bytes
+from planners.optimizer_state import (
+    MAX_BUCKETS,
+    gradients_stay,
+    passing_gradient_bytes,
+    state_bytes,
+    steps_after,
+    update_bytes,
+)
 from planners.placement import ClassPlan, Tier, Update, UpdateMode, UpdatePlace
 from planners.problem import BlockClass, Problem
 from planners.timeline import DEVICE, Operations, Resource

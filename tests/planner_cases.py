@@ -7,8 +7,9 @@ from planners.architectures import shape_from_config
 from planners.cost import Knobs
 from planners.expand import Fractions, expand
 from planners.hardware import Drive, named_hardware
+from planners.model_workload import make_workload
 from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
-from planners.problem import Problem, make_workload
+from planners.problem import Problem
 
 TINY = {
     "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,

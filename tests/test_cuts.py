@@ -16,7 +16,7 @@ from offload_rt.errors import CheckpointError
 from offload_rt.rehearsal import _by_the_rule
 from offload_rt.runtime_options import RuntimeOptions
 from planners.plan import StatePlacement, Tier
-from planners.streaming import Cuts
+from planners.streaming_problem import Cuts
 from tests.conftest import build_base, build_lora, language_batch
 
 IN_TIERS = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)

@@ -24,7 +24,7 @@ from offload_rt.rehearsal import planned_bytes
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.transfer import Transfer
 from planners.plan import Tier
-from planners.streaming import Cuts
+from planners.streaming_problem import Cuts
 from tests.fake_device import FakeDevice
 from tests.test_tokenwise_engine import same_bits
 from tests.tokenwise import build

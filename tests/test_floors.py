@@ -142,9 +142,9 @@ FLOORS = {
 
 PLANNERS = [
     "errors", "units", "schedule", "placement", "activations", "layout", "training_state", "products", "vocabulary",
-    "plan", "streaming", "hardware", "model", "architectures", "well_known", "headers", "tensors", "meta_model",
-    "models", "trace",
-    "problem", "cost", "division", "arenas", "timeline", "updates", "passes", "simulate", "validate", "expand",
+    "plan", "streaming_problem", "edges", "streaming", "hardware", "model", "architectures", "well_known", "headers",
+    "tensors", "meta_model", "models", "trace", "problem", "model_workload", "cost", "optimizer_state", "static_memory",
+    "step_work", "division", "arenas", "timeline", "updates", "chunk_work", "passes", "simulate", "validate", "expand",
     "greedy", "program", "rows", "vocabulary_rows", "update_rows", "steady", "wear", "mip", "policies", "explain",
     "render", "command", "__main__",
 ]  # fmt: skip

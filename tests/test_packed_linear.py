@@ -21,7 +21,7 @@ from offload_rt.measured_sizes import tensors_digest
 from planners.activations import Action, whole_batch
 from planners.placement import Tier
 from planners.plan import DecodeScope, Plan
-from planners.streaming import Cuts
+from planners.streaming_problem import Cuts
 from tests.conftest import build_lora, decode_in_place, language_batch
 from tests.interpreter import interpreted
 

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from offload_rt.workload_sizes import allocator_slack_bytes
 from planners.errors import PlanInfeasible, format_bytes
 from planners.plan import DecodeScope, Plan, Ring, Tier
-from planners.streaming import (
-    MIN_CHUNK_TOKENS,
-    TIGHT_SLACK_BYTES,
-    BlockSize,
-    ChunkedSize,
-    Cuts,
-    LossHeadSize,
-    StreamingProblem,
-    plan_streaming,
-)
+from planners.streaming import MIN_CHUNK_TOKENS, TIGHT_SLACK_BYTES, plan_streaming
+from planners.streaming_problem import BlockSize, ChunkedSize, Cuts, LossHeadSize, StreamingProblem
 
 KIB = 1024
 

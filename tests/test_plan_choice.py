@@ -13,11 +13,12 @@ from offload_rt._engine import Engine
 from offload_rt.block_profile import MOST_PASSES
 from offload_rt.errors import UnsupportedModule
 from offload_rt.plan_choice import MAX_SECONDS, OPTIMISER, RULE, choose, profile_bytes, profile_seconds, rule_seconds
+from planners.edges import lookups_of
 from planners.errors import PlanInfeasible
 from planners.placement import Tier
 from planners.problem import KeptPass
 from planners.program import SolverMissing
-from planners.streaming import lookups_of, plan_streaming
+from planners.streaming import plan_streaming
 from tests.conftest import build_lora, build_plain
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
 from tests.test_parity import differences

@@ -12,7 +12,8 @@ from planners import streaming
 from planners.errors import PlanInfeasible
 from planners.placement import UpdateMode
 from planners.plan import Plan, StatePlacement, Tier
-from planners.streaming import StreamingProblem, plan_streaming
+from planners.streaming import plan_streaming
+from planners.streaming_problem import StreamingProblem
 from planners.training_state import TrainedSize, TrainingSizes
 from tests.test_plan import KIB, problem
 from tests.tiny_training import ON_NVME, Plain, differences, engine, model, train

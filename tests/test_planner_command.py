@@ -16,9 +16,9 @@ from offload_rt.cli.train_run import _optimizer
 from offload_rt.optimizer.rules import rule_for
 from planners.explain import advise, ways_out
 from planners.hardware import named_hardware
+from planners.model_workload import STATE_BYTES
 from planners.plan import Plan
 from planners.policies import NAMES, plan_by_policy
-from planners.problem import STATE_BYTES
 from planners.units import ProblemError
 from planners.validate import check
 from tests.planner_cases import MIB, TINY, machine, problem

@@ -11,10 +11,11 @@ from planners.architectures import shape_from_config
 from planners.arenas import chunk_arena_name, demands, retained_gradients
 from planners.cost import knobs_of, num_chunks
 from planners.layout import ALIGNMENT_BYTES, Buffer, lay_out, live_bytes
+from planners.model_workload import make_workload
 from planners.models import find_model
 from planners.placement import Buffers, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan
-from planners.problem import Problem, make_workload
+from planners.problem import Problem
 from planners.schedule import Phase
 from planners.simulate import simulate
 from planners.trace import NUM_OPERATIONS, backward_tick, saved_tensors, transients

@@ -11,16 +11,18 @@ import pytest
 from offload_rt.cli.main import main
 from planners.architectures import shape_from_config
 from planners.arenas import with_arenas
-from planners.cost import capacities, static_bytes
 from planners.greedy import plan_greedy
 from planners.mip import combinations, plan_optimal
+from planners.model_workload import make_workload
 from planners.placement import Split, Tier
 from planners.plan import Plan
-from planners.problem import Problem, make_workload
+from planners.problem import Problem
 from planners.rows import LOW_PRICE, Freedoms
 from planners.simulate import simulate
+from planners.static_memory import capacities, static_bytes
 from planners.steady import _Builder, _read, solve_steady
-from planners.validate import InvalidPlan, busy_seconds, check, floor_seconds
+from planners.step_work import busy_seconds, floor_seconds
+from planners.validate import InvalidPlan, check
 from planners.vocabulary import Lookups, RowsSize
 from tests.planner_cases import MIB, TINY, machine
 

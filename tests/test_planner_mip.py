@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from planners.arenas import peak_bytes
-from planners.cost import capacities
 from planners.errors import PlanInfeasible
 from planners.expand import expand
 from planners.greedy import plan_greedy
@@ -20,9 +19,11 @@ from planners.program import Program, SolverFailed, SolverMissing
 from planners.render import page
 from planners.rows import Freedoms
 from planners.simulate import simulate
+from planners.static_memory import capacities
 from planners.steady import solve_steady
+from planners.step_work import busy_seconds, floor_seconds
 from planners.units import ProblemError
-from planners.validate import InvalidPlan, busy_seconds, check, floor_seconds
+from planners.validate import InvalidPlan, check
 from tests.planner_cases import MIB, machine, problem
 
 TIGHT = {"device": 24 * MIB, "host": 28 * MIB}

@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from planners.cost import class_costs, static_bytes, steady_ring
+from planners.cost import class_costs, steady_ring
 from planners.hardware import named_hardware
 from planners.passes import build_timeline
 from planners.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
 from planners.problem import Capabilities
 from planners.schedule import StepKind, num_fetches
 from planners.simulate import Deadlock, _Run, simulate
+from planners.static_memory import static_bytes
+from planners.step_work import busy_seconds
 from planners.timeline import DEVICE, Resource, Timeline
-from planners.validate import InvalidPlan, busy_seconds, check_busy, check_replay
+from planners.validate import InvalidPlan, check_busy, check_replay
 from tests.planner_cases import machine, matrix, plan_of, problem
 
 

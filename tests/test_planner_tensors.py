@@ -14,8 +14,8 @@ from planners import models
 from planners.architectures import shape_from_config
 from planners.headers import read_headers
 from planners.meta_model import NotThere, parameter_shapes
+from planners.model_workload import make_workload
 from planners.models import find_model, read_config
-from planners.problem import make_workload
 from planners.tensors import Hints, shape_from_tensors
 from planners.units import ProblemError
 from tests.test_planner_models import CASES, GQA, SMALL, created_params

@@ -8,14 +8,16 @@ import pytest
 
 from planners.architectures import shape_from_config
 from planners.arenas import with_arenas
-from planners.cost import static_bytes
 from planners.errors import PlanInfeasible
 from planners.mip import plan_optimal
+from planners.model_workload import make_workload
 from planners.placement import Split, Tier
 from planners.plan import Plan
-from planners.problem import Problem, make_workload
+from planners.problem import Problem
 from planners.simulate import simulate
-from planners.validate import InvalidPlan, busy_seconds, check, check_placement
+from planners.static_memory import static_bytes
+from planners.step_work import busy_seconds
+from planners.validate import InvalidPlan, check, check_placement
 from planners.vocabulary import Lookups
 from tests.planner_cases import MIB, TINY, machine
 from tests.test_planner_tiles import NORM_BYTES, PLACES, TABLE_BYTES, TOKENS, VOCABULARY, WIDTH

@@ -22,12 +22,13 @@ from offload_rt.errors import ConfigError
 from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, lowered, problem_of
 from offload_rt.workload import find_workload
 from offload_rt.workload_sizes import streaming_problem
-from planners.cost import capacities, knobs_of
+from planners.cost import knobs_of
 from planners.errors import PlanInfeasible
 from planners.hardware import Drive, Links, named_hardware
 from planners.mip import plan_optimal
 from planners.placement import Cuts, Tier, UpdatePlace
 from planners.problem import MeasuredSeconds
+from planners.static_memory import capacities
 from planners.validate import InvalidPlan, check, check_modes
 from tests.conftest import build_lora, build_plain
 from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, build, run_plain, run_steps

@@ -24,7 +24,8 @@ from planners.errors import PlanInfeasible
 from planners.hardware import Hardware
 from planners.placement import Tier, UpdateMode
 from planners.plan import Plan
-from planners.streaming import StreamingProblem, plan_streaming
+from planners.streaming import plan_streaming
+from planners.streaming_problem import StreamingProblem
 from tests import test_planning
 from tests.conftest import build_base, language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN

@@ -22,8 +22,8 @@ from planners.division import deal
 from planners.mip import plan_optimal
 from planners.placement import Cuts, DecodeScope, Tier
 from planners.steady import solve_steady
-from planners.streaming import Cuts as RunsCuts
 from planners.streaming import plan_streaming
+from planners.streaming_problem import Cuts as RunsCuts
 from planners.validate import InvalidPlan, check
 from tests.parity import BATCH_SIZE, SEQ_LEN, run_steps
 from tests.test_parity import differences

@@ -21,7 +21,8 @@ from planners.mip import plan_optimal
 from planners.placement import Tier
 from planners.plan import Plan
 from planners.problem import KeptPass, MeasuredSeconds
-from planners.streaming import Cuts, plan_streaming
+from planners.streaming import plan_streaming
+from planners.streaming_problem import Cuts
 from planners.validate import InvalidPlan, check, check_placement
 from tests.conftest import build_lora
 from tests.parity import SEQ_LEN

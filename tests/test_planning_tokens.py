@@ -28,8 +28,9 @@ from planners.placement import Cuts, DecodeScope, Tier, TokenSplit, UpdateMode, 
 from planners.plan import Plan
 from planners.simulate import simulate
 from planners.steady import solve_steady
+from planners.step_work import floor_seconds
 from planners.streaming import KEPT_TENSORS
-from planners.validate import InvalidPlan, check, floor_seconds
+from planners.validate import InvalidPlan, check
 from tests.conftest import language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
 from tests.test_parity import differences

@@ -38,20 +38,10 @@ from planners.mip import plan_optimal
 from planners.placement import Split, Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import MeasuredSeconds, Problem
-from planners.streaming import StreamingProblem
+from planners.streaming_problem import StreamingProblem
 from planners.validate import InvalidPlan, check, check_modes
 from tests import test_planning
-from tests.full_parity import (
-    NORMS,
-    OPTIMIZERS,
-    STEPS,
-    Case,
-    build,
-    one_loss,
-    run_engine,
-    run_plain,
-    training_of,
-)
+from tests.full_parity import NORMS, OPTIMIZERS, STEPS, Case, build, one_loss, run_engine, run_plain, training_of
 from tests.parity import BATCH_SIZE, SEQ_LEN
 from tests.test_full_parity import ieee_square_root as ieee_square_root
 from tests.tiny_blocks import CountingRule, blocks

@@ -20,12 +20,13 @@ from offload_rt.workload import find_workload
 from offload_rt.workload_sizes import streaming_problem
 from planners import streaming
 from planners.division import divided
+from planners.edges import EdgesBy
 from planners.errors import PlanInfeasible, format_bytes
 from planners.hardware import Links
 from planners.mip import plan_optimal
 from planners.plan import Tier
 from planners.simulate import simulate
-from planners.streaming import EdgesBy, plan_streaming
+from planners.streaming import plan_streaming
 from tests.changing_plans import propose, results
 from tests.conftest import build_base, build_lora
 from tests.parity import BATCH_SIZE, SEQ_LEN
