@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
-from offload_rt.assembly import Progress, assemble, change_over
+from offload_rt.assembly import assemble, change_over
 from offload_rt.batch_check import check_batch
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
@@ -39,6 +39,7 @@ from offload_rt.rehearsal import Rehearsal
 from offload_rt.replanning import Replanner
 from offload_rt.report import drift, report, summary
 from offload_rt.runtime import Runtime
+from offload_rt.runtime_assembly import Progress
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.steps import StepMeter, measured_update
 from planners.plan import Plan

@@ -13,8 +13,8 @@ from torch import nn  # noqa: E402
 
 from offload_rt import codec  # noqa: E402
 from offload_rt._engine import Engine  # noqa: E402
-from offload_rt.assembly import RuntimeOptions  # noqa: E402
 from offload_rt.discover import find_blocks  # noqa: E402
+from offload_rt.runtime_options import RuntimeOptions  # noqa: E402
 from offload_rt.tensor_spec import Encoding  # noqa: E402
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from offload_rt import assembly, mapped_blocks, workload_sizes
+from offload_rt import mapped_blocks, runtime_assembly, workload_sizes
 from offload_rt.activation_assembly import TIGHT_DIVISOR
 from offload_rt.errors import OffloadError
 from offload_rt.heap import Base, HeapGuard, is_tight
@@ -188,7 +188,7 @@ def test_an_engine_that_could_not_be_made_asks_for_nothing_any_more(calls, make_
     roomy = make_engine(build_lora(), nvme=disk_folder, batch_size=2, seq_len=64)
     roomy.close()
     with monkeypatch.context() as broken, pytest.raises(OffloadError, match="no such head") as kept:
-        broken.setattr(assembly, "keep_head_input_contiguous", raises("no such head"))
+        broken.setattr(runtime_assembly, "keep_head_input_contiguous", raises("no such head"))
         make_engine(build_lora(), nvme=disk_folder, batch_size=2, seq_len=64, device_memory=tight_budget(roomy))
     assert calls[0][1] < MOST_MAPPED_BYTES and calls[-2:] == [(MAP, MOST_MAPPED_BYTES), (TRIM, 2 * MOST_MAPPED_BYTES)]
     assert kept.tb is not None, "whoever has the error sees the engine's parts, and they ask for nothing"

@@ -221,7 +221,7 @@ def test_a_rehearsal_that_does_not_fit_goes_on_with_the_rule(timed, calibrated, 
         device = engine._runtime.tiers.account(Tier.DEVICE)
         room, slack = device.capacity_bytes - device.used_bytes, device.holdings[rehearsal.SLACK]
         more = rehearsal.planned_bytes(engine._runtime) + room + slack
-        monkeypatch.setattr(rehearsal, "_measure", lambda *_: (more, None))
+        monkeypatch.setattr(rehearsal, "measure", lambda *_: (more, None))
         found = run_steps(BF16.accumulation, engine, engine.backward, engine.trainable, engine.step)
         report = engine.report()
     assert report["rehearsal"]["result"] == "planned again" and report["plan"] == RULE

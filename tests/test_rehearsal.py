@@ -17,8 +17,9 @@ from torch import nn
 
 from offload_rt import rehearsal, workload_sizes
 from offload_rt.allocations import AllocationMeter, counted, together
+from offload_rt.longest_step import longest
 from offload_rt.measured_sizes import remembered_factor, scaled, sizes_key
-from offload_rt.rehearsal import MEASURED_BEFORE, SLACK, Rehearsal, longest, planned_bytes
+from offload_rt.rehearsal import MEASURED_BEFORE, SLACK, Rehearsal, planned_bytes
 from planners.errors import PlanInfeasible
 from planners.plan import Tier
 from tests.conftest import VOCABULARY, build_lora

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from offload_rt import assembly, rehearsal, workload_sizes
+from offload_rt import rehearsal, runtime_assembly, workload_sizes
 from offload_rt._engine import Engine
 from offload_rt.allocations import AllocationMeter
 from offload_rt.errors import BudgetExceeded, ConfigError, OffloadError
@@ -417,7 +417,7 @@ def test_a_change_over_that_fails_closes_the_engine(make, tmp_path, monkeypatch)
     def fail(*arguments):
         raise BudgetExceeded("no room")
 
-    monkeypatch.setattr(assembly.WeightsAssembly, "ring", fail)
+    monkeypatch.setattr(runtime_assembly.WeightsAssembly, "ring", fail)
     with pytest.raises(BudgetExceeded):
         train(engine)
     with pytest.raises(OffloadError, match="closed"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import asked, assembly, calibrate, mapped, planning, rehearsal, replanning
+from offload_rt import asked, assembly, calibrate, mapped, planning, rehearsal, replanning, runtime_assembly
 from offload_rt._engine import Engine
 from offload_rt.asked import Asked, measured
 from offload_rt.cuts import same_cuts
@@ -300,7 +300,7 @@ def test_a_change_that_fails_goes_back_and_trains_on(hardware, tmp_path, monkeyp
         undisturbed.train(last)
     with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
         run.train(ASKED_UNTIL)
-        attach, failures = assembly._Assembly._attach, []
+        attach, failures = runtime_assembly.RuntimeAssembly._attach, []
 
         def broken(self, *arguments):
             if not failures:
@@ -308,7 +308,7 @@ def test_a_change_that_fails_goes_back_and_trains_on(hardware, tmp_path, monkeyp
                 raise StorageError("the drive fell off", path="/dev/null", errno=5)
             return attach(self, *arguments)
 
-        monkeypatch.setattr(assembly._Assembly, "_attach", broken)
+        monkeypatch.setattr(runtime_assembly.RuntimeAssembly, "_attach", broken)
         run.train(last)
         (kept,) = run.decisions
         assert failures and failures[0] != run.first_plan, "it was tried"
@@ -384,13 +384,13 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import pytest
-from offload_rt import assembly
+from offload_rt.runtime_assembly import RuntimeAssembly
 from planners.hardware import load_hardware
 from tests import test_replanning as here
 here.without_clocks(pytest.MonkeyPatch())
 folder, hardware = map(Path, sys.argv[1:])
 run = here.Run(folder, here.slow_drive, emulate=load_hardware(hardware), commit_every=1).train(here.ASKED_UNTIL)
-assembly._Assembly._attach = lambda *arguments: os._exit(42)
+RuntimeAssembly._attach = lambda *arguments: os._exit(42)
 run.train(here.CHANGED_IN)
 """
 

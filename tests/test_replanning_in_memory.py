@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import assembly, mapped, rehearsal, replanning
+from offload_rt import mapped, rehearsal, replanning, runtime_assembly
 from offload_rt.assembly import change_over
 from offload_rt.config import EngineConfig
 from offload_rt.emulation import emulated_config
@@ -227,7 +227,7 @@ def test_a_change_that_fails_goes_back_with_the_weights(tmp_path, monkeypatch):
         undisturbed.train(4)
     with Run(tmp_path, nvme=None, plan="auto") as run:
         run.train(2)
-        weights, attach, failures = weights_of(run), assembly._Assembly._attach, []
+        weights, attach, failures = weights_of(run), runtime_assembly.RuntimeAssembly._attach, []
 
         def broken(self, *arguments):
             if not failures:
@@ -235,7 +235,7 @@ def test_a_change_that_fails_goes_back_with_the_weights(tmp_path, monkeypatch):
                 raise StorageError("there was none", path="/dev/null", errno=12)
             return attach(self, *arguments)
 
-        monkeypatch.setattr(assembly._Assembly, "_attach", broken)
+        monkeypatch.setattr(runtime_assembly.RuntimeAssembly, "_attach", broken)
         propose(run.engine, replace(run.first_plan, allocator_slack_bytes=0))
         run.train(4)
         assert failures and results(run.engine) == ["kept"] and run.engine.plan == run.first_plan
@@ -255,7 +255,7 @@ def test_a_rehearsal_that_finds_more_has_the_rule_plan_again(moves, tmp_path, mo
         account = runtime.tiers.account(Tier.DEVICE)
         short = account.holdings[rehearsal.SLACK] * 3 // 4 + 4 * KIB
         more = iter([account.capacity_bytes - account.used_bytes + short])
-        monkeypatch.setattr(rehearsal, "_measure", lambda of, *_: (rehearsal.planned_bytes(of) + next(more), None))
+        monkeypatch.setattr(rehearsal, "measure", lambda of, *_: (rehearsal.planned_bytes(of) + next(more), None))
         if moves:
             other = replace(first, resident=first.resident[1:])
             runtime.made_of = replace(runtime.made_of, plan_again=lambda problem: other)

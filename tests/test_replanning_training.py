@@ -365,7 +365,7 @@ def test_an_optimised_plan_that_a_rehearsal_finds_too_small_is_made_again(
             seen.append(runtime.plan)
             return planned_bytes(runtime) + (more if len(seen) < 2 else 0), None
 
-        monkeypatch.setattr(rehearsal, "_measure", measured)
+        monkeypatch.setattr(rehearsal, "measure", measured)
         before = run.engine.plan
         account = run.engine._runtime.tiers.account(Tier.DEVICE)
         account.holdings[rehearsal.SLACK] = 0  # there is none to be had

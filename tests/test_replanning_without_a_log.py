@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import assembly, mapped, optim
+from offload_rt import mapped, optim, runtime_assembly
 from offload_rt.errors import OffloadError, StorageError
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.stepper import Stepper
@@ -177,7 +177,8 @@ def test_a_change_that_fails_goes_back_and_loses_no_step(
 ) -> None:
     """Before anything is in the model, or when half of the weights are made of their masters."""
     twin, failures = Plain(half_frozen(), max_grad_norm=MAX_NORM), list[str]()
-    of, name, calls = (assembly._Assembly, "_attach", 1) if where == "attach" else (Stepper, "rebuild_weights", 2)
+    attaching, masters = (runtime_assembly.RuntimeAssembly, "_attach", 1), (Stepper, "rebuild_weights", 2)
+    of, name, calls = attaching if where == "attach" else masters
     whole = getattr(of, name)
     with engine(half_frozen(), "from HOST", tmp_path, max_grad_norm=MAX_NORM) as run:
         first, there, losses = run.plan, addresses(run), train(run, range(2))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from offload_rt import rehearsal
+from offload_rt import longest_step, rehearsal
 from offload_rt.allocations import AllocationMeter, together
-from offload_rt.rehearsal import unchanged
+from offload_rt.longest_step import unchanged
 from offload_rt.representatives import Unlike, representatives, run_alone, whole_step
 from planners.activations import Action
 from planners.plan import Tier
@@ -127,7 +127,7 @@ def test_a_rehearsal_runs_few_layers_and_finds_what_all_of_them_take(make_engine
     found, losses = [], []
     for few in (True, False):
         if not few:
-            monkeypatch.setattr(rehearsal, "representatives", lambda layers: None)
+            monkeypatch.setattr(longest_step, "representatives", lambda layers: None)
             monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "another"))
         torch.manual_seed(7)
         model = (
