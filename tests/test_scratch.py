@@ -1,15 +1,17 @@
 """Room on NVMe for the length of a step: exact, never shared, gone with the process."""
 
+import gc
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from offload_rt.arena import Arena
-from offload_rt.errors import StorageError, StorageFull
+from offload_rt.errors import StorageError, StorageFull, StorageTimeout
 from offload_rt.file_io import AiofilesIO
 from offload_rt.links import Links
 from offload_rt.scratch import Scratch
@@ -76,6 +78,35 @@ def test_ranges_come_back_and_join(scratch):
     for index in (1, 3, 2):
         ranges[index] = None
     assert scratch.acquire(3 * PAGE).offset_bytes == PAGE
+
+
+def let_go_while_waiting(scratch, make_error):
+    """Writes all of it, settles that by a wait that raises, then again without one, and drops the range."""
+    place = scratch.acquire(4 * PAGE)
+
+    def wait(transfer):
+        scratch.links.wait(transfer)  # so that nothing is under way, whatever is said of it
+        if make_error is not None:
+            raise make_error()
+
+    with suppress(KeyboardInterrupt):
+        place.settle(place.write(Arena("a", 4 * PAGE).acquire(4 * PAGE, "x")), wait)
+    place.settle(None, wait)
+
+
+@pytest.mark.parametrize("make_error", [None, lambda: StorageError("is broken", path="scratch")], ids=["well", "badly"])
+def test_a_range_whose_write_has_ended_comes_back(scratch, make_error):
+    let_go_while_waiting(scratch, make_error)
+    gc.collect()
+    assert scratch.acquire(4 * PAGE).offset_bytes == 0
+
+
+@pytest.mark.parametrize("make_error", [lambda: StorageTimeout("late"), KeyboardInterrupt], ids=["late", "interrupted"])
+def test_a_range_that_may_still_be_written_to_is_kept_for_good(scratch, make_error):
+    let_go_while_waiting(scratch, make_error)
+    gc.collect()
+    with pytest.raises(StorageFull, match="no room"):
+        scratch.acquire(1)
 
 
 def test_many_steps_do_not_wear_it_out(scratch):
