@@ -26,10 +26,12 @@ from planners.placement import Tier, UpdateMode
 from planners.plan import Plan
 from planners.streaming import plan_streaming
 from planners.streaming_problem import StreamingProblem
+from planners.vocabulary import TILE_SLOTS
 from tests import test_planning
 from tests.conftest import build_base, language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN
 from tests.test_planning import SECONDS
+from tests.test_planning_tiles import HEAD, NUM_TILES, TILE_ROWS, VOCABULARY, WIDTH
 
 KIB, PAGE = 1 << 10, 4096
 MAX_NORM = 0.05
@@ -63,11 +65,11 @@ BUDGETS = {
 QUICK = ("split",)
 
 
-def build() -> nn.Module:
+def build(**sizes: int) -> nn.Module:
     """Equal at every call; with adapters that are large beside its layers."""
     torch.manual_seed(5)
     config = LoraConfig(r=16, lora_dropout=0.1, target_modules=["q_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM")
-    model: nn.Module = get_peft_model(build_base("llama", torch.bfloat16), config)
+    model: nn.Module = get_peft_model(build_base("llama", torch.bfloat16, **sizes), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -92,7 +94,7 @@ def unmeasured_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rehearsal, "ROOM", 0)  # of nothing: these budgets are for weights and state
 
 
-def engine(budget: Budget, folder: Path, **arguments: Any) -> Engine:
+def engine(budget: Budget, folder: Path, sizes: dict[str, int] | None = None, **arguments: Any) -> Engine:
     """On this machine, of which nothing but the budget's memory may be used, or on one that has no more."""
     folder.mkdir(exist_ok=True)
     folders = (folder.resolve(),) if budget.nvme else ()
@@ -102,8 +104,9 @@ def engine(budget: Budget, folder: Path, **arguments: Any) -> Engine:
     if budget.emulated:
         given["emulate"] = machine(budget)
     return Engine(
-        build(), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=MAX_NORM, nvme=folder if budget.nvme else None,
-        commit_every=budget.commit_every, optimizer=adamw, options=OPTIONS, **{**given, **arguments},
+        build(**sizes or {}), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=MAX_NORM,
+        nvme=folder if budget.nvme else None, commit_every=budget.commit_every, optimizer=adamw,
+        **{"options": OPTIONS, **given, **arguments},
     )  # fmt: skip
 
 
@@ -195,6 +198,33 @@ def test_state_that_does_not_fit_beside_adapters_is_planned_to_the_same_bits_wit
     assert unequal(found, run_plain()) == []
     with engine(budget, tmp_path / "again", plan=file) as again:
         assert again.plan == plan
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [pytest.param(Budget(4500, 16384, (H,)), marks=pytest.mark.full), Budget(4800, 0, (N,))],
+    ids=["in HOST", "on NVME, one tier"],
+)
+def test_a_head_goes_by_tiles_beside_state_in_tiers_with_the_bits_of_the_rules_tiles(
+    budget: Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "profile_head", lambda **_: HEAD)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH}
+    with engine(budget, tmp_path / "nvme", sizes) as optimised:
+        plan, cuts = optimised.plan, optimised._runtime.cuts
+        assert plan.planner == "optimiser" and plan.head_tiles is not None and plan.state is not None
+        assert tuple(u.tier for u in plan.entry("adapters").updates if u.params) == budget.state
+        assert plan.head_tiles.rest is (H if budget.host else N)
+        found, report = run(optimised), optimised.report()
+        tiles = next(ring for ring in optimised._runtime.executors if ring.ring.name == "tiles")
+        assert tiles.counters.num_fetches == NUM_TILES + (2 * STEPS - 1) * (NUM_TILES - TILE_SLOTS)
+    assert report["memory"]["device"] <= budget.device * KIB and report["prefetch_misses"] == 0
+    by_tiles = replace(OPTIONS, stream_edges=True, head_tile_rows=TILE_ROWS)
+    roomy = {"plan": "auto", "device_memory": "64MiB", "options": by_tiles}
+    with engine(budget, tmp_path / "rule", sizes, **roomy) as ruled:
+        assert ruled.plan.planner == "fixed streaming rule" and ruled.plan.state is None
+        assert ruled._runtime.cuts == cuts
+        assert unequal(found, run(ruled)) == []
 
 
 def test_what_does_not_fit_in_tiers_either_says_what_is_short_there(tmp_path: Path) -> None:
