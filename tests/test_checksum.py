@@ -9,6 +9,7 @@ from offload_rt.checksum import crc32c, crc32c_plain
 
 
 def by_definition(data, seed=0):
+    """One bit at a time."""
     crc = seed ^ 0xFFFFFFFF
     for byte in data:
         crc ^= byte

@@ -7,19 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.test_checksum import by_definition
+
 native = pytest.importorskip("_offload_rt_native", reason="the native extension is not built")
 
 EDGES = [0, 1, 7, 8, 9, 63, 64, 65, 767, 768, 769, 4095, 4096, 4097, 24575, 24576, 24577, 25344, 100_003]
-
-
-def plain_crc32c(data: bytes, seed: int = 0) -> int:
-    """The twin: the definition, one bit at a time."""
-    crc = seed ^ 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
 
 
 def random_bytes(length: int) -> bytes:
@@ -36,12 +28,12 @@ def test_published_values():
 @pytest.mark.parametrize("length", EDGES)
 def test_agrees_with_the_plain_twin(length):
     data = random_bytes(length)
-    assert native.crc32c(data) == plain_crc32c(data)
+    assert native.crc32c(data) == by_definition(data)
 
 
 @given(data=st.binary(max_size=2000), seed=st.integers(0, 2**32 - 1), start=st.integers(0, 9))
 def test_agrees_with_the_plain_twin_for_any_seed_and_alignment(data, seed, start):
-    assert native.crc32c(memoryview(data)[start:], seed) == plain_crc32c(data[start:], seed)
+    assert native.crc32c(memoryview(data)[start:], seed) == by_definition(data[start:], seed)
 
 
 @given(cuts=st.lists(st.integers(0, 100_003), max_size=5))

@@ -27,7 +27,7 @@ from planners.plan import Tier
 from planners.streaming_problem import Cuts
 from tests.fake_device import FakeDevice
 from tests.test_tokenwise_engine import same_bits
-from tests.tokenwise import build
+from tests.tokenwise import build_with_adapters
 
 TOKENS, NUM_LAYERS, HIDDEN = 1024, 3, 64
 INPUT_BYTES = 2 * TOKENS * HIDDEN
@@ -49,14 +49,7 @@ class Run:
 
 def run(folder: Path | None = None, **options: Any) -> Run:
     """Two steps of a small Llama with adapters. Whatever was measured must be within what the budget was told of."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    sizes = {"max_position_embeddings": TOKENS, "num_hidden_layers": NUM_LAYERS, "hidden_size": HIDDEN}
-    model = build("llama", torch.bfloat16, **sizes)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+    model = build_with_adapters(num_layers=NUM_LAYERS, hidden=HIDDEN, most_tokens=TOKENS)
     ids = torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     found = {}
     with Engine(

@@ -114,41 +114,25 @@ def test_adapters_killed_seven_times_train_as_if_they_had_not_been(
     assert step >= 3
 
 
-def test_rows_and_tiles_killed_five_times_train_as_if_they_had_not_been(
-    runs: subprocess.Popen[str], disk_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("place", "num_kills", "least"), [(EDGES, 5, 2), pytest.param(TIED, 20, 10, marks=pytest.mark.full)]
+)
+def test_rows_and_tiles_killed_many_times_train_as_if_they_had_not_been(
+    runs: subprocess.Popen[str], disk_folder: Path, tmp_path: Path, place: str, num_kills: int, least: int
 ) -> None:
     """The twin is a run by tiles too: they are a cut."""
-    with resume(tmp_path, EDGES)[0] as whole:
-        step, _ = kill_many(runs, Twin(EDGES, whole), disk_folder, EDGES, 5)
-        assert step >= 2
+    with resume(tmp_path, place)[0] as whole:
+        step, _ = kill_many(runs, Twin(place, whole), disk_folder, place, num_kills)
+        assert step >= least
         assert whole.plan.head_tiles is not None and whole.plan.head_tiles.tile_rows == TILE_ROWS
+        assert (whole.plan.head_tiles.block in whole.plan.lookups.blocks) is (place == TIED)
         assert whole.report()["lookups"]["num_pieces"] >= step
         assert [executor.ring.name for executor in whole._runtime.executors] == ["layers", "tiles"]
 
 
 @pytest.mark.full
-def test_a_tied_matrix_by_rows_and_tiles_killed_twenty_times_trains_as_if_it_had_not_been(
-    runs: subprocess.Popen[str], disk_folder: Path, tmp_path: Path
-) -> None:
-    with resume(tmp_path, TIED)[0] as whole:
-        step, _ = kill_many(runs, Twin(TIED, whole), disk_folder, TIED, 20)
-        assert step >= 10
-        assert whole.plan.head_tiles is not None and whole.plan.head_tiles.block in whole.plan.lookups.blocks
-        assert whole.report()["lookups"]["num_pieces"] >= step
-
-
-@pytest.mark.full
-def test_weights_in_parts_killed_sixty_times_train_as_if_they_had_not_been(
-    runs: subprocess.Popen[str], disk_folder: Path
-) -> None:
-    step, cut_off = kill_many(runs, Twin(PARTED), disk_folder, PARTED, 60)
-    assert step > 30
-    assert cut_off > 5
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("place", [ADAPTERS, ADAPTERS + CHANGE])
-def test_adapters_killed_sixty_times_train_as_if_they_had_not_been(
+@pytest.mark.parametrize("place", [PARTED, ADAPTERS, ADAPTERS + CHANGE])
+def test_weights_in_parts_and_adapters_killed_sixty_times_train_as_if_they_had_not_been(
     runs: subprocess.Popen[str], disk_folder: Path, place: str
 ) -> None:
     step, cut_off = kill_many(runs, Twin(place), disk_folder, place, 60)

@@ -7,22 +7,14 @@ from offload_rt.allocations import AllocationMeter
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.errors import PlanInfeasible
 from planners.plan import Tier
-from tests.tokenwise import build
+from tests.tokenwise import build_with_adapters
 
 TOKENS, LAYERS, HIDDEN = 2048, 24, 64
 BUDGET = 12 << 20
 
 
 def model(num_layers=LAYERS):
-    """Adapters on a small Llama, in bf16."""
-    peft = pytest.importorskip("peft")
-    sizes = {"max_position_embeddings": TOKENS, "num_hidden_layers": num_layers, "hidden_size": HIDDEN}
-    made = build("llama", torch.bfloat16, **sizes)
-    made = peft.get_peft_model(made, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return made
+    return build_with_adapters(num_layers=num_layers, hidden=HIDDEN, most_tokens=TOKENS)
 
 
 def batch():

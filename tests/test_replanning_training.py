@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from offload_rt import calibrate, mapped, optim, planning_training, rehearsal, replanning
+from offload_rt import calibrate, mapped, planning_training, rehearsal, replanning
 from offload_rt.asked import Asked
 from offload_rt.errors import OffloadError, StorageError
 from offload_rt.meter import CPU, SSD_READ, SSD_WRITE
@@ -32,7 +33,7 @@ from tests.full_parity import state_of, training_of
 from tests.killed_training import ADAPTERS, EDGES, MAX_NORM, Position, Twin, one_step, resume, scheduled
 from tests.test_planning_training import BUDGETS, OPTIONS, asked, seconds_of
 from tests.test_replanning import ASKED_UNTIL, FOUND_AT, WINDOW_STEPS, Run, drives, without_clocks
-from tests.tiny_training import Plain, batch, differences, engine, model, train
+from tests.tiny_training import Plain, accumulated_step, adamw_of_groups, batch, differences, engine, model, train
 
 PATHS = [
     ("in place", "BACKWARD, tight"),
@@ -66,24 +67,10 @@ def test_a_run_that_changes_over_has_the_bits_of_one_that_does_not(
     places: tuple[str, str], accumulation: int, tmp_path: Path
 ) -> None:
     """Clipped in some steps, with dropout, a scheduler and param groups, to the second plan and back."""
-
-    def one(run: Any, scheduler: Any, number: int) -> float:
-        total = 0.0
-        for part in range(accumulation):
-            torch.manual_seed(10 * number + part)
-            loss = run(**batch(10 * number + part)).loss
-            run.backward(loss)
-            total += float(loss.detach())
-        run.step()
-        scheduler.step()
-        return total
-
-    def groups(parameters: Any) -> torch.optim.Optimizer:
-        return optim.AdamW([{"params": parameters[:3], "weight_decay": 0.3}, {"params": parameters[3:]}], lr=1e-2)
-
-    twin = Plain(model(dropout=0.2), groups, max_grad_norm=MAX_NORM)
+    twin = Plain(model(dropout=0.2), adamw_of_groups, max_grad_norm=MAX_NORM)
     expected = scheduled(twin)
-    given = {"max_grad_norm": MAX_NORM, "accumulation_steps": accumulation, "optimizer": groups}
+    one = partial(accumulated_step, accumulation=accumulation)
+    given = {"max_grad_norm": MAX_NORM, "accumulation_steps": accumulation, "optimizer": adamw_of_groups}
     with made(places[0], tmp_path / "nvme", **given) as run:
         scheduler, optimizer = scheduled(run), run.optimizer
         run.track("scheduler", scheduler)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from offload_rt import mapped, optim, runtime_assembly
+from offload_rt import mapped, runtime_assembly
 from offload_rt.errors import OffloadError, StorageError
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.stepper import Stepper
@@ -24,7 +25,20 @@ from planners.plan import Plan, StatePlacement, Tier
 from tests.changing_plans import decisions, propose, results
 from tests.conftest import build_base, language_batch
 from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, built, one_step, scheduled
-from tests.tiny_training import ROWS, TOKENS, Made, Plain, adamw, batch, differences, engine, model, train
+from tests.tiny_training import (
+    ROWS,
+    TOKENS,
+    Made,
+    Plain,
+    accumulated_step,
+    adamw,
+    adamw_of_groups,
+    batch,
+    differences,
+    engine,
+    model,
+    train,
+)
 
 IN_PIECES = RuntimeOptions(
     state=StatePlacement(in_memory={"adapters": 3}, gradients=Tier.HOST), piece_elements=150
@@ -74,24 +88,10 @@ def test_all_parameters_have_the_bits_of_a_run_that_does_not_change(
     """Clipped in some steps, with dropout, a scheduler and param groups, to the second plan and back; in parts with
     late transfers and poison, too.
     """
-
-    def groups(parameters: Any) -> torch.optim.Optimizer:
-        return optim.AdamW([{"params": parameters[:3], "weight_decay": 0.3}, {"params": parameters[3:]}], lr=1e-2)
-
-    def one(run: Any, scheduler: Any, number: int) -> float:
-        total = 0.0
-        for part in range(accumulation):
-            torch.manual_seed(10 * number + part)
-            loss = run(**batch(10 * number + part)).loss
-            run.backward(loss)
-            total += float(loss.detach())
-        run.step()
-        scheduler.step()
-        return total
-
     made = {"dropout": 0.2} if build is model else {}
-    twin = Plain(build(**made), groups, max_grad_norm=MAX_NORM)
-    given = {"max_grad_norm": MAX_NORM, "accumulation_steps": accumulation, "optimizer": groups}
+    twin = Plain(build(**made), adamw_of_groups, max_grad_norm=MAX_NORM)
+    one = partial(accumulated_step, accumulation=accumulation)
+    given = {"max_grad_norm": MAX_NORM, "accumulation_steps": accumulation, "optimizer": adamw_of_groups}
     late = {"options": {"poison": True, "record": True, "delay_seconds": 0.002}} if how == "in parts" else {}
     with engine(build(**made), place, tmp_path, **given, **late) as run:
         scheduler, expected, optimizer = scheduled(run), scheduled(twin), run.optimizer

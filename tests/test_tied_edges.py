@@ -29,6 +29,7 @@ from tests.test_tiled_linear import (
     TOKENS,
     WIDTH,
     batch,
+    check_evaluation,
     folder,
     gradients,
     made,
@@ -134,14 +135,7 @@ def test_places_change_no_bit(place, late, make_engine, disk_folder):
 
 
 def test_evaluation_and_generation_have_their_logits(make_engine, disk_folder):
-    plain = tied(torch.float32).eval()
-    engine = made_tied(make_engine, disk_folder, built=tied(torch.float32))
-    engine.model.eval()
-    ids = batch()["input_ids"][:1, :7]
-    with torch.no_grad():
-        assert torch.allclose(engine(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5)
-    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(engine.model.generate(ids, **settings), plain.generate(ids, **settings))
+    check_evaluation(made_tied(make_engine, disk_folder, built=tied(torch.float32)), tied(torch.float32))
 
 
 def test_a_checkpoint_goes_on_in_another_place_to_the_bit_and_adapters_are_peft_s(make_engine, disk_folder, tmp_path):

@@ -192,15 +192,19 @@ def test_micro_batches_that_go_together_take_all_tiles_each(make_engine, disk_fo
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
-def test_evaluation_and_generation_have_their_logits(make_engine, disk_folder):
-    plain = model(torch.float32).eval()
-    engine = made(make_engine, disk_folder, built=model(torch.float32))
+def check_evaluation(engine, plain):
+    """Calls without labels, and what is generated, are those of the model in plain PyTorch."""
+    plain.eval()
     engine.model.eval()
     ids = batch()["input_ids"][:1, :7]
     with torch.no_grad():
         assert torch.allclose(engine(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5)
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     assert torch.equal(engine.model.generate(ids, **settings), plain.generate(ids, **settings))
+
+
+def test_evaluation_and_generation_have_their_logits(make_engine, disk_folder):
+    check_evaluation(made(make_engine, disk_folder, built=model(torch.float32)), model(torch.float32))
 
 
 def test_a_budget_without_room_for_the_head_plans_tiles_and_a_run_keeps_them(make_engine, disk_folder):

@@ -116,6 +116,11 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return optim.AdamW(parameters, lr=1e-2)
 
 
+def adamw_of_groups(parameters: Any) -> torch.optim.Optimizer:
+    """Of two groups, which decay differently."""
+    return optim.AdamW([{"params": parameters[:3], "weight_decay": 0.3}, {"params": parameters[3:]}], lr=1e-2)
+
+
 State = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -192,6 +197,19 @@ def train(run: Any, numbers: Any) -> list[float]:
         run.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def accumulated_step(run: Any, scheduler: Any, number: int, accumulation: int) -> float:
+    """One step of so many micro-batches, with dropout's numbers drawn alike everywhere. The sum of their losses."""
+    total = 0.0
+    for part in range(accumulation):
+        torch.manual_seed(10 * number + part)
+        loss = run(**batch(10 * number + part)).loss
+        run.backward(loss)
+        total += float(loss.detach())
+    run.step()
+    scheduler.step()
+    return total
 
 
 def differences(one: State, other: State) -> list[str]:

@@ -105,6 +105,18 @@ def build(
     return model.to(dtype).train()
 
 
+def build_with_adapters(*, num_layers: int, hidden: int, most_tokens: int) -> nn.Module:
+    """A small Llama in bf16 with adapters on all its linears, equal at every call."""
+    peft = pytest.importorskip("peft")
+    sizes = {"max_position_embeddings": most_tokens, "num_hidden_layers": num_layers, "hidden_size": hidden}
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: nn.Module = peft.get_peft_model(build("llama", torch.bfloat16, **sizes), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
     return list(lists[0])
