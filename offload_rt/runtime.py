@@ -204,6 +204,7 @@ class Runtime:
         try:
             self.training.close()  # a commit that is due may fail
         finally:
+            self.turns.close()
             self.links.close()
             self.heap.close()
             if self.scratch is not None:

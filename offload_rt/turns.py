@@ -11,6 +11,9 @@ the same operands, in the same order, and sums over calls in their order. Random
 
 For a GPU, autograd runs backward passes on a thread of its own, where nobody could take turns. So each call tells it,
 for its own thread alone, to stay where it was called; for the CPU, that changes nothing (`set_multithreading_enabled`).
+
+The threads stay for the next calls: a library may keep for each what takes long to make, as cuDNN's attention does its
+plans, and memory that is booked for so many (`cuda_memory`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -34,6 +38,8 @@ class Turns:
         """`inside` is entered by the thread of each call: it makes kernels go where the caller's do."""
         self._inside = inside
         self._condition = threading.Condition()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_size = 0
         self._threads: dict[int, int] = {}
         self._waiting: list[int] = []
         """Calls that are not over, in the order of their turns; the first one runs."""
@@ -79,20 +85,30 @@ class Turns:
                     self._waiting.remove(index)
                     self._condition.notify_all()
 
-        threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(one, index, call), name=f"offload_rt-{index}")
-            for index, call in enumerate(calls)
-        ]
+        pool = self._pool_of(len(calls))
         self._failed = False
         self._waiting = list(range(len(calls)))
         self._threads.clear()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        under_way = [pool.submit(contextvars.copy_context().run, one, index, call) for index, call in enumerate(calls)]
+        for future in under_way:
+            future.result()
         if errors:
             raise errors[0]
         return [results[index] for index in range(len(calls))]
+
+    def close(self) -> None:
+        """Ends the threads, which the next `run` makes anew. No call may be running."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool, self._pool_size = None, 0
+
+    def _pool_of(self, num_threads: int) -> ThreadPoolExecutor:
+        """One that has a thread for each of so many calls, which wait for one another."""
+        if self._pool is None or self._pool_size < num_threads:
+            self.close()
+            self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="offload_rt-turn")
+            self._pool_size = num_threads
+        return self._pool
 
     def pass_on(self) -> None:
         """Lets the next call run, and blocks until it is this one's turn again."""

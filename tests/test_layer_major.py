@@ -1,5 +1,6 @@
 """Micro-batches that go through the model together: the bits of one after the other, and a fetch for all of them."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -156,6 +157,7 @@ def test_the_rule_takes_micro_batches_together_where_layers_stream_and_memory_ho
 
 
 def test_an_error_in_one_micro_batch_ends_all_and_leaves_the_engine_usable(tmp_path):
+    before = set(threading.enumerate())
     case = Case("llama", "bfloat16", "adamw", MICRO_BATCHES, "not", False, "in place")
     with Engine(
         build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=MICRO_BATCHES, lr=1e-2, nvme=tmp_path,
@@ -169,6 +171,9 @@ def test_an_error_in_one_micro_batch_ends_all_and_leaves_the_engine_usable(tmp_p
         assert engine.step_number == 0
         engine.train_batch(batches)
         assert engine.step_number == 1
+        theirs = [thread for thread in set(threading.enumerate()) - before if "turn" in thread.name]
+        assert len(theirs) == MICRO_BATCHES
+    assert not any(thread.is_alive() for thread in theirs)
 
 
 def test_calls_take_turns_in_their_order_and_what_they_changed_is_taken_away_meanwhile():
@@ -185,3 +190,21 @@ def test_calls_take_turns_in_their_order_and_what_they_changed_is_taken_away_mea
     assert log == [(round_, name, name) for round_ in range(2) for name in "abc"]
     assert value == ["nobody"] and not turns.active
     turns.pass_on()  # outside: nothing
+
+
+def test_the_threads_of_calls_stay_for_the_next_ones_until_they_are_closed():
+    turns, threads = Turns(), []
+
+    def call():
+        threads.append(threading.current_thread())
+        turns.pass_on()
+
+    for num_calls in (3, 3, 2):
+        turns.run([call] * num_calls)
+    assert len(set(threads)) == 3 and len(threads) == 8
+    turns.run([call] * 4)
+    assert len(set(threads[8:])) == 4, "all of them wait for one another"
+    turns.close()
+    assert not any(thread.is_alive() for thread in threads)
+    turns.run([call])
+    turns.close()
