@@ -109,6 +109,8 @@ class ActivationsAssembly:
             device.reserve("layer inputs on their way", on_their_way)
         if together > 1:
             device.reserve("hidden states of other micro-batches", 2 * together * each)
+            if workspaces := (together - 1) * self._problem.thread_bytes:
+                device.reserve("workspaces of other micro-batches", align_up(workspaces, IO_ALIGNMENT_BYTES))
         largest_input = max(sizes, default=each) if self._sizes is None else each
         largest = self._largest_saved_bytes()
         window = self._window_bytes(swapped)

@@ -5,8 +5,10 @@ for `torch.cuda` but on a GPU.
 A CUDA context, kernels, which are loaded at their first use, and what libraries take by themselves are in no count of
 torch's: some 500 MiB. A budget of device memory is for these too, since the card must have room for them. The driver
 says what each process has of a GPU (NVML); where it does not, in containers and on WSL2, what is in use of the card and
-not torch's is taken for it, which is too much where others use the card. Products need workspaces, one for each thread
-and stream, up to 32 MiB, which torch allocates and keeps: they are the allocator's, from `settle` on.
+not torch's is taken for it, which is too much where others use the card. Products need workspaces for each thread and
+stream, of cuBLAS and of cuBLASLt, up to 32 MiB, which torch allocates and keeps: they are the allocator's, from
+`settle` on. Micro-batches that go through the layers together have a thread each: what one takes is measured
+(`thread_bytes`).
 
 [Note: fragmentation]
 What a plan leaves to torch's allocator are tensors of many sizes that come and go; arenas are one allocation each, and
@@ -24,6 +26,7 @@ import contextlib
 import importlib
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -36,11 +39,38 @@ KERNELS_BYTES = 128 << 20
 """For kernels that are loaded after `settle`; a guess until a GPU has measured it."""
 
 
+_of_a_thread: dict[torch.device, int] = {}
+"""What `thread_bytes` found: a second thread may have what the first has left."""
+
+
 def settle(device: torch.device) -> None:
     """Makes CUDA and cuBLAS take what they keep, for the calling thread and that of its backward passes. Blocks."""
     one = torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    one.mm(one).sum().backward()  # type: ignore[no-untyped-call]
+    bias = torch.ones(64, device=device, dtype=torch.bfloat16)
+    torch.addmm(bias, one, one.mm(one)).sum().backward()  # type: ignore[no-untyped-call]  # with a bias by cuBLASLt
     torch.cuda.current_stream(device).synchronize()
+
+
+def thread_bytes(device: torch.device) -> int:
+    """What libraries keep for each thread more that runs calls and their backward passes, as `turns` has them, on the
+    stream that is current; none on the CPU. Blocks. One thread's stays taken.
+    """
+    if device.type == "cpu":
+        return 0
+    if device not in _of_a_thread:
+        stream = torch.cuda.current_stream(device)
+
+        def run() -> None:
+            with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+                settle(device)
+
+        settle(device)
+        before_bytes = torch.cuda.memory_allocated(device) + bytes_beside_allocator(device)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+        after_bytes = torch.cuda.memory_allocated(device) + bytes_beside_allocator(device)
+        _of_a_thread[device] = max(0, after_bytes - before_bytes)
+    return _of_a_thread[device]
 
 
 def bytes_beside_allocator(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from offload_rt.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.config import EngineConfig
-from offload_rt.cuda_memory import capacity_bytes
+from offload_rt.cuda_memory import capacity_bytes, thread_bytes
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
@@ -123,6 +123,8 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         if workload.training is not None:  # what an earlier run's state takes is there for this run's
             state = store_folders(config.nvme, workload.training.key)
             nvme_capacity += sum((f / "state.bin").stat().st_size for f in state if (f / "state.bin").exists())
+    # Before the capacity is taken: one thread's is there then, and no more the plan's.
+    of_a_thread = thread_bytes(torch.device(config.device)) if config.accumulation_steps > 1 else 0
     return StreamingProblem(
         fingerprint=_fingerprint(workload),
         layers=tuple(block_size(d) for d in drafts if d.is_layer),
@@ -145,6 +147,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         stages_pieces=not workload.has_streams,
         chunked=chunked_size(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len),
         num_micro_batches=config.accumulation_steps,
+        thread_bytes=of_a_thread,
     )
 
 

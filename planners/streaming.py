@@ -295,6 +295,8 @@ def _plan(
         device["layer inputs on their way"] = on_their_way
     if layer_major:
         device["hidden states of other micro-batches"] = 2 * each
+        if problem.thread_bytes:
+            device["workspaces of other micro-batches"] = whole_pages((together - 1) * problem.thread_bytes)
     if state is not None and problem.training is not None:
         host |= state.memory_bytes(problem.training)
         # In one tier it takes the place of a step's activations.

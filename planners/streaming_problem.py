@@ -123,6 +123,8 @@ class StreamingProblem:
     """Of layers that train; None where only adapters do."""
     num_micro_batches: int = 1
     """Of a step, as declared."""
+    thread_bytes: int = 0
+    """DEVICE memory that libraries keep for each of them but one, where they go through the layers together."""
 
     stages_pieces: bool = True
     """What waits on NVMe goes there in pieces; False: whole, as on a GPU."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,6 +24,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.workload import find_workload
 from offload_rt.workload_sizes import streaming_problem
+from planners.streaming import plan_streaming
 from tests.conftest import build_lora, build_plain
 from tests.fake_device import FakeDevice
 
@@ -36,12 +39,20 @@ class Card:
     def __init__(self) -> None:
         self.others, self.context, self.reserved, self.allocated = 0, 300 * MIB, 0, 0
         self.num_emptied = 0
+        self.settled: set[threading.Thread] = set()
 
     @property
     def free(self) -> int:
         return 1000 * MIB - self.others - self.context - self.reserved
 
     def settle(self, device: torch.device) -> None:
+        """A thread has a workspace from torch's allocator, and a handle of the driver's memory, once."""
+        if threading.current_thread() in self.settled:
+            return
+        if self.settled:
+            assert not torch._C._is_multithreading_enabled(), "backward is this thread's, too"
+            self.context += 2 * MIB
+        self.settled.add(threading.current_thread())
         self.reserved, self.allocated = self.reserved + 20 * MIB, self.allocated + 16 * MIB
 
     def empty_cache(self) -> None:
@@ -58,10 +69,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
         "memory_allocated": lambda device: card.allocated,
         "empty_cache": card.empty_cache,
         "get_device_properties": lambda device: SimpleNamespace(uuid="u"),
+        "current_stream": lambda device: "compute",
+        "stream": lambda stream: {"compute": nullcontext()}[stream],
     }
     for name, function in replaced.items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(cuda_memory, "settle", card.settle)
+    monkeypatch.setattr(cuda_memory, "_of_a_thread", {})
     monkeypatch.setitem(sys.modules, "pynvml", None)
     return card
 
@@ -93,8 +107,8 @@ def test_a_budget_is_for_the_context_and_for_tensors_of_others_too(card: Card) -
     card.reserved, card.allocated = 100 * MIB, 90 * MIB
     # 300 of context, 128 for kernels, 16 of workspaces that come now; of what was there 50 are not the model's
     assert capacity_bytes(GPU, 600 * MIB, 40 * MIB) == (600 - 300 - 128 - 16 - 50) * MIB
-    with pytest.raises(ConfigError, match="300 MiB of CUDA's own, 82 MiB of tensors and workspaces"):
-        capacity_bytes(GPU, (381 + 128) * MIB, 40 * MIB)
+    with pytest.raises(ConfigError, match="300 MiB of CUDA's own, 66 MiB of tensors and workspaces"):
+        capacity_bytes(GPU, (365 + 128) * MIB, 40 * MIB)
 
 
 def test_without_a_budget_it_is_what_is_free_of_the_card_and_of_the_allocator_less_a_tenth(card: Card) -> None:
@@ -107,6 +121,24 @@ def test_the_planner_is_told_what_is_left_of_a_gpus_budget(card: Card) -> None:
     model: nn.Module = build_plain()
     workload = find_workload(model, None, config, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
     assert streaming_problem(workload).device_capacity_bytes == (500 - 300 - 128 - 16) * MIB
+
+
+def test_threads_of_micro_batches_that_go_together_are_booked_with_what_they_take(card: Card) -> None:
+    config = EngineConfig(
+        device="cuda:0", device_memory_bytes=600 * MIB, host_memory_bytes=64 * MIB, accumulation_steps=4
+    )
+    model: nn.Module = build_plain()
+    workload = find_workload(model, None, config, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
+    problem = streaming_problem(workload)
+    assert problem.thread_bytes == 18 * MIB, "a workspace and a handle"
+    assert problem.device_capacity_bytes == (600 - 300 - 128 - 16 - 18) * MIB, "one thread's is there by now"
+    plan = plan_streaming(problem)
+    assert plan.layer_major and plan.peak_bytes["device"]["workspaces of other micro-batches"] == 3 * 18 * MIB
+    assert streaming_problem(workload).thread_bytes == 18 * MIB, "also where a thread finds what another has left"
+    tight = replace(problem, device_capacity_bytes=3 * 18 * MIB)
+    assert plan_streaming(replace(tight, thread_bytes=0)).layer_major and not plan_streaming(tight).layer_major
+    alone = find_workload(build_plain(), None, replace(config, accumulation_steps=1))
+    assert streaming_problem(alone).thread_bytes == 0
 
 
 def test_the_planner_may_take_layers_by_chunks_on_a_gpu(card: Card) -> None:

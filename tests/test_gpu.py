@@ -320,7 +320,10 @@ def test_micro_batches_take_turns_on_the_gpu(tmp_path: Path, exact_attention: No
             options=RuntimeOptions(rest=Tier.NVME, num_slots=1, layer_major=layer_major, piece_elements=8192),
         ) as engine:  # fmt: skip
             losses = [engine.train_batch([micro_batch(step, index) for index in range(3)]) for step in range(3)]
-            assert (engine.report()["passed_on"] > 0) == layer_major
+            report = engine.report()
+            assert (report["passed_on"] > 0) == layer_major
+            workspaces = report["holdings"]["device"].get("workspaces of other micro-batches", 0)
+            assert (MIB < workspaces < 256 * MIB) == layer_major
             found.append((losses, full.state_of(full.training_of(engine))))
     assert found[0][0] == found[1][0]
     for name, (master, weight) in found[0][1].items():

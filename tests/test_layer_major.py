@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from offload_rt import workload_sizes
 from offload_rt._engine import Engine
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.turns import Turns, shown
@@ -156,8 +157,9 @@ def test_the_rule_takes_micro_batches_together_where_layers_stream_and_memory_ho
         assert not e.plan.layer_major, "nothing is fetched"
 
 
-def test_an_error_in_one_micro_batch_ends_all_and_leaves_the_engine_usable(tmp_path):
+def test_an_error_in_one_micro_batch_ends_all_and_leaves_the_engine_usable(tmp_path, monkeypatch):
     before = set(threading.enumerate())
+    monkeypatch.setattr(workload_sizes, "thread_bytes", lambda device: 5000)
     case = Case("llama", "bfloat16", "adamw", MICRO_BATCHES, "not", False, "in place")
     with Engine(
         build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=MICRO_BATCHES, lr=1e-2, nvme=tmp_path,
@@ -173,6 +175,7 @@ def test_an_error_in_one_micro_batch_ends_all_and_leaves_the_engine_usable(tmp_p
         assert engine.step_number == 1
         theirs = [thread for thread in set(threading.enumerate()) - before if "turn" in thread.name]
         assert len(theirs) == MICRO_BATCHES
+        assert engine.report()["holdings"]["device"]["workspaces of other micro-batches"] == 12288, "2 * 5000"
     assert not any(thread.is_alive() for thread in theirs)
 
 
