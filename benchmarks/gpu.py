@@ -40,13 +40,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import rounds
 import torch
-from limited import run_limited
+from limited import Ended, run_limited
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -64,7 +64,11 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SECTIONS = ("parity", "links", "decode", "products", "adam", "steps")
 LIMITS = {"parity": 200.0, "links": 40.0, "decode": 80.0, "products": 80.0, "adam": 40.0}
-"""Seconds; a section that is not done by then is ended. The steps have what is left."""
+"""Seconds; a section that is not done by then is ended."""
+FOR_STEPS = 0.4
+"""Of all the time: what the other sections leave to the steps, however long they take."""
+STUCK_SECONDS = 60
+"""A test that takes longer has all its threads' stacks printed."""
 RATE = "bytes_per_second"
 
 
@@ -90,10 +94,10 @@ def machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found |= {
             "name": properties.name, "device_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
+            "multiprocessors": properties.multi_processor_count, "cudnn": torch.backends.cudnn.version(),
         }  # fmt: skip
         query = "driver_version,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm,power.limit"
-        with contextlib.suppress(OSError):  # not everywhere
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # not everywhere
             asked = subprocess.run(
                 ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
                 capture_output=True, text=True, check=False, timeout=30,
@@ -110,14 +114,26 @@ def machine() -> dict[str, Any]:
 
 def parity(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """The gate, in a process of its own, with the kernels compiled, not interpreted."""
-    tests = HERE.parent / "tests" / ("test_streams.py" if options.smoke else "test_gpu.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rs", str(tests)]
-    ended = run_limited([*command, f"--rootdir={HERE.parent}"], seconds)
+    return tested(HERE.parent / "tests" / ("test_streams.py" if options.smoke else "test_gpu.py"), seconds)
+
+
+def tested(path: Path, seconds: float) -> dict[str, Any]:
+    """Runs the tests of a file; see `verdict_of_tests`."""
+    # Twice verbose, since the project's own options are quiet: a line for each test, as it ends.
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "-rfEs", "--durations=10"]
+    settings = ["-c", str(HERE.parent / "pyproject.toml"), "-o", f"faulthandler_timeout={STUCK_SECONDS}"]
+    return verdict_of_tests(run_limited([*command, *settings, str(path)], seconds), seconds)
+
+
+def verdict_of_tests(ended: Ended, seconds: float) -> dict[str, Any]:
+    """What pytest said at its end; which tests failed, and all that is left of its words, where it is not well."""
     lines = ended.tail.strip().splitlines() or ["nothing was written"]
-    result: dict[str, Any] = {"ok": ended.code == 0, "summary": lines[-1]}
+    closing = [line.strip("= ") for line in lines if line.startswith("=") and " in " in line]
+    result: dict[str, Any] = {"ok": ended.code == 0, "summary": closing[-1] if closing else lines[-1]}
     if ended.code is None:
         result["error"] = f"not done after {seconds:.0f} s"
     if ended.code != 0:
+        result["failed"] = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
         result["tail"] = lines
     return result
 
@@ -324,6 +340,11 @@ def adam(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def seconds_for(limit: float, later: Sequence[str], seconds: float, left: float) -> float:
+    """How long a section may take, at most `limit`: of all `seconds`, `left` are."""
+    return min(limit, left - FOR_STEPS * seconds * ("steps" in later))
+
+
 def measured(section: str, options: argparse.Namespace, words: list[str], seconds: float) -> dict[str, Any]:
     """A section in a process of its own, which ends with its time; what it has taken of the GPU goes with it."""
     if section == "parity":
@@ -334,9 +355,8 @@ def measured(section: str, options: argparse.Namespace, words: list[str], second
         if out.exists():
             found: dict[str, Any] = json.loads(out.read_text())
             return found
-        if ended.code is None:
-            return {"error": f"not done after {seconds:.0f} s", "tail": ended.tail.splitlines()[-12:]}
-        return {"error": f"ended with {ended.code}", "tail": ended.tail.splitlines()[-12:]}
+        why = f"not done after {seconds:.0f} s" if ended.code is None else f"ended with {ended.code}"
+        return {"error": why, "tail": ended.tail.splitlines()[-40:]}
 
 
 RUN = {"links": links, "decode": decode, "products": products, "adam": adam}
@@ -376,8 +396,8 @@ def main() -> int:
         found = RUN[options.only](options)
         options.out.write_text(json.dumps(found), encoding="utf-8")
         return 0
-    begun = time.monotonic()
-    deadline = begun + 60 * options.minutes
+    begun, seconds = time.monotonic(), 60 * options.minutes
+    deadline = begun + seconds
     result: dict[str, Any] = {
         "machine": machine(), "smoke": options.smoke, "circumstances": rounds.circumstances(),
         "installed": gpu_steps.installed(),
@@ -399,17 +419,17 @@ def main() -> int:
         link = result.get("links", {}).get(RATE, {}).get("to_device")
         return gpu_steps.steps(options, DEVICE, deadline, link, done)
 
-    for section in options.sections:
+    for index, section in enumerate(options.sections):
         start = time.monotonic()
-        left = deadline - start
+        limit = LIMITS.get(section, 0.0) * (5 if options.smoke else 1)
+        limit = seconds_for(limit, options.sections[index + 1 :], seconds, deadline - start)
         try:
             if section == "steps":
                 result[section] = steps()
-            elif left < 10:
-                result[section] = {"error": f"{left:.0f} s were left"}
+            elif limit < 10:
+                result[section] = {"error": f"{max(limit, 0.0):.0f} s were left"}
             else:
-                limit = LIMITS[section] * (5 if options.smoke else 1)
-                result[section] = measured(section, options, sys.argv[1:], min(limit, left))
+                result[section] = measured(section, options, sys.argv[1:], limit)
         except Exception as error:  # noqa: BLE001 - the next section may still tell something
             result[section] = result.get(section, {}) | {"error": f"{type(error).__name__}: {error}"}
         result[section]["section_seconds"] = round(time.monotonic() - start, 1)
@@ -420,7 +440,7 @@ def main() -> int:
     for shape in options.shapes:
         found = result.get("steps", {}).get(shape, {})
         failed += [
-            f"{shape} {name}: {of['error']}" for name, of in found.get("contenders", {}).items() if "error" in of
+            f"{shape} {name}: {of['error'][-1]}" for name, of in found.get("contenders", {}).items() if "error" in of
         ]
         failed += [f"{shape} {name}: more than its budget" for name in found.get("beyond_their_budget", [])]
     if failed:
@@ -433,6 +453,7 @@ def summary_of(result: dict[str, Any]) -> str:
     lines = [f"{result['machine']['name']}, {result['seconds']:.0f} s" + (" (smoke)" if result["smoke"] else "")]
     if "summary" in result.get("parity", {}):
         lines.append(f"parity: {result['parity']['summary']}")
+        lines += result["parity"].get("failed", [])
     for name in ("links", "decode", "adam"):
         if "error" in result.get(name, {}):
             lines.append(f"{name}: {result[name]['error']}")
@@ -457,7 +478,7 @@ def summary_of(result: dict[str, Any]) -> str:
         for kind, row in found["contenders"].items():
             lines.append(
                 f"{shape} {kind}: {row['seconds']['median']:.3f} s, peak {row['peak_bytes'] / 2**30:.1f} GiB"
-                if "seconds" in row
+                if "peak_bytes" in row
                 else f"{shape} {kind}: {row}"
             )
         lines += [

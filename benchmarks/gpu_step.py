@@ -106,6 +106,7 @@ def main() -> None:
     start = time.perf_counter()
     one = contender(settings)
     made = time.perf_counter() - start
+    write(settings, {"making_seconds": made})
     tokens = torch.randint(0, settings["shape"][5], (1, settings["tokens"]), generator=torch.Generator().manual_seed(1))
     batch = {name: tokens.to(settings["device"]) for name in ("input_ids", "labels")}
     seconds, losses, host_seconds = [], [], []
@@ -126,6 +127,7 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
             host_seconds.append(given)
             losses.append(float(loss))
+            write(settings, {"making_seconds": made, "seconds": rounds.summary(seconds), "losses": losses})
     after = one.report()
     took = rounds.summary(seconds)
     counted = ("bytes_copied", "bytes_read", "stall_seconds", "fetches", "prefetch_misses", "decodes")
@@ -151,11 +153,22 @@ def main() -> None:
 
 
 def write(settings: dict[str, Any], result: dict[str, Any]) -> None:
-    Path(settings["out"]).write_text(json.dumps(result), encoding="utf-8")
+    """In place of what was written before. Whoever is ended in the middle leaves the one or the other."""
+    out = Path(settings["out"])
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(result), encoding="utf-8")
+    part.replace(out)
+
+
+def written(settings: dict[str, Any]) -> dict[str, Any]:
+    out = Path(settings["out"])
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    return found
 
 
 if __name__ == "__main__":
     try:
         main()
     except torch.OutOfMemoryError as error:
-        write(json.loads(sys.argv[1]), {"out_of_memory": str(error).splitlines()[0]})
+        settings = json.loads(sys.argv[1])
+        write(settings, written(settings) | {"out_of_memory": str(error).splitlines()[0]})

@@ -78,7 +78,10 @@ def steps(options: Namespace, device: str, deadline: float, link: Any, done: Cal
 
     for name in names:
         for shape in options.shapes:
-            rows[shape][name] = row(options, device, shape, name, deadline)
+            try:
+                rows[shape][name] = row(options, device, shape, name, deadline)
+            except Exception as error:  # noqa: BLE001 - the next one may still tell something
+                rows[shape][name] = {"error": [f"{type(error).__name__}: {error}"]}
             done(results())
     return results()
 
@@ -107,7 +110,8 @@ def row(options: Namespace, device: str, shape: str, name: str, deadline: float)
         ended = run_limited(command, min(left, patience * STEP_SECONDS[shape]), environment)
         found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
         if ended.code != 0:
-            found["error"] = ["its time was over"] if ended.code is None else ended.tail.strip().splitlines()[-12:]
+            said = ended.tail.strip().splitlines()[-40:]
+            found["error"] = ["its time was over", *said] if ended.code is None else said
         return found
 
 
@@ -120,7 +124,7 @@ def parameters_of(shape: tuple[int, ...]) -> int:
 
 def verdict(rows: dict[str, Any], link: Any) -> dict[str, Any]:
     """Ratios of medians, and the prediction: these processes did not share a round, so spreads stand beside them."""
-    took = {name: of["seconds"]["median"] for name, of in rows.items() if "seconds" in of}
+    took = {name: of["seconds"]["median"] for name, of in rows.items() if "peak_bytes" in of}  # to their end
     found: dict[str, Any] = {
         "time_over_plain": {
             name: took[name] / took["plain"]

@@ -1,5 +1,9 @@
-"""Runs a command that may hang: it, and all that it has started, end when its time is over."""
+"""Runs a command that may hang: it, and all that it has started, end when its time is over.
 
+It is interrupted before it is killed, so that a Python program says where it was, and pytest what has failed so far.
+"""
+
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,7 +11,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-TAIL_BYTES = 8000
+TAIL_BYTES = 32000
+GRACE_SECONDS = 5.0
+"""Of its time, for what it still has to say when it is interrupted."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,17 @@ def run_limited(command: Sequence[str], seconds: float, environment: Mapping[str
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
         )  # fmt: skip
-        code: int | None
+        code: int | None = None
         try:
-            code = process.wait(max(seconds, 1.0))
+            code = process.wait(max(seconds - GRACE_SECONDS, 1.0))
         except subprocess.TimeoutExpired:
-            code = None
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            if code is None:  # its children, too, whether or not it has ended
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(max(0, output.seek(0, os.SEEK_END) - TAIL_BYTES))
         return Ended(code, output.read().decode(errors="replace"))

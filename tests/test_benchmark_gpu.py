@@ -84,8 +84,9 @@ def test_a_section_without_time_is_an_error_and_the_json_is_there(disk_folder):
 def test_a_command_that_hangs_ends_with_all_that_it_has_started(disk_folder, benchmarks):
     pid = disk_folder / "pid"
     limited = benchmarks("limited")
-    ended = limited.run_limited(["sh", "-c", f"echo $$ > {pid}; echo begun; sleep 1000 & sleep 1000"], 3.0)
-    assert ended.code is None and "begun" in ended.tail
+    says = f"trap 'echo interrupted; exit 3' INT; echo $$ > {pid}; echo begun; sleep 1000 & wait"
+    ended = limited.run_limited(["sh", "-c", says], limited.GRACE_SECONDS + 3.0)
+    assert ended.code is None and ended.tail.split() == ["begun", "interrupted"]
     for _ in range(1000):  # whoever reaps orphans may be late
         try:
             os.killpg(int(pid.read_text()), 0)
@@ -97,6 +98,31 @@ def test_a_command_that_hangs_ends_with_all_that_it_has_started(disk_folder, ben
     else:
         pytest.fail("something of it still runs")
     assert limited.run_limited([sys.executable, "-c", "print('x' * 9000); raise SystemExit(3)"], 60.0).code == 3
+
+
+def test_the_gate_says_which_tests_failed_and_why(disk_folder, benchmarks):
+    path = disk_folder / "test_it.py"
+    path.write_text("def test_good(): pass\n\n\ndef test_bad():\n    assert 1 == 2, 'evidence'\n")
+    found = benchmarks("gpu").tested(path, 200.0)
+    assert found["ok"] is False and found["summary"].startswith("1 failed, 1 passed")
+    assert "::test_bad - AssertionError: evidence" in found["failed"][0] and len(found["failed"]) == 1
+    assert any("test_good PASSED" in line for line in found["tail"]), "a line for each, for a gate that is cut off"
+
+
+def test_the_other_sections_leave_time_for_the_steps(benchmarks):
+    gpu = benchmarks("gpu")
+    assert gpu.seconds_for(80.0, ["adam", "steps"], 450.0, 450.0) == 80.0
+    assert gpu.seconds_for(80.0, ["adam", "steps"], 450.0, 200.0) == 20.0
+    assert gpu.seconds_for(80.0, ["adam"], 450.0, 50.0) == 50.0
+
+
+def test_a_contender_that_was_cut_off_tells_what_it_did_and_takes_part_in_no_ratio(benchmarks):
+    summary = {"median": 2.0}
+    whole = {"seconds": summary, "peak_bytes": 1, "copied_bytes_a_step": 0}
+    rows = {"resident": whole, "host": {"making_seconds": 1.0, "seconds": summary, "error": ["its time was over"]}}
+    found = benchmarks("gpu_steps").verdict(rows, {"median": 1.0})
+    assert "speed_over_resident" not in found
+    assert benchmarks("gpu_steps").verdict(rows | {"host": whole}, {"median": 1.0})["speed_over_resident"] == 1.0
 
 
 def states(group):

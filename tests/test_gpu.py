@@ -57,6 +57,16 @@ LONG = 20_000_000
 """Clock cycles of a kernel that only waits: about 10 ms."""
 
 
+@pytest.fixture(autouse=True)
+def context_is_whole():
+    """Ends the run behind a test that broke the GPU's context: all others would fail, and bury what broke it."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"a test has broken the context of the GPU, it is the last one here: {error}", returncode=1)
+
+
 @pytest.fixture
 def device():
     from offload_rt.device_cuda import CudaDevice, find_device
