@@ -2,7 +2,8 @@
 
 The interpreter executes a kernel's Python in numpy. Triton 3.9's cuts a float32 off where a GPU rounds it to the
 nearest bfloat16 (`cvt.rn.bf16`), so that one conversion is replaced here; that the compiled kernels have it is a test.
-And it multiplies the bits of bfloat16 matrices as if they were integers; here they are widened first.
+And it multiplies the bits of bfloat16 matrices as if they were integers; here they are widened first. Triton 3.6's is
+not used where it fails: for loops up to a kernel's argument, with numpy 2.4, and for `tl.fma`, which it rounds twice.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module `name`, its kernels interpreted, for one test. Skips where Triton is not installed."""
     triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    if name.endswith("nf4_product_triton") and version_of(triton) < (3, 9):
+        pytest.skip(f"the interpreter of Triton {triton.__version__} cannot count up to an argument, 3.9's can")
     interpreter = importlib.import_module("triton.runtime.interpreter")
     convert = interpreter._convert_float
 
@@ -42,3 +45,8 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module(name)
+
+
+def version_of(triton: ModuleType) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(map(int, triton.__version__.split(".")[:2]))
