@@ -99,9 +99,9 @@ def memory(budget_bytes: int | None, after: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     on_gpu = settings["device"] == "cuda"
-    budget_bytes = None
+    budget_bytes, beside_bytes = None, None
     if on_gpu and settings["device_memory"]:
-        budget_bytes, _ = hold_budget(settings["device_memory"])
+        budget_bytes, beside_bytes = hold_budget(settings["device_memory"])
     torch.manual_seed(0)
     start = time.perf_counter()
     one = contender(settings)
@@ -138,6 +138,7 @@ def main() -> None:
         "tokens_per_second": settings["tokens"] / took["median"],
         "losses": losses,
         **memory(budget_bytes, after),
+        "beside_allocator_at_the_start_bytes": beside_bytes,
         "device_allocations_in_steps": torch.cuda.memory_stats()["num_device_alloc"] - allocations if on_gpu else 0,
         "a_step": {name: (after[name] - before[name]) / settings["steps"] for name in counted if name in after},
         "copied_bytes_a_step": (after.get("bytes_copied", 0) - before.get("bytes_copied", 0)) / settings["steps"],

@@ -226,6 +226,20 @@ def exact_attention():
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(was)
 
 
+@pytest.mark.parametrize("num_tokens", [512, 2000])
+def test_attention_has_the_same_bits_with_and_without_a_graph(num_tokens: int) -> None:
+    """A layer's forward runs without one here, in plain PyTorch with: torch may choose its kernel, and cuDNN its plan,
+    by what backward needs. With the default choice, which training has.
+    """
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (1, 8, num_tokens, 128)
+    qkv = [torch.randn(size, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(3)]
+    with torch.no_grad():
+        without = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+    with_graph = torch.nn.functional.scaled_dot_product_attention(*(x.requires_grad_() for x in qkv), is_causal=True)
+    assert same_bits(without, with_graph.detach())
+
+
 @pytest.mark.parametrize("stream_edges", [True, None])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_on_the_gpu_is_bit_equal_to_plain_pytorch(
