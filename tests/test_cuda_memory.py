@@ -162,6 +162,16 @@ def test_freed_memory_goes_back_when_more_is_reserved_than_the_budget_has_room_f
     assert card.num_emptied == 1
 
 
+def test_kernels_that_the_first_calls_load_count_against_the_budget(card: Card, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    card.reserved, card.allocated = 200 * MIB, 50 * MIB
+    bound = Bound(GPU)
+    bound.keep_within(500 * MIB)
+    card.context += 40 * MIB
+    bound.keep_within(500 * MIB)
+    assert (card.num_emptied, card.reserved) == (1, 50 * MIB)
+
+
 def test_an_engine_keeps_its_device_within_the_budget_at_each_call() -> None:
     device = FakeDevice(kernels_are_late=False)
     arguments: dict[str, Any] = {"batch_size": 2, "seq_len": 6, "host_memory": "20MiB", "device_memory": "64MiB"}
