@@ -481,11 +481,12 @@ class Scaled(nn.Module):
         return tuple(part * self.scale for part in self.inner(*args, **kwargs))
 
 
-def test_a_layer_whose_other_arguments_require_gradients_runs_whole():
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_layer_whose_other_arguments_require_gradients_runs_whole(chunks):
     model, inputs = build(), batch()
     model.model.rotary_emb = Scaled(model.model.rotary_emb)
     plain = step(copy.deepcopy(model), inputs)
-    found, tokenwise = run(model, policy(0.5, 2), inputs)
+    found, tokenwise = run(model, policy(0.5, chunks), inputs)
     same_bits(found, plain)
     assert found["model.rotary_emb.scale"].abs() > 0
     assert tokenwise.num_whole == 2

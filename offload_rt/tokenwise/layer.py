@@ -25,7 +25,7 @@ from offload_rt.random_state import RandomState
 from offload_rt.tokenwise.first_products import FirstProducts
 from offload_rt.tokenwise.locality import check_locality
 from offload_rt.tokenwise.saved import Held
-from offload_rt.tokenwise.slicing import NotTokenLocal, tensor_names, token_dims
+from offload_rt.tokenwise.slicing import NotTokenLocal, check_gradients, tensor_names, token_dims
 from offload_rt.tokenwise.tiled_pass import TiledPass
 from offload_rt.tokenwise.tiles import PassState, Places, TileCounters
 from planners.activations import ActivationPolicy
@@ -111,6 +111,8 @@ class TokenwiseLayer(RecomputedLayer):
         if call.tensors[hidden].dim() < 2:
             raise NotTokenLocal("its hidden states have no dimension for tokens")
         tensors = list(call.tensors)
+        if any(tensor.requires_grad for index, tensor in enumerate(tensors) if index != hidden):
+            check_gradients(tensor_names(self._forward, *call.leaves()), tensors, hidden)
         spans = self.policy.spans(tensors[hidden].shape[1])
         dims: list[int | None] = [None] * len(tensors)
         if len(spans) > 1:

@@ -41,6 +41,13 @@ def tensor_names(forward: Any, leaves: list[Any], structure: Any) -> list[str]:
     return [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
 
 
+def check_gradients(names: list[str], tensors: list[torch.Tensor], hidden: int) -> None:
+    """Raises `NotTokenLocal` where a tensor beside the hidden states wants a gradient, which no chunk would give it."""
+    for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+        if tensor.requires_grad and index != hidden:
+            raise NotTokenLocal(f"its argument {name!r} requires a gradient beside the hidden states")
+
+
 def token_dims(names: list[str], tensors: list[torch.Tensor], hidden: int) -> list[int | None]:
     """The dimension of each tensor that counts tokens; None for what stays whole. Raises `NotTokenLocal`."""
     if tensors[hidden].dim() != 3:
@@ -51,8 +58,6 @@ def token_dims(names: list[str], tensors: list[torch.Tensor], hidden: int) -> li
         if index == hidden:
             dims.append(1)
             continue
-        if tensor.requires_grad:
-            raise NotTokenLocal(f"its argument {name!r} requires a gradient beside the hidden states")
         dims.append(_token_dim(name, tensor, num_rows, num_tokens))
     return dims
 
