@@ -27,7 +27,8 @@ from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_a
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
-from offload_rt.conversions import ConversionGuard
+from offload_rt.conversions import ConversionGuard, check_unmanaged
+from offload_rt.copies import CopyGuard
 from offload_rt.cuts import cuts_to_json, warn_of_other_cuts
 from offload_rt.device_cuda import find_device
 from offload_rt.emulation import emulated_config, emulated_hardware
@@ -114,6 +115,7 @@ class Engine:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
+        check_unmanaged(model)
         self.config = EngineConfig(
             bits=bits,
             device=find_device(device),
@@ -183,6 +185,7 @@ class Engine:
         self._warned_accumulation = False
         self._handles = [
             ConversionGuard(*{self.model, model}),
+            CopyGuard(*{self.model, model}, kept=self._kept_elsewhere()),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
                 lambda *arguments: self._leave_out_absent(*arguments)  # torch marks the hook: a method takes no marks
@@ -191,6 +194,17 @@ class Engine:
             *self._training.watch(),
         ]
         logger.info("%s", self.summary())
+
+    def _kept_elsewhere(self) -> frozenset[int]:
+        """The ids of parameters whose values are a block's, or rounded from a master."""
+        workload = self._runtime.made_of.workload
+        kept = {id(stored.parameter) for draft in workload.drafts for stored in draft.parameters}
+        if workload.training is not None:
+            kept |= set(map(id, self.trainable.values()))
+        return frozenset(kept)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError("copy: an engine has files and threads; it cannot be copied or pickled")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""

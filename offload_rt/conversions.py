@@ -1,5 +1,5 @@
 """Refuses `model.to`, `half`, `cuda` and their like while an engine manages the model, where they would change it, and
-peft's `merge_and_unload` and its like.
+peft's `merge_and_unload` and its like, and larger embeddings.
 
 torch would make each absent weight a whole tensor of the new dtype, all of the model at once, and the layers would go
 on with the old one. A call that changes nothing goes through: trainers begin with `model.to(device)`. peft would add
@@ -17,21 +17,16 @@ from torch import Tensor, nn
 from offload_rt.errors import ConfigError
 
 _MERGES = ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter")
+_MERGE_FIRST = "Save the adapter (engine.save_pretrained), and merge it into the base model, loaded without an engine"
+_REFUSED = dict.fromkeys(_MERGES, _MERGE_FIRST) | {"resize_token_embeddings": "Resize it before engine(...)"}
+"""What would change weights at rest, and what to do."""
 
 
-class ConversionGuard:
-    """Stands before `_apply`, which all of torch's conversions go through, of some modules until `remove`; and before
-    what merges adapters, of any module within them.
-    """
+class Guard:
+    """Stands before methods of some modules until `remove`."""
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self) -> None:
         self._guarded: list[tuple[nn.Module, str]] = []
-        for module in modules:
-            self._guard(module, "_apply", _guarded(module))
-        for inner in {inner for module in modules for inner in module.modules()}:
-            for name in _MERGES:
-                if hasattr(type(inner), name):
-                    self._guard(inner, name, _refused(name))
 
     def remove(self) -> None:
         """May be called twice: what another guard has put there since stays."""
@@ -39,16 +34,37 @@ class ConversionGuard:
             module, name = self._guarded.pop()
             module.__dict__.pop(name, None)
 
-    def _guard(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    def guard(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """Has `function` called in place of the module's method `name`."""
         module.__dict__[name] = function
         self._guarded.append((module, name))
 
 
-def _refused(name: str) -> Callable[..., Any]:
+class ConversionGuard(Guard):
+    """Stands before `_apply`, which all of torch's conversions go through, of some modules until `remove`; and before
+    what merges adapters, or makes embeddings larger, of any module within them.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        for module in modules:
+            self.guard(module, "_apply", _guarded(module))
+        for inner in {inner for module in modules for inner in module.modules()}:
+            for name, what_to_do in _REFUSED.items():
+                if hasattr(type(inner), name):
+                    self.guard(inner, name, _refused(name, what_to_do))
+
+
+def check_unmanaged(model: nn.Module) -> None:
+    """Raises `ConfigError` where an engine manages the model, or a part of it, already."""
+    if any("_apply" in vars(module) for module in model.modules()):
+        raise ConfigError("model: an engine that is not closed manages it; close that one, or make another model")
+
+
+def _refused(name: str, what_to_do: str) -> Callable[..., Any]:
     def refused(*_: Any, **__: Any) -> Any:
         raise ConfigError(
-            f"{name}: the frozen weights of a model that an engine manages stay as they are. Save the adapter "
-            f"(engine.save_pretrained), and merge it into the base model, loaded without an engine"
+            f"{name}: the frozen weights of a model that an engine manages stay as they are. {what_to_do}"
         )
 
     return refused

@@ -16,6 +16,7 @@ from offload_rt.checkpoint import Checkpoint, map_checkpoint
 from offload_rt.checkpoint.ingest import Sources, sources_in_memory, store_key
 from offload_rt.checkpoint.sources import TensorSource
 from offload_rt.config import EngineConfig
+from offload_rt.copies import check_has_values
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
@@ -143,6 +144,7 @@ def _find_sources(
                 f"model: {len(on_meta)} parameters are on the meta device (first: {on_meta[0]}); give checkpoint= a "
                 f"safetensors file or folder, or a model that has its weights"
             )
+        check_has_values({s.name: s.parameter for d in drafts for s in d.parameters})
         return drafts, sources_in_memory(drafts), {}
     mapping = map_checkpoint(model, checkpoint)
     drafts = find_blocks(model, bits=config.bits, prequantized=frozenset(mapping.prequantized))

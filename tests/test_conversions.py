@@ -56,6 +56,14 @@ def test_merging_adapters_is_refused_and_changes_no_weight(make_engine, disk_fol
     assert "merge_adapter" not in vars(model.base_model)
 
 
+def test_embeddings_are_not_made_larger(make_engine, disk_folder):
+    engine = make_engine(build_lora(dtype=torch.float32), nvme=disk_folder)
+    shape = engine.model.get_input_embeddings().weight.shape
+    with pytest.raises(ConfigError, match=r"resize_token_embeddings: .* before engine"):
+        engine.model.resize_token_embeddings(2 * shape[0])
+    assert engine.model.get_input_embeddings().weight.shape == shape
+
+
 def test_a_guard_that_is_removed_again_leaves_the_next_ones_in_place():
     """`close` may be called twice, and the model be another engine's by then."""
     model = build_plain()

@@ -1,0 +1,113 @@
+"""Refuses to copy a model that an engine manages, and to load weights into it that the engine keeps elsewhere.
+
+A copy would have placeholders where weights rest, and the engine's hooks. What is loaded would not reach the store, or
+the masters that weights are rounded from: the next step would undo it. All else is loaded as ever: adapters, what stays
+in memory, and weights that are what they are already.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_rt.conversions import Guard
+from offload_rt.errors import ConfigError
+
+
+class CopyGuard(Guard):
+    """Stands before copies of some modules, and of all within them, and before what loads and saves weights, until
+    `remove`. kept: the ids of parameters that the engine keeps elsewhere.
+    """
+
+    def __init__(self, *modules: nn.Module, kept: frozenset[int]) -> None:
+        super().__init__()
+        for module in {inner for outer in modules for inner in outer.modules()}:
+            self.guard(module, "__reduce_ex__", _refused_copy(module))
+            self.guard(module, "load_state_dict", _loading(module, kept))
+            if hasattr(type(module), "save_pretrained") and not _is_peft(module):
+                self.guard(module, "save_pretrained", _saving(module, kept))
+
+
+def check_has_values(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises `ConfigError` where a model's own values are to be taken, and an engine before has left none."""
+    absent = [name for name, parameter in parameters.items() if _is_absent(parameter)]
+    if absent:
+        raise ConfigError(
+            f"model: {len(absent)} weights are not in memory (first: {absent[0]}); an engine that was closed had them "
+            f"at rest. Make the model again, or give checkpoint="
+        )
+
+
+def _is_peft(module: nn.Module) -> bool:
+    """Whether it is peft's own, which writes adapters alone."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+def _is_absent(tensor: torch.Tensor) -> bool:
+    """Whether it is a placeholder: of one element, whatever its shape. See `block.placeholder`."""
+    return not tensor.is_meta and tensor.numel() > 1 and not any(tensor.stride())
+
+
+def _refused_copy(module: nn.Module) -> Callable[..., Any]:
+    kind = type(module).__name__
+
+    def refused(*_: Any) -> Any:
+        raise ConfigError(
+            f"copy: a {kind} that an engine manages cannot be copied or pickled, as weights of its model are not in "
+            f"memory. Copy it before engine(...), or save what trains (engine.save_pretrained, engine.save_checkpoint)"
+        )
+
+    return refused
+
+
+def _loading(module: nn.Module, kept: frozenset[int]) -> Callable[..., Any]:
+    load = module.load_state_dict
+
+    def loading(state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        ours = {name: p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in kept}
+        changed = [name for name, p in ours.items() if name in state_dict and not _is_same(p, state_dict[name])]
+        if changed:
+            raise ConfigError(
+                f"load_state_dict: {len(changed)} weights that an engine keeps elsewhere would not change (first: "
+                f"{changed[0]}); load before engine(...), or give checkpoint=. Parameters that train beside frozen "
+                f"layers can be loaded by themselves (strict=False)"
+            )
+        if assign:
+            raise ConfigError("load_state_dict: assign=True would put others in place of parameters that are trained")
+        rest = OrderedDict((name, value) for name, value in state_dict.items() if name not in ours)
+        vars(rest).update(getattr(state_dict, "__dict__", {}))  # torch's metadata
+        found = load(rest, strict=False)
+        missing = [name for name in found.missing_keys if name not in ours]
+        if strict and (missing or found.unexpected_keys):
+            raise ConfigError(
+                f"load_state_dict: {len(missing)} entries are missing, {len(found.unexpected_keys)} are not the "
+                f"model's, first: {[*missing, *found.unexpected_keys][0]}; all others were loaded"
+            )
+        return type(found)(missing, found.unexpected_keys)
+
+    return loading
+
+
+def _is_same(parameter: nn.Parameter, value: Any) -> bool:
+    known = isinstance(value, torch.Tensor) and not _is_absent(parameter) and parameter.shape == value.shape
+    return known and torch.equal(parameter.detach(), value.detach().to(parameter.device, parameter.dtype))
+
+
+def _saving(module: nn.Module, kept: frozenset[int]) -> Callable[..., Any]:
+    save: Callable[..., Any] = module.save_pretrained  # type: ignore[assignment]
+
+    def saving(*arguments: Any, **options: Any) -> Any:
+        own = [(name, p) for name, p in module.named_parameters() if id(p) in kept and not p.is_meta]
+        absent = [name for name, p in own if _is_absent(p)]
+        if absent and not getattr(module, "_hf_peft_config_loaded", False):  # then it writes adapters alone
+            raise ConfigError(
+                f"save_pretrained: {len(absent)} of {len(own)} weights are not in memory (first: {absent[0]}), and "
+                f"would be missing in the file; engine.save_pretrained(folder) writes all of them"
+            )
+        return save(*arguments, **options)
+
+    return saving

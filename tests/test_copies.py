@@ -1,0 +1,88 @@
+"""Copies of a model that an engine manages, and what is loaded into it: refused where it would be silently wrong."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+
+from offload_rt.errors import ConfigError
+from tests.conftest import build_base, build_lora, build_plain, language_batch
+
+
+def test_a_managed_model_and_its_engine_are_neither_copied_nor_pickled(make_engine, disk_folder, tmp_path):
+    model = build_plain()
+    engine = make_engine(model, seq_len=8, nvme=disk_folder)
+    for asked in (model, model.layers[0], model.layers[0].up, engine):
+        for attempt in (copy.deepcopy, pickle.dumps, partial(torch.save, f=tmp_path / "model.pt")):
+            with pytest.raises(ConfigError, match="cannot be copied or pickled"):
+                attempt(asked)
+    engine.close()
+    assert not {"__reduce_ex__", "load_state_dict"} & set(vars(model.layers[0]))
+    assert torch.equal(copy.deepcopy(model).layers[0].scale, model.layers[0].scale)
+
+
+def test_weights_at_rest_are_not_loaded_and_adapters_are(make_engine, disk_folder):
+    model = build_lora(dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = make_engine(model, nvme=disk_folder)
+    adapters = {name: value + 1 for name, value in before.items() if "lora_" in name}
+    for given in ({**before, **adapters}, {name: before[name] for name in before if "layers.1." in name}):
+        with pytest.raises(ConfigError, match=r"load_state_dict: \d+ weights that an engine keeps elsewhere"):
+            engine.model.load_state_dict(given, strict=False)
+    with pytest.raises(ConfigError, match="assign=True"):
+        engine.model.load_state_dict(adapters, strict=False, assign=True)
+    parameters = dict(engine.model.named_parameters())
+    assert all(torch.equal(parameters[name], before[name]) for name in adapters)
+    found = engine.model.load_state_dict(adapters, strict=False)
+    assert not found.unexpected_keys and all(torch.equal(parameters[name], adapters[name]) for name in adapters)
+
+
+def test_what_a_managed_model_gives_as_its_state_can_be_loaded_again(make_engine, disk_folder):
+    """Its state has no entry for a weight at rest: accelerate saves and loads such ones, strictly."""
+    engine = make_engine(build_lora(dtype=torch.float32), nvme=disk_folder)
+    state = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    engine.backward(engine(**language_batch(0)).loss)
+    engine.step()
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    changed = dict(engine.model.named_parameters())[name]
+    assert not torch.equal(changed, state[name])
+    assert not engine.model.load_state_dict(state).missing_keys
+    assert torch.equal(changed, state[name])
+    with pytest.raises(ConfigError, match=f"1 entries are missing, 1 are not the model's, first: {name}"):
+        engine.model.load_state_dict({"odd": state[name], **{n: v for n, v in state.items() if n != name}})
+
+
+def test_weights_with_masters_are_not_loaded_though_they_are_in_memory(make_engine):
+    """The next step would round them from masters that know nothing of it."""
+    engine = make_engine(build_base("llama", torch.float32, 2))
+    state = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    engine.model.load_state_dict(state)
+    engine.backward(engine(**language_batch(0)).loss)
+    engine.step()
+    for asked, given in ((engine.model, state), (engine.model.lm_head, {"weight": state["lm_head.weight"]})):
+        with pytest.raises(ConfigError, match="keeps elsewhere"):
+            asked.load_state_dict(given)
+
+
+def test_transformers_own_save_is_refused_where_it_would_leave_out_weights(make_engine, disk_folder, tmp_path):
+    engine = make_engine(build_lora(dtype=torch.float32), nvme=disk_folder)
+    with pytest.raises(ConfigError, match=r"save_pretrained: \d+ of \d+ weights are not in memory"):
+        engine.model.base_model.model.save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    engine.model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_second_engine_needs_a_model_that_nobody_manages_and_that_has_its_weights(make_engine, disk_folder):
+    model = build_plain()
+    first = make_engine(model, seq_len=8, nvme=disk_folder)
+    for asked in (model, torch.nn.Sequential(model)):
+        with pytest.raises(ConfigError, match="an engine that is not closed manages it"):
+            make_engine(asked, seq_len=8)
+    first.close()
+    with pytest.raises(ConfigError, match=r"\d+ weights are not in memory \(first: layers\.0\.norm\.weight"):
+        make_engine(model, seq_len=8, nvme=disk_folder)
