@@ -124,7 +124,17 @@ class RecomputedLayer:
         self.stash, self.transients = None, Transients()
 
     def trainable(self) -> list[nn.Parameter]:
-        """The layer's parameters that train now and stay in memory; a user may switch adapters on and off."""
+        """The layer's parameters that train now and stay in memory; a user may switch adapters on and off.
+
+        `UnsupportedModule` where one requires a gradient that nobody would take: of weights at rest, or added since.
+        """
+        known = {id(p) for p in self._own} | {id(binding.parameter) for binding in self._bindings}
+        for name, parameter in self.layer.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise UnsupportedModule(
+                    f"{self.block.name}.{name} requires a gradient and was not there when the engine was made, which "
+                    f"would never train it. Add it (add_adapter, load_adapter) before engine(...)"
+                )
         if self._deliver is not None:
             return [p for p in self._own if p.requires_grad]
         for binding in self._bindings:
@@ -174,7 +184,8 @@ class RecomputedLayer:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.counters.num_forwards += 1
-        trainable, streamed = self.trainable(), self.streamed()
+        # Without gradients anything goes: a reference adapter is switched on by requiring some of its own.
+        trainable, streamed = (self.trainable(), self.streamed()) if torch.is_grad_enabled() else ([], [])
         wants_grad = any(t.requires_grad for t in tensors) or bool(trainable) or bool(streamed)
         if torch.is_grad_enabled() and (wants_grad or self.layer.training):
             args, kwargs = _without_cache(args, kwargs)
@@ -250,10 +261,24 @@ def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
 
     Of a layer that is not gone back through it would only take memory until the step's loss is there.
     """
-    kwargs = {name: None if name in _CACHE_ARGUMENTS or _is_cache(value) else value for name, value in kwargs.items()}
+    named = {id(value): value for name, value in kwargs.items() if name in _CACHE_ARGUMENTS and value is not None}
+    caches = named | {id(value): value for value in (*args, *kwargs.values()) if _is_cache(value)}
+    if any(_holds_keys(cache) for cache in caches.values()):
+        raise UnsupportedModule(
+            "past_key_values: a layer is called with keys and values of earlier tokens, which are not kept for its "
+            "recompute. Prefix tuning is not supported; generate under torch.no_grad()"
+        )
+    kwargs = {name: None if id(value) in caches else value for name, value in kwargs.items()}
     if kwargs.get("use_cache"):
         kwargs["use_cache"] = False
-    return tuple(None if _is_cache(value) else value for value in args), kwargs
+    return tuple(None if id(value) in caches else value for value in args), kwargs
+
+
+def _holds_keys(cache: Any) -> bool:
+    """Whether something is in it: a layer with an empty one computes what it does without."""
+    layers, parts = getattr(cache, "layers", ()), ("keys", "conv_states", "recurrent_states")
+    held = [getattr(layer, part, None) for layer in layers for part in parts] or cache
+    return any(isinstance(leaf, torch.Tensor) and leaf.numel() for leaf in pytree.tree_leaves(held))
 
 
 def _is_cache(value: Any) -> bool:

@@ -421,3 +421,67 @@ def test_the_users_model_is_not_copied_over_by_a_twin(make_engine):
     engine.backward(engine(torch.randn(2, 3, 8)).square().sum())
     engine.step()
     assert not torch.equal(model.layers[0].scale, twin.layers[0].scale)
+
+
+def with_second_adapter(seed=0):
+    model = build_lora(dtype=torch.float32, dropout=0.0, seed=seed)
+    model.add_adapter("second", lora(r=2, init_lora_weights=False))
+    return model
+
+
+def test_an_adapter_that_is_frozen_is_a_reference_without_gradients_and_refused_with_them(make_engine, disk_folder):
+    """peft lets an adapter that it switches on require gradients; one made before the engine would rest for ever."""
+    plain = with_second_adapter()
+    engine = make_engine(with_second_adapter(), nvme=disk_folder)
+    batch = language_batch(0)
+    for model in (plain, engine.model):
+        model.set_adapter("second")
+    with torch.no_grad():
+        assert torch.equal(engine(**batch).loss, plain(**batch).loss)
+    with pytest.raises(UnsupportedModule, match=r"lora_A\.second\.weight was frozen when the engine was made"):
+        engine(**batch)
+    engine.model.set_adapter("default")
+    engine.backward(engine(**batch).loss)
+    engine.step()
+
+
+def test_an_adapter_that_was_added_since_is_refused_where_it_would_train(make_engine, disk_folder):
+    """No optimizer has it; by itself, it would have autograd save weights in slots that others use by then."""
+    engine = make_engine(build_lora(dtype=torch.float32), nvme=disk_folder)
+    batch = language_batch(0)
+    engine.model.add_adapter("late", lora(r=2))
+    engine.backward(engine(**batch).loss)
+    for active in ("late", ["default", "late"]):
+        engine.model.base_model.set_adapter(active)
+        with pytest.raises(UnsupportedModule, match=r"late\.weight requires a gradient and was not there"):
+            engine(**batch)
+        with torch.no_grad():
+            engine(**batch)
+
+
+def test_a_cache_is_refused_where_gradients_are_taken(make_engine):
+    """It would be empty: the next token would be taken for the first."""
+    engine = make_engine(build_lora(dtype=torch.float32))
+    engine.model.eval()
+    ids = language_batch(0)["input_ids"]
+    begun = engine(input_ids=ids[:, :-1], use_cache=True)
+    with pytest.raises(UnsupportedModule, match=r"past_key_values: .*torch\.no_grad"):
+        engine(input_ids=ids[:, -1:], past_key_values=begun.past_key_values)
+    with torch.no_grad():
+        begun = engine(input_ids=ids[:, :-1], use_cache=True)
+        last = engine(input_ids=ids[:, -1:], past_key_values=begun.past_key_values).logits
+        assert torch.allclose(last, engine(input_ids=ids).logits[:, -1:], atol=1e-5)
+
+
+def test_prefix_tuning_is_refused_and_an_empty_cache_is_not(make_engine):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    windows = transformers.MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, sliding_window=4)
+    base = transformers.AutoModelForCausalLM.from_config(windows)  # its cache has tensors before it has keys
+    engine = make_engine(base, adapters=lora(target_modules=["q_proj"]))
+    assert engine(**language_batch(0), use_cache=True).loss.requires_grad
+    base = build_base("llama", torch.float32, 2)
+    model = peft.get_peft_model(base, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    engine = make_engine(model)
+    with pytest.raises(UnsupportedModule, match="Prefix tuning is not supported"):
+        engine(**language_batch(0))
