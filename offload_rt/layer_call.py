@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from offload_rt.errors import UnsupportedModule
 from offload_rt.random_state import RandomState, kept_random_state
 
 
@@ -48,6 +49,7 @@ class Call:
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        _check_in_sight(owner.layer, self._constants, lambda tensor: tensor.requires_grad, "is called with")
         self._structure = structure
         self._output_structure: Any = None
         self._output_constants: list[Any] = []
@@ -96,6 +98,7 @@ class Call:
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         outputs, self._output_structure = pytree.tree_flatten(self.owner.run(args, kwargs))
         self._output_constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in outputs]
+        _check_in_sight(self.owner.layer, self._output_constants, torch.Tensor.is_floating_point, "returns")
         self._output_is_tensor = [isinstance(leaf, torch.Tensor) for leaf in outputs]
         return [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
 
@@ -123,3 +126,18 @@ class Call:
         ):
             self.random_state.restore()
             yield
+
+
+def _check_in_sight(
+    layer: nn.Module, constants: Sequence[Any], counts: Callable[[torch.Tensor], bool], does: str
+) -> None:
+    """Raises `UnsupportedModule` where an object has tensors among its attributes: they would get no gradient."""
+    for constant in constants:
+        attributes = getattr(constant, "__dict__", None)
+        if attributes is None or isinstance(constant, type):
+            continue
+        if any(isinstance(value, torch.Tensor) and counts(value) for value in attributes.values()):
+            raise UnsupportedModule(
+                f"{type(layer).__name__} {does} a {type(constant).__name__}, whose tensors get no gradient where the "
+                f"layer is recomputed. Use tensors, tuples or dicts, or register the class with torch.utils._pytree"
+            )

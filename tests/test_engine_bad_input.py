@@ -485,3 +485,32 @@ def test_prefix_tuning_is_refused_and_an_empty_cache_is_not(make_engine):
     engine = make_engine(model)
     with pytest.raises(UnsupportedModule, match="Prefix tuning is not supported"):
         engine(**language_batch(0))
+
+
+class Carried:
+    """What autograd cannot see through."""
+
+    def __init__(self, hidden_BTD):
+        self.hidden_BTD = hidden_BTD
+
+
+class Wraps(nn.Module):
+    """Takes a tensor or an object, gives a tensor or an object."""
+
+    def __init__(self, gives):
+        super().__init__()
+        self.linear, self.scale, self.gives = nn.Linear(32, 32), nn.Parameter(torch.ones(32)), gives
+
+    def forward(self, given):
+        hidden_BTD = given.hidden_BTD if isinstance(given, Carried) else given
+        return self.gives(hidden_BTD + self.linear(hidden_BTD) * self.scale)
+
+
+@pytest.mark.parametrize("gives, does", [(Carried, "returns"), (torch.clone, "is called with")])
+def test_tensors_inside_objects_are_refused_as_they_would_get_no_gradient(make_engine, gives, does):
+    model = build_plain(Wraps, num_layers=2, gives=gives)
+    engine = make_engine(model)
+    given = torch.randn(2, 4, 32, requires_grad=True)
+    with pytest.raises(UnsupportedModule, match=f"Wraps {does} a Carried"):
+        model.layers[0](Carried(given) if does == "is called with" else given)
+    assert engine.step_number == 0
