@@ -47,7 +47,8 @@ def check_gradients(trainable: Mapping[str, torch.Tensor], step: int) -> None:
     if unexplained or len(without) == len(trainable):
         raise IntegrityError(
             f"{len(without)} of {len(trainable)} trainable tensors received no gradient in step {step} (first: "
-            f"{without[0]}). Usual causes: step() without backward(), a module that the forward skips, or reentrant "
+            f"{without[0]}). Usual causes: step() without backward(), a module that the forward skips (freeze what "
+            f"does not train, or leave it out of the adapters' targets, before engine(...)), or reentrant "
             f"checkpointing around the model (use_reentrant=False)"
         )
     gradients = {name: p.grad for name, p in trainable.items() if p.grad is not None}

@@ -514,3 +514,14 @@ def test_tensors_inside_objects_are_refused_as_they_would_get_no_gradient(make_e
     with pytest.raises(UnsupportedModule, match=f"Wraps {does} a Carried"):
         model.layers[0](Carried(given) if does == "is called with" else given)
     assert engine.step_number == 0
+
+
+def test_an_adapter_that_the_drive_has_no_room_for_is_a_typed_error(make_engine, disk_folder, monkeypatch):
+    engine = make_engine(build_lora())
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(engine.model), "save_pretrained", full)
+    with pytest.raises(StorageFull, match=r"out: the adapter could not be written: .*ENOSPC"):
+        engine.save_pretrained(disk_folder / "out")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from offload_rt.errors import CheckpointVerifyError, ConfigError, TargetNotMatched
+from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageError, StorageFull, TargetNotMatched
 
 
 def add_adapters(model: nn.Module, config: Any) -> nn.Module:
@@ -61,7 +62,13 @@ def save_adapters(model: Any, folder: Path) -> None:
         "save_embedding_layers": len(frozen) < len(weights),
         "state_dict": {name: getattr(entry, "data", entry) for name, entry in entries if id(entry) not in frozen},
     }
-    model.save_pretrained(folder, **what)
+    try:
+        model.save_pretrained(folder, **what)
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        is_full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        kind = StorageFull if is_full else StorageError
+        raise kind(f"the adapter could not be written: {error}", path=str(folder), errno=code or 0) from None
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         raise CheckpointVerifyError(f"{path}: peft wrote no such file")
