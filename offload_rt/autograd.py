@@ -39,6 +39,9 @@ from planners.schedule import Phase
 CHECKED_CALLS = 2
 """Calls of each layer whose output is looked at: its first forward and its first recompute."""
 
+_WRITTEN_TO_ONE_ELEMENT = "more than one element of the written-to tensor"
+"""What torch says of a write to a placeholder; see `block.placeholder`."""
+
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 """Keyword arguments that a layer would update: a second time in the recompute."""
 
@@ -211,16 +214,27 @@ class RecomputedLayer:
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """The layer's own forward."""
-        with self.block.shown(self.layer):
-            output = self._forward(*args, **kwargs)
+        try:
+            with self.block.shown(self.layer):
+                output = self._forward(*args, **kwargs)
+        except RuntimeError as error:
+            if _WRITTEN_TO_ONE_ELEMENT not in str(error) or not self._has_quantized():
+                raise
+            raise UnsupportedModule(
+                f"{self.block.name} writes to a quantized weight outside the module that owns it, which bits=4 does "
+                f"not support; give bits=None"
+            ) from error
         if self._num_checks < CHECKED_CALLS:
             self._num_checks += 1
             self._check_output(args, kwargs, output)
         return output
 
+    def _has_quantized(self) -> bool:
+        return any(binding.spec.is_quantized for binding in self._bindings)
+
     def _check_output(self, args: Any, kwargs: Any, output: Any) -> None:
         """Finite inputs that give NaN are, most likely, a weight that was read where no hook shows it."""
-        if not any(binding.spec.is_quantized for binding in self._bindings):
+        if not self._has_quantized():
             return
         if _has_nan(output) and not _has_nan((args, kwargs)):
             raise UnsupportedModule(

@@ -1,5 +1,6 @@
 """Every mistake that the engine can meet: a typed error with its evidence, and the user's model as it was."""
 
+import contextlib
 import copy
 import gc
 import json
@@ -25,7 +26,7 @@ from offload_rt.errors import (
     UnsupportedModule,
 )
 from planners.plan import Plan, Tier
-from tests.conftest import build_base, build_lora, build_plain, language_batch
+from tests.conftest import PlainLayer, build_base, build_lora, build_plain, language_batch
 
 peft = pytest.importorskip("peft")
 
@@ -485,6 +486,23 @@ def test_prefix_tuning_is_refused_and_an_empty_cache_is_not(make_engine):
     engine = make_engine(model)
     with pytest.raises(UnsupportedModule, match="Prefix tuning is not supported"):
         engine(**language_batch(0))
+
+
+class Clamps(PlainLayer):
+    """Bounds a weight of its own before it is used, as Gemma 3n does."""
+
+    def forward(self, hidden_BTD):
+        self.up.weight.data.clamp_(-1, 1)
+        return super().forward(hidden_BTD)
+
+
+def test_a_layer_that_writes_to_a_quantized_weight_is_refused_and_works_unquantized(make_engine):
+    for bits in (4, None):
+        engine = make_engine(build_plain(Clamps, num_layers=2), bits=bits, seq_len=8)
+        refused = pytest.raises(UnsupportedModule, match=r"layers\.0 writes to a quantized weight.* give bits=None")
+        with refused if bits else contextlib.nullcontext():
+            engine.backward(engine(torch.ones(2, 8, 8)).sum())
+            engine.step()
 
 
 class Carried:
