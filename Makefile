@@ -36,7 +36,7 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc native/tests/*.h
+	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc native/tests/*.h tests/*.cc
 
 NATIVE := test
 native-test:

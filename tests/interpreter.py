@@ -21,6 +21,14 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     if name.endswith("nf4_product_triton") and version_of(triton) < (3, 9):
         pytest.skip(f"the interpreter of Triton {triton.__version__} cannot count up to an argument, 3.9's can")
+    interpret(monkeypatch)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of modules that are imported from now on are interpreted, until `monkeypatch` undoes it."""
+    triton = importlib.import_module("triton")
     interpreter = importlib.import_module("triton.runtime.interpreter")
     convert = interpreter._convert_float
 
@@ -43,8 +51,6 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module(name)
 
 
 def version_of(triton: ModuleType) -> tuple[int, ...]:

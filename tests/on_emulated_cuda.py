@@ -1,0 +1,110 @@
+"""What the emulated device finds, and what it lets through. `test_emulated_cuda` runs this."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from offload_rt.arena import Arena
+from offload_rt.device_cuda import CudaDevice, find_device
+from tests.emulated_cuda import held
+
+NUM_ELEMENTS = 1 << 16
+
+
+@pytest.fixture
+def host():
+    """Locked memory of the host, full of ones."""
+    device = CudaDevice(find_device("cuda"))
+    arena = Arena("host", 4 * NUM_ELEMENTS)
+    device.lock(arena)
+    ones = arena.acquire(4 * NUM_ELEMENTS, "ones").tensor(torch.float32, (NUM_ELEMENTS,))
+    return ones.fill_(1)
+
+
+def test_what_is_computed_is_what_the_cpu_computes():
+    torch.manual_seed(0)
+    layer, x_TD = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8)), torch.randn(9, 32)
+    found = []
+    for device in ("cpu", "cuda"):
+        layer = layer.to(device)
+        layer.zero_grad()
+        layer(x_TD.to(device)).log_softmax(-1).square().sum().backward()
+        found.append([parameter.grad.cpu().clone() for parameter in layer.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_tensors_of_two_devices_do_not_meet():
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3, device="cuda") + torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        nn.functional.embedding(torch.zeros(1, dtype=torch.long), torch.ones(3, 3, device="cuda"))
+
+
+def test_a_copy_that_nothing_orders_is_not_there_yet(host):
+    stream, there = torch.cuda.Stream(), torch.zeros(NUM_ELEMENTS, device="cuda")
+    with held(stream):
+        with torch.cuda.stream(stream):
+            there.copy_(host, non_blocking=True)
+        assert there.sum() == 0
+    event = torch.cuda.Event()
+    event.record(stream)
+    torch.cuda.current_stream().wait_event(event)
+    assert there.sum() == NUM_ELEMENTS
+
+
+def test_memory_that_is_given_back_before_a_copy_has_read_it_is_poisoned(host):
+    stream, gone = torch.cuda.Stream(), torch.full((NUM_ELEMENTS,), 2.0, device="cuda")
+    with held(stream):
+        with torch.cuda.stream(stream):
+            host.copy_(gone, non_blocking=True)
+        del gone
+        gc.collect()
+    stream.synchronize()
+    assert torch.isnan(host).all()
+
+
+def test_memory_that_is_given_back_on_its_own_stream_lasts_as_long_as_copies_there(host):
+    gone = torch.full((NUM_ELEMENTS,), 2.0, device="cuda")
+    with held(torch.cuda.current_stream()):
+        host.copy_(gone, non_blocking=True)
+        del gone
+        gc.collect()
+        assert host[0] == 1, "asynchronous"
+    torch.cuda.synchronize()
+    assert (host == 2).all()
+
+
+def test_copies_of_pageable_memory_wait_for_their_stream():
+    there = torch.ones(4, device="cuda")
+    torch.cuda._sleep(20_000_000)
+    assert torch.empty(4).copy_(there, non_blocking=True).tolist() == [1.0] * 4
+
+
+def test_freed_memory_is_kept_for_its_stream_and_counted():
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    torch.cuda.reset_peak_memory_stats()
+    begun = torch.cuda.memory_allocated()
+    for _ in range(3):
+        torch.empty(NUM_ELEMENTS, device="cuda")
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before + 1
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.empty(NUM_ELEMENTS, device="cuda")
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before + 2
+    assert torch.cuda.max_memory_allocated() - begun == 4 * NUM_ELEMENTS
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(1 << 40, dtype=torch.uint8, device="cuda")
+
+
+def test_backward_passes_run_on_a_thread_of_the_device():
+    threads = []
+    x = torch.ones(3, device="cuda", requires_grad=True)
+    x.register_hook(lambda gradient: threads.append(threading.get_ident()))
+    x.sum().backward()
+    assert threads and threads[0] != threading.get_ident()
