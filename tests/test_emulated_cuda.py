@@ -20,9 +20,9 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-SOME = "on_emulated_cuda or leased or locked or streams or land or arrive or refused or llama-bf16-x2 and None"
+SOME = "on_emulated_cuda or leased or locked or streams or land or arrive or refused or chunks_of_tokens or llama-bf16-x2 and None"
 """Of `test_gpu` what is over in seconds, and the device's own tests."""
-NUM_SOME = 20
+NUM_SOME = 25
 
 
 def run_emulated(tmp_path: Path, files: list[str], chosen: str, late_us: int = 2000) -> dict[str, int]:

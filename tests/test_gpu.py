@@ -332,6 +332,23 @@ def test_activations_put_away_on_the_gpu_change_no_bit(
     assert differences(*found) == []
 
 
+def test_layers_go_by_chunks_of_tokens_on_the_gpu(exact_attention: None) -> None:
+    """They are tried first, on a few tokens; one that fails there would be recomputed whole."""
+    half = SEQ_LEN // 2
+    chunks = (
+        Chunk(num_tokens=half, action=Action.SWAP, tier=Tier.HOST),
+        Chunk(num_tokens=SEQ_LEN - half, action=Action.RECOMPUTE),
+    )
+    with Engine(
+        full.build(full.Case("llama", "float32", "adamw", 1, "not", False, "in place")), batch_size=BATCH_SIZE,
+        seq_len=SEQ_LEN, lr=1e-2, device="cuda", host_memory="256MiB",
+        options=RuntimeOptions(activations=ActivationPolicy(chunks=chunks), layer_inputs=Tier.HOST),
+    ) as engine:  # fmt: skip
+        engine.train_batch([micro_batch(0, 0)])
+        report = engine.report()
+    assert report["tokenwise"]["refused"] == {} and report["tokenwise"]["swapped_bytes"] > 0
+
+
 def test_micro_batches_take_turns_on_the_gpu(tmp_path: Path, exact_attention: None) -> None:
     case = full.Case("llama", "bfloat16", "adamw", 3, "not", False, "in place")
     found = []

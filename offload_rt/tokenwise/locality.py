@@ -86,7 +86,7 @@ def _whole(owner: RecomputedLayer, call: Call, inputs: list[torch.Tensor], hidde
 def _directions(outputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """Made-up gradients of the outputs, the same at every call, from no generator of the user's."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(o.shape, generator=generator).to(o.dtype) if o.is_floating_point() else None for o in outputs]
+    return [torch.randn(o.shape, generator=generator).to(o) if o.is_floating_point() else None for o in outputs]
 
 
 def _compare(
