@@ -48,6 +48,13 @@ from planners.plan import Plan
 logger = logging.getLogger("offload_rt")
 
 
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for it: pageable memory has been read when the call returns. Locked memory has
+    not, and is its owner's to change then, so that is waited for.
+    """
+    return tensor.to(device, non_blocking=not tensor.is_pinned())
+
+
 def engine(model: nn.Module, **arguments: Any) -> Engine:
     """Wraps `model` so that it trains with its frozen weights resting in HOST memory or on NVME.
 
@@ -221,7 +228,7 @@ class Engine:
             return args, kwargs
         device.check_stream()
         moved: tuple[tuple[Any, ...], dict[str, Any]]
-        moved = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device.device), (args, kwargs))
+        moved = pytree.tree_map_only(torch.Tensor, partial(_moved, device=device.device), (args, kwargs))
         return moved
 
     def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -262,6 +269,9 @@ class Engine:
         if not isinstance(loss, torch.Tensor):
             raise ConfigError(f"backward: expected the loss as a tensor, got {type(loss).__name__}")
         check_loss(loss, self.step_number + 1)
+        self._backward(loss)
+
+    def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         self._num_backwards += 1
 
@@ -305,27 +315,27 @@ class Engine:
         return total
 
     def _accumulate(self, batches: Sequence[dict[str, Any]]) -> float:
-        """Gradients of the mean of the losses, which it returns; layer by layer where the plan says so."""
+        """Gradients of the mean of the losses, which it returns; layer by layer where the plan says so. A device is
+        waited for once a micro-batch, for its loss.
+        """
         num = len(batches)
 
-        def loss_of(batch: dict[str, Any]) -> torch.Tensor:
+        def loss_of(batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
             loss: torch.Tensor = self(**batch).loss / num
-            check_loss(loss, self.step_number + 1)
-            return loss
+            return loss, check_loss(loss, self.step_number + 1)
 
         self._change_over_if_due()
         if self._rehearsal.is_due:
             self._rehearse(*self._on_device((), batches[0]))
         if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:
             losses = self._runtime.run_together([partial(loss_of, batch) for batch in batches])
-            total = sum(float(loss.detach()) for loss in losses)
-            self._runtime.run_together([partial(self.backward, loss) for loss in losses])
-            return total
+            self._runtime.run_together([partial(self._backward, loss) for loss, _ in losses])
+            return sum(value for _, value in losses)
         total = 0.0
         for batch in batches:
-            loss = loss_of(batch)
-            self.backward(loss)
-            total += float(loss.detach())
+            loss, value = loss_of(batch)
+            self._backward(loss)
+            total += value
         return total
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:

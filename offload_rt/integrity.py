@@ -12,14 +12,17 @@ from offload_rt.errors import IntegrityError, NonFiniteLoss
 CHECKED_STEPS = 2
 
 
-def check_loss(loss: torch.Tensor, step: int) -> None:
-    """Raises `NonFiniteLoss` before a backward pass could spread it."""
+def check_loss(loss: torch.Tensor, step: int) -> float:
+    """The loss as a number, for which it waits for the device. Raises `NonFiniteLoss` before a backward pass could
+    spread it.
+    """
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NonFiniteLoss(
             f"step {step}: the loss is {value}; no gradient was computed and nothing was updated. Usual causes: a "
             f"learning rate that is too high, a batch whose labels are all ignored, fp16 without scaling"
         )
+    return value
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, trainable: Mapping[str, torch.Tensor]) -> None:

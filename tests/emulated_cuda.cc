@@ -9,8 +9,10 @@
 //   kernels  run where they are launched, when all that their stream was given before is over.
 //   copies   between locked host memory and the device are asynchronous: late, by as much as
 //            OFFLOAD_EMULATED_LATE_US says, and torn in halves. All others wait for their stream.
+//   chance   is drawn from the CPU's generator.
 //   memory   belongs to a stream. It is given back, and poisoned, when the stream has come there; freed
 //            blocks are kept for their stream and size, as torch's allocator keeps them.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -25,6 +27,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -130,6 +133,16 @@ class Queue {
   std::thread thread_;
 };
 
+// Who is told when a host thread waits for the device: for what, and for how many bytes.
+using Told = void (*)(const char* what, uint64_t num_bytes);
+std::atomic<Told> told{nullptr};
+thread_local bool in_kernel = false;
+
+void tell(const char* what, uint64_t num_bytes = 0) {
+  Told whom = told.load();
+  if (whom != nullptr && !in_kernel) whom(what, num_bytes);
+}
+
 const int kNumDevices = static_cast<int>(setting("OFFLOAD_EMULATED_DEVICES", 1));
 thread_local int current_device = 0;
 thread_local std::map<int, c10::StreamId> current_streams;
@@ -175,7 +188,7 @@ struct Memory {
   std::map<char*, size_t> segments;  // what the driver gave: address, bytes
   size_t allocated = 0, reserved = 0, peak_allocated = 0, peak_reserved = 0, num_device_alloc = 0,
          num_allocations = 0;
-  size_t limit = setting("OFFLOAD_EMULATED_BYTES", size_t(2) << 30);
+  size_t limit = size_t(2) << 30;
 };
 
 Memory& memory_of(int device) {
@@ -367,6 +380,7 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
     return event == nullptr || static_cast<Event*>(event)->mark->is_passed();
   }
   void synchronizeEvent(void* event) const override {
+    tell("event");
     if (event != nullptr) static_cast<Event*>(event)->mark->wait();
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
@@ -381,6 +395,7 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
     return queue_of(on.device_index(), on.id()).idle();
   }
   void synchronizeStream(const c10::Stream& on) const override {
+    tell("stream");
     queue_of(on.device_index(), on.id()).drain();
   }
   void synchronizeDevice(const c10::DeviceIndex device) const override { drain_all(device); }
@@ -413,6 +428,10 @@ struct CUDAHooks final : public CUDAHooksInterface {
     return one;
   }
   Allocator* getCUDADeviceAllocator() const override { return &allocator(); }
+  const Generator& getDefaultGenerator(DeviceIndex) const override {
+    return detail::getDefaultCPUGenerator();
+  }
+  Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }
   Device getDeviceFromPtr(void* pointer) const override {
     const int device = owner_of(pointer);
     TORCH_CHECK(device >= 0, "emulated CUDA: ", pointer, " is no device memory");
@@ -463,23 +482,36 @@ bool same_bytes(const at::Tensor& target, const at::Tensor& source) {
          target.is_contiguous() && source.is_contiguous();
 }
 
+// As a GPU: addresses, whoever holds them. Pageable memory has been read when this returns.
+void copy_later(Queue& queue, void* target, const void* source, size_t num_bytes, bool is_pageable) {
+  auto* begin = static_cast<const char*>(source);
+  std::vector<char> read;
+  if (is_pageable) read.assign(begin, begin + num_bytes);
+  queue.give([=, &queue, read = std::move(read)] {
+    const char* from = is_pageable ? read.data() : begin;
+    auto* to = static_cast<char*>(target);
+    const size_t half = num_bytes / 2;
+    queue.pause();
+    std::memcpy(to, from, half);
+    queue.pause();
+    std::memcpy(to + half, from + half, num_bytes - half);
+  });
+}
+
 at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_blocking) {
   if (target.numel() == 0) return target;
   const int device = target.is_cuda() ? target.get_device() : source.get_device();
   Queue& queue = current_queue(device);
   const at::Tensor& host = target.is_cuda() ? source : target;
-  if (non_blocking && host.is_cpu() && same_bytes(target, source) && is_locked(host.const_data_ptr())) {
-    auto* to = static_cast<char*>(target.mutable_data_ptr());
-    auto* from = static_cast<const char*>(source.const_data_ptr());
-    const size_t num_bytes = target.nbytes(), half = num_bytes / 2;
-    queue.give([=, &queue] {  // as a GPU: addresses, whoever holds them
-      queue.pause();
-      std::memcpy(to, from, half);
-      queue.pause();
-      std::memcpy(to + half, from + half, num_bytes - half);
-    });
-    return target;
+  if (non_blocking && host.is_cpu() && same_bytes(target, source)) {
+    const bool is_pageable = !is_locked(host.const_data_ptr());
+    if (target.is_cuda() || !is_pageable) {
+      copy_later(queue, target.mutable_data_ptr(), source.const_data_ptr(), target.nbytes(), is_pageable);
+      return target;
+    }
   }
+  if (!source.is_cuda() || !target.is_cuda())
+    tell(source.is_cuda() ? "to host" : "to device", target.nbytes());
   if (source.is_cuda() && source.get_device() != device) current_queue(source.get_device()).drain();
   queue.drain();
   on_host(target).copy_(on_host(source.expand_as(target)));
@@ -530,7 +562,15 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     current_queue(first.get_device()).drain();
     break;
   }
-  at::native::cpu_fallback(op, stack);
+  if (name == "aten::_local_scalar_dense") tell("number");
+  const bool outside = std::exchange(in_kernel, true);
+  try {
+    at::native::cpu_fallback(op, stack);
+  } catch (...) {
+    in_kernel = outside;
+    throw;
+  }
+  in_kernel = outside;
 }
 
 int64_t attention_way(const at::Tensor&, const at::Tensor&, const at::Tensor&,
@@ -578,7 +618,11 @@ int64_t emulated_set_stream(int device, int64_t stream) {
   return std::exchange(current_streams[device], stream);
 }
 int64_t emulated_stream(int device) { return current_streams[device]; }
-void emulated_synchronize(int device) { drain_all(device); }
+void emulated_tell(Told whom) { told = whom; }
+void emulated_synchronize(int device) {
+  tell("device");
+  drain_all(device);
+}
 void emulated_launch(int device) { current_queue(device).drain(); }  // behind it, a kernel may run
 void emulated_sleep(int device, int64_t microseconds) {
   current_queue(device).give([=] { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); });
@@ -609,6 +653,7 @@ void emulated_reset_peaks(int device) {
   memory.peak_allocated = memory.allocated;
   memory.peak_reserved = memory.reserved;
 }
+void emulated_limit(int device, uint64_t num_bytes) { memory_of(device).limit = num_bytes; }
 void emulated_empty_cache(int device) {
   drain_all(device);
   Memory& memory = memory_of(device);

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,12 +65,17 @@ def _load() -> ctypes.CDLL:
     library.emulated_set_stream.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.emulated_sleep.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.emulated_hold.argtypes, library.emulated_hold.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_void_p
+    library.emulated_limit.argtypes = [ctypes.c_int, ctypes.c_uint64]
     library.emulated_resume.argtypes = [ctypes.c_void_p]
     library.emulated_memory.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)]
     return library
 
 
 _library = _load()
+BYTES = int(os.environ.get("OFFLOAD_EMULATED_BYTES", 2 << 30))
+"""Of a device's memory that can be allocated."""
+for _device in range(_library.emulated_device_count()):
+    _library.emulated_limit(_device, BYTES)
 
 import torch  # noqa: E402  # behind the library
 
@@ -97,18 +103,35 @@ class Stream(torch.Stream):
             return super().__new__(cls, **handle)
         return super().__new__(cls, device=torch.device("cuda", _index(device)), priority=priority)
 
+    def wait_event(self, event: Event) -> None:
+        event.wait(self)
 
-class Event(torch.Event):
-    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Event:
-        return super().__new__(
-            cls, device=torch.device("cuda", _index()), enable_timing=enable_timing, blocking=blocking
-        )
+    def record_event(self, event: Event | None = None) -> Event:
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+
+class Event:
+    """torch's own takes no event of a derived class."""
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+        self._event = torch.Event(torch.device("cuda", _index()), enable_timing=enable_timing, blocking=blocking)
 
     def record(self, stream: torch.Stream | None = None) -> None:
-        super().record(current_stream() if stream is None else stream)
+        self._event.record(current_stream() if stream is None else stream)
 
     def wait(self, stream: torch.Stream | None = None) -> None:
-        super().wait(current_stream() if stream is None else stream)
+        self._event.wait(current_stream() if stream is None else stream)
+
+    def query(self) -> bool:
+        return self._event.query()
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+    def elapsed_time(self, end: Event) -> float:
+        return self._event.elapsed_time(end._event)
 
 
 def current_stream(device: Any = None) -> Stream:
@@ -129,6 +152,27 @@ def stream(entered: torch.Stream | None) -> Iterator[None]:
             yield
         finally:
             _library.emulated_set_stream(index, before)
+
+
+@contextlib.contextmanager
+def waits() -> Iterator[list[tuple[str, int, list[str]]]]:
+    """What host threads wait for inside: "device", "stream", "event", "number" (`item`), and copies that block, "to
+    device" and "to host", with their bytes; and by which lines of Python, outermost first.
+    """
+    found: list[tuple[str, int, list[str]]] = []
+
+    def tell(what: bytes, num_bytes: int) -> None:
+        stack = [
+            f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack() if frame.filename != __file__
+        ]
+        found.append((what.decode(), num_bytes, stack))
+
+    called = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint64)(tell)
+    _library.emulated_tell(called)
+    try:
+        yield found
+    finally:
+        _library.emulated_tell(None)
 
 
 @contextlib.contextmanager
@@ -161,7 +205,7 @@ def _device_of(tensor: torch.Tensor) -> device:
 
 def _properties(chosen: Any = None) -> SimpleNamespace:
     return SimpleNamespace(
-        name="emulated GPU", total_memory=_memory(chosen).limit + CONTEXT_BYTES, major=9, minor=0,
+        name="emulated GPU", total_memory=BYTES + CONTEXT_BYTES, major=9, minor=0,
         multi_processor_count=4, uuid=f"emulated-{_index(chosen)}", L2_cache_size=32 << 20,
         shared_memory_per_block_optin=227 << 10, regs_per_multiprocessor=65536, warp_size=32,
     )  # fmt: skip
@@ -179,7 +223,11 @@ def _statistics(chosen: Any = None) -> dict[str, int]:
 
 def _mem_get_info(chosen: Any = None) -> tuple[int, int]:
     memory = _memory(chosen)
-    return memory.limit - memory.reserved, memory.limit + CONTEXT_BYTES
+    return BYTES - memory.reserved, BYTES + CONTEXT_BYTES
+
+
+def _set_fraction(fraction: float, chosen: Any = None) -> None:
+    _library.emulated_limit(_index(chosen), int(fraction * (BYTES + CONTEXT_BYTES)))
 
 
 STANDS_FOR = {
@@ -214,6 +262,7 @@ STANDS_FOR = {
     "reset_peak_memory_stats": lambda chosen=None: _library.emulated_reset_peaks(_index(chosen)),
     "memory_stats": _statistics,
     "mem_get_info": _mem_get_info,
+    "set_per_process_memory_fraction": _set_fraction,
     "empty_cache": lambda: _library.emulated_empty_cache(_index()),
     "manual_seed": torch.manual_seed,
     "manual_seed_all": lambda seed: None,  # kernels draw from the CPU's generator

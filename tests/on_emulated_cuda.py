@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.device_cuda import CudaDevice, find_device
-from tests.emulated_cuda import held
+from offload_rt.integrity import CHECKED_STEPS
+from offload_rt.runtime_options import RuntimeOptions
+from planners.placement import Tier
+from tests.emulated_cuda import held, waits
+from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, micro_batch
 
 NUM_ELEMENTS = 1 << 16
 
@@ -79,10 +84,51 @@ def test_memory_that_is_given_back_on_its_own_stream_lasts_as_long_as_copies_the
     assert (host == 2).all()
 
 
-def test_copies_of_pageable_memory_wait_for_their_stream():
+def test_copies_to_pageable_memory_wait_for_their_stream():
     there = torch.ones(4, device="cuda")
     torch.cuda._sleep(20_000_000)
     assert torch.empty(4).copy_(there, non_blocking=True).tolist() == [1.0] * 4
+
+
+def test_copies_of_pageable_memory_have_read_it_when_they_return():
+    source, there = torch.ones(4), torch.zeros(4, device="cuda")
+    with held(torch.cuda.current_stream()):
+        there.copy_(source, non_blocking=True)
+        source.fill_(2)
+    assert there.tolist() == [1.0] * 4
+
+
+def test_who_waits_is_told():
+    there = torch.ones(4, device="cuda")
+    with waits() as found:
+        there + there
+        there.cpu()
+        there.sum().item()
+        torch.ones(4).cuda()
+        torch.cuda.synchronize()
+    assert [(what, num_bytes) for what, num_bytes, _ in found] == [
+        ("to host", 16), ("number", 0), ("to device", 16), ("device", 0),
+    ]  # fmt: skip
+    assert all(stack[-1].startswith(__file__) for _, _, stack in found)
+
+
+@pytest.mark.parametrize("layer_major", [False, True])
+def test_a_steady_step_waits_for_the_device_once_a_micro_batch(layer_major):
+    """For its loss. Who else waits are threads that the device's copies are behind."""
+    case = Case("llama", "bf16", 2, False, False, "from HOST")
+    with Engine(
+        build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=2, lr=1e-2, host_memory="256MiB",
+        options=RuntimeOptions(num_slots=2, layer_inputs=Tier.HOST, stream_edges=True, layer_major=layer_major),
+    ) as engine:  # fmt: skip
+        for step in range(CHECKED_STEPS + 1):
+            with waits() as found:
+                engine.train_batch([micro_batch(step, index) for index in range(2)])
+        assert engine.report()["passed_on"] > 0 or not layer_major
+    ours = [(what, stack) for what, _, stack in found if "transformers" not in stack[-1]]  # which looks at masks
+    assert {what for what, _ in ours} == {"number", "event"}
+    numbers = [stack[-1] for what, stack in ours if what == "number"]
+    assert len(numbers) == 2 and all("integrity.py" in line for line in numbers)
+    assert not [stack for what, stack in ours if what == "event" and any("_engine.py" in line for line in stack)]
 
 
 def test_freed_memory_is_kept_for_its_stream_and_counted():
