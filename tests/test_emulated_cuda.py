@@ -20,7 +20,10 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-SOME = "on_emulated_cuda or leased or locked or streams or land or arrive or refused or chunks_of_tokens or llama-bf16-x2 and None"
+SOME = (
+    "on_emulated_cuda or leased or locked or streams or land or arrive or refused or chunks_of_tokens"
+    " or (llama-bf16-x2 and None)"
+)
 """Of `test_gpu` what is over in seconds, and the device's own tests."""
 NUM_SOME = 25
 
