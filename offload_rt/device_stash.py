@@ -46,8 +46,8 @@ class DeviceStash:
         self._window_bytes = window_bytes
         self._scratch = scratch
         self._leaving: deque[Transfer] = deque()
-        self._writing: dict[Transfer, ScratchRange] = {}
-        """Ranges are not leased again while they are written to, whoever lets go of what lies there."""
+        self._writing: deque[tuple[Transfer, ScratchRange]] = deque()
+        """Those that nobody may have waited for. Ranges are not leased again before their write has begun."""
         self._fetched_ahead: weakref.WeakSet[_DeviceStashed] = weakref.WeakSet()
         """Those fetched back that nobody has asked for yet."""
         self._last: weakref.ref[_DeviceStashed] | None = None
@@ -70,7 +70,9 @@ class DeviceStash:
             stashed = _DeviceStashed(self, tensor, self._last, saved=saved, slot=slot)
         else:
             written = self.links.device_copies.behind(saved, partial(place.write, slot))
-            self._writing[written] = place
+            while self._writing and self._writing[0][0].was_waited_for:
+                self._writing.popleft()
+            self._writing.append((written, place))
             stashed = _DeviceStashed(self, tensor, self._last, saved=written, place=place)
         self._last = weakref.ref(stashed)
         return stashed
@@ -81,6 +83,8 @@ class DeviceStash:
             return None
         while (slot := self._arena.try_acquire(num_bytes, "on its way")) is None and self._writing:
             self._finish_a_write()
+        if slot is None and self._scratch is not None:
+            self._scratch.take_back()  # what nobody wants any more may hold slots
         return slot if slot is not None else self._arena.acquire(num_bytes, "on its way")
 
     def look_ahead(self, stashed: _DeviceStashed) -> None:
@@ -99,12 +103,8 @@ class DeviceStash:
             before = before.previous()
 
     def asked_for(self, stashed: _DeviceStashed) -> None:
-        """`stashed` is its user's, or nobody's, from now on."""
+        """`stashed` is its user's from now on."""
         self._fetched_ahead.discard(stashed)
-
-    def written(self, write: Transfer) -> None:
-        """`write` is over, whatever became of it."""
-        self._writing.pop(write, None)
 
     def _place(self, scratch: Scratch, num_bytes: int) -> ScratchRange | None:
         while True:
@@ -116,10 +116,10 @@ class DeviceStash:
                 self._finish_a_write()
 
     def _finish_a_write(self) -> None:
-        write = next(iter(self._writing))
+        write, _ = self._writing[0]
         with contextlib.suppress(OffloadError):  # whoever wants what was written raises it
             self.links.wait(write)
-        self.written(write)
+        self._writing.popleft()
 
     def _wait_for_window(self, num_bytes: int) -> None:
         num_bytes += self._ahead_bytes() + sum(transfer.num_bytes for transfer in self._leaving)
@@ -129,7 +129,7 @@ class DeviceStash:
             num_bytes -= oldest.num_bytes
 
     def _ahead_bytes(self) -> int:
-        return sum(stashed.num_bytes for stashed in self._fetched_ahead)
+        return sum(stashed.num_bytes for stashed in self._fetched_ahead if stashed.is_held)
 
 
 class _DeviceStashed:
@@ -195,13 +195,5 @@ class _DeviceStashed:
         return self._ahead
 
     def release(self) -> None:
-        """Blocks until the drive is done with its place. An error of what nobody wants any more is nobody's."""
-        for transfer in (self._saved, self._read):
-            if self._place is not None:
-                self._place.settle(transfer, self._stash.links.finish)
-        self._stash.written(self._saved)
-        if self._ahead is not None:  # as if it had been used: what it holds of the device goes with its last kernel
-            with contextlib.suppress(OffloadError):
-                self._stash.links.wait(self._ahead[1])
-        self._stash.asked_for(self)
+        """As `Stashed.release`. What is on its way to the device holds its memory there until it has arrived."""
         self._slot = self._place = self._read = self._ahead = None

@@ -10,7 +10,6 @@ import errno
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 from offload_rt.arena import Slot
@@ -24,37 +23,35 @@ from planners.errors import format_bytes
 
 
 class ScratchRange:
-    """A lease of [offset_bytes, offset_bytes + num_bytes) of the scratch file."""
+    """A lease of [offset_bytes, offset_bytes + num_bytes) of the scratch file. What it has begun holds no lease of it:
+    it may be let go of while it is written or read, by any thread and inside any allocation.
+    """
 
     def __init__(self, scratch: Scratch, offset_bytes: int, num_bytes: int) -> None:
         self._scratch = scratch
         self.offset_bytes = offset_bytes
         self.num_bytes = num_bytes
-        self._is_kept = False
+        self._begun: list[Transfer] = []
+        """Those that may be under way."""
 
     def write(self, slot: Slot) -> Transfer:
-        return self._scratch.links.write(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
+        return self._began(
+            self._scratch.links.write(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
+        )
 
     def read(self, slot: Slot) -> Transfer:
-        return self._scratch.links.read(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
+        return self._began(
+            self._scratch.links.read(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
+        )
 
-    def settle(self, transfer: Transfer | None, wait: Callable[[Transfer], None]) -> None:
-        """Waits for what nobody wants any more, so its error is nobody's. What is late, or whoever interrupts the wait,
-        keeps the range for good: it may still be written to, or read, when others would be there.
-        """
-        was_kept, self._is_kept = self._is_kept, True
-        try:
-            if transfer is not None:
-                wait(transfer)
-        except StorageTimeout:
-            return
-        except OffloadError:
-            pass
-        self._is_kept = was_kept
+    def _began(self, transfer: Transfer) -> Transfer:
+        self._begun = [earlier for earlier in self._begun if not earlier.was_waited_for] + [transfer]
+        return transfer
 
     def __del__(self) -> None:
-        if not self._is_kept:
-            self._scratch.returned.append((self.offset_bytes, self.offset_bytes + self.num_bytes))
+        # Waits for nothing, and takes no lock: this thread may hold that lock, or be the one that is waited for.
+        end_bytes = self.offset_bytes + self.num_bytes
+        self._scratch.returned.append((self.offset_bytes, end_bytes, tuple(self._begun)))
 
 
 class Scratch:
@@ -63,7 +60,8 @@ class Scratch:
     def __init__(self, folder: Path, capacity_bytes: int, links: Links) -> None:
         self.links = links
         self.capacity_bytes = align_up(capacity_bytes, IO_ALIGNMENT_BYTES)
-        self.returned: deque[tuple[int, int]] = deque()  # by finalizers, which may run at any time
+        self.returned: deque[tuple[int, int, tuple[Transfer, ...]]] = deque()
+        """Ranges that were let go of, by finalizers, which may run at any time; and what may be under way there."""
         self._free: list[tuple[int, int]] = [(0, self.capacity_bytes)]
         try:
             fd, path = tempfile.mkstemp(prefix="scratch-", dir=folder)
@@ -93,11 +91,10 @@ class Scratch:
             os.unlink(path)
 
     def acquire(self, num_bytes: int) -> ScratchRange:
-        """A range of `num_bytes`, rounded up to 4 KiB. Raises `StorageFull`."""
+        """A range of `num_bytes`, rounded up to 4 KiB. Blocks as `take_back` does. Raises `StorageFull`."""
         wanted = align_up(num_bytes, IO_ALIGNMENT_BYTES)
         merged: list[tuple[int, int]] = []
-        while self.returned:
-            self._free.append(self.returned.popleft())
+        self.take_back()
         for start, end in sorted(self._free):
             if merged and merged[-1][1] == start:
                 merged[-1] = (merged[-1][0], end)
@@ -109,6 +106,31 @@ class Scratch:
                 merged[index] = (start + wanted, end)
                 return ScratchRange(self, start, wanted)
         raise StorageFull(f"no room for {format_bytes(wanted)} more", path=self.file.path, errno=errno.ENOSPC)
+
+    def take_back(self) -> None:
+        """Has the ranges that were let go of free again, and the slots that they were written from or read to.
+
+        Blocks until nothing is under way there. Nobody wants it any more, so its error is nobody's. What is late, or
+        whoever interrupts the wait, keeps the range for good: it may still be written to, or read, when others would
+        be there.
+        """
+        while self.returned:
+            start, end, begun = self.returned.popleft()
+            try:
+                for transfer in begun:
+                    self._settle(transfer)
+            except StorageTimeout:
+                continue
+            self._free.append((start, end))
+
+    def _settle(self, transfer: Transfer) -> None:
+        try:
+            if not transfer.was_waited_for:
+                self.links.wait(transfer)
+        except StorageTimeout:
+            raise
+        except OffloadError:
+            pass
 
     def close(self) -> None:
         self.file.close()

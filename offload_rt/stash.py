@@ -32,7 +32,9 @@ class Stashed(Protocol):
         """The tensor again, in memory of its own. Blocks until it has arrived. May be called more than once."""
 
     def release(self) -> None:
-        """Gives its place back; it cannot be loaded any more."""
+        """Gives its place back; it cannot be loaded any more. Neither blocks nor takes a lock: a finalizer may call it,
+        of any thread, whatever that one holds.
+        """
 
 
 class Stash(Protocol):
@@ -152,11 +154,14 @@ class NvmeStash:
         return slot, place.read(slot)
 
     def free_staging(self) -> None:
-        """Waits for writes under way, and gives up what was read ahead: another tensor is wanted than foreseen."""
+        """Waits for writes under way, and gives up what was read ahead: another tensor is wanted than foreseen. What
+        nobody wants any more may hold slots, too.
+        """
         while self._writing:
             self._finish_a_write()
         for piece in list(self._reading):
             piece.drop_read()
+        self._scratch.take_back()
         self.num_given_up += 1
 
     def start_previous(self, stashed: _NvmeStashed) -> None:
@@ -230,10 +235,6 @@ class _Piece:
         self._read = None
 
     def release(self) -> None:
-        # Transfers own their memory, but the range on the drive must not be reused while one is under way.
-        for transfer in (self._write, self._read[1] if self._read is not None else None):
-            if self._place is not None:
-                self._place.settle(transfer, self._stash.wait)
         self._place = self._write = self._read = None
 
 

@@ -71,6 +71,11 @@ class Transfer:
                 raise
             self._owned = None
 
+    @property
+    def was_waited_for(self) -> bool:
+        """Whether a wait has returned, or raised what the operation raised: it holds nothing any more."""
+        return self._owned is None
+
     def is_over(self) -> bool:
         """Whether `wait` would return or raise at once. Does not block, nor order anybody after it."""
         if not self._lock.acquire(blocking=False):

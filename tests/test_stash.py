@@ -12,6 +12,10 @@ from offload_rt.links import Links
 from offload_rt.recording import Recorder
 from offload_rt.scratch import Scratch
 from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash
+from offload_rt.throttle import Throttle
+from offload_rt.tokenwise.saved import Held, Place, SavedCounters, _Storage
+from planners.hardware import named_hardware
+from planners.placement import Tier
 
 PAGE = 4096
 
@@ -105,6 +109,7 @@ def test_what_is_larger_than_a_staging_slot_goes_in_pieces(parts, num_bytes):
     second.release()
     first.release()
     del first, second
+    parts.scratch.take_back()
     everything = parts.arena.try_acquire(parts.arena.num_bytes, "the test")
     assert everything is not None, "nothing of it is held any more"
     del everything
@@ -231,3 +236,49 @@ def test_a_place_that_may_still_be_written_to_is_not_given_to_others(disk_folder
     with pytest.raises(StorageFull):
         parts.scratch.acquire(2 * PAGE)
     parts.close()
+
+
+class Collecting:
+    """A lock inside which garbage is collected. `reentered` says how often a thread wanted it that had it already."""
+
+    def __init__(self):
+        self.num_taken = self.num_reentered = 0
+        self.is_held = False
+
+    def __enter__(self):
+        if self.is_held:
+            self.num_reentered += 1  # a real one would wait for ever
+            return
+        self.is_held = True
+        self.num_taken += 1
+        gc.collect()
+
+    def __exit__(self, *_):
+        self.is_held = False
+
+
+@pytest.mark.parametrize("whose", ["meter", "recorder", "drives"])
+def test_a_graph_that_is_collected_inside_a_lock_does_not_want_that_lock(disk_folder, whose):
+    """Its activations are still being written: whoever waited for that would be counted, recorded and paced."""
+    links = Links(recorder=Recorder(), throttle=Throttle(named_hardware("rtx4090")))
+    scratch, staging = Scratch(disk_folder, 2 * PAGE, links), Arena("staging", 8 * PAGE)
+    stash = NvmeStash(scratch, staging, links)
+    place = Place("attention", stash, Tier.NVME)
+    gc.collect()
+    gc.disable()
+    try:
+        held = [_Storage(None, place, Held(tensor(0), place, SavedCounters()))]
+        held.append(held)
+        assert held[0].held.is_stashed
+        del held
+        owner = {"meter": links.meter, "recorder": links.recorder, "drives": links.throttle.drives}[whose]
+        owner._lock = lock = Collecting()
+        other = stash.put(tensor(1))
+    finally:
+        gc.enable()
+    assert torch.equal(other.load(), tensor(1))
+    assert lock.num_taken and not lock.num_reentered
+    other.release()
+    assert scratch.acquire(2 * PAGE).num_bytes == 2 * PAGE, "what was collected has not given back its place"
+    links.close()
+    scratch.close()
