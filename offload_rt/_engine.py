@@ -42,7 +42,7 @@ from offload_rt.report import drift, report, summary
 from offload_rt.runtime import Runtime
 from offload_rt.runtime_assembly import Progress
 from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.steps import StepMeter, measured_update
+from offload_rt.steps import StepMeter, measured_update, weak_hook
 from planners.plan import Plan
 
 logger = logging.getLogger("offload_rt")
@@ -190,6 +190,9 @@ class Engine:
         self._tracked: dict[str, Any] = {}
         self._num_backwards = 0
         self._warned_accumulation = False
+        self._takes_step = False
+        """Whether an optimizer's step is one of `step`: others are a loop's own."""
+        stepping = [] if self.optimizer is None else [self.optimizer]
         self._handles = [
             ConversionGuard(*{self.model, model}),
             CopyGuard(*{self.model, model}, kept=self._kept_elsewhere()),
@@ -198,7 +201,9 @@ class Engine:
                 lambda *arguments: self._leave_out_absent(*arguments)  # torch marks the hook: a method takes no marks
             ),
             *self.step_meter.attach(self.model),
+            *(each.register_step_pre_hook(weak_hook(self._loop_steps)) for each in stepping),
             *self._training.watch(),
+            *(each.register_step_post_hook(weak_hook(self._loop_has_stepped)) for each in stepping),
         ]
         logger.info("%s", self.summary())
 
@@ -283,15 +288,36 @@ class Engine:
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
         self._take_step()
+        self._look_at_step()
+
+    @measured_update
+    def _take_step(self) -> None:
+        self._begin_step()
+        self._takes_step = True
+        try:
+            self._training.take_step()
+        finally:
+            self._takes_step = False
+
+    def _loop_steps(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """A loop has called the optimizer's own `step`; once more where that calls its base's."""
+        if not self._takes_step:
+            self._begin_step()
+            self.step_meter.begin_update()
+
+    def _loop_has_stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._takes_step and self.step_meter.end_update():
+            self._look_at_step()
+
+    def _look_at_step(self) -> None:
+        """Whether the plan is to be made again, by the step that was taken. Blocks as `Replanner.after_step` does."""
         self._replanner.after_step(
             self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
         )
 
-    @measured_update
-    def _take_step(self) -> None:
+    def _begin_step(self) -> None:
         self._warn_of_accumulation()
         self._num_backwards = 0
-        self._training.take_step()
 
     def _warn_of_accumulation(self) -> None:
         declared = self.config.accumulation_steps

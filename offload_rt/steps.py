@@ -6,7 +6,9 @@
     outside    |-----|                                         |-----|      the caller's own
 
 Forward begins and ends by hooks of the model; backward begins when the first gradient of an output is there, and ends
-when autograd has gone through its graph, whoever called it. What is measured costs a few calls a step, none a layer.
+when autograd has gone through its graph, whoever called it. The update is `engine.step`, or the optimizer's own step
+where a loop calls that, behind the closure that may run the model first. What is measured costs a few calls a step,
+none a layer.
 On an asynchronous device the host's clock says nothing of computing: only the step's seconds and the drives' are known.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,6 +71,8 @@ class StepMeter:
         self._lock = threading.RLock()
         self._num_open = 0
         self._backwards: set[int] = set()
+        self._update: tuple[float, float] | None = None
+        """When the update that is under way began, and the stalls until then."""
         self._restart()
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
@@ -93,17 +98,29 @@ class StepMeter:
     @contextmanager
     def updating(self) -> Iterator[None]:
         """The update is made inside, and is the end of a step. A step that fails does not count."""
-        with self._lock:
-            self._give_up_open()
-            begin, stalls = self._clock(), self._stalls()
+        self.begin_update()
         try:
             yield
         except BaseException:
             self.forget()
             raise
         finally:
-            with self._lock:
-                self._finish(self._clock() - begin, self._stalls() - stalls)
+            self.end_update()
+
+    def begin_update(self) -> None:
+        """The update is made from now on, until `end_update`; or again from now on, where one has failed."""
+        with self._lock:
+            self._give_up_open()
+            self._update = self._clock(), self._stalls()
+
+    def end_update(self) -> bool:
+        """It was made, which is the end of a step. False where none had begun."""
+        with self._lock:
+            if self._update is None:
+                return False
+            (begin, stalls), self._update = self._update, None
+            self._finish(self._clock() - begin, self._stalls() - stalls)
+            return True
 
     def steady(self) -> StepReading | None:
         """The median of the newest steps, by resource; None while there is none."""
@@ -147,8 +164,11 @@ class StepMeter:
             self._num_open -= 1
             if not self._num_open:
                 begin, stalls = self._entered
-                self._model_seconds += self._clock() - begin
-                self._model_stalls += self._stalls() - stalls
+                now = self._clock(), self._stalls()
+                self._model_seconds += now[0] - begin
+                self._model_stalls += now[1] - stalls
+                if self._update is not None:  # a closure ran the model
+                    self._update = now
 
     def _give_up_open(self) -> None:
         """A backward pass that failed never says that it is over."""
@@ -240,3 +260,17 @@ def measured_update(
             return method(owner, *args, **kwargs)
 
     return measured
+
+
+def weak_hook(method: Callable[[torch.optim.Optimizer, Any, Any], None]) -> Callable[..., None]:
+    """A hook of an optimizer's `step`: calls `method` as long as somebody else holds whose it is.
+
+    A scheduler that outlives an engine holds the optimizer, and that its hooks.
+    """
+    held = weakref.WeakMethod(method)
+
+    def called(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (living := held()) is not None:
+            living(optimizer, args, kwargs)
+
+    return called

@@ -159,6 +159,19 @@ class Run:
             self.trace.append([loss.detach(), *(p.detach().clone() for p in self.engine.trainable.values())])
         return self
 
+    def loop(self, until):
+        """As `train`, by a loop that knows torch alone."""
+        optimizer, parameters = self.engine.optimizer, self.engine.trainable.values()
+        while self.engine.step_number < until:
+            loss = self.engine.model(**self.position.draw()).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(list(parameters), self.engine.config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.scheduler.step()
+            self.trace.append([loss.detach(), *(p.detach().clone() for p in parameters)])
+        return self
+
     @property
     def decisions(self):
         return self.engine.report()["replanning"]["decisions"]
@@ -221,6 +234,19 @@ def test_a_drive_three_times_slower_changes_the_plan_and_no_number(hardware, tmp
         run.engine.save_checkpoint(tmp_path / "saved")
     assert f"step {ASKED_UNTIL}: ssd_read takes 3.00 times as long as planned" in caplog.text
     assert "the plan is changed (" in caplog.text
+
+
+@pytest.mark.full
+def test_a_loop_that_steps_by_the_optimizer_has_its_plan_made_again_at_the_same_step(hardware, tmp_path):
+    last = CHANGED_IN + 1
+    with Run(tmp_path / "nvme", emulate=hardware, options=RuntimeOptions(replan=False)) as undisturbed:
+        undisturbed.train(last)
+    with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
+        run.loop(ASKED_UNTIL)
+        assert run.engine.plan == run.first_plan
+        run.loop(last)
+        assert [(each["result"], each["step"]) for each in run.decisions] == [("changed", ASKED_UNTIL)]
+        assert run.engine.plan != run.first_plan and equal(run, undisturbed)
 
 
 def test_what_the_options_fix_stays_fixed_where_a_plan_is_made_again(hardware, tmp_path):

@@ -383,3 +383,20 @@ def test_a_batch_of_micro_batches_begins_with_the_change(tmp_path: Path) -> None
                 propose(run, other)
         assert run.plan == other and results(run) == ["changed"] and decisions(run)[0]["step"] == 2
         assert passed_on[0] > 0 and len(set(passed_on)) == 1, "they go through the layers together in every step"
+
+
+def test_a_loop_that_steps_by_the_optimizer_has_the_step_committed_that_a_change_is_behind(tmp_path: Path) -> None:
+    """The backward passes were the engine's, so that it has counted gradients that wait."""
+    twin = Plain(model())
+    with engine(model(), "in place", tmp_path, nvme=tmp_path, commit_every=100) as run:
+        other = plan_of(run, "BACKWARD, tight")
+        for number in range(3):
+            for each in (twin, run):
+                each.backward(each(**batch(number)).loss)
+            twin.step()
+            if number == 1:
+                propose(run, other)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            assert differences(run.state(), twin.state()) == [], number
+        assert run.plan == other and [each["step"] for each in decisions(run)] == [2]

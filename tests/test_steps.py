@@ -106,6 +106,20 @@ def test_accumulated_micro_batches_are_one_step(rig):
     assert step.seconds == 6.0 and step.resources.busy_seconds[COMPUTE] == 5.5
 
 
+def test_a_closure_runs_the_model_before_the_update(rig):
+    """An optimizer's step that calls its base's begins twice and is over twice; the first one that is over ends it."""
+    for _ in range(WARM_STEPS + 1):
+        rig.clock.now += 4.0
+        rig.meter.begin_update()
+        rig.meter.begin_update()
+        rig.model(torch.ones(2)).backward()
+        rig.clock.now += 0.5
+        assert rig.meter.end_update() and not rig.meter.end_update()
+    (step,) = rig.meter.steps
+    assert (step.seconds, step.outside_seconds) == (3.5, 4.0)
+    assert step.resources.busy_seconds == {COMPUTE: 2.75, DEVICE_UPDATE: 0.5}
+
+
 def test_first_steps_failed_ones_and_those_with_an_evaluation_do_not_count(rig):
     assert rig.meter.steady() is None
     for _ in range(WARM_STEPS):

@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW
 from offload_rt.arguments import make_optimizer
 from offload_rt.checkpoint.state import is_complete
 from offload_rt.errors import ConfigError, IntegrityError
+from offload_rt.steps import WARM_STEPS
 from tests.adapter_tiers import IN_HOST
 from tests.conftest import build_lora, language_batch
 
@@ -80,6 +81,19 @@ def test_a_step_is_counted_once_whoever_takes_it(made):
     assert engine.step_number == 2
     step(engine)
     assert engine.step_number == 3
+
+
+@pytest.mark.parametrize("options", [None, {"state": IN_HOST}], ids=["in memory", "in tiers"])
+def test_what_its_steps_take_is_reported(made, options):
+    engine = made(options=options, host_memory="64MiB")
+    for number in range(WARM_STEPS):
+        step(engine, number)
+    assert engine.report()["steady_step"] is None
+    step(engine)
+    backward(engine)
+    engine.step()
+    assert engine.report()["steady_step"]["num_steps"] == 2
+    assert engine.step_meter.num_steps == engine.step_number == WARM_STEPS + 2, "each once"
 
 
 def test_a_closure_takes_the_gradients_itself(made):

@@ -6,7 +6,6 @@ Their optimizer is torch's, which any loop may step itself. So steps are seen by
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_moved, ch
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.log_commit import OpenLog, is_log
 from offload_rt.optimizer.rules import rule_for
+from offload_rt.steps import weak_hook
 
 
 class AdapterSteps:
@@ -139,10 +139,9 @@ class MemoryTraining:
         """See `interface.Training`."""
         if self.optimizer is None:
             return []
-        # A scheduler that outlives the engine holds the optimizer: that must not hold this, and the engine, too.
         return [
-            self.optimizer.register_step_pre_hook(_weakly(self._step_begins)),
-            self.optimizer.register_step_post_hook(_weakly(self._step_is_over)),
+            self.optimizer.register_step_pre_hook(weak_hook(self._step_begins)),
+            self.optimizer.register_step_post_hook(weak_hook(self._step_is_over)),
         ]
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -198,14 +197,3 @@ class MemoryTraining:
         if self.optimizer is None:
             raise ConfigError(otherwise)
         return self.optimizer
-
-
-def _weakly(method: Callable[[torch.optim.Optimizer, Any, Any], None]) -> Callable[..., None]:
-    """Calls `method` as long as somebody else holds whose it is."""
-    held = weakref.WeakMethod(method)
-
-    def called(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if (living := held()) is not None:
-            living(optimizer, args, kwargs)
-
-    return called
