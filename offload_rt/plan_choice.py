@@ -3,9 +3,9 @@
 The rule needs nothing but sizes. The optimiser needs this machine's rates (`offload-rt calibrate`, remembered) and a
 layer's seconds, measured now; at these prices both plans are simulated, and the optimiser's runs if it is faster by
 more than what predictions are off. Whatever stands in the way, the rule's plan runs, and the `Choice` says why. Both
-keep to the budgets. Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and
-where it does not, of whole layers; where the rule takes the head by tiles, so does the optimiser: so the bits are the
-same.
+keep to the budgets, and the rule's can follow the optimiser's, since a rehearsal that does not fit goes back to it.
+Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and where it does not, of
+whole layers; where the rule takes the head by tiles, so does the optimiser: so the bits are the same.
 
     rule ──► can it be asked, and for how much? ──► profile, solve, simulate both ──► the faster one, and the reason
 """
@@ -27,6 +27,7 @@ from offload_rt.plan_options import chunk_tokens_of
 from offload_rt.planning import by_tiles, lowered, measured_problem
 from offload_rt.planning_adapters import asked_for
 from offload_rt.profile import attention_width
+from offload_rt.resting import why_not_follow
 from offload_rt.workload import Workload
 from planners.cost import FLASH_BACKWARD, Knobs
 from planners.division import divided
@@ -106,6 +107,8 @@ def choose(
     if cuts_of(plan, workload) != cuts_of(rule, workload):
         cuts = cuts_of(plan, workload).describe()
         return rule, chosen(RULE, f"the optimiser's plan cuts otherwise, which changes numbers: {cuts}"), None
+    if why := why_not_follow(workload, plan, rule):
+        return rule, chosen(RULE, f"the rule's plan could not follow the optimiser's: {why}"), None
     optimised = float(plan.predicted["step_seconds"])
     both = {"rule_step_seconds": ruled, "optimised_step_seconds": optimised}
     compared = f"{optimised:.3g} s a step expected, {ruled:.3g} s with the rule"

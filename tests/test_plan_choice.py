@@ -44,11 +44,11 @@ def calibrated(tmp_path, monkeypatch):
     """This machine was measured; calling it says with what."""
     monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
 
-    def keep(hardware):
-        known = calibrate.identity("cpu", (tmp_path.resolve(),))
+    def keep(hardware, *folders):
+        known = calibrate.identity("cpu", folders)
         calibrate.keep(calibrate.cache_name(known), known, calibrate.Measurement(hardware, {}, 1.0))
 
-    keep(machine(64 * MIB, 0))
+    keep(machine(64 * MIB, 0), tmp_path.resolve())
     return keep
 
 
@@ -226,4 +226,15 @@ def test_a_rehearsal_that_does_not_fit_goes_on_with_the_rule(timed, calibrated, 
         report = engine.report()
     assert report["rehearsal"]["result"] == "planned again" and report["plan"] == RULE
     assert report["plan_choice"]["chosen"] == RULE and "rehearsal" in report["plan_choice"]["why"]
+    assert differences(run_plain(BF16), found) == []
+
+
+def test_a_rehearsal_that_does_not_fit_goes_on_with_the_rule_without_a_drive_too(timed, calibrated, monkeypatch):
+    """The optimiser would have all weights in DEVICE memory, the rule only slots: memory has the one copy of them."""
+    calibrated(replace(machine(64 * MIB, 64 * MIB), drives=()))
+    monkeypatch.setattr(rehearsal, "ROOM", 1000)
+    monkeypatch.setattr(rehearsal, "_measure", lambda *_: (980_000, None))  # what the rule has room for
+    with engine_of(None, device_memory=MIB + MIB // 2, host_memory=64 * MIB) as engine:
+        found = run_steps(BF16.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        assert engine.report()["rehearsal"]["result"] == "planned again" and engine.plan.planner == RULE
     assert differences(run_plain(BF16), found) == []
