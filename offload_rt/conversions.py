@@ -41,15 +41,16 @@ class Guard:
 
 
 class ConversionGuard(Guard):
-    """Stands before `_apply`, which all of torch's conversions go through, of some modules until `remove`; and before
-    what merges adapters, or makes embeddings larger, of any module within them.
+    """Stands before `_apply`, which all of torch's conversions go through, and before what merges adapters, or makes
+    embeddings larger, until `remove`: of some modules, and of each module within them that has parameters. A part of a
+    model is converted like the whole, and what is under a PeftModel is the model to whoever has made both.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__()
-        for module in modules:
-            self.guard(module, "_apply", _guarded(module))
         for inner in {inner for module in modules for inner in module.modules()}:
+            if next(inner.parameters(), None) is not None:
+                self.guard(inner, "_apply", _guarded(inner))
             for name, what_to_do in _REFUSED.items():
                 if hasattr(type(inner), name):
                     self.guard(inner, name, _refused(name, what_to_do))

@@ -40,6 +40,21 @@ def test_the_model_under_new_adapters_is_guarded_too(make_engine):
             guarded.half()
 
 
+def test_what_is_within_a_model_is_guarded_too(make_engine, disk_folder):
+    model = build_lora(dtype=torch.float32)
+    engine = make_engine(model, nvme=disk_folder)
+    layer = model.base_model.model.model.layers[0]
+    guarded = (model.base_model, model.base_model.model, layer, layer.self_attn.q_proj, layer.input_layernorm)
+    for inner in guarded:
+        with pytest.raises(ConfigError, match="convert it before"):
+            inner.half()
+        assert inner.float() is inner
+    engine.backward(engine(**language_batch(0)).loss)
+    engine.step()
+    engine.close()
+    assert all("_apply" not in vars(inner) for inner in model.modules()) and layer.half() is layer
+
+
 def test_merging_adapters_is_refused_and_changes_no_weight(make_engine, disk_folder):
     model = build_lora(dtype=torch.float32)
     engine = make_engine(model, nvme=disk_folder)
