@@ -50,6 +50,10 @@ PASSING_BYTES = {
     "commit log zeros": FILL_BYTES,
 }
 """What making an engine takes of HOST for a moment, at most: planned beside what lasts, where the budget has room."""
+PROFILE = "profile"
+"""What names of arenas begin with in which a layer is timed, before there are any of DEVICE's, in whose place they are.
+They pass, too, as far as its budget has room.
+"""
 
 
 @dataclass
@@ -152,9 +156,12 @@ class Peaks:
         return max(each.used_bytes for each in (*self._accounts.values(), account) if each.tier is account.tier)
 
     def _passing_bytes(self, account: TierAccount) -> int:
-        """Of `PASSING_BYTES`, what there was when most was mapped; no more than the budget has room for."""
+        """Of `PASSING_BYTES` and a profile, what there was when most was mapped; no more than the budget has left."""
         peak = self._memory.get((INGEST, account.tier), MemoryPeak())
-        passing = sum(min(size, PASSING_BYTES.get(name, 0)) for name, size in peak.beside.items())
+        passing = sum(
+            size if _is_of_profile(name) else min(size, PASSING_BYTES.get(name, 0))
+            for name, size in peak.beside.items()
+        )
         if account.capacity_bytes is None:
             return passing
         return max(0, min(passing, account.capacity_bytes - self._lasting_bytes(account)))
@@ -199,7 +206,8 @@ class Peaks:
         """None where it is another engine's."""
         if mapping.account is None:
             tiers: Tiers | None = None if self._runtime is None else self._runtime.tiers
-            return None if tiers is None else tiers.account(Tier.HOST).tier
+            of = Tier.DEVICE if _is_of_profile(mapping.name) else Tier.HOST
+            return None if tiers is None else tiers.account(of).tier
         account = self._accounts.get(id(mapping.account))
         return None if account is None else account.tier
 
@@ -275,6 +283,10 @@ class Peaks:
                 "%s: arenas took %s of %s memory, %s are planned; not reserved: %s", self._phase,
                 format_bytes(peak.num_bytes), tier.value, format_bytes(planned), beside or "nothing",
             )  # fmt: skip
+
+
+def _is_of_profile(name: str) -> bool:
+    return name.split(",")[0] == PROFILE
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int]]:

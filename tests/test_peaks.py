@@ -7,13 +7,14 @@ phase    |------------- ingest ---------------------|------ step ------|------ s
 
 import gc
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from offload_rt import arena as arenas
-from offload_rt import mapped, peaks, store
+from offload_rt import mapped, peaks, planning, store
 from offload_rt.arena import Arena
 from offload_rt.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.comparison import peak_lines
@@ -24,6 +25,7 @@ from planners.errors import PlanInfeasible
 from planners.plan import StatePlacement, Tier
 from planners.streaming import SAVING
 from tests.conftest import build_base, build_lora, language_batch
+from tests.test_planning import SECONDS, machine
 
 SEQ_LEN = 512
 """So long that activations are planned to take more than the buffers of fixed size that a log is filled through."""
@@ -202,6 +204,17 @@ def test_buffers_of_a_first_start_are_planned_within_the_budget(name, make_engin
     assert found["host"]["passing_bytes"] == ingest["beside"][name] > 0
     assert not [one for one in found["over"] if one["phase"] == "ingest"] and "ingest: arenas took" not in caplog.text
     assert any(line.startswith("host: ") and line.endswith(" for a moment of ingest") for line in lines)
+
+
+def test_a_layer_is_timed_in_memory_of_the_device(make_engine, caplog, monkeypatch):
+    """HOST has not so much, and less is planned there."""
+    monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
+    hardware = replace(machine(4 << 20, 256 << 10), drives=())
+    with make_engine(build_lora(), device="cpu", plan="optimise", emulate=hardware) as engine:
+        found = engine.report()["peaks"]
+    ingest = found["device"]["phases"]["ingest"]
+    assert sum(size for name, size in ingest["beside"].items() if name.startswith("profile")) > 256 << 10
+    assert found["over"] == [] and "arenas took" not in caplog.text
 
 
 @pytest.mark.parametrize(
