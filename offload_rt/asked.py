@@ -20,7 +20,7 @@ import torch
 from offload_rt.adapter_draft import in_tiers, question
 from offload_rt.errors import ConfigError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
-from offload_rt.planning import lowered, optimised_adapters
+from offload_rt.planning import in_budgets, lowered, optimised_adapters
 from offload_rt.planning_adapters import questions_by_chunks
 from offload_rt.planning_training import lowered_training, questions_of
 from offload_rt.runtime_options import RuntimeOptions
@@ -64,7 +64,7 @@ class Asked:
             try:
                 plan = plan_optimal(problem, freedoms=freedoms)
             except PlanInfeasible as error:
-                failure = error  # the last question leaves most open
+                failure = in_budgets(error, streaming, problem)  # the last question leaves most open
                 continue
             if found is None or _seconds(plan) * (1 + WEAR_SLOWDOWN) < _seconds(found[0]):
                 found = plan, index

@@ -33,6 +33,8 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import Workload
 from offload_rt.workload_sizes import OPTIMIZER_BYTES_PER_ELEMENT
 from planners.edges import tiled_block
+from planners.greedy import Shortage
+from planners.greedy import infeasible as refusal
 from planners.hardware import Drive, Hardware
 from planners.mip import plan_optimal
 from planners.placement import Tier, UpdateMode
@@ -110,7 +112,8 @@ def optimised_adapters(workload: Workload, streaming: StreamingProblem, hardware
             try:
                 return lowered(plan_optimal(problem), streaming, problem), problem
             except PlanInfeasible as error:
-                failure = failure or error  # of what is cut least, if that was asked about: it helps most
+                # Of what is cut least, if that was asked about: it helps most.
+                failure = failure or in_budgets(error, streaming, problem)
     raise failure or ConfigError("plan: no question can be asked about this workload")
 
 
@@ -334,6 +337,22 @@ def _head_seconds(workload: Workload, streaming: StreamingProblem, chunk_tokens:
         hidden_size=hidden, vocabulary=vocabulary, num_tokens=tokens,
         tile_tokens=head_chunk_tokens(streaming, chunk_tokens) or tokens, dtype=torch_dtype(dtype),
     )  # fmt: skip
+
+
+def in_budgets(infeasible: PlanInfeasible, streaming: StreamingProblem, problem: Problem) -> PlanInfeasible:
+    """`infeasible`, of `problem`, in the user's budgets, of which that has only what a plan may decide about."""
+    device = problem.hardware.device
+    budgets = {
+        Tier.DEVICE.value: streaming.device_capacity_bytes or device.memory_bytes,
+        Tier.HOST.value: streaming.host_capacity_bytes or problem.hardware.host.memory_bytes,
+        Tier.NVME.value: streaming.nvme_capacity_bytes or problem.hardware.nvme_bytes,
+    }
+    beside = {tier: budgets[tier] - have for tier, have in capacities(problem).items()}
+    beside[Tier.DEVICE.value] = device.reserve_bytes  # also where it is more than the budget
+    short = [
+        Shortage(tier, need + beside[tier], budgets[tier], infeasible.phase) for tier, need in infeasible.needs.items()
+    ]
+    return refusal(short)
 
 
 def within_budgets(

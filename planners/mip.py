@@ -326,11 +326,13 @@ def _modes(problem: Problem) -> list[UpdateMode]:
 
 
 def smallest_shortage(problem: Problem, freedoms: Freedoms | None = None) -> list[Shortage]:
-    """What is short in the combination that comes closest, where no program has a solution at all.
+    """What is short in the combination that comes closest, where no program has a solution at all: with a page of each
+    tier for what rounding takes, so that nothing is short by less than the solver can tell from nothing.
 
     Raises `ProblemError` where no memory would help.
     """
     room = {tier: float(size) for tier, size in capacities(problem).items()}
+    without_page = {tier: size - PAGE_BYTES for tier, size in room.items()}
     best: tuple[float, list[Shortage]] | None = None
     mode, buffers = _modes(problem)[0], Buffers(gradient_slots=1, state_slots=state_slots(problem)[-1])
     for cuts in chunk_choices(problem):
@@ -341,10 +343,13 @@ def smallest_shortage(problem: Problem, freedoms: Freedoms | None = None) -> lis
                 update_mode=mode, slots=1, cuts=cuts, boundary=boundary, buffers=buffers, weights=weights,
                 state_in_memory=in_memory,
             )  # fmt: skip
-            closest = solve_steady(problem, knobs, unit_seconds=floor_seconds(problem), freedoms=freedoms, elastic=True)
+            closest = solve_steady(
+                problem, knobs, unit_seconds=floor_seconds(problem), freedoms=freedoms, room=without_page, elastic=True
+            )
             if closest is None:
                 continue
-            missing = closest.short_bytes or {"device": float(PAGE_BYTES)}  # nothing but what rounding takes
+            missing = {tier: size for tier, size in closest.short_bytes.items() if size > PAGE_BYTES}
+            missing = missing or {"device": float(PAGE_BYTES)}  # nothing but what rounding takes
             short = [Shortage(tier, room[tier] + size, room[tier], "backward") for tier, size in missing.items()]
             lack = sum(SHORTAGE_PRICES[tier] * size for tier, size in missing.items())
             if short and (best is None or lack < best[0]):

@@ -12,6 +12,7 @@ import torch
 from offload_rt import block_profile, calibrate, planning
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
+from offload_rt.asked import asked
 from offload_rt.autograd import CHECKED_CALLS, RecomputedLayer
 from offload_rt.block_profile import profile_head, profile_layer, updates_per_second
 from offload_rt.chunk_profile import profile_chunked_layer
@@ -113,6 +114,27 @@ def test_plans_of_real_blocks_pass_the_validator_and_say_only_what_can_be_run(ho
     parted = {0: (True, False, True), 120 * KIB: (True, True, True), 64 * MIB: (True, True, False)}[host]
     assert parted in splits
     assert grants[0] and not grants[-1]
+
+
+@pytest.mark.parametrize(("case", "host"), [(BF16, 0), (NF4, 64 * KIB)], ids=str)
+def test_what_a_refusal_says_would_fit_does(case, host, tmp_path):
+    """In the user's budgets, of which the question has only what a plan may decide about; and a page beside."""
+
+    def refusal(device, host):
+        bits = 4 if case.weights == "nf4" else None
+        workload, streaming, problem = question(build(case), tmp_path, machine(device, host), bits)
+        try:
+            asked(problem).best(workload, streaming)
+        except PlanInfeasible as error:
+            return error
+        return None
+
+    short = refusal(400 * KIB, host)
+    assert short.tier == ("host" if host else "device") and short.have_bytes == (host or 400 * KIB)
+    device, host = short.needs["device"], short.needs.get("host", 0)
+    assert refusal(device, host) is None
+    for missing in range(PAGE, PAGE + 3):  # by bytes, which a solver can hardly tell from none
+        assert (again := refusal(device - missing, host)) is None or again.needs["device"] <= device + PAGE
 
 
 @pytest.mark.parametrize(("case", "host"), [(BF16, 0), (NF4, 0), (NF4, 120 * KIB)], ids=str)
