@@ -143,12 +143,16 @@ def _can_tile(problem: Problem, streaming: StreamingProblem) -> bool:
 
 
 def by_tiles(problem: Problem, streaming: StreamingProblem) -> Problem:
-    """The same question where the head goes by tiles, in every plan: a cut. ConfigError where it cannot."""
+    """The same question where the head goes by tiles, in every plan: a cut, with the rows that the cuts have, if they
+    say. ConfigError where it cannot.
+    """
     block = tiled_block(streaming)
     if block is None or not _can_tile(problem, streaming):
         raise ConfigError("plan: the head goes by tiles, about which the optimiser cannot be asked here")
     *others, head = problem.workload.classes
-    classes = (*others, replace(head, product=block.product, rows=block.rows, in_tiles=True))
+    tile_rows = None if streaming.cuts is None else streaming.cuts.head_tile_rows
+    tiled = replace(head, product=block.product, rows=block.rows, in_tiles=True, tile_rows=tile_rows)
+    classes = (*others, tiled)
     return replace(problem, workload=replace(problem.workload, classes=classes))
 
 

@@ -142,6 +142,8 @@ class BlockClass:
     """Of the matrix of a frozen head without a bias; None of all else. See `Workload.tiles_of`. Both: they are tied."""
     in_tiles: bool = False
     """It goes by tiles, be there room for the whole or not: a cut that all plans have in common."""
+    tile_rows: int | None = None
+    """Of a tile, whole pages, as a run that goes on has begun; None: as the matrix says (`RowsSize.tile_rows`)."""
 
     @property
     def count(self) -> int:
@@ -244,8 +246,9 @@ class Workload:
             return None
         if not entry.in_tiles and any(self.rows_of(other) is None for other in others):
             return None
+        tile_rows = entry.product.tile_rows() if entry.tile_rows is None else entry.tile_rows
         tiles = HeadTiles.of(
-            entry.blocks[0], entry.product, rest, tile_rows=entry.product.tile_rows(),
+            entry.blocks[0], entry.product, rest, tile_rows=tile_rows,
             num_tokens=min(self.head_tile_tokens, self.tokens), batch_tokens=self.tokens,
         )  # fmt: skip
         rooms = tiles.slots_bytes + tiles.product_bytes

@@ -176,6 +176,8 @@ def _check_tiles(workload: Workload, plan: Plan, placed: ClassPlan, entry: Block
         if lookups is None or block not in lookups.blocks or lookups.rest is not tiles.rest:
             raise InvalidPlan(f"block {block!r} is the embedding, too, whose rows are looked up where its tiles rest")
         _check_room(lookups, entry.rows, placed.name)
+    if tiles.tile_rows != (entry.tile_rows or tiles.tile_rows):
+        raise InvalidPlan(f"tiles of {tiles.tile_rows} rows, but {entry.tile_rows} are what all plans have in common")
     if tiles.tile_rows * size.row_bytes != tiles.tile_bytes:
         raise InvalidPlan(f"tiles of {tiles.tile_rows} rows, {size.row_bytes} bytes each, in {tiles.tile_bytes} bytes")
     try:

@@ -9,10 +9,11 @@ import torch
 
 from offload_rt import planning
 from offload_rt._engine import Engine
-from offload_rt.cuts import cuts_of
+from offload_rt.cuts import check_cuts, cuts_of
 from offload_rt.errors import ConfigError
+from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import OPTIMISER, choose, rule_seconds
-from offload_rt.planning import by_tiles
+from offload_rt.planning import by_tiles, lowered
 from offload_rt.runtime_options import RuntimeOptions
 from planners.cost import tiles_again_seconds
 from planners.errors import PlanInfeasible
@@ -155,6 +156,21 @@ def test_a_run_that_goes_on_keeps_its_cuts(tmp_path, of_the_rule):
         assert engine.plan.head_tiles is None, "a cut only where nothing else fits"
     with pytest.raises(PlanInfeasible, match="device"):
         engine_of(tmp_path, plan="optimise", emulate=machine(budget, 0), options=RuntimeOptions(cuts=whole))
+
+
+def test_a_run_that_was_begun_with_other_rows_is_asked_about_with_them(tmp_path):
+    rows = TILE_ROWS // 2
+    workload, streaming, problem, ruled = asked(tmp_path, 64 * MIB)
+    cuts = Cuts(head_chunk_tokens=None, chunk_tokens=None, layer_major=None, head_tile_rows=rows)
+    tiled = by_tiles(problem, replace(streaming, cuts=cuts))
+    plans = [lowered(plan_optimal(one), streaming, one) for one in (ruled, tiled)]
+    assert [plan.head_tiles.tile_rows for plan in plans] == [TILE_ROWS, rows]
+    assert plans[1].head_tiles.tile_bytes < plans[0].head_tiles.tile_bytes
+    check_plan(plans[1], streaming, workload)
+    check_cuts(plans[1], workload, cuts)
+    check_placement(tiled, plan_optimal(tiled))
+    with pytest.raises(InvalidPlan, match=f"tiles of {TILE_ROWS} rows, but {rows}"):
+        check_placement(tiled, plan_optimal(ruled))
 
 
 def by_the_rule(streaming, tile_rows=TILE_ROWS):
