@@ -67,6 +67,8 @@ class Region(mmap.mmap):
     address: int
     tell_gone: Callable[[], object]
     """Says that the memory was given back, once."""
+    is_locked: bool
+    """A device was asked to make it reachable for copies of its own."""
 
     def __new__(cls, num_bytes: int) -> Region:
         # Private: Python's default, a shared mapping, gets no huge pages, and direct reads were 1.6 times slower.
@@ -74,13 +76,18 @@ class Region(mmap.mmap):
         region.address = ctypes.addressof(ctypes.c_char.from_buffer(region))
         region.before_unmap = []
         region.tell_gone = lambda: None
+        region.is_locked = False
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages serve
                 region.madvise(mmap.MADV_HUGEPAGE)
         return region
 
     def give_back(self) -> None:
-        """Gives the memory back to the system now, whoever still sees it. What lay in it is lost."""
+        """Gives the memory back to the system now, whoever still sees it. What lay in it is lost. Nothing may be copied
+        to it or from it any more: whoever had its pages kept lets go of them first.
+        """
+        while self.before_unmap:
+            self.before_unmap.pop()(self.address)
         self.madvise(mmap.MADV_DONTNEED)
         self.tell_gone()
 

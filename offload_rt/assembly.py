@@ -26,7 +26,7 @@ from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
 from offload_rt.plan_options import with_options
-from offload_rt.resting import why_none_follows, why_not_follow
+from offload_rt.resting import why_not_follow
 from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.runtime_assembly import Progress, RuntimeAssembly
 from offload_rt.runtime_options import RuntimeOptions
@@ -97,7 +97,7 @@ def assemble(
 
 def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[StreamingProblem], Plan] | None:
     """The fixed rule for other sizes, where a runtime can change over."""
-    if workload.has_streams or why_none_follows(workload):
+    if workload.has_streams:
         return None
     return lambda problem: with_options(plan_streaming(problem, rest=options.rest), workload, options, problem.training)
 
@@ -120,6 +120,8 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
         training.commits.commit()
     runtime.close()
     runtime.let_go()
+    if runtime.device is not None:  # whose kernels may be behind; copies are over
+        runtime.device.compute.record().wait()
     # Before the new plan's memory is taken, whoever still holds the old one's.
     runtime.tiers.give_back(keep=runtime.only_copies())
     with RuntimeAssembly(made_of, change.plan, None, before=runtime, more_bytes=change.more_bytes) as assembly:

@@ -34,15 +34,35 @@ from offload_rt.streams import Event
 logger = logging.getLogger("offload_rt")
 
 
+class CudaRegion:
+    """The memory of an arena: one allocation of torch's allocator, free when nothing sees this any more."""
+
+    tell_gone: Callable[[], object]
+    """As `Region.tell_gone`."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.tensor = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.tell_gone = lambda: None
+
+    def give_back(self) -> None:
+        """As `Region.give_back`. The allocator hands the memory out again behind what `compute` was given so far."""
+        self.tensor.untyped_storage().resize_(0)
+        self.tell_gone()
+
+
 class _Memory:
-    """A range of device memory, leased while this lives. Holds the arena's tensor."""
+    """A range of device memory, leased while this lives. Holds the arena's region."""
 
-    __slots__ = ("__weakref__", "address", "num_bytes", "tensor")
+    __slots__ = ("__weakref__", "address", "num_bytes", "region")
 
-    def __init__(self, tensor: torch.Tensor, start: int, num_bytes: int) -> None:
-        self.tensor = tensor
-        self.address = tensor.data_ptr() + start
+    def __init__(self, region: CudaRegion, start: int, num_bytes: int) -> None:
+        self.region = region
+        self.address = region.tensor.data_ptr() + start
         self.num_bytes = num_bytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.region.tensor.device
 
 
 class _Window:
@@ -70,11 +90,11 @@ class CudaSlot(Slot):
             num_elements *= size
         num_bytes = num_elements * dtype.itemsize
         if num_bytes == 0:
-            return torch.empty(tuple(shape), dtype=dtype, device=memory.tensor.device)
+            return torch.empty(tuple(shape), dtype=dtype, device=memory.device)
         if offset_bytes < 0 or offset_bytes + num_bytes > self.num_bytes:
             raise ValueError(f"slot: {tuple(shape)} of {dtype} at {offset_bytes} exceeds {self.num_bytes} bytes")
         window = _Window(memory, self._offset_bytes + offset_bytes, num_bytes)
-        return torch.as_tensor(window, device=memory.tensor.device).view(dtype).view(tuple(shape))
+        return torch.as_tensor(window, device=memory.device).view(dtype).view(tuple(shape))
 
 
 class CudaArena(Arena):
@@ -86,15 +106,15 @@ class CudaArena(Arena):
         self._device = device
         super().__init__(name, num_bytes, poison=poison)
 
-    def _map(self) -> torch.Tensor:
-        return torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device.device)
+    def _map(self) -> CudaRegion:
+        return CudaRegion(self.num_bytes, self._device.device)
 
     def _memory(self, start: int, num_bytes: int) -> _Memory:
         return _Memory(self.region, start, num_bytes)
 
     def _fill(self, start: int, num_bytes: int) -> None:
         with torch.cuda.stream(self._device.compute.stream):
-            self.region[start : start + num_bytes].fill_(POISON)
+            self.region.tensor[start : start + num_bytes].fill_(POISON)
 
 
 @dataclass(frozen=True)
@@ -190,23 +210,20 @@ class CudaDevice:
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         return CudaArena(name, num_bytes, self, poison=poison)
 
-    def lock(self, arena: Arena) -> None:
-        if not arena.num_bytes:
-            return
-        region: Any = arena.region
+    def lock(self, name: str, region: Region) -> None:
         try:
             if self._runtime is None:
                 torch.cuda.init()  # type: ignore[no-untyped-call]  # loads the runtime that is found then
                 self._runtime = find_cuda_runtime()
-            if self._runtime is None or not isinstance(region, Region):
+            if self._runtime is None:
                 raise PinningRefused("no CUDA runtime library was found in this process", code=0)
             with torch.cuda.device(self.device):  # on whose context it is; another GPU's would be made for it
                 pin(region, self._runtime)
         except PinningRefused as refusal:
-            self.pageable_bytes += arena.num_bytes
-            logger.warning("%s stays pageable, copies from it run at about half speed: %s", arena.name, refusal)
+            self.pageable_bytes += len(region)
+            logger.warning("%s stays pageable, copies from it run at about half speed: %s", name, refusal)
         else:
-            self.locked_bytes += arena.num_bytes
+            self.locked_bytes += len(region)
 
 
 class CudaMeter:

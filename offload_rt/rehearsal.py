@@ -45,7 +45,7 @@ from offload_rt.measured_sizes import (
 )
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
-from offload_rt.resting import why_none_follows, why_not_follow
+from offload_rt.resting import why_not_follow
 from offload_rt.runtime import Change, Runtime
 from offload_rt.workload_sizes import gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
@@ -235,7 +235,7 @@ def _planned_again(runtime: Runtime, factor: float, more_bytes: int) -> Change |
         problem, plan = _by_the_rule(runtime, scaled(made_of.problem, factor), made_of.plan_again)
         follows = not why_not_follow(made_of.workload, runtime.plan, plan)
         return Change(problem=problem, plan=plan) if follows else None
-    if made_of.asked is None or why_none_follows(made_of.workload):
+    if made_of.asked is None:
         return None
     problem = replace(made_of.problem, cuts=runtime.cuts)
     less = made_of.asked.with_memory(made_of.asked.memory_bytes - more_bytes)

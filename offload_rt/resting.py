@@ -46,17 +46,8 @@ def splits_of(plan: Plan, workload: Workload) -> Mapping[str, Split]:
     return found
 
 
-def why_none_follows(workload: Workload) -> str:
-    """Why no other plan can follow, whatever it is; empty where one can."""
-    if not workload.config.nvme and workload.training is not None and workload.has_streams:
-        return "state is in no log that it could be brought from"
-    return ""
-
-
 def why_not_follow(workload: Workload, plan: Plan, other: Plan) -> str:
     """Why `other` cannot follow `plan`; empty where it can."""
-    if why := why_none_follows(workload):
-        return why
     if workload.config.nvme:
         return ""
     before, after = splits_of(plan, workload), splits_of(other, workload)

@@ -105,7 +105,7 @@ class StateAssembly:
             pieces = [piece for piece in in_memory if (piece.name in self.home.on_device) == there]
             if pieces and self._left:
                 self.home.pieces |= {piece.name: self._left[piece.name] for piece in pieces}
-                self._tiers.take_over(Tier.HOST, name, [self._left[piece.name] for piece in pieces])
+                self._tiers.take_over(Tier.HOST, name, [self._left[piece.name] for piece in pieces], copied=there)
             elif pieces:
                 arena = self._arena(name, sum(piece.num_bytes for piece in pieces), copied=there)
                 self.home.pieces |= {piece.name: arena.acquire(piece.num_bytes, piece.name) for piece in pieces}

@@ -55,7 +55,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from offload_rt.arena import Arena, MemoryRange, Slot
+from offload_rt.arena import Arena, MemoryRange, Region, Slot
 from offload_rt.errors import StorageTimeout
 from offload_rt.file_io import wait_future
 from offload_rt.recording import HOST, RETURNED, Recorder
@@ -111,8 +111,8 @@ class Device(Protocol):
     def on_compute(self) -> AbstractContextManager[None]:
         """Inside, the kernels of the calling thread, which may be a new one, go to `compute`."""
 
-    def lock(self, arena: Arena) -> None:
-        """Makes a HOST arena reachable for the device's own copies, where the system lets us."""
+    def lock(self, name: str, region: Region) -> None:
+        """Makes the memory of `name`, a HOST arena, reachable for the device's own copies, where the system lets us."""
 
 
 @dataclass(frozen=True)

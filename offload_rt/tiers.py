@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from offload_rt import mapped
 from offload_rt.arena import Arena, Region, Slot
@@ -92,8 +92,8 @@ class Tiers:
         device: Device | None = None,
     ) -> None:
         self.unified = unified
-        self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
-        """Of all arenas in the process's own memory: a slot outlives its arena."""
+        self._regions: weakref.WeakSet[Any] = weakref.WeakSet()
+        """The memory of all arenas: a slot outlives its arena."""
         self._poison = poison
         self._device = device
         self.accounts = {
@@ -129,28 +129,38 @@ class Tiers:
                 arena = self._device.arena(name, num_bytes, poison=poison)
             else:
                 arena = Arena(name, num_bytes, poison=poison, granule_bytes=granule_bytes)
-                self._regions.add(arena.region)
+        self._regions.add(arena.region)
         account.arenas.append(weakref.ref(arena))
-        if self._device is not None and tier is not Tier.DEVICE and copied:
-            self._device.lock(arena)
+        if num_bytes and tier is not Tier.DEVICE and copied:
+            self._lock(name, arena.region)
         return arena
 
-    def take_over(self, tier: Tier, name: str, slots: Sequence[Slot]) -> None:
-        """Books `slots` of other tiers, for `name`: their memory is these tiers' from now on, as it is."""
+    def take_over(self, tier: Tier, name: str, slots: Sequence[Slot], *, copied: bool = True) -> None:
+        """Books `slots` of other tiers, for `name`: their memory is these tiers' from now on, as it is. `copied`: as in
+        `arena`.
+        """
         account = self.account(tier)
         num_bytes = sum(align_up(slot.num_bytes, IO_ALIGNMENT_BYTES) for slot in slots)
         account.reserve(name, num_bytes)
         account.arena_bytes += num_bytes
         self._regions.update(slot.region for slot in slots)
+        if tier is not Tier.DEVICE and copied:
+            for slot in slots:
+                self._lock(name, slot.region)
 
     def give_back(self, *, keep: Iterable[Slot] = ()) -> None:
         """Gives the memory of all arenas back to the system, but of those with a slot in `keep`; nobody may use it any
-        more. Nothing under a device.
+        more, and no copy may be under way.
         """
         kept = {id(slot.region) for slot in keep}
-        for region in list(self._regions) if self._device is None else ():
+        for region in list(self._regions):
             if id(region) not in kept:
                 region.give_back()
+
+    def _lock(self, name: str, region: Region) -> None:
+        if self._device is not None and not region.is_locked:
+            region.is_locked = True
+            self._device.lock(name, region)
 
 
 class Fetch(Protocol):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offload_rt.allocations import AllocationMeter
-from offload_rt.arena import POISON, Arena, Slot
+from offload_rt.arena import POISON, Arena, Region, Slot
 
 WAIT_SECONDS = 20.0
 
@@ -234,8 +234,8 @@ class FakeDevice:
         self.threads_on_compute.add(threading.get_ident())
         yield
 
-    def lock(self, arena: Arena) -> None:
-        self.locked.append(arena.name)
+    def lock(self, name: str, region: Region) -> None:
+        self.locked.append(name)
 
     def close(self) -> None:
         self.reports.resume()

@@ -150,7 +150,7 @@ def test_a_slot_of_device_memory_is_leased_as_long_as_a_tensor_sees_it(device) -
 
 def test_host_arenas_are_locked(device) -> None:
     arena = Arena("h", 64 * MIB)
-    device.lock(arena)
+    device.lock(arena.name, arena.region)
     assert (device.locked_bytes, device.pageable_bytes) == (64 * MIB, 0)
     assert arena.acquire(MIB, "h").tensor(torch.uint8, (16,)).is_pinned()
 
@@ -374,7 +374,7 @@ def test_micro_batches_take_turns_on_the_gpu(tmp_path: Path, exact_attention: No
 def test_new_weights_land_behind_long_kernels_and_before_the_next(device) -> None:
     links = Links(device=device)
     arena = Arena("landing", 2 * MIB)
-    device.lock(arena)
+    device.lock(arena.name, arena.region)
     landing = Landing(arena, MIB, links)
     weights = torch.zeros(MIB // 4, device="cuda")
     seen = []
@@ -391,7 +391,7 @@ def test_new_weights_land_behind_long_kernels_and_before_the_next(device) -> Non
 def test_gradients_of_long_kernels_arrive_whole(device) -> None:
     links = Links(device=device)
     arena = Arena("gradients", 8 * MIB, poison=True)
-    device.lock(arena)
+    device.lock(arena.name, arena.region)
     parameters = [TrainedParameter("p", torch.nn.Parameter(torch.zeros(MIB // 4, device="cuda")), None)]
     blocks = [trained_block(f"b{index}", parameters, AdamWRule("float32"), accumulates=False) for index in range(8)]
     arrivals, found, under_way = Arrivals(links, None), [], []

@@ -168,6 +168,9 @@ class Stepper:
     def go_on_counting(self, before: Stepper) -> None:
         """Counts on where `before`, which is closed, has stopped."""
         self.counters, self.slots.counters = before.counters, before.slots.counters
+        self.device_counters = before.device_counters
+        if self._on_device is not None:
+            self._on_device.counters = self.device_counters
 
     def close(self) -> None:
         """Ends the thread and waits for what is under way."""
