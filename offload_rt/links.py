@@ -45,12 +45,14 @@ class Links:
         seed: int = 0,
         throttle: Throttle | None = None,
         meter: Meter | None = None,
+        counters: TransferCounters | None = None,
     ) -> None:
+        """`meter` and `counters`: those to count on with."""
         self.throttle = throttle
         self.meter = Meter() if meter is None else meter
         self._paced = None if throttle is None else ThreadPoolExecutor(1, thread_name_prefix="offload_rt-link")
         self.io = io if io is not None else file_io()
-        self.counters = TransferCounters()
+        self.counters = TransferCounters() if counters is None else counters
         self.recorder = recorder
         self._delay_seconds = delay_seconds
         self._random = random.Random(seed)

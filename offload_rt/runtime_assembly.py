@@ -85,9 +85,8 @@ class RuntimeAssembly:
         self.links = Links(
             recorder=self.recorder, device=self.device, delay_seconds=options.delay_seconds, throttle=made_of.throttle,
             meter=None if before is None else before.links.meter,
+            counters=None if before is None else before.links.counters,
         )  # fmt: skip
-        if before is not None:
-            self.links.counters = before.links.counters
         self.tiers = Tiers(
             problem.device_capacity_bytes, problem.host_capacity_bytes, problem.nvme_capacity_bytes,
             unified=problem.unified, poison=options.poison, device=self.device,
