@@ -97,8 +97,8 @@ class Asked:
 
         Weights that rest in memory are brought there anew, those in DEVICE over its link. State goes by the drive: what
         rests in memory is written for a commit and read again, and weights are rounded from all of the masters. Without
-        a drive all stays where it is, but for weights that train, which are rounded where they are to be: less work
-        than an update.
+        a drive all stays where it is, but for weights that train, which are rounded where they are to be, less work
+        than an update, and for frozen ones that move (`moving.seconds_of`).
         """
         if not self.question.hardware.drives:
             return 0.0

@@ -22,11 +22,11 @@ from offload_rt.cuts import check_cuts, products_of, with_products
 from offload_rt.discover import check_coverage, coverage
 from offload_rt.errors import ConfigError
 from offload_rt.heap import Base
+from offload_rt.moving import moves_to, why_not_follow
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
 from offload_rt.plan_options import with_options
-from offload_rt.resting import why_not_follow
 from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.runtime_assembly import Progress, RuntimeAssembly
 from offload_rt.runtime_options import RuntimeOptions
@@ -107,24 +107,32 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
     steps only.
 
     State goes by the log: it is committed if it is not, and what the new plan holds in memory is read from there.
-    Without a drive it stays in the memory that it is in, as frozen weights do; those that train are made of masters.
-    What is counted goes on, the optimizer stays the same object. Raises `ConfigError` before anything was changed.
+    Without a drive it stays in the memory that it is in; frozen weights that the new plan has elsewhere are copied
+    there block by block, and those that train are made of masters. What is counted goes on, the optimizer stays the
+    same object. Raises `ConfigError` before anything was changed. After any other error `runtime` can still be
+    followed, by its own plan too.
     """
     choice = runtime.made_of.choice if change.asked is not None else after_rehearsal(runtime.made_of.choice)
     made_of = replace(runtime.made_of, problem=change.problem, asked=change.asked, choice=choice)
     check_plan(change.plan, made_of.problem, made_of.workload)
-    if why := why_not_follow(made_of.workload, runtime.plan, change.plan):
+    if why := why_not_follow(made_of.workload, made_of.problem, runtime.plan, change.plan):
         raise ConfigError(f"plan: {why}")
+    moves = [move.back for move in reversed(runtime.moved)]
+    moves += moves_to(made_of.workload, made_of.problem, runtime.plan, change.plan)
     training = runtime.training
     if isinstance(training, TieredTraining) and training.home.log is not None and not training.commits.can_go_back:
         training.commits.commit()
+    if moves and not runtime.is_closed:
+        runtime.heap.trim()  # what the plan granted to holes may be wanted for the copies
     runtime.close()
     runtime.let_go()
     if runtime.device is not None:  # whose kernels may be behind; copies are over
         runtime.device.compute.record().wait()
     # Before the new plan's memory is taken, whoever still holds the old one's.
     runtime.tiers.give_back(keep=runtime.only_copies())
-    with RuntimeAssembly(made_of, change.plan, None, before=runtime, more_bytes=change.more_bytes) as assembly:
+    with RuntimeAssembly(
+        made_of, change.plan, None, before=runtime, moves=moves, more_bytes=change.more_bytes
+    ) as assembly:
         follows = assembly.run(runtime.coverage, training.optimizer)
     runtime.resting = {}
     return follows

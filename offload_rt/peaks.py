@@ -152,8 +152,11 @@ class Peaks:
         return self._lasting_bytes(account) + passing.get(phase, 0)
 
     def _lasting_bytes(self, account: TierAccount) -> int:
-        """By the plan that is in effect, or the one before it that had most: peaks are those of all of them."""
-        return max(each.used_bytes for each in (*self._accounts.values(), account) if each.tier is account.tier)
+        """By the plan that is in effect, or the one before it that had most, or a change between them: peaks are those
+        of all of them.
+        """
+        accounts = [each for each in (*self._accounts.values(), account) if each.tier is account.tier]
+        return max(max(each.used_bytes, each.most_changing_bytes) for each in accounts)
 
     def _passing_bytes(self, account: TierAccount) -> int:
         """Of `PASSING_BYTES` and a profile, what there was when most was mapped; no more than the budget has left."""

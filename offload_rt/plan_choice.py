@@ -22,12 +22,12 @@ from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
 from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
 from offload_rt.cuts import cuts_of
 from offload_rt.errors import OffloadError
+from offload_rt.moving import why_not_follow
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_options import chunk_tokens_of
 from offload_rt.planning import by_tiles, lowered, measured_problem
 from offload_rt.planning_adapters import asked_for
 from offload_rt.profile import attention_width
-from offload_rt.resting import why_not_follow
 from offload_rt.workload import Workload
 from planners.cost import FLASH_BACKWARD, Knobs
 from planners.division import divided
@@ -107,7 +107,7 @@ def choose(
     if cuts_of(plan, workload) != cuts_of(rule, workload):
         cuts = cuts_of(plan, workload).describe()
         return rule, chosen(RULE, f"the optimiser's plan cuts otherwise, which changes numbers: {cuts}"), None
-    if why := why_not_follow(workload, plan, rule):
+    if why := why_not_follow(workload, streaming, plan, rule):
         return rule, chosen(RULE, f"the rule's plan could not follow the optimiser's: {why}"), None
     optimised = float(plan.predicted["step_seconds"])
     both = {"rule_step_seconds": ruled, "optimised_step_seconds": optimised}

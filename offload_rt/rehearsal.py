@@ -43,9 +43,9 @@ from offload_rt.measured_sizes import (
     sizes_key,
     tensors_digest,
 )
+from offload_rt.moving import why_not_follow
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.optimizer.training import FullTraining
-from offload_rt.resting import why_not_follow
 from offload_rt.runtime import Change, Runtime
 from offload_rt.workload_sizes import gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
@@ -233,7 +233,7 @@ def _planned_again(runtime: Runtime, factor: float, more_bytes: int) -> Change |
     made_of = runtime.made_of
     if made_of.plan_again is not None:
         problem, plan = _by_the_rule(runtime, scaled(made_of.problem, factor), made_of.plan_again)
-        follows = not why_not_follow(made_of.workload, runtime.plan, plan)
+        follows = not why_not_follow(made_of.workload, problem, runtime.plan, plan)
         return Change(problem=problem, plan=plan) if follows else None
     if made_of.asked is None:
         return None
@@ -241,7 +241,7 @@ def _planned_again(runtime: Runtime, factor: float, more_bytes: int) -> Change |
     less = made_of.asked.with_memory(made_of.asked.memory_bytes - more_bytes)
     best, answered = less.best(made_of.workload, problem)
     plan = made_of.as_fixed(best)
-    if why_not_follow(made_of.workload, runtime.plan, plan):
+    if why_not_follow(made_of.workload, problem, runtime.plan, plan):
         return None
     asked = replace(made_of.asked, answered=answered.answered)
     return Change(problem=problem, plan=plan, asked=asked, more_bytes=more_bytes)

@@ -28,8 +28,9 @@ A forward that adds to gradients which wait already begins no step, nor does one
 that is in no log: then the change waits. A change that fails goes back to the plan before, by the same commit.
 
 Without a drive there is no log and no commit, and what memory alone has is handed over as it lies (`resting`): masters
-and moments, which no plan moves then, and frozen weights; a plan that moves those is not taken. Weights that train are
-rounded from their masters, wherever they are to be. On a GPU only the GPU knows how long its copies take: nobody sees
+and moments, which no plan moves then, and frozen weights. Those that the other plan has elsewhere are copied there, a
+block at a time (`moving`); a plan for which there is no room to do it in is not taken. Weights that train are rounded
+from their masters, wherever they are to be. On a GPU only the GPU knows how long its copies take: nobody sees
 drift there, and the report says so. A plan that a rehearsal has made again follows there as well.
 """
 
@@ -42,14 +43,16 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
+import torch
+
 from offload_rt.asked import Asked
 from offload_rt.assembly import change_over
 from offload_rt.cuts import same_cuts
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
+from offload_rt.moving import moves_between, seconds_of, why_not_follow
 from offload_rt.plan_check import check_plan
 from offload_rt.profile import free_memory_bytes, resident_bytes
-from offload_rt.resting import why_not_follow
 from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.steps import WARM_STEPS, StepMeter, StepReading
 from planners.errors import PlanInfeasible, format_bytes
@@ -349,9 +352,13 @@ def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, p
         if asked is not None:
             best, answered = asked.with_memory(asked.memory_bytes - more_bytes).best(made_of.workload, streaming)
             other = made_of.as_fixed(best)
+            change_seconds = answered.change_seconds(best)
+            if not made_of.workload.config.nvme:
+                moves = moves_between(made_of.workload, plan, other)
+                change_seconds += seconds_of(moves, answered.question.hardware)
             found = _Answer(
                 other, "", replace(asked, answered=answered.answered), asked.step_seconds(plan),
-                float(best.predicted["step_seconds"]), answered.change_seconds(best),
+                float(best.predicted["step_seconds"]), change_seconds,
             )  # fmt: skip
         elif made_of.plan_again is not None:
             capacity = streaming.device_capacity_bytes
@@ -366,7 +373,7 @@ def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, p
         return _Answer(None, f"the optimiser failed: {error!r}")
     if not same_cuts(plan, other, made_of.workload):
         return _Answer(None, "the other plan cuts otherwise, which changes numbers")
-    why = why_not_follow(made_of.workload, plan, other)
+    why = why_not_follow(made_of.workload, streaming, plan, other)
     return _Answer(None, why) if why else found
 
 
@@ -383,6 +390,6 @@ def _changed(runtime: Runtime, streaming: StreamingProblem, answer: _Answer, mor
     try:
         change = Change(problem=streaming, plan=answer.plan, asked=answer.asked, more_bytes=more_bytes)
         return change_over(runtime, change), ""
-    except (OffloadError, MemoryError) as error:
+    except (OffloadError, MemoryError, OSError, torch.cuda.OutOfMemoryError) as error:
         logger.warning("a change of plans failed, going back: %s", error)
         return change_over(runtime, before), f"the change failed: {error}"

@@ -1,9 +1,9 @@
-"""Where a plan has weights rest, and whether another plan can follow it in a running engine.
+"""Where a plan has weights rest, and what of them memory alone has.
 
 With nvme= everything can be brought anew: frozen weights from the store, state from the log. Without, a run's memory
-holds the only copy, and who made the weights may be gone. Then a plan can follow that has each frozen byte where it is:
-slots are handed over as they are, those of masters and moments too, and what a plan decides besides changes around
-them. Weights that train can go anywhere: they are their masters, rounded.
+holds the only copy, and who made the weights may be gone. Then a plan that follows another one in a running engine gets
+the slots as they are, those of masters and moments too; frozen weights that it has elsewhere move first (`moving`), and
+what a plan decides besides changes around them. Weights that train can go anywhere: they are their masters, rounded.
 
     the plan before   |-- weights --|-- ring --|-- decoded --|-- inputs --|
     the one after     |-- weights --|-- ring ------|-- inputs --|
@@ -44,12 +44,3 @@ def splits_of(plan: Plan, workload: Workload) -> Mapping[str, Split]:
     if plan.head_tiles is not None:
         found[plan.head_tiles.block] = all_in(plan.head_tiles.rest, sizes[plan.head_tiles.block])
     return found
-
-
-def why_not_follow(workload: Workload, plan: Plan, other: Plan) -> str:
-    """Why `other` cannot follow `plan`; empty where it can."""
-    if workload.config.nvme:
-        return ""
-    before, after = splits_of(plan, workload), splits_of(other, workload)
-    moved = sum(before[draft.name] != after.get(draft.name) for draft in workload.frozen)
-    return f"the other plan moves weights of {moved} blocks, which are in no store" if moved else ""

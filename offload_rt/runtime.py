@@ -21,6 +21,7 @@ from offload_rt.heap import Base, HeapGuard
 from offload_rt.links import Links
 from offload_rt.lookup import LookupModule
 from offload_rt.loss_head import LossHead
+from offload_rt.moving import Move
 from offload_rt.nf4_products import Products
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.tiered_training import TieredTraining
@@ -119,6 +120,8 @@ class Runtime:
     made_of: MadeOf
     resting: Resting
     """Memory with the only copy of frozen weights, which whoever follows takes over; empty where there is a store."""
+    moved: list[Move] = field(default_factory=list)
+    """What of `resting` is not where `plan` has it: made for another plan, which then did not follow."""
     cuts: Cuts
     """Of `plan`."""
     ring_counters: dict[str, ExecutorCounters] = field(default_factory=dict)
@@ -181,6 +184,10 @@ class Runtime:
         finally:
             for executor in shared:
                 executor.num_calls = 1
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         """Takes the hooks out, waits for what is under way, closes files. The weights stay absent."""

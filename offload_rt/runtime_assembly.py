@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from offload_rt.heap import HeapGuard
 from offload_rt.links import Links
 from offload_rt.lookup import LookupModule
 from offload_rt.loss_head import LossHead
+from offload_rt.moving import Move, Mover
 from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.log_commit import open_log
@@ -63,11 +64,13 @@ class RuntimeAssembly:
         plan: Plan,
         progress: Progress | None,
         before: Runtime | None = None,
+        moves: Sequence[Move] = (),
         more_bytes: int = 0,
     ) -> None:
-        """`before` is the runtime that this one follows: the model has its values then, but for what streams.
-        `more_bytes`: as `Change` has it.
+        """`before` is the runtime that this one follows: the model has its values then, but for what streams, and
+        `moves` are what of its frozen weights is elsewhere in this one. `more_bytes`: as `Change` has it.
         """
+        self.moves = moves
         self.more_bytes = more_bytes
         self.made_of = made_of
         self.base = made_of.base
@@ -134,9 +137,11 @@ class RuntimeAssembly:
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
         if self.workload.config.nvme and self.workload.frozen:
             self._open_store()
-        decoder = self._decoder()
         device = self.tiers.account(Tier.DEVICE)
         device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
+        if self.before is not None and self.moves:
+            self._move(self.before)
+        decoder = self._decoder()
         transients = self.activations.transients()
         device.reserve("activations", self.more_bytes)
         device.reserve("freed, held back by the allocator", self.activations.slack_bytes)
@@ -160,6 +165,18 @@ class RuntimeAssembly:
         accesses.update(weights.bring_what_is_in_pieces())
         places = self.activations.places()
         return self._attach(decoder, accesses, places, transients, covered, optimizer)
+
+    def _move(self, before: Runtime) -> None:
+        """Moves weights of `before`, which knows how far it came. Nothing else of either plan is booked meanwhile."""
+        state = list(before.state_left().values())
+        mover = Mover(self.workload, before.resting, state, self.tiers, self.links, self.device)
+        for move in self.moves:
+            mover.move(move)
+            if before.moved[-1:] == [move.back]:
+                before.moved.pop()
+            else:
+                before.moved.append(move)
+        mover.finish()
 
     def _left(self) -> Resting | None:
         """The memory with frozen weights that the runtime before hands over; None where they are brought."""

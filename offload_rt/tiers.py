@@ -37,6 +37,8 @@ class TierAccount:
     passing_bytes: int = 0
     most_passing_bytes: int = 0
     """Booked for a time, see `lend`: now, and the most that there was."""
+    most_changing_bytes: int = 0
+    """The most that was booked while a change of plans moved weights."""
 
     @property
     def used_bytes(self) -> int:
@@ -60,11 +62,15 @@ class TierAccount:
 
     def take_back(self, owner: str, num_bytes: int) -> None:
         """What `lend` booked is over. The memory goes with the last view of it."""
+        self.release(owner, num_bytes)
+        self.passing_bytes -= num_bytes
+
+    def release(self, owner: str, num_bytes: int) -> None:
+        """Of arenas, `num_bytes` are booked for `owner` no more."""
         self.holdings[owner] -= num_bytes
         if not self.holdings[owner]:
             del self.holdings[owner]
         self.arena_bytes -= num_bytes
-        self.passing_bytes -= num_bytes
 
     def check(self, owner: str, num_bytes: int) -> None:
         """As `reserve`, but books nothing."""
@@ -114,14 +120,16 @@ class Tiers:
         copied: bool = True,
         poisoned: bool = True,
         granule_bytes: int = IO_ALIGNMENT_BYTES,
+        booked_for: str | None = None,
     ) -> Arena:
         """Reserves an arena of `num_bytes` in `tier`. `copied`: a device copies to and from it, if it is in HOST.
 
+        `booked_for` is the owner, where several arenas have the same one: it has the arena's name otherwise.
         `granule_bytes` is what leases of HOST memory are multiples of. Without `poisoned` it is not even where arenas
         are.
         """
         account, num_bytes = self.account(tier), align_up(num_bytes, IO_ALIGNMENT_BYTES)
-        account.reserve(name, num_bytes)
+        account.reserve(booked_for or name, num_bytes)
         account.arena_bytes += num_bytes
         poison = self._poison and poisoned
         with mapped.reserved_from(account):
@@ -147,6 +155,16 @@ class Tiers:
         if tier is not Tier.DEVICE and copied:
             for slot in slots:
                 self._lock(name, slot.region)
+
+    def hold(self, tier: Tier, name: str, slot: Slot) -> None:
+        """Books a slot of other tiers for `name` until `let_go`, whatever the capacity: its memory is there already."""
+        account, num_bytes = self.account(tier), align_up(slot.num_bytes, IO_ALIGNMENT_BYTES)
+        account.holdings[name] = account.holdings.get(name, 0) + num_bytes
+        account.arena_bytes += num_bytes
+
+    def let_go(self, tier: Tier, name: str, slot: Slot) -> None:
+        """What `hold` has booked, or an arena whose one lease `slot` is, is not booked any more."""
+        self.account(tier).release(name, align_up(slot.num_bytes, IO_ALIGNMENT_BYTES))
 
     def give_back(self, *, keep: Iterable[Slot] = ()) -> None:
         """Gives the memory of all arenas back to the system, but of those with a slot in `keep`; nobody may use it any

@@ -247,12 +247,14 @@ class WeightsAssembly:
         if self._left is not None:
             slots = {block: self._left[block, tier] for block in kept}
             self._tiers.take_over(tier, name, list(slots.values()))
-        # Two arenas: what is handed over, the whole of whose arena stays, and what is made anew.
-        others = f"{name}, not handed over" if kept else name
-        for of, blocks in ((name, kept - slots.keys()), (others, wanted.keys() - kept)):
-            if blocks:
-                arena = self._tiers.arena(tier, of, sum(align_up(wanted[each], IO_ALIGNMENT_BYTES) for each in blocks))
-                slots |= {each: arena.acquire(wanted[each], each) for each in wanted if each in blocks}
+        for block in (block for block in wanted if block in kept - slots.keys()):
+            # An arena of its own: all of it stays where it is handed over, all of it goes where the block moves.
+            arena = self._tiers.arena(tier, f"{name}: {block}", wanted[block], booked_for=name)
+            slots[block] = arena.acquire(wanted[block], block)
+        if others := [block for block in wanted if block not in kept]:
+            of = f"{name}, not handed over" if kept else name
+            arena = self._tiers.arena(tier, of, sum(align_up(wanted[each], IO_ALIGNMENT_BYTES) for each in others))
+            slots |= {each: arena.acquire(wanted[each], each) for each in others}
         self.resting |= {(block, tier): slots[block] for block in kept}
         return slots
 

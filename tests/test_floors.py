@@ -123,6 +123,7 @@ FLOORS = {
     "offload_rt.asked": 8.78,
     "offload_rt.plan_check": 8.8,
     "offload_rt.resting": 8.6,
+    "offload_rt.moving": 8.65,
     "offload_rt.cuts": 8.8,
     "offload_rt.plan_choice": 8.85,
     "offload_rt.state_assembly": 8.8,

@@ -233,7 +233,7 @@ def test_a_rehearsal_that_does_not_fit_goes_on_with_the_rule_without_a_drive_too
     """The optimiser would have all weights in DEVICE memory, the rule only slots: memory has the one copy of them."""
     calibrated(replace(machine(64 * MIB, 64 * MIB), drives=()))
     monkeypatch.setattr(rehearsal, "ROOM", 1000)
-    monkeypatch.setattr(rehearsal, "_measure", lambda *_: (980_000, None))  # what the rule has room for
+    monkeypatch.setattr(rehearsal, "measure", lambda *_: (980_000, None))  # what the rule has room for
     with engine_of(None, device_memory=MIB + MIB // 2, host_memory=64 * MIB) as engine:
         found = run_steps(BF16.accumulation, engine, engine.backward, engine.trainable, engine.step)
         assert engine.report()["rehearsal"]["result"] == "planned again" and engine.plan.planner == RULE

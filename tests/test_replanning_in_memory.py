@@ -1,4 +1,4 @@
-"""A plan made again where no drive has the weights: they stay in the memory that they are in, all else changes."""
+"""A plan made again where no drive has the weights: they are handed over, or moved to where the next plan has them."""
 
 import gc
 from dataclasses import replace
@@ -6,15 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import mapped, rehearsal, replanning, runtime_assembly
-from offload_rt.assembly import change_over
+from offload_rt import mapped, moving, rehearsal, replanning, runtime_assembly
 from offload_rt.config import EngineConfig
 from offload_rt.emulation import emulated_config
-from offload_rt.errors import ConfigError, StorageError
+from offload_rt.errors import StorageError
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
+from offload_rt.moving import moves_between, why_not_follow
 from offload_rt.planning import lowered, problem_of
-from offload_rt.resting import splits_of, why_not_follow
-from offload_rt.runtime import Change
+from offload_rt.resting import splits_of
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.workload import find_workload
 from offload_rt.workload_sizes import streaming_problem
@@ -26,7 +25,6 @@ from planners.hardware import Links
 from planners.mip import plan_optimal
 from planners.plan import Tier
 from planners.simulate import simulate
-from planners.streaming import plan_streaming
 from tests.changing_plans import propose, results
 from tests.conftest import build_base, build_lora
 from tests.parity import BATCH_SIZE, SEQ_LEN
@@ -79,7 +77,7 @@ def found_for(factors, *, stays, begin=832 * KIB):
         other = plan_optimal(slow)
         gains = simulate(divided(slow, plan), plan).step_seconds > 1.2 * other.predicted["step_seconds"]
         plans = lowered(plan, sizes, problem), lowered(other, sizes, slow)
-        if gains and stays != bool(why_not_follow(workload, *plans)):
+        if gains and stays != bool(moves_between(workload, *plans)):
             return hardware
     raise AssertionError("no such machine")
 
@@ -132,18 +130,32 @@ def test_a_link_that_is_slower_changes_the_plan_around_the_weights_and_no_number
     assert equal(run, undisturbed)
 
 
-def test_a_plan_that_moves_weights_is_not_taken(tmp_path):
+@pytest.mark.parametrize("room", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_links_that_are_slower_move_weights_and_change_no_number(room, tmp_path, monkeypatch):
     factors = dict.fromkeys((HOST_TO_DEVICE, DEVICE_TO_HOST), SLOW)
     hardware = found_for(factors, stays=False)
     with Run(tmp_path, lambda step: factors, emulate=hardware, nvme=None) as run:
-        run.train(CHANGED_IN)
-        (kept,) = run.decisions
-        assert kept["result"] == "kept" and "moves weights of" in kept["why"] and run.engine.plan == run.first_plan
-        made_of, runtime = run.engine._runtime.made_of, run.engine._runtime
-        other = plan_streaming(replace(made_of.problem, device_capacity_bytes=None, cuts=runtime.cuts))
-        with pytest.raises(ConfigError, match="moves weights of"):
-            change_over(runtime, Change(problem=replace(made_of.problem, device_capacity_bytes=None), plan=other))
-        run.train(CHANGED_IN + 1)  # nothing was taken apart
+        if not room:
+            monkeypatch.setattr(moving, "in_order", lambda moves, _: None if moves else [])
+        run.train(ASKED_UNTIL)
+        before, weights = run.engine._runtime, weights_of(run)
+        run.train(CHANGED_IN + 1)
+        (decision,) = run.decisions
+        if room:
+            assert decision["result"] == "changed" and decision["change_seconds"] > 0
+            moves = moves_between(before.made_of.workload, run.first_plan, run.engine.plan)
+            elsewhere = {(move.block, tier) for move in moves for tier in move.new}
+            stays = {place: memory for place, memory in weights_of(run).items() if place not in elsewhere}
+            assert elsewhere and stays and stays.items() <= weights.items(), "what stays is the same memory"
+            booked(run)
+            assert run.engine.report()["peaks"]["over"] == []
+        else:
+            assert decision["result"] == "kept" and "no room to do it in" in decision["why"]
+            assert run.engine._runtime is before and weights_of(run) == weights
+            return
+    with Run(tmp_path, plan=run.first_plan, emulate=hardware, nvme=None) as undisturbed:
+        undisturbed.train(CHANGED_IN + 1)
+    assert equal(run, undisturbed)
 
 
 def rule_with(problem, by):
@@ -274,5 +286,8 @@ def test_where_weights_rest_is_read_off_a_plan(tmp_path):
         assert {name: split.device_bytes for name, split in splits.items()} == {
             draft.name: draft.spec.stored_bytes for draft in workload.drafts
         }
-        fewer = replace(run.first_plan, resident=run.first_plan.resident[1:])
-        assert "weights of 1 blocks" in why_not_follow(workload, run.first_plan, fewer)
+        fewer, problem = (
+            replace(run.first_plan, resident=run.first_plan.resident[1:]),
+            run.engine._runtime.made_of.problem,
+        )
+        assert "no place in memory" in why_not_follow(workload, problem, run.first_plan, fewer)

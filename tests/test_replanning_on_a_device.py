@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import assembly, mapped
+from offload_rt import mapped, runtime_assembly
 from offload_rt._engine import Engine
 from offload_rt.device_cuda import CudaArena
 from offload_rt.errors import StorageError
@@ -125,7 +125,9 @@ def test_a_change_that_fails_goes_back_and_loses_no_step(
 ) -> None:
     """Before anything is in the model, or when half of the weights are made of their masters."""
     twin, failures = Plain(model(), max_grad_norm=MAX_NORM), list[str]()
-    of, name, calls = (assembly._Assembly, "_attach", 1) if where == "attach" else (Stepper, "rebuild_weights", 2)
+    of, name, calls = (
+        (runtime_assembly.RuntimeAssembly, "_attach", 1) if where == "attach" else (Stepper, "rebuild_weights", 2)
+    )
     whole = getattr(of, name)
     with engine_on(device, model, tmp_path) as run:
         first, there, losses = run.plan, addresses(run), train(run, range(2))
