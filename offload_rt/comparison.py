@@ -47,7 +47,7 @@ def compared(
 
 def binding(busy_seconds: Mapping[str, float]) -> str | None:
     """The resource that works longest: a step cannot take less. None where none works."""
-    return max(busy_seconds, key=lambda name: busy_seconds[name], default=None)
+    return max((name for name, seconds in busy_seconds.items() if seconds), key=busy_seconds.__getitem__, default=None)
 
 
 def lines(steady: Mapping[str, Any]) -> list[str]:

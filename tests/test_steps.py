@@ -251,3 +251,11 @@ def test_a_prediction_stands_beside_what_was_measured():
     assert comparison.drift(alone) == "a step takes 3.500 s; ssd_read binds, 3.000 s busy"
     untimed = comparison.compared(3.5, 0.1, Reading(moved_bytes={HOST_TO_DEVICE: 1}), 8, {})
     assert untimed["binding"] is None and "not timed" in comparison.lines(untimed)[1]
+
+
+def test_drives_that_were_idle_do_not_bind_where_nothing_else_was_timed():
+    """A device streams from HOST: the drives' meter says 0, and what the device did nobody knows."""
+    idle = Reading(busy_seconds={SSD_READ: 0.0, SSD_WRITE: 0.0}, moved_bytes={HOST_TO_DEVICE: 1})
+    found = comparison.compared(3.5, 0.1, idle, 8, {"busy_seconds": {SSD_READ: 0.0}})
+    assert (found["binding"], found["predicted_binding"]) == (None, None)
+    assert comparison.drift(found) == "a step takes 3.500 s"
