@@ -144,6 +144,11 @@ class Slot:
         self.num_bytes = num_bytes
 
     @property
+    def address(self) -> int:
+        """Of its first byte, in whichever memory."""
+        return ctypes.addressof(self._memory) + self._offset_bytes
+
+    @property
     def range(self) -> MemoryRange:
         """Which bytes of which arena: what a recorder sees."""
         begin = self._lease.start + self._offset_bytes
@@ -177,11 +182,11 @@ class Slot:
         if offset_bytes < 0 or offset_bytes + num_elements * dtype.itemsize > self.num_bytes:
             raise ValueError(f"slot: {tuple(shape)} of {dtype} at {offset_bytes} exceeds {self.num_bytes} bytes")
         flat = torch.frombuffer(self._memory, dtype=dtype, count=num_elements, offset=self._offset_bytes + offset_bytes)
-        return flat.view(tuple(shape))
+        return flat if len(shape) == 1 else flat.view(tuple(shape))
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Where in this slot `tensor` begins; None if it begins elsewhere."""
-        offset = tensor.data_ptr() - self.tensor(torch.uint8, (1,)).data_ptr()
+        offset = tensor.data_ptr() - self.address
         return offset if 0 <= offset < self.num_bytes else None
 
 

@@ -21,7 +21,7 @@ from offload_rt.errors import OffloadError
 from offload_rt.native import native_core, why_not
 from offload_rt.native_call import buffer_of, thread_count
 from offload_rt.nf4_layout import QUANT_BLOCK_SIZE, SECTION_ALIGNMENT_BYTES, nf4_layout
-from offload_rt.nf4_torch import Sections, sections_of, tables, zero_gaps
+from offload_rt.nf4_torch import Sections, check_blob, section_arrays, sections_of, tables, zero_gaps
 
 Backend = Literal["auto", "native", "triton", "torch"]
 
@@ -252,17 +252,16 @@ def decode_into(
     """
     flat = _flat(out, "out").detach()
     layout = nf4_layout(flat.numel())
-    sections = sections_of(blob, layout)
     triton = _triton(backend, blob.device)
     if triton is not None:
         triton.decode(blob, layout, flat)
         return
     native, num_threads = _native(backend, blob), thread_count(num_threads)
     if native is None:
-        nf4_torch.decode(sections, flat)
+        nf4_torch.decode(sections_of(blob, layout), flat)
         return
     native.nf4_decode(
-        *(section.numpy() for section in sections),
+        *section_arrays(blob, layout),
         buffer_of(flat),
         _DTYPE_NAMES[out.dtype],
         num_threads=num_threads,
@@ -289,7 +288,7 @@ def decode_transposed_into(
     if tuple(out.shape) != (columns, rows):
         raise ValueError(f"out.shape is {tuple(out.shape)}, ({columns}, {rows}) is needed")
     flat = _flat(out, "out").detach()
-    sections = sections_of(blob, nf4_layout(flat.numel()))
+    check_blob(blob, layout := nf4_layout(flat.numel()))
     triton = _triton(backend, blob.device)
     native, num_threads = None if triton is not None else _native(backend, blob), thread_count(num_threads)
     if native is None:
@@ -298,7 +297,7 @@ def decode_transposed_into(
         flat.view(columns, rows).copy_(decoded.view(rows, columns).t())
         return
     native.nf4_decode_transposed(
-        *(section.numpy() for section in sections),
+        *section_arrays(blob, layout),
         rows,
         columns,
         buffer_of(flat),

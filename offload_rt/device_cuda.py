@@ -80,6 +80,10 @@ class CudaSlot(Slot):
 
     on_device = True
 
+    @property
+    def address(self) -> int:
+        return int(self._memory.address) + self._offset_bytes
+
     def buffer(self) -> memoryview:
         raise TypeError(f"{self._lease.arena}: device memory has no bytes that the host can read or a drive can fill")
 

@@ -33,9 +33,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from functools import cache
+from typing import Any, BinaryIO
 
 import torch
 
@@ -57,12 +58,21 @@ class _MallInfo2(ctypes.Structure):
 
 def heap_bytes() -> int | None:
     """What is in use of the C library's heap, mapped blocks included; None where it does not say (glibc < 2.33)."""
-    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    mallinfo2 = _find_mallinfo2()
     if mallinfo2 is None:
         return None
-    mallinfo2.restype = _MallInfo2
     found = mallinfo2()
     return int(found.uordblks) + int(found.hblkhd)
+
+
+@cache
+def _find_mallinfo2() -> Callable[[], _MallInfo2] | None:
+    """Once: opening the C library makes a class, and it is asked behind every layer."""
+    found: Any = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if found is not None:
+        found.restype = _MallInfo2
+    mallinfo2: Callable[[], _MallInfo2] | None = found
+    return mallinfo2
 
 
 def is_tight(slack_bytes: int, wanted_bytes: int) -> bool:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from offload_rt.nf4_layout import nf4_layout
@@ -57,22 +58,22 @@ class TensorSpec:
     encoding: Encoding = Encoding.RAW
     offset_bytes: int = 0
 
-    @property
+    @cached_property
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def compute_bytes(self) -> int:
         """Bytes of the decoded tensor."""
         return self.num_elements * ITEM_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def expert_stride_bytes(self) -> int:
         """Bytes from one expert's NF4 blob to the next, for NF4_EXPERTS."""
         per_expert = math.prod(self.shape[1:])
         return align_up(nf4_layout(per_expert).total_bytes, IO_ALIGNMENT_BYTES)
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         """Bytes at rest, paddings inside the tensor included."""
         if self.encoding is Encoding.RAW:
@@ -101,17 +102,17 @@ class BlockSpec:
     name: str
     tensors: tuple[TensorSpec, ...]
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         """Length of the extent, a multiple of 4 KiB."""
         end = max((t.offset_bytes + t.stored_bytes for t in self.tensors), default=0)
         return align_up(end, IO_ALIGNMENT_BYTES)
 
-    @property
+    @cached_property
     def compute_bytes(self) -> int:
         return sum(t.compute_bytes for t in self.tensors)
 
-    @property
+    @cached_property
     def cuts_bytes(self) -> tuple[int, ...]:
         """How many of its first bytes can stay in DEVICE memory while the rest streams, ascending.
 
