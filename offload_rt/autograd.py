@@ -16,10 +16,11 @@ One call, taken apart, is a `layer_call.Call`. Modules outside the layers are in
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -185,19 +186,20 @@ class RecomputedLayer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.without_checkpointing()
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.counters.num_forwards += 1
         # Without gradients anything goes: a reference adapter is switched on by requiring some of its own.
         trainable, streamed = (self.trainable(), self.streamed()) if torch.is_grad_enabled() else ([], [])
-        wants_grad = any(t.requires_grad for t in tensors) or bool(trainable) or bool(streamed)
-        if torch.is_grad_enabled() and (wants_grad or self.layer.training):
+        wants_grad = bool(trainable or streamed) or any(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
+        )
+        if torch.is_grad_enabled() and (wants_grad or self.layer.training) and _has_cache(args, kwargs):
             args, kwargs = _without_cache(args, kwargs)
+            leaves, structure = pytree.tree_flatten((args, kwargs))
         if not (torch.is_grad_enabled() and wants_grad):
             with opened(self.block, self.access, Phase.FORWARD, training=torch.is_grad_enabled()):
                 output = self.run(args, kwargs)
             self.between()
             return output
-        leaves, structure = pytree.tree_flatten((args, kwargs))
         call = Call(self, leaves, structure, trainable, streamed)
         self._open_calls.add(call)
         outputs = self.apply(call)
@@ -247,22 +249,20 @@ class RecomputedLayer:
         last = self.block.last_called
         if self._leave_out_product and last is not None and is_product(last) and self._num_checks >= CHECKED_CALLS:
             try:
-                with self.recording(), left_out(last):
+                with torch.enable_grad(), self.saving(), left_out(last):
                     outputs = call.run(tensors)
                 self.counters.num_products_left_out += 1
                 return outputs
             except ResultWanted:
                 self._leave_out_product = False
                 call.random_state.restore()
-        with self.recording():
+        with torch.enable_grad(), self.saving():
             return call.run(tensors)
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """The recompute's graph. It keeps packed weights, or decoded ones where the plan holds those."""
+    def saving(self) -> AbstractContextManager[Any]:
+        """Inside, the recompute's graph keeps packed weights, or decoded ones where the plan holds those."""
         decoder = self.block.decoder
-        with torch.enable_grad(), decoder.saved_decoded() if self.hold_decoded else decoder.saved_packed():
-            yield
+        return decoder.saved_decoded() if self.hold_decoded else decoder.saved_packed()
 
 
 def _has_nan(values: Any) -> bool:
@@ -295,10 +295,21 @@ def _holds_keys(cache: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.numel() for leaf in pytree.tree_leaves(held))
 
 
+def _has_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `_without_cache` would change anything."""
+    if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in _CACHE_ARGUMENTS):
+        return True
+    return any(map(_is_cache, args)) or any(map(_is_cache, kwargs.values()))
+
+
 def _is_cache(value: Any) -> bool:
-    return any(
-        kind.__module__ == "transformers.cache_utils" and kind.__name__ == "Cache" for kind in type(value).__mro__
-    )
+    kind: Any = type(value)
+    return _is_cache_type(kind)
+
+
+@lru_cache(maxsize=256)  # asked for each argument of each layer
+def _is_cache_type(of: Any) -> bool:
+    return any(kind.__module__ == "transformers.cache_utils" and kind.__name__ == "Cache" for kind in of.__mro__)
 
 
 class _Recompute(torch.autograd.Function):

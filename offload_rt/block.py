@@ -11,8 +11,8 @@ cannot go unnoticed.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -170,7 +170,7 @@ class Block:
             return self._decoded(view.spec).as_strided(view.size, view.stride, offset)
         return weight_in(self.slot, view)
 
-    @contextlib.contextmanager
+    @contextmanager
     def holding_decoded(self) -> Iterator[None]:
         """Inside, each NF4 weight is decoded at its first use and then held: once, however often it is used."""
         self._held = {}
@@ -194,14 +194,9 @@ class Block:
             self.decoder.publish(tensor, weight)
         return tensor
 
-    @contextlib.contextmanager
-    def shown(self, module: nn.Module) -> Iterator[None]:
+    def shown(self, module: nn.Module) -> AbstractContextManager[None]:
         """Inside, the NF4 weights that `module` itself owns are there, decoded."""
-        self._show(module)
-        try:
-            yield
-        finally:
-            self._unshow(module)
+        return _ShownModule(self, module)
 
     def _before(self, module: nn.Module, args: Any) -> None:
         self.last_called = module
@@ -242,6 +237,21 @@ class Block:
             if self._held is None:
                 self.decoder.withdraw(tensor)
             self.hide(binding)
+
+
+class _ShownModule:
+    """See `Block.shown`."""
+
+    __slots__ = ("_block", "_module")
+
+    def __init__(self, block: Block, module: nn.Module) -> None:
+        self._block, self._module = block, module
+
+    def __enter__(self) -> None:
+        self._block._show(self._module)
+
+    def __exit__(self, *exception: object) -> None:
+        self._block._unshow(self._module)
 
 
 @dataclass

@@ -8,9 +8,9 @@ products, and their bits, are those of plain autograd on a decoded weight, for a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,8 +71,7 @@ class Decoder:
             out = lease.tensor(dtype, spec.shape)
         self.counters.num_decodes += 1
         self.counters.decoded_elements += spec.num_elements
-        with torch.no_grad():
-            _decode_into(spec, weight.slot, out)
+        _decode_into(spec, weight.slot, out)  # of tensors that want no gradient: there is no graph to be kept from
         return out
 
     def let_go(self) -> None:
@@ -91,40 +90,40 @@ class Decoder:
         """The published weight whose memory `tensor` is a view of."""
         return self._live.get(tensor.untyped_storage().data_ptr())
 
-    @contextlib.contextmanager
-    def saved_packed(self) -> Iterator[None]:
+    def saved_packed(self) -> AbstractContextManager[Any]:
         """Inside, autograd saves every published weight as a `PackedReference`."""
+        hooks: AbstractContextManager[Any] = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        return hooks
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | PackedReference:
-            if tensor.device.type != self._device.type or not tensor.numel():
-                return tensor
-            weight = self.find(tensor)
-            if weight is None:
-                return _without_graph(tensor)
-            return PackedReference(weight, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | PackedReference:
+        if tensor.device.type != self._device.type or not tensor.numel():
+            return tensor
+        weight = self.find(tensor)
+        if weight is None:
+            return _without_graph(tensor)
+        return PackedReference(weight, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-        def unpack(saved: torch.Tensor | PackedReference) -> torch.Tensor:
-            if isinstance(saved, torch.Tensor):
-                return saved
-            return self.decode(saved.weight).as_strided(saved.size, saved.stride, saved.storage_offset)
+    def _unpack(self, saved: torch.Tensor | PackedReference) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        return self.decode(saved.weight).as_strided(saved.size, saved.stride, saved.storage_offset)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-
-    @contextlib.contextmanager
-    def saved_decoded(self) -> Iterator[None]:
+    def saved_decoded(self) -> AbstractContextManager[Any]:
         """Inside, autograd saves the decoded memory of published weights.
 
         Without a hook it would save a parameter as the parameter, and find a placeholder in it by the time of backward.
         """
+        hooks: AbstractContextManager[Any] = torch.autograd.graph.saved_tensors_hooks(self._pack_decoded, _unchanged)
+        return hooks
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.numel() and self.find(tensor) is not None:
-                return tensor.detach()
-            return _without_graph(tensor)
+    def _pack_decoded(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() and self.find(tensor) is not None:
+            return tensor.detach()
+        return _without_graph(tensor)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _without_graph(tensor: torch.Tensor) -> torch.Tensor:

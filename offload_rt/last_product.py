@@ -16,13 +16,11 @@ takes a mean) raises `ResultWanted`, and the layer is run again in full.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_rt.access import put_forward_back
@@ -56,28 +54,38 @@ def is_product(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and getattr(weight, "ndim", 0) == 2)
 
 
-@contextlib.contextmanager
-def left_out(module: nn.Module) -> Iterator[None]:
-    """Inside, a call of `module` gives NaN. Raises `ResultWanted` as soon as anything inside needs more than that."""
-    forward: Any = module.forward
-    had_own = "forward" in module.__dict__
-    with contextlib.ExitStack() as to_the_end:
-        watch = _Watch()
+class left_out:
+    """A context inside which a call of `module` gives NaN. Raises `ResultWanted` as soon as anything inside needs more
+    than that.
+    """
 
-        def without(*args: Any, **kwargs: Any) -> Any:
-            if not watch.made:
-                to_the_end.enter_context(watch)
-            watch.is_product = True
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                watch.is_product = False
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._watch: _Watch | None = None
+        """From the product on."""
 
-        module.forward = without
+    def __enter__(self) -> None:
+        self._had_own = "forward" in self._module.__dict__
+        self._forward: Any = self._module.forward
+        self._module.forward = self._without
+
+    def __exit__(self, *exception: Any) -> None:
         try:
-            yield
+            put_forward_back(self._module, self._forward, had_own=self._had_own)
         finally:
-            put_forward_back(module, forward, had_own=had_own)
+            if self._watch is not None:
+                self._watch.__exit__(*exception)  # type: ignore[no-untyped-call]
+                self._watch = None
+
+    def _without(self, *args: Any, **kwargs: Any) -> Any:
+        if self._watch is None:
+            self._watch = _Watch()
+            self._watch.__enter__()  # type: ignore[no-untyped-call]
+        self._watch.is_product = True
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._watch.is_product = False
 
 
 class _Watch(TorchDispatchMode):
@@ -93,9 +101,8 @@ class _Watch(TorchDispatchMode):
         if self.is_product and func in _PRODUCTS:
             first, second = args[_PRODUCTS[func] :][:2]
             return self._hold(first.new_full((first.shape[0], second.shape[1]), float("nan")))
-        leaves = pytree.tree_leaves((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
-        made = [tensor for tensor in given if _storage(tensor) in self.made and func not in _SHAPE_ONLY]
+        given = [tensor for tensor in _tensors(args, kwargs) if tensor.layout is torch.strided]
+        made = [] if func in _SHAPE_ONLY else [tensor for tensor in given if _storage(tensor) in self.made]
         if made:
             others = [tensor for tensor in given if all(tensor is not one for one in made)]
             scales = func in _SCALES and made[0] is args[0] and len(made) == 1
@@ -103,12 +110,26 @@ class _Watch(TorchDispatchMode):
                 raise ResultWanted(str(func))
         out = func(*args, **(kwargs or {}))
         if made:
-            pytree.tree_map_only(torch.Tensor, self._hold, out)
+            for tensor in _tensors((out,), None):
+                self._hold(tensor)
         return out
 
     def _hold(self, tensor: torch.Tensor) -> torch.Tensor:
         self.made[_storage(tensor)] = tensor
         return tensor
+
+
+def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any] | None) -> list[torch.Tensor]:
+    """Those among an operation's arguments or results: single, or in lists. Without pytree, which takes longer than
+    most operations, and is asked for each.
+    """
+    found: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value, None)
+    return found
 
 
 def _storage(tensor: torch.Tensor) -> int:

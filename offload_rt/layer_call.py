@@ -5,9 +5,9 @@ Not here: when it is run again, and how it takes part in autograd; see `autograd
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -116,16 +116,34 @@ class Call:
         graded = [index for index in floating if self.tensors[index].requires_grad]
         return next(iter(graded + floating), None)
 
-    @contextlib.contextmanager
-    def as_in_forward(self) -> Iterator[None]:
-        """Random numbers and autocast as they were in forward."""
+    def autocasting(self, *, cache_enabled: bool) -> AbstractContextManager[Any]:
+        """Autocast as it was in forward."""
         enabled, dtype = self.autocast
-        with (
-            kept_random_state(self.device),
-            torch.autocast(self.device.type, enabled=enabled, dtype=dtype, cache_enabled=self.autocast_cache),
-        ):
-            self.random_state.restore()
-            yield
+        if not enabled and not torch.is_autocast_enabled(self.device.type):
+            return nullcontext()
+        again: AbstractContextManager[Any]
+        again = torch.autocast(self.device.type, enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
+        return again
+
+    def as_in_forward(self) -> AbstractContextManager[None]:
+        """Random numbers and autocast as they were in forward."""
+        return _AsInForward(self)
+
+
+class _AsInForward(kept_random_state):
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.device)
+        self._call = call
+        self._autocasting = call.autocasting(cache_enabled=call.autocast_cache)
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._call.random_state.restore()
+        self._autocasting.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._autocasting.__exit__(*exception)
+        super().__exit__(*exception)
 
 
 def _check_in_sight(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +36,14 @@ class RandomState:
         return self.on_device is None or other.on_device is None or torch.equal(self.on_device, other.on_device)
 
 
-def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """What is drawn inside is not missing afterwards."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+class kept_random_state:
+    """A context: what is drawn inside is not missing afterwards."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._before = RandomState.now(self._device)
+
+    def __exit__(self, *exception: object) -> None:
+        self._before.restore()

@@ -16,8 +16,8 @@ room: the arena can be short, never wrong.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +57,9 @@ class Transients:
         """The most that results took of the arena at once."""
         return 0 if self._arena is None else self._arena.peak_bytes
 
-    @contextlib.contextmanager
-    def placed(self) -> Iterator[None]:
+    def placed(self) -> AbstractContextManager[Any]:
         """Inside, on this thread, operations put their large results into the arena; a backward's do, too."""
-        if self._arena is None:
-            yield
-            return
-        with _Placing(self):
-            yield
+        return nullcontext() if self._arena is None else _Placing(self)
 
     def kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`, copied out if it lies in the arena: what outlives a layer would take the next one's room."""

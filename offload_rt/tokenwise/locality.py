@@ -72,7 +72,11 @@ def _whole(owner: RecomputedLayer, call: Call, inputs: list[torch.Tensor], hidde
     """Outputs and the input's gradient; the parameters' gradients."""
     given = inputs[hidden].detach().requires_grad_()
     enabled, dtype = call.autocast
-    with torch.autocast(call.device.type, enabled=enabled, dtype=dtype, cache_enabled=False), owner.recording():
+    with (
+        torch.autocast(call.device.type, enabled=enabled, dtype=dtype, cache_enabled=False),
+        torch.enable_grad(),
+        owner.saving(),
+    ):
         outputs = call.run([given if index == hidden else t for index, t in enumerate(inputs)])
         pairs = [
             (o, d) for o, d in zip(outputs, _directions(outputs), strict=True) if d is not None and o.requires_grad

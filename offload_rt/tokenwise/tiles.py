@@ -5,8 +5,8 @@ See `tiled_pass` for the order in which they run.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,9 +178,6 @@ class PassState:
         """For the gradients of the layer's parameters."""
         return Sums(self.call.trainable, in_fp32=not self.is_whole)
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Autocast as the layer was called; without its cache, in which casts with and without a graph would mix."""
-        enabled, dtype = self.call.autocast
-        with torch.autocast(self.call.device.type, enabled=enabled, dtype=dtype, cache_enabled=False):
-            yield
+        return self.call.autocasting(cache_enabled=False)
