@@ -26,15 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload_rt.nf4_layout import (
-    CODES_A_WORD,
-    NESTED_BLOCK_SIZE,
-    QUANT_BLOCK_SIZE,
-    SECTION_ALIGNMENT_BYTES,
-    NF4Layout,
-)
-from offload_rt.nf4_torch import sections_of, tables
+from offload_rt.nf4_layout import CODES_A_WORD, NESTED_BLOCK_SIZE, QUANT_BLOCK_SIZE, NF4Layout
+from offload_rt.nf4_torch import check_blob, tables
 
+FLOAT_BYTES = 4
 _TAIL_WORDS = 32
 """One warp's; only the first is there."""
 
@@ -62,13 +57,15 @@ DEFAULT = Launch()
 
 @triton.jit
 def _decode_kernel(
-    codes,
-    absmax,
-    nested_absmax,
-    nested_offset,
-    nested_map,
+    words,
+    codes_of_absmax,
+    floats,
     table,
     out,
+    absmax_begin,
+    nested_absmax_begin,
+    nested_offset_begin,
+    nested_map_begin,
     first_word,
     num_words,
     num_elements,
@@ -81,11 +78,12 @@ def _decode_kernel(
     begin = first_word + tl.program_id(0).to(tl.int64) * WORDS
     word = tl.arange(0, WORDS)
     is_there = word < num_words - begin
-    packed = tl.load(codes + begin + word, mask=is_there, other=0)
+    packed = tl.load(words + begin + word, mask=is_there, other=0)
     quant_block = (begin + word) // WORDS_A_QUANT_BLOCK
-    value = tl.load(nested_map + tl.load(absmax + quant_block, mask=is_there, other=0))
-    nested = tl.load(nested_absmax + quant_block // NESTED_BLOCK_SIZE, mask=is_there, other=0.0)
-    scale = value * nested + tl.load(nested_offset)
+    code_of_absmax = tl.load(codes_of_absmax + absmax_begin + quant_block, mask=is_there, other=0)
+    value = tl.load(floats + nested_map_begin + code_of_absmax)
+    nested = tl.load(floats + nested_absmax_begin + quant_block // NESTED_BLOCK_SIZE, mask=is_there, other=0.0)
+    scale = value * nested + tl.load(floats + nested_offset_begin)
 
     position = tl.arange(0, CODES_A_WORD)
     code = (packed[:, None] >> ((4 * position) ^ 4)[None, :]) & 15
@@ -104,7 +102,7 @@ def decode(blob: Tensor, layout: NF4Layout, out: Tensor, launch: Launch = DEFAUL
     `blob` must be 64-byte aligned and of `layout.total_bytes`; raises `ValueError` otherwise, and where the two are on
     different devices.
     """
-    sections = sections_of(blob, layout)
+    check_blob(blob, layout)
     if out.device != blob.device:
         raise ValueError(f"out is on {out.device}, the blob on {blob.device}")
     num_elements = out.numel()
@@ -112,17 +110,18 @@ def decode(blob: Tensor, layout: NF4Layout, out: Tensor, launch: Launch = DEFAUL
     counters.decoded_elements += num_elements
     if not num_elements:
         return
-    # The section may end inside a word; the gap behind it is part of the blob.
-    padded_bytes = -(-layout.codes.end_bytes // SECTION_ALIGNMENT_BYTES) * SECTION_ALIGNMENT_BYTES
-    codes = blob[:padded_bytes].view(torch.int32)
+    # The blob as a whole, thrice: views of its sections would take longer than the launch. The codes may end inside a
+    # word; the gap behind them is part of the blob.
+    words, floats = blob.view(torch.int32), blob.view(torch.float32)
     num_whole, num_words = num_elements // CODES_A_WORD, triton.cdiv(num_elements, CODES_A_WORD)
     with torch.cuda.device_of(out):  # Triton launches on torch's current device
-        for first, last, words in ((0, num_whole, launch.words), (num_whole, num_words, _TAIL_WORDS)):
+        for first, last, num_at_once in ((0, num_whole, launch.words), (num_whole, num_words, _TAIL_WORDS)):
             if first == last:
                 continue
-            _decode_kernel[(triton.cdiv(last - first, words),)](
-                codes, *sections[1:], tables(out.device).nf4, out, first, last, num_elements,
-                WORDS=words, CODES_A_WORD=CODES_A_WORD,
+            _decode_kernel[(triton.cdiv(last - first, num_at_once),)](
+                words, blob, floats, tables(out.device).nf4, out, layout.absmax.begin_bytes,
+                *[part.begin_bytes // FLOAT_BYTES for part in layout.sections[2:]], first, last, num_elements,
+                WORDS=num_at_once, CODES_A_WORD=CODES_A_WORD,
                 WORDS_A_QUANT_BLOCK=QUANT_BLOCK_SIZE // CODES_A_WORD, NESTED_BLOCK_SIZE=NESTED_BLOCK_SIZE,
                 IS_TAIL=first == num_whole, num_warps=launch.num_warps, enable_fp_fusion=False,
             )  # fmt: skip

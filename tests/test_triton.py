@@ -209,8 +209,10 @@ found = {}
 for capability in (80, 89, 90):
     floats = {name: "*fp32" for name in ("nested_absmax", "nested_offset", "nested_map", "table")}
     found[f"decode {capability}"] = compiled(
-        nf4_triton._decode_kernel, {"codes": "*i32", "absmax": "*u8", **floats, "out": "*bf16"},
-        ["first_word", "num_words", "num_elements"], [],
+        nf4_triton._decode_kernel,
+        {"words": "*i32", "codes_of_absmax": "*u8", "floats": "*fp32", "table": "*fp32", "out": "*bf16"},
+        ["absmax_begin", "nested_absmax_begin", "nested_offset_begin", "nested_map_begin", "first_word", "num_words",
+         "num_elements"], [],
         dict(WORDS=512, CODES_A_WORD=8, WORDS_A_QUANT_BLOCK=8, NESTED_BLOCK_SIZE=256, IS_TAIL=False), capability)
     names = adam_triton._step_kernel.arg_names
     found[f"adam {capability}"] = compiled(
