@@ -50,8 +50,7 @@ class DeviceCopies:
 
         copy = self._copier.start(
             f"copy of {source.range.arena} to {destination.range.arena}",
-            source.tensor(torch.uint8, (source.num_bytes,)),
-            destination.tensor(torch.uint8, (destination.num_bytes,)),
+            [(source.tensor(torch.uint8, (source.num_bytes,)), destination.tensor(torch.uint8, (source.num_bytes,)))],
             inward=destination.on_device,
             reads=[source],
             writes=[destination],
@@ -61,19 +60,20 @@ class DeviceCopies:
         )
         return self._transfer(copy, source.num_bytes)
 
-    def save(self, source: torch.Tensor, destination: Slot) -> Transfer:
-        """Starts copying `source`, contiguous, that `compute` was given to make, to HOST. Does not block."""
-        flat = _bytes_of(source)
-        self._counters.bytes_copied += flat.numel()
-        self._meter.moved(DEVICE_TO_HOST, flat.numel())
-        copy = self._copier.start(
-            f"save to {destination.range.arena}",
-            flat,
-            destination.tensor(torch.uint8, (flat.numel(),)),
-            inward=False,
-            writes=[destination],
-        )
-        return self._transfer(copy, flat.numel())
+    def save(self, *saved: tuple[torch.Tensor, Slot]) -> Transfer:
+        """Starts copying tensors, contiguous, that `compute` was given to make, each to its slot in HOST, all of them
+        as one transfer. Does not block.
+        """
+        ends = []
+        for source, destination in saved:
+            flat = _bytes_of(source)
+            ends.append((flat, destination.tensor(torch.uint8, (flat.numel(),))))
+        num_bytes = sum(flat.numel() for flat, _ in ends)
+        self._counters.bytes_copied += num_bytes
+        self._meter.moved(DEVICE_TO_HOST, num_bytes)
+        writes = [destination for _, destination in saved]
+        copy = self._copier.start(f"save to {writes[0].range.arena}", ends, inward=False, writes=writes)
+        return self._transfer(copy, num_bytes)
 
     def load(
         self,
@@ -93,8 +93,7 @@ class DeviceCopies:
         self._meter.moved(HOST_TO_DEVICE, flat.numel())
         copy = self._copier.start(
             f"load from {source.range.arena}",
-            source.tensor(torch.uint8, (flat.numel(),)),
-            flat,
+            [(source.tensor(torch.uint8, (flat.numel(),)), flat)],
             inward=True,
             reads=[source],
             behind=None if saved is None else saved.copy,

@@ -29,7 +29,7 @@ from offload_rt.cuda_memory import Bound, bytes_beside_allocator
 from offload_rt.cudart import CudaRuntime, find_cuda_runtime
 from offload_rt.errors import ConfigError, PinningRefused
 from offload_rt.pinning import pin
-from offload_rt.streams import Event
+from offload_rt.streams import Ends, Event
 
 logger = logging.getLogger("offload_rt")
 
@@ -147,9 +147,10 @@ class CudaStream:
             raise TypeError(f"a CUDA stream cannot wait for {type(event).__name__}")
         self.stream.wait_event(event.event)
 
-    def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+    def copy(self, ends: Sequence[Ends]) -> None:
         with torch.cuda.stream(self.stream):
-            destination.copy_(source, non_blocking=True)
+            for source, destination in ends:
+                destination.copy_(source, non_blocking=True)
 
     def run(self, launch: Callable[[], None]) -> None:
         with torch.cuda.stream(self.stream):

@@ -64,7 +64,7 @@ class DeviceStash:
         place = None
         if self._scratch is not None and (place := self._place(self._scratch, num_bytes)) is None:
             return None
-        saved = self.links.device_copies.save(source, slot)
+        saved = self.links.device_copies.save((source, slot))
         self._leaving.append(saved)
         if place is None:
             stashed = _DeviceStashed(self, tensor, self._last, saved=saved, slot=slot)

@@ -64,6 +64,10 @@ COMPUTE = "compute"
 """The lane of a device's compute stream."""
 
 
+Ends = tuple[Tensor, Tensor]
+"""Source and destination of a copy: both uint8, contiguous, of one size, one of them in HOST."""
+
+
 class Event(Protocol):
     """A place in a stream."""
 
@@ -80,8 +84,8 @@ class Stream(Protocol):
     def wait(self, event: Event) -> None:
         """What is given from now on begins when `event`, of any stream of the device, was passed."""
 
-    def copy(self, source: Tensor, destination: Tensor) -> None:
-        """Copies bytes: both uint8, contiguous, of one size, one of them in HOST. The caller keeps both alive."""
+    def copy(self, ends: Sequence[Ends]) -> None:
+        """Copies bytes, one pair after the other. The caller keeps all of them alive."""
 
     def run(self, launch: Callable[[], None]) -> None:
         """Runs the kernels that `launch` launches. The caller keeps alive what they use."""
@@ -124,20 +128,20 @@ class Place:
 
 
 class Copy:
-    """One copy, from the call that asked for it until the device has done it. Holds its ends: rule 3."""
+    """One copy, of one or more tensors, from the call that asked for it until the device has done it. Holds its ends:
+    rule 3.
+    """
 
-    def __init__(
-        self, name: str, source: Tensor, destination: Tensor, *, inward: bool, slots: Sequence[Slot] = ()
-    ) -> None:
-        """`slots`: what of the two ends is leased."""
+    def __init__(self, name: str, ends: Sequence[Ends], *, inward: bool, slots: Sequence[Slot] = ()) -> None:
+        """`slots`: what of the ends is leased."""
         self.name = name
         self.inward = inward
         self.operation: int | None = None
         """Its number in the recorder, if there is one."""
         self.given: Future[Event] = Future()
         self.done: Future[None] = Future()
-        self._source: Tensor | None = source
-        self._destination: Tensor | None = destination
+        self._sources = [source for source, _ in ends]
+        self._destinations = [destination for _, destination in ends]
         self._give_back = [slot.lend(name) for slot in slots]
 
     def place(self) -> Place:
@@ -146,21 +150,21 @@ class Copy:
 
     def give(self, stream: Stream, before: Sequence[Event]) -> Event:
         """Gives the copy to `stream`, behind `before`."""
-        if self._source is None or self._destination is None:
+        if not self._sources:
             raise RuntimeError(f"{self.name}: given twice")
         for event in before:
             stream.wait(event)
-        stream.copy(self._source, self._destination)
+        stream.copy(list(zip(self._sources, self._destinations, strict=True)))
         return stream.record()
 
     def ordered(self) -> None:
         """`compute` is behind the copy."""
         if self.inward:
-            self._destination = None
+            self._destinations = []
 
     def finish(self, error: BaseException | None) -> None:
         """The device is done with both ends, or never began."""
-        self._source = self._destination = None
+        self._sources, self._destinations = [], []
         while self._give_back:
             self._give_back.pop()()
         for future in (self.given, self.done):
@@ -188,8 +192,7 @@ class Copier:
     def start(
         self,
         name: str,
-        source: Tensor,
-        destination: Tensor,
+        ends: Sequence[Ends],
         *,
         inward: bool,
         reads: Sequence[Slot] = (),
@@ -199,12 +202,12 @@ class Copier:
         behind: Copy | None = None,
         places: Sequence[Place] | None = None,
     ) -> Copy:
-        """Starts copying `source` to `destination`: `inward` from HOST to DEVICE, otherwise back. Does not block.
+        """Starts copying between `ends`: `inward` from HOST to DEVICE, otherwise back. Does not block.
 
-        Both are uint8 of one size; `reads` and `writes` are what of them is leased. `after` blocks until the HOST end
-        may be used, and raises why it never will: the feeder calls it. `behind` is a copy back that filled the source:
-        the device orders the two itself. `places` are what the copy begins behind in place of rule 1, where no kernel
-        of `compute` uses its end in DEVICE.
+        What is copied together has one event, one report and one wake-up of whoever waits. `reads` and `writes` are
+        what of the ends is leased. `after` blocks until the HOST end may be used, and raises why it never will: the
+        feeder calls it. `behind` is a copy back that filled the source: the device orders the two itself. `places` are
+        what the copy begins behind in place of rule 1, where no kernel of `compute` uses its end in DEVICE.
         """
         stream, reaper = (
             (self.device.to_device, self._to_device) if inward else (self.device.to_host, self._to_host)
@@ -212,7 +215,7 @@ class Copier:
         before = [self.device.compute.record()] if places is None else [place.event for place in places]
         if behind is not None:
             before.append(behind.given.result())
-        copy = Copy(name, source, destination, inward=inward, slots=[*reads, *writes])
+        copy = Copy(name, ends, inward=inward, slots=[*reads, *writes])
         if self._recorder is not None:
             if behind is not None and behind.operation is not None:
                 after_operations = [*after_operations, behind.operation]

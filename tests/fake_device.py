@@ -13,7 +13,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class FakeStream:
         self.name = name
         self._reports = reports
         self.num_copies = 0
+        self.num_records = 0
         self.num_launches = 0
         self.error: BaseException | None = None
         """What broke the stream: as on a GPU, nothing runs on it any more and every event after it says so."""
@@ -94,6 +95,7 @@ class FakeStream:
         self._going.set()
 
     def record(self) -> FakeEvent:
+        self.num_records += 1
         event = FakeEvent(self._reports)
 
         def passed() -> None:
@@ -106,7 +108,11 @@ class FakeStream:
     def wait(self, event: FakeEvent) -> None:
         self.give(event.pass_by)
 
-    def copy(self, source: Tensor, destination: Tensor) -> None:
+    def copy(self, ends: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for source, destination in ends:
+            self._copy(source, destination)
+
+    def _copy(self, source: Tensor, destination: Tensor) -> None:
         self.num_copies += 1
         num_bytes = source.numel()
         assert num_bytes == destination.numel()

@@ -88,6 +88,7 @@ def test_gradients_are_those_that_late_kernels_have_computed(staged: bool) -> No
     for number, (_, found) in enumerate(bench.taken):
         assert all(torch.all(found[index] == 10.0 * number + index) for index in range(2))
     assert bench.device.to_host.num_copies == 8
+    assert bench.device.to_host.num_records == 4, "one event a block, however many gradients it has"
     if not staged:
         slot = bench.slots["b3"]
         assert torch.all(slot.tensor(torch.bfloat16, (SIZE,), 8192) == 31.0)

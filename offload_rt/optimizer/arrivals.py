@@ -44,23 +44,21 @@ def largest_arrival_bytes(blocks: Sequence[TrainedBlock]) -> int:
 class Arrival:
     """One micro-batch's gradients of one block. `settle` may be called by any thread, and again."""
 
-    def __init__(self, copies: list[Transfer], then: Callable[[], None]) -> None:
-        self._copies = copies
+    def __init__(self, copy: Transfer, then: Callable[[], None]) -> None:
+        self._copy = copy
         self._then: Callable[[], None] | None = then
         self._lock = threading.Lock()
 
     def wait(self) -> None:
-        """Blocks until the copies are over: the device needs the gradients no more. Raises what a copy raised."""
-        for copy in self._copies:
-            copy.wait()
+        """Blocks until the copy is over: the device needs the gradients no more. Raises what it raised."""
+        self._copy.wait()
 
     def settle(self, wait: Callable[[Transfer], None]) -> None:
-        """Waits for the copies, each by `wait`, and does what was to be done with the gradients. Blocks."""
+        """Waits for the copy, by `wait`, and does what was to be done with the gradients. Blocks."""
         with self._lock:
             if self._then is None:
                 return
-            for copy in self._copies:
-                wait(copy)
+            wait(self._copy)
             self._then()
             self._then = None  # and with it the lease of the memory that they came through
 
@@ -92,13 +90,14 @@ class Arrivals:
             self._last.wait()
         if self._staging is not None:
             places = self._stage(block, gradients, self._staging)
-        arrived, copies = {}, []
+        arrived, saved = {}, []
         for index, gradient in gradients.items():
             trained, place = block.parameters[index], places[index]
             source = gradient.to(trained.parameter.dtype).contiguous()
-            copies.append(self._links.device_copies.save(source, place))
+            saved.append((source, place))
             arrived[index] = place.tensor(source.dtype, source.shape)
-        arrival = Arrival(copies, lambda: take(arrived))
+        # One copy for the block: each has its event, and wakes the thread that reports it and the one that waits.
+        arrival = Arrival(self._links.device_copies.save(*saved), lambda: take(arrived))
         self._last = arrival
         self._unsettled.append(arrival)
         return arrival

@@ -147,7 +147,7 @@ class Gradients:
         out = self._links.pace(f"gradients of {block.name}", num_bytes, inward=False)
         if out is None:
             return
-        waiting.arrivals.append(Arrival([out], lambda: None))
+        waiting.arrivals.append(Arrival(out, lambda: None))
         self._leaving.append(out)
         while len(self._leaving) >= self._device_slots:
             self._links.wait(self._leaving.popleft())
