@@ -97,6 +97,7 @@ class RecomputedLayer:
         self._together = together
         stored = {id(binding.parameter) for binding in block.bindings}
         self._own = [p for p in layer.parameters() if id(p) not in stored]
+        self._with_buffers = [module for module in layer.modules() if module._buffers]
         self._bindings = block.bindings
         self._forward: Callable[..., Any] = layer.forward
         self._had_own_forward = "forward" in layer.__dict__
@@ -148,6 +149,11 @@ class RecomputedLayer:
                     f"are at rest and would never change. Make the engine after requires_grad_(True)"
                 )
         return [p for p in self._own if p.requires_grad]
+
+    def beside_block(self) -> list[torch.Tensor]:
+        """The layer's parameters and buffers that are not its block's: in memory all the time."""
+        buffers = [buffer for module in self._with_buffers for buffer in module.buffers(recurse=False)]
+        return [*self._own, *buffers]
 
     def streamed(self) -> list[nn.Parameter]:
         """The block's own parameters that train now. `UnsupportedModule` where one has hooks, which would not fire."""

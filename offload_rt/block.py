@@ -84,6 +84,8 @@ class Block:
     shows_itself: set[nn.Module] = field(default_factory=set)
     """Modules whose own forward calls `shown`, if it wants a weight decoded at all."""
     _num_open: int = 0
+    _in_slot: dict[int, torch.Tensor] = field(default_factory=dict)
+    """While it is open, the tensors in their own dtype, by where they begin."""
     _of_owner: dict[nn.Module, list[Binding]] = field(default_factory=dict)
     _shown: dict[nn.Module, _Shown] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
@@ -127,7 +129,8 @@ class Block:
         for binding in self.bindings:
             spec = binding.spec
             if not spec.is_quantized:
-                binding.parameter.data = slot.tensor(torch_dtype(spec.dtype), spec.shape, spec.offset_bytes)
+                tensor = slot.tensor(torch_dtype(spec.dtype), spec.shape, spec.offset_bytes)
+                binding.parameter.data = self._in_slot[spec.offset_bytes] = tensor
 
     def close(self) -> None:
         """Takes the bytes away again, when the last `open` is closed."""
@@ -135,6 +138,7 @@ class Block:
         if self._num_open:
             return
         self.slot = None
+        self._in_slot.clear()
         for binding in self.bindings:
             if not binding.spec.is_quantized:
                 self.hide(binding)
@@ -168,6 +172,9 @@ class Block:
         if view.spec is not None:
             offset = view.offset_bytes // view.dtype.itemsize
             return self._decoded(view.spec).as_strided(view.size, view.stride, offset)
+        shown = self._in_slot.get(view.offset_bytes)
+        if shown is not None and shown.dtype is view.dtype:
+            return shown.as_strided(view.size, view.stride)
         return weight_in(self.slot, view)
 
     @contextmanager

@@ -26,6 +26,9 @@ class Owner(Protocol):
     def run(self, args: Any, kwargs: Any) -> Any:
         """The layer's own forward."""
 
+    def beside_block(self) -> list[torch.Tensor]:
+        """The layer's parameters and buffers that are not its block's."""
+
     def hand_over(self, call: Call, gradients: Sequence[torch.Tensor | None]) -> None:
         """Takes the gradients of `call.streamed`."""
 

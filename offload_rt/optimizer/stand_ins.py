@@ -28,6 +28,8 @@ class StandIns:
         self._blocks = tuple(blocks)
         self._deliver = deliver
         self._handles = []
+        self._made: dict[nn.Parameter, AbsentGradient] = {}
+        """One for each parameter that ever had one; they hold an element, and nothing of a step."""
         # The collector does not see what torch holds for a parameter: nothing there may hold that, or this.
         weakly = weakref.ref(self)
         for number, block in enumerate(blocks):
@@ -43,7 +45,9 @@ class StandIns:
         for index in indices:
             parameter = block.parameters[index].parameter
             if parameter.grad is None:
-                parameter.grad = AbsentGradient.of(parameter)
+                if parameter not in self._made:
+                    self._made[parameter] = AbsentGradient.of(parameter)
+                parameter.grad = self._made[parameter]
 
     def were_zeroed(self, gradients: Gradients) -> bool:
         """Whether the model's own zero_grad has taken them away: it does not know of what they stand for.

@@ -184,7 +184,7 @@ class SavedTensors:
         address = storage.data_ptr()
         offset = int(tensor.storage_offset())
         for name, known in self.known.items():
-            if known.untyped_storage().data_ptr() == address and known.dtype == tensor.dtype:
+            if known.dtype is tensor.dtype and known.untyped_storage().data_ptr() == address:
                 return _View(name, tensor.dtype, tensor.size(), tensor.stride(), offset - int(known.storage_offset()))
         weight = self._block.view_of(tensor)
         if weight is not None:

@@ -148,8 +148,10 @@ class PassState:
         self.inputs, self.whole = [], {}
 
     def look_at_storages(self) -> None:
-        """Takes note of those that stay anyway: parameters, buffers, and the arguments beside the layer's input."""
-        owned = [*self.call.owner.layer.parameters(), *self.call.owner.layer.buffers()]
+        """Takes note of those that stay anyway: what the layer has beside its block, and the arguments beside its
+        input.
+        """
+        owned = self.call.owner.beside_block()
         owned += [tensor for index, tensor in enumerate(self.inputs) if index != self.hidden]
         self._stays = frozenset(tensor.untyped_storage().data_ptr() for tensor in owned if tensor.numel())
 
