@@ -213,6 +213,7 @@ class Arena:
         self._lock = threading.Lock()
         self._returned: deque[int] = deque()
         self._leases: dict[int, Lease] = {}
+        self._held_bytes = 0
         self._free: list[tuple[int, int]] = [(0, self.num_bytes)] if self.num_bytes else []
         self._next_lease = 0
         self.region = self._map()
@@ -256,11 +257,15 @@ class Arena:
 
     def acquire_or_none(self, num_bytes: int, owner: str) -> Slot | None:
         """As `acquire`, but None when nobody gives back so much: blocks only while some of the arena is lent."""
+        if num_bytes > self.num_bytes:
+            return None
+        if (slot := self.try_acquire(num_bytes, owner)) is not None:  # mostly there is room, and nobody need be asked
+            return slot
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
             may_come_back = self._is_lent()  # asked first: who lets go in between has made room
             slot = self.try_acquire(num_bytes, owner)
-            if slot is not None or not may_come_back or num_bytes > self.num_bytes:
+            if slot is not None or not may_come_back:
                 return slot
             if time.monotonic() > deadline:
                 raise StorageTimeout(f"{self._short_of(num_bytes, owner)}; nothing came back in {WAIT_SECONDS:g} s")
@@ -281,7 +286,8 @@ class Arena:
                     self._next_lease += 1
                     self.num_leases += 1
                     lease = self._leases[number] = Lease(self.name, owner, start, start + wanted)
-                    self.peak_bytes = max(self.peak_bytes, self._held_bytes())
+                    self._held_bytes += wanted
+                    self.peak_bytes = max(self.peak_bytes, self._held_bytes)
                     break
             else:
                 return None
@@ -295,13 +301,13 @@ class Arena:
         """Bytes under lease now."""
         with self._lock:
             self._collect()
-            return self._held_bytes()
+            return self._held_bytes
 
     def restart_peak(self) -> None:
         """From now on `peak_bytes` is what comes, and what is under lease already."""
         with self._lock:
             self._collect()
-            self.peak_bytes = self._held_bytes()
+            self.peak_bytes = self._held_bytes
 
     def _is_lent(self) -> bool:
         with self._lock:
@@ -315,12 +321,10 @@ class Arena:
             f"held by: {held or 'nobody'}"
         )
 
-    def _held_bytes(self) -> int:
-        return sum(lease.end - lease.start for lease in self._leases.values())
-
     def _collect(self) -> None:
         while self._returned:
             lease = self._leases.pop(self._returned.popleft())
+            self._held_bytes -= lease.end - lease.start
             if self._poison:
                 self._fill(lease.start, lease.end - lease.start)
             self._free.append((lease.start, lease.end))

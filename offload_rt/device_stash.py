@@ -46,6 +46,7 @@ class DeviceStash:
         self._window_bytes = window_bytes
         self._scratch = scratch
         self._leaving: deque[Transfer] = deque()
+        self._leaving_bytes = 0
         self._writing: deque[tuple[Transfer, ScratchRange]] = deque()
         """Those that nobody may have waited for. Ranges are not leased again before their write has begun."""
         self._fetched_ahead: weakref.WeakSet[_DeviceStashed] = weakref.WeakSet()
@@ -56,7 +57,7 @@ class DeviceStash:
         """As `Stash.put`; the copy runs behind what computes `tensor`. Blocks while the window is full."""
         source = tensor.contiguous()
         num_bytes = align_up(source.nbytes, IO_ALIGNMENT_BYTES)
-        self._wait_for_window(source.nbytes)
+        self._wait_for_window(source.nbytes, self._ahead_bytes())
         # Room may be taken by what was fetched back and is done with, by a copy that is not known to be over.
         slot = self._arena.acquire_or_none(num_bytes, "put away") if self._scratch is None else self.room(num_bytes)
         if slot is None:
@@ -66,6 +67,7 @@ class DeviceStash:
             return None
         saved = self.links.device_copies.save((source, slot))
         self._leaving.append(saved)
+        self._leaving_bytes += saved.num_bytes
         if place is None:
             stashed = _DeviceStashed(self, tensor, self._last, saved=saved, slot=slot)
         else:
@@ -92,14 +94,16 @@ class DeviceStash:
 
         Blocks until what leaves makes room: [Note: one window for both ways].
         """
+        ahead_bytes = self._ahead_bytes()
         before = stashed.previous()
         while before is not None:
             if before.is_held and before not in self._fetched_ahead:
-                if self._fetched_ahead and self._ahead_bytes() + before.num_bytes > self._window_bytes:
+                if self._fetched_ahead and ahead_bytes + before.num_bytes > self._window_bytes:
                     return
-                self._wait_for_window(before.num_bytes)
+                self._wait_for_window(before.num_bytes, ahead_bytes)
                 before.start()
                 self._fetched_ahead.add(before)
+                ahead_bytes += before.num_bytes
             before = before.previous()
 
     def asked_for(self, stashed: _DeviceStashed) -> None:
@@ -121,12 +125,11 @@ class DeviceStash:
             self.links.wait(write)
         self._writing.popleft()
 
-    def _wait_for_window(self, num_bytes: int) -> None:
-        num_bytes += self._ahead_bytes() + sum(transfer.num_bytes for transfer in self._leaving)
-        while self._leaving and num_bytes > self._window_bytes:
+    def _wait_for_window(self, num_bytes: int, ahead_bytes: int) -> None:
+        while self._leaving and num_bytes + ahead_bytes + self._leaving_bytes > self._window_bytes:
             oldest = self._leaving.popleft()
+            self._leaving_bytes -= oldest.num_bytes
             oldest.wait()
-            num_bytes -= oldest.num_bytes
 
     def _ahead_bytes(self) -> int:
         return sum(stashed.num_bytes for stashed in self._fetched_ahead if stashed.is_held)
