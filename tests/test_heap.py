@@ -112,6 +112,19 @@ def test_holes_that_cannot_be_given_back_are_not_trimmed_at_every_check():
     guard.close()
 
 
+def test_the_heap_is_looked_at_only_where_the_process_is_near_its_plan(monkeypatch):
+    asked = []
+    monkeypatch.setattr(heap, "heap_bytes", lambda: asked.append(None))
+    now = Base.now()
+    for resident, times in ((now.resident_bytes, 0), (now.resident_bytes - 48 * MIB, 1)):
+        base = Base(resident, now.heap_bytes, now.file_bytes)
+        guard = HeapGuard(base, planned_bytes=1 << 40, arena_bytes=0, slack_bytes=64 * MIB)
+        asked.clear()
+        guard.check()
+        assert len(asked) == times
+        guard.close()
+
+
 def test_without_malloc_trim_it_only_watches(monkeypatch):
     guard = HeapGuard(Base(0, 0), planned_bytes=1, arena_bytes=0, slack_bytes=0)
     monkeypatch.setattr(guard, "_malloc_trim", None)
