@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,13 +47,15 @@ _undo: list[Callable[[], None]] = []
 def intercepted(handler: Handler | None) -> Iterator[None]:
     """Inside, attention calls of this thread go to `handler`; with None they run as they are."""
     previous = getattr(_thread, "handler", None)
-    _install()
+    if handler is not None:
+        _install()
     _thread.handler = handler
     try:
         yield
     finally:
         _thread.handler = previous
-        _uninstall()
+        if handler is not None:
+            _uninstall()
 
 
 def _install() -> None:
@@ -77,11 +80,15 @@ def _uninstall() -> None:
 
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     original = getattr(owner, name)
-    replacement = wrap(original)
-    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes a second
-        replacement = torch.compiler.disable(replacement)  # type: ignore[no-untyped-call]
-    setattr(owner, name, replacement)
+    # Where nothing is compiled, it need not be disabled: importing what does that takes a second.
+    setattr(owner, name, _replacement(wrap, original, "torch._dynamo" in sys.modules))
     _undo.append(lambda: setattr(owner, name, original))
+
+
+@lru_cache(maxsize=8)  # one for each door, for all layers
+def _replacement(wrap: Callable[[Any], Any], original: Any, may_be_compiled: bool) -> Any:
+    replacement = wrap(original)
+    return torch.compiler.disable(replacement) if may_be_compiled else replacement  # type: ignore[no-untyped-call]
 
 
 def _through_sdpa(original: Any) -> Any:
