@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload_rt.access import Access, GoneAccess, graph_is_kept, opened, put_forward_back, without_hooks
+from offload_rt.additions import Additions
 from offload_rt.block import Block
 from offload_rt.errors import UnsupportedModule
 from offload_rt.heap import places_for, put_into
@@ -76,6 +77,7 @@ class RecomputedLayer:
         deliver: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
         together: Callable[[], bool] = lambda: False,
         transients: Transients | None = None,
+        additions: Additions | None = None,
     ) -> None:
         """`deliver` takes the gradients of the block's own parameters, by index, where these train; None: frozen.
         `together` is whether several backward passes go through the model together.
@@ -96,7 +98,9 @@ class RecomputedLayer:
         """Gradients for `deliver` by backward pass: those of a layer that it calls more than once are summed."""
         self._together = together
         stored = {id(binding.parameter) for binding in block.bindings}
-        self._own = [p for p in layer.parameters() if id(p) not in stored]
+        self.additions = Additions(layer) if additions is None else additions
+        """Of the engine's start, whatever runtime this is."""
+        self._own = [p for p in self.additions.known if id(p) not in stored]
         self._with_buffers = [module for module in layer.modules() if module._buffers]
         self._bindings = block.bindings
         self._forward: Callable[..., Any] = layer.forward
@@ -133,9 +137,8 @@ class RecomputedLayer:
 
         `UnsupportedModule` where one requires a gradient that nobody would take: of weights at rest, or added since.
         """
-        known = {id(p) for p in self._own} | {id(binding.parameter) for binding in self._bindings}
-        for name, parameter in self.layer.named_parameters():
-            if parameter.requires_grad and id(parameter) not in known:
+        for name, parameter in self.additions.find():
+            if parameter.requires_grad:
                 raise UnsupportedModule(
                     f"{self.block.name}.{name} requires a gradient and was not there when the engine was made, which "
                     f"would never train it. Add it (add_adapter, load_adapter) before engine(...)"

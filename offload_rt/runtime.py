@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.access import Access
+from offload_rt.additions import Additions
 from offload_rt.arena import Slot
 from offload_rt.asked import Asked
 from offload_rt.autograd import LayerCounters, RecomputedLayer
@@ -94,6 +95,8 @@ class Runtime:
     """By the block's name."""
     executors: list[RingExecutor]
     layers: list[RecomputedLayer]
+    additions: dict[str, Additions]
+    """By the block of each layer, what it got since the engine was made. Runtimes hand this on."""
     products: Products
     packed: list[PackedLinear]
     """Linears whose weights are not always decoded."""

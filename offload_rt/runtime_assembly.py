@@ -12,6 +12,7 @@ from torch import nn
 
 from offload_rt.access import Access, LookupAccess, ResidentAccess
 from offload_rt.activation_assembly import ActivationsAssembly
+from offload_rt.additions import Additions
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
@@ -106,6 +107,7 @@ class RuntimeAssembly:
         self.heap: HeapGuard | None = None
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.tiered: TieredTraining | None = None
+        self.additions = {} if before is None else before.additions
         self.state: StateAssembly | None = None
         if workload.training is not None:
             self.state = StateAssembly(
@@ -248,7 +250,7 @@ class RuntimeAssembly:
             recorder=self.recorder, turns=self.turns,
             training=self._training(optimizer, make_room=heap.check), device=self.device, transients=transients,
             made_of=self.made_of, resting=self.resting, cuts=cuts_of(self.plan, workload), packed=[],
-            products=products_of(self.plan, workload, self.options),
+            products=products_of(self.plan, workload, self.options), additions=self.additions,
         )  # fmt: skip
         if self.before is not None:
             runtime.go_on_counting(self.before)
@@ -333,6 +335,8 @@ class RuntimeAssembly:
     def _layer(
         self, runtime: Runtime, draft: BlockDraft, block: Block, access: Access, places: Places
     ) -> RecomputedLayer:
+        if draft.name not in self.additions:
+            self.additions[draft.name] = Additions(draft.modules[0])
         deliver = None
         if draft.trains and isinstance(runtime.training, FullTraining):
             deliver = runtime.training.taker(draft.name)
@@ -345,6 +349,7 @@ class RuntimeAssembly:
             "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
             "leave_out_product": self.options.leave_out_products, "between": between, "deliver": deliver,
             "together": lambda: runtime.turns.active, "transients": runtime.transients,
+            "additions": self.additions[draft.name],
         }  # fmt: skip
         policy = policy_of(self.plan, draft)
         if policy is None or runtime.tokenwise is None:

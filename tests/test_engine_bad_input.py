@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import offload_rt
+from offload_rt.additions import Additions
+from offload_rt.assembly import change_over
 from offload_rt.errors import (
     CheckpointError,
     ConfigError,
@@ -25,6 +27,7 @@ from offload_rt.errors import (
     TargetNotMatched,
     UnsupportedModule,
 )
+from offload_rt.runtime import Change
 from planners.plan import Plan, Tier
 from tests.conftest import PlainLayer, build_base, build_lora, build_plain, language_batch
 
@@ -458,6 +461,32 @@ def test_an_adapter_that_was_added_since_is_refused_where_it_would_train(make_en
             engine(**batch)
         with torch.no_grad():
             engine(**batch)
+
+
+def test_an_adapter_that_was_added_before_a_change_of_plans_is_no_older_than_the_engine_either(make_engine):
+    engine = make_engine(build_lora(dtype=torch.float32))
+    batch = language_batch(0)
+    engine.model.add_adapter("late", lora(r=2))
+    runtime = engine._runtime
+    engine._go_on_with(change_over(runtime, Change(problem=runtime.made_of.problem, plan=runtime.plan)))
+    engine.backward(engine(**batch).loss)
+    engine.model.base_model.set_adapter("late")
+    with pytest.raises(UnsupportedModule, match=r"late\.weight requires a gradient and was not there"):
+        engine(**batch)
+
+
+def test_a_layer_is_walked_through_where_something_was_added_and_only_there():
+    layer = nn.ModuleDict({"down": nn.Linear(2, 2), "more": nn.ModuleDict()})
+    additions = Additions(layer)
+    assert additions.find() == additions.find() == [] and additions.num_walks == 1
+    for number in range(2):  # of the same name, in the place of one that is gone
+        layer["more"]["late"] = nn.Linear(2, 2, bias=False)
+        assert [name for name, _ in additions.find()] == ["more.late.weight"] and additions.num_walks == 2 + number
+        assert additions.find()[0][1] is layer["more"]["late"].weight
+    layer["down"].register_parameter("scale", nn.Parameter(torch.ones(2)))
+    assert {name for name, _ in additions.find()} == {"more.late.weight", "down.scale"}
+    del layer["more"]["late"]
+    assert [name for name, _ in additions.find()] == ["down.scale"] and additions.num_walks == 5
 
 
 def test_a_cache_is_refused_where_gradients_are_taken(make_engine):

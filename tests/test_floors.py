@@ -84,6 +84,7 @@ FLOORS = {
     "offload_rt.integrity": 5.0,
     "offload_rt.batch_check": 5.0,
     "offload_rt.conversions": 5.0,
+    "offload_rt.additions": 5.0,
     "offload_rt.copies": 5.2,
     "offload_rt.steps": 5.0,
     "offload_rt.executor": 6.0,
