@@ -26,7 +26,7 @@ def host():
     """Locked memory of the host, full of ones."""
     device = CudaDevice(find_device("cuda"))
     arena = Arena("host", 4 * NUM_ELEMENTS)
-    device.lock(arena)
+    device.lock(arena.name, arena.region)
     ones = arena.acquire(4 * NUM_ELEMENTS, "ones").tensor(torch.float32, (NUM_ELEMENTS,))
     return ones.fill_(1)
 
