@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
+from offload_rt.arena import Slot
 from offload_rt.device_copies import DeviceCopies
 from offload_rt.device_stash import DeviceStash
 from offload_rt.rehearsal import planned_bytes
@@ -75,9 +76,9 @@ def run_on_device(folder: Path, home: Tier, monkeypatch: pytest.MonkeyPatch) -> 
     """On one that is as late as can be to let go of what leaves it."""
     save, leaving = DeviceCopies.save, {}
 
-    def save_and_hold(self: DeviceCopies, source: torch.Tensor, destination: Any) -> Transfer:
-        transfer = save(self, source, destination)
-        wait, leaving[transfer] = transfer.wait, source
+    def save_and_hold(self: DeviceCopies, *saved: tuple[torch.Tensor, Slot]) -> Transfer:
+        transfer = save(self, *saved)
+        wait, leaving[transfer] = transfer.wait, saved
 
         def let_go(timeout_seconds: float | None = None) -> None:
             wait(timeout_seconds)
