@@ -32,6 +32,7 @@ from planners.placement import Tier
 from planners.plan import DecodeScope, Ring, StatePlacement
 from planners.schedule import walk
 from tests import full_parity as full
+from tests.conftest import build_lora, language_batch
 from tests.parity import (
     BATCH_SIZE,
     SEQ_LEN,
@@ -49,6 +50,7 @@ from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of
 from tests.test_parity import differences
 from tests.test_streams import FakeStore
 from tests.test_triton import DTYPES, adam_state, same_bits, weights_of
+from tests.tokenwise import errors, policy, waiting_in
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -319,34 +321,17 @@ def test_activations_put_away_on_the_gpu_change_no_bit(
 ) -> None:
     case = Case("llama", "nf4", 1, False, False, "from NVME")
     found = []
-    for policy in (None, ActivationPolicy(chunks=(Chunk(num_tokens=SEQ_LEN, action=Action.SWAP, tier=tier),))):
+    for chosen in (None, ActivationPolicy(chunks=(Chunk(num_tokens=SEQ_LEN, action=Action.SWAP, tier=tier),))):
         with Engine(
             build(case), bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, lr=1e-2, device="cuda", host_memory="256MiB",
-            nvme=tmp_path, options=RuntimeOptions(activations=policy, layer_inputs=layer_inputs, poison=True),
+            nvme=tmp_path, options=RuntimeOptions(activations=chosen, layer_inputs=layer_inputs, poison=True),
         ) as engine:  # fmt: skip
             found.append(run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step))
             report = engine.report()
-        if policy is not None:
+        if chosen is not None:
             assert report["tokenwise"]["swapped_bytes"] == report["tokenwise"]["loaded_bytes"] > 0
             assert report["tokenwise"]["refused"] == {}
     assert differences(*found) == []
-
-
-def test_layers_go_by_chunks_of_tokens_on_the_gpu(exact_attention: None) -> None:
-    """They are tried first, on a few tokens; one that fails there would be recomputed whole."""
-    half = SEQ_LEN // 2
-    chunks = (
-        Chunk(num_tokens=half, action=Action.SWAP, tier=Tier.HOST),
-        Chunk(num_tokens=SEQ_LEN - half, action=Action.RECOMPUTE),
-    )
-    with Engine(
-        full.build(full.Case("llama", "float32", "adamw", 1, "not", False, "in place")), batch_size=BATCH_SIZE,
-        seq_len=SEQ_LEN, lr=1e-2, device="cuda", host_memory="256MiB",
-        options=RuntimeOptions(activations=ActivationPolicy(chunks=chunks), layer_inputs=Tier.HOST),
-    ) as engine:  # fmt: skip
-        engine.train_batch([micro_batch(0, 0)])
-        report = engine.report()
-    assert report["tokenwise"]["refused"] == {} and report["tokenwise"]["swapped_bytes"] > 0
 
 
 def test_micro_batches_take_turns_on_the_gpu(tmp_path: Path, exact_attention: None) -> None:
@@ -446,3 +431,51 @@ def test_a_model_on_another_stream_is_refused() -> None:
     engine = Engine(build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cuda", host_memory="256MiB")
     with engine, torch.cuda.stream(torch.cuda.Stream()), pytest.raises(ConfigError, match="the model runs on"):
         engine(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long))
+
+
+def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.cuda() for name, value in batch.items()}
+
+
+CHUNKED = {
+    "swapped to HOST": (policy(1.0, 2, num_tokens=SEQ_LEN), Tier.HOST, (Tier.HOST,)),
+    "one to HOST, one to NVME": (policy(1.0, 2, num_tokens=SEQ_LEN), Tier.NVME, (Tier.HOST, Tier.NVME)),
+    "one swapped, one again": (policy(0.5, 2, num_tokens=SEQ_LEN), Tier.HOST, (Tier.NVME,)),
+    "kept": (policy(1.0, 2, num_tokens=SEQ_LEN, action=Action.KEEP), Tier.DEVICE, (Tier.HOST,)),
+}
+
+
+def test_chunks_of_tokens_on_the_gpu_give_the_same_bits_wherever_they_wait(
+    tmp_path: Path, exact_attention: None
+) -> None:
+    found = {}
+    for name, (chosen, layer_inputs, tiers) in CHUNKED.items():
+        model = build_lora("llama", torch.bfloat16, num_layers=3, dropout=0.0).train()
+        with Engine(
+            model, batch_size=2, seq_len=SEQ_LEN, lr=1e-2, device="cuda", device_memory="4GiB", host_memory="256MiB",
+            nvme=tmp_path,
+            options=RuntimeOptions(
+                activations=waiting_in(chosen, *tiers), layer_inputs=layer_inputs, rest=Tier.NVME, num_slots=1,
+                record=True, poison=True,
+            ),
+        ) as engine:  # fmt: skip
+            trace = {}
+            for step in range(2):
+                loss = engine(**language_batch(step, tokens=SEQ_LEN)).loss
+                engine.backward(loss)
+                trace[f"loss {step}"] = loss.detach().clone()
+                trace |= {f"{name} {step}": gradient.clone() for name, gradient in engine.gradients()}
+                engine.step()
+            report, recorder = engine.report(), engine._runtime.recorder
+            assert recorder is not None and [str(race) for race in recorder.check()] == []
+            assert report["tokenwise"]["refused"] == {} and report["tokenwise"]["num_passes"] == 2 * 3, name
+            assert report["tokenwise"]["swapped_bytes"] == report["tokenwise"]["loaded_bytes"], name
+            assert (report["tokenwise"]["swapped_bytes"] > 0) == (name != "kept"), name
+            found[name] = trace
+    expected = found.pop("kept")
+    for name, trace in found.items():
+        assert [key for key in expected if not torch.equal(expected[key], trace[key])] == [], name
+    plain = build_lora("llama", torch.bfloat16, num_layers=3, dropout=0.0).train().cuda()
+    plain(**on_gpu(language_batch(0, tokens=SEQ_LEN))).loss.backward()
+    gradients = {f"{name} 0": p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert max(errors({name: expected[name] for name in gradients}, gradients).values()) < 4e-2
