@@ -31,6 +31,7 @@ from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
 from planners.plan import DecodeScope, Ring, StatePlacement
 from planners.schedule import walk
+from tests import adapter_tiers as tiers_of
 from tests import full_parity as full
 from tests.conftest import build_lora, language_batch
 from tests.parity import (
@@ -479,3 +480,40 @@ def test_chunks_of_tokens_on_the_gpu_give_the_same_bits_wherever_they_wait(
     plain(**on_gpu(language_batch(0, tokens=SEQ_LEN))).loss.backward()
     gradients = {f"{name} 0": p.grad for name, p in plain.named_parameters() if p.grad is not None}
     assert max(errors({name: expected[name] for name in gradients}, gradients).values()) < 4e-2
+
+
+ON_NVME = {
+    "state": StatePlacement(in_memory={"adapters": 2}, gradients=Tier.HOST, state_slots=3), "piece_elements": 1024,
+    "device_share": 1.0,
+}  # fmt: skip
+
+
+def adapters_on_gpu(case: tiers_of.Case, place: str, folder: Path) -> Engine:
+    folder.mkdir()
+    options = {"layer_inputs": Tier.HOST, "num_slots": 2, "poison": True, **(ON_NVME if place == "on NVME" else {})}
+    return tiers_of.make_engine(
+        case, folder, place="on the GPU", device="cuda", device_memory="4GiB", host_memory="256MiB",
+        nvme=place == "on NVME", options=options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["default"])
+def test_state_of_adapters_goes_through_the_gpu_and_by_checkpoints_from_place_to_place(
+    optimizer: str, tmp_path: Path
+) -> None:
+    """Saved after each step by one engine, gone on with by the next, whose state rests elsewhere."""
+    case = tiers_of.Case("plain", "fp32", optimizer, 1, 0.05, True, "on NVME")
+    with adapters_on_gpu(case, "in memory", tmp_path / "expected") as engine:
+        expected = tiers_of.Running(case, engine).steps(range(3))
+    folders: list[Path] = []
+    for step, place in enumerate(("in memory", "on NVME", "in memory")):
+        with adapters_on_gpu(case, place, tmp_path / f"drive {step}") as engine:
+            running = tiers_of.Running(case, engine)
+            if folders:
+                engine.load_checkpoint(folders[-1])
+            assert tiers_of.unequal(expected[step : step + 1], running.steps(range(step, step + 1))) == [], place
+            report = engine.report()["training"]
+            assert (report is None) == (place == "in memory")
+            assert report is None or report["bytes_to_device"] == report["bytes_to_host"] > 0
+            folders.append(tmp_path / f"after {step}")
+            engine.save_checkpoint(folders[-1])

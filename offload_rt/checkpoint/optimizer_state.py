@@ -61,12 +61,27 @@ class TorchState:
         pass
 
     def load(self, saved: SavedTensors, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """Sets the state itself: `load_state_dict` would cast fp32 moments to the dtype of a bf16 parameter."""
+        """Sets the state itself: `load_state_dict` would cast fp32 moments to the dtype of a bf16 parameter. Tensors go
+        to their parameter's device, as there; `step` stays where the optimizer makes it.
+        """
+        steps_on_device = {
+            self._names[id(parameter)]
+            for group in self._optimizer.param_groups
+            if group.get("capturable") or group.get("fused")
+            for parameter in group["params"]
+        }
+
+        def placed(key: str) -> Tensor:
+            name, _, entry = key.rpartition("/")
+            stays = entry == "step" and name not in steps_on_device
+            tensor = read_tensor(saved, key)
+            return tensor if stays else tensor.to(self._trainable[name].device)
+
         state = self._optimizer.state
         state.clear()
         for name, entries in values.items():
             state[self._trainable[name]].update(entries)
-        tensors = {key: read_tensor(saved, key) for key in saved.outline}
+        tensors = {key: placed(key) for key in saved.outline}
         for key, tensor in tensors.items():
             name, _, entry = key.rpartition("/")
             moment = entry.removesuffix(".codes").removesuffix(".absmax")
