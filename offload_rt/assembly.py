@@ -23,6 +23,7 @@ from offload_rt.discover import check_coverage, coverage
 from offload_rt.errors import ConfigError
 from offload_rt.heap import Base
 from offload_rt.moving import moves_to, why_not_follow
+from offload_rt.optim import AdamW
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import Choice, after_rehearsal, choose
@@ -80,6 +81,8 @@ def assemble(
             changed, choice, asked = choose(workload, problem, changed, chooses_for, optimizer, why_not=why_not)
         chosen = changed
         check_plan(chosen, problem, workload)
+        if workload.training is None and isinstance(optimizer, AdamW):
+            optimizer.check_device(config.device)
         check_cuts(chosen, workload, options.cuts)
         products_of(chosen, workload, options)
         if emulated is not None and not problem.unified and problem.training is not None and problem.training.adapters:

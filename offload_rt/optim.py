@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ class AdamW(torch.optim.AdamW):
     """AdamW whose moments are stored in `moments`: "float32", "bfloat16", or "8bit" (bitsandbytes' block-wise codes).
 
     The arithmetic is that of `cpu_adam_torch`, in float32 whatever the moments are stored in. On its own it steps
-    contiguous float32 parameters on the CPU; under an engine, fp32 masters of parameters of any dtype. Raises
-    ConfigError for options of torch's that have no twin here (amsgrad, maximize, fused, ...).
+    contiguous float32 parameters on the CPU or, but with 8-bit moments, on a GPU, by `adam_triton`; under an engine,
+    fp32 masters of parameters of any dtype. Raises ConfigError for options of torch's that have no twin here (amsgrad,
+    maximize, fused, ...).
     """
 
     def __init__(self, params: Any, *, moments: Moments = "float32", **options: Any) -> None:
@@ -37,7 +39,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps every parameter that has a gradient. Blocks."""
+        """Steps every parameter that has a gradient. Blocks, but for a GPU. Raises as `check_device`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -49,21 +51,44 @@ class AdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
+                    self.check_device(parameter.device.type)
                     state["step"] = 0
                     state["exp_avg"], state["exp_avg_sq"] = (new_moment(parameter, self.moments) for _ in range(2))
                 state["step"] += 1
-                cpu_adam.update(
-                    parameter.grad.contiguous(), parameter.data, state["exp_avg"], state["exp_avg_sq"],
-                    step=state["step"], numbers=numbers,
-                )  # fmt: skip
+                tensors = (parameter.grad.contiguous(), parameter.data, state["exp_avg"], state["exp_avg_sq"])
+                if parameter.is_cuda:
+                    _step_on_gpu()(numbers.scalars(state["step"]), *tensors, None)
+                else:
+                    cpu_adam.update(*tensors, step=state["step"], numbers=numbers)
         return loss
+
+    def check_device(self, device: str) -> None:
+        """Raises ConfigError where parameters on `device`, torch's name for it, are not stepped."""
+        if device == "cpu":
+            return
+        if self.moments == "8bit":
+            raise ConfigError(
+                f"moments: '8bit' is stepped on the CPU alone, and adapters are on {device}; allowed there: 'float32', "
+                f"'bfloat16'"
+            )
+        _step_on_gpu()
+
+
+def _step_on_gpu() -> Callable[..., None]:
+    try:
+        step: Callable[..., None] = importlib.import_module("offload_rt.adam_triton").step
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer: AdamW on a GPU needs Triton ({error}): pip install triton, or give torch.optim.AdamW"
+        ) from error
+    return step
 
 
 def new_moment(parameter: Tensor, moments: Moments) -> Tensor | Quantized:
-    """A moment of zeros for `parameter`."""
+    """A moment of zeros for `parameter`, where it is."""
     if moments == "8bit":
         return blockwise.zeros(parameter.numel())
-    return torch.zeros(parameter.shape, dtype=getattr(torch, moments))
+    return torch.zeros(parameter.shape, dtype=getattr(torch, moments), device=parameter.device)
 
 
 class Lion(torch.optim.Optimizer):

@@ -497,7 +497,7 @@ def adapters_on_gpu(case: tiers_of.Case, place: str, folder: Path) -> Engine:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["default"])
+@pytest.mark.parametrize("optimizer", ["default", "adamw kernel"])
 def test_state_of_adapters_goes_through_the_gpu_and_by_checkpoints_from_place_to_place(
     optimizer: str, tmp_path: Path
 ) -> None:
@@ -517,3 +517,9 @@ def test_state_of_adapters_goes_through_the_gpu_and_by_checkpoints_from_place_to
             assert report is None or report["bytes_to_device"] == report["bytes_to_host"] > 0
             folders.append(tmp_path / f"after {step}")
             engine.save_checkpoint(folders[-1])
+
+
+def test_adapters_in_the_gpus_memory_have_no_8_bit_moments(tmp_path: Path) -> None:
+    case = tiers_of.Case("plain", "fp32", "adamw 8bit", 1, None, False, "")
+    with pytest.raises(ConfigError, match="'8bit' is stepped on the CPU alone, and adapters are on cuda:0"):
+        adapters_on_gpu(case, "in memory", tmp_path / "drive")
