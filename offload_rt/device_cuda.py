@@ -174,6 +174,7 @@ class CudaDevice:
         """HOST memory that could not be locked: the driver copies through a buffer of its own, at about half speed."""
         self._peak_bytes = 0
         """Of torch's allocator until a meter began anew."""
+        self._reserved_peak_bytes = 0
         self._bound = Bound(self.device)
         self._runtime = runtime
 
@@ -193,6 +194,7 @@ class CudaDevice:
     def meter(self) -> CudaMeter:
         """Counts what torch's allocator hands out in the GPU's memory, in any thread."""
         self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        self._reserved_peak_bytes = max(self._reserved_peak_bytes, torch.cuda.max_memory_reserved(self.device))
         return CudaMeter(self.device)
 
     def report(self) -> dict[str, Any]:
@@ -204,7 +206,7 @@ class CudaDevice:
             "locked_bytes": self.locked_bytes,
             "pageable_bytes": self.pageable_bytes,
             "allocator_peak_bytes": max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device)),
-            "reserved_peak_bytes": torch.cuda.max_memory_reserved(self.device),
+            "reserved_peak_bytes": max(self._reserved_peak_bytes, torch.cuda.max_memory_reserved(self.device)),
             "beside_allocator_bytes": bytes_beside_allocator(self.device),
             "trims": self._bound.num_trims,
         }

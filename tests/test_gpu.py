@@ -434,6 +434,14 @@ def test_a_model_on_another_stream_is_refused() -> None:
         engine(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long))
 
 
+def test_the_most_that_was_reserved_is_known_when_a_meter_has_begun_anew(device) -> None:
+    torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+    torch.cuda.empty_cache()
+    with device.meter():
+        pass
+    assert device.report()["reserved_peak_bytes"] >= 64 * MIB > torch.cuda.max_memory_reserved()
+
+
 def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.cuda() for name, value in batch.items()}
 
