@@ -92,19 +92,29 @@ def capacity_bytes(device: torch.device, budget_bytes: int | None, model_bytes: 
     budget has no room for what is there already.
     """
     settle(device)
-    others_bytes = max(0, torch.cuda.memory_allocated(device) - model_bytes)
     if budget_bytes is None:
         cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (int(torch.cuda.mem_get_info(device)[0]) + cached_bytes) * 9 // 10
-    beside_bytes = bytes_beside_allocator(device)
-    left_bytes = budget_bytes - beside_bytes - KERNELS_BYTES - others_bytes
+    left_bytes = budget_bytes - beside_plan_bytes(device, model_bytes)
     if left_bytes <= 0:
+        beside_bytes, others_bytes = bytes_beside_allocator(device), _others_bytes(device, model_bytes)
         raise ConfigError(
             f"device_memory: {format_bytes(budget_bytes)} is less than what this process has of {device} already: "
             f"{format_bytes(beside_bytes)} of CUDA's own, {format_bytes(others_bytes)} of tensors and workspaces; "
             f"{format_bytes(KERNELS_BYTES)} are for kernels to come"
         )
     return left_bytes
+
+
+def beside_plan_bytes(device: torch.device, model_bytes: int) -> int:
+    """What a budget has to have room for beside a plan: CUDA's own, kernels to come, tensors and workspaces that are
+    there already. Behind `settle`.
+    """
+    return bytes_beside_allocator(device) + KERNELS_BYTES + _others_bytes(device, model_bytes)
+
+
+def _others_bytes(device: torch.device, model_bytes: int) -> int:
+    return max(0, torch.cuda.memory_allocated(device) - model_bytes)
 
 
 class Bound:

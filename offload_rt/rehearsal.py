@@ -207,13 +207,14 @@ class Rehearsal:
             change, short = None, error
         if change is None:
             have = (account.capacity_bytes or 0) - account.used_bytes + planned
+            budget = (account.capacity_bytes or 0) + more - room + runtime.made_of.problem.beside_plan_bytes
             raise PlanInfeasible(
                 tier=account.tier.value,
                 phase="rehearsal of the longest step: tensors of layers, or of the head",
                 need_bytes=measured,
                 have_bytes=have,
                 ways_out=[
-                    f"{account.tier.value}_memory of {format_bytes_up((account.capacity_bytes or 0) + more - room)}",
+                    f"{account.tier.value}_memory of {format_bytes_up(budget)}",
                     'an engine made again with plan="auto": what was measured is remembered',
                 ],
             ) from short

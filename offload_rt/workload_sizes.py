@@ -14,7 +14,7 @@ from torch import nn
 
 from offload_rt.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.config import EngineConfig
-from offload_rt.cuda_memory import capacity_bytes, thread_bytes
+from offload_rt.cuda_memory import beside_plan_bytes, capacity_bytes, thread_bytes
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
@@ -125,6 +125,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
             nvme_capacity += sum((f / "state.bin").stat().st_size for f in state if (f / "state.bin").exists())
     # Before the capacity is taken: one thread's is there then, and no more the plan's.
     of_a_thread = thread_bytes(torch.device(config.device)) if config.accumulation_steps > 1 else 0
+    device_capacity, beside_plan = _device_bytes(model, config)
     return StreamingProblem(
         fingerprint=_fingerprint(workload),
         layers=tuple(block_size(d) for d in drafts if d.is_layer),
@@ -139,7 +140,8 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
             placed=places_transients(workload, activation_bytes, workload.placed_bytes),
         ),
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
-        device_capacity_bytes=_device_bytes(model, config),
+        device_capacity_bytes=device_capacity,
+        beside_plan_bytes=beside_plan,
         host_capacity_bytes=config.host_memory_bytes or (free_memory_bytes() if on_gpu else None),
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
@@ -151,14 +153,18 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     )
 
 
-def _device_bytes(model: nn.Module, config: EngineConfig) -> int:
-    """What may lie in DEVICE memory, the model included, where it is there already."""
+def _device_bytes(model: nn.Module, config: EngineConfig) -> tuple[int, int]:
+    """What may lie in DEVICE memory, the model included, where it is there already; what a budget has room for beside
+    that.
+    """
     if config.device == "cpu":
-        return config.device_memory_bytes or free_memory_bytes()
+        return config.device_memory_bytes or free_memory_bytes(), 0
     device = torch.device(config.device)
     tensors = itertools.chain(model.parameters(), model.buffers())
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device == device}
-    return capacity_bytes(device, config.device_memory_bytes, sum(held.values()))
+    model_bytes = sum(held.values())
+    capacity = capacity_bytes(device, config.device_memory_bytes, model_bytes)
+    return capacity, beside_plan_bytes(device, model_bytes)
 
 
 def gradients_under_way_bytes(workload: Workload) -> int:

@@ -393,7 +393,7 @@ def _infeasible(problem: StreamingProblem, candidates: list[Plan]) -> PlanInfeas
     largest = max(items, key=lambda item: items[item])
     budgets = [
         (f"a drive with {format_bytes_up(size)} free" if which is Tier.NVME else "")
-        or f"{which.value}_memory of {format_bytes_up(size)}"
+        or f"{which.value}_memory of {format_bytes_up(size + problem.beside_plan_bytes * (which is Tier.DEVICE))}"
         for which, (size, _) in short.items()
     ]
     ways = [" and ".join(budgets)]

@@ -117,6 +117,8 @@ class StreamingProblem:
     host_capacity_bytes: int | None
     nvme_capacity_bytes: int | None
     """None here means that there is no drive."""
+    beside_plan_bytes: int = 0
+    """Of a budget of DEVICE memory, what no plan may have: on a GPU, CUDA's own."""
     unified: bool
     """DEVICE and HOST are one tier (the CPU device without `host_memory`)."""
     training: TrainingSizes | None = None

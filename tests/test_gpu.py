@@ -6,6 +6,7 @@ Skipped where torch finds no GPU. `benchmarks/gpu.py` runs it before it measures
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from offload_rt import codec, cpu_adam_torch, nf4_products
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.cpu_adam import AdamW
+from offload_rt.cuda_memory import beside_plan_bytes, settle
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.links import Links
@@ -28,6 +30,7 @@ from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
 from planners.activations import Action, ActivationPolicy, Chunk
+from planners.errors import PlanInfeasible
 from planners.placement import Tier
 from planners.plan import DecodeScope, Ring, StatePlacement
 from planners.schedule import walk
@@ -446,6 +449,12 @@ def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.cuda() for name, value in batch.items()}
 
 
+def within(engine: Engine, budget_bytes: int) -> bool:
+    """Whether what torch's allocator has reserved at most, and what CUDA has beside it, is within the budget."""
+    gpu = engine.report()["gpu"]
+    return 0 < gpu["reserved_peak_bytes"] + gpu["beside_allocator_bytes"] <= budget_bytes
+
+
 CHUNKED = {
     "swapped to HOST": (policy(1.0, 2, num_tokens=SEQ_LEN), Tier.HOST, (Tier.HOST,)),
     "one to HOST, one to NVME": (policy(1.0, 2, num_tokens=SEQ_LEN), Tier.NVME, (Tier.HOST, Tier.NVME)),
@@ -531,3 +540,35 @@ def test_adapters_in_the_gpus_memory_have_no_8_bit_moments(tmp_path: Path) -> No
     case = tiers_of.Case("plain", "fp32", "adamw 8bit", 1, None, False, "")
     with pytest.raises(ConfigError, match="'8bit' is stepped on the CPU alone, and adapters are on cuda:0"):
         adapters_on_gpu(case, "in memory", tmp_path / "drive")
+
+
+def test_the_budget_that_an_error_names_is_enough_the_longest_step_is_rehearsed_in_it_and_it_holds(
+    tmp_path: Path,
+) -> None:
+    def train(budget: int | str) -> dict:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with Engine(
+            build_lora(num_layers=6, hidden_size=128, intermediate_size=512, vocab_size=2048), batch_size=4,
+            seq_len=128, lr=1e-2, device="cuda", device_memory=budget, host_memory="256MiB", nvme=tmp_path,
+        ) as engine:  # fmt: skip
+            for step in range(2):
+                engine.backward(engine(**language_batch(step, rows=4, tokens=100 + step)).loss)
+                engine.step()
+            assert engine.report()["prefetch_misses"] == 0 and within(engine, engine.config.device_memory_bytes or 0)
+            return engine.report()["rehearsal"]
+
+    settle(torch.device("cuda"))
+    with pytest.raises(PlanInfeasible) as short:
+        train(beside_plan_bytes(torch.device("cuda"), 0) + MIB)
+    message, rehearsed = str(short.value), {}
+    for _ in range(2):  # the rehearsal, too, may find it short
+        named = re.search(r"device_memory of ([0-9.]+ \w+)", message)
+        assert named is not None, message
+        try:
+            rehearsed = train(named[1])
+            break
+        except PlanInfeasible as again:
+            message = str(again)
+    assert rehearsed["result"] in ("fits", "within the budget") and rehearsed["measured_bytes"] > 0
