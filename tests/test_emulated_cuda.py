@@ -21,11 +21,11 @@ pytestmark = [
 
 HERE = Path(__file__).parent
 SOME = (
-    "on_emulated_cuda or leased or locked or streams or land or arrive or refused or chunks_of_tokens"
-    " or (llama-bf16-x2 and None)"
+    "on_emulated_cuda or leased or locked or streams or land or arrive or refused or chunks_of_tokens or reserved"
+    " or goes_through or changes_over or (llama-bf16-x2 and None)"
 )
 """Of `test_gpu` what is over in seconds, and the device's own tests."""
-NUM_SOME = 25
+NUM_SOME = 30
 
 
 def run_emulated(tmp_path: Path, files: list[str], chosen: str, late_us: int = 2000) -> dict[str, int]:

@@ -36,7 +36,9 @@ from planners.plan import DecodeScope, Ring, StatePlacement
 from planners.schedule import walk
 from tests import adapter_tiers as tiers_of
 from tests import full_parity as full
-from tests.conftest import build_lora, language_batch
+from tests import tiny_training as tiny
+from tests.changing_plans import plan_of, propose, results
+from tests.conftest import build_base, build_lora, language_batch
 from tests.parity import (
     BATCH_SIZE,
     SEQ_LEN,
@@ -53,6 +55,9 @@ from tests.test_device_engine import CASES
 from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of this module too
 from tests.test_parity import differences
 from tests.test_streams import FakeStore
+from tests.test_tied_edges import tied
+from tests.test_tiled_linear import NUM_TILES, TILE_ROWS, TOKENS, batch
+from tests.test_tiled_linear import model as untied
 from tests.test_triton import DTYPES, adam_state, same_bits, weights_of
 from tests.tokenwise import errors, policy, waiting_in
 
@@ -455,6 +460,52 @@ def within(engine: Engine, budget_bytes: int) -> bool:
     return 0 < gpu["reserved_peak_bytes"] + gpu["beside_allocator_bytes"] <= budget_bytes
 
 
+def gradients_of(model: torch.nn.Module, names: set[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    model = model.to("cuda", dtype)
+    model(**on_gpu(batch())).loss.backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if name in names}
+
+
+@pytest.mark.parametrize("made", [tied, untied], ids=["tied", "untied"])
+def test_a_vocabulary_by_rows_and_tiles_on_the_gpu_gives_one_result_and_is_as_exact_as_plain(
+    made, tmp_path: Path, exact_attention: None
+) -> None:
+    names = {name for name, p in made().named_parameters() if p.requires_grad}
+    exact, plain = (gradients_of(made(), names, dtype) for dtype in (torch.float64, torch.bfloat16))
+    found = []
+    for rest in (Tier.HOST, Tier.NVME):
+        with Engine(
+            made(), batch_size=2, seq_len=TOKENS, lr=1e-2, device="cuda", device_memory="4GiB", host_memory="256MiB",
+            nvme=tmp_path if rest is Tier.NVME else None,
+            options=RuntimeOptions(
+                stream_edges=True, head_tile_rows=TILE_ROWS, head_chunk_tokens=16, layer_inputs=Tier.HOST, record=True,
+                poison=True,
+            ),
+        ) as engine:  # fmt: skip
+            losses = []
+            for step in range(2):
+                loss = engine(**batch(step)).loss
+                engine.backward(loss)
+                if not step:
+                    gradients = {name: gradient.double().clone() for name, gradient in engine.gradients()}
+                engine.step()
+                losses.append(loss.item())
+            report, runtime = engine.report(), engine._runtime
+            assert runtime.recorder is not None and [str(race) for race in runtime.recorder.check()] == []
+            assert runtime.loss_head is not None
+            assert runtime.loss_head.counters.num_vocabulary_tiles == 2 * 2 * NUM_TILES
+            assert report["lookups"]["num_rows"] > 0 and (report["lookups"]["page_bytes"] > 0) == (rest is Tier.NVME)
+            found.append((losses, gradients, {name: p.detach().clone() for name, p in engine.trainable.items()}))
+    (losses, gradients, parameters), other = found
+    assert losses == other[0]
+    assert all(torch.equal(parameters[name], other[2][name]) for name in parameters)
+
+    def error(of: dict[str, torch.Tensor]) -> float:
+        return float(sum((of[name] - exact[name]).square().sum() for name in names)) ** 0.5
+
+    assert 0 < error(gradients) <= 1.2 * error(plain)
+
+
 CHUNKED = {
     "swapped to HOST": (policy(1.0, 2, num_tokens=SEQ_LEN), Tier.HOST, (Tier.HOST,)),
     "one to HOST, one to NVME": (policy(1.0, 2, num_tokens=SEQ_LEN), Tier.NVME, (Tier.HOST, Tier.NVME)),
@@ -542,16 +593,100 @@ def test_adapters_in_the_gpus_memory_have_no_8_bit_moments(tmp_path: Path) -> No
         adapters_on_gpu(case, "in memory", tmp_path / "drive")
 
 
+def test_full_fine_tuning_on_the_gpu_changes_over_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    def made(name: str, place: str) -> tiny.Made:
+        (tmp_path / name).mkdir()
+        given = {"device": "cuda", "device_memory": "4GiB", "host_memory": "64MiB", "max_grad_norm": 1e6}
+        return tiny.engine(tiny.model(dropout=0.2), place, tmp_path / name, nvme=tmp_path / name, **given)
+
+    with made("expected", "from HOST") as run:
+        losses, states = [], []
+        for step in range(5):
+            losses += tiny.train(run, [step])
+            states.append(run.state())
+    with made("first", "SPECULATIVE, split") as run:
+        assert tiny.train(run, range(2)) == losses[:2]
+        propose(run, plan_of(run, "from HOST"))
+        assert tiny.train(run, [2]) == losses[2:3]
+        assert results(run) == ["changed"] and tiny.differences(run.state(), states[2]) == []
+        run.save_checkpoint(tmp_path / "saved")
+    with made("second", "BACKWARD, tight") as run:
+        run.load_checkpoint(tmp_path / "saved")
+        assert tiny.train(run, [3, 4]) == losses[3:] and tiny.differences(run.state(), states[4]) == []
+
+
+def test_evaluation_and_generation_between_forward_and_backward_on_the_gpu_leave_a_step_right(
+    tmp_path: Path, exact_attention: None
+) -> None:
+    case = Case("llama", "bf16", 1, False, False, "from NVME")
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompt = on_gpu(micro_batch(9, 0))["input_ids"][:1, :5]
+    plain = build(case).cuda()
+    with engine_of(
+        case, device="cuda", device_memory="4GiB", host_memory="256MiB", nvme=tmp_path,
+        options=RuntimeOptions(num_slots=2, stream_edges=True, poison=True, rest=Tier.NVME),
+    ) as engine:  # fmt: skip
+        found = []
+        for model, call in ((plain, lambda **batch: plain(**on_gpu(batch))), (engine.model, engine)):
+            torch.manual_seed(3)
+            loss = call(**micro_batch(0, 0)).loss
+            model.eval()
+            with torch.no_grad():
+                between = call(**micro_batch(1, 0))
+            text = model.generate(prompt, **settings)
+            model.train()
+            loss.backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            found.append({"loss": loss, "between": between.loss, "logits": between.logits, "text": text, **gradients})
+        assert found[0].keys() == found[1].keys()
+        assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
+
+
+def test_a_trainer_on_the_gpu_trains_to_the_bits_of_the_plain_model(tmp_path: Path, exact_attention: None) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    rows = [{name: rows[0] for name, rows in language_batch(seed, rows=1).items()} for seed in range(8)]
+
+    def run(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / "out"), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2,
+            report_to=[], save_strategy="no", disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    plain = build_lora(dropout=0.0).cuda()
+    expected = run(plain, torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2))
+    with Engine(
+        build_lora(dropout=0.0), batch_size=2, seq_len=16, lr=1e-2, accumulation_steps=2, device="cuda",
+        device_memory="4GiB", host_memory="256MiB", nvme=tmp_path,
+        options=RuntimeOptions(rest=Tier.NVME, num_slots=2, poison=True),
+    ) as engine:  # fmt: skip
+        before = engine.report()["fetches"]
+        assert engine.optimizer is not None
+        found = run(engine.model, engine.optimizer)
+        assert engine.report()["fetches"] > before and engine.report()["prefetch_misses"] == 0
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 2048}
+WHAT_TRAINS = {
+    "adapters": lambda: build_lora(num_layers=6, **WIDE),
+    "all parameters": lambda: build_base("llama", torch.bfloat16, **WIDE).train(),
+}
+
+
+@pytest.mark.parametrize("trains", WHAT_TRAINS)
 def test_the_budget_that_an_error_names_is_enough_the_longest_step_is_rehearsed_in_it_and_it_holds(
-    tmp_path: Path,
+    trains: str, tmp_path: Path
 ) -> None:
     def train(budget: int | str) -> dict:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         with Engine(
-            build_lora(num_layers=6, hidden_size=128, intermediate_size=512, vocab_size=2048), batch_size=4,
-            seq_len=128, lr=1e-2, device="cuda", device_memory=budget, host_memory="256MiB", nvme=tmp_path,
+            WHAT_TRAINS[trains](), batch_size=4, seq_len=128, lr=1e-2, device="cuda", device_memory=budget,
+            host_memory="256MiB", nvme=tmp_path,
         ) as engine:  # fmt: skip
             for step in range(2):
                 engine.backward(engine(**language_batch(step, rows=4, tokens=100 + step)).loss)
