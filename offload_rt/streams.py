@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -323,31 +324,38 @@ def _operations(places: Sequence[Place] | None) -> list[int]:
     return [place.operation for place in places or () if place.operation is not None]
 
 
-class _Reaper:
-    """A thread that waits for the copies of one stream, in their order, and reports each as over."""
+Over = Callable[[Copy, BaseException | None], None]
 
-    def __init__(self, name: str, over: Callable[[Copy, BaseException | None], None]) -> None:
+
+class _Reaper:
+    """A thread that waits for the copies of one stream, in their order, and reports each as over. It ends with this,
+    too, where nobody closes it.
+    """
+
+    def __init__(self, name: str, over: Over) -> None:
         self._over = over
-        self._watched: queue.SimpleQueue[tuple[Copy, Event] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._watched: queue.SimpleQueue[tuple[Over, Copy, Event] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_reap, args=(self._watched,), name=name, daemon=True)
         self._thread.start()
+        weakref.finalize(self, self._watched.put, None).atexit = False
 
     def watch(self, copy: Copy, event: Event) -> None:
         """Reports `copy` when `event` has passed; events come in the order of the stream."""
-        self._watched.put((copy, event))
+        self._watched.put((self._over, copy, event))
 
     def close(self) -> None:
         """Blocks until everything watched is over."""
         self._watched.put(None)
         self._thread.join()
 
-    def _run(self) -> None:
-        while (item := self._watched.get()) is not None:
-            copy, event = item
-            error: BaseException | None = None
-            try:
-                event.wait()
-            except BaseException as failure:  # noqa: BLE001 - whoever waits for the copy raises it
-                error = failure
-            self._over(copy, error)
-            del item, copy, event, error  # a sleeping thread holds no lease
+
+def _reap(watched: queue.SimpleQueue[tuple[Over, Copy, Event] | None]) -> None:
+    while (item := watched.get()) is not None:
+        over, copy, event = item
+        error: BaseException | None = None
+        try:
+            event.wait()
+        except BaseException as failure:  # noqa: BLE001 - whoever waits for the copy raises it
+            error = failure
+        over(copy, error)
+        del item, over, copy, event, error  # a sleeping thread holds no lease, and no engine

@@ -11,8 +11,10 @@ Two judges: kernels look at the bytes when they run, which is late; the happens-
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -292,6 +294,29 @@ def test_an_error_of_the_device_reaches_whoever_waits_for_bytes() -> None:
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
         links.wait(links.copy(source, target))
     links.close()
+    device.close()
+
+
+def test_links_that_nobody_closed_end_their_threads_behind_the_last_copy() -> None:
+    device = FakeDevice()
+    before = set(threading.enumerate())
+    links = Links(device=device)
+    source = device.arena("d", PAGE, poison=False).acquire(PAGE, "d")
+    target = Arena("h", PAGE).acquire(PAGE, "h")
+    device.to_host.hold()
+    links.copy(source, target)
+    threads = [thread for thread in threading.enumerate() if thread not in before]
+    assert {thread.name for thread in threads} >= {"offload_rt-to-device", "offload_rt-to-host"}
+    seen = weakref.ref(links)
+    del links
+    device.to_host.resume()
+    for _ in range(600):  # the copy is over, and then its thread has forgotten it
+        gc.collect()
+        for thread in threads:
+            thread.join(0.1 / len(threads))
+        if not any(thread.is_alive() for thread in threads):
+            break
+    assert [thread.name for thread in threads if thread.is_alive()] == [] and seen() is None
     device.close()
 
 
