@@ -673,6 +673,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 2048}
 WHAT_TRAINS = {
     "adapters": lambda: build_lora(num_layers=6, **WIDE),
     "all parameters": lambda: build_base("llama", torch.bfloat16, **WIDE).train(),
+    "adapters, the vocabulary by rows and tiles": lambda: tied(num_rows=16384),
 }
 
 
@@ -692,6 +693,7 @@ def test_the_budget_that_an_error_names_is_enough_the_longest_step_is_rehearsed_
                 engine.backward(engine(**language_batch(step, rows=4, tokens=100 + step)).loss)
                 engine.step()
             assert engine.report()["prefetch_misses"] == 0 and within(engine, engine.config.device_memory_bytes or 0)
+            assert (engine.plan.head_tiles is not None) == ("tiles" in trains)
             return engine.report()["rehearsal"]
 
     settle(torch.device("cuda"))
