@@ -276,6 +276,19 @@ for name, stands in STANDS_FOR.items():
     setattr(torch.cuda, name, stands)
 torch._C._cuda_getCurrentRawStream = lambda index: int(_library.emulated_stream(index))  # type: ignore[attr-defined]
 
+_new_storage = torch.UntypedStorage.__new__
+
+
+def _storage(kind: Any, *arguments: Any, device: Any = None, **rest: Any) -> torch.UntypedStorage:
+    """Of device memory too, which is what copies of tensors and tensors that were saved ask for."""
+    if device is None or torch.device(device).type != "cuda":
+        return _new_storage(kind, *arguments, **rest, **({} if device is None else {"device": device}))
+    (num_bytes,) = arguments
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device).untyped_storage()
+
+
+torch.UntypedStorage.__new__ = _storage  # type: ignore[method-assign,assignment]
+
 from triton.runtime.interpreter import GridExecutor  # noqa: E402  # imports torch
 
 from tests.interpreter import interpret  # noqa: E402  # imports torch

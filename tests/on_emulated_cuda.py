@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import threading
 
 import pytest
@@ -129,6 +131,15 @@ def test_a_steady_step_waits_for_the_device_once_a_micro_batch(layer_major):
     numbers = [stack[-1] for what, stack in ours if what == "number"]
     assert len(numbers) == 2 and all("integrity.py" in line for line in numbers)
     assert not [stack for what, stack in ours if what == "event" and any("_engine.py" in line for line in stack)]
+
+
+def test_tensors_of_the_device_are_copied_and_saved_with_it():
+    there = torch.arange(3.0, device="cuda")
+    saved = io.BytesIO()
+    torch.save(there, saved)
+    saved.seek(0)
+    for found in (copy.deepcopy(there), torch.load(saved, weights_only=True)):
+        assert found.is_cuda and found.data_ptr() != there.data_ptr() and found.tolist() == [0, 1, 2]
 
 
 def test_freed_memory_is_kept_for_its_stream_and_counted():
