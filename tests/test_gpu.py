@@ -110,14 +110,16 @@ def test_transposed_decode_on_the_gpu_agrees_with_the_cpus_twin() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows, columns", [(65, 136), (4096, 4096), (1000, 11008)])
 def test_the_fused_product_on_the_gpu_is_exact_and_deterministic(rows: int, columns: int, dtype: torch.dtype) -> None:
-    """By the check that every way passes before the engine takes it; and its weights are the twin's bits."""
+    """By the check that every way passes before the engine takes it; and its weights are the twin's, but for the sign
+    of zeros, which a sum has not.
+    """
     ways = {"fused": nf4_products.find_ways()["fused"]}
     found = nf4_products.measure(rows, columns, dtype, torch.device("cuda"), ways, lambda call: 1.0)
     assert found.left_out == {}
     blob = codec.encode(weights_of(rows * 136))
     unit = torch.eye(136, dtype=dtype, device="cuda")
     weight = ways["fused"].product(unit, blob.cuda(), rows, None).t().contiguous()
-    assert same_bits(weight.cpu(), codec.decode(blob, (rows, 136), dtype, backend="torch"))
+    assert torch.equal(weight.cpu(), codec.decode(blob, (rows, 136), dtype, backend="torch"))
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.95), (0.0, 0.0)], ids=str)
