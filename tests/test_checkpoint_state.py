@@ -17,6 +17,7 @@ import torch
 from offload_rt.checkpoint import state as state_module
 from offload_rt.checkpoint import whole_folder
 from offload_rt.checkpoint.state import is_complete, load_state, save_state
+from offload_rt.checkpoint.values import restore_rng, rng_state
 from offload_rt.errors import (
     CheckpointError,
     CheckpointVerifyError,
@@ -539,3 +540,17 @@ def test_the_marker_holds_sizes_and_checksums(saved):
     marker = json.loads((saved / "COMPLETE").read_text())
     assert sorted(marker) == sorted(FILES)
     assert all(marker[name]["bytes"] == (saved / name).stat().st_size for name in FILES)
+
+
+def test_random_numbers_of_gpus_go_on_where_there_are_as_many_or_fewer(monkeypatch, caplog):
+    set_now = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: set_now.update({index: state}))
+    for written, found, lost in ((1, [0], ""), (3, [0, 1], "of 1 GPUs do not go on")):
+        set_now.clear()
+        caplog.clear()
+        restore_rng({**rng_state(), "cuda": [torch.tensor([number]) for number in range(written)]})
+        assert [int(set_now[index]) for index in set_now] == found
+        assert (lost in caplog.text) if lost else not caplog.text

@@ -16,6 +16,7 @@ import torch
 from offload_rt import codec, cpu_adam_torch, nf4_products
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
+from offload_rt.checkpoint.values import pack_values, unpack_values
 from offload_rt.cpu_adam import AdamW
 from offload_rt.cuda_memory import beside_plan_bytes, settle
 from offload_rt.errors import ConfigError
@@ -345,6 +346,11 @@ def test_activations_put_away_on_the_gpu_change_no_bit(
             assert report["tokenwise"]["swapped_bytes"] == report["tokenwise"]["loaded_bytes"] > 0
             assert report["tokenwise"]["refused"] == {}
     assert differences(*found) == []
+
+
+def test_tracked_tensors_of_a_gpu_are_loaded_where_there_is_none() -> None:
+    packed = pack_values({"average": torch.ones(3, device="cuda")}, of="a run")
+    assert unpack_values(packed)["average"].device.type == "cpu"
 
 
 def test_micro_batches_take_turns_on_the_gpu(tmp_path: Path, exact_attention: None) -> None:

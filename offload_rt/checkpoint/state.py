@@ -101,7 +101,7 @@ def load_state(
 ) -> dict[str, Any]:
     """Puts a checkpoint's values into `trainable` and `optimizer`; see `restore`."""
     _verify(folder)
-    extra: dict[str, Any] = torch.load(folder / _FILES[2], weights_only=True)
+    extra: dict[str, Any] = torch.load(folder / _FILES[2], map_location="cpu", weights_only=True)
     if extra.pop("version") != STATE_VERSION:
         raise CheckpointError(f"{folder}: written by another version of offload_rt")
     values, rng = extra.pop("optimizer"), extra.pop("rng")

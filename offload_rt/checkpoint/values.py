@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import random
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 from offload_rt.errors import CheckpointError
+
+logger = logging.getLogger("offload_rt")
 
 
 def pack_values(values: Mapping[str, Any], *, of: str) -> bytes:
@@ -32,8 +35,8 @@ def pack_values(values: Mapping[str, Any], *, of: str) -> bytes:
 
 
 def unpack_values(packed: bytes) -> dict[str, Any]:
-    """What `pack_values` packed. Executes nothing that the bytes say."""
-    values: dict[str, Any] = torch.load(io.BytesIO(packed), weights_only=True)
+    """What `pack_values` packed, tensors in the CPU's memory. Executes nothing that the bytes say."""
+    values: dict[str, Any] = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
     return values
 
 
@@ -56,12 +59,18 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Puts what `rng_state` gave back."""
+    """Puts what `rng_state` gave back. Warns of GPUs that were there then and are not now."""
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     gpus = state.get("cuda", [])  # none where a CPU wrote it, or this version's predecessor
-    if gpus and len(gpus) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(gpus)
+    num_here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index, gpu in enumerate(gpus[:num_here]):
+        torch.cuda.set_rng_state(gpu, index)
+    if len(gpus) > num_here:
+        logger.warning(
+            "random numbers of %d GPUs do not go on: the checkpoint was written where there were %d, here are %d",
+            len(gpus) - num_here, len(gpus), num_here,
+        )  # fmt: skip
