@@ -23,6 +23,9 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_as_complex_native.h>
+#include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -533,6 +536,48 @@ void record_stream(at::Tensor&, c10::Stream) {
   TORCH_CHECK(false, "emulated CUDA: record_stream keeps memory as long as a stream says; leases do here");
 }
 
+// What a library of products keeps for each thread and stream. Of a thread that ended, the next one has it.
+constexpr size_t kWorkspaceBytes = size_t(4) << 20;
+
+class Workspaces {
+ public:
+  ~Workspaces() {
+    std::lock_guard<std::mutex> lock(mutex());
+    for (auto& [key, workspace] : held_) idle()[key].push_back(std::move(workspace));
+  }
+  void take(int device) {
+    const Key key{device, current_streams[device]};
+    if (held_.count(key)) return;
+    {
+      std::lock_guard<std::mutex> lock(mutex());
+      auto& left = idle()[key];
+      if (!left.empty()) {
+        held_[key] = std::move(left.back());
+        left.pop_back();
+        return;
+      }
+    }
+    held_[key] = allocator().allocate(kWorkspaceBytes);
+  }
+
+ private:
+  using Key = std::pair<int, c10::StreamId>;
+  static std::mutex& mutex() {
+    static auto* one = new std::mutex();
+    return *one;
+  }
+  static std::map<Key, std::vector<c10::DataPtr>>& idle() {
+    static auto* all = new std::map<Key, std::vector<c10::DataPtr>>();
+    return *all;
+  }
+  std::map<Key, c10::DataPtr> held_;
+};
+thread_local Workspaces workspaces;
+
+bool multiplies(const std::string& name) {
+  return name == "aten::mm" || name == "aten::addmm" || name == "aten::bmm" || name == "aten::baddbmm";
+}
+
 // Kernels that take indices of the host, too.
 bool takes_both(const std::string& name) {
   return name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_";
@@ -559,13 +604,14 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (!first.defined() || !first.is_cuda()) continue;
     if (!takes_both(name))
       for (const at::Tensor& tensor : tensors) check_device(tensor, first, name);
+    if (multiplies(name)) workspaces.take(first.get_device());
     current_queue(first.get_device()).drain();
     break;
   }
   if (name == "aten::_local_scalar_dense") tell("number");
   const bool outside = std::exchange(in_kernel, true);
   try {
-    at::native::cpu_fallback(op, stack);
+    at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
   } catch (...) {
     in_kernel = outside;
     throw;
@@ -583,6 +629,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty_strided", empty_strided);
   m.impl("as_strided", at::native::as_strided_tensorimpl);
   m.impl("view", at::native::view);
+  m.impl("unfold", at::native::unfold);
+  m.impl("view_as_real", at::native::view_as_real);
+  m.impl("view_as_complex", at::native::view_as_complex);
   m.impl("_reshape_alias", at::native::_reshape_alias);
   m.impl("resize_", at::native::resize_);
   m.impl("set_.source_Storage", static_cast<at::Tensor& (*)(at::Tensor&, at::Storage)>(&at::native::set_));

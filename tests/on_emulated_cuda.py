@@ -165,3 +165,26 @@ def test_backward_passes_run_on_a_thread_of_the_device():
     x.register_hook(lambda gradient: threads.append(threading.get_ident()))
     x.sum().backward()
     assert threads and threads[0] != threading.get_ident()
+
+
+def test_views_are_of_the_same_memory_and_repeats_are_whole():
+    x = torch.arange(6.0, device="cuda").reshape(2, 3)
+    assert x.repeat(2, 2).tolist() == x.cpu().repeat(2, 2).tolist()
+    x.unfold(1, 2, 1).zero_()
+    assert x.abs().sum() == 0
+
+
+def test_each_thread_that_multiplies_has_a_workspace_and_leaves_it_to_the_next():
+    stream, x, held = torch.cuda.Stream(), torch.ones(4, 4, device="cuda"), []
+
+    def multiply():
+        with torch.cuda.stream(stream):
+            x @ x
+        held.append(torch.cuda.memory_allocated())
+
+    multiply()
+    for _ in range(2):
+        thread = threading.Thread(target=multiply)
+        thread.start()
+        thread.join()
+    assert 0 < held[1] - held[0] == held[2] - held[0]
