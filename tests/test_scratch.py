@@ -1,6 +1,5 @@
 """Room on NVMe for the length of a step: exact, never shared, gone with the process."""
 
-import gc
 import os
 import subprocess
 import sys
@@ -80,31 +79,34 @@ def test_ranges_come_back_and_join(scratch):
     assert scratch.acquire(3 * PAGE).offset_bytes == PAGE
 
 
-def let_go_while_waiting(scratch, make_error):
-    """Writes all of it, settles that by a wait that raises, then again without one, and drops the range."""
+def let_go_while_written(scratch, monkeypatch, make_error):
+    """Writes all of it, drops the range, and takes it back by a wait that raises."""
     place = scratch.acquire(4 * PAGE)
+    place.write(Arena("a", 4 * PAGE).acquire(4 * PAGE, "x"))
+    del place
+    wait, waited = scratch.links.wait, []
 
-    def wait(transfer):
-        scratch.links.wait(transfer)  # so that nothing is under way, whatever is said of it
+    def failing(transfer):
+        wait(transfer)  # so that nothing is under way, whatever is said of it
+        waited.append(transfer)
         if make_error is not None:
             raise make_error()
 
-    with suppress(KeyboardInterrupt):
-        place.settle(place.write(Arena("a", 4 * PAGE).acquire(4 * PAGE, "x")), wait)
-    place.settle(None, wait)
+    with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+        patched.setattr(scratch.links, "wait", failing)
+        scratch.take_back()
+    assert len(waited) == 1
 
 
 @pytest.mark.parametrize("make_error", [None, lambda: StorageError("is broken", path="scratch")], ids=["well", "badly"])
-def test_a_range_whose_write_has_ended_comes_back(scratch, make_error):
-    let_go_while_waiting(scratch, make_error)
-    gc.collect()
+def test_a_range_whose_write_has_ended_comes_back(scratch, monkeypatch, make_error):
+    let_go_while_written(scratch, monkeypatch, make_error)
     assert scratch.acquire(4 * PAGE).offset_bytes == 0
 
 
 @pytest.mark.parametrize("make_error", [lambda: StorageTimeout("late"), KeyboardInterrupt], ids=["late", "interrupted"])
-def test_a_range_that_may_still_be_written_to_is_kept_for_good(scratch, make_error):
-    let_go_while_waiting(scratch, make_error)
-    gc.collect()
+def test_a_range_that_may_still_be_written_to_is_kept_for_good(scratch, monkeypatch, make_error):
+    let_go_while_written(scratch, monkeypatch, make_error)
     with pytest.raises(StorageFull, match="no room"):
         scratch.acquire(1)
 
