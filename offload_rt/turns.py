@@ -22,7 +22,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -40,6 +40,8 @@ class Turns:
         self._condition = threading.Condition()
         self._pool: ThreadPoolExecutor | None = None
         self._pool_size = 0
+        self._threads_of_torch = 0
+        """For an operation, as they were when the threads began."""
         self._threads: dict[int, int] = {}
         self._waiting: list[int] = []
         """Calls that are not over, in the order of their turns; the first one runs."""
@@ -89,9 +91,15 @@ class Turns:
         self._failed = False
         self._waiting = list(range(len(calls)))
         self._threads.clear()
-        under_way = [pool.submit(contextvars.copy_context().run, one, index, call) for index, call in enumerate(calls)]
-        for future in under_way:
-            future.result()
+        under_way: list[Future[None]] = []
+        try:
+            for index, call in enumerate(calls):
+                under_way.append(pool.submit(contextvars.copy_context().run, one, index, call))
+            for future in under_way:
+                future.result()
+        except BaseException:  # the caller's own, which was interrupted or got no thread more
+            self._end(pool, under_way)
+            raise
         if errors:
             raise errors[0]
         return [results[index] for index in range(len(calls))]
@@ -103,12 +111,25 @@ class Turns:
         self._pool, self._pool_size = None, 0
 
     def _pool_of(self, num_threads: int) -> ThreadPoolExecutor:
-        """One that has a thread for each of so many calls, which wait for one another."""
-        if self._pool is None or self._pool_size < num_threads:
+        """One that has a thread for each of so many calls, which wait for one another. For each of them torch divides
+        an operation as for the caller: a thread goes on with the number that there was when it began.
+        """
+        threads_of_torch = torch.get_num_threads()
+        if self._pool is None or self._pool_size < num_threads or self._threads_of_torch != threads_of_torch:
             self.close()
             self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="offload_rt-turn")
-            self._pool_size = num_threads
+            self._pool_size, self._threads_of_torch = num_threads, threads_of_torch
         return self._pool
+
+    def _end(self, pool: ThreadPoolExecutor, under_way: Sequence[Future[None]]) -> None:
+        """Ends calls that nobody waits for any more, each where it passes on next. Blocks."""
+        pool.shutdown(wait=False, cancel_futures=True)
+        begun = [index for index, future in enumerate(under_way) if not future.cancelled()]
+        with self._condition:
+            self._failed = True
+            self._waiting = [index for index in self._waiting if index in begun]
+            self._condition.notify_all()
+        self.close()
 
     def pass_on(self) -> None:
         """Lets the next call run, and blocks until it is this one's turn again."""

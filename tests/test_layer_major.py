@@ -1,7 +1,7 @@
 """Micro-batches that go through the model together: the bits of one after the other, and a fetch for all of them."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -211,3 +211,64 @@ def test_the_threads_of_calls_stay_for_the_next_ones_until_they_are_closed():
     assert not any(thread.is_alive() for thread in threads)
     turns.run([call])
     turns.close()
+
+
+def test_kept_threads_follow_the_caller_to_another_number_of_threads_of_torch():
+    """Which decides how sums are divided, and so the bits."""
+    turns, before = Turns(), torch.get_num_threads()
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            assert turns.run([torch.get_num_threads] * 2) == [number] * 2
+    finally:
+        torch.set_num_threads(before)
+        turns.close()
+
+
+def interrupted(began):
+    """What waits for a call, and is interrupted when that has begun."""
+
+    def result(future, timeout=None):
+        assert began.wait(10)
+        raise KeyboardInterrupt
+
+    return result
+
+
+def without_threads(began):
+    """What begins calls, where the system has no thread for the second."""
+    submit = ThreadPoolExecutor.submit
+
+    def begin(pool, run, one, index, call):
+        if index:
+            assert began.wait(10)
+            raise RuntimeError("can't start new thread")
+        return submit(pool, run, one, index, call)
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    "owner, name, patch, error",
+    [(Future, "result", interrupted, KeyboardInterrupt), (ThreadPoolExecutor, "submit", without_threads, RuntimeError)],
+)
+def test_calls_end_where_they_pass_on_once_their_caller_has_failed(monkeypatch, owner, name, patch, error):
+    turns, began, is_over = Turns(), threading.Event(), threading.Event()
+
+    def call():
+        began.set()
+        for _ in range(10_000):
+            if is_over.is_set():
+                return
+            turns.pass_on()
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, patch(began))
+            with pytest.raises(error):
+                turns.run([call] * 3)
+        assert not turns.active
+        assert turns.run([lambda: 1, lambda: 2]) == [1, 2]
+    finally:
+        is_over.set()
+        turns.close()
