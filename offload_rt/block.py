@@ -121,16 +121,20 @@ class Block:
         return self.slot is not None
 
     def open(self, slot: BlockBytes) -> None:
-        """Shows the block's bytes in `slot` to the modules. May nest; each `open` needs a `close`."""
+        """Shows the block's bytes in `slot` to the modules. May nest; each `open` needs a `close`, unless it raised."""
         self._num_open += 1
         if self.slot is not None:
             return
         self.slot = slot
-        for binding in self.bindings:
-            spec = binding.spec
-            if not spec.is_quantized:
-                tensor = slot.tensor(torch_dtype(spec.dtype), spec.shape, spec.offset_bytes)
-                binding.parameter.data = self._in_slot[spec.offset_bytes] = tensor
+        try:
+            for binding in self.bindings:
+                spec = binding.spec
+                if not spec.is_quantized:
+                    tensor = slot.tensor(torch_dtype(spec.dtype), spec.shape, spec.offset_bytes)
+                    binding.parameter.data = self._in_slot[spec.offset_bytes] = tensor
+        except BaseException:  # Ctrl-C: the next one to open it would go on with this slot
+            self.close()
+            raise
 
     def close(self) -> None:
         """Takes the bytes away again, when the last `open` is closed."""
@@ -255,7 +259,11 @@ class _ShownModule:
         self._block, self._module = block, module
 
     def __enter__(self) -> None:
-        self._block._show(self._module)
+        try:
+            self._block._show(self._module)
+        except BaseException:  # the next one to show it would find it shown, without its weights
+            self._block._unshow(self._module)
+            raise
 
     def __exit__(self, *exception: object) -> None:
         self._block._unshow(self._module)

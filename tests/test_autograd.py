@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from offload_rt.arena import Slot
 from offload_rt.errors import OffloadError, UnsupportedModule
 from planners.plan import Tier
 from tests.conftest import PlainLayer, PlainModel, build_plain
@@ -340,6 +341,39 @@ def test_an_exception_in_the_middle_of_a_backward_and_then_a_correct_step(wrap):
     for one in (twin, engine.model):
         one(batch()).square().mean().backward()
     same(gradients(engine.model), gradients(twin))
+
+
+def test_an_exception_while_a_layer_is_opened_leaves_it_closed(make_engine, disk_folder, monkeypatch):
+    engine = make_engine(build_plain(), STRESS, nvme=disk_folder)
+    block = engine._runtime.layers[1].block
+    tensor = Slot.tensor
+
+    def interrupted(slot, dtype, shape, offset_bytes=0):
+        if slot is block.slot and offset_bytes == block.spec.tensors[-1].offset_bytes:
+            raise KeyboardInterrupt
+        return tensor(slot, dtype, shape, offset_bytes)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Slot, "tensor", interrupted)
+        engine(batch())
+    assert not block.is_open and all(binding.parameter.isnan().all() for binding in block.bindings)
+    assert engine(batch()).isfinite().all()
+
+
+def test_an_exception_while_a_weight_is_decoded_does_not_count_it_as_shown(make_engine, monkeypatch):
+    torch.manual_seed(0)
+    model = PlainModel([RecursiveLayer() for _ in range(2)], width=64)
+    block, inner = make_engine(model, bits=4)._runtime.layers[0].block, model.layers[0].inner
+
+    def short(weight):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(block.decoder, "decode", short)
+        with block.shown(inner):
+            pass
+    with block.shown(inner):
+        assert inner.weight.isfinite().all()
 
 
 def test_a_parameter_that_is_frozen_after_the_engine_was_made(wrap):
