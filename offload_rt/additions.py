@@ -1,19 +1,17 @@
 """Parameters that a layer has got since its engine was made, found at each call of the layer for next to nothing.
 
-Who adds an adapter puts entries into dicts of modules. So the layer is walked through again only where one of these
-dicts has another length or another last entry than at the last walk. Entries are held as they were: what takes the
-place of one that is gone is another object.
+Who adds an adapter puts entries into dicts of modules, or others in the place of those that were there. So the layer is
+walked through again only where the entries of its dicts are others than at the last walk. They are held as they were:
+what takes the place of one that is gone is another object.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import nn
-
-
-def _last(entries: dict[str, Any]) -> Any:
-    return next(reversed(entries.values()), None)
 
 
 class Additions:
@@ -29,18 +27,20 @@ class Additions:
 
     def find(self) -> list[tuple[str, nn.Parameter]]:
         """Those that there are now, with their names within the layer."""
-        for entries, number, last in self._seen:
-            if len(entries) != number or _last(entries) is not last:
-                self._walk()
-                break
+        if [*map(id, self._entries())] != self._seen_ids:
+            self._walk()
         return self._found
+
+    def _entries(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._dicts))
 
     def _walk(self) -> None:
         self.num_walks += 1
-        parts: list[dict[str, Any]] = []
+        self._dicts: list[dict[str, Any]] = []
         for module in self._layer.modules():
-            parts += (module._parameters, module._modules)
-        self._seen = [(entries, len(entries), _last(entries)) for entries in parts]
+            self._dicts += (module._parameters, module._modules)
+        self._seen = [*self._entries()]
+        self._seen_ids = [*map(id, self._seen)]
         self._found = [
             (name, parameter)
             for name, parameter in self._layer.named_parameters()

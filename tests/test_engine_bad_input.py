@@ -463,6 +463,18 @@ def test_an_adapter_that_was_added_since_is_refused_where_it_would_train(make_en
             engine(**batch)
 
 
+def test_an_adapter_that_was_added_since_to_other_modules_is_refused_too(make_engine):
+    """PEFT puts a layer of its own into each one's place: nothing comes behind what there was."""
+    base = build_base("llama", torch.float32, 2)
+    engine = make_engine(peft.get_peft_model(base, lora(target_modules=["down_proj"])))
+    batch = language_batch(0)
+    engine.backward(engine(**batch).loss)
+    engine.model.add_adapter("late", lora(r=2, target_modules=["gate_proj"]))
+    engine.model.base_model.set_adapter("late")
+    with pytest.raises(UnsupportedModule, match=r"late\.weight requires a gradient and was not there"):
+        engine(**batch)
+
+
 def test_an_adapter_that_was_added_before_a_change_of_plans_is_no_older_than_the_engine_either(make_engine):
     engine = make_engine(build_lora(dtype=torch.float32))
     batch = language_batch(0)
@@ -487,6 +499,10 @@ def test_a_layer_is_walked_through_where_something_was_added_and_only_there():
     assert {name for name, _ in additions.find()} == {"more.late.weight", "down.scale"}
     del layer["more"]["late"]
     assert [name for name, _ in additions.find()] == ["down.scale"] and additions.num_walks == 5
+    layer["down"].weight = nn.Parameter(torch.ones(2, 2))  # in the middle, as is what follows
+    assert [name for name, _ in additions.find()] == ["down.weight", "down.scale"] and additions.num_walks == 6
+    layer["down"] = nn.Sequential(layer["down"])
+    assert [name for name, _ in additions.find()] == ["down.0.weight", "down.0.scale"] and additions.num_walks == 7
 
 
 def test_a_cache_is_refused_where_gradients_are_taken(make_engine):
