@@ -156,7 +156,7 @@ class RecomputedLayer:
     def beside_block(self) -> list[torch.Tensor]:
         """The layer's parameters and buffers that are not its block's: in memory all the time."""
         buffers = [buffer for module in self._with_buffers for buffer in module.buffers(recurse=False)]
-        return [*self._own, *buffers]
+        return [*self._own, *(parameter for _, parameter in self.additions.find()), *buffers]
 
     def streamed(self) -> list[nn.Parameter]:
         """The block's own parameters that train now. `UnsupportedModule` where one has hooks, which would not fire."""

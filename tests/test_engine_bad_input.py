@@ -470,6 +470,9 @@ def test_an_adapter_that_was_added_since_to_other_modules_is_refused_too(make_en
     batch = language_batch(0)
     engine.backward(engine(**batch).loss)
     engine.model.add_adapter("late", lora(r=2, target_modules=["gate_proj"]))
+    late = [p for name, p in engine.model.named_parameters() if ".late." in name]
+    stays = [id(tensor) for layer in engine._runtime.layers for tensor in layer.beside_block()]
+    assert {*map(id, late)} < {*stays}, "what is saved of them for backward is put away nowhere"
     engine.model.base_model.set_adapter("late")
     with pytest.raises(UnsupportedModule, match=r"late\.weight requires a gradient and was not there"):
         engine(**batch)
