@@ -147,7 +147,7 @@ def links(options: argparse.Namespace) -> dict[str, Any]:
 
         device = CudaDevice(find_device("cuda"))
         for arena in arenas:
-            device.lock(arena)
+            device.lock(arena.name, arena.region)
         streams = [device.to_device.stream, device.to_host.stream]
     locked, locked_too = (arena.acquire(num_bytes, "benchmark").tensor(torch.uint8, (num_bytes,)) for arena in arenas)
     there, there_too = (torch.zeros(num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))

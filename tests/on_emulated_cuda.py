@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import io
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,3 +191,10 @@ def test_each_thread_that_multiplies_has_a_workspace_and_leaves_it_to_the_next()
         thread.start()
         thread.join()
     assert 0 < held[1] - held[0] == held[2] - held[0]
+
+
+def test_the_benchmark_measures_links_with_locked_memory(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    gpu = importlib.import_module("gpu")
+    found = gpu.links(SimpleNamespace(smoke=True, rounds=1))
+    assert gpu.GPU and len(found[gpu.RATE]) == 5
