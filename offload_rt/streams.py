@@ -50,7 +50,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -303,7 +303,12 @@ class Copier:
             self._drop(copy, error)
 
     def _give(self, copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper) -> None:
-        event = copy.give(stream, before)
+        try:
+            event = copy.give(stream, before)
+        except BaseException:
+            with suppress(Exception):  # of several tensors the first ones may be under way, and are let go of now
+                stream.record().wait()
+            raise
         copy.given.set_result(event)
         reaper.watch(copy, event)
 

@@ -25,7 +25,7 @@ from offload_rt.optimizer.rules import AdamWRule
 from offload_rt.recording import HOST, Recorder
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence
-from tests.fake_device import FakeDevice
+from tests.fake_device import FakeDevice, FakeStream
 
 SIZE = 3000
 LATE = 0.003
@@ -93,6 +93,26 @@ def test_gradients_are_those_that_late_kernels_have_computed(staged: bool) -> No
         slot = bench.slots["b3"]
         assert torch.all(slot.tensor(torch.bfloat16, (SIZE,), 8192) == 31.0)
     bench.close()
+
+
+def test_what_was_begun_of_a_copy_that_failed_is_over_when_its_memory_is_let_go_of(monkeypatch) -> None:
+    bench = Bench()
+    copy, given = FakeStream._copy, []
+
+    def failing(stream: FakeStream, source: torch.Tensor, destination: torch.Tensor) -> None:
+        if given:
+            raise KeyboardInterrupt
+        copy(stream, source, destination)
+        given.append(destination.view(torch.bfloat16))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(FakeStream, "_copy", failing)
+        bench.start(0, 7.0)
+    assert torch.all(given[0] == 7.0)
+    bench.start(1, 8.0).settle(bench.links.wait)
+    bench.device.compute.record().wait()
+    bench.links.close()
+    bench.device.close()
 
 
 def in_thread(call: Callable[[], object]) -> threading.Thread:
