@@ -26,18 +26,25 @@ class Guard:
     """Stands before methods of some modules until `remove`."""
 
     def __init__(self) -> None:
-        self._guarded: list[tuple[nn.Module, str]] = []
+        self._guarded: list[tuple[nn.Module, str, Callable[..., Any], Any]] = []
 
     def remove(self) -> None:
-        """May be called twice: what another guard has put there since stays."""
+        """Puts back what the modules had of their own. May be called twice: what somebody else has put there since
+        stays.
+        """
         while self._guarded:
-            module, name = self._guarded.pop()
-            module.__dict__.pop(name, None)
+            module, name, function, own = self._guarded.pop()
+            if vars(module).get(name) is not function:
+                continue
+            if own is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = own
 
     def guard(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        """Has `function` called in place of the module's method `name`."""
-        module.__dict__[name] = function
-        self._guarded.append((module, name))
+        """Has `function` called in place of the module's method `name`, which may be one that a user has put there."""
+        self._guarded.append((module, name, function, vars(module).get(name)))
+        vars(module)[name] = function
 
 
 class ConversionGuard(Guard):
