@@ -3,8 +3,8 @@
 [Note: what an engine does to a model]
 `engine.model` is the user's module. Its frozen parameters keep their identity and are absent between uses; its layers'
 `forward` goes through the engine, and what would convert it or merge adapters into it is refused (`conversions`);
-nothing else changes. `close` takes all of this out again, except that the frozen weights stay absent: they are in the
-store.
+copies, loads and saves that would miss weights, too (`copies`); nothing else changes. `close` takes all of this out
+again, except that weights that were at rest stay absent, and that nobody saves what stands for them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
 from offload_rt.assembly import assemble, change_over
@@ -27,7 +28,7 @@ from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_a
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.tensor_groups import tensor_groups
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
-from offload_rt.conversions import ConversionGuard, check_unmanaged
+from offload_rt.conversions import ConversionGuard, Guard, check_unmanaged
 from offload_rt.copies import CopyGuard
 from offload_rt.cuts import cuts_to_json, warn_of_other_cuts
 from offload_rt.device_cuda import find_device
@@ -193,13 +194,10 @@ class Engine:
         self._takes_step = False
         """Whether an optimizer's step is one of `step`: others are a loop's own."""
         stepping = [] if self.optimizer is None else [self.optimizer]
-        self._handles = [
+        self._handles: list[Guard | RemovableHandle] = [
             ConversionGuard(*{self.model, model}),
             CopyGuard(*{self.model, model}, kept=self._kept_elsewhere()),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
-                lambda *arguments: self._leave_out_absent(*arguments)  # torch marks the hook: a method takes no marks
-            ),
             *self.step_meter.attach(self.model),
             *(each.register_step_pre_hook(weak_hook(self._loop_steps)) for each in stepping),
             *self._training.watch(),
@@ -508,10 +506,3 @@ class Engine:
         if self._runtime.device is not None and self.config.device_memory_bytes is not None:
             self._runtime.device.keep_within(self.config.device_memory_bytes)
         check_batch(model, args, kwargs, self.config, by_chunks=self._runtime.tokenwise is not None)
-
-    def _leave_out_absent(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        """A state_dict has no entry for a weight that is at rest: better missing than NaN. Adapters are all there."""
-        absent = {id(b.parameter) for block in self._runtime.blocks for b in block.bindings if block.is_absent(b)}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            if id(parameter) in absent:
-                state.pop(prefix + name, None)

@@ -3,16 +3,21 @@
 A copy would have placeholders where weights rest, and the engine's hooks. What is loaded would not reach the store, or
 the masters that weights are rounded from: the next step would undo it. All else is loaded as ever: adapters, what stays
 in memory, and weights that are what they are already.
+
+A placeholder is in no state_dict, and no model that has one is saved as if it were whole: better missing than NaN. So
+it is after the engine's end, too, for as long as the weight is absent; a copy that is made then is no better.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from offload_rt.conversions import Guard
 from offload_rt.errors import ConfigError
@@ -25,11 +30,24 @@ class CopyGuard(Guard):
 
     def __init__(self, *modules: nn.Module, kept: frozenset[int]) -> None:
         super().__init__()
+        self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
         for module in {inner for outer in modules for inner in outer.modules()}:
             self.guard(module, "__reduce_ex__", _refused_copy(module))
             self.guard(module, "load_state_dict", _loading(module, kept))
             if hasattr(type(module), "save_pretrained") and not _is_peft(module):
-                self.guard(module, "save_pretrained", _saving(module, kept))
+                self.guard(module, "save_pretrained", _Saving(module, module.save_pretrained))  # type: ignore[arg-type]
+            if _leave_out_absent not in module._state_dict_hooks.values():  # an engine before may have left it
+                hook = module.register_state_dict_post_hook(_leave_out_absent)  # type: ignore[no-untyped-call]
+                self._hooks.append((module, hook))
+
+    def remove(self) -> None:
+        """As `Guard.remove`; but what keeps placeholders from being saved stays where there are some."""
+        self._guarded = [each for each in self._guarded if each[1] != "save_pretrained" or not _absent(each[0])]
+        super().remove()
+        while self._hooks:
+            module, hook = self._hooks.pop()
+            if not any(map(_is_absent, module.parameters(recurse=False))):
+                hook.remove()
 
 
 def check_has_values(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -49,7 +67,21 @@ def _is_peft(module: nn.Module) -> bool:
 
 def _is_absent(tensor: torch.Tensor) -> bool:
     """Whether it is a placeholder: of one element, whatever its shape. See `block.placeholder`."""
-    return not tensor.is_meta and tensor.numel() > 1 and not any(tensor.stride())
+    if tensor.is_meta or not tensor.numel():
+        return False
+    return not any(tensor.stride()) if tensor.numel() > 1 else bool(tensor.isnan())
+
+
+def _absent(module: nn.Module) -> list[str]:
+    """Names of the parameters that are placeholders."""
+    return [name for name, parameter in module.named_parameters() if _is_absent(parameter)]
+
+
+def _leave_out_absent(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A state_dict has no entry for a weight that is at rest. Adapters are all there."""
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        if _is_absent(parameter):
+            state.pop(prefix + name, None)
 
 
 def _refused_copy(module: nn.Module) -> Callable[..., Any]:
@@ -97,17 +129,21 @@ def _is_same(parameter: nn.Parameter, value: Any) -> bool:
     return known and torch.equal(parameter.detach(), value.detach().to(parameter.device, parameter.dtype))
 
 
-def _saving(module: nn.Module, kept: frozenset[int]) -> Callable[..., Any]:
-    save: Callable[..., Any] = module.save_pretrained  # type: ignore[assignment]
+@dataclass(frozen=True)
+class _Saving:
+    """A module's `save_pretrained`, unless weights would be missing. No closure: a copy of the module, made when its
+    engine is closed, saves itself.
+    """
 
-    def saving(*arguments: Any, **options: Any) -> Any:
-        own = [(name, p) for name, p in module.named_parameters() if id(p) in kept and not p.is_meta]
-        absent = [name for name, p in own if _is_absent(p)]
-        if absent and not getattr(module, "_hf_peft_config_loaded", False):  # then it writes adapters alone
+    module: nn.Module
+    save: Callable[..., Any]
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        absent = _absent(self.module)
+        if absent and not getattr(self.module, "_hf_peft_config_loaded", False):  # then it writes adapters alone
+            num_all = sum(1 for _ in self.module.parameters())
             raise ConfigError(
-                f"save_pretrained: {len(absent)} of {len(own)} weights are not in memory (first: {absent[0]}), and "
-                f"would be missing in the file; engine.save_pretrained(folder) writes all of them"
+                f"save_pretrained: {len(absent)} of {num_all} weights are not in memory (first: {absent[0]}), and "
+                f"would be missing in the file; engine.save_pretrained(folder), before close(), writes all of them"
             )
-        return save(*arguments, **options)
-
-    return saving
+        return self.save(*arguments, **options)

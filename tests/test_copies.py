@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from offload_rt.errors import ConfigError
+from planners.plan import Tier
 from tests.conftest import build_base, build_lora, build_plain, language_batch
 
 
@@ -75,6 +76,38 @@ def test_transformers_own_save_is_refused_where_it_would_leave_out_weights(make_
     assert not (tmp_path / "base").exists()
     engine.model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_closed_engine_leaves_no_model_that_saves_placeholders(make_engine, disk_folder, tmp_path):
+    """All of its parameters train, and rest on NVMe: what of the model is in memory is no model any more."""
+    model = build_base("llama", torch.float32, 2)
+    engine = make_engine(model, {"rest": Tier.NVME, "stream_edges": True}, nvme=disk_folder)
+    named = {name for name, p in model.named_parameters() if not any(p.stride())}
+    before = set(model.state_dict())
+    engine.close()
+    assert named and not before & named
+    assert set(model.state_dict()) == before
+    with pytest.raises(ConfigError, match=rf"save_pretrained: {len(named)} of \d+ weights .*, before close"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    other = build_base("llama", torch.float32, 2)
+    copied = copy.deepcopy(model)  # nothing in it is absent, for torch fills it with what stands for a weight
+    for each in (model, copied):
+        each.load_state_dict(other.state_dict(), assign=True)
+        each.save_pretrained(tmp_path / "model")
+        assert named < set(each.state_dict())
+        saved = type(model).from_pretrained(tmp_path / "model").state_dict()
+        assert all(torch.equal(saved[name], value) for name, value in other.state_dict().items())
+
+
+def test_parts_of_a_managed_model_give_no_placeholders_as_their_state(make_engine, disk_folder):
+    peft = pytest.importorskip("peft")
+    base = build_base("llama", torch.float32, 2)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    engine = make_engine(base, {"rest": Tier.NVME}, nvme=disk_folder, adapters=config)
+    for asked in (base, base.model, engine.model.base_model, engine.model.get_base_model()):
+        state = asked.state_dict()
+        assert state and not any(bool(value.isnan().any()) for value in state.values())
 
 
 def test_a_second_engine_needs_a_model_that_nobody_manages_and_that_has_its_weights(make_engine, disk_folder):
