@@ -7,6 +7,7 @@ do parameters leave the model's memory and hooks go in.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,8 @@ from planners.hardware import Hardware
 from planners.plan import Plan
 from planners.streaming import plan_streaming
 from planners.streaming_problem import StreamingProblem
+
+logger = logging.getLogger("offload_rt")
 
 
 def assemble(
@@ -112,8 +115,8 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
     State goes by the log: it is committed if it is not, and what the new plan holds in memory is read from there.
     Without a drive it stays in the memory that it is in; frozen weights that the new plan has elsewhere are copied
     there block by block, and those that train are made of masters. What is counted goes on, the optimizer stays the
-    same object. Raises `ConfigError` before anything was changed. After any other error `runtime` can still be
-    followed, by its own plan too.
+    same object; memory of weights that somebody has a view of is that one's. Raises `ConfigError` before anything was
+    changed. After any other error `runtime` can still be followed, by its own plan too.
     """
     choice = runtime.made_of.choice if change.asked is not None else after_rehearsal(runtime.made_of.choice)
     made_of = replace(runtime.made_of, problem=change.problem, asked=change.asked, choice=choice)
@@ -132,7 +135,13 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
     if runtime.device is not None:  # whose kernels may be behind; copies are over
         runtime.device.compute.record().wait()
     # Before the new plan's memory is taken, whoever still holds the old one's.
-    runtime.tiers.give_back(keep=runtime.only_copies())
+    seen = runtime.seen_elsewhere()
+    if seen:
+        logger.warning(
+            "weights of %d blocks stay in memory beside the plan that follows, for somebody sees them (first: %s). Let "
+            "go of the state_dict, or clone what is wanted of it", len({each.block for each in seen}), seen[0].block,
+        )  # fmt: skip
+    runtime.tiers.give_back(keep=runtime.only_copies(), seen=[each.region() for each in seen])
     with RuntimeAssembly(
         made_of, change.plan, None, before=runtime, moves=moves, more_bytes=change.more_bytes
     ) as assembly:

@@ -11,6 +11,7 @@ cannot go unnoticed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from offload_rt.arena import Slot
 from offload_rt.decoder import Decoder, PackedWeight
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import UnsupportedModule
@@ -39,6 +42,20 @@ class Binding:
     def absent(self) -> torch.Tensor:
         """What the parameter shows while the block is closed; its own, since tied weights are known by their memory."""
         return placeholder(self.spec.shape, torch_dtype(self.spec.dtype), self.parameter.device)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A weight that a parameter has shown, which somebody may have taken a view of. Holds nothing."""
+
+    block: str
+    region: weakref.ref[Any]
+    """Its memory; there as long as `storage` is."""
+    storage: StorageWeakRef
+
+    @property
+    def is_seen(self) -> bool:
+        return not self.storage.expired()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,14 @@ class Block:
         for binding in self.bindings:
             if not binding.spec.is_quantized:
                 self.hide(binding)
+
+    def shown_for_good(self) -> list[Shown]:
+        """Of a block that never leaves DEVICE, what its parameters show; nothing of another one. Holds none of it."""
+        if not isinstance(self.slot, Slot):
+            return []
+        storages = [tensor.untyped_storage() for tensor in self._in_slot.values()]
+        region = weakref.ref(self.slot.region)
+        return [Shown(self.name, region, StorageWeakRef(each)) for each in storages]  # type: ignore[no-untyped-call]
 
     def is_absent(self, binding: Binding) -> bool:
         """Whether its parameter shows a placeholder now."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import torch
 
@@ -201,15 +202,18 @@ class Mover:
 
     def __init__(
         self, workload: Workload, resting: Resting, others: Sequence[Slot], tiers: Tiers, links: Links,
-        device: TensorDevice | None,
+        device: TensorDevice | None, seen: Sequence[Any] = (),
     ) -> None:  # fmt: skip
-        """others: of HOST, what besides stays where it is. Until `finish` all of it is booked in `tiers`."""
+        """others: of HOST, what besides stays where it is. Until `finish` all of it is booked in `tiers`. seen:
+        regions that are not given back, for somebody else sees them.
+        """
         self._workload = workload
         self._resting = resting
         self._others = others
         self._tiers = tiers
         self._links = links
         self._device = device
+        self._seen = set(map(id, seen))
         for (_, tier), slot in resting.items():
             tiers.hold(tier, HELD, slot)
         for slot in others:
@@ -228,7 +232,8 @@ class Mover:
         for tier in move.old:
             left = self._resting.pop((move.block, tier))
             self._tiers.let_go(tier, HELD, left)
-            left.region.give_back()
+            if id(left.region) not in self._seen:
+                left.region.give_back()
         self._resting |= {(move.block, tier): slot for tier, slot in slots.items()}
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from offload_rt.additions import Additions
 from offload_rt.arena import Slot
 from offload_rt.asked import Asked
 from offload_rt.autograd import LayerCounters, RecomputedLayer
-from offload_rt.block import Block
+from offload_rt.block import Block, Shown
 from offload_rt.decoder import Decoder
 from offload_rt.discover import Coverage
 from offload_rt.edge import StreamedModule
@@ -125,6 +126,8 @@ class Runtime:
     """Memory with the only copy of frozen weights, which whoever follows takes over; empty where there is a store."""
     moved: list[Move] = field(default_factory=list)
     """What of `resting` is not where `plan` has it: made for another plan, which then did not follow."""
+    shown: list[Shown] = field(default_factory=list)
+    """Weights in DEVICE that it has let go of, or a runtime before it, and that somebody may still see."""
     cuts: Cuts
     """Of `plan`."""
     ring_counters: dict[str, ExecutorCounters] = field(default_factory=dict)
@@ -153,6 +156,15 @@ class Runtime:
     def only_copies(self) -> list[Slot]:
         """Of everything that whoever follows takes over."""
         return [*self.resting.values(), *self.state_left().values()]
+
+    def seen_elsewhere(self) -> list[Shown]:
+        """Weights of `shown` that somebody still sees: who keeps a state_dict. Their memory is not given back, but is
+        theirs.
+        """
+        if any(each.is_seen for each in self.shown):
+            gc.collect()
+        self.shown = [each for each in self.shown if each.is_seen]
+        return self.shown
 
     def counters_of_rings(self) -> dict[str, ExecutorCounters]:
         """By its name, of each ring that there was since the start."""
@@ -232,6 +244,7 @@ class Runtime:
         for module in self.streamed:
             module.let_go()
         for block in self.blocks:
+            self.shown += block.shown_for_good()
             while block.is_open:
                 block.close()
         for parts in (self.layers, self.streamed, self.packed, self.blocks, self.executors):

@@ -171,7 +171,8 @@ class RuntimeAssembly:
     def _move(self, before: Runtime) -> None:
         """Moves weights of `before`, which knows how far it came. Nothing else of either plan is booked meanwhile."""
         state = list(before.state_left().values())
-        mover = Mover(self.workload, before.resting, state, self.tiers, self.links, self.device)
+        seen = [each.region() for each in before.shown]
+        mover = Mover(self.workload, before.resting, state, self.tiers, self.links, self.device, seen)
         for move in self.moves:
             mover.move(move)
             if before.moved[-1:] == [move.back]:
@@ -254,6 +255,7 @@ class RuntimeAssembly:
         )  # fmt: skip
         if self.before is not None:
             runtime.go_on_counting(self.before)
+            runtime.shown = self.before.shown
         for draft in workload.drafts:
             bindings = tuple(
                 Binding(spec, entry.parameter, entry.owners)

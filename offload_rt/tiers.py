@@ -166,11 +166,11 @@ class Tiers:
         """What `hold` has booked, or an arena whose one lease `slot` is, is not booked any more."""
         self.account(tier).release(name, align_up(slot.num_bytes, IO_ALIGNMENT_BYTES))
 
-    def give_back(self, *, keep: Iterable[Slot] = ()) -> None:
-        """Gives the memory of all arenas back to the system, but of those with a slot in `keep`; nobody may use it any
-        more, and no copy may be under way.
+    def give_back(self, *, keep: Iterable[Slot] = (), seen: Iterable[Any] = ()) -> None:
+        """Gives the memory of all arenas back to the system, but of those with a slot in `keep`, and of the regions
+        that are `seen`; nobody may use it any more, and no copy may be under way.
         """
-        kept = {id(slot.region) for slot in keep}
+        kept = {id(slot.region) for slot in keep} | set(map(id, seen))
         for region in list(self._regions):
             if id(region) not in kept:
                 region.give_back()

@@ -6,8 +6,10 @@ HOST     |= B =|      |    ->      |= B =|= A =|   ->   |     |= A =|
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -375,6 +377,38 @@ def test_where_the_way_back_fails_too_the_engine_ends_and_says_so(monkeypatch: p
             one(run, 1)
         with pytest.raises(OffloadError, match="the engine is closed"):
             one(run, 1)
+
+
+@pytest.mark.parametrize("has_streams", [False, True], ids=["two memories", "a device"])
+def test_who_keeps_a_state_dict_goes_on_seeing_its_weights(
+    has_streams: bool, plain: list[Trace], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever number of plans later they move; and what nobody sees any more is free."""
+    device = FakeDevice(late_seconds=0.0005, kernels_are_late=False) if has_streams else None
+    with started(device) as run:
+        first = run.plan
+        plans = [
+            placed(run, (1.0, 1.0, 0.5, 0.0), edges=DEVICE),
+            placed(run, (1.0, 0.0, 0.5, 0.0), edges=DEVICE),
+            first,
+        ]
+        assert differences(plain[:1], [one(run, 0)]) == []
+        for number, plan in enumerate(plans, 1):
+            propose(run, plan)
+            assert differences(plain[number : number + 1], [one(run, number)]) == []
+            if number == 1:
+                left = [weakref.ref(slot.region) for (_, tier), slot in run._runtime.resting.items() if tier is DEVICE]
+                state = {n: value for n, value in run.model.state_dict().items() if n not in run.trainable}
+                before = {name: value.clone() for name, value in state.items()}
+                assert len(state) > 10 and "sees" not in caplog.text
+            assert all(torch.equal(state[name], before[name]) for name in state)
+            assert caplog.text.count("sees") == number - 1
+        assert results(run) == ["changed"] * 3
+        state.clear()
+        gc.collect()
+        assert [region for region in left if region() is not None] == []
+    if device is not None:
+        device.close()
 
 
 def test_in_one_memory_weights_may_change_their_tier_too(plain: list[Trace]) -> None:
