@@ -88,6 +88,7 @@ class Region(mmap.mmap):
         """
         while self.before_unmap:
             self.before_unmap.pop()(self.address)
+        self.is_locked = False
         self.madvise(mmap.MADV_DONTNEED)
         self.tell_gone()
 

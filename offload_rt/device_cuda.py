@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -168,15 +169,23 @@ class CudaDevice:
         self.to_host = CudaStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
         # Short kernels between long ones, which copies back wait for.
         self.updates = CudaStream(torch.cuda.Stream(self.device, priority=-1))  # type: ignore[no-untyped-call]
-        self.locked_bytes = 0
-        """HOST memory that the GPU copies by itself."""
-        self.pageable_bytes = 0
-        """HOST memory that could not be locked: the driver copies through a buffer of its own, at about half speed."""
+        self._locked: weakref.WeakSet[Region] = weakref.WeakSet()
+        self._pageable: weakref.WeakSet[Region] = weakref.WeakSet()
         self._peak_bytes = 0
         """Of torch's allocator until a meter began anew."""
         self._reserved_peak_bytes = 0
         self._bound = Bound(self.device)
         self._runtime = runtime
+
+    @property
+    def locked_bytes(self) -> int:
+        """HOST memory that the GPU copies by itself, of what was not given back."""
+        return sum(len(region) for region in self._locked if region.is_locked)
+
+    @property
+    def pageable_bytes(self) -> int:
+        """The same of what could not be locked: the driver copies through a buffer of its own, at about half speed."""
+        return sum(len(region) for region in self._pageable if region.is_locked)
 
     def check_stream(self) -> None:
         """Raises `ConfigError` where the model runs on another stream than the engine orders its copies with."""
@@ -218,6 +227,7 @@ class CudaDevice:
         return CudaArena(name, num_bytes, self, poison=poison)
 
     def lock(self, name: str, region: Region) -> None:
+        region.is_locked = True
         try:
             if self._runtime is None:
                 torch.cuda.init()  # type: ignore[no-untyped-call]  # loads the runtime that is found then
@@ -227,10 +237,10 @@ class CudaDevice:
             with torch.cuda.device(self.device):  # on whose context it is; another GPU's would be made for it
                 pin(region, self._runtime)
         except PinningRefused as refusal:
-            self.pageable_bytes += len(region)
+            self._pageable.add(region)
             logger.warning("%s stays pageable, copies from it run at about half speed: %s", name, refusal)
         else:
-            self.locked_bytes += len(region)
+            self._locked.add(region)
 
 
 class CudaMeter:

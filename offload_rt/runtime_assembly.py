@@ -82,7 +82,10 @@ class RuntimeAssembly:
         self.progress = progress
         self.before = before
         on_cpu = workload.config.device == "cpu"
-        self.device = options.device if on_cpu else CudaDevice(workload.config.device)
+        if before is not None:
+            self.device = before.device
+        else:
+            self.device = options.device if on_cpu else CudaDevice(workload.config.device)
         self.recorder = None
         if options.record:
             self.recorder = Recorder() if self.device is None else Recorder(compute=COMPUTE)

@@ -7,6 +7,7 @@ import gc
 import importlib
 import io
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ from offload_rt.device_cuda import CudaDevice, find_device
 from offload_rt.integrity import CHECKED_STEPS
 from offload_rt.runtime_options import RuntimeOptions
 from planners.placement import Tier
+from planners.plan import DecodeScope
+from tests.changing_plans import propose, results
 from tests.emulated_cuda import held, waits
 from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, micro_batch
 
@@ -198,3 +201,22 @@ def test_the_benchmark_measures_links_with_locked_memory(monkeypatch):
     gpu = importlib.import_module("gpu")
     found = gpu.links(SimpleNamespace(smoke=True, rounds=1))
     assert gpu.GPU and len(found[gpu.RATE]) == 5
+
+
+def test_a_change_of_plans_keeps_the_device_and_what_it_has_counted():
+    """A plan and its twin, whose memory is as large: what was locked for the first one is given back."""
+    case = Case("llama", "bf16", 1, False, False, "from HOST")
+    with Engine(
+        build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, lr=1e-2, host_memory="256MiB",
+        options=RuntimeOptions(num_slots=2, layer_inputs=Tier.HOST, stream_edges=True),
+    ) as engine:  # fmt: skip
+        engine.train_batch([micro_batch(0, 0)])
+        gpu, plan = engine.report()["gpu"], engine.plan
+        assert gpu["locked_bytes"] > 0
+        for step, proposed in enumerate((replace(plan, decode_scope=DecodeScope.LAYER), plan), 1):
+            propose(engine, proposed)
+            engine.train_batch([micro_batch(step, 0)])
+        assert results(engine) == ["changed"] * 2 and engine.plan == plan
+        after = engine.report()["gpu"]
+        assert after["locked_bytes"] == gpu["locked_bytes"] and after["pageable_bytes"] == 0
+        assert after["allocator_peak_bytes"] >= gpu["allocator_peak_bytes"]
