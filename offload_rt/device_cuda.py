@@ -46,8 +46,10 @@ class CudaRegion:
         self.tell_gone = lambda: None
 
     def give_back(self) -> None:
-        """As `Region.give_back`. The allocator hands the memory out again behind what `compute` was given so far."""
-        self.tensor.untyped_storage().resize_(0)
+        """As `Region.give_back`. The allocator hands the memory out again behind what `compute` was given so far: slots
+        know their addresses, nobody else has the storage.
+        """
+        self.tensor = self.tensor.new_empty(0)
         self.tell_gone()
 
 

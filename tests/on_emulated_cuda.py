@@ -25,6 +25,7 @@ from planners.plan import DecodeScope
 from tests.changing_plans import propose, results
 from tests.emulated_cuda import held, waits
 from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, micro_batch
+from tests.test_moving import placed
 
 NUM_ELEMENTS = 1 << 16
 
@@ -220,3 +221,29 @@ def test_a_change_of_plans_keeps_the_device_and_what_it_has_counted():
         after = engine.report()["gpu"]
         assert after["locked_bytes"] == gpu["locked_bytes"] and after["pageable_bytes"] == 0
         assert after["allocator_peak_bytes"] >= gpu["allocator_peak_bytes"]
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_weights_move_on_a_gpu_and_who_keeps_a_state_dict_goes_on_seeing_them(is_kept):
+    case, losses = Case("qwen", "bf16", 1, False, False, "from HOST"), []
+    for changes in (False, True):
+        torch.manual_seed(0)
+        with Engine(
+            build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, lr=1e-2, host_memory="256MiB",
+            options=RuntimeOptions(num_slots=2, stream_edges=True),
+        ) as engine:  # fmt: skip
+            plans = [
+                placed(engine, (1.0, 1.0, 0.5, 0.0), edges=Tier.DEVICE),
+                placed(engine, (0.0, 0.6, 0.8, 1.0), edges=Tier.HOST),
+            ]
+            losses.append([engine.train_batch([micro_batch(0, 0)])])
+            for step, plan in enumerate(plans, 1):
+                if changes:
+                    propose(engine, plan)
+                seen = engine.model.state_dict() if changes and is_kept and step == 2 else {}
+                seen = {name: (value, value.clone()) for name, value in seen.items() if name not in engine.trainable}
+                losses[-1].append(engine.train_batch([micro_batch(step, 0)]))
+            assert results(engine) == ["changed"] * len(plans) * changes
+            assert bool(seen) is (changes and is_kept)
+            assert all(torch.equal(value, before) for value, before in seen.values())
+    assert losses[0] == losses[1]
