@@ -486,11 +486,13 @@ class Engine:
     def close(self) -> None:
         """Waits for what is under way; gives memory, files and hooks back. May be called twice."""
         self._closed = True
-        for handle in self._handles:
-            handle.remove()
-        self._replanner.close()
-        self._runtime.close()
-        self._peaks.close()
+        try:
+            self._replanner.close()
+            self._runtime.close()
+        finally:  # guards look at which weights are absent from now on
+            for handle in self._handles:
+                handle.remove()
+            self._peaks.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.conversions import Guard
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, OffloadError
 
 
 class CopyGuard(Guard):
@@ -30,8 +30,13 @@ class CopyGuard(Guard):
 
     def __init__(self, *modules: nn.Module, kept: frozenset[int]) -> None:
         super().__init__()
+        self._models: list[nn.Module] = []
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
         for module in {inner for outer in modules for inner in outer.modules()}:
+            if isinstance(left := vars(module).get("forward"), _WithoutWeights):  # by an engine before
+                left.undo()
+            if module in modules or hasattr(type(module), "get_input_embeddings"):
+                self._models.append(module)
             self.guard(module, "__reduce_ex__", _refused_copy(module))
             self.guard(module, "load_state_dict", _loading(module, kept))
             if hasattr(type(module), "save_pretrained") and not _is_peft(module):
@@ -41,13 +46,18 @@ class CopyGuard(Guard):
                 self._hooks.append((module, hook))
 
     def remove(self) -> None:
-        """As `Guard.remove`; but what keeps placeholders from being saved stays where there are some."""
+        """As `Guard.remove`; but what keeps placeholders from being saved, or computed with, stays where there are
+        some.
+        """
         self._guarded = [each for each in self._guarded if each[1] != "save_pretrained" or not _absent(each[0])]
         super().remove()
         while self._hooks:
             module, hook = self._hooks.pop()
             if not any(map(_is_absent, module.parameters(recurse=False))):
                 hook.remove()
+        for module in self._models:
+            if _absent(module) and not isinstance(vars(module).get("forward"), _WithoutWeights):
+                vars(module)["forward"] = _WithoutWeights(module, module.forward, vars(module).get("forward"))
 
 
 def check_has_values(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -127,6 +137,31 @@ def _loading(module: nn.Module, kept: frozenset[int]) -> Callable[..., Any]:
 def _is_same(parameter: nn.Parameter, value: Any) -> bool:
     known = isinstance(value, torch.Tensor) and not _is_absent(parameter) and parameter.shape == value.shape
     return known and torch.equal(parameter.detach(), value.detach().to(parameter.device, parameter.dtype))
+
+
+@dataclass(frozen=True)
+class _WithoutWeights:
+    """Stands before `forward` of a model whose engine is closed: placeholders would answer, with NaN."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    own: Callable[..., Any] | None
+    """What the module itself had in place of its class's."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        absent = _absent(self.module)
+        if absent:
+            raise OffloadError(
+                f"forward: the engine that managed this model is closed, and {len(absent)} of its weights are not in "
+                f"memory (first: {absent[0]}). Call it before close(), or make an engine again with checkpoint="
+            )
+        return self.forward(*arguments, **options)
+
+    def undo(self) -> None:
+        if self.own is None:
+            del vars(self.module)["forward"]
+        else:
+            vars(self.module)["forward"] = self.own
 
 
 @dataclass(frozen=True)

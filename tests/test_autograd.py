@@ -480,13 +480,13 @@ def test_a_layer_that_checkpoints_around_its_call_does_not_run_a_third_time(wrap
 
 def test_closing_gives_the_layers_back_as_they_were(wrap):
     model = build_plain()
-    own = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    own = {name: module.__dict__.get("forward") for name, module in model.layers.named_modules()}
     identities = {name: id(p) for name, p in model.named_parameters()}
     engine = wrap(model)
     engine(batch()).sum().backward()
     engine.close()
     engine.close()
-    assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == own
+    assert {name: module.__dict__.get("forward") for name, module in model.layers.named_modules()} == own
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
     assert {name: id(p) for name, p in model.named_parameters()} == identities
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, OffloadError
 from planners.plan import Tier
 from tests.conftest import build_base, build_lora, build_plain, language_batch
 
@@ -76,6 +76,36 @@ def test_transformers_own_save_is_refused_where_it_would_leave_out_weights(make_
     assert not (tmp_path / "base").exists()
     engine.model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_model_whose_engine_is_closed_answers_nothing_until_it_has_its_weights(make_engine, disk_folder, inner):
+    """It was NaN, and token 0."""
+    model = build_lora(dtype=torch.float32)
+    asked = (model.base_model.model if inner else model).eval()
+    values, batch = {name: p.detach().clone() for name, p in model.named_parameters()}, language_batch(0)
+    with torch.no_grad():
+        expected = asked(**batch).loss
+    make_engine(model, nvme=disk_folder).close()
+    for call in (asked, asked.generate):
+        with pytest.raises(OffloadError, match=r"forward: .* is closed, and \d+ of its weights .*checkpoint="):
+            call(input_ids=batch["input_ids"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.data = values[name]
+        assert asked(**batch).loss == expected, "somebody has put them back"
+
+
+def test_a_model_that_keeps_its_weights_answers_when_its_engine_is_closed_and_a_next_one_takes_the_refusal_away(
+    make_engine, disk_folder, tmp_path
+):
+    base = build_base("llama", torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    make_engine(base, nvme=disk_folder, options={"rest": Tier.NVME}, lr=None).close()
+    with pytest.raises(OffloadError, match="is closed"):
+        base(**language_batch(0))
+    with make_engine(base, nvme=disk_folder, checkpoint=tmp_path / "base", lr=None) as engine:
+        assert torch.isfinite(engine(**language_batch(0)).loss)
 
 
 def test_a_closed_engine_leaves_no_model_that_saves_placeholders(make_engine, disk_folder, tmp_path):
