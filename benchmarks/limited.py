@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 TAIL_BYTES = 32000
@@ -26,9 +26,24 @@ class Ended:
     """The end of what it wrote on stdout and stderr."""
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """What starts inside can be interrupted. What a shell has put into the background ignores that, and so do its
+    children, otherwise. For the main thread.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
+
+
 def run_limited(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> Ended:
     """Blocks until `command` ends, at most `seconds`. It writes to a file: a pipe would be held by its children."""
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, interruptible():
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
