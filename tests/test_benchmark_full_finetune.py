@@ -20,9 +20,8 @@ def run(folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    "names", [["torch", OURS], pytest.param(["torch", "ours", OURS, TIERS], marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("names", [["torch", OURS], ["torch", "ours", OURS, TIERS]])
 def test_the_benchmark_measures_what_it_says(disk_folder, names):
     out, trace = disk_folder / "out.json", disk_folder / "trace.json"
     done = run(disk_folder, "--contenders", ",".join(names), "--json", str(out), "--trace", str(trace))

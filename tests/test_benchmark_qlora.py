@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "qlora.py"
 TINY = "--layers 2 --tokens 64 --rounds 1 --hidden 128 --intermediate 256 --heads 4 --kv-heads 2 --vocabulary 256"
 
 
+@pytest.mark.full
 def test_the_qlora_benchmark_runs_end_to_end_and_writes_json(disk_folder):
     names = ["ours+num_slots=1+stream_edges=1", "bnb" if importlib.util.find_spec("bitsandbytes") else "bf16"]
     out = disk_folder / "out.json"
