@@ -5,7 +5,8 @@ the masters that weights are rounded from: the next step would undo it. All else
 in memory, and weights that are what they are already.
 
 A placeholder is in no state_dict, and no model that has one is saved as if it were whole: better missing than NaN. So
-it is after the engine's end, too, for as long as the weight is absent; a copy that is made then is no better.
+it is after the engine's end, too, and nobody copies the model, for as long as the weight is absent: torch would make
+each placeholder a tensor of the weight's size, full of NaN.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class CopyGuard(Guard):
                 left.undo()
             if module in modules or hasattr(type(module), "get_input_embeddings"):
                 self._models.append(module)
-            self.guard(module, "__reduce_ex__", _refused_copy(module))
+            if isinstance(vars(module).get("__reduce_ex__"), _Copying):
+                del vars(module)["__reduce_ex__"]
+            self.guard(module, "__reduce_ex__", _Copying(module))
             self.guard(module, "load_state_dict", _loading(module, kept))
             if hasattr(type(module), "save_pretrained") and not _is_peft(module):
                 self.guard(module, "save_pretrained", _Saving(module, module.save_pretrained))  # type: ignore[arg-type]
@@ -49,7 +52,11 @@ class CopyGuard(Guard):
         """As `Guard.remove`; but what keeps placeholders from being saved, or computed with, stays where there are
         some.
         """
-        self._guarded = [each for each in self._guarded if each[1] != "save_pretrained" or not _absent(each[0])]
+        for _, _, function, _ in self._guarded:
+            if isinstance(function, _Copying):
+                function.is_managed = False
+        stays = (_Copying, _Saving)
+        self._guarded = [each for each in self._guarded if not (isinstance(each[2], stays) and _absent(each[0]))]
         super().remove()
         while self._hooks:
             module, hook = self._hooks.pop()
@@ -94,16 +101,32 @@ def _leave_out_absent(module: nn.Module, state: dict[str, Any], prefix: str, met
             state.pop(prefix + name, None)
 
 
-def _refused_copy(module: nn.Module) -> Callable[..., Any]:
-    kind = type(module).__name__
+class _Copying:
+    """A module's `__reduce_ex__`, by which it is copied and pickled, unless weights would be missing. Where none are
+    any more it goes, so that no copy has it.
+    """
 
-    def refused(*_: Any) -> Any:
-        raise ConfigError(
-            f"copy: a {kind} that an engine manages cannot be copied or pickled, as weights of its model are not in "
-            f"memory. Copy it before engine(...), or save what trains (engine.save_pretrained, engine.save_checkpoint)"
-        )
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.is_managed = True
 
-    return refused
+    def __call__(self, *protocol: Any) -> Any:
+        kind = type(self.module).__name__
+        if self.is_managed:
+            raise ConfigError(
+                f"copy: a {kind} that an engine manages cannot be copied or pickled, as weights of its model are not "
+                f"in memory. Copy it before engine(...), or save what trains (engine.save_pretrained, "
+                f"engine.save_checkpoint)"
+            )
+        if absent := _absent(self.module):
+            raise ConfigError(
+                f"copy: the engine that managed this {kind} is closed, and {len(absent)} of its weights are not in "
+                f"memory (first: {absent[0]}): a copy would have NaN in their place. Copy it before engine(...), or "
+                f"when it has got its weights back (load_state_dict with assign=True)"
+            )
+        if vars(self.module).get("__reduce_ex__") is self:
+            del vars(self.module)["__reduce_ex__"]
+        return self.module.__reduce_ex__(*protocol)
 
 
 def _loading(module: nn.Module, kept: frozenset[int]) -> Callable[..., Any]:

@@ -21,9 +21,24 @@ def test_a_managed_model_and_its_engine_are_neither_copied_nor_pickled(make_engi
         for attempt in (copy.deepcopy, pickle.dumps, partial(torch.save, f=tmp_path / "model.pt")):
             with pytest.raises(ConfigError, match="cannot be copied or pickled"):
                 attempt(asked)
-    engine.close()
-    assert not {"__reduce_ex__", "load_state_dict"} & set(vars(model.layers[0]))
-    assert torch.equal(copy.deepcopy(model).layers[0].scale, model.layers[0].scale)
+
+
+@pytest.mark.parametrize("attempt", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
+def test_a_model_whose_engine_is_closed_is_copied_again_when_it_has_its_weights(attempt, make_engine, disk_folder):
+    """Torch makes each placeholder a tensor of the weight's size, full of NaN."""
+    model = build_plain()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    make_engine(model, seq_len=8, nvme=disk_folder).close()
+    assert "load_state_dict" not in vars(model.layers[0])
+    for asked in (model, model.layers, model.layers[0], model.layers[0].up):
+        with pytest.raises(ConfigError, match=r"copy: the engine .* is closed, and \d+ of its weights .* have NaN"):
+            attempt(asked)
+    attempt(model.layers[0].dropout)
+    model.load_state_dict(weights, assign=True)
+    found = attempt(model)
+    found = pickle.loads(found) if isinstance(found, bytes) else found
+    assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
+    assert not any("__reduce_ex__" in vars(module) for each in (model, found) for module in each.modules())
 
 
 def test_weights_at_rest_are_not_loaded_and_adapters_are(make_engine, disk_folder):
@@ -121,9 +136,8 @@ def test_a_closed_engine_leaves_no_model_that_saves_placeholders(make_engine, di
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     other = build_base("llama", torch.float32, 2)
-    copied = copy.deepcopy(model)  # nothing in it is absent, for torch fills it with what stands for a weight
-    for each in (model, copied):
-        each.load_state_dict(other.state_dict(), assign=True)
+    model.load_state_dict(other.state_dict(), assign=True)
+    for each in (model, copy.deepcopy(model)):
         each.save_pretrained(tmp_path / "model")
         assert named < set(each.state_dict())
         saved = type(model).from_pretrained(tmp_path / "model").state_dict()
