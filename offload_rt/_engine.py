@@ -44,6 +44,7 @@ from offload_rt.runtime import Runtime
 from offload_rt.runtime_assembly import Progress
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.steps import StepMeter, measured_update, weak_hook
+from offload_rt.wrappers import WrapperGuard
 from planners.plan import Plan
 
 logger = logging.getLogger("offload_rt")
@@ -197,6 +198,7 @@ class Engine:
         self._handles: list[Guard | RemovableHandle] = [
             ConversionGuard(*{self.model, model}),
             CopyGuard(*{self.model, model}, kept=self._kept_elsewhere()),
+            WrapperGuard(*{self.model, model}),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             *self.step_meter.attach(self.model),
             *(each.register_step_pre_hook(weak_hook(self._loop_steps)) for each in stepping),

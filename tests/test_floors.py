@@ -86,6 +86,7 @@ FLOORS = {
     "offload_rt.conversions": 5.0,
     "offload_rt.additions": 5.0,
     "offload_rt.copies": 5.2,
+    "offload_rt.wrappers": 5.2,
     "offload_rt.steps": 5.0,
     "offload_rt.executor": 6.0,
     "offload_rt.access": 6.5,
