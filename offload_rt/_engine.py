@@ -36,6 +36,7 @@ from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
 from offload_rt.heap import Base
 from offload_rt.integrity import check_loss, check_optimizer
+from offload_rt.optimizer.others import OtherOptimizers
 from offload_rt.peaks import RESUME, SAVE, Peaks
 from offload_rt.rehearsal import Rehearsal
 from offload_rt.replanning import Replanner
@@ -194,17 +195,15 @@ class Engine:
         self._warned_accumulation = False
         self._takes_step = False
         """Whether an optimizer's step is one of `step`: others are a loop's own."""
-        stepping = [] if self.optimizer is None else [self.optimizer]
-        self._handles: list[Guard | RemovableHandle] = [
+        self._handles: list[Guard | RemovableHandle | OtherOptimizers] = [
             ConversionGuard(*{self.model, model}),
             CopyGuard(*{self.model, model}, kept=self._kept_elsewhere()),
             WrapperGuard(*{self.model, model}),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             *self.step_meter.attach(self.model),
-            *(each.register_step_pre_hook(weak_hook(self._loop_steps)) for each in stepping),
-            *self._training.watch(),
-            *(each.register_step_post_hook(weak_hook(self._loop_has_stepped)) for each in stepping),
+            OtherOptimizers(self.trainable.values(), lambda: self.optimizer, self._follow),
         ]
+        self._step_handles = self._see_steps()
         logger.info("%s", self.summary())
 
     def _kept_elsewhere(self) -> frozenset[int]:
@@ -298,6 +297,27 @@ class Engine:
             self._training.take_step()
         finally:
             self._takes_step = False
+
+    def _see_steps(self) -> list[RemovableHandle]:
+        """Hooks of the optimizer, whoever calls its `step`."""
+        if self.optimizer is None:
+            return []
+        return [
+            self.optimizer.register_step_pre_hook(weak_hook(self._loop_steps)),
+            *self._training.watch(),
+            self.optimizer.register_step_post_hook(weak_hook(self._loop_has_stepped)),
+        ]
+
+    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """A loop steps by an optimizer that it has made itself. Raises `ConfigError` where that is not sound."""
+        self._training.follow(optimizer)
+        for handle in self._step_handles:
+            handle.remove()
+        self.optimizer = optimizer
+        self._step_handles = self._see_steps()
+        logger.info(
+            "steps are those of the loop's own %s, which is engine.optimizer from now on", type(optimizer).__name__
+        )
 
     def _loop_steps(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """A loop has called the optimizer's own `step`; once more where that calls its base's."""
@@ -492,7 +512,7 @@ class Engine:
             self._replanner.close()
             self._runtime.close()
         finally:  # guards look at which weights are absent from now on
-            for handle in self._handles:
+            for handle in [*self._handles, *self._step_handles]:
                 handle.remove()
             self._peaks.close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.optim import SGD, AdamW
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from offload_rt.arguments import make_optimizer
 from offload_rt.checkpoint.state import is_complete
@@ -148,3 +149,90 @@ def test_an_optimizer_whose_steps_nobody_can_see_is_refused():
 
     with pytest.raises(ConfigError, match=r"Wrapper\.__init__ does not call"):
         make_optimizer(lambda parameters: Wrapper(SGD(parameters)), None, [torch.nn.Parameter(torch.zeros(1))])
+
+
+def own_optimizer(engine, **groups):
+    """As a trainer makes it where none is given."""
+    return AdamW([p for p in engine.model.parameters() if p.requires_grad], lr=1e-2, **groups)
+
+
+def test_a_loops_own_optimizer_is_followed_from_its_first_step(made):
+    engine = made(commit_every=1)
+    given, optimizer = engine.optimizer, own_optimizer(engine)
+    for number in range(2):
+        backward(engine, number)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert engine.step_number == number + 1
+    assert engine.optimizer is optimizer
+    assert engine.step_meter.num_steps == 2
+    backward(engine, 2)
+    with pytest.raises(ConfigError, match=r"AdamW\.step: .*AdamW, which is, has state of this run.*optimizers=\("):
+        given.step()
+    engine.step()
+    last, folder = values(engine), engine.commit_folder
+    engine.close()
+    assert is_complete(folder)
+    engine = made(commit_every=1)  # whose optimizer has what the loop's had
+    engine.load_checkpoint(folder)
+    assert engine.step_number == 3 and all(torch.equal(last[name], value) for name, value in values(engine).items())
+    state = next(iter(engine.optimizer.state.values()))
+    assert state["step"] == 3 and state["exp_avg"].any()
+
+
+def test_a_loops_own_optimizer_that_the_engine_cannot_follow_is_refused_before_it_changes_anything(made):
+    engine = made()
+    before = values(engine)
+    first, *rest = engine.trainable.values()
+    backward(engine)
+    for parameters, text in (
+        ([first], rf"it holds 1 of the {len(rest) + 1} tensors that train, and"),
+        ([first, *rest, torch.nn.Parameter(torch.zeros(1))], rf"it holds {len(rest) + 1} of the .* and 1 others"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            SGD(parameters, lr=1.0).step()
+    assert all(torch.equal(before[name], value) for name, value in values(engine).items())
+    engine.step()
+    backward(engine)
+    with pytest.raises(ConfigError, match="has state of this run"):
+        own_optimizer(engine).step()
+    other = torch.nn.Parameter(torch.zeros(1))
+    other.grad = torch.ones(1)
+    SGD([other], lr=1.0).step()
+    assert other.item() == -1 and engine.step_number == 1
+
+
+def test_what_wraps_the_engines_optimizer_is_no_other_one(made):
+    class Wrapper(SGD):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups[0]["params"], lr=1e-2)
+            self.inner = inner
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    engine = made()
+    optimizer = engine.optimizer
+    for number in range(2):
+        backward(engine, number)
+        Wrapper(optimizer).step()
+        assert engine.optimizer is optimizer and engine.step_number == number + 1
+
+
+def test_state_that_rests_in_tiers_is_stepped_by_nobody_else(made):
+    engine = made(options={"state": IN_HOST}, host_memory="64MiB")
+    before = values(engine)
+    backward(engine)
+    with pytest.raises(ConfigError, match="optimizer state of adapters rest in tiers"):
+        own_optimizer(engine).step()
+    assert all(torch.equal(before[name], value) for name, value in values(engine).items())
+    engine.step()
+
+
+def test_a_closed_engine_looks_at_no_optimizer(made):
+    before = len(_global_optimizer_pre_hooks)
+    engine = made()
+    assert len(_global_optimizer_pre_hooks) == before + 1
+    engine.close()
+    assert len(_global_optimizer_pre_hooks) == before
+    own_optimizer(engine).step()

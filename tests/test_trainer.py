@@ -1,10 +1,13 @@
-"""Hugging Face's Trainer around `engine.model`, with `engine.optimizer`: the bits of Trainer around the plain model."""
+"""Hugging Face's Trainer around `engine.model`, with `engine.optimizer` or one of its own: the bits of Trainer around
+the plain model.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from offload_rt.checkpoint.state import is_complete
 from tests.conftest import build_lora, language_batch
 
 
@@ -23,15 +26,21 @@ def run(model, optimizer, folder):
 
 
 @pytest.mark.full
-def test_adapters_train_in_a_trainer_to_the_bits_of_the_plain_model(make_engine, disk_folder, tmp_path):
+@pytest.mark.parametrize("whose", ["the engine's", "the trainer's"])
+def test_adapters_train_in_a_trainer_to_the_bits_of_the_plain_model(whose, make_engine, disk_folder, tmp_path):
     plain = build_lora(dropout=0.0)
     begin = {name: p.detach().clone() for name, p in plain.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2)
-    expected = run(plain, optimizer, tmp_path / "plain")
-    engine = make_engine(build_lora(dropout=0.0), nvme=disk_folder, accumulation_steps=2)
+    is_given = whose == "the engine's"
+    expected = run(plain, optimizer if is_given else None, tmp_path / "plain")
+    engine = make_engine(build_lora(dropout=0.0), nvme=disk_folder, accumulation_steps=2, commit_every=1)
+    given = engine.optimizer
     read_before = engine.report()["bytes_read"]
-    found = run(engine.model, engine.optimizer, tmp_path / "streamed")
+    found = run(engine.model, given if is_given else None, tmp_path / "streamed")
     assert engine.report()["bytes_read"] > read_before
+    assert engine.step_number == engine.step_meter.num_steps == 2 and (engine.optimizer is given) is is_given
+    engine.close()
+    assert is_complete(engine.commit_folder)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert any(not torch.equal(found[name], begin[name]) for name in found)
     files = [tmp_path / kind / "adapter" / "adapter_model.safetensors" for kind in ("plain", "streamed")]

@@ -20,6 +20,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_moved, check_norm, check_optimizer
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.log_commit import OpenLog, is_log
+from offload_rt.optimizer.others import refusal
 from offload_rt.optimizer.rules import rule_for
 from offload_rt.steps import weak_hook
 
@@ -94,13 +95,27 @@ class MemoryTraining:
         self._extra: Callable[[], Values] = dict
         self._amend: Callable[[Values], Values] = dict
         self._commit_folder = commit_folder
+        self._commit_every = commit_every
         self.open_log = open_log
-        self._commits: FolderCommits | None = None
-        if optimizer is not None and commit_every is not None:
-            self._commits = FolderCommits(
-                steps.trainable, optimizer, self._values, lambda values: self._amend(values), every=commit_every,
-                folder=self.commit_folder,
-            )  # fmt: skip
+        self._commits = self._committing()
+
+    def _committing(self) -> FolderCommits | None:
+        """Commits of what the optimizer steps, where there are to be some."""
+        if self.optimizer is None or self._commit_every is None:
+            return None
+        return FolderCommits(
+            self._steps.trainable, self.optimizer, self._values, lambda values: self._amend(values),
+            every=self._commit_every, folder=self.commit_folder,
+        )  # fmt: skip
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.optimizer is not None and (self.step_number or self.optimizer.state):
+            raise refusal(
+                optimizer,
+                f"{type(self.optimizer).__name__}, which is, has state of this run, from steps or from a checkpoint",
+            )
+        self.optimizer = optimizer
+        self._commits = self._committing()
 
     @property
     def committed(self) -> None:

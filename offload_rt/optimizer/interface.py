@@ -63,6 +63,11 @@ class Training(Protocol):
     def take_step(self) -> None:
         """Clips as declared, updates by the optimizer, and forgets the gradients. Blocks."""
 
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Steps are those of `optimizer` from now on, which a loop has made over all that trains. ConfigError where
+        state would be lost.
+        """
+
     def watch(self) -> list[RemovableHandle]:
         """Sees the steps that a loop takes by the optimizer itself. The caller removes the hooks."""
 

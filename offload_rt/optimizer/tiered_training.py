@@ -18,6 +18,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.optimizer.commits import Commits
 from offload_rt.optimizer.interface import Values
 from offload_rt.optimizer.log_commit import OpenLog
+from offload_rt.optimizer.others import refusal
 from offload_rt.optimizer.param_groups import ParamGroups
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.rules import UpdateRule
@@ -51,6 +52,9 @@ class TieredParts:
 
 class TieredTraining(ABC):
     """State in pieces, the optimizer that the user sees of it, and what a commit carries."""
+
+    state_name: str
+    """See `interface.Training`."""
 
     def __init__(self, parts: TieredParts) -> None:
         self.blocks = parts.blocks
@@ -133,6 +137,10 @@ class TieredTraining(ABC):
     def carry(self, extra: Callable[[], Values], amend: Callable[[Values], Values]) -> None:
         """See `interface.Training`."""
         self.commits.carry(extra, amend)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refused: its state would be in memory beside the plan, and weights others than what the tiers have."""
+        raise refusal(optimizer, f"the {self.state_name} rest in tiers, where the engine steps them")
 
     def watch(self) -> list[RemovableHandle]:
         """None: the optimizer's steps are this training's own."""
