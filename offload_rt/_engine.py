@@ -35,7 +35,7 @@ from offload_rt.device_cuda import find_device
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
 from offload_rt.heap import Base
-from offload_rt.integrity import check_loss, check_optimizer
+from offload_rt.integrity import Reached, check_loss, check_optimizer
 from offload_rt.optimizer.others import OtherOptimizers
 from offload_rt.peaks import RESUME, SAVE, Peaks
 from offload_rt.rehearsal import Rehearsal
@@ -180,6 +180,8 @@ class Engine:
         self._training = self._runtime.training
         self._training.carry(self._carried_values, self._with_schedulers)
         self.optimizer = self._training.optimizer
+        self._reached = Reached(self.model, self.trainable)
+        self._training.check_by(self._reached)
         self.step_meter = StepMeter(
             lambda: self._runtime.links.reading(),
             is_asynchronous=self._runtime.device is not None,
@@ -195,12 +197,13 @@ class Engine:
         self._warned_accumulation = False
         self._takes_step = False
         """Whether an optimizer's step is one of `step`: others are a loop's own."""
-        self._handles: list[Guard | RemovableHandle | OtherOptimizers] = [
+        self._handles: list[Guard | RemovableHandle | Reached | OtherOptimizers] = [
             ConversionGuard(*{self.model, model}),
             CopyGuard(*{self.model, model}, kept=self._kept_elsewhere()),
             WrapperGuard(*{self.model, model}),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             *self.step_meter.attach(self.model),
+            self._reached,
             OtherOptimizers(self.trainable.values(), lambda: self.optimizer, self._follow),
         ]
         self._step_handles = self._see_steps()
@@ -266,6 +269,7 @@ class Engine:
 
     def _go_on_with(self, runtime: Runtime) -> None:
         self._runtime, self._training = runtime, runtime.training
+        self._training.check_by(self._reached)
         self._peaks.follow(runtime, self._base.resident_bytes)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -2,14 +2,65 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from offload_rt.errors import IntegrityError, NonFiniteLoss
 
+logger = logging.getLogger("offload_rt")
+
 CHECKED_STEPS = 2
+
+
+class Reached:
+    """Which of the tensors that train a forward pass with gradients has come to, since `forget`.
+
+    A batch without images leaves a vision tower out, a token its expert: no gradient is right there. An adapter belongs
+    to the layer that it stands on: of one that is switched off, a gradient is missing.
+    """
+
+    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
+        """Puts hooks into `model`, until `remove`."""
+        self._names = {id(parameter): name for name, parameter in trainable.items()}
+        self._users: dict[str, set[nn.Module]] = {name: set() for name in trainable}
+        self._find(model, model, is_adapter=False)
+        self._called: set[nn.Module] = set()
+        self._handles: list[RemovableHandle] = [
+            user.register_forward_pre_hook(self._is_called) for user in set().union(*self._users.values())
+        ]
+
+    def __contains__(self, name: object) -> bool:
+        users = self._users.get(str(name), set())
+        return not self._handles or not users or not self._called.isdisjoint(users)
+
+    def forget(self) -> None:
+        """The next forward passes are another step's."""
+        self._called.clear()
+
+    def remove(self) -> None:
+        """From here on everything counts as reached. May be called twice."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _find(self, module: nn.Module, user: nn.Module, *, is_adapter: bool) -> None:
+        """`user` is what is called where `module` is used, if that is none that is called itself."""
+        if not is_adapter and type(module).forward is not nn.Module.forward:
+            user = module
+        is_adapter = is_adapter or not {"base_layer", "original_module"}.isdisjoint(module._modules)  # peft's names
+        for parameter in module._parameters.values():
+            if id(parameter) in self._names:
+                self._users[self._names[id(parameter)]].add(user)
+        for inner in module.children():
+            self._find(inner, user, is_adapter=is_adapter)
+
+    def _is_called(self, module: nn.Module, args: object) -> None:
+        if torch.is_grad_enabled():
+            self._called.add(module)
 
 
 def check_loss(loss: torch.Tensor, step: int) -> float:
@@ -40,20 +91,32 @@ def check_optimizer(optimizer: torch.optim.Optimizer, trainable: Mapping[str, to
         raise IntegrityError(f"{len(missing)} trainable tensors are in no parameter group, first: {missing[0]}")
 
 
-def check_gradients(trainable: Mapping[str, torch.Tensor], step: int) -> None:
-    """Raises `IntegrityError` where a gradient is missing, or all are zero, or one is not finite.
+def check_present(present: Collection[str], trainable: Collection[str], step: int, reached: Reached | None) -> None:
+    """Raises `IntegrityError` where the gradient of a tensor that the forward came to is missing, or all are.
 
     An expert that no token was sent to has none, rightly.
     """
-    without = [name for name, p in trainable.items() if p.grad is None]
-    unexplained = [name for name in without if ".experts." not in name]
-    if unexplained or len(without) == len(trainable):
+    without = [name for name in trainable if name not in present]
+    wrong = [name for name in without if ".experts." not in name and (reached is None or name in reached)]
+    if wrong or len(without) == len(trainable):
         raise IntegrityError(
-            f"{len(without)} of {len(trainable)} trainable tensors received no gradient in step {step} (first: "
-            f"{without[0]}). Usual causes: step() without backward(), a module that the forward skips (freeze what "
-            f"does not train, or leave it out of the adapters' targets, before engine(...)), or reentrant "
-            f"checkpointing around the model (use_reentrant=False)"
+            f"{len(wrong or without)} of {len(trainable)} trainable tensors received no gradient in step {step} "
+            f"(first: {(wrong or without)[0]}); nothing was updated. Usual causes: step() without backward(), an "
+            f"adapter that is switched off, a part of the model whose result the loss does not use (freeze what does "
+            f"not train, or leave it out of the adapters' targets, before engine(...)), or reentrant checkpointing "
+            f"around the model (use_reentrant=False)"
         )
+    left = [name for name in without if ".experts." not in name]
+    if left:
+        logger.warning(
+            "step %d: the forward did not come to %d of %d trainable tensors (first: %s), which stay as they are, as "
+            "where a batch has no images. Freeze what is never to train", step, len(left), len(trainable), left[0],
+        )  # fmt: skip
+
+
+def check_gradients(trainable: Mapping[str, torch.Tensor], step: int, reached: Reached | None = None) -> None:
+    """Raises `IntegrityError` where a gradient is missing, see `check_present`, or all are zero, or one not finite."""
+    check_present([name for name, p in trainable.items() if p.grad is not None], trainable, step, reached)
     gradients = {name: p.grad for name, p in trainable.items() if p.grad is not None}
     norms = torch.stack([gradient.detach().float().norm() for gradient in gradients.values()])
     bad = [name for name, norm in zip(gradients, norms.tolist(), strict=True) if not math.isfinite(norm)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offload_rt.checkpoint.state import load_state, restore, save_state
 from offload_rt.checkpoint.values import restore_rng
+from offload_rt.integrity import Reached
 from offload_rt.optimizer.adapter_saving import TieredState
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.in_memory import AdapterSteps
@@ -54,6 +55,9 @@ class AdapterTraining(TieredTraining):
     def __init__(self, parts: TieredParts, steps: AdapterSteps) -> None:
         super().__init__(parts)
         self._steps = steps
+
+    def check_by(self, reached: Reached) -> None:
+        self._steps.reached = reached
 
     def before_forward(self) -> None:
         self.commits.check_usable()

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from offload_rt.checkpoint.state import FolderCommits, load_state, restore, save_state
 from offload_rt.config import NO_COMMIT_FOLDER
-from offload_rt.errors import ConfigError
-from offload_rt.integrity import CHECKED_STEPS, check_gradients, check_moved, check_norm, check_optimizer
+from offload_rt.errors import ConfigError, IntegrityError
+from offload_rt.integrity import CHECKED_STEPS, Reached, check_gradients, check_moved, check_norm, check_optimizer
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.log_commit import OpenLog, is_log
 from offload_rt.optimizer.others import refusal
@@ -32,6 +32,8 @@ class AdapterSteps:
         """`trainable` is in the model's order, in which norms are summed. `max_grad_norm`: as declared."""
         self.trainable = trainable
         self._max_grad_norm = max_grad_norm
+        self.reached: Reached | None = None
+        """See `interface.Training.check_by`."""
         self._before: dict[str, Tensor] = {}
         """Of a first step that is under way, what it is to change."""
 
@@ -53,13 +55,23 @@ class AdapterSteps:
     def is_over(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises `IntegrityError` where a first step has changed nothing."""
         before, self._before = self._before, {}
+        if self.reached is not None:
+            self.reached.forget()
         if before:
             check_moved(before, self.trainable, optimizer)
 
     def _check(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        if step <= CHECKED_STEPS:
-            check_gradients(self.trainable, step)
-            check_optimizer(optimizer, self.trainable)
+        if step > CHECKED_STEPS:
+            if self.reached is not None:
+                self.reached.remove()
+            return
+        try:
+            check_gradients(self.trainable, step, self.reached)
+        except IntegrityError:
+            if self.reached is not None:
+                self.reached.forget()
+            raise
+        check_optimizer(optimizer, self.trainable)
 
     def clip(self, max_norm: float) -> Tensor:
         """As torch does, by torch."""
@@ -130,6 +142,9 @@ class MemoryTraining:
 
     def carry(self, extra: Callable[[], Values], amend: Callable[[Values], Values]) -> None:
         self._extra, self._amend = extra, amend
+
+    def check_by(self, reached: Reached) -> None:
+        self._steps.reached = reached
 
     def before_forward(self) -> None:
         if self._commits is not None:

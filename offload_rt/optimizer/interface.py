@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from offload_rt.integrity import Reached
+
 Check = Callable[[Mapping[str, Any]], None]
 """May refuse what was saved besides the state, by raising, before anything is changed."""
 Values = dict[str, Any]
@@ -45,6 +47,9 @@ class Training(Protocol):
 
     def carry(self, extra: Callable[[], Values], amend: Callable[[Values], Values]) -> None:
         """Sets what is saved besides; `amend` replaces of it what follows a step, see `commits`."""
+
+    def check_by(self, reached: Reached) -> None:
+        """What the first steps' gradients are checked by. It is removed when they have been."""
 
     def before_forward(self) -> None:
         """Makes the commit of the last step, where it is due, and the weights those of that step. Blocks."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from offload_rt.errors import IntegrityError
+from offload_rt.integrity import Reached, check_present
 from offload_rt.optimizer.param_groups import Options
 from offload_rt.optimizer.pieces import TrainedBlock
 
@@ -45,13 +46,8 @@ class Step:
         return Step(order=self.order, follows_clipped=self.follows_clipped, num_skipped_before=self.num_skipped_before)
 
 
-def check_first(names: Sequence[str], present: Collection[str], norm: float) -> None:
-    """In the first step, something must train, and all of `names` but experts without tokens. IntegrityError if not."""
-    missing = [name for name in names if name not in present and ".experts." not in name]
-    if missing:
-        raise IntegrityError(
-            f"{len(missing)} of {len(names)} trainable tensors received no gradient in step 1 (first: {missing[0]}). "
-            f"Usual causes: a module that the forward skips; freeze what does not train"
-        )
+def check_first(names: Sequence[str], present: Collection[str], norm: float, reached: Reached | None) -> None:
+    """In the first step, something must train, and all of `names` that the forward came to. IntegrityError if not."""
+    check_present(present, names, 1, reached)
     if norm == 0:
         raise IntegrityError(f"step 1: all {len(names)} gradients are zero; the loss does not reach them")

@@ -33,6 +33,7 @@ from torch import Tensor
 from offload_rt.checkpoint.values import restore_rng
 from offload_rt.cpu_adam import clip_scale
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError
+from offload_rt.integrity import Reached
 from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.pieces import TrainedBlock
@@ -88,6 +89,7 @@ class FullTraining(TieredTraining):
         self._make_room = make_room
         self._more_to_come = more_to_come
         self._now = Step(order=tuple(reversed(self.blocks)))
+        self._reached: Reached | None = None
         self._stand_ins = StandIns(self.blocks, self.deliver)
         gradients.wait_for_room = self.stepper.wait_for_one
         gradients.in_background = self.stepper.settle
@@ -132,6 +134,9 @@ class FullTraining(TieredTraining):
     def before_forward(self) -> None:
         """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
         self._between_steps("the model was called between backward and step")
+
+    def check_by(self, reached: Reached) -> None:
+        self._reached = reached
 
     def settled(self) -> bool:
         return not self.gradients.blocks and super().settled()
@@ -289,7 +294,9 @@ class FullTraining(TieredTraining):
         arrived = self.gradients.blocks
         if not self.step_number:
             present = {block.parameters[i].name for block in arrived for i in self.gradients.present(block)}
-            check_first(self._names, present, total)
+            check_first(self._names, present, total, self._reached)
+        elif self._reached is not None:
+            self._reached.remove()
         if not total < float("inf"):
             self._skip()
             return False
@@ -383,6 +390,8 @@ class FullTraining(TieredTraining):
 
     def _forget_all(self, *, then: Step | None = None) -> None:
         """Ends this step; `then` is the next one, the same again without."""
+        if self._reached is not None:
+            self._reached.forget()
         self._now = then if then is not None else self._now.again()
         self.gradients.clear()
         self.stepper.new_scalars.clear()

@@ -1,0 +1,123 @@
+"""The first steps' gradients: one is missing rightly where the forward has not come to what it is of."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from offload_rt.errors import IntegrityError
+from offload_rt.integrity import CHECKED_STEPS
+from tests.adapter_tiers import IN_HOST
+from tests.conftest import PlainLayer, PlainModel, build_lora, language_batch
+
+BATCH = torch.linspace(-1, 1, 2 * 8 * 8).reshape(2, 8, 8)
+KINDS = ["in memory", "in tiers", "all parameters"]
+
+
+class TwoTowers(PlainModel):
+    """Images go through layers of their own, which a batch of text does without. Parameters behind the gate get no
+    gradient.
+    """
+
+    def __init__(self):
+        super().__init__([PlainLayer() for _ in range(2)])
+        self.images = nn.ModuleList([PlainLayer() for _ in range(2)])
+        for name, parameter in self.images.named_parameters():
+            parameter.requires_grad_(name.endswith("scale"))
+        self.is_gated = False
+
+    def forward(self, x_BTF, has_images=False):
+        hidden_BTD = self.enter(x_BTF)
+        seen_BTD = hidden_BTD
+        for layer in self.images if has_images else ():
+            seen_BTD = layer(seen_BTD)
+        hidden_BTD = hidden_BTD + (seen_BTD.detach() if self.is_gated else seen_BTD)
+        for layer in self.layers:
+            hidden_BTD = layer(hidden_BTD)
+        return self.leave(hidden_BTD)
+
+
+def build_towers(kind):
+    torch.manual_seed(0)
+    model = TwoTowers()
+    return model.requires_grad_(True) if kind == "all parameters" else model
+
+
+@pytest.fixture
+def made(make_engine, disk_folder):
+    def make(kind):
+        options = {"state": IN_HOST} if kind == "in tiers" else None
+        arguments = {} if kind == "all parameters" else {"host_memory": "64MiB"}
+        return make_engine(build_towers(kind), options, seq_len=8, nvme=disk_folder, **arguments)
+
+    return make
+
+
+def step(engine, **given):
+    engine.backward(engine(BATCH, **given).square().mean())
+    engine.step()
+
+
+def scales(engine):
+    return {name: p.detach().clone() for name, p in engine.trainable.items() if name.endswith("scale")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_images_trains_the_rest_and_says_so(kind, made, caplog):
+    engine = made(kind)
+    before = scales(engine)
+    with caplog.at_level(logging.WARNING, "offload_rt"):
+        step(engine)
+    now = scales(engine)
+    assert {name for name in now if torch.equal(now[name], before[name])} == {n for n in now if n.startswith("images")}
+    (said,) = [record.getMessage() for record in caplog.records if "did not come to" in record.getMessage()]
+    num = sum(name.startswith("images") for name in engine.trainable)
+    assert said.startswith(f"step 1: the forward did not come to {num} of {len(engine.trainable)} trainable tensors")
+    step(engine, has_images=True)
+    assert all(not torch.equal(value, before[name]) for name, value in scales(engine).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_gets_lost_on_its_way_is_refused_by_name_and_nothing_is_updated(kind, made):
+    engine = made(kind)
+    before = scales(engine)
+    engine.model.is_gated = True
+    with pytest.raises(IntegrityError, match=r"no gradient in step 1 \(first: images\.0\..*nothing was updated"):
+        step(engine, has_images=True)
+    assert engine.step_number == 0
+    engine.optimizer.zero_grad()
+    assert all(torch.equal(value, before[name]) for name, value in scales(engine).items())
+    step(engine)  # the forward that came to the images is another step's
+    assert engine.step_number == 1
+
+
+@pytest.mark.parametrize("kind", ["in memory", "in tiers"])
+def test_an_image_of_the_first_step_or_of_an_evaluation_is_none_of_the_second(kind, made):
+    engine = made(kind)
+    step(engine, has_images=True)
+    with torch.no_grad():
+        engine(BATCH, has_images=True)
+    step(engine)
+    assert engine.step_number == 2
+
+
+def test_an_adapter_that_is_switched_off_is_missed(make_engine):
+    engine = make_engine(build_lora(num_layers=1))
+    layer = engine.model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.enable_adapters(False)
+    engine.backward(engine(**language_batch(0)).loss)
+    with pytest.raises(IntegrityError, match=r"2 of \d+ trainable tensors .*first: .*q_proj\.lora_A"):
+        engine.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_later_steps_are_not_looked_at(kind, made):
+    engine = made(kind)
+    hooks = [len(module._forward_pre_hooks) for module in engine.model.images.modules()]
+    for _ in range(CHECKED_STEPS + 1):
+        step(engine)
+    now = [len(module._forward_pre_hooks) for module in engine.model.images.modules()]
+    assert sum(hooks) - sum(now) >= 2
