@@ -254,7 +254,9 @@ class Engine:
 
     def _change_over_if_due(self) -> None:
         """Takes a plan that was made again, before a step begins: see `replanning`. Blocks."""
-        if not self._replanner.is_due or self._num_backwards or not self._training.settled():
+        if not self._replanner.is_due or self._num_backwards or self._runtime.is_in_flight:
+            return
+        if not self._training.settled():
             return
         try:
             with torch.inference_mode(False):  # tensors that are made now are trained with, whoever calls

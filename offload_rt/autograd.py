@@ -172,6 +172,11 @@ class RecomputedLayer:
                 )
         return found
 
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a backward pass of a call may still come: its graph lives, and none has gone through it."""
+        return len(self._open_calls) > 0
+
     def hand_over(self, call: Call, gradients: Sequence[torch.Tensor | None]) -> None:
         """Takes the gradients of `call.streamed`; delivers the layer's once this pass comes to no other call of it.
 

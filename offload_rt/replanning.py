@@ -25,7 +25,9 @@ returned; and right behind it the change:
                                               └ killed from here on, a run goes on from N under either plan
 
 A forward that adds to gradients which wait already begins no step, nor does one right after a checkpoint was loaded
-that is in no log: then the change waits. A change that fails goes back to the plan before, by the same commit.
+that is in no log, nor one that comes before the backward pass of the forward before it: then the change waits. It waits
+as long as somebody keeps a loss that no backward pass goes through. A change that fails goes back to the plan before,
+by the same commit.
 
 Without a drive there is no log and no commit, and what memory alone has is handed over as it lies (`resting`): masters
 and moments, which no plan moves then, and frozen weights. Those that the other plan has elsewhere are copied there, a

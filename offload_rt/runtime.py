@@ -189,6 +189,11 @@ class Runtime:
         parts = ((name, getattr(self, name)) for name in ("rows", "loss_head", "transients", "tokenwise"))
         return [(name, part) for name, part in parts if part is not None]
 
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a forward pass has been whose backward pass may still come: it needs the blocks as they are."""
+        return any(layer.is_in_flight for layer in self.layers)
+
     def run_together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Runs calls of the model, or their backward passes, layer by layer; returns their results. Blocks."""
         shared = [executor for executor in self.executors if executor.ring.name != "tiles"]  # a call takes all of these

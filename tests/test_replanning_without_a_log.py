@@ -219,6 +219,36 @@ def test_it_waits_for_gradients_and_for_no_commit(tmp_path: Path) -> None:
         assert train(run, [4]) == train(twin, [4]) and differences(run.state(), twin.state()) == []
 
 
+@pytest.mark.parametrize("by", ["the engine", "the model"])
+def test_it_waits_for_the_backward_pass_of_a_forward_that_is_ahead_of_it(by: str, tmp_path: Path) -> None:
+    """It ended there: the forward had been before the change."""
+    twin = Plain(model())
+    with engine(model(), "from HOST", tmp_path, accumulation_steps=2) as run:
+        part = run if by == "the engine" else run.model
+        assert train(run, range(2)) == train(twin, range(2))
+        other = elsewhere(run, "one slot")
+        losses = [part(**batch(2)).loss]
+        propose(run, other)
+        losses.append(part(**batch(3)).loss)
+        assert run.plan != other and not results(run)
+        for loss in losses:
+            run.backward(loss)
+        for number in (2, 3):
+            twin.backward(twin(**batch(number)).loss)
+        for each in (run, twin):
+            each.step()
+        assert train(run, [4]) == train(twin, [4])  # the losses are still there, and their graphs
+        assert run.plan == other and results(run) == ["changed"]
+        assert differences(run.state(), twin.state()) == []
+        kept = part(**batch(5)).loss
+        propose(run, elsewhere(run, "less slack"))
+        part(**batch(5))
+        assert run.plan == other
+        del kept
+        part(**batch(5))
+        assert run.plan != other, "nobody can go back through it any more"
+
+
 def test_half_a_step_is_not_carried_on_by_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine(model(), "from HOST", tmp_path) as run:
         train(run, range(2))
