@@ -530,6 +530,7 @@ class Engine:
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._change_over_if_due()  # of a loop that calls the model itself
+        self._rehearse(args, kwargs)
         self._training.before_forward()
         for layer in self._runtime.layers:
             layer.without_checkpointing()

@@ -67,11 +67,11 @@ def outcome(engine):
     return engine.report()["rehearsal"]
 
 
-def train(engine, numbers=range(3)):
+def train(engine, numbers=range(3), by_model=False):
     losses = []
     for number in numbers:
         torch.manual_seed(number)
-        loss = engine(**batch(number)).loss
+        loss = (engine.model if by_model else engine)(**batch(number)).loss
         engine.backward(loss)
         losses.append(float(loss.detach()))
         engine.step()
@@ -238,6 +238,17 @@ def test_it_changes_nothing(make, tight, monkeypatch):
             assert value == other[name], name
 
 
+def test_a_loop_that_calls_the_model_itself_is_rehearsed_too(make, tight, monkeypatch):
+    found = []
+    for by_model in (False, True):
+        with monkeypatch.context() as fresh, make(tight + 64 * KIB) as engine:
+            fresh.setattr(rehearsal, "remembered_bytes", lambda *_: None)
+            losses, _ = train(engine, by_model=by_model)
+            found.append((losses, outcome(engine)["measured_bytes"], engine.report()["recomputes"]))
+            assert engine.step_meter.num_steps == 3
+    assert found[0] == found[1] and found[0][1] is not None
+
+
 def short_formula(monkeypatch, factor):
     """The formula for a layer gives so much of what it gave."""
     whole = workload_sizes.estimate_activation_bytes
@@ -279,7 +290,7 @@ def test_a_plan_is_made_again_where_neither_helps_and_gives_the_same_numbers(mak
         with make(least + more * KIB) as engine:
             before, bytes_read = engine.plan, engine.report()["bytes_read"]
             try:
-                losses, parameters = train(engine)
+                losses, parameters = train(engine, by_model=True)  # where the call has begun
             except PlanInfeasible:
                 seen.add("refused")
                 continue
@@ -303,9 +314,9 @@ def test_what_fits_no_plan_is_refused_before_training_starts(make, monkeypatch):
         make(KIB)
     with make(max(least, least_of_all.value.need_bytes)) as engine:
         before = {name: p.detach().clone() for name, p in engine.trainable.items()}
-        for _ in range(2):  # it stays refused
+        for by_model in (False, True):  # it stays refused
             with pytest.raises(PlanInfeasible) as refused:
-                train(engine)
+                train(engine, by_model=by_model)
         assert refused.value.need_bytes > refused.value.have_bytes and refused.value.ways_out
         assert engine.step_number == 0 and all(torch.equal(before[n], p) for n, p in engine.trainable.items())
         assert all(p.grad is None for p in engine.trainable.values())

@@ -428,10 +428,12 @@ def test_a_change_over_that_fails_closes_the_engine(make, tmp_path, monkeypatch)
 
 
 def test_gradients_that_wait_already_put_it_off(make, monkeypatch):
-    """A loop that calls the model itself has begun a step: it is not dropped."""
+    """A step that was begun in evaluation is not dropped."""
     monkeypatch.setattr(rehearsal, "ROOM", 1 << 40)
     engine = make(accumulation_steps=2)
+    engine.model.eval()
     engine.model(**batch(0)).loss.backward()
+    engine.model.train()
     engine.backward(engine(**batch(1)).loss)
     assert outcome(engine) is None
     engine.step()
