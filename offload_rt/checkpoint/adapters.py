@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageError, StorageFull, TargetNotMatched
+
+_WEIGHTS = "adapter_model.safetensors"
+_CARD = "README.md"
+_MARGIN_BYTES = 1 << 20
+"""Headers, configuration, card."""
 
 
 def add_adapters(model: nn.Module, config: Any) -> nn.Module:
@@ -50,10 +58,13 @@ def remove_adapters(wrapped: Any, model: nn.Module, flags: Mapping[int, bool]) -
 
 
 def save_adapters(model: Any, folder: Path) -> None:
-    """peft's own files, read back: every tensor there, equal, and not all of `lora_B` zero.
+    """peft's own files, read back: every tensor there, equal. What `folder` held of an adapter is whole until then, and
+    other files stay; beside folders, files are replaced one by one.
 
     Of the weights of embedding and head themselves those that train; frozen ones are the base model's.
     """
+    import peft
+
     weights = _edge_weights(model)
     frozen = {id(weight) for weight in weights if not weight.requires_grad}
     entries = model.state_dict(keep_vars=True).items()
@@ -62,29 +73,38 @@ def save_adapters(model: Any, folder: Path) -> None:
         "save_embedding_layers": len(frozen) < len(weights),
         "state_dict": {name: getattr(entry, "data", entry) for name, entry in entries if id(entry) not in frozen},
     }
-    try:
-        model.save_pretrained(folder, **what)
-    except (OSError, SafetensorError) as error:
-        code = error.errno if isinstance(error, OSError) else None
-        is_full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        kind = StorageFull if is_full else StorageError
-        raise kind(f"the adapter could not be written: {error}", path=str(folder), errno=code or 0) from None
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise CheckpointVerifyError(f"{path}: peft wrote no such file")
-    import peft
-
     expected = peft.get_peft_model_state_dict(model, **what)
+    need = sum(tensor.numel() * tensor.element_size() for tensor in expected.values()) + _MARGIN_BYTES
+    with replaced_whole(folder, need, what="the adapter", beside_folders=True) as partial:
+        if (folder / _CARD).is_file():  # peft adds to it
+            shutil.copy2(folder / _CARD, partial / _CARD)
+        try:
+            model.save_pretrained(partial, **what)
+        except (OSError, SafetensorError) as error:
+            code = error.errno if isinstance(error, OSError) else None
+            is_full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+            kind = StorageFull if is_full else StorageError
+            raise kind(f"the adapter could not be written: {error}", path=str(folder), errno=code or 0) from None
+        _verify(partial / _WEIGHTS, folder / _WEIGHTS, expected)
+        for path in partial.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _verify(path: Path, shown: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises `CheckpointVerifyError`, which calls it `shown`, where `path` does not hold `expected`."""
+    if not path.exists():
+        raise CheckpointVerifyError(f"{shown}: peft wrote no such file")
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if names != set(expected):
             odd = sorted(names ^ set(expected))
             raise CheckpointVerifyError(
-                f"{path}: {len(names)} tensors, expected {len(expected)}; first odd one: {odd[0]}"
+                f"{shown}: {len(names)} tensors, expected {len(expected)}; first odd one: {odd[0]}"
             )
         for name, tensor in expected.items():
             if not torch.equal(file.get_tensor(name), tensor.detach().cpu()):
-                raise CheckpointVerifyError(f"{path}: {name} does not read back as it was written")
+                raise CheckpointVerifyError(f"{shown}: {name} does not read back as it was written")
 
 
 def _edge_weights(model: Any) -> list[nn.Parameter]:

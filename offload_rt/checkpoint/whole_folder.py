@@ -20,18 +20,24 @@ from planners.errors import format_bytes
 
 @contextlib.contextmanager
 def replaced_whole(
-    folder: Path, need_bytes: int, *, what: str, is_ours: Callable[[str], object] = lambda name: False
+    folder: Path,
+    need_bytes: int,
+    *,
+    what: str,
+    is_ours: Callable[[str], object] = lambda name: False,
+    beside_folders: bool = False,
 ) -> Iterator[Path]:
     """Yields an empty folder to write to; it takes the place of `folder` where the body ends without an error.
 
     Until then what was there is whole. Of it, files that are not `is_ours` by their names, and that the body did not
     write, stay, also those that came meanwhile. The body syncs the files that it writes. A link stays one: the folder
     that it leads to is replaced, on its drive. Raises `ConfigError` where `folder` is a file or holds a folder, which
-    would be gone; `StorageFull` before the first byte where `need_bytes` are not free; and gives the body's own
-    failures to write as `StorageError`.
+    would be gone; `beside_folders` keeps those, and has files take their places one by one, each whole. Raises
+    `StorageFull` before the first byte where `need_bytes` are not free; and gives the body's own failures to write as
+    `StorageError`.
     """
     folder = Path(os.path.realpath(folder))
-    _staying(folder, what, is_ours)
+    _staying(folder, what, is_ours, beside_folders=beside_folders)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -43,11 +49,16 @@ def replaced_whole(
             )
         partial.mkdir()
         yield partial
-        for path in _staying(folder, what, is_ours):  # now: it may have been put back, and others write to it
-            if not os.path.lexists(partial / path.name):
-                _keep(path, partial / path.name)
-        sync_folder(partial)
-        _put_in_place(partial, folder)
+        # Now: it may have been put back, and others write to it.
+        staying = _staying(folder, what, is_ours, beside_folders=beside_folders)
+        if any(map(_is_folder, staying)):
+            _put_files(partial, folder)
+        else:
+            for path in staying:
+                if not os.path.lexists(partial / path.name):
+                    _keep(path, partial / path.name)
+            sync_folder(partial)
+            _put_in_place(partial, folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors and torch report a full drive in classes of their own.
@@ -58,14 +69,18 @@ def replaced_whole(
         raise kind(f"{what} could not be written: {error}", path=str(folder), errno=code or 0) from None
 
 
-def _staying(folder: Path, what: str, is_ours: Callable[[str], object]) -> list[Path]:
-    """The files in `folder` that are somebody else's. ConfigError where it is no place for a folder of files."""
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _staying(folder: Path, what: str, is_ours: Callable[[str], object], *, beside_folders: bool) -> list[Path]:
+    """What in `folder` is somebody else's. ConfigError where it is no place for a folder of files."""
     if not folder.exists():
         return []
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file, not a folder for {what}")
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
+        if _is_folder(entry) and not beside_folders:
             raise ConfigError(f"{folder} holds a folder, {entry.name}; give {what} a folder of its own")
     return [entry for entry in folder.iterdir() if not is_ours(entry.name)]
 
@@ -92,6 +107,14 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_files(partial: Path, folder: Path) -> None:
+    """Moves the files of `partial` to `folder`, each in one step."""
+    for path in sorted(partial.iterdir()):
+        os.replace(path, folder / path.name)
+    sync_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
