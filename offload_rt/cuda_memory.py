@@ -27,16 +27,20 @@ import importlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, OutOfDeviceMemory
 from planners.errors import format_bytes
 
 logger = logging.getLogger("offload_rt")
 
 KERNELS_BYTES = 128 << 20
 """For kernels that are loaded after `settle`; a guess until a GPU has measured it."""
+
+WORKSPACE_BYTES = 32 << 20
+"""The most that one of CUDA's libraries takes for a thread and stream."""
 
 LOADING_CALLS = 4
 """Of a model, in which kernels are loaded: what lies beside the allocator is asked for again before each."""
@@ -46,11 +50,16 @@ _of_a_thread: dict[torch.device, int] = {}
 
 
 def settle(device: torch.device) -> None:
-    """Makes CUDA and cuBLAS take what they keep, for the calling thread and that of its backward passes. Blocks."""
-    one = torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    bias = torch.ones(64, device=device, dtype=torch.bfloat16)
-    torch.addmm(bias, one, one.mm(one)).sum().backward()  # type: ignore[no-untyped-call]  # with a bias by cuBLASLt
-    torch.cuda.current_stream(device).synchronize()
+    """Makes CUDA and cuBLAS take what they keep, for the calling thread and that of its backward passes. Blocks. Raises
+    `OutOfDeviceMemory`.
+    """
+    try:
+        one = torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        bias = torch.ones(64, device=device, dtype=torch.bfloat16)
+        torch.addmm(bias, one, one.mm(one)).sum().backward()  # type: ignore[no-untyped-call]  # with a bias by cuBLASLt
+        torch.cuda.current_stream(device).synchronize()
+    except torch.OutOfMemoryError:
+        raise no_room(device, "workspaces of CUDA's libraries", WORKSPACE_BYTES) from None
 
 
 def thread_bytes(device: torch.device) -> int:
@@ -79,7 +88,7 @@ def bytes_beside_allocator(device: torch.device) -> int:
     """See [Note: beside the allocator]. Takes milliseconds."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     used_bytes = total_bytes - free_bytes
-    ours = _bytes_of_this_process(device)
+    ours = _processes(device).get(os.getpid())
     if ours is not None:
         used_bytes = min(used_bytes, ours)
     return max(0, used_bytes - torch.cuda.memory_reserved(device))
@@ -145,16 +154,50 @@ class Bound:
             )
 
 
-def _bytes_of_this_process(device: torch.device) -> int | None:
-    """What the driver says that this process has of the GPU; None where it does not know the process."""
+def no_room(device: torch.device, what: str, wanted_bytes: int) -> OutOfDeviceMemory:
+    """What is said where the allocator has refused `wanted_bytes` for `what`: what is free, who has the rest."""
+    free_bytes, total_bytes = map(int, torch.cuda.mem_get_info(device))
+    allocated_bytes, reserved_bytes = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    beside_bytes = bytes_beside_allocator(device)
+    others_bytes = max(0, total_bytes - free_bytes - reserved_bytes - beside_bytes)
+    processes = _processes(device)
+    others = {pid: num_bytes for pid, num_bytes in processes.items() if pid != os.getpid()}
+    holders = [f"{_command(pid)} (pid {pid}) has {format_bytes(size)}" for pid, size in sorted(others.items())]
+    if not holders and others_bytes:
+        holders = [f"{format_bytes(others_bytes)} are other processes'"]
+    if os.getpid() not in processes:
+        holders.append("the driver does not say which processes have how much")
+    fits_bytes = free_bytes + reserved_bytes + beside_bytes
+    return OutOfDeviceMemory(
+        f"{what}: {format_bytes(wanted_bytes)} of {device} are asked for, and {format_bytes(free_bytes)} of its "
+        f"{format_bytes(total_bytes)} are free: this process has {format_bytes(allocated_bytes)} of tensors, "
+        f"{format_bytes(reserved_bytes - allocated_bytes)} that torch's allocator keeps, {format_bytes(beside_bytes)} "
+        f"beside it; {'; '.join(holders) or 'nobody else has any'}. End what else uses the GPU, or give device_memory= "
+        f"less than {format_bytes(fits_bytes)}",
+        wanted=wanted_bytes,
+        free=free_bytes,
+    )
+
+
+def _command(pid: int) -> str:
+    """The name of a process; that it is one, where it is not ours to see."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "a process"
+
+
+def _processes(device: torch.device) -> dict[int, int]:
+    """By process, what the driver says that it has of the GPU. Empty where the driver, or NVML, does not say."""
+    found: dict[int, int] = {}
     with contextlib.suppress(Exception):  # pynvml has errors of its own, and may be missing
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
         try:
             handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
             for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if process.pid == os.getpid() and process.usedGpuMemory:
-                    return int(process.usedGpuMemory)
+                if process.usedGpuMemory:
+                    found[process.pid] = int(process.usedGpuMemory)
         finally:
             nvml.nvmlShutdown()
-    return None
+    return found

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from offload_rt.arena import POISON, Arena, Region, Slot
-from offload_rt.cuda_memory import Bound, bytes_beside_allocator
+from offload_rt.cuda_memory import Bound, bytes_beside_allocator, no_room
 from offload_rt.cudart import CudaRuntime, find_cuda_runtime
 from offload_rt.errors import ConfigError, PinningRefused
 from offload_rt.pinning import pin
@@ -105,7 +105,9 @@ class CudaSlot(Slot):
 
 
 class CudaArena(Arena):
-    """One allocation of device memory, of torch's allocator, leased out in slots."""
+    """One allocation of device memory, of torch's allocator, leased out in slots. `OutOfDeviceMemory` where it has
+    none.
+    """
 
     slot_type = CudaSlot
 
@@ -114,7 +116,10 @@ class CudaArena(Arena):
         super().__init__(name, num_bytes, poison=poison)
 
     def _map(self) -> CudaRegion:
-        return CudaRegion(self.num_bytes, self._device.device)
+        try:
+            return CudaRegion(self.num_bytes, self._device.device)
+        except torch.OutOfMemoryError:
+            raise no_room(self._device.device, f"arena {self.name}", self.num_bytes) from None
 
     def _memory(self, start: int, num_bytes: int) -> _Memory:
         return _Memory(self.region, start, num_bytes)

@@ -72,6 +72,17 @@ class BudgetExceeded(OffloadError, MemoryError):
     """A managed memory budget would be exceeded; the message says by whom it is held."""
 
 
+class OutOfDeviceMemory(OffloadError, MemoryError):
+    """A GPU has no room for what a plan has there. Carries `wanted` and `free` (bytes); the message says who has the
+    rest.
+    """
+
+    def __init__(self, message: str, *, wanted: int, free: int) -> None:
+        self.wanted = wanted
+        self.free = free
+        super().__init__(message)
+
+
 class PinningRefused(OffloadError):
     """The GPU's driver would not lock host memory. Carries the driver's `code`."""
 

@@ -17,7 +17,9 @@ from torch import nn
 
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
+from offload_rt.cuda_memory import settle
 from offload_rt.device_cuda import CudaDevice, find_device
+from offload_rt.errors import OutOfDeviceMemory
 from offload_rt.integrity import CHECKED_STEPS
 from offload_rt.runtime_options import RuntimeOptions
 from planners.placement import Tier
@@ -164,6 +166,35 @@ def test_freed_memory_is_kept_for_its_stream_and_counted():
     assert torch.cuda.max_memory_allocated() - begun == 4 * NUM_ELEMENTS
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(1 << 40, dtype=torch.uint8, device="cuda")
+
+
+def test_what_a_gpu_has_no_room_for_is_refused_by_name():
+    case = Case("llama", "bf16", 1, False, False, "from HOST")
+
+    def made():
+        return Engine(
+            build(case).cuda(), device_memory="1GiB", host_memory="256MiB", batch_size=BATCH_SIZE, seq_len=SEQ_LEN,
+            lr=1e-2, options=RuntimeOptions(num_slots=2),
+        )  # fmt: skip
+
+    def limit(more_bytes):
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        all_bytes = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more_bytes) / all_bytes)
+
+    made().close()  # libraries have their workspaces from here on
+    size = sum(p.numel() * p.element_size() for p in build(case).parameters())
+    try:
+        for more_bytes, what in ((0, "workspaces of CUDA's libraries"), (size + (128 << 10), "arena ring of layers")):
+            limit(more_bytes)
+            with pytest.raises(OutOfDeviceMemory, match=f"^{what}: .* of cuda:0 are asked for, .* device_memory= less"):
+                made() if more_bytes else settle(torch.device("cuda", 0))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    with made() as engine:
+        assert engine.train_batch([micro_batch(0, 0)]) > 0
 
 
 def test_backward_passes_run_on_a_thread_of_the_device():

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from offload_rt import cuda_memory
 from offload_rt._engine import Engine
 from offload_rt.cli import train
 from offload_rt.config import EngineConfig
-from offload_rt.cuda_memory import Bound, bytes_beside_allocator, capacity_bytes
+from offload_rt.cuda_memory import Bound, bytes_beside_allocator, capacity_bytes, no_room
 from offload_rt.errors import ConfigError
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.workload import find_workload
@@ -86,7 +87,8 @@ def driver(card: Card, pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
     nvml.nvmlDeviceGetHandleByUUID = lambda uuid: {"GPU-u": "handle"}[uuid]
     nvml.nvmlDeviceGetComputeRunningProcesses = lambda handle: [
-        SimpleNamespace(pid=pid, usedGpuMemory=card.context + card.reserved)
+        SimpleNamespace(pid=pid, usedGpuMemory=card.context + card.reserved),
+        *([SimpleNamespace(pid=1, usedGpuMemory=card.others)] if card.others else []),
     ]
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(cuda_memory.os, "getpid", lambda: PID)
@@ -101,6 +103,23 @@ def test_what_lies_beside_the_allocator_is_this_processs_where_the_driver_says_s
     assert bytes_beside_allocator(GPU) == 300 * MIB
     driver(card, PID + 1, monkeypatch)
     assert bytes_beside_allocator(GPU) == 500 * MIB
+
+
+def test_who_asks_for_more_than_is_free_is_told_who_has_it(card: Card, monkeypatch) -> None:
+    card.reserved, card.allocated, card.others = 100 * MIB, 90 * MIB, 200 * MIB
+    error = no_room(GPU, "arena layers", 500 * MIB)
+    assert (error.wanted, error.free) == (500 * MIB, 400 * MIB) and isinstance(error, MemoryError)
+    assert str(error) == (
+        "arena layers: 500 MiB of cuda:0 are asked for, and 400 MiB of its 1000 MiB are free: this process has 90 MiB "
+        "of tensors, 10 MiB that torch's allocator keeps, 500 MiB beside it; the driver does not say which processes "
+        "have how much. End what else uses the GPU, or give device_memory= less than 1000 MiB"
+    )
+    driver(card, PID, monkeypatch)
+    first = Path("/proc/1/comm").read_text().strip()
+    said = str(no_room(GPU, "arena layers", 500 * MIB))
+    assert f"300 MiB beside it; {first} (pid 1) has 200 MiB. End" in said and said.endswith("less than 800 MiB")
+    card.others = 0
+    assert "beside it; nobody else has any. End" in str(no_room(GPU, "arena layers", 700 * MIB))
 
 
 def test_a_budget_is_for_the_context_and_for_tensors_of_others_too(card: Card) -> None:

@@ -25,7 +25,7 @@ SOME = (
     " or goes_through or changes_over or (llama-bf16-x2 and None)"
 )
 """Of `test_gpu` what is over in seconds, and the device's own tests."""
-NUM_SOME = 36
+NUM_SOME = 37
 
 
 def run_emulated(tmp_path: Path, files: list[str], chosen: str, late_us: int = 2000) -> dict[str, int]:
