@@ -85,9 +85,9 @@ class WatchedRing:
     def write(self, *args: Any, **options: Any) -> int:
         return self._start("write", *args, **options)
 
-    def wait(self, ticket: int, timeout_seconds: float) -> None:
+    def wait(self, ticket: int, timeout_seconds: float, again: bool = False) -> None:
         try:
-            self._ring.wait(ticket, timeout_seconds)
+            self._ring.wait(ticket, timeout_seconds, again)
         finally:
             self._arrived(ticket)
 

@@ -124,7 +124,7 @@ class PyRing {
     return ticket;
   }
 
-  void wait(Ticket ticket, double timeout_seconds) {
+  void wait(Ticket ticket, double timeout_seconds, bool again) {
     // In slices, so that Ctrl-C is answered; the ticket stays waitable then, as after a timeout.
     const auto start = std::chrono::steady_clock::now();
     for (double left = timeout_seconds;;) {
@@ -140,10 +140,16 @@ class PyRing {
         left = std::max(0.0, timeout_seconds - elapsed.count());
         continue;
       }
+      if (again && status.code == StatusCode::unknown_ticket) {  // Ctrl-C came between its end and who waited
+        const auto failed = failed_.find(ticket);
+        if (failed != failed_.end()) throw_as_python(failed->second);
+        return;
+      }
       const bool finished = status.ok() || status.code == StatusCode::os_error ||
                             status.code == StatusCode::end_of_file || status.code == StatusCode::no_progress;
       // Taken out first: what goes with it may run Python, and drop the GIL.
       const auto over = finished ? held_.extract(ticket) : decltype(held_)::node_type{};
+      if (finished && !status.ok()) failed_.emplace(ticket, status);
       raise_unless_ok(status);
       return;
     }
@@ -195,6 +201,7 @@ class PyRing {
     py::object owner;
   };
   std::unordered_map<Ticket, Held> held_;
+  std::unordered_map<Ticket, Status> failed_;  // what waits have ended with, where that was no success
   IoRingPtr ring_;
 };
 
@@ -294,10 +301,11 @@ void bind_io(py::module_& m) {
           arg("fd"), arg("path"), arg("owner") = py::none(),
           "Starts fdatasync; returns a ticket. It covers what was waited for before this call, and nothing\n"
           "that is still under way.")
-      .def("wait", &PyRing::wait, arg("ticket"), arg("timeout_seconds"),
+      .def("wait", &PyRing::wait, arg("ticket"), arg("timeout_seconds"), arg("again") = false,
            "Blocks, without the GIL, until the operation has ended; raises NativeStorageError if it failed "
            "and\n"
-           "NativeTimeout if it has not ended. Ends the ticket, unless it timed out.")
+           "NativeTimeout if it has not ended. Ends the ticket, unless it timed out. `again`: where an earlier\n"
+           "wait has ended it, ends as that did.")
       .def("done", &PyRing::done, arg("ticket"), "Whether wait() would return or raise at once.")
       .def("tune", &PyRing::tune, arg("fd"), arg("depth"), arg("io_bytes"),
            "Sets depth and request length for the device that `fd` lies on.")

@@ -173,11 +173,14 @@ class RingIO:
     def start(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> Callable[[float], None]:
         place = () if kind == "sync" else (offset_bytes, buffer)
         ticket = getattr(self._ring, kind)(file.fd, file.path, *place, owner=file.owner)
-        num_bytes = len(buffer)
+        num_bytes, has_begun = len(buffer), False
 
         def wait(timeout_seconds: float) -> None:
+            nonlocal has_begun
+            again, has_begun = has_begun, True
             try:
-                self._ring.wait(ticket, timeout_seconds)
+                # Ctrl-C may have come when a wait had ended the ticket, and nobody knew it yet.
+                self._ring.wait(ticket, timeout_seconds, again)
             except self._core.NativeTimeout as error:
                 raise StorageTimeout(f"{file.path}: {kind} not finished after {timeout_seconds:g} s; {error}") from None
             except self._core.NativeStorageError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from offload_rt.arena import Arena, Region
+from offload_rt.errors import StorageError
 from offload_rt.file_io import AiofilesIO, OpenFile, RingIO, file_io, open_file
 from offload_rt.links import Links
 from offload_rt.native import native_core
@@ -306,3 +307,44 @@ def test_aiofiles_takes_what_only_the_ring_uses(file):
     io.adopt(file, Region(PAGE))
     io.tune(file, 1, PAGE)
     io.close()
+
+
+class Interrupted:
+    """A ring whose first wait ends, and Ctrl-C comes before anybody knows it."""
+
+    def __init__(self, ring):
+        self.ring, self.num_waits = ring, 0
+
+    def __getattr__(self, name):
+        return getattr(self.ring, name)
+
+    def wait(self, *arguments):
+        self.num_waits += 1
+        try:
+            self.ring.wait(*arguments)
+        finally:
+            if self.num_waits == 1:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("past_the_end", [False, True], ids=["a read", "a read that fails"])
+def test_what_an_interrupted_wait_has_ended_can_be_waited_for_and_ends_as_it_did(past_the_end, file):
+    core = native_core()
+    if core is None:
+        pytest.skip("the native extension is not built")
+    links = Links(io=RingIO(core))
+    ring = links.io._ring = Interrupted(links.io._ring)
+    slot = Arena("a", NUM_BYTES).acquire(NUM_BYTES, "x")
+    transfer = links.read(file, PAGE if past_the_end else 0, slot)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.wait()
+    for _ in range(2):
+        if past_the_end:
+            with pytest.raises(StorageError, match="end of file|read failed"):
+                transfer.wait()
+        else:
+            transfer.wait()
+    assert ring.num_waits == 2 and transfer.was_waited_for
+    assert past_the_end or bytes(slot.buffer()) == Path(file.path).read_bytes()
+    del slot, transfer
+    links.close()
