@@ -374,3 +374,32 @@ def test_positions_that_are_learned_end(config: str) -> None:
     else:
         with pytest.raises(ConfigError, match=r"the model has learned 24 positions \((transformer\.wpe|model\..*pos)"):
             check_length(model, 25)
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "aborted")])
+def test_a_signal_outside_the_loop_unwinds_the_command_and_is_its_exit_code(
+    number: signal.Signals, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of encoding a model, say. The first process of a container has no other answer to SIGTERM."""
+    from offload_rt.cli import doctor
+
+    closed = []
+
+    def run(arguments: Any) -> int:
+        try:
+            signal.raise_signal(number)
+        finally:
+            closed.append(True)
+        return 0
+
+    monkeypatch.setattr(doctor, "run", run)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert main(["doctor"]) == 128 + number
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert closed == [True] and capsys.readouterr().err == f"offload-rt: {said}\n"

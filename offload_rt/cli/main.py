@@ -1,7 +1,8 @@
 """`offload-rt`: finds the command, runs it, and turns errors into one line and an exit code.
 
     0   done                            1   the world failed: a disk, a budget, a broken file
-    2   the call was wrong              128 + n   ended by signal n, with its state saved where it says so
+    2   the call was wrong              128 + n   ended by signal n (Ctrl-C, SIGTERM), with its state saved where it
+                                                  says so
 
 A command is a module with `add_arguments` and `run`; it is imported only when it is called, and imports torch
 only when it runs. `OFFLOAD_RT_TRACEBACK=1` shows the whole traceback of our own errors.
@@ -10,11 +11,15 @@ only when it runs. `OFFLOAD_RT_TRACEBACK=1` shows the whole traceback of our own
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import NoReturn, Protocol, cast
 
 from offload_rt.errors import ConfigError, DataError, OffloadError, PlanInfeasible, nearest
@@ -68,36 +73,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            sys.stdout.write(usage())
-            return 0
-        if words[0] in ("-V", "--version", "version"):
-            from offload_rt import __version__
-
-            sys.stdout.write(f"offload-rt {__version__}\n")
-            return 0
-        name = words[0]
-        if name not in COMMANDS:
-            kind = "option" if name.startswith("-") else "command"
-            raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, COMMANDS)}")
-        if not sys.platform.startswith("linux"):
-            raise ConfigError(f"offload-rt runs on Linux, including WSL2, not on {sys.platform}")
-        command = cast(Command, importlib.import_module(f"offload_rt.cli.{name}"))
-        parser = Parser(f"offload-rt {name}", COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".")
-        command.add_arguments(parser)
-        return command.run(parser.parse(words[1:]))
+        with _terminable():
+            return _run(words)
     except (OffloadError, PlanInfeasible) as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
         sys.stderr.write(f"offload-rt: error: {' '.join(str(error).split())}\n")
         return 2 if isinstance(error, (ConfigError, DataError)) else 1
+    except _Terminated:
+        sys.stderr.write("offload-rt: terminated\n")
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         sys.stderr.write("offload-rt: aborted\n")
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output has gone (`offload-rt doctor | head`); nothing more can be written there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is answered as Ctrl-C is."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM unwinds what is under way, so that files are closed, and threads ended; as the first process of a
+    container, nothing would happen otherwise. Who has handlers of his own keeps them.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(words: Sequence[str]) -> int:
+    """Runs one command; returns the exit code. Raises what the command raises."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if words[0] in ("-V", "--version", "version"):
+        from offload_rt import __version__
+
+        sys.stdout.write(f"offload-rt {__version__}\n")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, COMMANDS)}")
+    if not sys.platform.startswith("linux"):
+        raise ConfigError(f"offload-rt runs on Linux, including WSL2, not on {sys.platform}")
+    command = cast(Command, importlib.import_module(f"offload_rt.cli.{name}"))
+    parser = Parser(f"offload-rt {name}", COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".")
+    command.add_arguments(parser)
+    return command.run(parser.parse(words[1:]))
 
 
 def usage() -> str:
