@@ -27,6 +27,7 @@ from offload_rt.batch_check import check_batch
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.tensor_groups import tensor_groups
+from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.conversions import ConversionGuard, Guard, check_unmanaged
 from offload_rt.copies import CopyGuard
@@ -514,13 +515,9 @@ class Engine:
     def close(self) -> None:
         """Waits for what is under way; gives memory, files and hooks back. May be called twice."""
         self._closed = True
-        try:
-            self._replanner.close()
-            self._runtime.close()
-        finally:  # guards look at which weights are absent from now on
-            for handle in [*self._handles, *self._step_handles]:
-                handle.remove()
-            self._peaks.close()
+        # Guards look at which weights are absent from now on.
+        handles = [handle.remove for handle in [*self._handles, *self._step_handles]]
+        all_close(self._replanner.close, self._runtime.close, *handles, self._peaks.close)
 
     def __enter__(self) -> Engine:
         return self

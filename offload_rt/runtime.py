@@ -15,6 +15,7 @@ from offload_rt.arena import Slot
 from offload_rt.asked import Asked
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.block import Block, Shown
+from offload_rt.closing import all_close
 from offload_rt.decoder import Decoder
 from offload_rt.discover import Coverage
 from offload_rt.edge import StreamedModule
@@ -214,6 +215,15 @@ class Runtime:
         if self._closed:
             return
         self._closed = True
+        drains = [executor.drain for executor in self.executors]
+        files = [part.close for part in (self.scratch, self.store) if part is not None]
+        # A commit that is due may fail.
+        all_close(
+            self._detach, *drains, self.training.close, self.turns.close, self.links.close, self.heap.close, *files
+        )
+
+    def _detach(self) -> None:
+        """Takes the hooks out."""
         for layer in self.layers:
             layer.detach()
         for module in self.streamed:
@@ -226,18 +236,6 @@ class Runtime:
             self.contiguous_head.remove()
         for block in self.blocks:
             block.detach()
-        for executor in self.executors:
-            executor.drain()
-        try:
-            self.training.close()  # a commit that is due may fail
-        finally:
-            self.turns.close()
-            self.links.close()
-            self.heap.close()
-            if self.scratch is not None:
-                self.scratch.close()
-            if self.store is not None:
-                self.store.close()
 
     def let_go(self) -> None:
         """Gives the memory of its arenas back, after `close`, to whoever follows. Counters and `resting` stay."""

@@ -18,6 +18,7 @@ from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
 from offload_rt.checkpoint.ingest import block_pieces
 from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest, move_rest
+from offload_rt.closing import all_close
 from offload_rt.cuts import cuts_of, products_of
 from offload_rt.decoder import Decoder
 from offload_rt.device_cuda import CudaDevice
@@ -122,20 +123,13 @@ class RuntimeAssembly:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            for executor in self.executors:
-                executor.drain()
-            if self.tiered is not None:
-                self.tiered.close()
-            elif self.state is not None:
-                self.state.close()
-            self.links.close()
-            if self.activations.scratch is not None:
-                self.activations.scratch.close()
-            if self.store is not None:
-                self.store.close()
-            if self.heap is not None:
-                self.heap.close()
+        if kind is None:
+            return
+        training = self.state if self.tiered is None else self.tiered
+        parts = [training, self.links, self.activations.scratch, self.store, self.heap]
+        try:
+            all_close(*(each.drain for each in self.executors), *(part.close for part in parts if part is not None))
+        finally:
             if self.before is not None:  # whoever goes back takes as much, and the error still sees this
                 self.tiers.give_back(keep=self.before.only_copies())
 

@@ -29,6 +29,7 @@ FLOORS = {
     "offload_rt.cudart": 0.5,
     "offload_rt.cuda_memory": 0.5,
     "offload_rt.nf4_layout": 0.0,
+    "offload_rt.closing": 0.5,
     "offload_rt.config": 0.5,
     "offload_rt.tensor_spec": 0.5,
     "offload_rt.dtypes": 0.5,

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arena import Slot
 from offload_rt.checkpoint.values import rng_state, unpack_values
+from offload_rt.closing import all_close
 from offload_rt.config import NO_COMMIT_FOLDER
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.commits import Commits
@@ -164,13 +165,12 @@ class TieredTraining(ABC):
 
     def close(self) -> None:
         """Makes the commit that is due; what was not committed is lost. Ends the updates and closes the log."""
-        try:
-            if self.commits.is_due:
-                self.stop()
-                self.commits.finish()
-        finally:
-            self.stepper.close()
-            self._let_go()
+        all_close(self._commit_what_is_due, self.stepper.close, self._let_go)
+
+    def _commit_what_is_due(self) -> None:
+        if self.commits.is_due:
+            self.stop()
+            self.commits.finish()
 
     def _let_go(self) -> None:
         self._on_close()

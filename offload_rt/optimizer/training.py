@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from offload_rt.checkpoint.values import restore_rng
+from offload_rt.closing import all_close
 from offload_rt.cpu_adam import clip_scale
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError
 from offload_rt.integrity import Reached
@@ -258,9 +259,11 @@ class FullTraining(TieredTraining):
         super().close()
 
     def _let_go(self) -> None:
+        all_close(self._let_go_of_gradients, super()._let_go)
+
+    def _let_go_of_gradients(self) -> None:
         with suppress(OffloadError):
             self.gradients.clear()
-        super()._let_go()
 
     def _steps_ahead(self, block: TrainedBlock) -> bool:
         return (
