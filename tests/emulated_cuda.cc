@@ -9,7 +9,9 @@
 //   kernels  run where they are launched, when all that their stream was given before is over.
 //   copies   between locked host memory and the device are asynchronous: late, by as much as
 //            OFFLOAD_EMULATED_LATE_US says, and torn in halves. All others wait for their stream.
-//   chance   is drawn from the CPU's generator.
+//   chance   is drawn from a generator of the device's own.
+//   devices  take calls that name none for the one that is current in the calling thread, at first cuda:0,
+//            and have a context from then on: of memory, of events that are waited for, of addresses.
 //   memory   belongs to a stream. It is given back, and poisoned, when the stream has come there; freed
 //            blocks are kept for their stream and size, as torch's allocator keeps them.
 #include <ATen/CPUGeneratorImpl.h>
@@ -148,6 +150,15 @@ void tell(const char* what, uint64_t num_bytes = 0) {
 
 const int kNumDevices = static_cast<int>(setting("OFFLOAD_EMULATED_DEVICES", 1));
 thread_local int current_device = 0;
+
+// Who is told which call gives which device a context, and why.
+using Touched = void (*)(const char* call, int device);
+std::atomic<Touched> touched{nullptr};
+
+void touch(const char* call, int device) {
+  Touched whom = touched.load();
+  if (whom != nullptr) whom(call, device);
+}
 thread_local std::map<int, c10::StreamId> current_streams;
 
 std::mutex queues_mutex;
@@ -231,6 +242,7 @@ class DeviceAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t asked_bytes) override {
     const int device = current_device;
+    if (asked_bytes) touch("cudaMalloc", device);
     const c10::Device place(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
     if (asked_bytes == 0) return {nullptr, nullptr, &release, place};
     const size_t num_bytes = (asked_bytes + 511) / 512 * 512;
@@ -325,6 +337,52 @@ class PinnedAllocator final : public c10::Allocator {
   }
 };
 
+// ---------------------------------------------------------------------------------------------- chance
+
+at::Generator& generator_of(int device) {
+  static auto* all = [] {
+    auto* made = new std::vector<at::Generator>();
+    for (int index = 0; index < kNumDevices; ++index) made->push_back(at::detail::createCPUGenerator());
+    return made;
+  }();
+  return all->at(device);
+}
+
+at::Tensor state_of(at::Generator& generator) {
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  return generator.get_state();
+}
+void set_state(at::Generator& generator, const at::Tensor& state) {
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  generator.set_state(state);
+}
+
+// Inside, the CPU's kernels draw from the generator of a device.
+class Draws {
+ public:
+  explicit Draws(int device)
+      : lock_(one_at_a_time()), cpu_(at::detail::getDefaultCPUGenerator()), device_(generator_of(device)) {
+    before_ = state_of(cpu_);
+    set_state(cpu_, state_of(device_));
+  }
+  ~Draws() {
+    set_state(device_, state_of(cpu_));
+    set_state(cpu_, before_);
+  }
+  Draws(const Draws&) = delete;
+  Draws& operator=(const Draws&) = delete;
+
+ private:
+  static std::mutex& one_at_a_time() {
+    static auto* one = new std::mutex();
+    return *one;
+  }
+  std::lock_guard<std::mutex> lock_;
+  at::Generator cpu_;
+  at::Generator& device_;
+  at::Tensor before_;
+};
+
 // ---------------------------------------------------------------------------------------------- guard and
 // hooks
 
@@ -371,6 +429,7 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
 
   void record(void** event, const c10::Stream& on, const c10::DeviceIndex,
               const c10::EventFlag) const override {
+    touch("cudaEventRecord", on.device_index());
     if (*event == nullptr) *event = new Event();
     static_cast<Event*>(*event)->mark = queue_of(on.device_index(), on.id()).mark();
   }
@@ -384,6 +443,7 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
   }
   void synchronizeEvent(void* event) const override {
     tell("event");
+    touch("cudaEventSynchronize", current_device);
     if (event != nullptr) static_cast<Event*>(event)->mark->wait();
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
@@ -431,11 +491,12 @@ struct CUDAHooks final : public CUDAHooksInterface {
     return one;
   }
   Allocator* getCUDADeviceAllocator() const override { return &allocator(); }
-  const Generator& getDefaultGenerator(DeviceIndex) const override {
-    return detail::getDefaultCPUGenerator();
+  const Generator& getDefaultGenerator(DeviceIndex device) const override {
+    return generator_of(device < 0 ? ::current_device : device);
   }
   Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }
   Device getDeviceFromPtr(void* pointer) const override {
+    touch("cudaPointerGetAttributes", ::current_device);
     const int device = owner_of(pointer);
     TORCH_CHECK(device >= 0, "emulated CUDA: ", pointer, " is no device memory");
     return Guard::place(device);
@@ -527,8 +588,14 @@ at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool no
   return target;
 }
 
+const at::Tensor& resize_(const at::Tensor& tensor, at::IntArrayRef size,
+                          std::optional<at::MemoryFormat> format) {
+  const c10::DeviceGuard guard(tensor.device());
+  return at::native::resize_(tensor, size, format);
+}
+
 at::Tensor copy_from_and_resize(const at::Tensor& source, const at::Tensor& target) {
-  at::native::resize_(target, source.sizes(), std::nullopt);
+  resize_(target, source.sizes(), std::nullopt);
   return copy_from(source, target, false);
 }
 
@@ -600,8 +667,12 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (argument.isTensorList())
       for (const at::Tensor& tensor : argument.toTensorVector()) tensors.push_back(tensor);
   }
+  c10::OptionalDeviceGuard guard;
+  std::optional<Draws> draws;
   for (const at::Tensor& first : tensors) {
     if (!first.defined() || !first.is_cuda()) continue;
+    guard.reset_device(first.device());
+    if (op.hasTag(at::Tag::nondeterministic_seeded)) draws.emplace(first.get_device());
     if (!takes_both(name))
       for (const at::Tensor& tensor : tensors) check_device(tensor, first, name);
     if (multiplies(name)) workspaces.take(first.get_device());
@@ -633,7 +704,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("view_as_real", at::native::view_as_real);
   m.impl("view_as_complex", at::native::view_as_complex);
   m.impl("_reshape_alias", at::native::_reshape_alias);
-  m.impl("resize_", at::native::resize_);
+  m.impl("resize_", resize_);
   m.impl("set_.source_Storage", static_cast<at::Tensor& (*)(at::Tensor&, at::Storage)>(&at::native::set_));
   m.impl("set_.source_Storage_storage_offset", at::native::set_storage_cpu_);
   m.impl("set_.source_Tensor", at::native::set_tensor_);
@@ -642,6 +713,18 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("record_stream", record_stream);
+}
+
+TORCH_LIBRARY(emulated_cuda, m) {
+  m.def("rng_state", [](int64_t device) { return state_of(generator_of(static_cast<int>(device))); });
+  m.def("set_rng_state", [](const at::Tensor& state, int64_t device) {
+    set_state(generator_of(static_cast<int>(device)), state);
+  });
+  m.def("seed", [](int64_t seed, int64_t device) {
+    at::Generator& generator = generator_of(static_cast<int>(device));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_current_seed(static_cast<uint64_t>(seed));
+  });
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
@@ -668,8 +751,10 @@ int64_t emulated_set_stream(int device, int64_t stream) {
 }
 int64_t emulated_stream(int device) { return current_streams[device]; }
 void emulated_tell(Told whom) { told = whom; }
+void emulated_tell_touched(Touched whom) { touched = whom; }
 void emulated_synchronize(int device) {
   tell("device");
+  touch("cudaDeviceSynchronize", device);
   drain_all(device);
 }
 void emulated_launch(int device) { current_queue(device).drain(); }  // behind it, a kernel may run
@@ -711,12 +796,14 @@ void emulated_empty_cache(int device) {
 }
 
 int cudaHostRegister(void* address, size_t num_bytes, unsigned) {
+  touch("cudaHostRegister", current_device);
   std::lock_guard<std::mutex> lock(locked_mutex);
   if (locked.count(static_cast<char*>(address))) return 712;  // cudaErrorHostMemoryAlreadyRegistered
   locked[static_cast<char*>(address)] = num_bytes;
   return 0;
 }
 int cudaHostUnregister(void* address) {
+  touch("cudaHostUnregister", current_device);
   std::lock_guard<std::mutex> lock(locked_mutex);
   return locked.erase(static_cast<char*>(address)) ? 0 : 713;  // cudaErrorHostMemoryNotRegistered
 }

@@ -176,6 +176,25 @@ def waits() -> Iterator[list[tuple[str, int, list[str]]]]:
 
 
 @contextlib.contextmanager
+def contexts() -> Iterator[set[tuple[int, str, str]]]:
+    """Calls inside, of any thread, that give a device a context, 300 to 500 MiB of a GPU's memory, if it has none yet:
+    the device's number, the call, and by which line of Python.
+    """
+    found: set[tuple[int, str, str]] = set()
+
+    def tell(call: bytes, index: int) -> None:
+        lines = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if f.filename != __file__]
+        found.add((index, call.decode(), lines[-1] if lines else "no line of Python"))
+
+    called = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int)(tell)
+    _library.emulated_tell_touched(called)
+    try:
+        yield found
+    finally:
+        _library.emulated_tell_touched(None)
+
+
+@contextlib.contextmanager
 def held(stopped: torch.Stream) -> Iterator[None]:
     """What the stream is given meanwhile does not begin before the end."""
     gate = _library.emulated_hold(stopped.device.index, stopped.stream_id)
@@ -230,13 +249,20 @@ def _set_fraction(fraction: float, chosen: Any = None) -> None:
     _library.emulated_limit(_index(chosen), int(fraction * (BYTES + CONTEXT_BYTES)))
 
 
+_random = torch.ops.emulated_cuda  # states and seeds of the devices' generators
+
+
+def _num_devices() -> int:
+    return int(_library.emulated_device_count())
+
+
 STANDS_FOR = {
     "is_available": lambda: True,
     "is_initialized": lambda: True,
     "init": lambda: _library.emulated_init(),
     "_lazy_init": lambda: _library.emulated_init(),
     "_is_in_bad_fork": lambda: False,
-    "device_count": lambda: int(_library.emulated_device_count()),
+    "device_count": _num_devices,
     "current_device": _index,
     "set_device": lambda chosen: _library.emulated_set_device(_index(chosen)),
     "device": device,
@@ -264,16 +290,17 @@ STANDS_FOR = {
     "mem_get_info": _mem_get_info,
     "set_per_process_memory_fraction": _set_fraction,
     "empty_cache": lambda: _library.emulated_empty_cache(_index()),
-    "manual_seed": torch.manual_seed,
-    "manual_seed_all": lambda seed: None,  # kernels draw from the CPU's generator
-    "get_rng_state": lambda chosen="cuda": torch.zeros(16, dtype=torch.uint8),
-    "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)] * int(_library.emulated_device_count()),
-    "set_rng_state": lambda state, chosen="cuda": None,
-    "set_rng_state_all": lambda states: None,
+    "manual_seed": lambda seed: _random.seed(seed, _index()),
+    "manual_seed_all": lambda seed: [_random.seed(seed, index) for index in range(_num_devices())],
+    "get_rng_state": lambda chosen="cuda": _random.rng_state(_index(chosen)),
+    "get_rng_state_all": lambda: [_random.rng_state(index) for index in range(_num_devices())],
+    "set_rng_state": lambda state, chosen="cuda": _random.set_rng_state(state, _index(chosen)),
+    "set_rng_state_all": lambda states: [_random.set_rng_state(state, i) for i, state in enumerate(states)],
 }
 for name, stands in STANDS_FOR.items():
     assert hasattr(torch.cuda, name), f"torch.cuda has no {name}"
     setattr(torch.cuda, name, stands)
+torch.cuda._initialized = True  # torch's checkpointing looks at this before it keeps a device's random numbers
 torch._C._cuda_getCurrentRawStream = lambda index: int(_library.emulated_stream(index))  # type: ignore[attr-defined]
 
 _new_storage = torch.UntypedStorage.__new__

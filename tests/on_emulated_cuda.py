@@ -7,6 +7,7 @@ import gc
 import importlib
 import io
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,17 @@ def test_copies_of_pageable_memory_have_read_it_when_they_return():
         there.copy_(source, non_blocking=True)
         source.fill_(2)
     assert there.tolist() == [1.0] * 4
+
+
+def test_the_device_has_random_numbers_of_its_own():
+    torch.manual_seed(3)
+    before, ones = torch.cuda.get_rng_state(), torch.ones(64, device="cuda")
+    dropped = nn.functional.dropout(ones)
+    assert not torch.equal(nn.functional.dropout(ones), dropped)
+    torch.manual_seed(3)
+    torch.rand(5)
+    assert torch.equal(torch.cuda.get_rng_state(), before), "the CPU draws from its own"
+    assert torch.equal(nn.functional.dropout(ones), dropped)
 
 
 def test_who_waits_is_told():
@@ -225,6 +237,8 @@ def test_each_thread_that_multiplies_has_a_workspace_and_leaves_it_to_the_next()
         thread = threading.Thread(target=multiply)
         thread.start()
         thread.join()
+        while Path(f"/proc/self/task/{thread.native_id}").exists():  # it leaves its workspace behind Python's end of it
+            time.sleep(0.001)
     assert 0 < held[1] - held[0] == held[2] - held[0]
 
 

@@ -28,14 +28,16 @@ SOME = (
 NUM_SOME = 37
 
 
-def run_emulated(tmp_path: Path, files: list[str], chosen: str, late_us: int = 2000) -> dict[str, int]:
+def run_emulated(tmp_path: Path, files: list[str], chosen: str, **settings: int) -> dict[str, int]:
+    """`settings` are the device's, without their prefix."""
+    named = {f"OFFLOAD_EMULATED_{name}": str(value) for name, value in {"LATE_US": 2000, **settings}.items()}
     found = tmp_path / "found.xml"
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-p", "tests.emulated_cuda", "-o", "addopts=", "-p", "no:cacheprovider",
             "-q", f"--junit-xml={found}", "-k", chosen, *(str(HERE / name) for name in files),
         ],
-        cwd=HERE.parent, env={**os.environ, "OFFLOAD_EMULATED_LATE_US": str(late_us)}, capture_output=True, text=True,
+        cwd=HERE.parent, env={**os.environ, **named}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     suite = ElementTree.parse(found).getroot().find("testsuite")
