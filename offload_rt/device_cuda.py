@@ -11,6 +11,11 @@ makes a storage of its own for it and keeps the object that has the attribute un
     arena tensor   |------------- uint8, one allocation --------------|
     _Memory              |- address, length -|                             finalized: the range is free
     _Window                 |- dtype's bytes -|   holds the lease          one for each tensor, held by its storage
+
+[Note: whose context]
+Calls that name no GPU are for the one that is current in their thread, which is cuda:0 in a thread of ours, and make a
+context there, 300 to 500 MiB of a card that is somebody else's. torch makes a stream's GPU current where it gives work
+to it, and an event's where it is recorded; not where the host waits for one.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,12 +137,14 @@ class CudaArena(Arena):
 
 @dataclass(frozen=True)
 class CudaEvent:
-    """A place in a stream."""
+    """A place in a stream of `device`."""
 
     event: torch.cuda.Event
+    device: torch.device
 
     def wait(self) -> None:
-        self.event.synchronize()
+        with torch.cuda.device(self.device):  # [Note: whose context]
+            self.event.synchronize()
 
 
 class CudaStream:
@@ -148,7 +156,7 @@ class CudaStream:
     def record(self) -> CudaEvent:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # whoever waits sleeps
         event.record(self.stream)
-        return CudaEvent(event)
+        return CudaEvent(event, self.stream.device)
 
     def wait(self, event: Event) -> None:
         if not isinstance(event, CudaEvent):
@@ -241,8 +249,7 @@ class CudaDevice:
                 self._runtime = find_cuda_runtime()
             if self._runtime is None:
                 raise PinningRefused("no CUDA runtime library was found in this process", code=0)
-            with torch.cuda.device(self.device):  # on whose context it is; another GPU's would be made for it
-                pin(region, self._runtime)
+            pin(region, self._runtime, partial(torch.cuda.device, self.device))
         except PinningRefused as refusal:
             self._pageable.add(region)
             logger.warning("%s stays pageable, copies from it run at about half speed: %s", name, refusal)

@@ -323,10 +323,11 @@ def _clock(device: torch.device) -> SecondsOf:
 
     def on_gpu(call: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device(device):  # whose stream it is that an event is recorded in
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
     def on_cpu(call: Callable[[], object]) -> float:

@@ -69,17 +69,25 @@ class Ceiling:
     """What the runtime answered beyond it; empty where the limit of the search was reached."""
 
 
-def pin(region: Region, runtime: CudaRuntime) -> None:
+def pin(
+    region: Region,
+    runtime: CudaRuntime,
+    on_device: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> None:
     """Locks a region until it is unmapped. Blocks while pages are faulted in. Raises `PinningRefused`.
+
+    `on_device` makes the GPU current that is to have it; the runtime makes a context for another one otherwise.
 
     Processes that are forked (workers of a data loader) do not have it: it would be theirs too until either writes to a
     page, and who wrote would have another page than the one that the device copies.
     """
-    runtime.register(region.address, len(region))
+    with on_device():
+        runtime.register(region.address, len(region))
     region.madvise(mmap.MADV_DONTFORK)
 
     def undo(address: int) -> None:
-        with contextlib.suppress(PinningRefused):  # at the end of a process the driver may be gone before the memory
+        # At the end of a process the driver may be gone before the memory, and a forked one has none.
+        with contextlib.suppress(PinningRefused, RuntimeError), on_device():
             runtime.unregister(address)
 
     region.before_unmap.append(undo)

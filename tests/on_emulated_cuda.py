@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from offload_rt import nf4_products
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.cuda_memory import settle
@@ -25,8 +26,9 @@ from offload_rt.integrity import CHECKED_STEPS
 from offload_rt.runtime_options import RuntimeOptions
 from planners.placement import Tier
 from planners.plan import DecodeScope
+from tests import full_parity as full
 from tests.changing_plans import propose, results
-from tests.emulated_cuda import held, waits
+from tests.emulated_cuda import contexts, held, waits
 from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, micro_batch
 from tests.test_moving import placed
 
@@ -152,6 +154,35 @@ def test_a_steady_step_waits_for_the_device_once_a_micro_batch(layer_major):
     numbers = [stack[-1] for what, stack in ours if what == "number"]
     assert len(numbers) == 2 and all("integrity.py" in line for line in numbers)
     assert not [stack for what, stack in ours if what == "event" and any("_engine.py" in line for line in stack)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="OFFLOAD_EMULATED_DEVICES is below 2")
+def test_an_engine_on_another_gpu_than_the_current_one_touches_only_its_own():
+    """By no call of any thread: the other GPU may be full, or somebody else's."""
+    gc.collect()
+    with contexts() as found:
+        with Engine(
+            full.build(full.Case("llama", "bfloat16", "adamw", 1, "not", False, "in place")), batch_size=BATCH_SIZE,
+            seq_len=SEQ_LEN, lr=1e-2, device="cuda:1", device_memory="1GiB", host_memory="256MiB",
+            options=RuntimeOptions(
+                num_slots=2, layer_inputs=Tier.HOST, stream_edges=True, piece_elements=4096, device_share=0.5
+            ),
+        ) as engine:  # fmt: skip
+            engine.train_batch([micro_batch(0, 0)])
+            assert engine.report()["training"]["num_pieces_on_device"] > 0
+        del engine
+        gc.collect()
+    assert [one for one in found if one[0] == 0] == [] and torch.cuda.current_device() == 0
+    calls = {call for _, call, _ in found}
+    assert {"cudaMalloc", "cudaEventSynchronize", "cudaHostRegister", "cudaHostUnregister"} <= calls
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="OFFLOAD_EMULATED_DEVICES is below 2")
+def test_products_on_another_gpu_than_the_current_one_are_timed_there():
+    one = torch.ones(1, device="cuda:1")
+    with contexts() as found:
+        nf4_products._clock(one.device)(lambda: one + one)
+    assert {index for index, call, _ in found if call == "cudaEventRecord"} == {1}
 
 
 def test_tensors_of_the_device_are_copied_and_saved_with_it():
