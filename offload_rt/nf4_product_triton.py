@@ -224,7 +224,7 @@ def product(
         if num_parts > 1:
             _sum_kernel[(triton.cdiv(out.numel(), _SUM_ELEMENTS),)](
                 parts, padded_bias, out, out.numel(), rows, PARTS=num_parts, ELEMENTS=_SUM_ELEMENTS,
-                HAS_BIAS=bias is not None,
+                HAS_BIAS=bias is not None, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 

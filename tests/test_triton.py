@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -270,3 +271,37 @@ def test_the_kernels_compile_for_gpus_with_the_arithmetic_and_the_widths_meant(t
             assert (found["fma.rn.f32"], found["div.rn.f32"], found["sqrt.rn.f32"]) == (16, 16, 8), name
             assert found["ld.global.v4.b32"] == 8, name
             assert found["cvt.rn.bf16x2.f32"] == 4, name
+
+
+MAY_BE_FUSED = re.compile(r"(mul|add|sub)\.f32(x2)?")
+"""Without a rounding of its own: the assembler makes fused ones of these, if it is not told otherwise."""
+
+
+def count_of(words: dict[str, int], operation: str) -> int:
+    """Of float32, two at a time counted as two."""
+    found = (re.fullmatch(operation + r"\.rn\.f32(x2)?", word) for word in words)
+    return sum(words[one[0]] * (2 if one[1] else 1) for one in found if one is not None)
+
+
+@pytest.mark.full
+def test_launches_compile_for_every_gpu_to_arithmetic_that_nothing_can_fuse(tmp_path: Path) -> None:
+    """Of what is launched, as it is launched: see launched_without_gpu."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.launched_without_gpu", "80", "86", "89", "90", "120"],
+        cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=500,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "FP_FUSION" not in done.stderr, "a launch leaves it to Triton's version whether sums and products are fused"
+    found = json.loads(done.stdout)
+    assert {one["kernel"] for one in found} == {"_step_kernel", "_decode_kernel", "_product_kernel", "_sum_kernel"}
+    for one in found:
+        words = one["words"]
+        wrong = [word for word in words if MAY_BE_FUSED.fullmatch(word) or "ftz" in word or "approx" in word]
+        wrong += [word for word in words if word.startswith(("div", "sqrt", "rcp")) and ".rn." not in word]
+        wrong += [word for word in words if re.match(r"cvt\.(?!rn\.)[a-z0-9.]*b?f16(x2)?\.f32", word)]
+        assert wrong == [], one
+        roots = count_of(words, "sqrt")
+        assert (roots > 0) is (one["kernel"] == "_step_kernel"), one
+        assert count_of(words, "fma") == count_of(words, "div") == 2 * roots, one
