@@ -36,6 +36,7 @@ on a CPU too, where there are no streams: a test of the script, no measurement.
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,12 +47,13 @@ from typing import Any
 
 import rounds
 import torch
-from limited import Ended, run_limited
+from limited import run_limited
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import gpu_steps  # noqa: E402
+from gpu_gate import missing, tested  # noqa: E402
 
 from offload_rt import codec, cpu_adam, nf4_products  # noqa: E402
 from offload_rt.arena import Arena  # noqa: E402
@@ -67,9 +69,13 @@ LIMITS = {"parity": 200.0, "links": 40.0, "decode": 80.0, "products": 80.0, "ada
 """Seconds; a section that is not done by then is ended."""
 FOR_STEPS = 0.4
 """Of all the time: what the other sections leave to the steps, however long they take."""
-STUCK_SECONDS = 60
-"""A test that takes longer has all its threads' stacks printed."""
 RATE = "bytes_per_second"
+SETTINGS = (
+    "CUDA_MODULE_LOADING", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_BLAS_PREFER_CUBLASLT",
+    "TRITON_DEFAULT_FP_FUSION",
+)  # fmt: skip
+"""Of the environment: what changes numbers or memory without a line of ours."""
 
 
 def seconds_of(work: Callable[[], object], repeat: int = 1) -> float:
@@ -95,6 +101,8 @@ def machine() -> dict[str, Any]:
         found |= {
             "name": properties.name, "device_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count, "cudnn": torch.backends.cudnn.version(),
+            "capability": [properties.major, properties.minor], "cuda": torch.version.cuda,
+            "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         }  # fmt: skip
         query = "driver_version,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm,power.limit"
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # not everywhere
@@ -117,37 +125,22 @@ def parity(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     return tested(HERE.parent / "tests" / ("test_streams.py" if options.smoke else "test_gpu.py"), seconds)
 
 
-def tested(path: Path, seconds: float) -> dict[str, Any]:
-    """Runs the tests of a file; see `verdict_of_tests`."""
-    # Twice verbose, since the project's own options are quiet: a line for each test, as it ends.
-    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "-rfEs", "--durations=10"]
-    settings = ["-c", str(HERE.parent / "pyproject.toml"), "-o", f"faulthandler_timeout={STUCK_SECONDS}"]
-    return verdict_of_tests(run_limited([*command, *settings, str(path)], seconds), seconds)
-
-
-def verdict_of_tests(ended: Ended, seconds: float) -> dict[str, Any]:
-    """What pytest said at its end; which tests failed, and all that is left of its words, where it is not well."""
-    lines = ended.tail.strip().splitlines() or ["nothing was written"]
-    closing = [line.strip("= ") for line in lines if line.startswith("=") and " in " in line]
-    result: dict[str, Any] = {"ok": ended.code == 0, "summary": closing[-1] if closing else lines[-1]}
-    if ended.code is None:
-        result["error"] = f"not done after {seconds:.0f} s"
-    if ended.code != 0:
-        result["failed"] = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-        result["tail"] = lines
-    return result
-
-
 def links(options: argparse.Namespace) -> dict[str, Any]:
     num_bytes = 1 << 20 if options.smoke else 256 << 20
     pageable = torch.empty(num_bytes, dtype=torch.uint8)
     arenas = [Arena("locked", num_bytes), Arena("locked too", num_bytes)]
+    seen: dict[str, Any] = {}
     if GPU:
+        from offload_rt.cuda_memory import seen_of
         from offload_rt.device_cuda import CudaDevice, find_device
 
         device = CudaDevice(find_device("cuda"))
+        start = time.perf_counter()
         for arena in arenas:
             device.lock(arena.name, arena.region)
+        seen["locking_seconds"] = time.perf_counter() - start
+        seen |= {"locked_bytes": device.locked_bytes, "pageable_bytes": device.pageable_bytes}
+        seen["memory"] = seen_of(device.device)
         streams = [device.to_device.stream, device.to_host.stream]
     locked, locked_too = (arena.acquire(num_bytes, "benchmark").tensor(torch.uint8, (num_bytes,)) for arena in arenas)
     there, there_too = (torch.zeros(num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))
@@ -179,7 +172,7 @@ def links(options: argparse.Namespace) -> dict[str, Any]:
         for name, (parts, call) in work.items()
     }
     speeds = rounds.interleave(contenders, options.rounds)
-    return {"bytes": num_bytes, RATE: {name: rounds.summary(values) for name, values in speeds.items()}}
+    return seen | {"bytes": num_bytes, RATE: {name: rounds.summary(values) for name, values in speeds.items()}}
 
 
 def decode(options: argparse.Namespace) -> dict[str, Any]:
@@ -383,6 +376,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--device-memory", default="24GiB")
     parser.add_argument("--nvme", help="a folder on an SSD: adds the contender that streams from it")
     parser.add_argument("--smoke", action="store_true", help="small shapes; runs without a GPU")
+    parser.add_argument("--anyway", action="store_true", help="also where something is missing that is measured")
     parser.add_argument("--only", choices=list(RUN), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -393,6 +387,8 @@ def main() -> int:
     options = parser.parse_args()
     if not GPU and not options.smoke:
         parser.error("torch finds no GPU; --smoke runs without one")
+    if not options.smoke and not options.anyway and (needed := missing()):
+        parser.error(f"missing here: {'; '.join(needed)}. --anyway measures without")
     if (wrong := gpu_steps.check_names(options.contenders)) is not None:
         parser.error(wrong)
     options.shapes = options.shapes or (["tiny"] if options.smoke else ["1b", "8b"])

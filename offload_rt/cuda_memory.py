@@ -94,6 +94,19 @@ def bytes_beside_allocator(device: torch.device) -> int:
     return max(0, used_bytes - torch.cuda.memory_reserved(device))
 
 
+def seen_of(device: torch.device) -> dict[str, int | None]:
+    """What `bytes_beside_allocator` is made of, for whoever wonders: bytes of the card in use, of this process by the
+    driver (None where it does not say), of torch's allocator. Behind `settle`. Blocks.
+    """
+    settle(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return {
+        "card_bytes": total_bytes, "card_used_bytes": total_bytes - free_bytes,
+        "process_bytes": _bytes_of_this_process(device), "reserved_bytes": torch.cuda.memory_reserved(device),
+        "beside_allocator_bytes": bytes_beside_allocator(device),
+    }  # fmt: skip
+
+
 def capacity_bytes(device: torch.device, budget_bytes: int | None, model_bytes: int) -> int:
     """What a plan may place in the GPU's memory: of a budget, or of what is free less a tenth, where there is none.
 

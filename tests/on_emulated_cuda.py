@@ -278,6 +278,8 @@ def test_the_benchmark_measures_links_with_locked_memory(monkeypatch):
     gpu = importlib.import_module("gpu")
     found = gpu.links(SimpleNamespace(smoke=True, rounds=1))
     assert gpu.GPU and len(found[gpu.RATE]) == 5
+    assert (found["locked_bytes"], found["pageable_bytes"]) == (2 << 20, 0)
+    assert found["memory"]["card_used_bytes"] > found["memory"]["reserved_bytes"] > 0
 
 
 def test_a_change_of_plans_keeps_the_device_and_what_it_has_counted():

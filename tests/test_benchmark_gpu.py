@@ -108,10 +108,27 @@ def test_a_command_that_hangs_ends_with_all_that_it_has_started(disk_folder, ben
 def test_the_gate_says_which_tests_failed_and_why(disk_folder, benchmarks):
     path = disk_folder / "test_it.py"
     path.write_text("def test_good(): pass\n\n\ndef test_bad():\n    assert 1 == 2, 'evidence'\n")
-    found = benchmarks("gpu").tested(path, 200.0)
+    found = benchmarks("gpu_gate").tested(path, 200.0)
     assert found["ok"] is False and found["summary"].startswith("1 failed, 1 passed")
     assert "::test_bad - AssertionError: evidence" in found["failed"][0] and len(found["failed"]) == 1
     assert any("test_good PASSED" in line for line in found["tail"]), "a line for each, for a gate that is cut off"
+    outcomes = {name: of["outcome"] for name, of in found["tests"].items()}
+    assert outcomes == {"test_good": "passed", "test_bad": "failure"}
+    assert "evidence" in found["tests"]["test_bad"]["why"] and found["tests"]["test_good"]["seconds"] >= 0
+
+
+def test_a_run_on_a_gpu_ends_at_once_where_something_is_missing_that_it_measures(benchmarks, monkeypatch, capsys):
+    gpu, gate = benchmarks("gpu"), benchmarks("gpu_gate")
+    monkeypatch.setattr(gate, "why_not", lambda: "no such file")
+    assert gate.missing(["json", "no_such_module"]) == [
+        "no_such_module", "the native core (no such file): python setup.py build_ext --inplace",
+    ]  # fmt: skip
+    monkeypatch.setattr(gpu, "GPU", True)
+    monkeypatch.setattr(gpu, "missing", lambda: ["peft"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "missing here: peft. --anyway measures without" in capsys.readouterr().err
 
 
 def test_the_other_sections_leave_time_for_the_steps(benchmarks):
@@ -167,3 +184,11 @@ def test_bad_calls_are_refused_before_anything_runs(benchmarks):
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "torch finds no GPU" in done.stderr
+
+
+def test_the_native_core_can_be_built_where_only_torch_brings_its_headers():
+    says = "import runpy, sys; sys.modules['pybind11'] = None; sys.argv = ['setup.py', '-q', '--version']"
+    command = [sys.executable, "-c", f"{says}; print(runpy.run_path('setup.py')['pybind11_headers']())"]
+    done = subprocess.run(command, cwd=SCRIPT.parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.split()[-1]) / "pybind11" / "pybind11.h").exists()
