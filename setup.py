@@ -5,6 +5,7 @@ says so, and the plain twins (NF4 in torch, files through aiofiles) serve. `offl
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -46,16 +47,26 @@ class OptionalBuildExt(build_ext):
         )
 
 
+def pybind11_headers() -> str:
+    """pybind11's own, or those that torch brings, where builds are not isolated and only that is installed."""
+    try:
+        import pybind11
+    except ImportError:
+        torch = find_spec("torch")
+        if torch is None or torch.origin is None:
+            raise
+        return str(Path(torch.origin).parent / "include")
+    return str(pybind11.get_include())
+
+
 def extensions() -> list[Extension]:
     if not SOURCES:
         return []
-    import pybind11
-
     return [
         Extension(
             "_offload_rt_native",
             SOURCES,
-            include_dirs=[pybind11.get_include(), "native"],
+            include_dirs=[pybind11_headers(), "native"],
             language="c++",
             # No -march: instruction sets are chosen at run time, so that one wheel serves every machine.
             extra_compile_args=[
