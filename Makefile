@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 # So many test files, compilers and checks at a time: tests compute on one thread each, and wait for the drive.
 WORKERS ?= 2
 MAKEFLAGS += -j$(WORKERS)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Bytecode of what is imported alone: pip compiles every module, which takes longer than to install them.
+export PYTHONDONTWRITEBYTECODE :=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Files in their order: sorted by their number of tests, those of a few long ones would come last, and one worker wait.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv demo test test-all check native-test wheel clean
+.PHONY: venv demo test test-all check format types pytest native-test wheel clean
 
 venv: $(VENV)/.installed
 
@@ -25,18 +27,26 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard native/*.
 demo: venv
 	$(BIN)/python examples/smollm2_qlora.py
 
-test: check native-test
-	$(PYTEST) -m "not full"
+# Types are checked beside the first tests: one process, that another core would wait for.
+test: types pytest
 
 test-all: NATIVE := test-all
-test-all: check native-test
-	$(PYTEST) --hypothesis-profile=random
+test-all: CHOSEN := --hypothesis-profile=random
+test-all: types pytest
 
-check: venv
+CHOSEN := -m "not full"
+pytest: format native-test
+	$(PYTEST) $(CHOSEN)
+
+check: format types
+
+format: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror native/*.cc native/*.h native/tests/*.cc native/tests/*.h tests/*.cc
+
+types: venv
+	$(BIN)/mypy
 
 NATIVE := test
 native-test:
