@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# peft imports bitsandbytes, which asks for compiled functions: 1.2 s of compilers in every process that none here uses.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
@@ -27,6 +29,12 @@ settings.load_profile("offload_rt")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 VOCABULARY = 64
+
+
+def pytest_collection_finish():
+    """What was imported stays: a full collection need not look at half a million objects of torch's (0.3 s)."""
+    gc.collect()
+    gc.freeze()
 
 
 def _takes_direct_io(folder):
