@@ -29,14 +29,14 @@ def benchmarks(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.full  # many processes that import everything
 @pytest.mark.parametrize(
     "sections, kinds",
     [
         (["links"], ["resident", "host"]),
-        pytest.param(
+        (
             ["decode", "products", "adam"],
             ["plain", "full", "fsdp2", "full_plain", "full_fsdp2", "full_device", "swap", "host@8GiB", "bnb"],
-            marks=pytest.mark.full,
         ),
     ],
 )
