@@ -157,7 +157,7 @@ def planned(plan, name, where):
 @pytest.mark.parametrize("host", [0, pytest.param(64 * MIB, marks=FULL)])
 def test_less_memory_means_less_kept_of_chunks_and_slower_plans_that_the_validator_takes(host, tmp_path):
     kept, seconds, mixed, put_away = [], [], 0, 0
-    for _, problem, streaming, plan in plans_for_less_and_less(tmp_path, host, 2e9):
+    for _, problem, streaming, plan in plans_for_less_and_less(tmp_path, host, 2e9, least=PAGE if host else None):
         check(problem, plan)
         seconds.append(plan.predicted["step_seconds"])
         assert plan.predicted["lower_bound_seconds"] <= seconds[-1]
@@ -168,7 +168,7 @@ def test_less_memory_means_less_kept_of_chunks_and_slower_plans_that_the_validat
         assert all([span.end for span in policy.spans(SEQ_LEN)] == [4, 8, 12] for policy in policies.values())
         mixed += any(len({chunk.action for chunk in policy.chunks}) > 1 for policy in policies.values())
     assert kept[0] == 4 * 3 * SEQ_LEN > kept[-1] and put_away and mixed
-    assert min(seconds) >= 0.999 * seconds[0] and seconds[-1] > (1.005 if host else 1.2) * seconds[0]
+    assert min(seconds) >= 0.999 * seconds[0] and seconds[-1] > 1.2 * seconds[0]
 
 
 def test_chunks_are_counted_in_whole_numbers(tmp_path):

@@ -170,21 +170,31 @@ def test_swapped_blocks_lie_apart():
     assert home_of_each((0, 2, 4, 0)) == [2, 2, 1, 2, 2, 1]
 
 
-def plans_for_less_and_less(folder, host, link, *, measured=measured, begin=1400 * KIB, less=80 * KIB):
-    """(hardware, problem, streaming, plan) for ever less DEVICE memory, from `begin` on, until nothing fits."""
+def plans_for_less_and_less(folder, host, link, *, measured=measured, begin=1400 * KIB, less=80 * KIB, least=None):
+    """(hardware, problem, streaming, plan) for ever less DEVICE memory, from `begin` on, until nothing fits.
+
+    With `least`, from there on by ever smaller steps, down to that many bytes: the last plan is then of the least
+    memory that any plan takes, but for so much, wherever the steps fall.
+    """
     hardware = machine(begin, host)
     links = replace(hardware.links, host_to_device_bytes_per_second=link, device_to_host_bytes_per_second=link)
     hardware = replace(hardware, links=links)
+    taken = begin
     while True:
         _, streaming, problem = measured(BF16, folder, hardware)
         try:
             plan = plan_optimal(problem)
         except PlanInfeasible:
-            return
-        yield hardware, problem, streaming, plan
-        taken = plan.predicted_bytes(Tier.DEVICE) + problem.hardware.device.reserve_bytes
-        device = min(hardware.device.memory_bytes, taken) - less
-        hardware = replace(hardware, device=replace(hardware.device, memory_bytes=device))
+            less //= 2
+            if least is None or less < least:
+                return
+        else:
+            yield hardware, problem, streaming, plan
+            taken = min(
+                hardware.device.memory_bytes,
+                plan.predicted_bytes(Tier.DEVICE) + problem.hardware.device.reserve_bytes,
+            )
+        hardware = replace(hardware, device=replace(hardware.device, memory_bytes=taken - less))
 
 
 def test_less_memory_means_less_kept_and_slower_plans_in_whole_layers(tmp_path):
