@@ -341,7 +341,6 @@ class _Recompute(torch.autograd.Function):
                 f"{owner.block.name}: the layer changed its input in place, so that it cannot be run again in backward"
             )
         ctx.owner, ctx.call = owner, call
-        ctx.num_parameters = len(tensors) - len(inputs)
         ctx.needs = [tensor.requires_grad for tensor in inputs]
         ctx.stashed = None
         ctx.stashed_index = None

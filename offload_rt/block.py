@@ -172,10 +172,6 @@ class Block:
         region = weakref.ref(self.slot.region)
         return [Shown(self.name, region, StorageWeakRef(each)) for each in storages]  # type: ignore[no-untyped-call]
 
-    def is_absent(self, binding: Binding) -> bool:
-        """Whether its parameter shows a placeholder now."""
-        return self.slot is None or binding.spec.is_quantized
-
     @staticmethod
     def hide(binding: Binding) -> None:
         """Makes one parameter absent."""

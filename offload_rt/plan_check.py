@@ -42,7 +42,7 @@ def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> Non
         for name in ring.blocks:
             split = plan.weights_of(name)
             if split is not None:
-                _check_split(plan, ring, split, workload, name)
+                _check_split(ring, split, workload, name)
     for name in plan.resident:
         split = plan.weights_of(name)
         if split is not None and split.streamed_bytes:
@@ -135,7 +135,7 @@ def _check_head_tiles(plan: Plan, tiles: HeadTiles, workload: Workload) -> None:
         raise ConfigError("plan: tiles of a head that rests on NVME, but nvme= gives no folder")
 
 
-def _check_split(plan: Plan, ring: Ring, split: Split, workload: Workload, name: str) -> None:
+def _check_split(ring: Ring, split: Split, workload: Workload, name: str) -> None:
     """Whether the runtime can take a block of a ring from where its class says that its bytes rest."""
     draft = workload.draft(name)
     spec, where = draft.spec, f"plan: weights of {name}"

@@ -64,13 +64,11 @@ def divide(entry: BlockClass, counts: Sequence[int]) -> list[tuple[int, BlockCla
     ]
 
 
-def deal(
-    entry: BlockClass, num_chunks: int, counts: Sequence[Sequence[int]]
-) -> list[tuple[tuple[tuple[int, ...], ...], BlockClass]]:
+def deal(entry: BlockClass, counts: Sequence[Sequence[int]]) -> list[tuple[tuple[tuple[int, ...], ...], BlockClass]]:
     """The class by what its blocks do: (for each saved tensor, its chunks by home; the blocks). See [Note: dealt
     chunks].
 
-    counts: for each saved tensor, chunks of all blocks by home, in the order of `HOMES`; `entry.count * num_chunks`.
+    counts: for each saved tensor, chunks of all blocks by home, in the order of `HOMES`; they add up to as many each.
     """
     order = sorted(range(entry.count), key=lambda index: entry.positions[index])
     found: dict[tuple[tuple[int, ...], ...], list[int]] = {}

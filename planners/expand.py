@@ -128,7 +128,7 @@ def _in_whole_chunks(entry: BlockClass, fractions: Fractions, chunks: int) -> li
     if not again:
         return [(entry, fractions)]
     if chunks > 1:
-        dealt = deal(entry, chunks, [whole_numbers(entry.count * chunks, fractions.tokens[index]) for index in again])
+        dealt = deal(entry, [whole_numbers(entry.count * chunks, fractions.tokens[index]) for index in again])
         return [(part, _with_shares(fractions, dict(zip(again, own, strict=True)), chunks)) for own, part in dealt]
     counts = whole_numbers(entry.count, fractions.tokens[again[0]])
     found = []

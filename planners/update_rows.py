@@ -70,7 +70,7 @@ class UpdateRows:
                        if place is UpdatePlace.CPU and not deferred]  # fmt: skip
             self.rows.largest("host", "gradients", passing, count=self.knobs.buffers.host_gradient_slots)
         program.row([(x, 1.0) for x in found.values()], 1.0, 1.0)
-        self._staging(entry, found, state)
+        self._staging(found, state)
         self._new_weights(entry, weights, found, new)
         if workload.pinned and workload.commit_every and self.hardware.drives:
             last = self.rows.phases[-1]
@@ -106,7 +106,7 @@ class UpdateRows:
     def _drives(self) -> bool:
         return bool(self.hardware.drives)
 
-    def _staging(self, entry: BlockClass, found: dict[UpdateKey, int], state: float) -> None:
+    def _staging(self, found: dict[UpdateKey, int], state: float) -> None:
         pieces = max(map(buckets, self.workload.classes))
         each = self.workload.state_piece_bytes or state / pieces
         staged = [(x, self.knobs.buffers.state_slots * each) for key, x in found.items() if key[0] is Tier.NVME]

@@ -49,7 +49,7 @@ def check(problem: Problem, plan: Plan) -> Simulation:
     replay = simulate(problem, plan, keep_events=True)
     check_capacity(problem, plan, replay)
     check_busy(problem, plan, replay)
-    check_replay(problem, plan, replay)
+    check_replay(replay)
     floor = floor_seconds(problem)
     if replay.step_seconds < floor * (1 - TOLERANCE):
         raise InvalidPlan(f"takes {replay.step_seconds:.6g} s a step; no plan can take less than {floor:.6g} s")
@@ -347,7 +347,7 @@ def check_busy(problem: Problem, plan: Plan, replay: Simulation) -> None:
             raise InvalidPlan(f"writes {format_bytes(written)} a step, {limit} are allowed")
 
 
-def check_replay(problem: Problem, plan: Plan, replay: Simulation) -> None:
+def check_replay(replay: Simulation) -> None:
     """Each resource does one thing at a time, and every block computes after it arrived."""
     for resource in Resource:
         if resource is Resource.NONE:

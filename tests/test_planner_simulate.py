@@ -133,7 +133,7 @@ def test_work_is_what_the_plan_says_and_no_resource_does_two_things(full, mode, 
     plan = plan_of(p, mode=mode, boundary=boundary, weights=weights, groups=2)
     replay = simulate(p, plan, keep_events=True)
     check_busy(p, plan, replay)
-    check_replay(p, plan, replay)
+    check_replay(replay)
     links = p.hardware.links
     busy = replay.busy_seconds
     least = max(

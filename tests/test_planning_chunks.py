@@ -110,7 +110,7 @@ def test_dealt_chunks_are_all_there_and_no_block_has_two_more_of_a_kind_than_ano
     total = num_blocks * num_chunks
     for cut in itertools.combinations_with_replacement(range(0, total + 1, 1 if total < 13 else 3), 3):
         counts = [b - a for a, b in itertools.pairwise((0, *cut, total))]
-        parts = deal(entry, num_chunks, [counts, [total, 0, 0, 0]])
+        parts = deal(entry, [counts, [total, 0, 0, 0]])
         assert sorted(block for _, part in parts for block in part.blocks) == sorted(blocks)
         homes = [homes for homes, part in parts for _ in part.blocks]
         assert all(sum(own) == num_chunks for one in homes for own in one)
