@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from offload_rt._engine import Engine
+from offload_rt.errors import StorageError
+from offload_rt.optimizer.stepper import Stepper
 from offload_rt.plan_options import with_options
 from offload_rt.replanning import _Answer, _Question
+from offload_rt.runtime_assembly import RuntimeAssembly
 from offload_rt.runtime_options import RuntimeOptions
 from planners.plan import Plan
 from planners.streaming import plan_streaming
@@ -16,6 +22,8 @@ from tests.tiny_training import PLACES
 
 CHANGE_EVERY = 2
 """Steps."""
+FAILURES = {"attach": (RuntimeAssembly, "_attach", 1), "masters": (Stepper, "rebuild_weights", 2)}
+"""Where a change may fail, and at which call: before anything is in the model, or when half of the weights are made."""
 
 
 def plan_of(run: Engine, place: str) -> Plan:
@@ -38,6 +46,19 @@ def propose(run: Engine, plan: Plan) -> None:
         "a test says so", None, run._runtime.made_of.problem, True, 0, done, [_Answer(plan)]
     )
     run._training.commit_next()
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Lets the next change of plans fail at one of `FAILURES`, with "there was none"."""
+    of, name, at_call = FAILURES[where]
+    whole, calls = getattr(of, name), itertools.count(1)
+
+    def fails(self: Any, *arguments: Any, **named: Any) -> Any:
+        if next(calls) == at_call:
+            raise StorageError("there was none", path="/dev/null", errno=12)
+        return whole(self, *arguments, **named)
+
+    monkeypatch.setattr(of, name, fails)
 
 
 def results(run: Engine) -> list[str]:

@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import mapped, runtime_assembly
+from offload_rt import mapped
 from offload_rt._engine import Engine
 from offload_rt.device_cuda import CudaArena
-from offload_rt.errors import StorageError
-from offload_rt.optimizer.stepper import Stepper
 from offload_rt.runtime_options import RuntimeOptions
 from planners.plan import Plan, StatePlacement, Tier
-from tests.changing_plans import decisions, propose, results
+from tests.changing_plans import FAILURES, decisions, fail_once, propose, results
 from tests.fake_device import FakeDevice
 from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, built, one_step, scheduled
 from tests.test_replanning_without_a_log import addresses, elsewhere, half_frozen
@@ -119,27 +117,16 @@ def test_adapters_whose_state_rests_in_host_change_over(device: FakeDevice) -> N
         assert run.report()["training"]["num_pieces_on_device"] == 4 * 3, "counted on"
 
 
-@pytest.mark.parametrize("where", ["attach", "masters"])
+@pytest.mark.parametrize("where", FAILURES)
 def test_a_change_that_fails_goes_back_and_loses_no_step(
     where: str, device: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is in the model, or when half of the weights are made of their masters."""
-    twin, failures = Plain(model(), max_grad_norm=MAX_NORM), list[str]()
-    of, name, calls = (
-        (runtime_assembly.RuntimeAssembly, "_attach", 1) if where == "attach" else (Stepper, "rebuild_weights", 2)
-    )
-    whole = getattr(of, name)
+    twin = Plain(model(), max_grad_norm=MAX_NORM)
     with engine_on(device, model, tmp_path) as run:
         first, there, losses = run.plan, addresses(run), train(run, range(2))
         propose(run, elsewhere(run, "in DEVICE"))
-
-        def fails(self: Any, *arguments: Any, **named: Any) -> Any:
-            failures.append(name)
-            if len(failures) == calls:
-                raise StorageError("there was none", path="/dev/null", errno=12)
-            return whole(self, *arguments, **named)
-
-        monkeypatch.setattr(of, name, fails)
+        fail_once(monkeypatch, where)
         losses += train(run, range(2, 4))
         assert results(run) == ["kept"] and "there was none" in decisions(run)[0]["why"]
         assert run.plan == first and addresses(run) == there and races(run) == []

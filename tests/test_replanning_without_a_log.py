@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import mapped, runtime_assembly
-from offload_rt.errors import OffloadError, StorageError
+from offload_rt import mapped
+from offload_rt.errors import OffloadError
 from offload_rt.loss_head import LossHead
 from offload_rt.optimizer.stepper import Stepper
 from offload_rt.plan_options import with_shares
 from offload_rt.runtime_options import RuntimeOptions
 from planners.plan import Plan, StatePlacement, Tier
-from tests.changing_plans import decisions, propose, results
+from tests.changing_plans import FAILURES, decisions, fail_once, propose, results
 from tests.conftest import build_base, language_batch
 from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, built, one_step, scheduled
 from tests.tiny_training import (
@@ -171,26 +171,16 @@ def test_all_but_what_is_handed_over_is_back_before_the_next_plan_takes_any(tmp_
         assert not any(not old and there for old, _, there in changes[: len(given_back)])
 
 
-@pytest.mark.parametrize("where", ["attach", "masters"])
+@pytest.mark.parametrize("where", FAILURES)
 def test_a_change_that_fails_goes_back_and_loses_no_step(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is in the model, or when half of the weights are made of their masters."""
-    twin, failures = Plain(half_frozen(), max_grad_norm=MAX_NORM), list[str]()
-    attaching, masters = (runtime_assembly.RuntimeAssembly, "_attach", 1), (Stepper, "rebuild_weights", 2)
-    of, name, calls = attaching if where == "attach" else masters
-    whole = getattr(of, name)
+    twin = Plain(half_frozen(), max_grad_norm=MAX_NORM)
     with engine(half_frozen(), "from HOST", tmp_path, max_grad_norm=MAX_NORM) as run:
         first, there, losses = run.plan, addresses(run), train(run, range(2))
         propose(run, elsewhere(run, "one slot"))
-
-        def fails(self: Any, *arguments: Any, **named: Any) -> Any:
-            failures.append(name)
-            if len(failures) == calls:
-                raise StorageError("there was none", path="/dev/null", errno=12)
-            return whole(self, *arguments, **named)
-
-        monkeypatch.setattr(of, name, fails)
+        fail_once(monkeypatch, where)
         losses += train(run, range(2, 5))
         assert results(run) == ["kept"] and "there was none" in decisions(run)[0]["why"]
         assert run.plan == first and addresses(run) == there
