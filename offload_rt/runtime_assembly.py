@@ -320,16 +320,11 @@ class RuntimeAssembly:
         if self.problem.training is not None and self.problem.training.adapters:
             training = self.state.finish_adapters(optimizer, steps)
         else:
-            training = self.state.finish(optimizer, self._drain, self.turns, make_room=make_room)
+            training = self.state.finish(optimizer, partial(_drain, self.executors), self.turns, make_room=make_room)
         self.tiered = training
         if before is not None:
             training.go_on_from(before)
         return training
-
-    def _drain(self) -> None:
-        """Nobody reads weights ahead when this returns."""
-        for executor in self.executors:
-            executor.drain()
 
     def _layer(
         self, runtime: Runtime, draft: BlockDraft, block: Block, access: Access, places: Places
@@ -393,3 +388,12 @@ class RuntimeAssembly:
         head.counters = runtime.counted.get("loss_head", head.counters)
         head.attach()
         return head
+
+
+def _drain(executors: list[RingExecutor]) -> None:
+    """Nobody reads weights ahead when this returns.
+
+    No method of the assembly: that knows the runtime before, and whoever keeps this would keep all there ever were.
+    """
+    for executor in executors:
+        executor.drain()
