@@ -75,6 +75,9 @@ class Peaks:
         self._lock = threading.Lock()
         self._live: dict[mapped.Mapping, Tier] = {}
         self._accounts: dict[int, TierAccount] = {}
+        """By id, those of the plan in effect, and of plans before it with memory that somebody still sees."""
+        self._lasting: dict[Tier, int] = {}
+        """The most of `_lasting_bytes` of plans before that in effect."""
         self._phase = INGEST
         self._memory: dict[tuple[str, Tier], MemoryPeak] = {}
         self._allocator: dict[str, int] = {}
@@ -86,9 +89,13 @@ class Peaks:
 
     def follow(self, runtime: Runtime, base_bytes: int) -> None:
         """The engine is made of `runtime` from now on, and steps. base_bytes: resident before there was an engine."""
+        for tier in self._lasting.keys() | {account.tier for account in self._accounts.values()}:
+            self._lasting[tier] = self._most_bytes(tier)
         self._runtime, self._base_bytes = runtime, base_bytes
         self._accounts |= {id(account): account for account in runtime.tiers.accounts.values()}
         self._end_phase()
+        held = [mapping.account for mapping in self._live] + [*runtime.tiers.accounts.values()]
+        self._accounts = {id(account): account for account in held if isinstance(account, TierAccount)}
         self._begin_phase(STEP)
 
     @contextmanager
@@ -155,8 +162,12 @@ class Peaks:
         """By the plan that is in effect, or the one before it that had most, or a change between them: peaks are those
         of all of them.
         """
-        accounts = [each for each in (*self._accounts.values(), account) if each.tier is account.tier]
-        return max(max(each.used_bytes, each.most_changing_bytes) for each in accounts)
+        return max(self._most_bytes(account.tier), account.used_bytes, account.most_changing_bytes)
+
+    def _most_bytes(self, tier: Tier) -> int:
+        accounts = [each for each in self._accounts.values() if each.tier is tier]
+        most = (max(each.used_bytes, each.most_changing_bytes) for each in accounts)
+        return max(self._lasting.get(tier, 0), *most, 0)
 
     def _passing_bytes(self, account: TierAccount) -> int:
         """Of `PASSING_BYTES` and a profile, what there was when most was mapped; no more than the budget has left."""
