@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -76,6 +77,8 @@ LEAST_GAIN = 0.05
 LEAST_SHARE = 0.02
 """Of a step's seconds: what takes less, measured and expected, is no reason for anything. Of memory in use: what is
 short by less comes and goes."""
+KEPT_DECISIONS = 32
+"""The newest, which a report has. Where a machine is never still there are thousands in a week."""
 RATES = (HOST_TO_DEVICE, DEVICE_TO_HOST, SSD_READ, SSD_WRITE)
 
 
@@ -131,7 +134,8 @@ class Replanner:
 
     def __init__(self, runtime: Runtime, base_bytes: int) -> None:
         """base_bytes: resident before there was an engine."""
-        self.decisions: list[Decision] = []
+        self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
+        self._num_decisions = 0
         self.off = why_not(runtime)
         """Why nothing is planned again; empty where it is."""
         self._base_bytes = base_bytes
@@ -203,7 +207,11 @@ class Replanner:
 
     def report(self) -> dict[str, Any]:
         """For an engine's report."""
-        return {"off": self.off or None, "decisions": [asdict(decision) for decision in self.decisions]}
+        return {
+            "off": self.off or None,
+            "num_decisions": self._num_decisions,
+            "decisions": [asdict(decision) for decision in self.decisions],
+        }
 
     def close(self) -> None:
         """Waits for a question that is under way."""
@@ -284,6 +292,7 @@ class Replanner:
             change_seconds=answer.change_seconds,
         )  # fmt: skip
         self.decisions.append(decision)
+        self._num_decisions += 1
         logger.info("%s", said(decision))
 
     def _not_worth_it(self, answer: _Answer, *, must: bool) -> str:
