@@ -273,6 +273,16 @@ def test_bitsandbytes_says_nothing_less_than_errors_to_who_trains_adapters() -> 
         above.setLevel(before)
 
 
+def test_an_output_on_a_full_drive_is_one_line_of_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["--help"]) == 1
+        full.flush()  # what waited to be written goes nowhere
+    assert capsys.readouterr().err == "offload-rt: error: [Errno 28] No space left on device\n"
+
+
 @pytest.mark.parametrize("packing", [[], ["--packing"]])
 def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
     arguments: list[str], packing: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

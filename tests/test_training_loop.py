@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -285,6 +287,33 @@ def test_a_full_drive_is_typed_wherever_the_runs_folder_is_written(
     folder.close()
 
 
+def test_a_full_drive_is_typed_where_metrics_are_written_and_closing_says_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.begin(at_step=0, settings={})
+    folder.append_metrics({"step": 1})
+    folder.close()
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(StorageFull, match=r"metrics\.jsonl: cannot be"):
+        folder._metrics = full
+        try:
+            folder.append_metrics({"step": 2})
+        finally:
+            folder.close()
+    assert [line["step"] for line in folder.metrics()] == [1]
+
+
+def test_a_line_of_metrics_that_a_drive_takes_in_parts_is_whole(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out")
+    folder.begin(at_step=0, settings={})
+    whole, written = folder._metrics, []
+    assert whole is not None
+    folder._metrics = SimpleNamespace(  # type: ignore[assignment]
+        write=lambda left: written.append(len(left)) or whole.write(bytes(left[:5])), close=whole.close
+    )
+    folder.append_metrics({"step": 7})
+    folder.close()
+    assert len(written) > 1 and [line["step"] for line in folder.metrics()] == [7]
+
+
 def test_a_folder_that_cannot_be_written_is_found_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RunFolder(tmp_path / "new" / "run").require_writable()
     assert list(tmp_path.iterdir()) == []
@@ -341,6 +370,45 @@ def test_tensorboard_gets_its_numbers(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("fails_in", ["add_scalar", "close"])
+def test_a_full_drive_of_events_is_said_once_and_ends_no_run(
+    fails_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Writer:
+        def __init__(self, logdir: str) -> None:
+            self.steps: list[int] = []
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.steps.append(step)
+            if fails_in == "add_scalar" and step == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            assert step < 4 or fails_in == "close"
+
+        def close(self) -> None:
+            assert fails_in == "close"
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", SimpleNamespace(SummaryWriter=Writer))
+    _, result, _ = run(tmp_path / "out", logdir=tmp_path / "events")
+    assert result.step == 6 and [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    (said,) = [record.getMessage() for record in caplog.records if "events" in record.getMessage()]
+    which = "from step 3" if fails_in == "add_scalar" else "of the last steps"
+    assert f"events {which} cannot be written ([Errno 28] No space left on device)" in said
+
+
+def test_an_output_on_a_full_drive_is_said_once_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("offload_rt.training.display.PLAIN_SECONDS", 0.0)
+    with open("/dev/full", "w", buffering=1) as full:
+        result = train(
+            FakeEngine(), make_batches(), TrainingOptions(out=tmp_path / "out", steps=4), console=Console(file=full)
+        )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert result.step == 4 and len(metrics_of(tmp_path / "out")) == 4
+    assert sum("output cannot be written" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_missing_tensorboard_is_an_error_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output has gone (`offload-rt doctor | head`); nothing more can be written there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _show_no_more()
         return 1
+    except OSError as error:  # what no part of ours has an error for: an output on a full drive
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        sys.stderr.write(f"offload-rt: error: {error}\n")
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _show_no_more()
+        return 1
+
+
+def _show_no_more() -> None:
+    """What waits to be written to our output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Terminated(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from planners.errors import format_bytes
+
+logger = logging.getLogger("offload_rt")
 
 PLAIN_SECONDS = 5.0
 """Between two lines where there is no terminal."""
@@ -50,6 +53,7 @@ class Display:
         self._recent: deque[StepNumbers] = deque(maxlen=AVERAGED_STEPS)
         self._last_line_at: float | None = None
         self._progress: Progress | None = None
+        self._is_lost = False
         if console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20),
@@ -69,7 +73,18 @@ class Display:
             self._progress.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Shows a sentence. An output that takes no more (its drive is full) is no reason to end a run: that is warned
+        of once, and no more is shown. Whose reader has gone raises `BrokenPipeError`.
+        """
+        if self._is_lost:
+            return
+        try:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self._is_lost = True
+            logger.warning("the output cannot be written any more (%s); training goes on, see metrics.jsonl", error)
 
     def step(self, numbers: StepNumbers) -> None:
         self._recent.append(numbers)

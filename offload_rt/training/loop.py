@@ -27,6 +27,7 @@ from rich.console import Console
 from offload_rt.errors import ConfigError, NonFiniteLoss
 from offload_rt.training.display import Display, StepNumbers, format_seconds
 from offload_rt.training.drive_care import DriveCare
+from offload_rt.training.events import Events
 from offload_rt.training.options import TrainingOptions, lr_factor
 from offload_rt.training.run_folder import RunFolder
 from offload_rt.training.saves import Progress, Saves, SavingEngine
@@ -107,7 +108,7 @@ def train(
         folder.require_same(fixed)
     else:
         folder.require_free()
-    writer = _tensorboard_writer(options.logdir)
+    events = Events(options.logdir)
     progress = Progress(folder.run_id, options.out)
     scheduler = _schedule(optimizer, options, total_steps)
     for name, tracked in (("progress", progress), ("batches", batches), ("scheduler", scheduler)):
@@ -138,7 +139,7 @@ def train(
     begin = time.monotonic()
     with (
         contextlib.closing(folder),
-        contextlib.closing(writer) if writer is not None else contextlib.nullcontext(),
+        contextlib.closing(events),
         Display(
             console or Console(), total_steps=total_steps, first_step=progress.step
         ) as display,
@@ -184,10 +185,7 @@ def train(
             if progress.step % options.log_every == 0 or progress.step == total_steps:
                 metrics = _metrics(numbers, report, lr=float(lr), epoch=batches.epoch)
                 folder.append_metrics(metrics)
-                if writer is not None:
-                    for name, value in metrics.items():
-                        if name not in ("step", "time", "memory"):
-                            writer.add_scalar(f"train/{name}", value, progress.step)
+                events.add(metrics, progress.step)
             display.step(numbers)
             if options.save_every is not None and progress.step % options.save_every == 0:
                 saves.save()
@@ -273,18 +271,6 @@ def _metrics(numbers: StepNumbers, report: Mapping[str, Any], *, lr: float, epoc
         if isinstance(report.get(name), (int, float)):
             metrics[name] = report[name]
     return {**metrics, "memory": dict(numbers.memory), "time": round(time.time(), 3)}
-
-
-def _tensorboard_writer(logdir: Path | None) -> Any:
-    if logdir is None:
-        return None
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            f"logdir: needs TensorBoard ({error}); pip install 'offload-rt[logging]', or leave it out"
-        ) from error
-    return SummaryWriter(str(logdir))
 
 
 class _Stop:

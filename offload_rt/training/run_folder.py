@@ -20,7 +20,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from offload_rt.errors import CheckpointError, ConfigError, StorageError, StorageFull
 
@@ -33,7 +33,7 @@ class RunFolder:
         self._run_file = self.path / "run.json"
         self._metrics_file = self.path / "metrics.jsonl"
         self._report_file = self.path / "report.json"
-        self._metrics: TextIO | None = None
+        self._metrics: BinaryIO | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is a file, not a folder")
         self._run_id = str(self._read_run().get("id") or uuid.uuid4().hex)
@@ -154,19 +154,20 @@ class RunFolder:
             self._write(self._run_file, json.dumps(run, indent=1))
             kept = [line for line in self._metric_lines() if 0 < json.loads(line).get("step", 0) <= at_step]
             self._write(self._metrics_file, "".join(f"{line}\n" for line in kept))
-            self._metrics = open(self._metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+            self._metrics = open(self._metrics_file, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         except StorageError:
             raise
         except OSError as error:
             raise _cannot_be_written(self.path, error) from error
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """One line, handed to the kernel at once: it survives this process."""
+        """One line, handed to the kernel at once: it survives this process. Raises `StorageError`."""
         if self._metrics is None:
             raise RuntimeError("append_metrics before begin")
+        left = memoryview(f"{json.dumps(metrics)}\n".encode())
         try:
-            self._metrics.write(json.dumps(metrics) + "\n")
-            self._metrics.flush()
+            while left:  # a drive that is almost full takes a part
+                left = left[self._metrics.write(left) or 0 :]
         except OSError as error:
             raise _cannot_be_written(self._metrics_file, error) from error
 
