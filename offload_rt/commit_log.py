@@ -22,6 +22,7 @@ What a layout is and how a log is made: `commit_layout`. The bytes of a record: 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ from offload_rt.errors import ConfigError, StorageError, StorageTimeout, StoreCo
 from offload_rt.file_io import OpenFile
 from offload_rt.links import Links
 from offload_rt.transfer import Transfer
+
+logger = logging.getLogger("offload_rt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,7 @@ class CommitLog:
         self._extents: dict[str, _Extent] = {}
         self._in_flight: deque[Transfer] = deque()  # records, bodies and syncs
         self._refusal: str | None = None
+        self._is_warned = False
         self._place = 0  # of the newest record
         found = read_layout(folders)
         if found is None:
@@ -212,9 +216,11 @@ class CommitLog:
         """Makes everything written since the last commit real, and durable, together with `step` and `payload`. Blocks.
 
         Raises what a write raised; then nothing is committed, and the extent can be written again or all be dropped.
-        A failure after that refuses every further call, see [Note: a failed commit].
+        A failure after that refuses every further call, see [Note: a failed commit]. Files that somebody has removed
+        hold what is written until this process ends, and nobody finds it: that is warned of once.
         """
         self._check_usable()
+        self._warn_of_removed()
         length = body_bytes(len(self._extents), len(payload))
         if length > self.layout.body_capacity_bytes:
             room = self.layout.body_capacity_bytes - body_bytes(len(self._extents), 0)
@@ -245,6 +251,15 @@ class CommitLog:
         self._files, self._locks = [], []
         self._arena.region.give_back()
         self._refusal = "the log is closed"
+
+    def _warn_of_removed(self) -> None:
+        removed = [file.path for file in self._files if os.fstat(file.fd).st_nlink == 0]
+        if removed and not self._is_warned:
+            self._is_warned = True
+            logger.warning(
+                "%s was removed while training commits to it: what is committed there goes with this process; save a "
+                "checkpoint in another folder", removed[0],
+            )  # fmt: skip
 
     def _write_record(self, commit: Commit) -> None:
         home, place = self._files[0], 1 - self._place

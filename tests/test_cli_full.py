@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from offload_rt._engine import Engine
 from offload_rt.cli.main import main
 from offload_rt.errors import ConfigError
 from offload_rt.training.drive_care import DriveCare
@@ -201,3 +203,26 @@ def test_what_is_allowed_a_day_is_compared_with_what_a_day_takes() -> None:
     with pytest.raises(ConfigError, match=r"at 80.00 s a step are 1.08 GB a day, allowed are 1 GB"):
         care.check(report, steps_done=101, seconds=100 * 80.0, steps_left=10**9)
     DriveCare().check(report, steps_done=101, seconds=1.0, steps_left=10**9)
+
+
+@pytest.mark.full
+def test_a_run_whose_commits_are_removed_saves_itself_and_says_so(
+    full: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, out, drive = tmp_path / "straight", tmp_path / "out", tmp_path / "drive"
+    assert main([*with_nvme(full, tmp_path / "other"), "--steps", "4", "--out", str(straight)]) == 0
+    words, take_step = with_nvme(full, drive), Engine.train_batch
+
+    def removed_at_the_second(engine: Engine, batches: Any) -> float:
+        if engine.step_number == 1:
+            shutil.rmtree(engine.commit_folder)
+        return take_step(engine, batches)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "train_batch", removed_at_the_second)
+        code, line = fails(capsys, *words, "--steps", "4", "--out", str(out))
+    assert code == 1 and f"step 2 was trained; that is saved in {out / 'checkpoint-2'}" in line and "ENOENT" in line
+    assert main([*words, "--steps", "4", "--out", str(out), "--resume"]) == 0
+    assert "resuming from checkpoint-2" in capsys.readouterr().out
+    assert weights(out) == weights(straight) and losses(out) == losses(straight)

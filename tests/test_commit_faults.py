@@ -75,6 +75,20 @@ def test_a_failure_anywhere_is_typed_and_leaves_a_committed_step(folders, links,
     assert failed.count("sync") >= 7 and failed.count("write") >= 10
 
 
+def test_files_that_are_removed_are_warned_of_once_and_still_read(folders, links, arena, caplog):
+    log = make(folders, links)
+    for step in (1, 2, 3):
+        for name in SIZES:
+            write(log, arena, name, step)
+        if step == 2:
+            shutil.rmtree(folders[1])
+        log.commit(step)
+        assert len(caplog.records) == (step > 1)
+    assert f"{folders[1] / 'state.bin'} was removed" in caplog.text
+    assert log.committed.step == 3 and holds(log, arena, dict.fromkeys(SIZES, 3))
+    log.close()
+
+
 def test_after_a_failed_write_the_step_can_be_done_again(folders, links, arena):
     log = make(folders, links)
     log.close()

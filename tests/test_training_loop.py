@@ -20,7 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from offload_rt.errors import CheckpointError, ConfigError, NonFiniteLoss, StorageFull
+from offload_rt.errors import CheckpointError, ConfigError, NonFiniteLoss, StorageError, StorageFull
 from offload_rt.training.batches import Batches
 from offload_rt.training.data import Example
 from offload_rt.training.display import Display, StepNumbers
@@ -36,7 +36,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 class FakeEngine:
     """The contract's methods over one small table; keeps what the loop did."""
 
-    committed = None
+    committed: Any = None
     commit_folder = Path("nowhere")
 
     def __init__(self, *, lr: float = 0.1) -> None:
@@ -89,6 +89,37 @@ class FakeEngine:
     def report(self) -> dict[str, Any]:
         memory = {"DEVICE": 2 << 20, "HOST": 1 << 20}
         return {"bytes_read": 100 * len(self.seen), "stall_seconds": 0.5, "prefetch_misses": 1, "memory": memory}
+
+
+class CommittingEngine(FakeEngine):
+    """Commits every step in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.commit_folder = folder
+        self.commits = True
+
+    @property
+    def committed(self) -> Any:  # type: ignore[override]
+        if not (self.commit_folder / "state.pt").exists():
+            return {"step": 0}
+        states = torch.load(self.commit_folder / "state.pt")[2]
+        return {"step": states["progress"]["step"] + states["progress"]["in_step"], "tracked": states}
+
+    def train_batch(self, batches: list[dict[str, Any]]) -> float:
+        loss = super().train_batch(batches)
+        if self.commits:
+            self.save_checkpoint(self.commit_folder)
+        return loss
+
+    def save_checkpoint(self, folder: Path) -> None:
+        if folder == self.commit_folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        super().save_checkpoint(folder)
+
+    def remove_commits(self) -> None:
+        self.commits = False
+        shutil.rmtree(self.commit_folder)
 
 
 def make_batches(seed: int = 0) -> Batches:
@@ -262,6 +293,42 @@ def test_a_nan_loss_stops_the_run_and_the_good_state_stays(tmp_path: Path) -> No
     with pytest.raises(NonFiniteLoss, match=r"step 5: the loss is nan; the last good state is .*checkpoint-4"):
         run(tmp_path / "out", engine, save_every=2)
     assert [step for step, _ in RunFolder(tmp_path / "out").checkpoints()] == [2, 4]
+
+
+def test_a_run_whose_commits_are_removed_saves_a_copy_and_ends(tmp_path: Path) -> None:
+    straight, engine = run(tmp_path / "straight")[0], CommittingEngine(tmp_path / "commits")
+    engine.after_step[3] = engine.remove_commits
+    with pytest.raises(StorageError, match=r"commits: was removed, or moved, while step 3 .* saved in .*checkpoint-3"):
+        run(tmp_path / "out", engine)
+    again, result, said = run(tmp_path / "out", CommittingEngine(tmp_path / "commits"), resume=True)
+    assert result.step == 6 and any("resuming from checkpoint-3" in line for line in said)
+    assert engine.seen + again.seen == straight.seen and torch.equal(again.weight, straight.weight)
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_a_run_whose_folder_was_removed_goes_on_from_its_commits(
+    whose: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: dict[str, Any] = {"schedule": "constant", "warmup_ratio": 0.0}
+    straight, engine = run(tmp_path / "straight", **given)[0], CommittingEngine(tmp_path / "commits")
+
+    def removed() -> None:
+        shutil.rmtree(tmp_path / "out")
+
+    engine.after_step[4] = removed
+    with pytest.raises(StorageError, match=r"report\.json: cannot be written"):
+        run(tmp_path / "out", engine, save_every=1, **given)
+    out = tmp_path / ("out" if whose == "its own" else "other")
+    go_on = CommittingEngine(tmp_path / "commits")
+    if whose == "another's":
+        with pytest.raises(ConfigError, match=f"holds step 4 of the run in {tmp_path / 'out'}"):
+            run(out, go_on, resume=True, **given)
+        return
+    again, result, said = run(out, go_on, resume=True, **given)
+    assert result.step == 6 and any("the commit of step 4" in line for line in said)
+    assert "run.json is gone, and with it the settings" in caplog.text
+    assert engine.seen + again.seen == straight.seen and torch.equal(again.weight, straight.weight)
+    assert run(out, CommittingEngine(tmp_path / "commits"), resume=True, steps=7, **given)[1].step == 7
 
 
 def test_a_full_drive_is_typed_wherever_the_runs_folder_is_written(

@@ -193,6 +193,7 @@ def train(
                 saved_at = progress.step
             if options.copy_every is not None and progress.step % options.copy_every == 0:
                 saves.copy()
+            saves.require_found()
             if progress.step == first_step + 1:
                 second_step_at = time.monotonic()
             try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from offload_rt.errors import CheckpointError, ConfigError, StorageError, StorageFull
+
+logger = logging.getLogger("offload_rt")
 
 
 class RunFolder:
@@ -37,6 +40,12 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is a file, not a folder")
         self._run_id = str(self._read_run().get("id") or uuid.uuid4().hex)
+
+    def take_over(self, run_id: str) -> None:
+        """Is the folder of that run from now on, where nothing is left that says which one it was."""
+        if not self._run_file.exists() and run_id != self._run_id:
+            logger.warning("%s: run.json is gone, and with it the settings of the run that goes on", self.path)
+            self._run_id = run_id
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Step and folder of every complete checkpoint, oldest first."""

@@ -11,6 +11,7 @@ and on the drives that are given now.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from offload_rt.checkpoint.values import unpack_values
 from offload_rt.commit_peek import peek
-from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.errors import ConfigError, OffloadError, StorageError
 from offload_rt.training.run_folder import RunFolder
 
 
@@ -50,6 +51,7 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = int(state["step"])
         self.in_step = bool(state.get("in_step"))
+        self._run["run"] = state.get("run", self._run["run"])
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,13 @@ class Saves:
     def find(self) -> Save | None:
         """The newest save of this run, wherever it is; None where none was made yet. Only looks.
 
-        Raises `ConfigError` where this engine's commits are another run's, which would be lost, and where steps were
+        A run whose folder was removed, but not its commits, is taken over. Raises `ConfigError` where this engine's
+        commits are another run's, which would be lost, and where steps were
         committed and none of them is found.
         """
         commit = self._commit()
+        if commit is not None and commit["run"] and commit["out"] == str(self._folder.path.absolute()):
+            self._folder.take_over(commit["run"])
         if commit is not None and commit["run"] != self._folder.run_id:
             raise ConfigError(self._in_the_way(commit))
         elsewhere, problems = self._elsewhere()
@@ -160,6 +165,19 @@ class Saves:
             self._engine.save_checkpoint(path)
         self._folder.prune(keep_last=self._keep_last)
         return Save(self._progress.step, path, str(path))
+
+    def require_found(self) -> None:
+        """Raises `StorageError` where commits are not found any more by whoever goes on with this run: their folder was
+        removed, or moved. Then a copy was saved first.
+        """
+        folder = self._engine.commit_folder if self.commits else None
+        if folder is None or folder.exists():
+            return
+        copy = self.copy()
+        raise StorageError(
+            f"was removed, or moved, while step {copy.step} was trained; that is saved in {copy.folder}: go on with "
+            f"--resume", path=str(folder), errno=errno.ENOENT,
+        )  # fmt: skip
 
     def _commit(self) -> Mapping[str, Any] | None:
         """The loop's values of the newest commit; None where there is none with a step in it."""
