@@ -41,6 +41,7 @@ import torch
 
 from offload_rt import mapped
 from offload_rt.errors import BudgetExceeded, StorageTimeout
+from offload_rt.patience import Patience
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.errors import format_bytes
 
@@ -262,13 +263,13 @@ class Arena:
             return None
         if (slot := self.try_acquire(num_bytes, owner)) is not None:  # mostly there is room, and nobody need be asked
             return slot
-        deadline = time.monotonic() + WAIT_SECONDS
+        patience = Patience(WAIT_SECONDS)
         while True:
             may_come_back = self._is_lent()  # asked first: who lets go in between has made room
             slot = self.try_acquire(num_bytes, owner)
             if slot is not None or not may_come_back:
                 return slot
-            if time.monotonic() > deadline:
+            if not patience.slice_seconds():
                 raise StorageTimeout(f"{self._short_of(num_bytes, owner)}; nothing came back in {WAIT_SECONDS:g} s")
             time.sleep(0.001)
 

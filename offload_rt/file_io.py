@@ -24,6 +24,7 @@ from offload_rt.arena import Region
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
 from offload_rt.meter import SSD_READ, SSD_WRITE, Meter
 from offload_rt.native import native_core
+from offload_rt.patience import Patience
 
 Result = TypeVar("Result")
 
@@ -320,9 +321,15 @@ def storage_error(message: str, *, path: str, offset: int, wanted: int, done: in
 
 def wait_future(future: Future[Result], timeout_seconds: float, outstanding: Callable[[], str]) -> Result:
     """Waits for `future`; a timeout says what was outstanding."""
-    try:
-        return future.result(timeout_seconds)
-    except FutureTimeout:
-        if future.done():  # just now, or with a timeout of its own
-            return future.result()
-        raise StorageTimeout(f"not finished after {timeout_seconds:g} s; outstanding: {outstanding()}") from None
+    patience = Patience(timeout_seconds)
+    while True:
+        slice_seconds = patience.slice_seconds()
+        try:
+            return future.result(slice_seconds)
+        except FutureTimeout:
+            if future.done():  # just now, or with a timeout of its own
+                return future.result()
+            if not slice_seconds:
+                raise StorageTimeout(
+                    f"not finished after {timeout_seconds:g} s; outstanding: {outstanding()}"
+                ) from None
