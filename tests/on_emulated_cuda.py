@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import io
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -325,3 +326,18 @@ def test_weights_move_on_a_gpu_and_who_keeps_a_state_dict_goes_on_seeing_them(is
             assert bool(seen) is (changes and is_kept)
             assert all(torch.equal(value, before) for value, before in seen.values())
     assert losses[0] == losses[1]
+
+
+def test_tensors_of_a_slot_leave_no_memory_of_pythons() -> None:
+    """Torch keeps what an interface to memory was described with."""
+    arena = CudaDevice("cuda").arena("a", 1 << 12, poison=False)
+    slot = arena.acquire(1 << 12, "x")
+
+    def blocks(num_tensors: int) -> int:
+        for _ in range(num_tensors):
+            slot.tensor(torch.uint8, (1000,), 512)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = blocks(1000)
+    assert blocks(1000) - before < 100
