@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload_rt.arena import Arena, Slot
 from offload_rt.block_profile import median_seconds
@@ -50,7 +50,7 @@ def steps_per_second(block: TrainedBlock, rule: UpdateRule, group: Mapping[str, 
 
     on_nvme: with the checksums of state that comes from the drive and goes back.
     """
-    block = replace(block, pieces=block.pieces[:PIECES])
+    block = _stand_in(block)
     links = Links()
     states = Arena("profile, state", block.state_bytes)
     home = StateHome(log=None, links=links)
@@ -82,6 +82,19 @@ def steps_per_second(block: TrainedBlock, rule: UpdateRule, group: Mapping[str, 
     finally:
         stepper.close()
         links.close()
+
+
+def _stand_in(block: TrainedBlock) -> TrainedBlock:
+    """A few of the block's pieces, with parameters of their own where those are what is stepped."""
+    pieces = block.pieces[:PIECES]
+    stepped = {segment.parameter for piece in pieces for segment in piece.segments}
+    parameters = tuple(
+        replace(t, parameter=nn.Parameter(torch.zeros(t.parameter.shape, dtype=t.parameter.dtype)))
+        if t.streamed is None and index in stepped
+        else t
+        for index, t in enumerate(block.parameters)
+    )
+    return replace(block, pieces=pieces, parameters=parameters)
 
 
 def delivery_seconds(block: TrainedBlock) -> float:

@@ -14,12 +14,16 @@ from torch import nn
 
 from offload_rt import adapter_draft, calibrate, optim, plan_choice, planning, planning_adapters, rehearsal
 from offload_rt._engine import Engine
+from offload_rt.adapter_draft import with_adapter_state
 from offload_rt.commit_record import RECORD_BYTES, body_bytes
+from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.errors import ConfigError
 from offload_rt.meter import SSD_READ, SSD_WRITE
 from offload_rt.optimizer.adapters import AdapterTraining
+from offload_rt.planning_adapters import measured_rate
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tensor_spec import align_up
+from offload_rt.workload import find_workload
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware
 from planners.placement import Tier, UpdateMode
@@ -271,3 +275,15 @@ def test_auto_weighs_the_optimisers_tiers_against_the_rules(
             assert 1 < seconds * slow.write_bytes_per_second / written < 2
             found[chosen] = run(chooses)
     assert unequal(*found.values()) == []
+
+
+@pytest.mark.parametrize("with_a_drive", [False, True])
+def test_timing_how_fast_adapters_are_stepped_leaves_them_as_they_are(with_a_drive: bool, tmp_path: Path) -> None:
+    """Without masters of their own they are what is stepped, with masters what these are rounded to."""
+    model = build()
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    config = EngineConfig(nvme=(NvmePath(path=tmp_path),) if with_a_drive else ())
+    workload = with_adapter_state(find_workload(model, None, config), optimizer, piece_elements=1024)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert measured_rate(workload, optimizer) > 0
+    assert [name for name, p in model.named_parameters() if not torch.equal(p, before[name])] == []
