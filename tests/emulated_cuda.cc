@@ -796,6 +796,13 @@ void emulated_empty_cache(int device) {
   give_cached_back(memory);
 }
 
+// What Python's storage.resize_(0) does in a build for GPUs. `storage` is its _cdata.
+void emulated_let_go(void* storage) {
+  auto* found = static_cast<c10::StorageImpl*>(storage);
+  found->set_data_ptr_noswap(allocator().allocate(0));
+  found->set_nbytes(0);
+}
+
 int cudaHostRegister(void* address, size_t num_bytes, unsigned) {
   touch("cudaHostRegister", current_device);
   std::lock_guard<std::mutex> lock(locked_mutex);

@@ -65,6 +65,7 @@ def _load() -> ctypes.CDLL:
     library.emulated_set_stream.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.emulated_sleep.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.emulated_hold.argtypes, library.emulated_hold.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_void_p
+    library.emulated_let_go.argtypes = [ctypes.c_void_p]
     library.emulated_limit.argtypes = [ctypes.c_int, ctypes.c_uint64]
     library.emulated_resume.argtypes = [ctypes.c_void_p]
     library.emulated_memory.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)]
@@ -315,6 +316,19 @@ def _storage(kind: Any, *arguments: Any, device: Any = None, **rest: Any) -> tor
 
 
 torch.UntypedStorage.__new__ = _storage  # type: ignore[method-assign,assignment]
+
+_resize = torch.UntypedStorage.resize_
+
+
+def _resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+    """Of device memory too, where all of it is let go of."""
+    if storage.device.type != "cuda" or size:
+        return _resize(storage, size)
+    _library.emulated_let_go(storage._cdata)
+    return storage
+
+
+torch.UntypedStorage.resize_ = _resized  # type: ignore[method-assign,assignment]
 
 from triton.runtime.interpreter import GridExecutor  # noqa: E402  # imports torch
 
