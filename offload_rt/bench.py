@@ -1,7 +1,8 @@
 """What calibration times: one thing that training does, a pass at a time, on one device.
 
 A pass is a piece of work between two looks at the clock, through the code that training runs; its rate is that of the
-median pass. What runs where is in `DEVICES`; a further device is a further entry there.
+median pass. What runs where is in `DEVICES`; a further device is a further entry there. A GPU's links are its own
+copies between its memory and RAM that is locked.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from offload_rt import codec, cpu_adam
 from offload_rt.arena import Arena
+from offload_rt.device_cuda import CudaDevice, find_device
 from offload_rt.drives import DriveProfile
 from offload_rt.file_io import OpenFile, file_io, open_file
 from offload_rt.links import Links
@@ -66,6 +68,7 @@ class TorchDevice(Protocol):
     """Where products run."""
 
     name: str
+    """As torch has it."""
     unified: bool
     """DEVICE and HOST are one tier."""
 
@@ -76,6 +79,12 @@ class TorchDevice(Protocol):
         """Returns when all that was started on it is done."""
 
     def memory_bytes(self) -> int: ...
+
+    def links(self) -> Links:
+        """Connections of its own. The caller closes them."""
+
+    def arenas(self, num_bytes: int) -> tuple[Arena, Arena]:
+        """Of so much HOST and DEVICE memory, for those links."""
 
 
 class Cpu:
@@ -99,8 +108,42 @@ class Cpu:
         total = int(psutil.virtual_memory().total)
         return total if limit is None else min(total, limit)
 
+    def links(self) -> Links:
+        return Links(io=file_io("threads"))
 
-DEVICES: dict[str, Callable[[], TorchDevice]] = {"cpu": Cpu}
+    def arenas(self, num_bytes: int) -> tuple[Arena, Arena]:
+        return Arena("calibration, HOST", num_bytes), Arena("calibration, DEVICE", num_bytes)
+
+
+class Gpu:
+    """One GPU of this machine."""
+
+    unified = False
+
+    def __init__(self, name: str = "cuda") -> None:
+        """`name` is "cuda" or "cuda:N". Raises ConfigError where that is not there."""
+        self.name = find_device(name)
+        self._device = CudaDevice(self.name)
+
+    def describe(self) -> str:
+        return torch.cuda.get_device_name(self.name)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.name)
+
+    def memory_bytes(self) -> int:
+        return int(torch.cuda.get_device_properties(self.name).total_memory)
+
+    def links(self) -> Links:
+        return Links(io=file_io("threads"), device=self._device)
+
+    def arenas(self, num_bytes: int) -> tuple[Arena, Arena]:
+        host = Arena("calibration, HOST", num_bytes)
+        self._device.lock(host.name, host.region)
+        return host, self._device.arena("calibration, DEVICE", num_bytes, poison=False)
+
+
+DEVICES: dict[str, Callable[[], TorchDevice]] = {"cpu": Cpu, "cuda": Gpu}
 Work = tuple[Callable[[], object], float]
 """One pass, and how much it does: bytes, FLOPs, parameters, operations."""
 
@@ -163,18 +206,26 @@ def element_wise(bench: Bench) -> Work:
 
 def nf4_decode(bench: Bench) -> Work:
     n = bench.sizes.elements
-    blob = codec.encode(bench.random(n))
+    blob = codec.encode(bench.random(n).cpu()).to(bench.device.name)
     out = torch.empty(n, dtype=torch.bfloat16, device=bench.device.name)
     return lambda: codec.decode_into(blob, out), 2.0 * n
 
 
 def adamw(bench: Bench) -> Work:
+    """On the processor, wherever products run."""
     n = bench.sizes.params
-    master = bench.random(n, dtype=torch.float32)
+    master, grad = bench.random(n, dtype=torch.float32).cpu(), bench.random(n).cpu()
     exp_avg, exp_avg_sq = torch.zeros(n), torch.zeros(n)
-    grad, weight = bench.random(n), torch.empty(n, dtype=torch.bfloat16)
+    weight = torch.empty(n, dtype=torch.bfloat16)
     numbers = cpu_adam.AdamW()
     return lambda: cpu_adam.update(grad, master, exp_avg, exp_avg_sq, weight, step=1, numbers=numbers), float(n)
+
+
+def adamw_on_device(bench: Bench) -> Work:
+    """By torch, of parameters in its memory."""
+    parameter = torch.nn.Parameter(bench.random(bench.sizes.params, dtype=torch.float32))
+    parameter.grad = torch.zeros_like(parameter)
+    return torch.optim.AdamW([parameter]).step, float(parameter.numel())
 
 
 def small_operations(bench: Bench) -> Work:
@@ -191,21 +242,20 @@ def small_operations(bench: Bench) -> Work:
 def copies(bench: Bench) -> Iterator[dict[str, Work]]:
     """From HOST to DEVICE, back, and both at once (the bytes of both)."""
     n = bench.sizes.copy_bytes
-    arena = Arena("calibration", 4 * n)
-    slots = [arena.acquire(n, "calibration") for _ in range(4)]
-    for slot in slots:
-        slot.buffer()[:] = bytes(n)
-    ways = [Links(io=file_io("threads")) for _ in range(2)]
+    host, device = ([arena.acquire(n, "calibration") for _ in range(2)] for arena in bench.device.arenas(2 * n))
+    for slot in (*host, *device):
+        slot.tensor(torch.uint8, (n,)).zero_()
+    ways = [bench.device.links() for _ in range(2)]
 
     def both() -> None:
-        under_way = [ways[0].copy(slots[0], slots[1]), ways[1].copy(slots[2], slots[3])]
+        under_way = [ways[0].copy(host[0], device[0]), ways[1].copy(device[1], host[1])]
         for transfer in under_way:
             transfer.wait()
 
     try:
         yield {
-            "host_to_device": (lambda: ways[0].copy(slots[0], slots[1]).wait(), float(n)),
-            "device_to_host": (lambda: ways[1].copy(slots[2], slots[3]).wait(), float(n)),
+            "host_to_device": (lambda: ways[0].copy(host[0], device[0]).wait(), float(n)),
+            "device_to_host": (lambda: ways[1].copy(device[1], host[1]).wait(), float(n)),
             "both_ways": (both, 2.0 * n),
         }
     finally:

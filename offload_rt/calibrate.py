@@ -2,7 +2,8 @@
 
 Each number is the median over passes of one thing that training really does (`bench`): copies by `links.Links`,
 drives at the request size that `drives` chose for them, NF4 by `codec`, AdamW by `cpu_adam`, products and attention by
-torch. Quartiles say how steady the machine was. On the CPU, DEVICE and HOST are one tier.
+torch. Quartiles say how steady the machine was. On the CPU, DEVICE and HOST are one tier. With a GPU, AdamW is
+timed on both: the processor steps what rests in HOST.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from offload_rt import codec, cpu_adam
 from offload_rt.bench import (
     DEVICES,
     Bench,
+    Cpu,
+    Gpu,
     Sizes,
     Spread,
+    TorchDevice,
     adamw,
+    adamw_on_device,
     attention,
     copies,
     drive,
@@ -34,6 +39,7 @@ from offload_rt.bench import (
     small_operations,
 )
 from offload_rt.cache import recall, remember
+from offload_rt.device_cuda import find_device
 from offload_rt.drives import MAX_AGE_SECONDS, drive_identity, drive_profile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull
 from offload_rt.links import Links
@@ -65,11 +71,9 @@ class Measurement:
 
 def measure(device: str, folders: tuple[Path, ...], sizes: Sizes | None = None) -> Measurement:
     """Measures everything; blocks for it. ConfigError for what cannot be measured, StorageFull without room."""
-    if device not in DEVICES:
-        raise ConfigError(f"device: {device!r} cannot be calibrated yet; allowed: {', '.join(DEVICES)}")
     sizes = sizes or Sizes()
     begin = time.perf_counter()
-    found = DEVICES[device]()
+    found = device_named(device)
     bench = Bench(found, sizes)
     products = bench.rate("matmul bfloat16 FLOP/s", matmul(bench, torch.bfloat16))
     bench.rate("matmul float32 FLOP/s", matmul(bench, torch.float32))
@@ -80,6 +84,7 @@ def measure(device: str, folders: tuple[Path, ...], sizes: Sizes | None = None) 
     moved = bench.rate("element-wise B/s", element_wise(bench))
     decoded = bench.rate("NF4 decode B/s", nf4_decode(bench))
     stepped = bench.rate("AdamW params/s", adamw(bench))
+    on_device = stepped if found.unified else bench.rate("AdamW on the device params/s", adamw_on_device(bench))
     operations = bench.rate("small operations/s", small_operations(bench))
     with copies(bench) as ways:
         into = bench.rate("host to device B/s", ways["host_to_device"])
@@ -90,7 +95,7 @@ def measure(device: str, folders: tuple[Path, ...], sizes: Sizes | None = None) 
         one, mix = _measure_drive(bench, folder)
         measured.append(one)
         mixes.append(mix)
-    memory = found.memory_bytes()
+    memory, ram = found.memory_bytes(), Cpu().memory_bytes()
     hardware = Hardware(
         name=found.describe(),
         device=Device(
@@ -101,10 +106,10 @@ def measure(device: str, folders: tuple[Path, ...], sizes: Sizes | None = None) 
             attention_backward_efficiency=_within(backward / products, 0.001, 2.0),
             memory_bytes_per_second=moved,
             nf4_decode_bytes_per_second=decoded,
-            adamw_params_per_second=stepped,
+            adamw_params_per_second=on_device,
             operation_seconds=min(1.0, 1 / operations),
         ),
-        host=Host(memory_bytes=0 if found.unified else memory, adamw_params_per_second=stepped),
+        host=Host(memory_bytes=0 if found.unified else ram, adamw_params_per_second=stepped),
         links=LinkRates(
             host_to_device_bytes_per_second=into,
             device_to_host_bytes_per_second=back,
@@ -116,6 +121,15 @@ def measure(device: str, folders: tuple[Path, ...], sizes: Sizes | None = None) 
     if mixes:
         hardware = replace(hardware, drive_mix=min(mixes))
     return Measurement(hardware, bench.spread, time.perf_counter() - begin)
+
+
+def device_named(name: str) -> TorchDevice:
+    """As `EngineConfig.device` has it, or "auto". Raises ConfigError for what cannot be calibrated, or is not there."""
+    name = find_device(name) if name == "auto" else name
+    kind, _, number = name.partition(":")
+    if kind not in DEVICES or (number and kind != "cuda"):
+        raise ConfigError(f"device: {name!r} cannot be calibrated yet; allowed: {', '.join(DEVICES)}, cuda:N")
+    return Gpu(name) if number else DEVICES[kind]()
 
 
 def _measure_drive(bench: Bench, folder: Path) -> tuple[Drive, float]:
@@ -155,14 +169,14 @@ def _within(value: float, low: float, high: float) -> float:
 
 def identity(device: str, folders: tuple[Path, ...]) -> dict[str, Any]:
     """What a measurement is good for: device, memory, threads, software, drives."""
-    found = DEVICES[device]()
+    found = device_named(device)
     return {
-        "device": device,
-        "model": found.describe(),
+        "device": found.name,
+        "model": [found.describe(), Cpu().describe()],
         "memory_bytes": found.memory_bytes(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "paths": [codec.backend(), cpu_adam.backend()],
+        "paths": [codec.backend(device=found.name), cpu_adam.backend()],
         "kernel": platform.release(),
         "drives": [drive_identity(folder, "any") for folder in folders],
     }

@@ -186,7 +186,7 @@ def test_what_is_remembered_is_for_this_machine_and_a_month(tiny, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--device", "cuda"], "device: 'cuda' cannot be calibrated yet; allowed: cpu"),
+        (["--device", "tpu"], "device: 'tpu' cannot be calibrated yet; allowed: cpu, cuda, cuda:N"),
         (["--nvme", "/nowhere"], "nvme: /nowhere is not a folder"),
         (["--out", "/nowhere/x.json"], "out: /nowhere/x.json: No such file"),
         (["--nvmes", "x"], "unknown option --nvmes; did you mean '--nvme'"),

@@ -27,7 +27,11 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("--nvme", action="append", metavar="DIR", help="a folder on a drive to measure; once per drive")
-    parser.add_argument("--device", default="cpu", help="where blocks compute (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help='where blocks compute: "cpu", "cuda:N" or "auto" (default): a GPU, if any',
+    )
     parser.add_argument("--out", metavar="FILE", help="the profile as JSON; - is standard output")
     parser.add_argument("--again", action="store_true", help="measure, even if this machine was measured before")
 
@@ -39,11 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"nvme: {drive.path} is not a folder")
     folders = tuple(drive.path.resolve() for drive in drives)
     from offload_rt import calibrate
-    from offload_rt.bench import DEVICES
 
-    if arguments.device not in DEVICES:
-        raise ConfigError(f"device: {arguments.device!r} cannot be calibrated yet; allowed: {', '.join(DEVICES)}")
-    known = calibrate.identity(arguments.device, folders)
+    device = calibrate.device_named(arguments.device).name
+    known = calibrate.identity(device, folders)
     name = calibrate.cache_name(known)
     say = sys.stderr.write if arguments.out == "-" else sys.stdout.write
     profile = None if arguments.again else calibrate.remembered(name, known)
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         say("measuring, less than a minute; other work on this machine shows in the numbers\n")
         sys.stdout.flush()
-        measurement = calibrate.measure(arguments.device, folders)
+        measurement = calibrate.measure(device, folders)
         calibrate.keep(name, known, measurement)
         profile = json.loads(measurement.to_json())
         say(f"measured in {measurement.seconds:.0f} s\n")
