@@ -22,7 +22,7 @@ from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transients import Transients
 from offload_rt.workload import Workload
-from offload_rt.workload_sizes import places_transients
+from offload_rt.workload_sizes import largest_saved_bytes, places_transients
 from planners.activations import Action, ActivationPolicy, Treatment
 from planners.plan import Plan, Tier
 from planners.streaming import KEPT_TENSORS, STAGING_PIECE_BYTES
@@ -64,6 +64,7 @@ class ActivationsAssembly:
         self.wanted_slack_bytes = problem.slack_bytes(chunk_tokens_of(plan, workload))
         """What `slack_bytes` would be where a budget has room."""
         self._sizes = sizes_of(plan, workload.config.batch_size)
+        self._chunk_tokens = chunk_tokens_of(plan, workload)
 
     def transients(self) -> Transients:
         """Room for what a layer, or a tile of the loss, holds while it runs: in an arena, where that gains."""
@@ -103,7 +104,7 @@ class ActivationsAssembly:
             device.reserve("layer inputs", inputs)
         elif self._sizes is None:
             device.reserve("layer input in use", each)
-        by_chunks = self._sizes is None and bool(self._policies())
+        by_chunks = bool(self._policies()) if self._sizes is None else self._chunk_tokens is not None
         on_their_way = self._problem.on_their_way_bytes(home, by_chunks=by_chunks)
         if on_their_way:
             device.reserve("layer inputs on their way", on_their_way)
@@ -115,6 +116,8 @@ class ActivationsAssembly:
         largest = self._largest_saved_bytes()
         window = self._window_bytes(swapped)
         device.reserve("swapped activations on their way", window)
+        if self._sizes is not None and self._device is not None and swapped[Tier.HOST]:
+            window -= min(window, self._sizes.staging_bytes // 2)  # which is that of what goes to a drive
         return Places(
             layer_inputs=self._stash(home, "layer inputs", inputs, largest_input, on_their_way or largest_input),
             layer_inputs_tier=home,
@@ -129,8 +132,7 @@ class ActivationsAssembly:
     def _transient_bytes(self) -> int:
         if self._sizes is not None:
             return self._sizes.transient_bytes
-        chunk_tokens = chunk_tokens_of(self._plan, self._workload)
-        return self._problem.transient_bytes(self._plan.head_chunk_tokens, chunk_tokens)
+        return self._problem.transient_bytes(self._plan.head_chunk_tokens, self._chunk_tokens)
 
     def _input_bytes(self, draft: BlockDraft, each: int) -> int:
         """What waits of a layer from its forward to its backward in any case: as planned, or an estimate.
@@ -172,10 +174,12 @@ class ActivationsAssembly:
                 return HostStash(
                     self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES), self._links
                 )
-            return DeviceStash(self._tiers.arena(Tier.HOST, name, num_bytes), self._links, window_bytes=window_bytes)
+            arena = self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES)
+            return DeviceStash(arena, self._links, window_bytes=window_bytes)
         if self.scratch is None:
             raise ConfigError(f"plan: {name} wait on NVME, but nvme= gives no folder")
         if self._device is not None:
+            window_bytes = staging_bytes // 2 or window_bytes
             staging = self._tiers.arena(Tier.HOST, f"staging for {name}", 2 * (window_bytes + largest_bytes))
             return DeviceStash(staging, self._links, window_bytes=window_bytes, scratch=self.scratch)
         piece_bytes = min(largest_bytes, STAGING_PIECE_BYTES)
@@ -215,7 +219,6 @@ class ActivationsAssembly:
 
     def _largest_saved_bytes(self) -> int:
         """One tensor of one chunk at most: the widest a layer has, in fp32."""
-        config = self._workload.config
-        widest = max((size for d in self._workload.layers for t in d.spec.tensors for size in t.shape[-2:]), default=1)
-        spans = [span.end - span.start for policy in self._policies() for span in policy.spans(config.seq_len)]
-        return align_up(4 * config.batch_size * max(spans, default=1) * widest, IO_ALIGNMENT_BYTES)
+        seq_len = self._workload.config.seq_len
+        spans = [span.end - span.start for policy in self._policies() for span in policy.spans(seq_len)]
+        return largest_saved_bytes(self._workload, max(spans, default=1))

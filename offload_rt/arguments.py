@@ -47,22 +47,27 @@ def machine_to_plan_for(plan: Plan | str | Path, config: EngineConfig, emulated:
         return emulated
     found = _calibrated(config)
     if found is None:
-        folders = " ".join(f"--nvme {drive.path}" for drive in config.nvme)
-        raise ConfigError(f"plan: {OPTIMISE!r} needs this machine's rates: run `offload-rt calibrate {folders}` once")
+        raise ConfigError(f"plan: {OPTIMISE!r} needs this machine's rates: run `{calibration(config)}` once")
     return found
 
 
 def machine_to_choose_for(plan: Plan | str | Path, config: EngineConfig, emulated: Hardware | None) -> Hardware | None:
     """The machine that plan="auto" may ask the optimiser about: this one, if it was calibrated. None otherwise."""
-    if plan != AUTO or emulated is not None or config.device != "cpu":
+    if plan != AUTO or emulated is not None:
         return None
     return _calibrated(config)
+
+
+def calibration(config: EngineConfig) -> str:
+    """The command that measures this machine for an engine of `config`."""
+    folders = "".join(f" --nvme {drive.path}" for drive in config.nvme)
+    return f"offload-rt calibrate --device {config.device}{folders}"
 
 
 def _calibrated(config: EngineConfig) -> Hardware | None:
     if not all(drive.path.is_dir() for drive in config.nvme):
         return None  # a folder that is not there is told where it is used
-    return calibrated("cpu", tuple(drive.path.resolve() for drive in config.nvme))
+    return calibrated(config.device, tuple(drive.path.resolve() for drive in config.nvme))
 
 
 def make_optimizer(

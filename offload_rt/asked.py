@@ -20,8 +20,9 @@ import torch
 from offload_rt.adapter_draft import in_tiers, question
 from offload_rt.errors import ConfigError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
-from offload_rt.planning import in_budgets, lowered, optimised_adapters
+from offload_rt.planning import lowered, optimised_adapters
 from offload_rt.planning_adapters import questions_by_chunks
+from offload_rt.planning_budgets import in_budgets
 from offload_rt.planning_training import lowered_training, questions_of
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.workload import Workload

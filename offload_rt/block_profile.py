@@ -1,10 +1,17 @@
 """What one layer, and the head with the loss, take on this machine: measured before anything is planned.
 
-A stand-in of one layer runs with random weights, as the runtime runs layers, on what the model really hands to its
-layers, for the largest batch; nothing of the model is changed. It runs three ways by turns, so that all see the same
-machine: computed again in backward, all that it saves kept, and all of that put away in RAM. What it saves is counted
-on the way. NF4 decoding is timed by itself, through the code that training runs. Each time is the median of a few runs.
-The machine is taken to have this much memory free: a decoded layer, and its activations twice.
+A stand-in of one layer runs with random weights on the device that will compute (`workbench`), as the runtime runs
+layers, on what the model really hands to its layers, for the largest batch; nothing of the model is changed. It runs
+three ways by turns, so that all see the same machine: computed again in backward, all that it saves kept, and all of
+that put away in RAM. What it saves is counted on the way. NF4 decoding is timed by itself, through the code that
+training runs. Each time is the median of a few runs. The machine is taken to have this much memory free: a decoded
+layer, and its activations twice.
+
+[Note: what putting away holds up]
+Where DEVICE is RAM, whoever computes copies, and what that takes is the difference of two ways. A device copies beside
+what it computes, and a plan counts its links by themselves: what is left is what the host takes to ask for the copies.
+In forward nobody waits for them, so that it shows; a backward alone would wait for each, so that it is taken to be
+asked for as fast.
 """
 
 from __future__ import annotations
@@ -13,9 +20,9 @@ import contextlib
 import copy
 import logging
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,26 +31,23 @@ from torch.utils import _pytree as pytree
 
 from offload_rt import codec
 from offload_rt.access import ResidentAccess
-from offload_rt.arena import Arena
 from offload_rt.autograd import CHECKED_CALLS, RecomputedLayer
 from offload_rt.block import Binding, Block
 from offload_rt.checkpoint.ingest import fill_slot, sources_in_memory
-from offload_rt.checkpoint.materialise import make_absent
+from offload_rt.checkpoint.materialise import make_absent, move_rest
 from offload_rt.decoder import Decoder
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import ConfigError, OffloadError, UnsupportedModule
-from offload_rt.links import Links
-from offload_rt.stash import GRANULE_BYTES, HostStash
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
+from offload_rt.workbench import RUNS, Workbench, or_the_cpu
 from planners.activations import Action, whole_batch
 from planners.placement import Tier
 from planners.problem import KeptPass, MeasuredSeconds
 
 logger = logging.getLogger("offload_rt")
 
-RUNS = 5
 WARM_RUNS = CHECKED_CALLS + 1
 MOST_PASSES = 3 * (WARM_RUNS + RUNS)
 """Of one layer, forward and backward: computed again, kept and put away."""
@@ -53,8 +57,6 @@ ACTIVATIONS_HELD = 2 + ARENA_HELD
 """Times a layer's activations, as they are estimated, that profiling holds at most: in that arena, those that are made,
 and their gradients. Of Llama's layers 3.1 were counted, 1.9 of them in the arena (hidden sizes 256 and 512, 512 and
 1024 tokens, adapters, 16-bit and NF4 weights)."""
-HEAD_ROWS = 16384
-"""Of the vocabulary, at most; the rest takes as long in proportion."""
 DECODED_ELEMENTS = 1 << 22
 """Weights decoded in one go; a layer takes as long in proportion."""
 
@@ -73,40 +75,42 @@ class LayerCall:
     kwargs: dict[str, Any]
 
 
-def profile_layer(model: nn.Module, draft: BlockDraft, *, batch_size: int, seq_len: int) -> MeasuredSeconds:
+def profile_layer(
+    model: nn.Module, draft: BlockDraft, *, batch_size: int, seq_len: int, bench: Workbench | None = None
+) -> MeasuredSeconds:
     """Times the layer of `draft` with a batch of the largest size. Blocks for that.
 
-    ConfigError where `model` cannot be called with token ids alone, or the layer not be copied and called by itself.
+    bench: the device that will compute; None is the CPU. ConfigError where `model` cannot be called with token ids
+    alone, or the layer not be copied and called by itself.
     """
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        return _profile(model, draft, batch_size, seq_len)
+    with or_the_cpu(bench) as place, place.same_random_numbers():
+        return _profile(model, draft, batch_size, seq_len, place)
 
 
-def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int) -> MeasuredSeconds:
-    call = call_of(model, draft.modules[0], batch_size, seq_len)
-    with contextlib.ExitStack() as opened:
-        stand = opened.enter_context(contextlib.closing(made_stand(draft)))
+def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int, bench: Workbench) -> MeasuredSeconds:
+    call = call_of(model, draft.modules[0], batch_size, seq_len, bench.device)
+    with contextlib.closing(made_stand(draft, bench)) as stand:
         try:
             again = RecomputedLayer(stand.layer, stand.block, stand.access, deliver=stand.deliver)
-            _warm(again, call)
+            _warm(again, call, bench)
         except Exception as error:
             raise _not_alone(draft, error) from error
         saving: _Saving | None = None
         try:
             if stand.deliver is None:  # layers that train are planned to be recomputed
-                saving = _saving(stand, call, opened.enter_context(contextlib.closing(Links())))
+                saving = _saving(stand, call, bench)
         except (OffloadError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             logger.warning(
                 "%s: what layers like it save could not be measured, so that they are recomputed whole: %s: %s",
                 draft.name, type(error).__name__, error,
             )  # fmt: skip
         ways = [again] if saving is None else [again, saving.kept, saving.swapped]
-        timed = _timed(ways, call)
-    decode = decode_seconds(stand)
+        timed = _timed(ways, call, bench)
+    decode = decode_seconds(stand, bench)
     forward, backward = timed[0]
     kept: KeptPass | None = None
     if saving is not None:
-        out, back = (max(0.0, swapped - plain) for plain, swapped in zip(timed[1], timed[2], strict=True))
+        out, back = held_up(timed[1], timed[2], bench)
         kept = KeptPass(
             forward=max(0.0, timed[1][0] - decode), backward=max(0.0, timed[1][1] - decode),
             saved_bytes=saving.saved_bytes, small_bytes=saving.small_bytes, put_away=out, taken_back=back,
@@ -115,6 +119,14 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int)
     return MeasuredSeconds(
         forward=max(0.0, forward - decode), backward=max(0.0, backward - 2 * decode), decode=decode, kept=kept
     )
+
+
+def held_up(kept: tuple[float, float], put_away: tuple[float, float], bench: Workbench) -> tuple[float, float]:
+    """By how much forward and backward take longer where all that is saved is put away: [Note: what putting away holds
+    up].
+    """
+    out, back = (max(0.0, swapped - plain) for plain, swapped in zip(kept, put_away, strict=True))
+    return (out, out) if bench.copies_alone else (out, back)
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ class _Saving:
     small_bytes: int
 
 
-def _saving(stand: Stand, call: LayerCall, links: Links) -> _Saving:
+def _saving(stand: Stand, call: LayerCall, bench: Workbench) -> _Saving:
     """Both ways, warm, and what was counted. UnsupportedModule where the layer does not run so."""
 
     def layer(action: Action, places: Places) -> tuple[TokenwiseLayer, Tokenwise]:
@@ -154,15 +166,15 @@ def _saving(stand: Stand, call: LayerCall, links: Links) -> _Saving:
         made = TokenwiseLayer(
             stand.layer, stand.block, stand.access, policy=whole_batch(action, tier), tokenwise=tokenwise
         )
-        num_passes = _warm(made, call)
+        num_passes = _warm(made, call, bench)
         if tokenwise.num_whole or tokenwise.counters.num_passes != num_passes:
             raise UnsupportedModule(f"{stand.block.name}: {'; '.join(tokenwise.refused.values()) or 'not run once'}")
         return made, tokenwise
 
     kept, all_kept = layer(Action.KEEP, Places())
     num_bytes = all_kept.counters.kept_bytes // all_kept.counters.num_passes
-    room = Arena("profile, swapped", ARENA_HELD * num_bytes + IO_ALIGNMENT_BYTES, granule_bytes=GRANULE_BYTES)
-    swapped, put_away = layer(Action.SWAP, Places(swapped={Tier.HOST: HostStash(room, links)}))
+    room = bench.stash("profile, swapped", ARENA_HELD * num_bytes + IO_ALIGNMENT_BYTES)
+    swapped, put_away = layer(Action.SWAP, Places(swapped={Tier.HOST: room}))
     if put_away.counters.no_room_bytes:
         raise UnsupportedModule(f"{stand.block.name}: saves more at one time than at another")
     saved_bytes = put_away.counters.swapped_bytes // put_away.counters.num_passes
@@ -170,10 +182,10 @@ def _saving(stand: Stand, call: LayerCall, links: Links) -> _Saving:
     return _Saving(kept, swapped, saved_bytes, max(0, num_bytes - saved_bytes - call.hidden.nbytes))
 
 
-def made_stand(draft: BlockDraft) -> Stand:
+def made_stand(draft: BlockDraft, bench: Workbench) -> Stand:
     """A stand-in of the layer of `draft`. ConfigError where there can be none."""
     try:
-        return _managed(_stand_in(draft.modules[0]), draft)
+        return _managed(_stand_in(draft.modules[0]), draft, bench)
     except Exception as error:
         raise _not_alone(draft, error) from error
 
@@ -184,21 +196,23 @@ def _not_alone(draft: BlockDraft, error: Exception) -> ConfigError:
     )
 
 
-def _managed(stand_in: nn.Module, draft: BlockDraft) -> Stand:
-    """The stand-in as the runtime has layers whose weights are in memory."""
+def _managed(stand_in: nn.Module, draft: BlockDraft, bench: Workbench) -> Stand:
+    """The stand-in as the runtime has layers whose weights are in DEVICE memory."""
     holder = nn.Module()
     holder.layers = nn.ModuleList([stand_in])
     bits = 4 if any(spec.is_quantized for spec in draft.spec.tensors) else None
     (alone,) = find_blocks(holder, bits=bits)
-    slot = Arena("profile", alone.spec.stored_bytes).acquire(alone.spec.stored_bytes, "profile")
+    slot = bench.arena("profile", alone.spec.stored_bytes).acquire(alone.spec.stored_bytes, "profile")
     fill_slot(alone, sources_in_memory([alone]), slot)
     quantized = [spec for spec in alone.spec.tensors if spec.is_quantized]
     scratch = 2 * align_up(max((spec.compute_bytes for spec in quantized), default=0), IO_ALIGNMENT_BYTES)
     bindings = []
     for spec, stored in zip(alone.spec.tensors, alone.parameters, strict=True):
         bindings.append(Binding(spec, stored.parameter, stored.owners))
-        make_absent(stored.parameter)
-    block = Block(alone.name, alone.modules, alone.spec, tuple(bindings), Decoder(Arena("profile, decoded", scratch)))
+        make_absent(stored.parameter, bench.device)
+    move_rest(holder, {id(stored.parameter) for stored in alone.parameters}, bench.device)
+    decoder = Decoder(bench.arena("profile, decoded", scratch), bench.device)
+    block = Block(alone.name, alone.modules, alone.spec, tuple(bindings), decoder)
     block.open(slot)
     block.attach()
     deliver = _nowhere if alone.trains else None
@@ -209,105 +223,59 @@ def _nowhere(gradients: Mapping[int, torch.Tensor]) -> None:
     """Takes gradients of a block, which nobody wants."""
 
 
-def _warm(layer: RecomputedLayer, call: LayerCall) -> int:
+def _warm(layer: RecomputedLayer, call: LayerCall, bench: Workbench) -> int:
     """Runs the layer until its calls are not checked any more; how often."""
     for _ in range(WARM_RUNS):
-        one_pass(layer, call)
+        one_pass(layer, call, bench)
     return WARM_RUNS
 
 
-def _timed(ways: Sequence[RecomputedLayer], call: LayerCall) -> list[tuple[float, float]]:
+def _timed(ways: Sequence[RecomputedLayer], call: LayerCall, bench: Workbench) -> list[tuple[float, float]]:
     """Median seconds of forward and of backward, for each of several ways to run one layer, by turns."""
-    taken = [[one_pass(layer, call) for layer in ways] for _ in range(RUNS)]
+    taken = [[one_pass(layer, call, bench) for layer in ways] for _ in range(RUNS)]
     return [
         (statistics.median(run[way][0] for run in taken), statistics.median(run[way][1] for run in taken))
         for way in range(len(ways))
     ]
 
 
-def one_pass(layer: RecomputedLayer, call: LayerCall) -> tuple[float, float]:
+def one_pass(layer: RecomputedLayer, call: LayerCall, bench: Workbench) -> tuple[float, float]:
     """Seconds of the layer's forward, and of its backward with what that computes again."""
     hidden_BTD = call.hidden.requires_grad_()
     wanted = [hidden_BTD, *layer.trainable()]
     layer.attach()
     try:
-        start = time.perf_counter()
+        start = bench.now()
         found = layer.layer(hidden_BTD, *call.rest, **call.kwargs)
         out = found[0] if isinstance(found, tuple) else found
-        between = time.perf_counter()
+        between = bench.now()
         torch.autograd.grad(out, wanted, torch.ones_like(out))
-        return between - start, time.perf_counter() - between
+        return between - start, bench.now() - between
     finally:
         layer.detach()
 
 
-def updates_per_second(parameters: Sequence[nn.Parameter]) -> float:
-    """Parameters that torch's AdamW steps in a second, in tensors of these shapes. Blocks."""
-    stand_ins = [nn.Parameter(torch.zeros(p.shape, dtype=p.dtype)) for p in parameters]
-    for parameter in stand_ins:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(stand_ins)
-    return sum(p.numel() for p in stand_ins) / median_seconds(optimizer.step)
-
-
-def profile_head(
-    *, hidden_size: int, vocabulary: int, num_tokens: int, tile_tokens: int, dtype: torch.dtype, trains: bool = False
-) -> MeasuredSeconds:
-    """Times head and loss with their gradients, which tiles take in forward, for `num_tokens`, and beside it what of
-    that a head by tiles of its rows does twice. Blocks.
-
-    trains: the head's weights do, whose gradients are summed over tiles in float32.
+def call_of(
+    model: nn.Module, layer: nn.Module, batch_size: int, seq_len: int, device: torch.device | None = None
+) -> LayerCall:
+    """Calls the model, where it is, until it reaches `layer`; with that, on `device` (None: the CPU). What was on the
+    meta device has values then.
     """
-    rows, tile = min(vocabulary, HEAD_ROWS), min(num_tokens, tile_tokens)
-    weight_VD = torch.zeros(rows, hidden_size, dtype=dtype, requires_grad=trains)
-    total_VD = torch.zeros(rows if trains else 0, hidden_size)
-    hidden_ND = torch.zeros(tile, hidden_size, dtype=dtype).requires_grad_()
-    labels_N = torch.zeros(tile, dtype=torch.long)
-
-    def run() -> None:
-        logits_NV = nn.functional.linear(hidden_ND, weight_VD).float()
-        loss = nn.functional.cross_entropy(logits_NV, labels_N)
-        _, *of_weights = torch.autograd.grad(loss, (hidden_ND, weight_VD) if trains else (hidden_ND,))
-        for gradient_VD in of_weights:
-            total_VD.add_(gradient_VD)
-
-    @torch.no_grad()
-    def product() -> None:
-        nn.functional.linear(hidden_ND, weight_VD).float().logsumexp(-1)
-
-    times = (vocabulary / rows) * (num_tokens / tile)
-    return MeasuredSeconds(
-        forward=median_seconds(run) * times, backward=0.0, product=0.0 if trains else median_seconds(product) * times
-    )
-
-
-def profile_embedding(*, vocabulary: int, hidden_size: int, num_tokens: int, dtype: torch.dtype) -> MeasuredSeconds:
-    """Times the gradient of a table that `num_tokens` are looked up in. Blocks."""
-    rows = min(vocabulary, HEAD_ROWS)
-    weight_VD = torch.zeros(rows, hidden_size, dtype=dtype, requires_grad=True)
-    ids_N = torch.arange(num_tokens) % rows
-    found_ND = torch.zeros(num_tokens, hidden_size, dtype=dtype)
-
-    def run() -> None:
-        torch.autograd.grad(nn.functional.embedding(ids_N, weight_VD), weight_VD, found_ND)
-
-    return MeasuredSeconds(forward=0.0, backward=median_seconds(run) * (vocabulary / rows))
-
-
-def call_of(model: nn.Module, layer: nn.Module, batch_size: int, seq_len: int) -> LayerCall:
-    """Calls the model until it reaches `layer`. What was on the meta device has values then."""
+    device = torch.device("cpu") if device is None else device
 
     def reached(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args, kwargs)
 
-    on_meta = any(p.is_meta for p in model.parameters())
-    ids_BT = torch.zeros(batch_size, seq_len, dtype=torch.long, device="meta" if on_meta else "cpu")
+    places = [p.device for p in model.parameters()]
+    given = next((place for place in places if place.type == "meta"), places[0] if places else torch.device("cpu"))
+    ids_BT = torch.zeros(batch_size, seq_len, dtype=torch.long, device=given)
     handle = layer.register_forward_pre_hook(reached, with_kwargs=True, prepend=True)
     try:
         with torch.no_grad():
             model(input_ids=ids_BT)
     except _Reached as found:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, _real, (found.args_given, found.kwargs_given))
+        there = partial(_real, device=device)
+        args, kwargs = pytree.tree_map_only(torch.Tensor, there, (found.args_given, found.kwargs_given))
     except Exception as error:
         raise ConfigError(
             f"{type(model).__name__}: cannot be called with input_ids alone ({type(error).__name__}: {error})"
@@ -323,9 +291,9 @@ def call_of(model: nn.Module, layer: nn.Module, batch_size: int, seq_len: int) -
     return LayerCall(hidden=args[0].detach().clone(), rest=args[1:], kwargs={**kwargs, "past_key_values": None})
 
 
-def _real(tensor: torch.Tensor) -> torch.Tensor:
+def _real(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor, or ones in its place where it is on the meta device: rotations and masks take as long with them."""
-    return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
+    return torch.ones(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor.to(device)
 
 
 def _stand_in(layer: nn.Module) -> nn.Module:
@@ -344,23 +312,12 @@ def _stand_in(layer: nn.Module) -> nn.Module:
     return found
 
 
-def decode_seconds(stand: Stand) -> float:
+def decode_seconds(stand: Stand, bench: Workbench) -> float:
     """What decoding all of the stand-in's quantized weights takes, once. Blocks."""
     elements = stand.num_quantized
     if not elements:
         return 0.0
     size = min(elements, DECODED_ELEMENTS) // 64 * 64
-    blob = codec.encode(torch.zeros(size, dtype=torch.bfloat16))
-    out = torch.empty(size, dtype=torch.bfloat16)
-    return median_seconds(lambda: codec.decode_into(blob, out)) * (elements / size)
-
-
-def median_seconds(work: Callable[[], object]) -> float:
-    """The median of a few runs, after one that warms up."""
-    work()
-    taken = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    blob = codec.encode(torch.zeros(size, dtype=torch.bfloat16)).to(bench.device)
+    out = torch.empty(size, dtype=torch.bfloat16, device=bench.device)
+    return bench.median_seconds(lambda: codec.decode_into(blob, out)) * (elements / size)

@@ -21,19 +21,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from offload_rt.allocations import AllocationMeter
-from offload_rt.arena import Arena
-from offload_rt.block_profile import RUNS, LayerCall, Stand, call_of, decode_seconds, made_stand, one_pass
+from offload_rt.block_profile import LayerCall, Stand, call_of, decode_seconds, held_up, made_stand, one_pass
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError, UnsupportedModule
-from offload_rt.links import Links
-from offload_rt.stash import GRANULE_BYTES, HostStash
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
+from offload_rt.workbench import RUNS, Workbench, or_the_cpu
 from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment
 from planners.placement import Tier
 from planners.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
@@ -70,27 +66,34 @@ def passes(batch_tokens: int, chunk_tokens: int, *, order: int = 1) -> float:
 
 
 def profile_chunked_layer(
-    model: nn.Module, draft: BlockDraft, *, batch_size: int, seq_len: int, chunk_tokens: int
+    model: nn.Module,
+    draft: BlockDraft,
+    *,
+    batch_size: int,
+    seq_len: int,
+    chunk_tokens: int,
+    bench: Workbench | None = None,
 ) -> MeasuredSeconds:
     """Times the layer of `draft` by chunks of so many tokens, with a batch of the largest size. Blocks for that.
 
-    ConfigError where the layer cannot be called by itself, or not be cut.
+    bench: the device that will compute; None is the CPU. ConfigError where the layer cannot be called by itself, or
+    not be cut.
     """
     if not chunk_tokens < seq_len:
         raise ConfigError(f"{draft.name}: {seq_len} tokens are one chunk of {chunk_tokens}")
-    with torch.random.fork_rng(devices=[]), contextlib.closing(Links()) as links:
-        whole = call_of(model, draft.modules[0], batch_size, seq_len)
+    with or_the_cpu(bench) as place, place.same_random_numbers():
+        whole = call_of(model, draft.modules[0], batch_size, seq_len, place.device)
         short_tokens = min(CHUNKS * chunk_tokens, seq_len)
-        short = call_of(model, draft.modules[0], batch_size, short_tokens)
-        with contextlib.closing(made_stand(draft)) as stand:
+        short = call_of(model, draft.modules[0], batch_size, short_tokens, place.device)
+        with contextlib.closing(made_stand(draft, place)) as stand:
             try:
-                return _measured(stand, whole, short, chunk_tokens, links)
+                return _measured(stand, whole, short, chunk_tokens, place)
             except (UnsupportedModule, RuntimeError) as error:
                 why = f"could not be measured by chunks of {chunk_tokens}: {error}"
                 raise ConfigError(f"{draft.name}: {why}") from error
 
 
-def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: int, links: Links) -> MeasuredSeconds:
+def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: int, bench: Workbench) -> MeasuredSeconds:
     scale = whole.hidden.shape[1] / short.hidden.shape[1]
     num_chunks = -(-whole.hidden.shape[1] // chunk_tokens)
 
@@ -100,7 +103,7 @@ def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: in
         policy = ActivationPolicy(chunks=(chunk,))
         layer = TokenwiseLayer(stand.layer, stand.block, stand.access, policy=policy, tokenwise=tokenwise)
         for _ in range(WARM_RUNS):
-            one_pass(layer, call)
+            one_pass(layer, call, bench)
         if tokenwise.num_whole:
             raise UnsupportedModule("; ".join(tokenwise.refused.values()))
         return _Way(layer, call, tokenwise)
@@ -109,17 +112,18 @@ def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: in
     after_again = way(short, Places(), Action.KEEP, after=Treatment(action=Action.RECOMPUTE))
     kept = way(short, Places(), Action.KEEP)
     kept_bytes = kept.tokenwise.counters.kept_bytes // kept.tokenwise.counters.num_passes
-    arena = Arena("profile, put away", kept_bytes + IO_ALIGNMENT_BYTES, granule_bytes=GRANULE_BYTES)
-    put_away = way(short, Places(swapped={Tier.HOST: HostStash(arena, links)}), Action.SWAP, Tier.HOST)
+    room = bench.stash("profile, put away", kept_bytes + IO_ALIGNMENT_BYTES)
+    put_away = way(short, Places(swapped={Tier.HOST: room}), Action.SWAP, Tier.HOST)
     if put_away.tokenwise.counters.no_room_bytes:
         raise UnsupportedModule("it saves more at one time than at another")
     with_input = kept.stored_bytes(Group.RESULT.value, Tier.DEVICE) + kept.stored_bytes("attention", Tier.DEVICE)
     alone = way(whole, Places(), Action.RECOMPUTE)
     # Where the layer's input waits elsewhere, it comes back into memory of its own.
-    peak_bytes = _peak_bytes(alone) + whole.hidden.nbytes
-    timed = _timed([alone, again, after_again, kept, put_away])
+    peak_bytes = bench.peak_bytes(lambda: one_pass(alone.layer, alone.call, bench)) + whole.hidden.nbytes
+    timed = _timed([alone, again, after_again, kept, put_away], bench)
     sequence, *ways = timed
-    decode = decode_seconds(stand)
+    decode = decode_seconds(stand, bench)
+    out, back = held_up(ways[2], ways[3], bench)
     price = [scale * (one - other) for one, other in zip(ways[0], ways[2], strict=True)]
     # Of forward each chunk decodes its weights once, of a backward that computes again twice, of another one once.
     forward, backward = sequence[0] - num_chunks * decode, sequence[1] - 2 * num_chunks * decode
@@ -144,8 +148,8 @@ def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: in
             backward=max(0.0, backward - price[1] + num_chunks * decode),
             saved_bytes=saved_bytes,
             small_bytes=round(scale * small),
-            put_away=max(0.0, scale * (ways[3][0] - ways[2][0])),
-            taken_back=max(0.0, scale * (ways[3][1] - ways[2][1])),
+            put_away=scale * out,
+            taken_back=scale * back,
             groups=tuple(group for group in groups if group.num_bytes),
         ),
         chunks=MeasuredChunks(
@@ -154,19 +158,10 @@ def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: in
     )
 
 
-def _timed(ways: Sequence[_Way]) -> list[tuple[float, float]]:
+def _timed(ways: Sequence[_Way], bench: Workbench) -> list[tuple[float, float]]:
     """Median seconds of forward and of backward, for each, by turns."""
-    taken = [[one_pass(way.layer, way.call) for way in ways] for _ in range(RUNS)]
+    taken = [[one_pass(way.layer, way.call, bench) for way in ways] for _ in range(RUNS)]
     return [
         (statistics.median(run[index][0] for run in taken), statistics.median(run[index][1] for run in taken))
         for index in range(len(ways))
     ]
-
-
-def _peak_bytes(way: _Way) -> int:
-    """The most that one forward and backward have allocated at once."""
-    if (why := AllocationMeter.refusal()) is not None:
-        raise UnsupportedModule(why)
-    with AllocationMeter() as meter:
-        one_pass(way.layer, way.call)
-    return meter.peak_bytes

@@ -139,6 +139,12 @@ def _others_bytes(device: torch.device, model_bytes: int) -> int:
     return max(0, torch.cuda.memory_allocated(device) - model_bytes)
 
 
+def give_back_freed(device: torch.device) -> None:
+    """Gives what torch's allocator holds of freed memory back to the driver. Waits for the GPU."""
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()
+
+
 class Bound:
     """Keeps what the process holds of one GPU within a budget. See [Note: fragmentation]."""
 
@@ -156,8 +162,7 @@ class Bound:
         if torch.cuda.memory_reserved(self._device) + self._beside_bytes <= budget_bytes:
             return
         self._beside_bytes = bytes_beside_allocator(self._device)  # kernels were loaded meanwhile
-        with torch.cuda.device(self._device):
-            torch.cuda.empty_cache()
+        give_back_freed(self._device)
         self.num_trims += 1
         if self.num_trims == 1:
             logger.warning(

@@ -56,7 +56,7 @@ class DeviceStash:
     def put(self, tensor: torch.Tensor) -> Stashed | None:
         """As `Stash.put`; the copy runs behind what computes `tensor`. Blocks while the window is full."""
         source = tensor.contiguous()
-        num_bytes = align_up(source.nbytes, IO_ALIGNMENT_BYTES)
+        num_bytes = source.nbytes if self._scratch is None else align_up(source.nbytes, IO_ALIGNMENT_BYTES)
         self._wait_for_window(source.nbytes, self._ahead_bytes())
         # Room may be taken by what was fetched back and is done with, by a copy that is not known to be over.
         slot = self._arena.acquire_or_none(num_bytes, "put away") if self._scratch is None else self.room(num_bytes)

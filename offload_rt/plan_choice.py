@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from offload_rt.arguments import calibration
 from offload_rt.asked import Asked, asked
-from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
-from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
 from offload_rt.cuts import cuts_of
 from offload_rt.errors import OffloadError
 from offload_rt.moving import why_not_follow
@@ -27,9 +26,9 @@ from offload_rt.plan_check import check_plan
 from offload_rt.plan_options import chunk_tokens_of
 from offload_rt.planning import by_tiles, lowered, measured_problem
 from offload_rt.planning_adapters import asked_for
-from offload_rt.profile import attention_width
+from offload_rt.profile_cost import profile_bytes, profile_seconds
 from offload_rt.workload import Workload
-from planners.cost import FLASH_BACKWARD, Knobs
+from planners.cost import Knobs
 from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
 from planners.expand import Fractions, UpdateKey, expand
@@ -46,10 +45,6 @@ GAIN = 0.03
 """What the optimiser's plan has to save: predictions are off by 2.7 % in the median (`benchmarks/prediction.py`)."""
 MAX_SECONDS = 60.0
 """Of profiling, as estimated; a longer one is for who asks for it by plan="optimise"."""
-PRODUCTS = 4
-"""Times forward's products that a profiled pass has at most: forward, again, gradients of inputs and weights."""
-ATTENTIONS = 2
-"""Times forward's attention that such a pass has at most, beside its backward: layers by chunks have it once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +115,8 @@ def choose(
 def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware | None) -> str:
     """Why the optimiser is not asked; empty where it is."""
     config = workload.config
-    if config.device != "cpu" or workload.has_streams:
-        return "the optimiser's plans run on the CPU device only so far"
+    if config.device == "cpu" and workload.has_streams:
+        return "there is no profile of a device that stands for another one"
     if workload.training is not None and not workload.training.adapters:
         return 'layers train: plan="optimise" would ask the optimiser'
     if rule.layer_major:
@@ -130,47 +125,13 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
     if config.device_memory_bytes is None:
         return "no device_memory= says how much may be used; the optimiser would fill all that is free"
     if machine is None:
-        folders = "".join(f" --nvme {drive.path}" for drive in config.nvme)
-        return f"this machine's rates are not known; `offload-rt calibrate{folders}` would let the optimiser plan"
+        return f"this machine's rates are not known; `{calibration(config)}` would let the optimiser plan"
     need, have = profile_bytes(workload, streaming, chunk_tokens), streaming.device_capacity_bytes
     if have is not None and need > have:
         return f"profiling a layer takes about {format_bytes(need)}, the budget is {format_bytes(have)}"
     if (seconds := profile_seconds(workload, machine, chunk_tokens)) > MAX_SECONDS:
         return f'profiling a layer would take about {seconds:.0f} s: plan="optimise" does it'
     return ""
-
-
-def profile_bytes(workload: Workload, streaming: StreamingProblem, chunk_tokens: int | None = None) -> int:
-    """About what profiling holds: a stand-in of the largest layer as it came and as it is stored, its activations; or
-    what a sequence by chunks takes, with its input, and what is put away of two chunks.
-    """
-    layers = [draft.spec for draft in workload.layers]
-    stand_in = max((2 * spec.compute_bytes + spec.stored_bytes for spec in layers), default=0)
-    if chunk_tokens is None:
-        return stand_in + ACTIVATIONS_HELD * streaming.activation_bytes
-    share = min(1.0, CHUNKS * chunk_tokens / workload.config.seq_len)
-    short = round(share * streaming.activation_bytes)
-    runs = max(streaming.layer_bytes(chunk_tokens), SAVED_AND_GRADIENTS * short)
-    return stand_in + ARENA_HELD * short + runs + 2 * streaming.layer_input_bytes
-
-
-def profile_seconds(workload: Workload, machine: Hardware, chunk_tokens: int | None = None) -> float:
-    """About what profiling takes: products and causal attention of one layer of each kind, at the calibrated rates."""
-    config = workload.config
-    of_kind = {
-        (type(draft.modules[0]), draft.spec.compute_bytes): sum(t.num_elements for t in draft.spec.tensors)
-        for draft in workload.layers
-    }
-    flops = 2.0 * config.batch_size * config.seq_len * sum(of_kind.values())
-    of_tokens = of_pairs = float(MOST_PASSES)
-    if chunk_tokens is not None:
-        of_tokens, of_pairs = (passes(config.seq_len, chunk_tokens, order=order) for order in (1, 2))
-    device = machine.device
-    attention = 2.0 * config.batch_size * config.seq_len**2 * attention_width(workload.model) * len(of_kind)
-    attentions = (
-        ATTENTIONS / device.attention_forward_efficiency + FLASH_BACKWARD / device.attention_backward_efficiency
-    )
-    return (of_tokens * PRODUCTS * flops + of_pairs * attentions * attention) / device.matmul_flops_per_second
 
 
 def rule_seconds(problem: Problem, rule: Plan) -> float:

@@ -11,42 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-from torch import nn
-
-from offload_rt.block_profile import profile_head, profile_layer, updates_per_second
+from offload_rt.block_profile import profile_layer
 from offload_rt.chunk_profile import profile_chunked_layer
 from offload_rt.discover import BlockDraft
 from offload_rt.dtypes import torch_dtype
+from offload_rt.edge_profile import profile_head, updates_per_second
 from offload_rt.errors import ConfigError, PlanInfeasible
-from offload_rt.planning_tokens import (
-    Rounding,
-    chunked_bytes,
-    policies_of,
-    rounding_of,
-    saved_of,
-    sizes_of,
-    transients_of,
-)
+from offload_rt.planning_blocks import class_of, kind_of, needed_again, passes_of, passes_of_edge
+from offload_rt.planning_budgets import in_budgets, passing_of, within_budgets
+from offload_rt.planning_tokens import policies_of, rounding_of, saved_of, sizes_of
+from offload_rt.profile_cost import check_profile_fits
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
+from offload_rt.workbench import Workbench, workbench_of
 from offload_rt.workload import Workload
 from offload_rt.workload_sizes import OPTIMIZER_BYTES_PER_ELEMENT
 from planners.edges import tiled_block
-from planners.greedy import Shortage
-from planners.greedy import infeasible as refusal
-from planners.hardware import Drive, Hardware
+from planners.hardware import Hardware
 from planners.mip import plan_optimal
 from planners.placement import Tier, UpdateMode
 from planners.plan import Plan
-from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
+from planners.problem import Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
 from planners.static_memory import capacities
 from planners.streaming import CHUNK_TOKENS, head_chunk_tokens
 from planners.streaming_problem import StreamingProblem
-from planners.trace import Saved, Transient
-from planners.vocabulary import RowsSize
-from planners.wear import rated_bytes
 
 CAPABILITIES = Capabilities(
     update_modes=(UpdateMode.AFTER,),
@@ -71,31 +60,40 @@ KEPT_PER_HOLE_BYTE = 2
 def measured_problem(
     workload: Workload, streaming: StreamingProblem, hardware: Hardware, *, chunk_tokens: int | None = None
 ) -> Problem:
-    """The question, after one layer and the head were timed: blocks for seconds.
+    """The question, after one layer and the head were timed on the device that will compute: blocks for seconds.
 
     `hardware` gives rates; memory and drives are as `streaming` says. chunk_tokens: of the chunks in which layers run;
     None: whole. ConfigError for what cannot be asked.
     """
     if workload.training is not None and not workload.training.adapters:
         raise ConfigError("plan: layers train here, about which `planning_training` asks")
+    check_profile_fits(workload, streaming, chunk_tokens)
     config = workload.config
-    if config.device != "cpu":
-        raise ConfigError("plan: the optimiser's plans run on the CPU device only so far; give plan='auto'")
+    with workbench_of(config) as bench:
+        seconds = layer_seconds(workload, chunk_tokens, bench)
+        trained = [p for p in workload.layers[0].modules[0].parameters() if p.requires_grad]
+        if trained:
+            device = replace(hardware.device, adamw_params_per_second=updates_per_second(trained, bench))
+            hardware = replace(hardware, device=device)
+        head = _head_seconds(workload, streaming, chunk_tokens, bench)
+    return problem_of(workload, streaming, hardware, seconds, head)
+
+
+def layer_seconds(workload: Workload, chunk_tokens: int | None, bench: Workbench) -> dict[str, MeasuredSeconds]:
+    """Of each layer by its name, one of each kind being timed."""
+    config = workload.config
     first: dict[str, MeasuredSeconds] = {}
     for draft in workload.layers:
         kind = kind_of(draft)
         if kind not in first:
             size = {"batch_size": config.batch_size, "seq_len": config.seq_len}
             if chunk_tokens is None:
-                first[kind] = profile_layer(workload.model, draft, **size)
+                first[kind] = profile_layer(workload.model, draft, **size, bench=bench)
             else:
-                first[kind] = profile_chunked_layer(workload.model, draft, **size, chunk_tokens=chunk_tokens)
-    seconds = {draft.name: first[kind_of(draft)] for draft in workload.layers}
-    trained = [p for p in workload.layers[0].modules[0].parameters() if p.requires_grad]
-    if trained:
-        device = replace(hardware.device, adamw_params_per_second=updates_per_second(trained))
-        hardware = replace(hardware, device=device)
-    return problem_of(workload, streaming, hardware, seconds, _head_seconds(workload, streaming, chunk_tokens))
+                first[kind] = profile_chunked_layer(
+                    workload.model, draft, **size, chunk_tokens=chunk_tokens, bench=bench
+                )
+    return {draft.name: first[kind_of(draft)] for draft in workload.layers}
 
 
 def optimised_adapters(workload: Workload, streaming: StreamingProblem, hardware: Hardware) -> tuple[Plan, Problem]:
@@ -107,7 +105,11 @@ def optimised_adapters(workload: Workload, streaming: StreamingProblem, hardware
     """
     failure: PlanInfeasible | None = None
     for chunk_tokens in chunk_lengths(streaming):
-        whole = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
+        try:
+            whole = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
+        except PlanInfeasible as error:
+            failure = failure or error
+            continue
         for problem in by_head(whole, streaming):
             try:
                 return lowered(plan_optimal(problem), streaming, problem), problem
@@ -187,7 +189,7 @@ def problem_of(
                 saved=saved_of(
                     seconds, input_bytes_per_token=streaming.layer_input_bytes / tokens, num_tokens=tokens
                 ),
-                **_passes_of(seconds, streaming, tokens, config.seq_len),
+                **passes_of(seconds, streaming, tokens, config.seq_len),
             )
         )  # fmt: skip
     edges = [draft for draft in workload.drafts if not draft.is_layer]
@@ -199,7 +201,7 @@ def problem_of(
             class_of(
                 draft.name, [draft], order, seconds, is_layer=False,
                 again=needed_again(draft, streaming, chunk_tokens), rows=rows.get(draft.name),
-                **_passes_of_edge(seconds, peak, chunk_tokens, tokens),
+                **passes_of_edge(seconds, peak, chunk_tokens, tokens),
             )
         )  # fmt: skip
     trainable = [p for p in workload.model.parameters() if p.requires_grad]
@@ -225,30 +227,12 @@ def problem_of(
         list(layer_seconds.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len,
         unified=streaming.unified,
     )  # fmt: skip
+    more += passing_of(workload, streaming, chunk_tokens)
     return Problem(
         hardware=within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES, more),
         workload=planned,
         capabilities=replace(CAPABILITIES, token_chunks=chunk_tokens is not None),
     )
-
-
-def _passes_of(seconds: MeasuredSeconds, streaming: StreamingProblem, num_tokens: int, seq_len: int) -> dict[str, Any]:
-    """What a layer's passes need beside what it saves: by tokens, or where it runs by chunks, as it was counted."""
-    if seconds.chunks is None:
-        whole = streaming.layer_bytes(None)
-        return {"transients": transients_of(seconds, layer_bytes=whole, num_tokens=num_tokens)}
-    sequence_bytes = 0 if streaming.chunked is None else streaming.chunked.sequence_bytes
-    held = chunked_bytes(
-        seconds, layer_bytes=streaming.layer_input_bytes, sequence_bytes=sequence_bytes, seq_len=seq_len
-    )
-    return {"tile_bytes": held}
-
-
-def _passes_of_edge(seconds: MeasuredSeconds, peak: int, chunk_tokens: int | None, num_tokens: int) -> dict[str, Any]:
-    """The same of a block outside the layers, which takes all tokens, or the loss by tiles of its own."""
-    if chunk_tokens is not None:
-        return {"tile_bytes": peak}
-    return {"transients": transients_of(seconds, layer_bytes=peak, num_tokens=num_tokens)}
 
 
 def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
@@ -270,67 +254,15 @@ def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
     )
 
 
-def class_of(
-    name: str,
-    drafts: list[BlockDraft],
-    order: dict[str, int],
-    seconds: MeasuredSeconds,
-    *,
-    is_layer: bool,
-    again: bool = True,
-    trainable_params: int = 0,
-    saved: tuple[Saved, ...] = (),
-    transients: tuple[Transient, ...] = (),
-    tile_bytes: int = 0,
-    rows: RowsSize | None = None,
-) -> BlockClass:
-    spec = drafts[0].spec
-    quantized = [tensor.compute_bytes for tensor in spec.tensors if tensor.is_quantized]
-    return BlockClass(
-        name=name,
-        blocks=tuple(draft.name for draft in drafts),
-        positions=tuple(order[draft.name] for draft in drafts),
-        is_layer=is_layer,
-        stored_bytes=spec.stored_bytes,
-        decoded_bytes=sum(quantized),
-        largest_linear_bytes=max(quantized, default=0),
-        trainable_params=trainable_params,
-        forward_flops=0.0,
-        backward_flops=0.0,
-        attention_flops=0.0,
-        moved_bytes=0.0,
-        saved=saved,
-        attention_bytes=0.0,
-        attention_groups=1,
-        transients=transients,
-        tile_bytes=tile_bytes,
-        visits_backward=again,
-        weight_cuts=spec.cuts_bytes,
-        measured=seconds,
-        rows=rows,
-    )
-
-
-def needed_again(draft: BlockDraft, streaming: StreamingProblem, chunk_tokens: int | None = None) -> bool:
-    """Whether an edge's weights are needed in backward: a product's, unless tiles take its gradients in forward."""
-    at_once = head_chunk_tokens(streaming, chunk_tokens) is None
-    return at_once and any(isinstance(module, nn.Linear) for module in draft.modules)
-
-
-def kind_of(draft: BlockDraft) -> str:
-    """Layers of one kind take equally long."""
-    shapes = [(tensor.shape, tensor.dtype, tensor.encoding.value) for tensor in draft.spec.tensors]
-    trained = [tuple(p.shape) for p in draft.modules[0].parameters() if p.requires_grad]
-    return repr((type(draft.modules[0]).__name__, shapes, trained))
-
-
 def _in_order(workload: Workload) -> list[BlockDraft]:
     """All blocks as forward visits them: the last edge is the head, the others come before the layers."""
     edges = [draft for draft in workload.drafts if not draft.is_layer]
     return [*edges[:-1], *workload.layers, *edges[-1:]]
 
 
-def _head_seconds(workload: Workload, streaming: StreamingProblem, chunk_tokens: int | None) -> MeasuredSeconds:
+def _head_seconds(
+    workload: Workload, streaming: StreamingProblem, chunk_tokens: int | None, bench: Workbench
+) -> MeasuredSeconds:
     """Of head and loss; nothing where the model has none that the runtime knows."""
     edges = [draft for draft in workload.drafts if not draft.is_layer]
     if streaming.loss_head is None or not edges:
@@ -339,54 +271,5 @@ def _head_seconds(workload: Workload, streaming: StreamingProblem, chunk_tokens:
     tokens = streaming.loss_head.num_tokens
     return profile_head(
         hidden_size=hidden, vocabulary=vocabulary, num_tokens=tokens,
-        tile_tokens=head_chunk_tokens(streaming, chunk_tokens) or tokens, dtype=torch_dtype(dtype),
+        tile_tokens=head_chunk_tokens(streaming, chunk_tokens) or tokens, dtype=torch_dtype(dtype), bench=bench,
     )  # fmt: skip
-
-
-def in_budgets(infeasible: PlanInfeasible, streaming: StreamingProblem, problem: Problem) -> PlanInfeasible:
-    """`infeasible`, of `problem`, in the user's budgets, of which that has only what a plan may decide about."""
-    device = problem.hardware.device
-    budgets = {
-        Tier.DEVICE.value: streaming.device_capacity_bytes or device.memory_bytes,
-        Tier.HOST.value: streaming.host_capacity_bytes or problem.hardware.host.memory_bytes,
-        Tier.NVME.value: streaming.nvme_capacity_bytes or problem.hardware.nvme_bytes,
-    }
-    beside = {tier: budgets[tier] - have for tier, have in capacities(problem).items()}
-    beside[Tier.DEVICE.value] = device.reserve_bytes  # also where it is more than the budget
-    short = [
-        Shortage(tier, need + beside[tier], budgets[tier], infeasible.phase) for tier, need in infeasible.needs.items()
-    ]
-    return refusal(short)
-
-
-def within_budgets(
-    hardware: Hardware, streaming: StreamingProblem, reserve_bytes: int, rounding_bytes: int, more: Rounding
-) -> Hardware:
-    """The machine with the memory that it may use. Its drives' rates are summed, their room is what is free.
-
-    `rounding_bytes` is what whole pages of one thing per block may take more than its bytes: in HOST an input, in
-    DEVICE an input, two ends of what stays of the block, and a slot's; `more`, what activations do.
-    """
-    reserve = reserve_bytes + 4 * rounding_bytes + more.device_bytes + (more.host_bytes if streaming.unified else 0)
-    capacity = streaming.device_capacity_bytes or hardware.device.memory_bytes
-    drives = hardware.drives
-    if streaming.nvme_capacity_bytes is None:
-        drives = ()
-    elif not drives:
-        raise ConfigError("plan: nvme= gives a folder, but the hardware profile knows no drive; calibrate with --nvme")
-    else:
-        one = Drive(
-            capacity_bytes=max(1, streaming.nvme_capacity_bytes - more.nvme_bytes),
-            read_bytes_per_second=hardware.read_bytes_per_second,
-            write_bytes_per_second=hardware.write_bytes_per_second,
-            endurance_bytes=rated_bytes(hardware),
-        )
-        drives = (one,)
-    host = 0 if streaming.unified else streaming.host_capacity_bytes or hardware.host.memory_bytes
-    return replace(
-        hardware,
-        device=replace(hardware.device, memory_bytes=max(capacity, reserve + 1), reserve_bytes=reserve),
-        host=replace(hardware.host, memory_bytes=max(0, host - rounding_bytes - more.host_bytes)),
-        drives=drives,
-        unified=streaming.unified,
-    )

@@ -6,18 +6,23 @@ a class of its own that computes nothing: in pieces in memory and on NVMe, stepp
 where layers train, two questions are asked where HOST is a tier of its own and there is a drive: with all state in
 memory, and with the drive for some of it, which commits each step unless `commit_every=` says otherwise.
 
+Where a device has memory of its own, it steps the state itself, piece by piece, from wherever that rests: slots there,
+which the questions reserve, and for a rate the slowest of its link, either way, and its kernel. The planner has this as
+updates on the CPU: in time they are as much behind the last backward.
+
     layers, edges ──► classes without parameters that train
     adapters      ──► a class of pieces ──► classes[].updates ──► `placement_of` ──► StatePlacement
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.planning import by_head, chunk_lengths, measured_problem
 from offload_rt.planning_training import NOTHING, beside_steps, state_cuts
 from offload_rt.update_profile import steps_per_second
@@ -26,6 +31,7 @@ from planners.hardware import Hardware
 from planners.placement import Tier
 from planners.problem import BlockClass, Problem
 from planners.rows import Freedoms
+from planners.streaming import PAGED_SLOTS
 from planners.streaming_problem import StreamingProblem
 
 Questions = tuple[tuple[Problem, Freedoms], ...]
@@ -40,7 +46,10 @@ def questions_by_chunks(
     """
     rate: float | None = None
     for chunk_tokens in chunk_lengths(streaming):
-        problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
+        try:
+            problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
+        except PlanInfeasible:
+            continue  # a GPU has no room for profiling that
         rate = rate or measured_rate(workload, optimizer)
         for question in by_head(problem, streaming):
             yield questions(workload, streaming, question, rate)
@@ -54,7 +63,11 @@ def asked_for(
 
 
 def measured_rate(workload: Workload, optimizer: torch.optim.Optimizer) -> float:
-    """Parameters a second by the code that steps them, piece by piece. Blocks."""
+    """Parameters a second by the code that steps them, piece by piece, on the processor: infinite where that does not.
+    Blocks.
+    """
+    if workload.has_streams:
+        return math.inf
     training = _training(workload)
     (block,) = training.blocks
     return steps_per_second(block, training.rule, optimizer.param_groups[0], on_nvme=bool(workload.config.nvme))
@@ -77,13 +90,18 @@ def questions(workload: Workload, streaming: StreamingProblem, problem: Problem,
         measured=NOTHING, weights_stay=True, state_cuts=state_cuts(block),
     )  # fmt: skip
     beside = sum(beside_steps(sizes).values())
-    device = replace(problem.hardware.device, adamw_params_per_second=params_per_second)
-    host = replace(problem.hardware.host, adamw_params_per_second=params_per_second)
+    device, host, links = problem.hardware.device, problem.hardware.host, problem.hardware.links
+    if workload.has_streams:
+        link = min(links.host_to_device_bytes_per_second, links.device_to_host_bytes_per_second)
+        params_per_second = min(params_per_second, device.adamw_params_per_second, link * params / sizes.state_bytes)
+    device = replace(device, adamw_params_per_second=params_per_second)
+    host = replace(host, adamw_params_per_second=params_per_second)
+    reserve = device.reserve_bytes + PAGED_SLOTS * sizes.stepping_bytes
     if streaming.unified:
-        reserve = device.reserve_bytes + beside
-        device = replace(device, reserve_bytes=reserve, memory_bytes=max(device.memory_bytes, reserve + 1))
+        reserve += beside
     else:
         host = replace(host, memory_bytes=max(0, host.memory_bytes - beside))
+    device = replace(device, reserve_bytes=reserve, memory_bytes=max(device.memory_bytes, reserve + 1))
     planned = replace(
         problem.workload,
         classes=(*problem.workload.classes, entry),

@@ -82,6 +82,13 @@ class Rounding:
     host_bytes: int = 0
     nvme_bytes: int = 0
 
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(
+            device_bytes=self.device_bytes + other.device_bytes,
+            host_bytes=self.host_bytes + other.host_bytes,
+            nvme_bytes=self.nvme_bytes + other.nvme_bytes,
+        )
+
 
 def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int, seq_len: int, unified: bool) -> Rounding:
     """For layers with these measurements. A tensor begins at a granule of HOST, at a page of a drive; small ones stay.

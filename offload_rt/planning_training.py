@@ -13,20 +13,25 @@ holds a plan that says both to that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from offload_rt.block_profile import profile_embedding, profile_head, profile_layer
 from offload_rt.discover import BlockDraft
+from offload_rt.edge_profile import profile_embedding, profile_head
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, class_of, kind_of, lowered, needed_again, within_budgets
+from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, layer_seconds, lowered
+from offload_rt.planning_blocks import class_of, kind_of, needed_again
+from offload_rt.planning_budgets import passing_of, within_budgets
 from offload_rt.planning_tokens import rounding_of, saved_of, transients_of
+from offload_rt.profile_cost import check_profile_fits
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.update_profile import delivery_seconds, steps_per_second
+from offload_rt.workbench import Workbench, workbench_of
 from offload_rt.workload import TrainingDraft, Workload
 from planners.hardware import Hardware
 from planners.placement import Tier, UpdateMode
@@ -34,7 +39,7 @@ from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
 from planners.rows import Freedoms
-from planners.streaming import SAVING, head_chunk_tokens
+from planners.streaming import PAGED_SLOTS, SAVING, head_chunk_tokens
 from planners.streaming_problem import StreamingProblem
 from planners.training_state import TrainingSizes
 
@@ -70,10 +75,8 @@ def questions_of(
 
 def check_can_be_asked(workload: Workload) -> None:
     """Raises ConfigError for what the planner has no words for."""
-    config, training = workload.config, _training(workload)
-    if config.device != "cpu":
-        raise ConfigError("plan: the optimiser's plans run on the CPU device only so far; give plan='auto'")
-    if config.accumulation_steps > 1:
+    training = _training(workload)
+    if workload.config.accumulation_steps > 1:
         raise ConfigError("plan: the optimiser plans steps of one micro-batch where layers train; give plan='auto'")
     layers = tuple(f"{draft.name}." for draft in workload.layers)
     for block in training.blocks:
@@ -84,30 +87,33 @@ def check_can_be_asked(workload: Workload) -> None:
 def measured_seconds(
     workload: Workload, streaming: StreamingProblem, optimizer: torch.optim.Optimizer
 ) -> TrainingSeconds:
-    """Times one layer of each kind, head and embeddings, and the code that steps blocks. Blocks for seconds."""
+    """Times one layer of each kind, head and embeddings, on the device that will compute, and the code that steps
+    blocks, on the processor. Blocks for seconds.
+
+    What a device computes with does not wait for gradients to be put where they wait: the processor takes them, which
+    steps so much less in a second.
+    """
+    check_profile_fits(workload, streaming, None)
     config, training = workload.config, _training(workload)
-    of_kind: dict[str, MeasuredSeconds] = {}
-    for draft in workload.layers:
-        if kind_of(draft) not in of_kind:
-            size = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-            of_kind[kind_of(draft)] = profile_layer(workload.model, draft, **size)
-    embeddings = {
-        block.name: profile_embedding(
-            vocabulary=table.num_embeddings, hidden_size=table.embedding_dim,
-            num_tokens=config.batch_size * config.seq_len, dtype=table.weight.dtype,
-        )
-        for block in training.blocks
-        if (table := _table(workload.model, block)) is not None
-    }  # fmt: skip
+    with workbench_of(config) as bench:
+        layers = layer_seconds(workload, None, bench)
+        head = _head_seconds(workload, streaming, bench)
+        embeddings = {
+            block.name: profile_embedding(
+                vocabulary=table.num_embeddings, hidden_size=table.embedding_dim,
+                num_tokens=config.batch_size * config.seq_len, dtype=table.weight.dtype, bench=bench,
+            )
+            for block in training.blocks
+            if (table := _table(workload.model, block)) is not None
+        }  # fmt: skip
     streams = [block for block in training.blocks if block.weights is not None]
     largest = max(streams or training.blocks, key=lambda block: block.state_bytes)
     steps = steps_per_second(largest, training.rule, optimizer.param_groups[0], on_nvme=bool(config.nvme))
+    deliveries = _num_params(largest) / delivery_seconds(largest)
+    if workload.has_streams:
+        steps, deliveries = 1 / (1 / steps + 1 / deliveries), math.inf
     return TrainingSeconds(
-        layers={draft.name: of_kind[kind_of(draft)] for draft in workload.layers},
-        head=_head_seconds(workload, streaming),
-        embeddings=embeddings,
-        steps_per_second=steps,
-        deliveries_per_second=_num_params(largest) / delivery_seconds(largest),
+        layers=layers, head=head, embeddings=embeddings, steps_per_second=steps, deliveries_per_second=deliveries
     )
 
 
@@ -182,6 +188,7 @@ def training_problem(
         list(seconds.layers.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len,
         unified=streaming.unified,
     )  # fmt: skip
+    more += passing_of(workload, streaming, None)
     more = replace(more, host_bytes=more.host_bytes + sum(beside_steps(sizes).values()))
     hardware = replace(
         hardware,
@@ -198,18 +205,26 @@ def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem
     """The optimiser's plan with what the runtime decides by itself, and where its classes place state."""
     streamed = {draft.name for draft in workload.drafts}
     memory = (Tier.DEVICE if streaming.unified else Tier.HOST).value
-    beside = {} if streaming.training is None else beside_steps(streaming.training)
+    sizes, state = streaming.training, placement_of(plan, workload, unified=streaming.unified)
+    peaks = {tier: dict(items) for tier, items in plan.peak_bytes.items()}
+    if sizes is not None:
+        peaks[memory] = {**peaks.get(memory, {}), **beside_steps(sizes)}
+        if state.device_slots:
+            peaks[Tier.DEVICE.value]["optimizer state stepped there"] = state.device_bytes(sizes)
     return replace(
         lowered(plan, streaming, problem),
         resident=tuple(name for name in plan.resident if name in streamed),
-        state=placement_of(plan, workload, unified=streaming.unified),
-        peak_bytes={**plan.peak_bytes, memory: {**plan.peak_bytes.get(memory, {}), **beside}},
+        state=state,
+        peak_bytes=peaks,
     )
 
 
 def beside_steps(sizes: TrainingSizes) -> dict[str, int]:
-    """HOST memory that state takes, whatever the plan."""
-    return {"commit log": sizes.log_bytes, SAVING: sizes.saving_bytes}
+    """HOST memory that state takes, whatever the plan; of a device's new weights and gradients, on their way."""
+    return {
+        "commit log": sizes.log_bytes, SAVING: sizes.saving_bytes,
+        "new weights on their way to DEVICE": sizes.landing_bytes, "gradients arriving": sizes.arriving_bytes,
+    }  # fmt: skip
 
 
 def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlacement:
@@ -235,12 +250,15 @@ def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlace
             weights_on_nvme |= entry.weights.nvme_bytes > 0
     waits = plan.update_mode is not UpdateMode.BACKWARD or bool(in_memory)
     slots = plan.buffers.gradient_slots if unified else plan.buffers.host_gradient_slots
+    paged = _training(workload).adapters and workload.has_streams  # see `planning_adapters`
     return StatePlacement(
         in_memory=in_memory,
         gradients=Tier.HOST if waits else Tier.NVME,
         state_slots=plan.buffers.state_slots if on_nvme else 0,
         weight_slots=plan.buffers.weight_slots if weights_on_nvme else 0,
         gradient_slots=0 if waits else slots,
+        on_device={name: len(block.pieces) for name, block in blocks.items()} if paged else {},
+        device_slots=PAGED_SLOTS if paged else 0,
     )
 
 
@@ -337,7 +355,7 @@ def _table(model: nn.Module, block: TrainedBlock) -> nn.Embedding | None:
     return next((table for table in tables if id(table.weight) in own), None)
 
 
-def _head_seconds(workload: Workload, streaming: StreamingProblem) -> MeasuredSeconds:
+def _head_seconds(workload: Workload, streaming: StreamingProblem, bench: Workbench) -> MeasuredSeconds:
     """Of head and loss; nothing where the model has none that the runtime knows."""
     output = getattr(workload.model, "get_output_embeddings", lambda: None)()
     if streaming.loss_head is None or output is None:
@@ -346,4 +364,5 @@ def _head_seconds(workload: Workload, streaming: StreamingProblem) -> MeasuredSe
     return profile_head(
         hidden_size=weight.shape[1], vocabulary=weight.shape[0], num_tokens=tokens,
         tile_tokens=head_chunk_tokens(streaming) or tokens, dtype=weight.dtype, trains=weight.requires_grad,
+        bench=bench,
     )  # fmt: skip

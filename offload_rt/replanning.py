@@ -32,8 +32,9 @@ by the same commit.
 Without a drive there is no log and no commit, and what memory alone has is handed over as it lies (`resting`): masters
 and moments, which no plan moves then, and frozen weights. Those that the other plan has elsewhere are copied there, a
 block at a time (`moving`); a plan for which there is no room to do it in is not taken. Weights that train are rounded
-from their masters, wherever they are to be. On a GPU only the GPU knows how long its copies take: nobody sees
-drift there, and the report says so. A plan that a rehearsal has made again follows there as well.
+from their masters, wherever they are to be. On a GPU only the GPU knows how long its copies and kernels take: drift is
+seen there of drives and of the processor, whose times the host measures, and what is free of RAM says nothing of its
+memory. A plan that a rehearsal has made again follows there as well.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ class Replanner:
     def _short_bytes(self, runtime: Runtime) -> int:
         """What the plan still needs and is not free, where budgets are what was free: now, and a window ago."""
         config = runtime.made_of.workload.config
-        if config.device_memory_bytes is not None:
+        if config.device_memory_bytes is not None or runtime.made_of.workload.has_streams:
             return 0
         memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
         needs = sum(account.used_bytes for account in memory) - (resident_bytes() - self._base_bytes)
@@ -318,8 +319,8 @@ def why_not(runtime: Runtime) -> str:
     workload = made_of.workload
     if not made_of.options.replan:
         return "switched off"
-    if workload.has_streams:
-        return "how long a GPU's copies take is not measured while it runs"
+    if made_of.asked is None and workload.has_streams:
+        return "nothing was predicted: the fixed rule's plan, or one that was given, on a device with memory of its own"
     if made_of.asked is None and made_of.plan_again is None:
         return "the plan was given"
     return ""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from offload_rt.arena import Arena, Slot
-from offload_rt.block_profile import median_seconds
 from offload_rt.checksum import crc32c
 from offload_rt.links import Links
 from offload_rt.optimizer.arrivals import Arrival
@@ -24,6 +23,7 @@ from offload_rt.optimizer.rules import UpdateRule
 from offload_rt.optimizer.state import StateHome
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.workbench import median_seconds
 
 PIECES = 4
 """Stepped in one go; a block takes as long in proportion."""

@@ -167,6 +167,12 @@ def _device_bytes(model: nn.Module, config: EngineConfig) -> tuple[int, int]:
     return capacity, beside_plan_bytes(device, model_bytes)
 
 
+def largest_saved_bytes(workload: Workload, num_tokens: int) -> int:
+    """One tensor that a layer saves of so many tokens of each sequence, at most: the widest it has, in fp32."""
+    widest = max((size for draft in workload.layers for t in draft.spec.tensors for size in t.shape[-2:]), default=1)
+    return align_up(4 * workload.config.batch_size * num_tokens * widest, IO_ALIGNMENT_BYTES)
+
+
 def gradients_under_way_bytes(workload: Workload) -> int:
     """Memory for gradients of all parameters on their way to where they wait: those of the block that needs most."""
     of_layers = [draft.spec.compute_bytes for draft in workload.drafts if draft.trains]

@@ -13,12 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import codec, cpu_adam_torch, nf4_products
+from offload_rt import arguments, bench, calibrate, codec, cpu_adam_torch, nf4_products
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
+from offload_rt.block_profile import profile_layer
 from offload_rt.checkpoint.values import pack_values, unpack_values
+from offload_rt.chunk_profile import profile_chunked_layer
+from offload_rt.cli.main import main
+from offload_rt.config import EngineConfig
 from offload_rt.cpu_adam import AdamW
 from offload_rt.cuda_memory import beside_plan_bytes, settle
+from offload_rt.discover import find_blocks
+from offload_rt.edge_profile import profile_head
 from offload_rt.errors import ConfigError
 from offload_rt.executor import RingExecutor
 from offload_rt.links import Links
@@ -27,16 +33,22 @@ from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedParameter, trained_block
 from offload_rt.optimizer.rules import AdamWRule
 from offload_rt.recording import Recorder
+from offload_rt.replanning import ADOPT_STEPS, WINDOW_STEPS
 from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.steps import WARM_STEPS
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
+from offload_rt.workbench import workbench_of
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.errors import PlanInfeasible
+from planners.hardware import load_hardware
 from planners.placement import Tier
 from planners.plan import DecodeScope, Ring, StatePlacement
 from planners.schedule import walk
+from planners.streaming_problem import Cuts
 from tests import adapter_tiers as tiers_of
 from tests import full_parity as full
+from tests import gpu_planning
 from tests import tiny_training as tiny
 from tests.changing_plans import plan_of, propose, results
 from tests.conftest import build_base, build_lora, language_batch
@@ -52,6 +64,7 @@ from tests.parity import (
     micro_batch,
     run_steps,
 )
+from tests.test_calibrate import TINY
 from tests.test_device_engine import CASES
 from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of this module too
 from tests.test_parity import differences
@@ -719,3 +732,248 @@ def test_the_budget_that_an_error_names_is_enough_the_longest_step_is_rehearsed_
         except PlanInfeasible as again:
             message = str(again)
     assert rehearsed["result"] in ("fits", "within the budget") and rehearsed["measured_bytes"] > 0
+
+
+KIB = 1 << 10
+WORKSPACES_BYTES = 64 * MIB
+"""At most, that products keep of a stream."""
+WAITED_SECONDS = 0.004
+"""At least, for a kernel of `LONG`, on any GPU."""
+NO_CUTS = {"head_chunk_tokens": None, "chunk_tokens": None, "layer_major": None}
+RESULTS = ("left out", "fits", "within the budget", "less freed memory is granted")
+PLANNED = {
+    "resident, all kept": (4000, None, (True, False, False), True),
+    "from HOST": (730, None, (False, True, False), False),
+    "from NVMe, state in tiers": (600, 600, (True, True, True), False),
+}
+"""KiB of DEVICE and HOST that a plan may have; whether some of a layer's weights is in DEVICE, in HOST, on NVMe, and
+whether what it saves is kept."""
+
+
+@pytest.mark.parametrize("place", PLANNED)
+def test_the_optimisers_plan_on_the_gpu_is_bit_equal_to_plain_pytorch_within_its_budget(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    device_kib, host_kib, parts, kept = PLANNED[place]
+    case, asked = Case("llama", "bf16", 1, True, False, "from HOST"), []
+    expected = gpu_plain(case)
+    gpu_planning.calibrated(monkeypatch, tmp_path, asked)
+    gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
+    gpu_planning.unmeasured(monkeypatch)
+    engine = engine_of(
+        case, device="cuda", device_memory="4GiB", host_memory=f"{host_kib}KiB" if host_kib else "64MiB",
+        nvme=tmp_path if "NVMe" in place else None, plan="optimise",
+        options=RuntimeOptions(record=True, poison=True, piece_elements=1024, cuts=Cuts(**NO_CUTS)),
+    )  # fmt: skip
+    with engine:
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        assert differences(expected, found) == []
+        plan, report, recorder = engine.plan, engine.report(), engine._runtime.recorder
+        weights, saved = plan.entry("layer").weights, plan.entry("layer").tokens[-1]
+        assert plan.planner == "optimiser" and asked == ["cuda:0"]
+        assert (weights.device_bytes > 0, weights.host_bytes > 0, weights.nvme_bytes > 0) == parts
+        assert (saved.device_tokens == SEQ_LEN) == kept
+        assert (plan.state is not None) == ("tiers" in place)
+        assert plan.state is None or report["training"]["bytes_to_device"] > 0
+        assert recorder is not None and [str(race) for race in recorder.check()] == []
+        assert report["prefetch_misses"] == 0 and 0 < report["memory"]["device"] <= device_kib * KIB
+        assert report["memory"]["host"] <= (host_kib or 64 * KIB) * KIB
+        assert report["rehearsal"]["result"] in RESULTS
+        assert "predicted" in engine.summary()
+
+
+def test_chunks_that_the_optimiser_plans_on_the_gpu_give_the_rules_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    """Of layers that were profiled there by chunks, in DEVICE memory, or with less of that than they take."""
+    gpu_planning.calibrated(monkeypatch, tmp_path)
+    case, found, resident = Case("llama", "bf16", 1, False, False, "from HOST"), [], set()
+    for plan, device_kib in (("auto", 4000), ("optimise", 4000), ("optimise", 800)):
+        with monkeypatch.context() as patch:
+            gpu_planning.room_for_plans(patch, device_kib * KIB)
+            if plan == "auto":
+                patch.setattr(arguments, "calibrated", lambda *_: None)
+            cuts = Cuts(**{**NO_CUTS, "chunk_tokens": 4})
+            engine = engine_of(
+                case, device="cuda", device_memory="4GiB", host_memory="64MiB", nvme=tmp_path, plan=plan,
+                options=RuntimeOptions(cuts=cuts, record=True, poison=True),
+            )  # fmt: skip
+        with engine:
+            found.append(run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step))
+            report, recorder = engine.report(), engine._runtime.recorder
+            assert recorder is not None and [str(race) for race in recorder.check()] == []
+            assert report["tokenwise"]["num_passes"] > 0 and report["memory"]["device"] <= device_kib * KIB
+            if plan == "optimise":
+                assert engine.plan.planner == "optimiser" and engine.plan.cuts.chunk_tokens == 4
+                resident.add(engine.plan.entry("layer").weights.streamed_bytes == 0)
+    assert resident == {True, False}
+    assert differences(found[0], found[1]) == differences(found[0], found[2]) == []
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_a_profile_is_taken_on_the_gpu_and_sees_how_slow_that_is(
+    chunk_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass through a layer has a kernel that only waits, which no clock of the host's sees by itself."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    ran_on, plain = set(), LlamaMLP.forward
+
+    def late(mlp: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        ran_on.update({hidden.device.type, *(p.device.type for p in mlp.parameters())})
+        torch.cuda._sleep(LONG)
+        return plain(mlp, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", late)
+    model = build_lora("llama")
+    (draft, *_) = [draft for draft in find_blocks(model, bits=None) if draft.is_layer]
+    gc.collect()
+    state, held = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
+    size = {"batch_size": 2, "seq_len": 8}
+    with workbench_of(EngineConfig(device="cuda:0")) as bench:
+        if chunk_tokens is None:
+            found = profile_layer(model, draft, **size, bench=bench)
+        else:
+            found = profile_chunked_layer(model, draft, **size, chunk_tokens=chunk_tokens, bench=bench)
+        head = profile_head(
+            hidden_size=64, vocabulary=128, num_tokens=16, tile_tokens=16, dtype=torch.bfloat16, bench=bench
+        )
+    assert ran_on == {"cuda"}
+    passes = 1 if chunk_tokens is None else 2
+    assert found.forward > passes * WAITED_SECONDS and found.backward > passes * WAITED_SECONDS
+    assert found.kept is not None and found.kept.forward > WAITED_SECONDS
+    assert found.kept.saved_bytes > 0 and head.forward > 0
+    assert chunk_tokens is None or (found.chunks is not None and found.chunks.peak_bytes > 0)
+    gc.collect()
+    assert torch.equal(torch.cuda.get_rng_state(), state) and torch.cuda.memory_allocated() <= held + WORKSPACES_BYTES
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+def test_auto_chooses_the_optimisers_plan_on_the_gpu_where_that_is_faster_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    case, asked = Case("llama", "bf16", 1, False, False, "from HOST"), []
+    expected = gpu_plain(case)
+    gpu_planning.unmeasured(monkeypatch)
+    gpu_planning.room_for_plans(monkeypatch, 64 * MIB)
+    given = {"device": "cuda", "device_memory": "4GiB", "host_memory": "64MiB"}
+    monkeypatch.setattr(arguments, "calibrated", lambda *_: None)
+    with engine_of(case, **given) as engine:
+        choice = engine.report()["plan_choice"]
+        assert engine.plan.planner == choice["chosen"] == "fixed streaming rule"
+        assert "nothing was predicted" in engine.report()["replanning"]["off"]
+        assert "`offload-rt calibrate --device cuda:0` would let the optimiser plan" in choice["why"]
+    gpu_planning.calibrated(monkeypatch, tmp_path, asked)
+    with engine_of(case, **given) as engine:
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        report = engine.report()
+        choice = report["plan_choice"]
+        assert engine.plan.planner == choice["chosen"] == "optimiser" and asked == ["cuda:0"]
+        assert choice["optimised_step_seconds"] < 0.9 * choice["rule_step_seconds"]
+        assert choice["optimised_step_seconds"] == report["predicted"]["step_seconds"]
+        assert f"auto: optimiser: {choice['why']}" in engine.summary()
+        assert differences(expected, found) == []
+
+
+def test_the_gpus_links_and_kernels_are_calibrated_and_remembered_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "Sizes", lambda: TINY)
+    moved, name = [], torch.cuda.get_device_name()
+    if EMULATED:  # interpreted, it is slower than any machine
+        monkeypatch.setattr(calibrate, "nf4_decode", calibrate.element_wise)
+
+    class Counting(Links):
+        def close(self) -> None:
+            moved.append(self.reading().moved_bytes)
+            super().close()
+
+    monkeypatch.setattr(bench, "Links", Counting)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    assert calibrate.calibrated("cuda:0", ()) is None
+    assert main(["calibrate", "--device", "cuda", "--out", str(tmp_path / "gpu.json")]) == 0
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] > before + 10
+    passes = TINY.passes + 1
+    assert moved == [
+        {"host_to_device": 2 * passes * TINY.copy_bytes}, {"device_to_host": 2 * passes * TINY.copy_bytes},
+    ]  # fmt: skip
+    hardware = calibrate.calibrated("cuda:0", ())
+    assert hardware is not None and hardware.name == name and not hardware.unified
+    assert hardware.device.memory_bytes == torch.cuda.get_device_properties(0).total_memory
+    assert hardware.host.memory_bytes == bench.Cpu().memory_bytes()
+    assert hardware == load_hardware(tmp_path / "gpu.json")
+    assert calibrate.calibrated("cpu", ()) is None, "which was not measured"
+
+
+FULL_PLANNED = {"state in HOST": (4000, 8000, False), "state on NVMe": (1000, 2500, True)}
+"""KiB of DEVICE and HOST that a plan may have, and whether there is a drive."""
+
+
+@pytest.mark.parametrize("place", FULL_PLANNED)
+def test_all_parameters_train_by_the_optimisers_plan_on_the_gpu_to_the_bits_of_plain_pytorch(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    device_kib, host_kib, on_nvme = FULL_PLANNED[place]
+    case = full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "in place")
+    expected = full.run_plain(case, device="cuda")
+    gpu_planning.calibrated(monkeypatch, tmp_path)
+    gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
+    gpu_planning.unmeasured(monkeypatch)
+    with full.make_engine(
+        case, tmp_path, device="cuda", device_memory="4GiB", host_memory=f"{host_kib}KiB", nvme=on_nvme,
+        plan="optimise", options=RuntimeOptions(poison=True, piece_elements=8192),
+    ) as engine:  # fmt: skip
+        for step, (want, got) in enumerate(zip(expected, full.run_engine(case, engine), strict=True), 1):
+            assert [f"step {step}: {name}" for name in got if not torch.equal(want[name], got[name])] == []
+        plan, report = engine.plan, engine.report()
+        assert plan.planner == "optimiser" and plan.state is not None
+        assert (plan.state.state_slots > 0) == on_nvme
+        assert report["training"]["num_steps"] == full.STEPS and report["prefetch_misses"] == 0
+        assert 0 < report["memory"]["device"] <= device_kib * KIB and report["memory"]["host"] <= host_kib * KIB
+        assert report["rehearsal"]["result"] in RESULTS and "predicted" in engine.summary()
+
+
+def test_drives_that_drift_from_their_calibration_are_seen_on_the_gpu_and_no_number_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    """They are said to be far slower than this machine's. Copies and kernels, which nobody times, are no drift."""
+    device_kib, host_kib, *_ = PLANNED["from NVMe, state in tiers"]
+    case, losses = Case("llama", "bf16", 1, False, False, "from HOST"), []
+    gpu_planning.calibrated(monkeypatch, tmp_path)
+    gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
+    gpu_planning.unmeasured(monkeypatch)
+    for replan in (False, True):
+        folder = tmp_path / f"{replan}"
+        folder.mkdir()
+        with engine_of(
+            case, device="cuda", device_memory="4GiB", host_memory=f"{host_kib}KiB", nvme=folder, plan="optimise",
+            options=RuntimeOptions(piece_elements=1024, cuts=Cuts(**NO_CUTS), replan=replan),
+        ) as engine:  # fmt: skip
+            steps = WARM_STEPS + WINDOW_STEPS + ADOPT_STEPS + 2
+            losses.append([engine.train_batch([micro_batch(step, 0)]) for step in range(steps)])
+            report = engine.report()["replanning"]
+            assert report["off"] == (None if replan else "switched off")
+            drifted = {name for one in report["decisions"] for name in re.findall(r"(\w+) takes", one["because"])}
+            assert bool(drifted) == replan and drifted <= {"ssd_read", "ssd_write"}
+    assert losses[0] == losses[1]
+
+
+def test_a_rehearsal_on_the_gpu_has_the_optimiser_plan_again_where_a_layer_saves_more_than_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    device_kib, case = 1075, Case("llama", "bf16", 1, False, False, "from HOST")
+    expected = gpu_plain(case)
+    gpu_planning.calibrated(monkeypatch, tmp_path)
+    gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
+    gpu_planning.unmeasured(monkeypatch, saved_bytes=6000)
+    with engine_of(
+        case, device="cuda", device_memory="4GiB", host_memory="64MiB", plan="optimise",
+        options=RuntimeOptions(poison=True, cuts=Cuts(**NO_CUTS)),
+    ) as engine:  # fmt: skip
+        first = engine.plan
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        report = engine.report()
+        assert report["rehearsal"]["result"] == "planned again" and engine.plan != first
+        assert engine.plan.planner == "optimiser" and report["memory"]["device"] <= device_kib * KIB
+        assert differences(expected, found) == []

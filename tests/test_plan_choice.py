@@ -35,7 +35,7 @@ def timed(monkeypatch):
     asked = []
     monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: asked.append(1) or KEPT)
     monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
-    monkeypatch.setattr(planning, "updates_per_second", lambda _: UPDATES_PER_SECOND)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: UPDATES_PER_SECOND)
     return asked
 
 
@@ -88,7 +88,7 @@ def test_without_a_calibration_the_rules_plan_runs_and_says_what_would_help(time
         assert engine.plan.planner == RULE
         why = engine.report()["plan_choice"]["why"]
         assert why in engine.summary() and json.dumps(engine.report()["plan_choice"])
-    assert f"offload-rt calibrate --nvme {tmp_path}" in why and why in caplog.text and not timed
+    assert f"offload-rt calibrate --device cpu --nvme {tmp_path}" in why and why in caplog.text and not timed
 
 
 @pytest.mark.parametrize("error", [PlanInfeasible, SolverMissing, UnsupportedModule, MemoryError, None])

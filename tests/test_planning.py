@@ -9,15 +9,16 @@ from functools import partial
 import pytest
 import torch
 
-from offload_rt import block_profile, calibrate, planning
+from offload_rt import block_profile, calibrate, planning, tiers
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.asked import asked
 from offload_rt.autograd import CHECKED_CALLS, RecomputedLayer
-from offload_rt.block_profile import profile_head, profile_layer, updates_per_second
+from offload_rt.block_profile import profile_layer
 from offload_rt.chunk_profile import profile_chunked_layer
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.discover import find_blocks
+from offload_rt.edge_profile import profile_head, updates_per_second
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError
 from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, lowered, problem_of
@@ -143,7 +144,7 @@ def test_an_optimised_plan_runs_with_the_bits_of_plain_pytorch_and_the_bytes_it_
 ):
     monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)
     monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
-    monkeypatch.setattr(planning, "updates_per_second", lambda _: UPDATES_PER_SECOND)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: UPDATES_PER_SECOND)
     bits = 4 if case.weights == "nf4" else None
     plans = list(plans_for_less_and_less(case, tmp_path, host, bits))
     splits = [plan.entry("layer").weights for _, _, plan in plans]
@@ -258,7 +259,7 @@ def test_the_memory_of_a_profile_is_given_back_without_the_collector(take, monke
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(block_profile, "Arena", arena)
+    monkeypatch.setattr(tiers, "Arena", arena)
     model = build_lora("llama")
     (first, *_) = [draft for draft in find_blocks(model, bits=4) if draft.is_layer]
     gc.disable()
@@ -339,7 +340,7 @@ def test_an_embedding_that_does_not_stay_is_read_by_rows_with_the_same_bits(host
     """Its table alone is larger than the memory that there is besides the head's."""
     monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)
     monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
-    monkeypatch.setattr(planning, "updates_per_second", lambda _: UPDATES_PER_SECOND)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: UPDATES_PER_SECOND)
 
     def model():
         return build_lora("llama", torch.bfloat16, 2, 0.0, vocab_size=8192, hidden_size=64)

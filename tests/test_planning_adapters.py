@@ -93,7 +93,7 @@ def unmeasured_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)
     monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
-    monkeypatch.setattr(planning, "updates_per_second", lambda _: 1e9)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: 1e9)
     monkeypatch.setattr(planning_adapters, "measured_rate", lambda *_: 1e9)
     monkeypatch.setattr(rehearsal, "ROOM", 0)  # of nothing: these budgets are for weights and state
 

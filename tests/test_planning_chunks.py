@@ -76,7 +76,7 @@ def test_a_profile_counts_what_a_pass_by_chunks_stores_and_knows_how_often_it_ru
     draft = next(draft for draft in find_blocks(model, bits=None) if draft.is_layer)
     tokens, take = [], chunk_profile.one_pass
     monkeypatch.setattr(
-        chunk_profile, "one_pass", lambda layer, call: tokens.append(call.hidden.shape[1]) or take(layer, call)
+        chunk_profile, "one_pass", lambda layer, call, on: tokens.append(call.hidden.shape[1]) or take(layer, call, on)
     )
     found = profile_chunked_layer(model, draft, batch_size=2, seq_len=48, chunk_tokens=8)
     assert sum(tokens) == 48 * passes(48, 8) + 48, "and one to count bytes"
@@ -322,7 +322,7 @@ def timed(monkeypatch):
         planning, "profile_chunked_layer", lambda *_, **size: asked.append(size["chunk_tokens"]) or seconds_of(BF16)
     )
     monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
-    monkeypatch.setattr(planning, "updates_per_second", lambda _: 1e9)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: 1e9)
     return asked
 
 

@@ -51,7 +51,7 @@ def timed(monkeypatch):
     """Seconds that nobody measures."""
     monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: KEPT)
     monkeypatch.setattr(planning, "profile_head", lambda **_: HEAD)
-    monkeypatch.setattr(planning, "updates_per_second", lambda _: UPDATES_PER_SECOND)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: UPDATES_PER_SECOND)
 
 
 def asked(folder, device, host=0, family="llama"):

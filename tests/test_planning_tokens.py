@@ -315,7 +315,7 @@ def test_an_optimised_mix_runs_within_the_budgets_that_it_was_made_for(host, lin
             break
     monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: seconds_of(BF16))
     monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
-    monkeypatch.setattr(planning, "updates_per_second", lambda _: 1e9)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: 1e9)
     with Engine(
         model_of(BF16), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, lr=1e-2, nvme=tmp_path, plan="optimise",
         emulate=hardware,

@@ -90,7 +90,7 @@ def without_clocks(monkeypatch):
     monkeypatch.setattr(rehearsal, "ROOM", 0)  # of nothing: these budgets are for weights
     monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)
     monkeypatch.setattr(planning, "profile_head", lambda **_: HEAD_SECONDS)
-    monkeypatch.setattr(planning, "updates_per_second", lambda _: 1e9)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: 1e9)
     monkeypatch.setattr(assembly, "Throttle", lambda of: Throttle(of, clock=lambda: slept[0], sleep=sleep))
 
 

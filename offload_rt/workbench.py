@@ -1,0 +1,126 @@
+"""Where a profile runs: the memory, the links and the clock of the device that will compute.
+
+On the CPU that is RAM, and work is over when a call returns. A device with streams of its own has its memory in arenas,
+what is put away goes by its own copies, and its clock is read when all that it was given to compute is over: copies may
+be under way then, which a plan counts by themselves.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from offload_rt.allocations import AllocationMeter
+from offload_rt.arena import Arena
+from offload_rt.config import EngineConfig
+from offload_rt.cuda_memory import give_back_freed
+from offload_rt.device_cuda import CudaDevice
+from offload_rt.device_stash import DeviceStash
+from offload_rt.errors import UnsupportedModule
+from offload_rt.links import Links
+from offload_rt.runtime_options import MemoryMeter, TensorDevice
+from offload_rt.stash import GRANULE_BYTES, HostStash, Stash
+from offload_rt.tiers import Tiers
+from planners.placement import Tier
+
+RUNS = 5
+"""Of what is timed by itself, of which the median counts."""
+
+
+def median_seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The median of a few runs, after one that warms up. Blocks. clock: in seconds."""
+    work()
+    taken = []
+    for _ in range(RUNS):
+        start = clock()
+        work()
+        taken.append(clock() - start)
+    return statistics.median(taken)
+
+
+class Workbench:
+    """Of one device; a context manager, which gives all memory back. Not thread-safe."""
+
+    def __init__(self, device: TensorDevice | None = None) -> None:
+        """`device`: None is the CPU."""
+        self.device = torch.device("cpu") if device is None else device.device
+        """Where tensors are made."""
+        self._streams = device
+        self._links = Links(device=device)
+        self._tiers = Tiers(None, None, None, unified=False, poison=False, device=device)
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._links.close()
+        self._tiers.give_back()
+        if self.device.type == "cuda":
+            give_back_freed(self.device)
+
+    @property
+    def copies_alone(self) -> bool:
+        """Copies run beside what computes, which waits for none but those that it needs."""
+        return self._streams is not None
+
+    def now(self) -> float:
+        """Seconds, when all is over that was given to compute. Blocks until then."""
+        if self._streams is not None:
+            self._streams.compute.record().wait()
+        return time.perf_counter()
+
+    def median_seconds(self, work: Callable[[], object]) -> float:
+        """As the function, of what the device computes."""
+        return median_seconds(work, self.now)
+
+    def arena(self, name: str, num_bytes: int) -> Arena:
+        """Of DEVICE memory."""
+        return self._tiers.arena(Tier.DEVICE, name, num_bytes)
+
+    def stash(self, name: str, num_bytes: int) -> Stash:
+        """Room in HOST for tensors of `num_bytes`, all of which may be on their way at once."""
+        arena = self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES)
+        if self._streams is None:
+            return HostStash(arena, self._links)
+        return DeviceStash(arena, self._links, window_bytes=num_bytes)
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """The most that torch has allocated at once in `run`. UnsupportedModule where that cannot be counted now."""
+        meter = self._meter()
+        with meter:
+            run()
+        return meter.peak_bytes
+
+    def _meter(self) -> MemoryMeter:
+        if self._streams is not None:
+            return self._streams.meter()
+        if (why := AllocationMeter.refusal()) is not None:
+            raise UnsupportedModule(why)
+        return AllocationMeter()
+
+    def same_random_numbers(self) -> AbstractContextManager[None]:
+        """Inside, random numbers are drawn that nobody misses outside."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        forked: AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
+        return forked
+
+
+@contextmanager
+def workbench_of(config: EngineConfig) -> Iterator[Workbench]:
+    """The device that `config` says."""
+    with Workbench(None if config.device == "cpu" else CudaDevice(config.device)) as found:
+        yield found
+
+
+@contextmanager
+def or_the_cpu(bench: Workbench | None) -> Iterator[Workbench]:
+    """`bench`, which its owner closes, or the CPU's."""
+    if bench is not None:
+        yield bench
+        return
+    with Workbench() as found:
+        yield found
