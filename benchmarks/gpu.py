@@ -17,16 +17,17 @@ The sections, in this order:
              stands behind an @, by torch's allocator itself; others have all of it:
                  plain      bf16 in device memory, transformers + peft, every layer recomputed
                  resident   ours, NF4, all layers in device memory after the first step
-                 host       ours, NF4, layers stream from HOST; with 24, 16, 12 and 8 GiB
+                 host       ours, NF4, layers stream from HOST; with 24, 12 and 8 GiB
                  swap       the same, of whose activations half are swapped to HOST, by chunks of tokens
+                 optimised  the same as the optimiser plans it, for rates that are measured before; with 24 and 8 GiB
                  fsdp2      FSDP2 with `CPUOffloadPolicy`, adapters on bf16
                  full       ours, bf16, all parameters train; masters, moments and weights rest in HOST
                  full_device  the same, half of whose updates are the GPU's (on a CPU: none)
                  full_plain, full_fsdp2  the same training, all in device memory, and under FSDP2
                  bnb        bitsandbytes' NF4 in device memory, where it is installed
                  nvme       ours, NF4, layers stream from NVMe (--nvme DIR; not by default)
-             with the streams' busy time in a profiled step, and what `host` should take: the larger of `resident`'s
-             time and the bytes that it moves at the bandwidth of `links`
+             with what the optimiser predicted, the streams' busy time in a profiled step, and what `host` should take:
+             the larger of `resident`'s time and the bytes that it moves at the bandwidth of `links`
 
 Every section and every contender is a process of its own with a time limit, and the JSON is written after each: what
 fails or hangs takes nothing with it. Ratios are taken within a round. --smoke is the same with small shapes, and runs

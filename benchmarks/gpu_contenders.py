@@ -8,7 +8,9 @@ full_fsdp2   the same under FSDP2: fp32 parameters in HOST, bf16 on the device, 
 others       the engine; see gpu.py
 """
 
+import atexit
 import os
+import tempfile
 from typing import Any
 
 import torch
@@ -16,12 +18,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from offload_rt import calibrate
 from offload_rt._engine import Engine
 from offload_rt.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
 
 LEARNING_RATE = 1e-4
+SIZES = calibrate.Sizes(seconds=0.2, matrix=8192, copy_bytes=256 << 20)
+SMALL = calibrate.Sizes(seconds=0.0, passes=2, matrix=256, attention_tokens=64, copy_bytes=1 << 20, elements=1 << 16)
+"""Where no number counts."""
 Batch = dict[str, torch.Tensor]
 
 
@@ -176,7 +182,8 @@ class Fsdp2(Contender):
 
 class Ours(Contender):
     """The engine: all layers in slots (`resident`), or streamed through the plan's; adapters train, or all parameters
-    (`full`), half of whose updates are the GPU's (`full_device`).
+    (`full`), half of whose updates are the GPU's (`full_device`). By the fixed rule, or the optimiser (`optimised`) for
+    this GPU's rates, which are measured before.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -187,6 +194,9 @@ class Ours(Contender):
             activations=swapping(settings["tokens"]) if kind == "swap" else None,
             device_share=0.5 if kind == "full_device" and on_gpu else None,
         )
+        plan = "optimise" if kind == "optimised" else "auto"
+        if kind == "optimised":
+            measure_rates(settings["device"], SIZES if on_gpu else SMALL)
         model = llama(shape)
         self.engine = Engine(
             model if full else with_adapters(model),
@@ -198,6 +208,7 @@ class Ours(Contender):
             device_memory=settings["device_memory"] if on_gpu else None,
             host_memory=None if on_gpu else "1GiB",
             nvme=settings["nvme"] if kind == "nvme" else None,
+            plan=plan,
             options=options,
         )
 
@@ -215,6 +226,15 @@ class Ours(Contender):
 
     def close(self) -> None:
         self.engine.close()
+
+
+def measure_rates(device: str, sizes: calibrate.Sizes) -> None:
+    """As `offload-rt calibrate` does, in less time; remembered for this process alone."""
+    cache = tempfile.TemporaryDirectory()
+    atexit.register(cache.cleanup)
+    os.environ["OFFLOAD_RT_CACHE"] = cache.name
+    known = calibrate.identity(device, ())
+    calibrate.keep(calibrate.cache_name(known), known, calibrate.measure(device, (), sizes))
 
 
 def swapping(tokens: int) -> ActivationPolicy:

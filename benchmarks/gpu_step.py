@@ -145,6 +145,7 @@ def main() -> None:
         "gpu": after.get("gpu"),
         "training": after.get("training"),
         "tokenwise": after.get("tokenwise"),
+        "predicted_step_seconds": (after.get("predicted") or {}).get("step_seconds"),
         "summary": one.summary(),
     }
     write(settings, result)  # before the profiler, which may fail

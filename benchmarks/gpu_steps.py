@@ -31,11 +31,11 @@ STEP_SECONDS = {"tiny": 20.0, "1b": 25.0, "3b": 40.0, "8b": 60.0, "13b": 90.0}
 PATIENCE = 2.0
 """So many times that, and a contender is ended: one that hangs must not take the time of all others."""
 KINDS = (
-    "plain", "resident", "host", "full", "fsdp2", "full_plain", "full_fsdp2", "swap", "full_device", "bnb",
+    "plain", "resident", "host", "full", "fsdp2", "full_plain", "full_fsdp2", "swap", "full_device", "bnb", "optimised",
 )  # fmt: skip
-OURS = ("resident", "host", "swap", "full", "full_device", "nvme")
-DEFAULT = ("plain", "resident", "host", "full", "fsdp2", "host@8GiB", "full_plain", "full_fsdp2", "full_device",
-           "host@16GiB", "swap", "host@12GiB", "bnb")  # fmt: skip
+OURS = ("resident", "host", "swap", "full", "full_device", "nvme", "optimised")
+DEFAULT = ("plain", "resident", "host", "full", "fsdp2", "host@8GiB", "optimised@8GiB", "full_plain", "full_fsdp2",
+           "full_device", "swap", "optimised", "host@12GiB", "bnb")  # fmt: skip
 """In the order in which they are wanted, should time be short."""
 PROFILED = ("host", "full", "full_device")
 BYTES_PER_PARAMETER = 24
@@ -138,6 +138,11 @@ def verdict(rows: dict[str, Any], link: Any) -> dict[str, Any]:
         },
         "beyond_their_budget": [name for name, of in rows.items() if of.get("within_budget") is False],
     }
+    for name in (name for name in took if name.startswith("optimised")):
+        if predicted := rows[name].get("predicted_step_seconds"):
+            found.setdefault("optimised_over_predicted", {})[name] = took[name] / predicted
+        if (rule := name.replace("optimised", "host")) in took:
+            found.setdefault("optimised_over_rule", {})[name] = took[name] / took[rule]
     if {"full", "full_device"} <= took.keys():
         found["full_device_over_full"] = took["full_device"] / took["full"]
     if {"host", "fsdp2"} <= took.keys():

@@ -33,7 +33,7 @@ def benchmarks(monkeypatch):
 @pytest.mark.parametrize(
     "sections, kinds",
     [
-        (["links"], ["resident", "host"]),
+        (["links"], ["resident", "host", "optimised"]),
         (
             ["decode", "products", "adam"],
             ["plain", "full", "fsdp2", "full_plain", "full_fsdp2", "full_device", "swap", "host@8GiB", "bnb"],
@@ -53,7 +53,10 @@ def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, sections
     assert all(len(row["losses"]) == 2 for row in rows.values() if "skipped" not in row)
     if "links" in sections:
         assert set(found["links"]["bytes_per_second"]) >= {"to_device", "to_host", "both_ways"}
-        assert rows["resident"]["losses"] == rows["host"]["losses"], "a plan changes no number"
+        assert rows["resident"]["losses"] == rows["host"]["losses"] == rows["optimised"]["losses"], "as plans do"
+        assert rows["optimised"]["predicted_step_seconds"] > 0
+        assert found["steps"]["tiny"]["optimised_over_predicted"]["optimised"] > 0
+        assert found["steps"]["tiny"]["optimised_over_rule"]["optimised"] > 0
         assert rows["resident"]["a_step"]["fetches"] == 0 < rows["host"]["a_step"]["fetches"]
         assert found["steps"]["tiny"]["predicted_seconds"] > 0
     else:
