@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offload_rt.allocations import AllocationMeter
 from offload_rt.errors import UnsupportedModule
+from offload_rt.tokenwise.attention import intercepted
 from offload_rt.tokenwise.graphs import Sums, edge
 from offload_rt.tokenwise.tiles import Places
 from planners.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk, Span
@@ -403,6 +405,29 @@ def test_the_attention_functions_are_put_back():
     before = (nn.functional.scaled_dot_product_attention, AttentionInterface.get_interface)
     run(model, policy(0.5, 2), inputs)
     assert (nn.functional.scaled_dot_product_attention, AttentionInterface.get_interface) == before
+
+
+def test_a_users_own_attention_is_let_go_of_when_it_is_taken_back(monkeypatch):
+    original = nn.functional.scaled_dot_product_attention
+    calls = []
+
+    def attend(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    def handler(call):
+        calls.append(call.qkv[0])
+        return call.run(*call.qkv, *call.arguments)
+
+    qkv = torch.randn(3, 1, 2, 4, 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.functional, "scaled_dot_product_attention", attend)
+        with intercepted(handler):
+            found = nn.functional.scaled_dot_product_attention(*qkv)
+        assert nn.functional.scaled_dot_product_attention is attend
+    seen = weakref.ref(attend)
+    del attend
+    assert seen() is None
+    assert len(calls) == 1 and torch.equal(found, original(*qkv))
 
 
 # what cannot be cut

@@ -41,6 +41,8 @@ _thread = threading.local()
 _lock = threading.Lock()
 _num_users = 0
 _undo: list[Callable[[], None]] = []
+_originals: dict[str, Any] = {}
+"""What stood at each door that is replaced now."""
 
 
 @contextlib.contextmanager
@@ -78,25 +80,37 @@ def _uninstall() -> None:
                 _undo.pop()()
 
 
-def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    original = getattr(owner, name)
+def _replace(owner: Any, name: str, make: Callable[[], Any]) -> None:
+    original = _originals[name] = getattr(owner, name)
     # Where nothing is compiled, it need not be disabled: importing what does that takes a second.
-    setattr(owner, name, _replacement(wrap, original, "torch._dynamo" in sys.modules))
-    _undo.append(lambda: setattr(owner, name, original))
+    setattr(owner, name, _replacement(make, "torch._dynamo" in sys.modules))
+
+    def put_back() -> None:
+        setattr(owner, name, original)
+        del _originals[name]
+
+    _undo.append(put_back)
 
 
-@lru_cache(maxsize=8)  # one for each door, for all layers
-def _replacement(wrap: Callable[[Any], Any], original: Any, may_be_compiled: bool) -> Any:
-    replacement = wrap(original)
-    return torch.compiler.disable(replacement) if may_be_compiled else replacement  # type: ignore[no-untyped-call]
+def _original(owner: Any, name: str) -> Any:
+    """What a replacement stands for; if it outlives its place in another thread, what is there again."""
+    found = _originals.get(name)
+    return getattr(owner, name) if found is None else found
 
 
-def _through_sdpa(original: Any) -> Any:
-    def run(q: Any, k: Any, v: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        result: torch.Tensor = original(q, k, v, *args, **kwargs)
-        return result
+@lru_cache  # one for each door, for all layers; what it stands for may be a user's, and is not kept
+def _replacement(make: Callable[[], Any], may_be_compiled: bool) -> Any:
+    return torch.compiler.disable(make()) if may_be_compiled else make()  # type: ignore[no-untyped-call]
 
+
+def _through_sdpa() -> Any:
     def scaled_dot_product_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        original = _original(functional, "scaled_dot_product_attention")
+
+        def run(q: Any, k: Any, v: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            result: torch.Tensor = original(q, k, v, *args, **kwargs)
+            return result
+
         handler: Handler | None = getattr(_thread, "handler", None)
         if handler is None:
             return run(query, key, value, args, kwargs)
@@ -105,9 +119,9 @@ def _through_sdpa(original: Any) -> Any:
     return scaled_dot_product_attention
 
 
-def _through_interface(original: Any) -> Any:
+def _through_interface() -> Any:
     def get_interface(self: Any, name: Any, default: Any) -> Any:
-        function = original(self, name, default)
+        function = _original(type(self), "get_interface")(self, name, default)
         if getattr(_thread, "handler", None) is None:
             return function
 
