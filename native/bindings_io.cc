@@ -125,7 +125,8 @@ class PyRing {
 
   void wait(Ticket ticket, double timeout_seconds, bool again) {
     // In slices, so that Ctrl-C is answered; the ticket stays waitable then, as after a timeout.
-    // A slice counts for its length, however long it took: a process that was stopped in it has waited for nothing.
+    // A slice counts for its length, however long it took: a process that was stopped in it has waited for
+    // nothing.
     for (double left = timeout_seconds;;) {
       const double slice = left > kSignalCheckSeconds ? kSignalCheckSeconds : left;
       Status status;
@@ -302,7 +303,8 @@ void bind_io(py::module_& m) {
       .def("wait", &PyRing::wait, arg("ticket"), arg("timeout_seconds"), arg("again") = false,
            "Blocks, without the GIL, until the operation has ended; raises NativeStorageError if it failed "
            "and\n"
-           "NativeTimeout if it has not ended. Ends the ticket, unless it timed out. `again`: where an earlier\n"
+           "NativeTimeout if it has not ended. Ends the ticket, unless it timed out. `again`: where an "
+           "earlier\n"
            "wait has ended it, ends as that did.")
       .def("done", &PyRing::done, arg("ticket"), "Whether wait() would return or raise at once.")
       .def("tune", &PyRing::tune, arg("fd"), arg("depth"), arg("io_bytes"),

@@ -102,7 +102,7 @@ def seen_of(device: torch.device) -> dict[str, int | None]:
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return {
         "card_bytes": total_bytes, "card_used_bytes": total_bytes - free_bytes,
-        "process_bytes": _bytes_of_this_process(device), "reserved_bytes": torch.cuda.memory_reserved(device),
+        "process_bytes": _processes(device).get(os.getpid()), "reserved_bytes": torch.cuda.memory_reserved(device),
         "beside_allocator_bytes": bytes_beside_allocator(device),
     }  # fmt: skip
 
