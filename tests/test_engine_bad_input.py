@@ -73,7 +73,7 @@ def unchanged(model, before):
         ({"checkpoint": "/nowhere"}, CheckpointError, "nowhere"),
         ({"emulate": "rtx4091"}, ConfigError, "emulate: .*did you mean 'rtx4090'"),
         ({"emulate": 5}, ConfigError, "emulate: expected a hardware profile"),
-        ({"plan": "optimise", "nvme": "/"}, ConfigError, "offload-rt calibrate --nvme /"),
+        ({"plan": "optimise", "nvme": "/"}, ConfigError, "offload-rt calibrate --device cpu --nvme /"),
         ({"lr": -1.0}, (ConfigError, ValueError), "learning rate|lr"),
         ({"optimizer": "adamw"}, ConfigError, "optimizer"),
         ({"optimizer": lambda parameters: None}, ConfigError, "optimizer"),
