@@ -295,6 +295,22 @@ def test_a_nan_loss_stops_the_run_and_the_good_state_stays(tmp_path: Path) -> No
     assert [step for step, _ in RunFolder(tmp_path / "out").checkpoints()] == [2, 4]
 
 
+def test_a_commit_that_was_made_before_its_schedule_went_on_is_gone_on_from_with_the_next_rate(tmp_path: Path) -> None:
+    """A second Ctrl-C, say, between the engine's step and the schedule's: closing commits what there is then."""
+    given: dict[str, Any] = {"schedule": "cosine", "warmup_ratio": 0.4}
+    straight, engine = run(tmp_path / "straight", **given)[0], CommittingEngine(tmp_path / "commits")
+
+    def ends() -> None:
+        engine.save_checkpoint(engine.commit_folder)
+        raise KeyboardInterrupt
+
+    engine.after_step[3] = ends
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", engine, **given)
+    again = run(tmp_path / "out", CommittingEngine(tmp_path / "commits"), resume=True, **given)[0]
+    assert again.lrs == straight.lrs[3:] and torch.equal(again.weight, straight.weight)
+
+
 def test_a_run_whose_commits_are_removed_saves_a_copy_and_ends(tmp_path: Path) -> None:
     straight, engine = run(tmp_path / "straight")[0], CommittingEngine(tmp_path / "commits")
     engine.after_step[3] = engine.remove_commits

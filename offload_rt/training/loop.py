@@ -128,6 +128,8 @@ def train(
         if progress.in_step:
             progress.in_step = False
             progress.step += 1
+        while scheduler.last_epoch < progress.step:  # who ended between the step that was committed and this
+            _advance(scheduler)
         saved_at = progress.step
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
