@@ -413,3 +413,23 @@ def test_a_signal_outside_the_loop_unwinds_the_command_and_is_its_exit_code(
         for each, handler in before.items():
             signal.signal(each, handler)
     assert closed == [True] and capsys.readouterr().err == f"offload-rt: {said}\n"
+
+
+def test_a_forked_child_of_a_command_is_not_unwound_where_it_is_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload_rt.cli import doctor
+
+    def run(arguments: Any) -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    monkeypatch.setattr(doctor, "run", run)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert main(["doctor"]) == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)

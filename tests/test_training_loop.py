@@ -187,6 +187,25 @@ def test_checkpoints_come_when_asked_and_the_last_ones_stay(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+def test_a_forked_child_of_the_loop_ends_where_it_is_terminated_and_leaves_ctrl_c_to_the_loop(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A pool that is taken down in the middle of a run waits for its workers."""
+    engine, ended = FakeEngine(), []
+
+    def forks() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            child = os.fork()
+            if child == 0:
+                signal.raise_signal(number)
+                os._exit(0)
+            ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    engine.after_step[1] = forks
+    assert run(tmp_path / "out", engine, steps=2)[1].interrupted is None
+    assert ended == [-signal.SIGTERM, 0] and capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_resume_is_exact(
     number: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -120,7 +120,12 @@ def _terminable() -> Iterator[None]:
         yield
         return
 
+    process = os.getpid()
+
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        if os.getpid() != process:  # a forked child, which inherits this, has nothing of ours to unwind
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         raise _Terminated
 
     signal.signal(signal.SIGTERM, terminate)

@@ -289,8 +289,14 @@ def _stop_on_signal() -> Iterator[_Stop]:
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    process = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a forked child, such as a data loader's worker, which inherits this
+            if number == signal.SIGTERM:  # is to end; Ctrl-C, which a terminal sends to all, is the loop's to answer
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         if stop.signal is not None:
             restore()
             os.kill(os.getpid(), number)
