@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -103,7 +102,10 @@ class DeviceCopies:
         return self._transfer(copy, flat.numel())
 
     def behind(self, saved: Transfer, start: Callable[[], Transfer]) -> Transfer:
-        """What `start` starts when `saved`, a device's own copy, is over: by the thread that sees it. Never blocks."""
+        """What `start` starts when `saved`, a device's own copy, is over: by the thread that sees it. Never blocks.
+
+        Either is waited for as long as one alone, see `Links.join`.
+        """
         if saved.copy is None:
             raise ValueError(f"{saved.name}: is no copy of a device's")
         begun: Future[Transfer] = Future()
@@ -118,10 +120,9 @@ class DeviceCopies:
                 begun.set_exception(error.with_traceback(None))
 
         def wait(timeout_seconds: float) -> None:
-            deadline = time.monotonic() + timeout_seconds
             started = wait_future(begun, timeout_seconds, self._copier.outstanding)
             transfer.operation = started.operation
-            started.wait(max(0.0, deadline - time.monotonic()))
+            started.wait(timeout_seconds)
 
         transfer = Transfer(f"what follows {saved.name}", saved.num_bytes, wait, ())
         saved.copy.done.add_done_callback(begin)

@@ -150,15 +150,15 @@ class Links:
 
     def join(self, name: str, transfers: Sequence[Transfer]) -> Transfer:
         """Several transfers as one, which has arrived when all have. If some fail, the first error is told when none is
-        under way any more: their memory is then free.
+        under way any more: their memory is then free. Each is waited for as long as one alone: what arrives meanwhile
+        shows that nothing is stuck, and a process that is stopped in between has waited for nothing.
         """
 
         def wait(timeout_seconds: float) -> None:
-            deadline = time.monotonic() + timeout_seconds
             failure: OffloadError | None = None
             for transfer in transfers:
                 try:
-                    transfer.wait(max(0.0, deadline - time.monotonic()))
+                    transfer.wait(timeout_seconds)
                 except StorageTimeout:
                     raise
                 except OffloadError as error:

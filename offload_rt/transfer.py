@@ -38,7 +38,8 @@ class Leg:
 class Transfer:
     """One asynchronous copy of `num_bytes`. Holds both ends until `wait` has returned or raised.
 
-    `wait` may be called again; it blocks at most `timeout_seconds` and raises what the operation raised.
+    `wait` may be called again; it raises `StorageTimeout` where nothing of it arrives for `timeout_seconds` in
+    which the process runs, and what the operation raised.
     """
 
     def __init__(self, name: str, num_bytes: int, wait: Callable[[float], None], owned: tuple[object, ...]) -> None:

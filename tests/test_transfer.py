@@ -390,27 +390,29 @@ def test_a_failed_part_is_told_when_no_other_is_under_way(io, arena, file):
 
 
 class Part:
-    """A transfer that arrives after `seconds` on a clock of its own."""
+    """A transfer that has arrived, and how long it was allowed to take."""
 
     num_bytes = 1
     operation = None
     legs = ()
-
-    def __init__(self, clock, seconds):
-        self.clock, self.seconds, self.allowed = clock, seconds, None
+    allowed = None
 
     def wait(self, timeout_seconds):
         self.allowed = timeout_seconds
-        self.clock[0] += self.seconds
 
 
-def test_joined_transfers_share_one_deadline(monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr("offload_rt.links.time.monotonic", lambda: clock[0])
+def test_a_stop_while_one_part_is_waited_for_is_not_held_against_the_next(file, arena):
+    """Or a slow drive: what arrives shows that nothing is stuck."""
     links = Links(io=StuckIO())
-    parts = [Part(clock, 3.0) for _ in range(4)]
-    links.join("four", parts).wait(7.0)
-    assert [part.allowed for part in parts] == [7.0, 4.0, 1.0, 0.0]
+    parts = [Part(), Part(), Part()]
+    joined = links.join("three", parts)
+    joined.wait(7.0)
+    assert [part.allowed for part in parts] == [7.0, 7.0, 7.0]
+    stuck = links.read(file, 0, arena.acquire(PAGE, "x"))
+    last = Part()
+    with pytest.raises(StorageTimeout):
+        links.join("stuck", [Part(), stuck, last]).wait(0.02)
+    assert last.allowed is None
     links.close()
 
 
