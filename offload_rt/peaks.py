@@ -18,7 +18,6 @@ the arenas: the kernel's mark where that rose, otherwise what was seen between l
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -272,14 +271,14 @@ class Peaks:
     def _lengths(self) -> dict[str, int]:
         """Of files now, by what they are for: those in the engine's folders, and those that only it sees."""
         found: dict[str, int] = {}
-        for folder in self._folders():
+        folders = self._folders()
+        for folder in folders:
             for path, num_bytes in _files(folder):
                 at_rest = path.parent == folder
                 name = FILES.get(path.name, "records") if at_rest else "commit"
                 found[name] = found.get(name, 0) + num_bytes
-        if self._folders() and self._runtime is not None:
-            drives = [drive.path.resolve() for drive in self._runtime.made_of.workload.config.nvme]
-            found["scratch"] = _unlinked_bytes(drives)
+        if self._runtime is not None and self._runtime.scratch is not None:
+            found["scratch"] = self._runtime.scratch.file_bytes()
         return found
 
     def _warn(self) -> None:
@@ -314,16 +313,3 @@ def _files(folder: Path) -> Iterator[tuple[Path, int]]:
 
 def _folder_bytes(folder: Path) -> int:
     return sum(num_bytes for _, num_bytes in _files(folder)) if folder.is_dir() else 0
-
-
-def _unlinked_bytes(folders: Iterable[Path]) -> int:
-    """Of files that this process has open in `folders`, and that have no name any more. Each counts once."""
-    found: dict[tuple[int, int], int] = {}
-    for entry in os.scandir("/proc/self/fd"):
-        try:
-            target, stat = os.readlink(entry.path), os.stat(entry.path)
-        except OSError:  # the scan's own
-            continue
-        if stat.st_nlink == 0 and any(Path(target).is_relative_to(folder) for folder in folders):
-            found[stat.st_dev, stat.st_ino] = stat.st_size
-    return sum(found.values())

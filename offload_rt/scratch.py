@@ -132,5 +132,10 @@ class Scratch:
         except OffloadError:
             pass
 
+    def file_bytes(self) -> int:
+        """What the file is long; 0 where it is closed."""
+        owner = self.file.owner
+        return 0 if owner is None or owner.fd < 0 else os.fstat(owner.fd).st_size
+
     def close(self) -> None:
         self.file.close()
