@@ -94,14 +94,23 @@ IoBackend parse_backend(std::string_view name) {
 
 class PyRing {
  public:
-  PyRing(unsigned depth, std::uint32_t io_bytes, std::string_view backend, std::uint32_t piece_bytes) {
+  PyRing(unsigned depth, std::uint32_t io_bytes, std::string_view backend, std::uint32_t piece_bytes,
+         double patience_seconds)
+      : patience_seconds_(patience_seconds) {
     raise_unless_ok(open_io_ring(
         {.depth = depth, .io_bytes = io_bytes, .backend = parse_backend(backend), .piece_bytes = piece_bytes},
         ring_));
   }
 
+  // What a drive that hangs was asked for stays in its hands, for as long as the process lives: its memory,
+  // its descriptors, and the ring that would see it end.
   ~PyRing() {
     const py::gil_scoped_release release;
+    if (!ring_) return;
+    if (ring_->close(patience_seconds_, /*and_forget_queued=*/true).code == StatusCode::timed_out) {
+      new auto(std::move(held_));
+      static_cast<void>(ring_.release());
+    }
     ring_.reset();
   }  // held_ goes after this, with the GIL
 
@@ -124,34 +133,19 @@ class PyRing {
   }
 
   void wait(Ticket ticket, double timeout_seconds, bool again) {
-    // In slices, so that Ctrl-C is answered; the ticket stays waitable then, as after a timeout.
-    // A slice counts for its length, however long it took: a process that was stopped in it has waited for
-    // nothing.
-    for (double left = timeout_seconds;;) {
-      const double slice = left > kSignalCheckSeconds ? kSignalCheckSeconds : left;
-      Status status;
-      {
-        const py::gil_scoped_release release;
-        status = ring_->wait(ticket, slice);
-      }
-      if (status.code == StatusCode::timed_out && slice < left) {
-        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        left -= slice;
-        continue;
-      }
-      if (again && status.code == StatusCode::unknown_ticket) {  // Ctrl-C came between its end and who waited
-        const auto failed = failed_.find(ticket);
-        if (failed != failed_.end()) throw_as_python(failed->second);
-        return;
-      }
-      const bool finished = status.ok() || status.code == StatusCode::os_error ||
-                            status.code == StatusCode::end_of_file || status.code == StatusCode::no_progress;
-      // Taken out first: what goes with it may run Python, and drop the GIL.
-      const auto over = finished ? held_.extract(ticket) : decltype(held_)::node_type{};
-      if (finished && !status.ok()) failed_.emplace(ticket, status);
-      raise_unless_ok(status);
+    const Status status =
+        in_slices(timeout_seconds, [&](double seconds) { return ring_->wait(ticket, seconds); });
+    if (again && status.code == StatusCode::unknown_ticket) {  // Ctrl-C came between its end and who waited
+      const auto failed = failed_.find(ticket);
+      if (failed != failed_.end()) throw_as_python(failed->second);
       return;
     }
+    const bool finished = status.ok() || status.code == StatusCode::os_error ||
+                          status.code == StatusCode::end_of_file || status.code == StatusCode::no_progress;
+    // Taken out first: what goes with it may run Python, and drop the GIL.
+    const auto over = finished ? held_.extract(ticket) : decltype(held_)::node_type{};
+    if (finished && !status.ok()) failed_.emplace(ticket, status);
+    raise_unless_ok(status);
   }
 
   [[nodiscard]] bool done(Ticket ticket) const {
@@ -162,11 +156,17 @@ class PyRing {
 
   void close() {
     Status status;
-    {
-      const py::gil_scoped_release release;
-      status = ring_->close();
-    }
-    std::exchange(held_, {}).clear();
+    std::uint64_t before = 0;
+    do {  // what is slow, and moves, is waited for
+      before = moved_bytes();
+      status = in_slices(patience_seconds_, [&](double seconds) {
+        return ring_->close(seconds, /*and_forget_queued=*/false);
+      });
+    } while (status.code == StatusCode::timed_out && moved_bytes() != before);
+    if (status.code == StatusCode::timed_out)
+      patience_seconds_ = 0;  // nobody waits for so long again
+    else
+      std::exchange(held_, {}).clear();
     raise_unless_ok(status);
   }
 
@@ -199,6 +199,31 @@ class PyRing {
     BufferView view;
     py::object owner;
   };
+
+  // Waits so that Ctrl-C is answered; whatever is waited for stays to be waited for then, as after a timeout.
+  // A slice counts for its length, however long it took: a process that was stopped in it has waited for
+  // nothing.
+  template <class Wait>
+  static Status in_slices(double timeout_seconds, const Wait& wait) {
+    for (double left = timeout_seconds;;) {
+      const double slice = left > kSignalCheckSeconds ? kSignalCheckSeconds : left;
+      Status status;
+      {
+        const py::gil_scoped_release release;
+        status = wait(slice);
+      }
+      if (status.code != StatusCode::timed_out || !(slice < left)) return status;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      left -= slice;
+    }
+  }
+
+  [[nodiscard]] std::uint64_t moved_bytes() const {
+    const IoCounters counters = ring_->counters();
+    return counters.bytes_read + counters.bytes_written;
+  }
+
+  double patience_seconds_;  // to be closed
   std::unordered_map<Ticket, Held> held_;
   std::unordered_map<Ticket, Status> failed_;  // what waits have ended with, where that was no success
   IoRingPtr ring_;
@@ -259,12 +284,15 @@ void bind_io(py::module_& m) {
 
   py::class_<PyRing>(m, "Ring", "Asynchronous reads and writes, on io_uring or on a pool of threads.")
       .def(
-          py::init<unsigned, std::uint32_t, std::string_view, std::uint32_t>(), arg("depth") = 64,
+          py::init<unsigned, std::uint32_t, std::string_view, std::uint32_t, double>(), arg("depth") = 64,
           arg("io_bytes") = 1 << 20, arg("backend") = "auto", arg("piece_bytes") = 1 << 30,
+          arg("patience_seconds") = 60.0,
           "At most `depth` requests of at most `io_bytes` bytes are in flight at a device. backend: 'auto',\n"
           "'io_uring' or 'threads'; 'auto' falls back to threads where the kernel refuses, and "
           "`fallback_reason`\n"
-          "says why. Memory is registered in pieces of `piece_bytes`.")
+          "says why. Memory is registered in pieces of `piece_bytes`. What does not end within "
+          "`patience_seconds`\n"
+          "when the ring is closed, or collected, keeps its buffers and owners for good.")
       .def_property_readonly("backend",
                              [](const PyRing& ring) {
                                return ring.core().backend() == IoBackend::io_uring ? "io_uring" : "threads";
@@ -324,7 +352,7 @@ void bind_io(py::module_& m) {
       .def(
           "close", &PyRing::close,
           "Waits for all operations, gives their buffers back, and raises the first failure that nobody has\n"
-          "waited for.")
+          "waited for. Raises NativeTimeout after `patience_seconds`; then it may be called again.")
       .def("__enter__", [](py::object self) { return self; })
       .def("__exit__", [](PyRing& ring, const py::object& type, const py::object&, const py::object&) {
         try {

@@ -105,8 +105,11 @@ class IoRing {
   [[nodiscard]] virtual IoCounters counters() const = 0;
 
   // Accepts nothing more, waits for all that was submitted, and gives the first failure that nobody has
-  // waited for. Tickets stay waitable. A second call gives ok.
-  virtual Status close() = 0;
+  // waited for. Tickets stay waitable. A second call gives ok. `timed_out`, as in wait(), leaves it to be
+  // called again. Of what no request was made yet, nothing is done with `and_forget_queued`.
+  virtual Status close(double timeout_seconds, bool and_forget_queued) = 0;
+  Status close() { return close(kForever, /*and_forget_queued=*/false); }
+  static constexpr double kForever = 3.2e9;  // a century
 
   // Whether this is the copy of a ring in a forked child. It has none of its threads, so nothing here will
   // ever finish, nor can its mutexes be trusted.

@@ -18,7 +18,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -58,7 +57,10 @@ class IoRingOf final : public IoRing {
     thread_ = start_io_thread("offload-ring", [this] { run(); });
   }
 
-  ~IoRingOf() override { stop(/*and_forget_queued=*/true); }
+  ~IoRingOf() override {
+    begin_to_stop(/*and_forget_queued=*/true);
+    if (thread_.joinable()) thread_.join();
+  }
 
   Status submit(const IoOperation& operation, Ticket& ticket) override {
     if (forked()) return Status::invalid("a ring does not survive fork; open one in the child");
@@ -121,11 +123,8 @@ class IoRingOf final : public IoRing {
 
   Status wait(Ticket ticket, double timeout_seconds) override {
     if (forked()) return Status::invalid("a ring does not survive fork; its operations are the parent's");
-    if (std::isnan(timeout_seconds) || timeout_seconds < 0)
-      return Status::invalid("timeout_seconds must be 0 or more");
-    // A century: adding more than the clock can hold would wrap around.
-    const auto limit = std::chrono::duration<double>(std::min(timeout_seconds, 3.2e9));
-    const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(limit);
+    if (Status status = check_timeout(timeout_seconds); !status.ok()) return status;
+    const Clock::time_point deadline = deadline_after(timeout_seconds);
     std::unique_lock lock(mutex_);
     for (;;) {
       // Looked up anew each time: another waiter may have taken the ticket meanwhile.
@@ -137,13 +136,7 @@ class IoRingOf final : public IoRing {
         operations_.erase(found);
         return status;
       }
-      if (Clock::now() >= deadline) {
-        Status status = evidence(progress.operation);
-        status.code = StatusCode::timed_out;
-        status.done = progress.done;
-        status.detail = describe_outstanding();
-        return status;
-      }
+      if (Clock::now() >= deadline) return late(progress);
       finished_.wait_until(lock, deadline);
     }
   }
@@ -169,11 +162,21 @@ class IoRingOf final : public IoRing {
     return counters;
   }
 
-  Status close() override {
+  Status close(double timeout_seconds, bool and_forget_queued) override {
     if (forked()) return Status::invalid("a ring does not survive fork; the parent closes it");
+    if (Status status = check_timeout(timeout_seconds); !status.ok()) return status;
+    const Clock::time_point deadline = deadline_after(timeout_seconds);
     const std::lock_guard only_one(close_mutex_);
     if (!thread_.joinable()) return {};
-    stop(/*and_forget_queued=*/false);
+    begin_to_stop(and_forget_queued);
+    {
+      std::unique_lock lock(mutex_);
+      while (const Progress* first = first_unfinished()) {
+        if (Clock::now() >= deadline) return late(*first);
+        finished_.wait_until(lock, deadline);
+      }
+    }
+    thread_.join();
     const std::lock_guard lock(mutex_);
     for (const auto& [ticket, progress] : operations_)
       if (!progress.status.ok()) return progress.status;
@@ -364,14 +367,37 @@ class IoRingOf final : public IoRing {
 
   // ---- the caller's thread ----
 
-  void stop(bool and_forget_queued) {
+  static Status check_timeout(double seconds) {
+    return seconds >= 0 ? Status() : Status::invalid("timeout_seconds must be 0 or more");  // nor not a number
+  }
+
+  static Clock::time_point deadline_after(double seconds) {
+    // Adding more than the clock can hold would wrap around.
+    const auto limit = std::chrono::duration<double>(std::min(seconds, kForever));
+    return Clock::now() + std::chrono::duration_cast<Clock::duration>(limit);
+  }
+
+  void begin_to_stop(bool and_forget_queued) {
     {
       const std::lock_guard lock(mutex_);
       closing_ = true;
       forget_queued_ |= and_forget_queued;
     }
     kernel_->wake();
-    if (thread_.joinable()) thread_.join();
+  }
+
+  [[nodiscard]] const Progress* first_unfinished() const {
+    for (const auto& [ticket, progress] : operations_)
+      if (!progress.finished) return &progress;
+    return nullptr;
+  }
+
+  [[nodiscard]] Status late(const Progress& progress) const {
+    Status status = evidence(progress.operation);
+    status.code = StatusCode::timed_out;
+    status.done = progress.done;
+    status.detail = describe_outstanding();
+    return status;
   }
 
   [[nodiscard]] std::string describe_outstanding() const {

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from offload_rt.arena import Region
+from offload_rt.arena import WAIT_SECONDS, Region
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
 from offload_rt.meter import SSD_READ, SSD_WRITE, Meter
 from offload_rt.native import native_core
@@ -121,7 +121,9 @@ class FileIO(Protocol):
         """What is under way, for the message of a timeout."""
 
     def close(self) -> None:
-        """Waits for what is under way."""
+        """Waits for what is under way. Raises `StorageTimeout` where a drive does nothing of it for `WAIT_SECONDS`:
+        memory and files stay with what it was asked for, then.
+        """
 
 
 class RingIO:
@@ -138,7 +140,7 @@ class RingIO:
 
     def __init__(self, core: Any, backend: str = "auto", *, register: bool | None = None) -> None:
         self._core = core
-        self._ring = core.Ring(depth=RING_DEPTH, backend=backend)
+        self._ring = core.Ring(depth=RING_DEPTH, backend=backend, patience_seconds=WAIT_SECONDS)
         self.name = self._ring.backend
         if register is None:
             register = os.environ.get("OFFLOAD_RT_IO_REGISTER") != "0"
@@ -202,7 +204,10 @@ class RingIO:
         return str(self._ring.outstanding())
 
     def close(self) -> None:
-        self._ring.close()
+        try:
+            self._ring.close()
+        except self._core.NativeTimeout as error:
+            raise StorageTimeout(f"{error.path}: not closed, as it is used after {WAIT_SECONDS:g} s; {error}") from None
 
 
 class AiofilesIO:
@@ -289,7 +294,7 @@ class AiofilesIO:
             await asyncio.gather(*tasks, return_exceptions=True)
 
         if self._loop.is_running():
-            asyncio.run_coroutine_threadsafe(drain(), self._loop).result()
+            wait_future(asyncio.run_coroutine_threadsafe(drain(), self._loop), WAIT_SECONDS, self.outstanding)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()

@@ -60,6 +60,8 @@ class Links:
         self._device_copies = None if self.device is None else DeviceCopies(self.device, self.meter, self.counters)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-copy")
         self._delayer = ThreadPoolExecutor(8, thread_name_prefix="offload_rt-delay") if delay_seconds else None
+        self.is_stuck = False
+        """`close` has given up on a drive: no file may be closed, nor its lock given back, any more."""
 
     def read(self, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
         """Starts filling `slot` from `file`. Does not block."""
@@ -222,6 +224,7 @@ class Links:
             self.recorder.join(transfer.operation)
 
     def close(self) -> None:
+        """Waits for what is under way, and raises what is left of errors: `StorageTimeout` where a drive hangs."""
         if self._delayer is not None:
             self._delayer.shutdown()
         self._copier.shutdown()
@@ -229,7 +232,11 @@ class Links:
             self._paced.shutdown()
         if self.device is not None:
             self.device.close()
-        self.io.close()
+        try:
+            self.io.close()
+        except StorageTimeout:
+            self.is_stuck = True
+            raise
 
     def _file(self, kind: str, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
         self.io.adopt(file, slot.region)

@@ -216,11 +216,15 @@ class Runtime:
             return
         self._closed = True
         drains = [executor.drain for executor in self.executors]
-        files = [part.close for part in (self.scratch, self.store) if part is not None]
         # A commit that is due may fail.
         all_close(
-            self._detach, *drains, self.training.close, self.turns.close, self.links.close, self.heap.close, *files
-        )
+            self._detach, *drains, self.training.close, self.turns.close, self.links.close, self.heap.close,
+            self._close_files,
+        )  # fmt: skip
+
+    def _close_files(self) -> None:
+        if not self.links.is_stuck:
+            all_close(*(part.close for part in (self.scratch, self.store) if part is not None))
 
     def _detach(self) -> None:
         """Takes the hooks out."""

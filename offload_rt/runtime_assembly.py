@@ -126,12 +126,17 @@ class RuntimeAssembly:
         if kind is None:
             return
         training = self.state if self.tiered is None else self.tiered
-        parts = [training, self.links, self.activations.scratch, self.store, self.heap]
+        parts = [training, self.links, self.heap]
+        closings = [part.close for part in parts if part is not None]
         try:
-            all_close(*(each.drain for each in self.executors), *(part.close for part in parts if part is not None))
+            all_close(*(each.drain for each in self.executors), *closings, self._close_files)
         finally:
             if self.before is not None:  # whoever goes back takes as much, and the error still sees this
                 self.tiers.give_back(keep=self.before.only_copies())
+
+    def _close_files(self) -> None:
+        if not self.links.is_stuck:
+            all_close(*(part.close for part in (self.activations.scratch, self.store) if part is not None))
 
     def run(self, covered: Coverage, optimizer: torch.optim.Optimizer | None) -> Runtime:
         if self.workload.config.nvme and self.workload.frozen:

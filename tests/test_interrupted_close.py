@@ -8,6 +8,7 @@ import torch
 from offload_rt._engine import Engine
 from offload_rt.closing import all_close
 from offload_rt.commit_log import CommitLog
+from offload_rt.errors import StorageTimeout, StoreInUse
 from offload_rt.executor import RingExecutor
 from offload_rt.links import Links
 from offload_rt.optimizer.gradients import Gradients
@@ -74,6 +75,21 @@ def test_an_engine_whose_end_is_interrupted_leaves_its_last_step_committed_and_i
         other.load_checkpoint(other.commit_folder)
         assert other.step_number == 1
         step(other)
+
+
+def test_an_engine_whose_drive_hangs_keeps_its_files_and_says_so(disk_folder, monkeypatch):
+    engine = made(disk_folder)
+    runtime = engine._runtime
+    with monkeypatch.context() as now:
+        now.setattr(runtime.links.io, "close", lambda: (_ for _ in ()).throw(StorageTimeout("under way")))
+        with pytest.raises(StorageTimeout, match="under way"):
+            engine.close()
+    with pytest.raises(StoreInUse):  # what is under way may still be written
+        made(disk_folder)
+    runtime.links.close()
+    runtime.links.is_stuck = False
+    runtime._close_files()
+    made(disk_folder).close()
 
 
 def test_an_engine_whose_making_is_interrupted_leaves_its_files_free(disk_folder, monkeypatch):

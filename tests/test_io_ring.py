@@ -447,6 +447,33 @@ def test_a_read_that_hangs_times_out_and_finishes_later(uring):
     assert target[0] == 5
 
 
+def test_a_ring_whose_drive_hangs_is_closed_later(uring):
+    event, target = os.eventfd(0), bytearray(8)
+    with native.Ring(backend="io_uring", patience_seconds=0.3) as ring:
+        ring.read(event, "event", 0, target)
+        for _ in range(2):
+            with pytest.raises(native.NativeTimeout, match="event: read 0 of 8 bytes .*(\n.*)*1 requests in flight"):
+                ring.close()
+        with pytest.raises(ValueError, match="closed"):
+            ring.read(event, "event", 0, target)
+        os.eventfd_write(event, 5)
+    os.close(event)
+    assert target[0] == 5
+
+
+def test_a_ring_that_nobody_sees_leaves_its_memory_to_a_drive_that_hangs(uring):
+    event, target = os.eventfd(0), bytearray(8)
+    ring = native.Ring(backend="io_uring", patience_seconds=0.3)
+    ring.read(event, "event", 0, target)
+    del ring
+    with pytest.raises(BufferError):
+        target.clear()  # somebody sees it
+    os.eventfd_write(event, 5)
+    while not target[0]:
+        time.sleep(0.001)
+    os.close(event)
+
+
 def test_ctrl_c_interrupts_a_wait_and_leaves_the_ticket(uring):
     event = os.eventfd(0)
     ticket = uring.read(event, "event", 0, bytearray(8))

@@ -260,6 +260,24 @@ def test_a_timeout_of_a_real_back_end_says_what_was_outstanding(io, arena, disk_
         os.close(fd)
 
 
+def test_links_whose_drive_hangs_are_closed_in_bounded_time_and_say_so(arena, disk_folder, monkeypatch):
+    core = native_core()
+    if core is None or not core.io_uring_available()[0]:
+        pytest.skip("threads do not read a pipe")
+    monkeypatch.setattr("offload_rt.file_io.WAIT_SECONDS", 0.3)
+    path = disk_folder / "fifo"
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDWR)
+    links = Links(io=file_io("io_uring"))
+    transfer = links.read(OpenFile(str(path), fd, False), 0, arena.acquire(PAGE, "x"))
+    with pytest.raises(StorageTimeout, match="fifo: not closed"):
+        links.close()
+    assert links.is_stuck and not transfer.was_waited_for
+    os.write(fd, bytes(2 * PAGE))  # lets it go
+    links.close()
+    os.close(fd)
+
+
 def test_an_error_of_the_back_end_reaches_whoever_waits(arena, file):
     io = StuckIO()
     io.error = StorageError("gone", path="/p", errno=errno.EIO)
