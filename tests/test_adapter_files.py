@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.errors import CheckpointVerifyError
 from tests.conftest import build_lora
 
@@ -90,3 +92,59 @@ def test_what_is_somebody_elses_in_its_folder_stays(has_folder, engine, tmp_path
     assert "what I wrote" in card and "license: mit" in card
     assert (out / "checkpoint-1" / "state").exists() is has_folder
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def has_to_stay(how, out, monkeypatch):
+    if how == "current":
+        monkeypatch.chdir(out)
+    elif how == "mount":
+        monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(out))
+    elif how == "parent":  # as an ordinary user is told of another's folder
+        access = os.access
+        monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(out.parent) and access(path, mode))
+    else:
+        monkeypatch.setattr("offload_rt.checkpoint.whole_folder._exchange", lambda one, other: False)
+
+
+@pytest.mark.parametrize("how", ["current", "mount", "parent", "no exchange"])
+def test_a_folder_that_has_to_stay_has_its_files_replaced_one_by_one(how, engine, tmp_path, monkeypatch):
+    out = tmp_path / "adapter"
+    engine.save_pretrained(out)
+    first, inode = weights(out), out.stat().st_ino
+    change(engine)
+    has_to_stay(how, out, monkeypatch)
+    seen = []
+    monkeypatch.setattr("os.replace", lambda one, other: (seen.append(weights(out)), os.rename(one, other)))
+    (out / ".adapter.partial-1").mkdir()  # a kill left it
+    engine.save_pretrained("." if how == "current" else out)
+    assert out.stat().st_ino == inode and len(seen) == 3, "an adapter is there all the time"
+    assert all(torch.equal(weights(out)[name], value + 1) for name, value in first.items())
+    assert contents(out).keys() == {path.name for path in out.iterdir()}, "nothing is left in it"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_private_folder_stays_private(engine, tmp_path):
+    out = tmp_path / "adapter"
+    out.mkdir(mode=0o700)
+    for _ in range(2):
+        engine.save_pretrained(out)
+        assert out.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_was_moved_is_put_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "old").write_text("whole")
+    rename, done = os.rename, []
+
+    def fails(one, other):
+        done.append(other)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        rename(one, other)
+
+    monkeypatch.setattr("offload_rt.checkpoint.whole_folder._exchange", lambda one, other: False)
+    monkeypatch.setattr("os.rename", fails)
+    with pytest.raises(KeyboardInterrupt), replaced_whole(out, 1, what="the model", is_ours=lambda name: True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (out / "old").read_text() == "whole"

@@ -59,7 +59,8 @@ def remove_adapters(wrapped: Any, model: nn.Module, flags: Mapping[int, bool]) -
 
 def save_adapters(model: Any, folder: Path) -> None:
     """peft's own files, read back: every tensor there, equal. What `folder` held of an adapter is whole until then, and
-    other files stay; beside folders, files are replaced one by one.
+    other files stay. A folder that cannot be replaced (it holds folders, is a mount or the current one, or its parent
+    is not ours to change) has its files replaced one by one.
 
     Of the weights of embedding and head themselves those that train; frozen ones are the base model's.
     """
@@ -75,7 +76,7 @@ def save_adapters(model: Any, folder: Path) -> None:
     }
     expected = peft.get_peft_model_state_dict(model, **what)
     need = sum(tensor.numel() * tensor.element_size() for tensor in expected.values()) + _MARGIN_BYTES
-    with replaced_whole(folder, need, what="the adapter", beside_folders=True) as partial:
+    with replaced_whole(folder, need, what="the adapter", one_by_one=True) as partial:
         if (folder / _CARD).is_file():  # peft adds to it
             shutil.copy2(folder / _CARD, partial / _CARD)
         try:

@@ -25,24 +25,25 @@ def replaced_whole(
     *,
     what: str,
     is_ours: Callable[[str], object] = lambda name: False,
-    beside_folders: bool = False,
+    one_by_one: bool = False,
 ) -> Iterator[Path]:
     """Yields an empty folder to write to; it takes the place of `folder` where the body ends without an error.
 
     Until then what was there is whole. Of it, files that are not `is_ours` by their names, and that the body did not
     write, stay, also those that came meanwhile. The body syncs the files that it writes. A link stays one: the folder
     that it leads to is replaced, on its drive. Raises `ConfigError` where `folder` is a file or holds a folder, which
-    would be gone; `beside_folders` keeps those, and has files take their places one by one, each whole. Raises
-    `StorageFull` before the first byte where `need_bytes` are not free; and gives the body's own failures to write as
-    `StorageError`.
+    would be gone; with `one_by_one` files take their places one by one, each whole, where that is so, and wherever else
+    the folder itself cannot be replaced. Raises `StorageFull` before the first byte where `need_bytes` are not free;
+    and gives the body's own failures to write as `StorageError`.
     """
     folder = Path(os.path.realpath(folder))
-    _staying(folder, what, is_ours, beside_folders=beside_folders)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    _staying(folder, what, is_ours, beside_folders=one_by_one)
+    place = folder if one_by_one and _has_to_stay(folder) else folder.parent
+    partial = place / f".{folder.name}.partial-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
-        free = shutil.disk_usage(folder.parent).free
+        free = shutil.disk_usage(place).free
         if free < need_bytes:
             raise StorageFull(
                 f"{what} needs {format_bytes(need_bytes)}, {format_bytes(free)} are free", path=str(folder)
@@ -50,16 +51,18 @@ def replaced_whole(
         partial.mkdir()
         yield partial
         # Now: it may have been put back, and others write to it.
-        staying = _staying(folder, what, is_ours, beside_folders=beside_folders)
-        if any(map(_is_folder, staying)):
+        staying = _staying(folder, what, is_ours, beside_folders=one_by_one)
+        if place == folder or any(map(_is_folder, staying)):
             _put_files(partial, folder)
         else:
             for path in staying:
                 if not os.path.lexists(partial / path.name):
                     _keep(path, partial / path.name)
+            if folder.exists():
+                shutil.copymode(folder, partial)
             sync_folder(partial)
-            _put_in_place(partial, folder)
-    except Exception as error:
+            _put_in_place(partial, folder, one_by_one=one_by_one)
+    except BaseException as error:  # Ctrl-C, too, leaves nothing
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors and torch report a full drive in classes of their own.
         if isinstance(error, OffloadError) or not isinstance(error, (OSError, RuntimeError, SafetensorError)):
@@ -67,6 +70,14 @@ def replaced_whole(
         code = error.errno if isinstance(error, OSError) else None
         kind = StorageFull if code in (errno.ENOSPC, errno.EDQUOT) else StorageError
         raise kind(f"{what} could not be written: {error}", path=str(folder), errno=code or 0) from None
+
+
+def _has_to_stay(folder: Path) -> bool:
+    """Whether another folder cannot take its name, or somebody would be left in the old one."""
+    if not folder.is_dir():
+        return False
+    is_ours = os.access(folder.parent, os.W_OK | os.X_OK)
+    return not is_ours or os.path.ismount(folder) or folder.samefile(os.curdir)
 
 
 def _is_folder(path: Path) -> bool:
@@ -100,13 +111,14 @@ def _keep(path: Path, place: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Takes away what saves that were cut off left beside `folder`, and puts one back that had been moved."""
+    """Takes away what saves that were cut off left in `folder` and beside it, and puts one back that had been moved."""
     for old in folder.parent.glob(f".{glob.escape(folder.name)}.old-*"):
         if not folder.exists():
             os.rename(old, folder)
         shutil.rmtree(old, ignore_errors=True)
-    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for where in (folder, folder.parent):
+        for partial in where.glob(f".{glob.escape(folder.name)}.partial-*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _put_files(partial: Path, folder: Path) -> None:
@@ -117,15 +129,24 @@ def _put_files(partial: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
+def _put_in_place(partial: Path, folder: Path, *, one_by_one: bool) -> None:
     """Gives `partial` the name `folder`. What had it is whole until then, and gone afterwards."""
     if not folder.exists():
         os.rename(partial, folder)
-    elif not _exchange(partial, folder):
+    elif _exchange(partial, folder):
+        pass
+    elif one_by_one:
+        _put_files(partial, folder)
+        return
+    else:
         # A file system that cannot exchange names: for an instant the old one lies beside its place, see _tidy.
         old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-        os.rename(folder, old)
-        os.rename(partial, folder)
+        try:
+            os.rename(folder, old)
+            os.rename(partial, folder)
+        finally:
+            if not folder.exists():
+                os.rename(old, folder)
         partial = old
     sync_folder(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
