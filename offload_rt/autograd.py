@@ -366,6 +366,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         owner: RecomputedLayer = ctx.owner
         call: Call = ctx.call
+        call.check_unchanged()
         inputs = list(ctx.saved_tensors)
         if ctx.stashed is not None:
             inputs.insert(ctx.stashed_index, ctx.stashed.load())

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from offload_rt.errors import UnsupportedModule
+from offload_rt.block import Block
+from offload_rt.errors import IntegrityError, UnsupportedModule
 from offload_rt.random_state import RandomState, kept_random_state
 
 
@@ -22,6 +23,7 @@ class Owner(Protocol):
     """What a call asks of whoever has taken the place of the layer that was called."""
 
     layer: nn.Module
+    block: Block
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """The layer's own forward."""
@@ -49,6 +51,7 @@ class Call:
         """All that a gradient is wanted of."""
         self.streamed = streamed
         """Of these, those that the graph outside does not know."""
+        self._versions = [parameter._version for parameter in self.trainable]
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
@@ -69,6 +72,15 @@ class Call:
         """Whether the backward pass under way will go through this call."""
         node = None if self.node is None else self.node()
         return node is not None and bool(torch._C._will_engine_execute_node(node))
+
+    def check_unchanged(self) -> None:
+        """Raises `IntegrityError` where what trains is not what it was in forward: the layer runs again with it."""
+        if [parameter._version for parameter in self.trainable] != self._versions:
+            raise IntegrityError(
+                f"{self.owner.block.name}: this backward pass is of a forward from before what trains was changed (by "
+                f"a step, or what was loaded). Its layers run again with the values of now, whose gradients would be "
+                f"wrong. Call backward before step; zero the gradients before the next one"
+            )
 
     def graph_parameters(self) -> list[torch.Tensor]:
         """The parameters that are inputs of the operation. Where none is but some stream, a stand-in that makes the

@@ -80,15 +80,16 @@ class AdapterTraining(TieredTraining):
         self.before_forward()
         self._steps.begins(self.optimizer, self.step_number + 1)
         present = [
-            trained.name for block in self.blocks for trained in block.parameters if trained.parameter.grad is not None
+            trained for block in self.blocks for trained in block.parameters if trained.parameter.grad is not None
         ]
         with self.commits.broken_unless_done(f"step {self.step_number + 1} failed half-way"):
             self._expect_next()  # of what is not on its way yet
             for block in self.blocks:
                 self.stepper.submit(block)
             self.stepper.finish()
-        for name in present:
-            self.progress.steps[name] = self.progress.steps.get(name, 0) + 1
+        for trained in present:
+            self.progress.steps[trained.name] = self.progress.steps.get(trained.name, 0) + 1
+        self.have_changed(trained.parameter for trained in present)
         self.progress.scalars.update(self.stepper.new_scalars)
         self.stepper.new_scalars.clear()
         self.step_number += 1
@@ -144,6 +145,7 @@ class AdapterTraining(TieredTraining):
         for block in self.blocks if from_log else ():
             self.stepper.load_what_rests_in_memory(block)
             self.stepper.rebuild_weights(block)
+            self.have_changed(trained.parameter for trained in block.parameters)
         self.commits.begin_again(self.step_number)
         self._expect_next()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arena import Slot
@@ -155,6 +156,13 @@ class TieredTraining(ABC):
         """See `interface.Training`."""
         self.before_forward()
         return self.home.log is None or self.commits.can_go_back
+
+    @staticmethod
+    def have_changed(parameters: Iterable[Tensor]) -> None:
+        """Tells autograd, which does not see what the stepper writes: graphs that have saved these are of no use now,
+        nor calls of layers that would run again with them.
+        """
+        torch.autograd.graph.increment_version(list(parameters))
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Takes over what was saved of `commits.all_values`. ConfigError where these are other param groups."""

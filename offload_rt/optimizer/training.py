@@ -232,6 +232,7 @@ class FullTraining(TieredTraining):
                 self.stepper.load_what_rests_in_memory(block)
             if laid_weights(block) not in weights or not self.home.streams_weights(block):
                 self.stepper.rebuild_weights(block)
+            self.have_changed(trained.parameter for trained in block.parameters)
         self.commits.begin_again(self.step_number)
         self._now = Step(order=self._now.order)
         self._expect_next()
@@ -323,9 +324,10 @@ class FullTraining(TieredTraining):
                 self.gradients.release(block)
             self.stepper.finish()
             for block in arrived:
-                for index in self.gradients.present(block):
-                    name = block.parameters[index].name
-                    self.progress.steps[name] = self.progress.steps.get(name, 0) + 1
+                changed = [block.parameters[index] for index in self.gradients.present(block)]
+                for trained in changed:
+                    self.progress.steps[trained.name] = self.progress.steps.get(trained.name, 0) + 1
+                self.have_changed(trained.parameter for trained in changed)
             self.progress.scalars.update(self.stepper.new_scalars)
         clipped = scale != 1.0
         self._forget_all(then=Step(order=tuple(arrived), follows_clipped=clipped))
