@@ -26,7 +26,7 @@ from offload_rt.assembly import assemble, change_over
 from offload_rt.batch_check import check_batch
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
-from offload_rt.checkpoint.tensor_groups import tensor_groups
+from offload_rt.checkpoint.tensor_groups import copies_of, tensor_groups
 from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.conversions import ConversionGuard, Guard, check_unmanaged
@@ -476,7 +476,7 @@ class Engine:
         if hasattr(self.model, "peft_config"):
             if max_shard_bytes is not None:
                 raise ConfigError("max_shard_bytes: an adapter is one file; leave it None")
-            save_adapters(self.model, folder)
+            save_adapters(self.model, folder, self._at_rest)
             return
         limit = MAX_SHARD_BYTES if max_shard_bytes is None else parse_bytes(max_shard_bytes, field="max_shard_bytes")
         if self._closed:
@@ -488,6 +488,11 @@ class Engine:
         self._training.before_weights_are_read()
         blocks = [(block, self._runtime.accesses[block.name]) for block in self._runtime.blocks]
         save_model(self.model, tensor_groups(self.model, blocks), folder, max_shard_bytes=limit)
+
+    def _at_rest(self, absent: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        if absent and self._closed:
+            raise OffloadError(f"the engine is closed: {next(iter(absent))} is not in memory any more")
+        return copies_of(absent, [(block, self._runtime.accesses[block.name]) for block in self._runtime.blocks])
 
     def report(self) -> dict[str, Any]:
         """What moved, what it cost, and who holds memory, since the start. Bytes and seconds; see `report.report`."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.conversions import Guard
+from offload_rt.discover import of_adapters
 from offload_rt.errors import ConfigError, OffloadError
 
 
@@ -42,8 +43,9 @@ class CopyGuard(Guard):
                 del vars(module)["__reduce_ex__"]
             self.guard(module, "__reduce_ex__", _Copying(module))
             self.guard(module, "load_state_dict", _loading(module, kept))
-            if hasattr(type(module), "save_pretrained") and not _is_peft(module):
-                self.guard(module, "save_pretrained", _Saving(module, module.save_pretrained))  # type: ignore[arg-type]
+            if hasattr(type(module), "save_pretrained"):
+                saving = _SavingAdapters if _is_peft(module) else _Saving
+                self.guard(module, "save_pretrained", saving(module, module.save_pretrained))  # type: ignore[arg-type]
             if _leave_out_absent not in module._state_dict_hooks.values():  # an engine before may have left it
                 hook = module.register_state_dict_post_hook(_leave_out_absent)  # type: ignore[no-untyped-call]
                 self._hooks.append((module, hook))
@@ -55,7 +57,7 @@ class CopyGuard(Guard):
         for _, _, function, _ in self._guarded:
             if isinstance(function, _Copying):
                 function.is_managed = False
-        stays = (_Copying, _Saving)
+        stays = (_Copying, _Saving, _SavingAdapters)
         self._guarded = [each for each in self._guarded if not (isinstance(each[2], stays) and _absent(each[0]))]
         super().remove()
         while self._hooks:
@@ -203,5 +205,30 @@ class _Saving:
             raise ConfigError(
                 f"save_pretrained: {len(absent)} of {num_all} weights are not in memory (first: {absent[0]}), and "
                 f"would be missing in the file; engine.save_pretrained(folder), before close(), writes all of them"
+            )
+        return self.save(*arguments, **options)
+
+
+@dataclass(frozen=True)
+class _SavingAdapters:
+    """peft's `save_pretrained`, unless parts of adapters would be missing: those that do not train, and are at rest."""
+
+    module: Any
+    save: Callable[..., Any]
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        ours, given = of_adapters(self.module), options.get("state_dict") or {}
+        chosen = options.get("selected_adapters") or self.module.peft_config
+        missing = [
+            name
+            for name, parameter in self.module.named_parameters(remove_duplicate=False)
+            if id(parameter) in ours and _is_absent(parameter) and not set(chosen).isdisjoint(name.split("."))
+            if name not in given
+        ]  # fmt: skip
+        if missing:
+            raise ConfigError(
+                f"save_pretrained: {len(missing)} tensors of adapters do not train and are at rest (first: "
+                f"{missing[0]}); the files would be without them. Use engine.save_pretrained, or choose those that "
+                f"train by selected_adapters="
             )
         return self.save(*arguments, **options)

@@ -30,6 +30,8 @@ class StoredParameter:
     name: str
     parameter: nn.Parameter
     owners: tuple[nn.Module, ...]
+    is_adapters: bool = False
+    """Of peft's, which keeps its dtype."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ def find_blocks(model: nn.Module, *, bits: int | None, prequantized: frozenset[s
         for parameter in layer.parameters():
             in_layer.setdefault(id(parameter), set()).add(index)
     outside = {id(p) for module in _outside(model, layers) for p in module.parameters(recurse=False)}
+    adapters = of_adapters(model)
     drafts = []
     for index, (name, layer) in enumerate(layers):
         # A parameter that several layers share belongs to none of them: it stays in memory.
         own = [
-            StoredParameter(parameter_name, parameter, owners[id(parameter)])
+            StoredParameter(parameter_name, parameter, owners[id(parameter)], id(parameter) in adapters)
             for parameter_name, parameter in layer.named_parameters(prefix=name)
             if in_layer[id(parameter)] == {index} and id(parameter) not in outside and parameter.numel()
         ]
@@ -101,8 +104,14 @@ def find_blocks(model: nn.Module, *, bits: int | None, prequantized: frozenset[s
 
 
 def coverage(drafts: list[BlockDraft]) -> Coverage:
-    """How much of the drafts is quantized."""
-    layers = [tensor for draft in drafts if draft.is_layer and not draft.trains for tensor in draft.spec.tensors]
+    """How much of the drafts is quantized, adapters aside."""
+    layers = [
+        tensor
+        for draft in drafts
+        if draft.is_layer and not draft.trains
+        for tensor, stored in zip(draft.spec.tensors, draft.parameters, strict=True)
+        if not stored.is_adapters
+    ]
     edges = [tensor for draft in drafts if not draft.is_layer for tensor in draft.spec.tensors]
     return Coverage(
         quantized_bytes=sum(t.compute_bytes for t in layers if t.is_quantized),
@@ -208,6 +217,17 @@ def _draft(
     return BlockDraft(name, modules, tuple(stored), layout_block(name, specs), is_layer, trains)
 
 
+def of_adapters(model: nn.Module) -> frozenset[int]:
+    """The ids of parameters of peft's adapters: those that do not train keep their dtype, like those that do."""
+    return frozenset(
+        id(parameter)
+        for module in model.modules()
+        for name in getattr(module, "adapter_layer_names", ())
+        if isinstance(part := getattr(module, name, None), (nn.Module, nn.ParameterDict))
+        for parameter in part.parameters()
+    )
+
+
 def _num_elements(stored: list[StoredParameter]) -> int:
     return sum(entry.parameter.numel() for entry in stored)
 
@@ -218,7 +238,7 @@ def _encoding(entry: StoredParameter, *, bits: int | None, prequantized: bool) -
     is_conv1d = type(owner).__name__ == "Conv1D" and weight and parameter.ndim == 2
     if prequantized:
         return Encoding.NF4_TRANSPOSED if is_conv1d else Encoding.NF4
-    if bits is None or parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if bits is None or entry.is_adapters or parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return Encoding.RAW
     # nn.MultiheadAttention reads the weight of its out_proj without calling it: no hook would decode it.
     if isinstance(owner, nn.Linear) and weight and type(owner).__name__ != "NonDynamicallyQuantizableLinear":

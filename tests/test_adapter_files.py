@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from offload_rt.checkpoint.whole_folder import replaced_whole
-from offload_rt.errors import CheckpointVerifyError
-from tests.conftest import build_lora
+from offload_rt.errors import CheckpointVerifyError, ConfigError, OffloadError
+from tests.conftest import build_base, build_lora, language_batch
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def test_what_does_not_read_back_is_no_adapter(engine, tmp_path, monkeypatch):
     engine.save_pretrained(out)
     before = contents(out)
     change(engine)
-    save = type(engine.model).save_pretrained
+    save = engine.model.save_pretrained
 
-    def saves_another(model, *arguments, **options):
-        save(model, *arguments, **options)
+    def saves_another(*arguments, **options):
+        save(*arguments, **options)
         change(engine)
 
-    monkeypatch.setattr(type(engine.model), "save_pretrained", saves_another)
+    monkeypatch.setattr(engine.model, "save_pretrained", saves_another)
     with pytest.raises(CheckpointVerifyError, match=f"{out}/adapter_model.safetensors: .* does not read back"):
         engine.save_pretrained(out)
     assert contents(out) == before
@@ -148,3 +148,71 @@ def test_a_folder_that_was_moved_is_put_back_where_the_new_one_cannot_take_its_p
     with pytest.raises(KeyboardInterrupt), replaced_whole(out, 1, what="the model", is_ours=lambda name: True):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and (out / "old").read_text() == "whole"
+
+
+def several(names, modules_to_save=None):
+    """A model with adapters of these names, of which the first one trains. B is not zero."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=modules_to_save
+    )
+    model = peft.get_peft_model(build_base("llama", torch.bfloat16, 1), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def all_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("names", "modules_to_save", "bits"),
+    [(["mine"], ["lm_head"], None), (["default", "other"], None, 4), (["one", "two"], ["lm_head"], None)],
+)
+def test_adapters_of_any_name_are_saved_as_peft_saves_them(names, modules_to_save, bits, make_engine, tmp_path):
+    out = tmp_path / "out"
+    several(names, modules_to_save).save_pretrained(tmp_path / "plain", save_embedding_layers=False)
+    engine = make_engine(several(names, modules_to_save), bits=bits, nvme=tmp_path)
+    engine.save_pretrained(out)
+    assert all_of(out) == all_of(tmp_path / "plain")
+    if len(names) > 1:
+        with pytest.raises(ConfigError, match=rf"save_pretrained: .*{names[1]}.*Use engine\.save_pretrained"):
+            engine.model.save_pretrained(tmp_path / "by peft")
+    engine.model.save_pretrained(tmp_path / "by peft", selected_adapters=names[:1])
+    engine.backward(engine(**language_batch(0)).loss)
+    engine.step()
+    engine.save_pretrained(out)  # over folders
+    again = several(names, modules_to_save)
+    for name in names:
+        with torch.no_grad():
+            for parameter in again.parameters():
+                parameter.zero_()
+        again.load_adapter(out if name == "default" else out / name, name)
+        found = peft.get_peft_model_state_dict(again, adapter_name=name, save_embedding_layers=False)
+        plain = peft.get_peft_model_state_dict(
+            several(names, modules_to_save), adapter_name=name, save_embedding_layers=False
+        )
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(value, plain[key]) is (name != names[0]) for key, value in found.items())
+        trained = peft.get_peft_model_state_dict(engine.model, adapter_name=name, save_embedding_layers=False)
+        assert all(torch.equal(found[key], value) for key, value in trained.items())
+
+
+def test_a_half_of_an_adapter_that_does_not_train_is_saved_with_the_other(make_engine, tmp_path):
+    model = build_lora(num_layers=1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: value.clone() for name, value in expected.items()}
+    engine = make_engine(model, bits=4, nvme=tmp_path)
+    assert any("lora_A" in name for name in expected) and not any("lora_A" in name for name in engine.trainable)
+    engine.save_pretrained(tmp_path / "out")
+    found = weights(tmp_path / "out")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], each) for name, each in expected.items())
+    engine.close()
+    with pytest.raises(OffloadError, match=r"closed: .*lora_A\.default\.weight is not in memory"):
+        engine.save_pretrained(tmp_path / "out")

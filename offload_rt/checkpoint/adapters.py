@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from offload_rt.checkpoint.whole_folder import replaced_whole
+from offload_rt.drive_files import sync_folder
 from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageError, StorageFull, TargetNotMatched
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -57,25 +58,45 @@ def remove_adapters(wrapped: Any, model: nn.Module, flags: Mapping[int, bool]) -
         parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
 
 
-def save_adapters(model: Any, folder: Path) -> None:
+Values = Mapping[str, torch.Tensor]
+"""By name."""
+
+
+def save_adapters(model: Any, folder: Path, at_rest: Callable[[Mapping[str, nn.Parameter]], Values]) -> None:
     """peft's own files, read back: every tensor there, equal. What `folder` held of an adapter is whole until then, and
     other files stay. A folder that cannot be replaced (it holds folders, is a mount or the current one, or its parent
     is not ours to change) has its files replaced one by one.
 
-    Of the weights of embedding and head themselves those that train; frozen ones are the base model's.
+    All adapters of the model are saved where peft puts them: "default" in `folder`, others in folders by their names.
+    Of the weights of embedding and head themselves those that train; frozen ones are the base model's. `at_rest` reads
+    what of adapters does not train, and is absent as weights of the base model are.
     """
     import peft
 
     weights = _edge_weights(model)
     frozen = {id(weight) for weight in weights if not weight.requires_grad}
-    entries = model.state_dict(keep_vars=True).items()
+    entries = model.state_dict(keep_vars=True)
+    absent = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in entries}
+    values = {
+        name: getattr(entry, "data", entry) for name, entry in (entries | absent).items() if id(entry) not in frozen
+    }
     what: dict[str, Any] = {
         # "auto" would look the base model up on a hub, and True takes both, with what an adapter on them stands on.
         "save_embedding_layers": len(frozen) < len(weights),
-        "state_dict": {name: getattr(entry, "data", entry) for name, entry in entries if id(entry) not in frozen},
+        "state_dict": values,
     }
-    expected = peft.get_peft_model_state_dict(model, **what)
-    need = sum(tensor.numel() * tensor.element_size() for tensor in expected.values()) + _MARGIN_BYTES
+    taken = {
+        id(value)
+        for name in model.peft_config
+        for value in peft.get_peft_model_state_dict(model, adapter_name=name, **what).values()
+    }
+    values |= at_rest({name: p for name, p in absent.items() if name in values and id(values[name]) in taken})
+    expected = {
+        Path() if name == "default" else Path(name): peft.get_peft_model_state_dict(model, adapter_name=name, **what)
+        for name in model.peft_config
+    }
+    tensors = [tensor for adapter in expected.values() for tensor in adapter.values()]
+    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _MARGIN_BYTES
     with replaced_whole(folder, need, what="the adapter", one_by_one=True) as partial:
         if (folder / _CARD).is_file():  # peft adds to it
             shutil.copy2(folder / _CARD, partial / _CARD)
@@ -86,13 +107,17 @@ def save_adapters(model: Any, folder: Path) -> None:
             is_full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
             kind = StorageFull if is_full else StorageError
             raise kind(f"the adapter could not be written: {error}", path=str(folder), errno=code or 0) from None
-        _verify(partial / _WEIGHTS, folder / _WEIGHTS, expected)
-        for path in partial.iterdir():
+        for place, adapter in expected.items():
+            _verify(partial / place / _WEIGHTS, folder / place / _WEIGHTS, adapter)
+        for path in partial.rglob("*"):
+            if path.is_dir():
+                sync_folder(path)
+                continue
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
 
-def _verify(path: Path, shown: Path, expected: Mapping[str, torch.Tensor]) -> None:
+def _verify(path: Path, shown: Path, expected: Values) -> None:
     """Raises `CheckpointVerifyError`, which calls it `shown`, where `path` does not hold `expected`."""
     if not path.exists():
         raise CheckpointVerifyError(f"{shown}: peft wrote no such file")

@@ -68,6 +68,26 @@ def tensor_groups(model: nn.Module, blocks: Sequence[tuple[Block, Access]]) -> l
     return groups
 
 
+def copies_of(absent: Mapping[str, nn.Parameter], blocks: Sequence[tuple[Block, Access]]) -> dict[str, Tensor]:
+    """What these parameters of blocks have, by their names, in memory of the caller's. `UnsupportedModule` where one is
+    in 4 bits.
+    """
+    found: dict[str, Tensor] = {}
+    for block, access in blocks:
+        spec_of = {id(binding.parameter): binding.spec for binding in block.bindings}
+        specs = {name: spec_of[id(parameter)] for name, parameter in absent.items() if id(parameter) in spec_of}
+        for name, spec in specs.items():
+            if spec.is_quantized:
+                raise UnsupportedModule(
+                    f"save_pretrained: {name} does not train, and rests in 4 bits: its original values are not there "
+                    f"any more. Save adapters that train by engine.model.save_pretrained(..., selected_adapters=)"
+                )
+        if specs:
+            with _of_block(access, specs, {}) as shown:
+                found |= {name: tensor.clone() for name, tensor in shown.items()}
+    return found
+
+
 @contextmanager
 def _of_block(
     access: Access, specs: Mapping[str, TensorSpec], others: Mapping[str, Tensor]

@@ -122,9 +122,13 @@ def _tidy(folder: Path) -> None:
 
 
 def _put_files(partial: Path, folder: Path) -> None:
-    """Moves the files of `partial` to `folder`, each in one step."""
+    """Moves the files of `partial` to `folder`, each in one step; those of its folders to folders of that name."""
     for path in sorted(partial.iterdir()):
-        os.replace(path, folder / path.name)
+        if _is_folder(path):
+            (folder / path.name).mkdir(exist_ok=True)
+            _put_files(path, folder / path.name)
+        else:
+            os.replace(path, folder / path.name)
     sync_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
 
