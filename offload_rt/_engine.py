@@ -225,7 +225,7 @@ class Engine:
         """Calls the model."""
         if self._closed:
             raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
-        self._change_over_if_due()
+        self._begin_call()
         args, kwargs = self._on_device(args, kwargs)
         self._rehearse(args, kwargs)
         return self.model(*args, **kwargs)
@@ -234,7 +234,6 @@ class Engine:
         device = self._runtime.device
         if device is None:
             return args, kwargs
-        device.check_stream()
         moved: tuple[tuple[Any, ...], dict[str, Any]]
         moved = pytree.tree_map_only(torch.Tensor, partial(_moved, device=device.device), (args, kwargs))
         return moved
@@ -253,8 +252,12 @@ class Engine:
                 raise
             self._replanner = Replanner(self._runtime, self._base.resident_bytes)
 
-    def _change_over_if_due(self) -> None:
-        """Takes a plan that was made again, before a step begins: see `replanning`. Blocks."""
+    def _begin_call(self) -> None:
+        """Takes a plan that was made again, before a step begins: see `replanning`. Blocks. Raises `ConfigError` where
+        a GPU's stream is another than the engine's.
+        """
+        if self._runtime.device is not None:
+            self._runtime.device.check_stream()
         if not self._replanner.is_due or self._num_backwards or self._runtime.is_in_flight:
             return
         if not self._training.settled():
@@ -377,7 +380,7 @@ class Engine:
             loss: torch.Tensor = self(**batch).loss / num
             return loss, check_loss(loss, self.step_number + 1)
 
-        self._change_over_if_due()
+        self._begin_call()
         if self._rehearsal.is_due:
             self._rehearse(*self._on_device((), batches[0]))
         if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:
@@ -531,7 +534,7 @@ class Engine:
         self.close()
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._change_over_if_due()  # of a loop that calls the model itself
+        self._begin_call()  # of a loop that calls the model itself
         self._rehearse(args, kwargs)
         self._training.before_forward()
         for layer in self._runtime.layers:

@@ -461,8 +461,11 @@ def test_a_budget_holds_for_all_that_the_process_has_of_the_gpu() -> None:
 def test_a_model_on_another_stream_is_refused() -> None:
     case = Case("plain", "bf16", 1, False, False, "from HOST")
     engine = Engine(build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cuda", host_memory="256MiB")
-    with engine, torch.cuda.stream(torch.cuda.Stream()), pytest.raises(ConfigError, match="the model runs on"):
-        engine(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long))
+    ids = torch.zeros(1, 4, dtype=torch.long, device="cuda")
+    with engine, torch.cuda.stream(torch.cuda.Stream()):
+        for called in (engine, engine.model, lambda **inputs: engine.train_batch([inputs])):
+            with pytest.raises(ConfigError, match="the model runs on"):
+                called(input_ids=ids, labels=ids)
 
 
 def test_the_most_that_was_reserved_is_known_when_a_meter_has_begun_anew(device) -> None:
