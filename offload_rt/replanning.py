@@ -26,8 +26,8 @@ returned; and right behind it the change:
 
 A forward that adds to gradients which wait already begins no step, nor does one right after a checkpoint was loaded
 that is in no log, nor one that comes before the backward pass of the forward before it: then the change waits. It waits
-as long as somebody keeps a loss that no backward pass goes through. A change that fails goes back to the plan before,
-by the same commit.
+as long as somebody keeps a loss that no backward pass goes through: no step is committed for its sake meanwhile, and
+the log says so. A change that fails goes back to the plan before, by the same commit.
 
 Without a drive there is no log and no commit, and what memory alone has is handed over as it lies (`resting`): masters
 and moments, which no plan moves then, and frozen weights. Those that the other plan has elsewhere are copied there, a
@@ -71,6 +71,8 @@ MARGIN = 0.25
 """Other work on a machine makes single steps slower by more than that, but not every one of a window."""
 ADOPT_STEPS = 4
 APART_STEPS = 64
+WAIT_STEPS = 8
+"""In a row, behind which a change had to wait: then that is said."""
 HORIZON_STEPS = 200
 """Within so many steps a change is to pay for itself."""
 LEAST_GAIN = 0.05
@@ -123,6 +125,8 @@ class _Question:
     steps_left: int
     thread: threading.Thread
     answers: list[_Answer]
+    steps_waited: int = 0
+    """In a row, behind which a backward pass was still to come."""
 
     def answer(self) -> _Answer:
         """Blocks until it is there."""
@@ -157,7 +161,7 @@ class Replanner:
         if self.off:
             return
         if self._to_take is not None:
-            runtime.training.commit_next()
+            self._prepare(runtime, self._to_take, step)
             return
         if self._under_way is not None:
             self._under_way.steps_left -= 1
@@ -280,11 +284,25 @@ class Replanner:
         self._hold_against(question.asked, runtime.plan)
         if not why:
             self._to_take = question
-            runtime.training.commit_next()
+            self._prepare(runtime, question, step)
             return
         if question.must:
             self._not_before = step + APART_STEPS
         self._say(question, answer, step, why)
+
+    def _prepare(self, runtime: Runtime, question: _Question, step: int) -> None:
+        """Has the step that is over committed, where the next one may begin with the change."""
+        if not runtime.is_in_flight:
+            question.steps_waited = 0
+            runtime.training.commit_next()
+            return
+        question.steps_waited += 1
+        if question.steps_waited == WAIT_STEPS:
+            logger.warning(
+                "step %d: a plan that was made again waits, since step %d, for the backward pass of a forward that is "
+                "ahead of it. It is taken when there is none; of a loss that is only looked at, keep loss.detach()",
+                step, step - WAIT_STEPS + 1,
+            )  # fmt: skip
 
     def _say(self, question: _Question, answer: _Answer, step: int, why: str) -> None:
         decision = Decision(

@@ -38,14 +38,15 @@ def plan_of(run: Engine, place: str) -> Plan:
     return with_options(plan, made_of.workload, options, made_of.problem.training)
 
 
-def propose(run: Engine, plan: Plan) -> None:
-    """As the replanner does when it has found that `plan` is worth it, at the end of a step."""
+def propose(run: Engine, plan: Plan, *, commits: bool = True) -> None:
+    """As the replanner does when it has found that `plan` is worth it, at the end of a step, which it `commits`."""
     done = threading.Thread()
     done.start()
     run._replanner._to_take = _Question(
         "a test says so", None, run._runtime.made_of.problem, True, 0, done, [_Answer(plan)]
     )
-    run._training.commit_next()
+    if commits:
+        run._training.commit_next()
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, where: str) -> None:

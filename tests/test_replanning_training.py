@@ -7,6 +7,7 @@ step      N            N + 1
 from __future__ import annotations
 
 import gc
+import logging
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -158,6 +159,26 @@ def test_it_waits_for_gradients_and_for_a_commit(tmp_path: Path) -> None:
         assert train(run, [4, 5]) == train(twin, [4, 5])
         assert run.plan == other and results(run) == ["changed"]
         assert differences(run.state(), twin.state()) == []
+
+
+def test_while_somebody_keeps_a_loss_no_step_is_committed_for_it_and_the_log_says_once_that_it_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with made("in place", tmp_path, commit_every=100) as run, caplog.at_level(logging.WARNING, "offload_rt"):
+        train(run, [0])
+        other, commits = plan_of(run, "BACKWARD, tight"), run.report()["training"]["num_commits"]
+        kept = run(**batch(9)).loss
+        propose(run, other, commits=False)
+        train(run, range(1, 2 * replanning.WAIT_STEPS + 2))
+        assert run.plan != other and run.report()["training"]["num_commits"] == commits
+        (said,) = [record.getMessage() for record in caplog.records]
+        num = replanning.WAIT_STEPS
+        assert said.startswith(f"step {1 + num}: a plan that was made again waits, since step 2, for the backward pass")
+        del kept
+        train(run, [20])
+        assert run.plan != other, "behind a commit"
+        train(run, [21])
+        assert run.plan == other and results(run) == ["changed"]
 
 
 def test_steps_left_out_before_a_change_count_after_it(tmp_path: Path) -> None:
