@@ -181,7 +181,7 @@ class Engine:
         self._training = self._runtime.training
         self._training.carry(self._carried_values, self._with_schedulers)
         self.optimizer = self._training.optimizer
-        self._reached = Reached(self.model, self.trainable)
+        self._reached = Reached(self.model, self.trainable, [each.layer for each in self._runtime.layers])
         self._training.check_by(self._reached)
         self.step_meter = StepMeter(
             lambda: self._runtime.links.reading(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -24,15 +24,24 @@ class Reached:
     to the layer that it stands on: of one that is switched off, a gradient is missing.
     """
 
-    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
-        """Puts hooks into `model`, until `remove`."""
+    def __init__(
+        self, model: nn.Module, trainable: Mapping[str, nn.Parameter], layers: Iterable[nn.Module] = ()
+    ) -> None:
+        """Puts hooks into `model`, until `remove`. `layers` of it run without a graph when they are called for one, and
+        with one in backward.
+        """
         self._names = {id(parameter): name for name, parameter in trainable.items()}
         self._users: dict[str, set[nn.Module]] = {name: set() for name in trainable}
         self._find(model, model, is_adapter=False)
         self._called: set[nn.Module] = set()
-        self._handles: list[RemovableHandle] = [
-            user.register_forward_pre_hook(self._is_called) for user in set().union(*self._users.values())
-        ]
+        self._inside: set[nn.Module] = set()
+        """Layers that are being called, for a graph."""
+        self._handles: list[RemovableHandle] = []
+        for layer in layers:
+            self._handles.append(layer.register_forward_pre_hook(self._layer_begins))
+            self._handles.append(layer.register_forward_hook(self._layer_is_over, always_call=True))
+        for user in set().union(*self._users.values()):
+            self._handles.append(user.register_forward_pre_hook(self._is_called))
 
     def __contains__(self, name: object) -> bool:
         users = self._users.get(str(name), set())
@@ -58,8 +67,15 @@ class Reached:
         for inner in module.children():
             self._find(inner, user, is_adapter=is_adapter)
 
-    def _is_called(self, module: nn.Module, args: object) -> None:
+    def _layer_begins(self, layer: nn.Module, args: object) -> None:
         if torch.is_grad_enabled():
+            self._inside.add(layer)
+
+    def _layer_is_over(self, layer: nn.Module, args: object, output: object) -> None:
+        self._inside.discard(layer)
+
+    def _is_called(self, module: nn.Module, args: object) -> None:
+        if torch.is_grad_enabled() or self._inside:
             self._called.add(module)
 
 

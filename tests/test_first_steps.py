@@ -94,6 +94,23 @@ def test_a_gradient_that_gets_lost_on_its_way_is_refused_by_name_and_nothing_is_
     assert engine.step_number == 1
 
 
+def test_an_adapter_inside_a_layer_whose_result_gets_lost_is_missed(make_engine, disk_folder):
+    """Such a layer runs without a graph, and again in a backward pass that does not come."""
+    peft = pytest.importorskip("peft")
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["up"]), build_towers("in memory"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    engine = make_engine(model, seq_len=8, nvme=disk_folder)
+    with torch.no_grad():
+        engine(BATCH, has_images=True)
+    model.is_gated = True
+    with pytest.raises(IntegrityError, match=r"no gradient in step 1 \(first: images\.0\.up\.lora_A"):
+        step(engine, has_images=True)
+    engine.optimizer.zero_grad()
+    step(engine)  # without images
+    assert engine.step_number == 1
+
+
 @pytest.mark.parametrize("kind", ["in memory", "in tiers"])
 def test_an_image_of_the_first_step_or_of_an_evaluation_is_none_of_the_second(kind, made):
     engine = made(kind)
