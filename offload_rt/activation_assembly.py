@@ -102,8 +102,8 @@ class ActivationsAssembly:
             device.reserve("kept activations", kept)
         if home is Tier.DEVICE:
             device.reserve("layer inputs", inputs)
-        elif self._sizes is None:
-            device.reserve("layer input in use", each)
+        elif in_use := self._input_in_use_bytes(each):
+            device.reserve("layer input in use", in_use)
         by_chunks = bool(self._policies()) if self._sizes is None else self._chunk_tokens is not None
         on_their_way = self._problem.on_their_way_bytes(home, by_chunks=by_chunks)
         if on_their_way:
@@ -128,6 +128,12 @@ class ActivationsAssembly:
                 and (stash := self._stash(tier, "swapped activations", size, largest, window, by_plan=True)) is not None
             },
         )
+
+    def _input_in_use_bytes(self, each: int) -> int:
+        """Of layer inputs that wait elsewhere, in DEVICE memory: as planned, or one of `each`."""
+        if self._sizes is None:
+            return each
+        return self._plan.peak_bytes.get(Tier.DEVICE.value, {}).get("layer input in use", 0)
 
     def _transient_bytes(self) -> int:
         if self._sizes is not None:

@@ -20,20 +20,21 @@ import torch
 from offload_rt.adapter_draft import in_tiers, question
 from offload_rt.errors import ConfigError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
-from offload_rt.planning import lowered, optimised_adapters
+from offload_rt.planning import lowered, optimal, optimised_adapters
 from offload_rt.planning_adapters import questions_by_chunks
-from offload_rt.planning_budgets import in_budgets
+from offload_rt.planning_budgets import with_slack
 from offload_rt.planning_training import lowered_training, questions_of
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.workload import Workload
 from planners.division import divided
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware
-from planners.mip import WEAR_SLOWDOWN, plan_optimal
+from planners.mip import WEAR_SLOWDOWN
 from planners.plan import Plan
 from planners.problem import MeasuredSeconds, Problem
 from planners.rows import Freedoms
 from planners.simulate import simulate
+from planners.streaming import plan_streaming
 from planners.streaming_problem import StreamingProblem
 
 
@@ -57,22 +58,21 @@ class Asked:
     def best(self, workload: Workload, streaming: StreamingProblem) -> tuple[Plan, Asked]:
         """The fastest plan, as the runtime executes it, and the same questions of which one is answered now.
 
-        Blocks for seconds. Raises what `plan_optimal` raises, `PlanInfeasible` where no question has an answer.
+        Blocks for seconds. Raises what `optimal` raises, `PlanInfeasible` where no question has an answer.
         """
-        found: tuple[Plan, int] | None = None
+        found: tuple[Plan, Problem, int] | None = None
         failure: PlanInfeasible | None = None
         for index, (problem, freedoms) in enumerate(self.questions):
             try:
-                plan = plan_optimal(problem, freedoms=freedoms)
+                plan, answered = optimal(problem, streaming, freedoms)
             except PlanInfeasible as error:
-                failure = in_budgets(error, streaming, problem)  # the last question leaves most open
+                failure = error  # the last question leaves most open
                 continue
             if found is None or _seconds(plan) * (1 + WEAR_SLOWDOWN) < _seconds(found[0]):
-                found = plan, index
+                found = plan, answered, index
         if found is None:
             raise failure or ValueError("no question was asked")
-        plan, index = found
-        problem = self.questions[index][0]
+        plan, problem, index = found
         if workload.training is None:
             return lowered(plan, streaming, problem), replace(self, answered=index)
         return lowered_training(plan, workload, streaming, problem), replace(self, answered=index)
@@ -128,8 +128,8 @@ def first_answer(
 ) -> tuple[Plan, Asked]:
     """The plan for whatever trains, after it was timed, and what was asked. Blocks for seconds.
 
-    in_tiers_too: where no plan holds adapters' state beside them, one that has it in tiers is an answer; layers are
-    timed anew then. Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
+    in_tiers_too: where no plan holds adapters' state beside them, the fixed rule's neither, one that has it in tiers is
+    an answer; layers are timed anew then. Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
     """
     if workload.training is None or optimizer is None:
         try:
@@ -138,8 +138,19 @@ def first_answer(
         except PlanInfeasible as infeasible:
             if optimizer is None or not in_tiers_too or (streaming.unified and streaming.nvme_capacity_bytes is None):
                 raise
+            if _rule_fits(streaming, options):
+                raise
             return _with_state_in_tiers(workload, streaming, hardware, optimizer, options, infeasible)
     return Asked(questions=tuple(questions_of(workload, streaming, hardware, optimizer))).best(workload, streaming)
+
+
+def _rule_fits(streaming: StreamingProblem, options: RuntimeOptions) -> bool:
+    """With adapters' state beside them: a plan that steps them where they are is better than one with tiers."""
+    try:
+        plan_streaming(streaming, rest=options.rest)
+    except PlanInfeasible:
+        return False
+    return True
 
 
 def _with_state_in_tiers(
@@ -219,6 +230,6 @@ def _times(seconds: MeasuredSeconds, factor: float) -> MeasuredSeconds:
 
 
 def _with_memory(question: Problem, num_bytes: int) -> Problem:
-    device = question.hardware.device
-    device = replace(device, memory_bytes=max(device.reserve_bytes + 1, num_bytes))
-    return replace(question, hardware=replace(question.hardware, device=device))
+    """With less slack where there is no room for it."""
+    others_bytes = question.hardware.device.reserve_bytes - question.slack_bytes
+    return with_slack(question, max(0, min(question.slack_bytes, num_bytes - 1 - others_bytes)), num_bytes)

@@ -21,7 +21,7 @@ from offload_rt.checkpoint import open_checkpoint
 from offload_rt.config import EngineConfig
 from offload_rt.cuts import check_cuts, products_of, with_products
 from offload_rt.discover import check_coverage, coverage
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.heap import Base
 from offload_rt.moving import moves_to, why_not_follow
 from offload_rt.optim import AdamW
@@ -67,19 +67,32 @@ def assemble(
         workload = find_workload(model, opened, config, optimizer, options)
         options = with_products(options, workload, plan)
         asked: Asked | None = None
+        infeasible: PlanInfeasible | None = None
         problem: StreamingProblem | None = None
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
         if plan is None and optimise_for is not None:
             problem = question(workload, options.cuts)
-            plan, asked = first_answer(
-                workload, problem, optimise_for, optimizer, options, in_tiers_too=emulated is None or emulated.unified
-            )
+            try:
+                plan, asked = first_answer(
+                    workload, problem, optimise_for, optimizer, options,
+                    in_tiers_too=emulated is None or emulated.unified,
+                )  # fmt: skip
+            except PlanInfeasible as error:
+                infeasible = error
         given = plan
-        workload, problem, chosen = planned(workload, plan, optimizer, options, problem)
+        try:
+            workload, problem, chosen = planned(workload, plan, optimizer, options, problem)
+        except PlanInfeasible:
+            if infeasible is not None:
+                raise infeasible from infeasible.__cause__
+            raise
         changed = with_options(chosen, workload, options, problem.training)
         choice: Choice | None = None
         if given is None:
             why_not = 'under emulate=, plan="optimise" asks the optimiser' if emulated is not None else ""
+            if infeasible is not None:  # by whole pages of each block, or by what a layer was measured to hold
+                why_not = f"no plan of the optimiser's fits: {infeasible}"
+                logger.warning("plan: %s; the fixed rule's runs", why_not)
             why_not = why_not or ("switches of the runtime change the plan" if changed != chosen else "")
             changed, choice, asked = choose(workload, problem, changed, chooses_for, optimizer, why_not=why_not)
         chosen = changed
@@ -89,7 +102,9 @@ def assemble(
         check_cuts(chosen, workload, options.cuts)
         products_of(chosen, workload, options)
         if emulated is not None and not problem.unified and problem.training is not None and problem.training.adapters:
-            raise ConfigError("emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory")
+            raise infeasible or ConfigError(
+                "emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory"
+            )
         made_of = MadeOf(
             workload=workload, problem=problem, options=options, base=base,
             throttle=None if emulated is None else Throttle(emulated),

@@ -24,7 +24,7 @@ from offload_rt.errors import OffloadError
 from offload_rt.moving import why_not_follow
 from offload_rt.plan_check import check_plan
 from offload_rt.plan_options import chunk_tokens_of
-from offload_rt.planning import by_tiles, lowered, measured_problem
+from offload_rt.planning import by_tiles, lowered, measured_problem, optimal
 from offload_rt.planning_adapters import asked_for
 from offload_rt.profile_cost import profile_bytes, profile_seconds
 from offload_rt.workload import Workload
@@ -33,7 +33,6 @@ from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
 from planners.expand import Fractions, UpdateKey, expand
 from planners.hardware import Hardware
-from planners.mip import plan_optimal
 from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Problem
@@ -90,7 +89,8 @@ def choose(
         if rule.head_tiles is not None:
             problem = by_tiles(problem, streaming)
         if workload.training is None or optimizer is None:
-            plan, found = lowered(plan_optimal(problem), streaming, problem), asked(problem)
+            plan, problem = optimal(problem, streaming)
+            plan, found = lowered(plan, streaming, problem), asked(problem)
         else:
             questions = asked_for(workload, streaming, problem, optimizer)
             plan, found = Asked(questions=questions).best(workload, streaming)

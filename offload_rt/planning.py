@@ -19,8 +19,8 @@ from offload_rt.dtypes import torch_dtype
 from offload_rt.edge_profile import profile_head, updates_per_second
 from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.planning_blocks import class_of, kind_of, needed_again, passes_of, passes_of_edge
-from offload_rt.planning_budgets import in_budgets, passing_of, within_budgets
-from offload_rt.planning_tokens import policies_of, rounding_of, saved_of, sizes_of
+from offload_rt.planning_budgets import in_budgets, passing_of, with_slack, within_budgets
+from offload_rt.planning_tokens import input_staging_bytes, policies_of, rounding_of, saved_of, sizes_of
 from offload_rt.profile_cost import check_profile_fits
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workbench import Workbench, workbench_of
@@ -33,8 +33,9 @@ from planners.placement import Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
+from planners.rows import Freedoms
 from planners.static_memory import capacities
-from planners.streaming import CHUNK_TOKENS, head_chunk_tokens
+from planners.streaming import CHUNK_TOKENS, TIGHT_SLACK_BYTES, head_chunk_tokens
 from planners.streaming_problem import StreamingProblem
 
 CAPABILITIES = Capabilities(
@@ -52,7 +53,8 @@ swapped or recomputed as a whole, adapters stepped where they are after the last
 
 SLACK_DIVISOR = 4
 """Of the freed memory that the allocator would hold back at best: memory is worth more to what streams. What a plan
-leaves of DEVICE memory is granted besides: where too little is, a step trims the heap and faults its pages in again."""
+leaves of DEVICE memory is granted besides: where too little is, a step trims the heap and faults its pages in again.
+Where nothing fits beside that, as little is reserved as by the fixed rule's tightest plans (`optimal`)."""
 KEPT_PER_HOLE_BYTE = 2
 """Holes among activations that are kept came to 0.33 and 0.45 of these (8 layers, 512 and 1024 tokens)."""
 
@@ -112,11 +114,28 @@ def optimised_adapters(workload: Workload, streaming: StreamingProblem, hardware
             continue
         for problem in by_head(whole, streaming):
             try:
-                return lowered(plan_optimal(problem), streaming, problem), problem
+                plan, problem = optimal(problem, streaming)
+                return lowered(plan, streaming, problem), problem
             except PlanInfeasible as error:
-                # Of what is cut least, if that was asked about: it helps most.
-                failure = failure or in_budgets(error, streaming, problem)
+                failure = failure or error  # of what is cut least, if that was asked about: it helps most
     raise failure or ConfigError("plan: no question can be asked about this workload")
+
+
+def optimal(problem: Problem, streaming: StreamingProblem, freedoms: Freedoms | None = None) -> tuple[Plan, Problem]:
+    """The optimiser's plan for `problem`, or, where none fits, for the same with as little slack as the rule grants at
+    least; and which of them it answers.
+
+    Raises what `plan_optimal` raises, `PlanInfeasible` in the user's budgets.
+    """
+    slack_bytes = min(problem.slack_bytes, TIGHT_SLACK_BYTES)
+    memory_bytes = problem.hardware.device.memory_bytes  # more than a budget that is less than what is reserved
+    tight = with_slack(problem, slack_bytes, min(memory_bytes, streaming.device_capacity_bytes or memory_bytes))
+    for asked in [problem] if slack_bytes == problem.slack_bytes else [problem, tight]:
+        try:
+            return plan_optimal(asked, freedoms=freedoms), asked
+        except PlanInfeasible as error:
+            failure = in_budgets(error, streaming, asked)
+    raise failure
 
 
 def chunk_lengths(streaming: StreamingProblem) -> list[int | None]:
@@ -219,10 +238,12 @@ def problem_of(
         clips=config.max_grad_norm is not None,
         head_tile_tokens=tile_tokens or tokens,
         slab_bytes=0,  # slabs are ordinary memory, and come when a step's activations are gone
+        input_staging_bytes=input_staging_bytes(streaming),
     )
     counted = planned.trainable_params * (2 * item_bytes + OPTIMIZER_BYTES_PER_ELEMENT)
     # What lies in DEVICE memory besides, whatever the plan.
-    reserve = max(0, streaming.trainable_bytes - counted) + streaming.slack_bytes(chunk_tokens) // SLACK_DIVISOR
+    slack_bytes = streaming.slack_bytes(chunk_tokens) // SLACK_DIVISOR
+    reserve = max(0, streaming.trainable_bytes - counted) + slack_bytes
     more = rounding_of(
         list(layer_seconds.values()), input_bytes=streaming.layer_input_bytes, seq_len=config.seq_len,
         unified=streaming.unified,
@@ -232,6 +253,7 @@ def problem_of(
         hardware=within_budgets(hardware, streaming, reserve, len(workload.drafts) * IO_ALIGNMENT_BYTES, more),
         workload=planned,
         capabilities=replace(CAPABILITIES, token_chunks=chunk_tokens is not None),
+        slack_bytes=slack_bytes,
     )
 
 
@@ -242,7 +264,6 @@ def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
     sizes = sizes_of(plan, problem.workload.batch_size)
     most = streaming.slack_bytes(problem.workload.measured_chunk_tokens)
     wanted = most + (0 if sizes is None else sizes.kept_bytes // KEPT_PER_HOLE_BYTE)
-    slack = most // SLACK_DIVISOR
     room = capacities(problem)["device"] - plan.arena(Tier.DEVICE.value).num_bytes
     return replace(
         plan,
@@ -250,7 +271,7 @@ def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
         machine="",
         activations=policies_of(plan),
         head_chunk_tokens=head_chunk_tokens(streaming, problem.workload.measured_chunk_tokens),
-        allocator_slack_bytes=min(wanted, slack + max(0, room)),
+        allocator_slack_bytes=min(wanted, problem.slack_bytes + max(0, room)),
     )
 
 

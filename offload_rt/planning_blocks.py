@@ -75,10 +75,7 @@ def passes_of(seconds: MeasuredSeconds, streaming: StreamingProblem, num_tokens:
         whole = streaming.layer_bytes(None)
         return {"transients": transients_of(seconds, layer_bytes=whole, num_tokens=num_tokens)}
     sequence_bytes = 0 if streaming.chunked is None else streaming.chunked.sequence_bytes
-    held = chunked_bytes(
-        seconds, layer_bytes=streaming.layer_input_bytes, sequence_bytes=sequence_bytes, seq_len=seq_len
-    )
-    return {"tile_bytes": held}
+    return {"tile_bytes": chunked_bytes(seconds, sequence_bytes=sequence_bytes, seq_len=seq_len)}
 
 
 def passes_of_edge(seconds: MeasuredSeconds, peak: int, chunk_tokens: int | None, num_tokens: int) -> dict[str, Any]:

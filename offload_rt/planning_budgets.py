@@ -81,3 +81,13 @@ def within_budgets(
         drives=drives,
         unified=streaming.unified,
     )
+
+
+def with_slack(problem: Problem, slack_bytes: int, memory_bytes: int) -> Problem:
+    """`problem` with so much reserved for freed memory, in so much DEVICE memory: at least what is reserved in all,
+    since a question cannot be asked about less.
+    """
+    device = problem.hardware.device
+    reserve_bytes = device.reserve_bytes - problem.slack_bytes + slack_bytes
+    device = replace(device, memory_bytes=max(memory_bytes, reserve_bytes + 1), reserve_bytes=reserve_bytes)
+    return replace(problem, hardware=replace(problem.hardware, device=device), slack_bytes=slack_bytes)

@@ -30,6 +30,7 @@ from planners.plan import Plan
 from planners.problem import MeasuredSeconds
 from planners.schedule import Phase
 from planners.streaming import KEPT_TENSORS, STAGING_PIECE_BYTES
+from planners.streaming_problem import StreamingProblem
 from planners.trace import Saved, Transient
 
 LEAST_TRANSIENT_SHARE = 4
@@ -54,17 +55,26 @@ def saved_of(seconds: MeasuredSeconds, *, input_bytes_per_token: float, num_toke
     return given, *(Saved(name=group.name, bytes_per_token=group.num_bytes / num_tokens) for group in groups)
 
 
-def chunked_bytes(seconds: MeasuredSeconds, *, layer_bytes: int, sequence_bytes: int, seq_len: int) -> int:
+def chunked_bytes(seconds: MeasuredSeconds, *, sequence_bytes: int, seq_len: int) -> int:
     """What a layer's passes hold that runs by chunks, whatever is kept, put away or computed again of them.
 
     Of what was held at most, a chunk that is computed again is charged by itself. `sequence_bytes` is estimated to be
-    there while attention's backward runs, when there is no such chunk; `layer_bytes`, what is charged between layers.
+    there while attention's backward runs, when there is no such chunk.
     """
     if seconds.chunks is None:
         raise ValueError("plan: a layer by chunks was not measured so")
     saved_bytes = 0 if seconds.kept is None else seconds.kept.saved_bytes
     of_chunk = saved_bytes * seconds.chunks.num_tokens // seq_len
-    return max(0, max(seconds.chunks.peak_bytes - of_chunk, sequence_bytes) - layer_bytes)
+    return max(seconds.chunks.peak_bytes - of_chunk, sequence_bytes)
+
+
+def input_staging_bytes(streaming: StreamingProblem) -> int | None:
+    """HOST memory through which layer inputs pass to and from NVMe, as `activation_assembly` makes it; None where they
+    go whole.
+    """
+    if not streaming.stages_pieces:
+        return None
+    return 4 * min(align_up(streaming.layer_input_bytes, IO_ALIGNMENT_BYTES), STAGING_PIECE_BYTES)
 
 
 def transients_of(seconds: MeasuredSeconds, *, layer_bytes: int, num_tokens: int) -> tuple[Transient, ...]:
@@ -92,7 +102,7 @@ class Rounding:
 
 def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int, seq_len: int, unified: bool) -> Rounding:
     """For layers with these measurements. A tensor begins at a granule of HOST, at a page of a drive; small ones stay.
-    unified: nothing is put away to HOST. What a layer by chunks puts away with its input passes HOST in pieces.
+    unified: nothing is put away to HOST.
 
     Layer inputs have their place on a drive twice, since a second micro-batch may begin before the first one's graph is
     gone; the plan counts one.
@@ -107,8 +117,7 @@ def rounding_of(seconds: Sequence[MeasuredSeconds], *, input_bytes: int, seq_len
     beside = len(chunks) * PAGES_WITH_INPUT * IO_ALIGNMENT_BYTES
     return Rounding(
         device_bytes=sum(one.small_bytes for one in kept),
-        host_bytes=(len(kept) * KEPT_TENSORS * GRANULE_BYTES if unified else tensors * GRANULE_BYTES + beside)
-        + (4 * min(input_bytes + IO_ALIGNMENT_BYTES, STAGING_PIECE_BYTES) if chunks else 0),
+        host_bytes=len(kept) * KEPT_TENSORS * GRANULE_BYTES if unified else tensors * GRANULE_BYTES + beside,
         nvme_bytes=tensors * IO_ALIGNMENT_BYTES
         + len(seconds) * input_bytes
         + sum(one.with_input_bytes for one in chunks)

@@ -27,7 +27,7 @@ from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, layer_seconds, lowered
 from offload_rt.planning_blocks import class_of, kind_of, needed_again
 from offload_rt.planning_budgets import passing_of, within_budgets
-from offload_rt.planning_tokens import rounding_of, saved_of, transients_of
+from offload_rt.planning_tokens import input_staging_bytes, rounding_of, saved_of, transients_of
 from offload_rt.profile_cost import check_profile_fits
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.update_profile import delivery_seconds, steps_per_second
@@ -172,6 +172,7 @@ def training_problem(
         clips=config.max_grad_norm is not None,
         commit_every=commit_every,
         slab_bytes=0,  # slabs are ordinary memory, and come when a step's activations are gone
+        input_staging_bytes=input_staging_bytes(streaming),
         state_piece_bytes=sizes.piece_bytes,
         # Where there is a drive: extents of all that changes, and gradients of a first step, which waits for its norm.
         log_bytes=2 * changing_bytes + sizes.gradient_bytes if config.nvme else 0,
@@ -181,7 +182,8 @@ def training_problem(
     counted = sum(entry.count * entry.stored_bytes for entry in classes if entry.weights_stay)
     if not streaming.unified:
         counted += max(items) * max(entry.trainable_params for entry in classes)
-    reserve = max(0, streaming.trainable_bytes - counted) + streaming.allocator_slack_bytes // SLACK_DIVISOR
+    slack_bytes = streaming.allocator_slack_bytes // SLACK_DIVISOR
+    reserve = max(0, streaming.trainable_bytes - counted) + slack_bytes
     pages = len(workload.drafts) + 2 * len(training.blocks)
     rates = seconds.steps_per_second
     more = rounding_of(
@@ -198,6 +200,7 @@ def training_problem(
     return Problem(
         hardware=within_budgets(hardware, streaming, reserve, pages * IO_ALIGNMENT_BYTES, more),
         workload=planned,
+        slack_bytes=slack_bytes,
     )
 
 

@@ -87,6 +87,7 @@ def swapped_buffers(problem: Problem, plan: Plan, entry: BlockClass, phase: Phas
             *_slot_span(entry, saved, phase),
         )
         for saved, split in zip(entry.saved, plan.entry(entry.name).tokens, strict=True)
+        if not problem.workload.goes_apart(saved)
     ]
     return [buffer for buffer in buffers if buffer.num_bytes]
 
@@ -186,6 +187,8 @@ def chunk_bytes(problem: Problem, knobs: Knobs, entry: BlockClass) -> float:
         for saved, again, swapped in zip(entry.saved, demand.again, demand.swapped, strict=True):
             live += each * saved.bytes_per_token * (again if saved.recomputable else swapped)
         most = max(most, live)
+    if any(problem.workload.goes_apart(saved) for saved in entry.saved):
+        return most
     return most + (knobs.buffers.swap_slots - 1) * inputs
 
 

@@ -113,6 +113,11 @@ def state_slots(problem: Problem) -> list[int]:
     return sorted({most, max(2, most // 4), 2}, reverse=True)
 
 
+def host_slots(problem: Problem, slots: int) -> int:
+    """HOST staging of weights, in blocks, for a ring of `slots`: what is read when it has a slot needs no more."""
+    return Buffers().host_slots if problem.capabilities.reads_ahead else min(slots, Buffers().host_slots)
+
+
 def slot_bytes(problem: Problem) -> tuple[int, int]:
     """The most that a layer can stream, and a block beside the layers that does so as a whole."""
     workload = problem.workload
@@ -175,7 +180,10 @@ def _attempts(problem: Problem) -> Iterator[Knobs]:
     mode = default_mode(problem)
     states = state_slots(problem)
     for slots, gradients in ((3, 2), (2, 2), (2, 1), (1, 1)):
-        buffers = Buffers(gradient_slots=gradients, state_slots=states[0] if slots > 2 else states[-1])
+        buffers = Buffers(
+            host_slots=host_slots(problem, slots), gradient_slots=gradients,
+            state_slots=states[0] if slots > 2 else states[-1],
+        )  # fmt: skip
         for cuts in chunk_choices(problem):
             for boundary in boundaries(problem, cuts):
                 yield Knobs(update_mode=mode, slots=slots, cuts=cuts, boundary=boundary, buffers=buffers)

@@ -25,6 +25,7 @@ from planners.greedy import (
     boundaries,
     chunk_choices,
     homes,
+    host_slots,
     infeasible,
     input_tiers,
     lookup_bytes,
@@ -144,19 +145,43 @@ def _search(problem: Problem, freedoms: Freedoms | None) -> Search:
     found = Search()
     unit = floor_seconds(problem)
     candidates: list[Steady] = []
+    frugal: list[list[Knobs]] = []
     sizes: set[int] = set()
     for group in combinations(problem):
         if group and group[0].slots == 1 and group[0].cuts.chunk_tokens in sizes:
+            frugal.append(group)
             continue
-        for knobs in group:
-            steady = solve_steady(problem, knobs, unit_seconds=unit, freedoms=freedoms)
-            found.num_programs += 1
-            if steady is not None:
-                candidates.append(steady)
-                sizes.add(knobs.cuts.chunk_tokens)
-                found.bound_seconds = min(found.bound_seconds, steady.bound_seconds)
+        candidates += (solved := _solved(problem, group, unit, freedoms, found))
+        sizes |= {steady.knobs.cuts.chunk_tokens for steady in solved}
         if len(sizes) >= MAX_CUTS:
             break
+    _try_in_turn(problem, candidates, unit, freedoms, found)
+    for group in frugal:  # where what fits in fractions does not in whole numbers, or when it is laid out
+        if found.plan is None:
+            _try_in_turn(problem, _solved(problem, group, unit, freedoms, found), unit, freedoms, found)
+    if found.simulation is not None and found.simulation.busy_seconds["ssd_write"]:
+        _spare_drives(problem, unit, freedoms, found)
+    return found
+
+
+def _solved(
+    problem: Problem, group: list[Knobs], unit: float, freedoms: Freedoms | None, found: Search
+) -> list[Steady]:
+    """The programs of a group that have a solution. Counts them, and takes their bounds in."""
+    solved = []
+    for knobs in group:
+        steady = solve_steady(problem, knobs, unit_seconds=unit, freedoms=freedoms)
+        found.num_programs += 1
+        if steady is not None:
+            solved.append(steady)
+            found.bound_seconds = min(found.bound_seconds, steady.bound_seconds)
+    return solved
+
+
+def _try_in_turn(
+    problem: Problem, candidates: list[Steady], unit: float, freedoms: Freedoms | None, found: Search
+) -> None:
+    """Tries the best candidates, as far as a search goes."""
     # Stable: ties keep the order of the enumeration, simple combinations first.
     for steady in _in_turn(sorted(candidates, key=lambda s: s.step_seconds)):
         best = found.simulation.step_seconds if found.simulation else float("inf")
@@ -164,9 +189,6 @@ def _search(problem: Problem, freedoms: Freedoms | None) -> Search:
             break
         if steady.bound_seconds < best * (1 - GOOD_ENOUGH):
             _try(problem, steady, unit, freedoms, found)
-    if found.simulation is not None and found.simulation.busy_seconds["ssd_write"]:
-        _spare_drives(problem, unit, freedoms, found)
-    return found
 
 
 def _spare_drives(problem: Problem, unit: float, freedoms: Freedoms | None, found: Search) -> None:
@@ -284,8 +306,11 @@ def combinations(problem: Problem) -> Iterator[list[Knobs]]:
                 problem,
                 knobs := Knobs(
                     update_mode=mode, slots=slots, cuts=cuts, boundary=boundary, decode_scope=scope,
-                    buffers=Buffers(gradient_slots=gradients, swap_slots=swaps, state_slots=states), inputs=inputs,
-                    weights=weights, state_in_memory=in_memory,
+                    buffers=Buffers(
+                        host_slots=host_slots(problem, slots), swap_slots=swaps, gradient_slots=gradients,
+                        state_slots=states,
+                    ),
+                    inputs=inputs, weights=weights, state_in_memory=in_memory,
                 ),
                 room,
             )
@@ -334,7 +359,8 @@ def smallest_shortage(problem: Problem, freedoms: Freedoms | None = None) -> lis
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     without_page = {tier: size - PAGE_BYTES for tier, size in room.items()}
     best: tuple[float, list[Shortage]] | None = None
-    mode, buffers = _modes(problem)[0], Buffers(gradient_slots=1, state_slots=state_slots(problem)[-1])
+    mode = _modes(problem)[0]
+    buffers = Buffers(host_slots=host_slots(problem, 1), gradient_slots=1, state_slots=state_slots(problem)[-1])
     for cuts in chunk_choices(problem):
         for boundary, (weights, in_memory) in itertools.product(boundaries(problem, cuts), homes(problem)):
             if not may_rest(problem, mode, weights, in_memory):

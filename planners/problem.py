@@ -191,6 +191,9 @@ class Workload:
     log_bytes: int | None = None
     """What NVME holds of everything that changes, wherever it rests. None: two copies of what rests there, and of what
     is committed."""
+    input_staging_bytes: int | None = None
+    """HOST memory through which layer inputs pass to and from NVMe, where they have a way of their own: then DEVICE
+    memory holds the one in use. None: like all else that is swapped they go by swap slots, and as many in HOST."""
 
     @property
     def tokens(self) -> int:
@@ -224,6 +227,15 @@ class Workload:
         """Of the chunks in which its layers were timed, and so have to run; None: they were timed whole, or not."""
         timed = (entry.measured for entry in self.classes if entry.is_layer)
         return next((one.chunks.num_tokens for one in timed if one is not None and one.chunks is not None), None)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its layers were timed, and what they hold was counted."""
+        return any(entry.is_layer and entry.measured is not None for entry in self.classes)
+
+    def goes_apart(self, saved: Saved) -> bool:
+        """Whether a saved tensor has a way of its own, see `input_staging_bytes`."""
+        return self.input_staging_bytes is not None and not saved.recomputable
 
     def rows_of(self, entry: BlockClass) -> RowsSize | None:
         """Of a class that is read by rows where it is not resident, for this batch; None where it streams whole, or is
@@ -319,6 +331,8 @@ class Problem:
     capabilities: Capabilities = Capabilities()
     max_written_bytes: int | None = None
     """To the drives, per step. None: wear has a small price, and no limit."""
+    slack_bytes: int = 0
+    """Of what is reserved in DEVICE memory, for freed memory that an allocator holds back."""
 
     @property
     def machine(self) -> str:

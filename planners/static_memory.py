@@ -18,12 +18,13 @@ def fixed_device_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
     workload, cuts = problem.workload, knobs.cuts
     chunk = tokens_at_once(problem, cuts)
     classes = workload.classes
-    items = {
-        "activations between layers": float(workload.boundary_bytes)
-        if knobs.boundary is Tier.DEVICE
-        else 2.0 * ITEM_BYTES * workload.hidden * chunk,
-        "decoded weights": 2.0 * max(c.largest_linear_bytes for c in classes),
-    }
+    items = {"decoded weights": 2.0 * max(c.largest_linear_bytes for c in classes)}
+    if not workload.is_measured:  # what a layer was measured to hold has its input and its output
+        items["activations between layers"] = (
+            float(workload.boundary_bytes)
+            if knobs.boundary is Tier.DEVICE
+            else 2.0 * ITEM_BYTES * workload.hidden * chunk
+        )
     if knobs.decode_scope is DecodeScope.LAYER:
         items["decoded weights"] += max(c.decoded_bytes for c in classes)
     if cuts.chunk_tokens < workload.seq_len:
@@ -85,6 +86,7 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
     slot = chunks[0].slot_bytes
     add(device, "transient activations", max(arena.num_bytes for arena in chunks) - slot)
     add(device, "slots of swapped activations", plan.buffers.swap_slots * slot)
+    add(device, "layer input in use", input_in_use_bytes(problem, plan))
     add(device, "ring of layers", knobs.slots * slots["layers"])
     add(device, "ring of edges", EDGE_SLOTS * slots["edges"])
     whole = [(entry, placed) for entry, placed in entries if workload.in_ring(entry)]
@@ -134,6 +136,18 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
     return {"device": device, "host": host, "nvme": nvme}
 
 
+def input_in_use_bytes(problem: Problem, plan: Plan) -> float:
+    """Of a chunk's layer input that waits elsewhere, where such inputs have a way of their own."""
+    workload, cuts = problem.workload, knobs_of(plan).cuts
+    most = 0.0
+    for entry in workload.classes:
+        for saved, split in zip(entry.saved, plan.entry(entry.name).tokens, strict=True):
+            if workload.goes_apart(saved):
+                swapped_tokens = split.host_tokens + split.nvme_tokens
+                most = max(most, saved.bytes_per_token * in_a_chunk(problem, cuts, swapped_tokens))
+    return most
+
+
 def saving_bytes(problem: Problem, plan: Plan) -> dict[str, float]:
     """What lies in each tier while a model is saved: all but a layer's activations, and two slabs that it goes through.
 
@@ -153,11 +167,15 @@ def slab_bytes(problem: Problem) -> int:
 def _host_rings(problem: Problem, plan: Plan) -> dict[str, float]:
     """Slots in HOST through which activations, gradients and optimizer state pass."""
     workload, buffers, cuts = problem.workload, plan.buffers, knobs_of(plan).cuts
-    activations = state = new = 0.0
+    activations = inputs = state = new = 0.0
     for entry in workload.classes:
         placed = plan.entry(entry.name)
-        saved = zip(entry.saved, placed.tokens, strict=True)
-        swapped = sum(one.bytes_per_token * in_a_chunk(problem, cuts, split.nvme_tokens) for one, split in saved)
+        swapped = 0.0
+        for saved, split in zip(entry.saved, placed.tokens, strict=True):
+            if workload.goes_apart(saved):
+                inputs = max(inputs, float(workload.input_staging_bytes or 0) if split.nvme_tokens else 0.0)
+            else:
+                swapped += saved.bytes_per_token * in_a_chunk(problem, cuts, split.nvme_tokens)
         activations = max(activations, swapped)
         state = max(state, state_bytes(problem, placed, Tier.NVME) / buffers.buckets_per_block)
         if problem.capabilities.whole_weights and workload.mutable and entry.trainable_params:
@@ -167,6 +185,7 @@ def _host_rings(problem: Problem, plan: Plan) -> dict[str, float]:
     return {
         # Leaving for the drive, and coming from it: each chunk is in one of the two.
         "staging of activations": 2 * buffers.swap_slots * activations,
+        "staging of layer inputs": inputs,
         "gradients": float(buffers.host_gradient_slots * passing_gradient_bytes(problem, plan)),
         "staging of state": buffers.state_slots * state,
         "new weights": buffers.weight_slots * new,

@@ -195,8 +195,12 @@ class _Builder(Rows):
             self.work(BACKWARD, "ssd_read", nvme, n * size)
             used.append(self._used(entry, (redo, nvme, host, kept), saved.recomputable))
             each = saved.bytes_per_token * of_chunk
-            slot += [(part, each) for part in used[-1].swapped]
-            staged += [(part, 2 * slots * each) for part in used[-1].on_nvme]
+            if workload.goes_apart(saved):
+                self.largest("device", "layer input in use", [(part, each) for part in used[-1].swapped])
+                self.largest("host", "staging of layer inputs", [(nvme, float(workload.input_staging_bytes or 0))])
+            else:
+                slot += [(part, each) for part in used[-1].swapped]
+                staged += [(part, 2 * slots * each) for part in used[-1].on_nvme]
             self.hold("device", kept, n * size)
             self.hold("host", host, n * size)
             self.hold("nvme", nvme, n * size)
@@ -213,8 +217,9 @@ class _Builder(Rows):
             live: Terms = [(own, -GB)] if entry.num_operations > 1 else []
             for j, shares in enumerate(used):
                 each = entry.saved[j].bytes_per_token * of_chunk
+                in_slot = demand.swapped[j] and entry.num_operations > 1 and not workload.goes_apart(entry.saved[j])
                 live += [(part, each) for part in shares.again if demand.again[j]]
-                live += [(part, each) for part in shares.swapped if demand.swapped[j] and entry.num_operations > 1]
+                live += [(part, each) for part in shares.swapped if in_slot]
             self.largest("device", "a chunk", live, demand.fixed_bytes)
         return tuple(found)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import calibrate, plan_choice, planning, rehearsal, workload_sizes
+from offload_rt import calibrate, planning, rehearsal, workload_sizes
 from offload_rt._engine import Engine
 from offload_rt.block_profile import MOST_PASSES
 from offload_rt.errors import UnsupportedModule
@@ -94,9 +94,9 @@ def test_without_a_calibration_the_rules_plan_runs_and_says_what_would_help(time
 @pytest.mark.parametrize("error", [PlanInfeasible, SolverMissing, UnsupportedModule, MemoryError, None])
 def test_an_optimiser_that_fails_leaves_the_rules_plan(error, timed, calibrated, tmp_path, monkeypatch):
     """As one does whose plan the runtime refuses."""
-    answer = plan_choice.plan_optimal
+    answer = planning.plan_optimal
 
-    def fail(problem):
+    def fail(problem, *, freedoms=None):
         if error is None:
             plan = answer(problem)
             return replace(plan, resident=(*plan.resident, "of another model"))
@@ -104,7 +104,7 @@ def test_an_optimiser_that_fails_leaves_the_rules_plan(error, timed, calibrated,
             raise error("no plan here")
         raise PlanInfeasible(tier="device", phase="forward", need_bytes=2, have_bytes=1, ways_out=[])
 
-    monkeypatch.setattr(plan_choice, "plan_optimal", fail)
+    monkeypatch.setattr(planning, "plan_optimal", fail)
     with engine_of(tmp_path) as engine:
         assert engine.plan.planner == RULE and timed
         assert "cannot plan this" in engine.report()["plan_choice"]["why"]

@@ -117,7 +117,7 @@ def test_plans_of_real_blocks_pass_the_validator_and_say_only_what_can_be_run(ho
     assert grants[0] and not grants[-1]
 
 
-@pytest.mark.parametrize(("case", "host"), [(BF16, 0), (NF4, 64 * KIB)], ids=str)
+@pytest.mark.parametrize(("case", "host"), [(BF16, 0), (NF4, 32 * KIB)], ids=str)
 def test_what_a_refusal_says_would_fit_does(case, host, tmp_path):
     """In the user's budgets, of which the question has only what a plan may decide about; and a page beside."""
 
@@ -164,6 +164,9 @@ def test_an_optimised_plan_runs_with_the_bits_of_plain_pytorch_and_the_bytes_it_
         report = engine.report()
         assert engine._runtime.executors[0].counters.num_replans == 0
     assert max(tiers) > 0 and report["prefetch_misses"] == 0
+    in_use = plan.peak_bytes["device"].get("layer input in use", 0)
+    assert report["holdings"]["device"].get("layer input in use", 0) == in_use
+    assert (in_use > 0) is (plan.layer_inputs is not Tier.DEVICE)
     assert report["bytes_read"] > before["bytes_read"]
     for name, taken in before["link_busy_seconds"].items():
         each = (report["link_busy_seconds"][name] - taken) / STEPS

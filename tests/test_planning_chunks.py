@@ -375,7 +375,7 @@ def test_a_run_that_goes_on_keeps_its_chunks_and_a_new_one_takes_them_only_where
     plan, _ = optimised_adapters(workload, by_chunks(streaming, 64 * MIB)[0], hardware)
     assert timed == [None, CHUNK] and cuts_of(plan, workload).chunk_tokens == CHUNK
 
-    def whole_does_not_fit(asked):
+    def whole_does_not_fit(asked, *, freedoms=None):
         return plan_optimal(with_little(asked) if timed[-1] is None else asked)
 
     monkeypatch.setattr(planning, "plan_optimal", whole_does_not_fit)

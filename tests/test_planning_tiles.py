@@ -73,7 +73,7 @@ def tight(folder, host, family="llama"):
 
     with pytest.raises(PlanInfeasible) as least:
         answer(tiled, reserve + 1)
-    budget = least.value.need_bytes + reserve + TABLE_BYTES // 16
+    budget = least.value.need_bytes + reserve + TABLE_BYTES // 32
     with pytest.raises(PlanInfeasible):
         answer(whole, budget)
     return budget

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import asked, assembly, calibrate, mapped, planning, rehearsal, replanning, runtime_assembly
+from offload_rt import assembly, calibrate, mapped, planning, rehearsal, replanning, runtime_assembly
 from offload_rt._engine import Engine
 from offload_rt.asked import Asked, measured
 from offload_rt.cuts import same_cuts
@@ -315,7 +315,7 @@ def test_where_there_is_no_other_plan_the_one_that_runs_stays(how, hardware, tmp
         raise RuntimeError("a solver's own")
 
     with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
-        monkeypatch.setattr(asked, "plan_optimal", ask)
+        monkeypatch.setattr(planning, "plan_optimal", ask)
         (kept,) = run.train(ASKED_UNTIL + 2).decisions
         assert kept["result"] == "kept" and how in kept["why"] and run.engine.plan == run.first_plan
 
@@ -348,7 +348,7 @@ def test_a_late_answer_is_waited_for_at_the_same_step(hardware, tmp_path, monkey
         return plan_optimal(problem)
 
     with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
-        monkeypatch.setattr(asked, "plan_optimal", late)
+        monkeypatch.setattr(planning, "plan_optimal", late)
         (decision,) = run.train(CHANGED_IN).decisions
         assert decision["step"] == ASKED_UNTIL and decision["result"] == "changed"
     with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as closed_meanwhile:
