@@ -27,7 +27,8 @@ def in_budgets(infeasible: PlanInfeasible, streaming: StreamingProblem, problem:
         Tier.NVME.value: streaming.nvme_capacity_bytes or problem.hardware.nvme_bytes,
     }
     beside = {tier: budgets[tier] - have for tier, have in capacities(problem).items()}
-    beside[Tier.DEVICE.value] = device.reserve_bytes  # also where it is more than the budget
+    # A question with less DEVICE memory leaves the rest to what took more; a reserve may be more than the budget.
+    beside[Tier.DEVICE.value] = max(beside[Tier.DEVICE.value], device.reserve_bytes)
     short = [
         Shortage(tier, need + beside[tier], budgets[tier], infeasible.phase) for tier, need in infeasible.needs.items()
     ]

@@ -96,6 +96,20 @@ def test_the_question_has_the_bytes_that_are_stored(tmp_path):
     assert problem.hardware.device.reserve_bytes >= streaming.allocator_slack_bytes // 4
 
 
+def test_a_question_with_less_memory_than_the_budget_is_short_of_what_the_budget_has(tmp_path):
+    """As after a rehearsal whose tensors took more: so much of the budget is no plan's any more."""
+    workload, streaming, problem = question(build_lora("qwen"), tmp_path, machine(64 * MIB, 64 * MIB))
+    too_little = problem.hardware.device.reserve_bytes + PAGE
+    shorts = []
+    for taken in (0, MIB):
+        budget = replace(streaming, device_capacity_bytes=too_little + taken)
+        with pytest.raises(PlanInfeasible) as found:
+            asked(problem).with_memory(too_little).best(workload, budget)
+        assert found.value.have_bytes == too_little + taken
+        shorts.append(found.value.need_bytes - found.value.have_bytes)
+    assert shorts[0] == shorts[1] > 0
+
+
 @pytest.mark.parametrize("host", [0, 120 * KIB, 64 * MIB])
 def test_plans_of_real_blocks_pass_the_validator_and_say_only_what_can_be_run(host, tmp_path):
     splits, grants = [], []
