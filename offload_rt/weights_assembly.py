@@ -81,28 +81,23 @@ class WeightsAssembly:
         self._in_pieces: dict[str, _InPieces] = {}
 
     def resident(self) -> dict[str, Access]:
-        """Brings the blocks that stay as a whole into DEVICE memory."""
+        """Brings the blocks that stay as a whole into DEVICE memory: piece by piece, where a device copies them."""
         accesses: dict[str, Access] = {}
         names = self._plan.resident
         if not names:
             return accesses
         sizes = {name: self._workload.draft(name).spec.stored_bytes for name in names}
         slots = self._places(Tier.DEVICE, "resident blocks", sizes)
-        staging = None
-        if self._device_is_asynchronous and self._left is None:
-            staging = self._tiers.arena(Tier.HOST, "staging for resident blocks", max(sizes.values()))
         for name in names:
             draft = self._workload.draft(name)
             slot = slots[name]
-            if self._store is not None and not draft.trains:
-                NvmeResidence(self._store, name, slot.num_bytes, self._links, staging).fetch(slot).wait()
-            elif staging is None:
-                self._fill(draft, slot)
+            if self._device_is_asynchronous:
+                if not self._is_made_of_masters(draft):
+                    self._bring(draft, all_in(Tier.DEVICE, slot.num_bytes), slot, None)
+            elif self._store is not None and not draft.trains:
+                NvmeResidence(self._store, name, slot.num_bytes, self._links, None).fetch(slot).wait()
             else:
-                stage = staging.acquire(slot.num_bytes, name)
-                self._fill(draft, stage)
-                self._links.wait(self._links.copy(stage, slot))
-                del stage  # the next block wants it
+                self._fill(draft, slot)
             if self._state is not None and draft.trains:
                 self._state.weights_rest_in(name, slot)
             accesses[name] = ResidentAccess(slot)
@@ -110,9 +105,11 @@ class WeightsAssembly:
 
     def _fill(self, draft: BlockDraft, slot: Slot) -> None:
         """Brings a block's values into `slot`, unless they are there, or made of masters, of a run that goes on."""
-        made_of_masters = draft.trains and self._state is not None and self._state.goes_on
-        if self._left is None and not made_of_masters:
+        if self._left is None and not self._is_made_of_masters(draft):
             fill_slot(draft, self._workload.sources, slot)
+
+    def _is_made_of_masters(self, draft: BlockDraft) -> bool:
+        return draft.trains and self._state is not None and self._state.goes_on
 
     def ring(self, ring: Ring) -> tuple[RingExecutor, dict[str, Access]]:
         """Slots for a ring, what its blocks rest in, and how to get at them."""
