@@ -1,8 +1,9 @@
 """What calibration times: one thing that training does, a pass at a time, on one device.
 
 A pass is a piece of work between two looks at the clock, through the code that training runs; its rate is that of the
-median pass. What runs where is in `DEVICES`; a further device is a further entry there. A GPU's links are its own
-copies between its memory and RAM that is locked.
+median pass. What is over sooner than a look at the clock is is done several times in one. What runs where is in
+`DEVICES`; a further device is a further entry there. A GPU's links are its own copies between its memory and RAM that
+is locked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -40,11 +42,14 @@ class Sizes:
     """For one number, at least."""
     passes: int = 5
     """For one number, at least."""
+    pass_seconds: float = 0.02
+    """Between two looks at the clock, at least: to wait for a GPU takes as long as a small product does there."""
     matrix: int = 2048
-    """Rows and columns of both factors."""
+    """Rows and columns of both factors, on the CPU; see `LARGER`."""
     attention_tokens: int = 2048
+    """The same."""
     copy_bytes: int = 64 << 20
-    elements: int = 16 << 20
+    elements: int = 64 << 20
     """Weights decoded; elements of a sum."""
     params: int = 8 << 20
     """Stepped by AdamW."""
@@ -52,6 +57,10 @@ class Sizes:
     """Of one read or write, about a layer."""
     file_bytes: int = 512 << 20
     """Of the file on each drive; twice as much has to be free."""
+
+
+LARGER = 4
+"""Times as many rows, columns and tokens are multiplied on a GPU, which smaller ones do not fill."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,9 @@ class TorchDevice(Protocol):
 
     def describe(self) -> str:
         """Its model, for the profile's name."""
+
+    def which(self) -> str:
+        """This one among others of its model, whatever number it has in this process."""
 
     def synchronize(self) -> None:
         """Returns when all that was started on it is done."""
@@ -100,6 +112,9 @@ class Cpu:
                 return value.strip()
         return platform.machine()
 
+    def which(self) -> str:
+        return self.name
+
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
 
@@ -123,10 +138,17 @@ class Gpu:
     def __init__(self, name: str = "cuda") -> None:
         """`name` is "cuda" or "cuda:N". Raises ConfigError where that is not there."""
         self.name = find_device(name)
-        self._device = CudaDevice(self.name)
+
+    @cached_property
+    def _device(self) -> CudaDevice:
+        """With streams, which who only asks for its name has no use for."""
+        return CudaDevice(self.name)
 
     def describe(self) -> str:
         return torch.cuda.get_device_name(self.name)
+
+    def which(self) -> str:
+        return f"cuda {torch.cuda.get_device_properties(self.name).uuid}"
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.name)
@@ -161,16 +183,27 @@ class Bench:
         run, amount = work
         run()
         self.device.synchronize()
+        times = 1
+        while self.sizes.pass_seconds and self._seconds(run, times) < self.sizes.pass_seconds:
+            times *= 2
         rates: list[float] = []
         begin = time.perf_counter()
         while len(rates) < self.sizes.passes or time.perf_counter() - begin < self.sizes.seconds:
-            start = time.perf_counter()
-            run()
-            self.device.synchronize()
-            rates.append(amount / max(1e-9, time.perf_counter() - start))
+            rates.append(times * amount / self._seconds(run, times))
         low, median, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else (rates[0],) * 3
         self.spread[name] = Spread(median, low, high, len(rates))
         return median
+
+    def larger(self, size: int) -> int:
+        """See `LARGER`."""
+        return size if self.device.name == Cpu.name else LARGER * size
+
+    def _seconds(self, run: Callable[[], object], times: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            run()
+        self.device.synchronize()
+        return max(1e-9, time.perf_counter() - start)
 
     def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
@@ -178,7 +211,7 @@ class Bench:
 
 
 def matmul(bench: Bench, dtype: torch.dtype) -> Work:
-    n = bench.sizes.matrix
+    n = bench.larger(bench.sizes.matrix)
     left, right = (bench.random(n, n, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
     return lambda: torch.mm(left, right, out=out), 2.0 * n**3
@@ -186,7 +219,7 @@ def matmul(bench: Bench, dtype: torch.dtype) -> Work:
 
 def attention(bench: Bench, *, backward: bool) -> Work:
     """Causal attention of 16 heads of 64; backward runs forward, too."""
-    tokens, heads, size = bench.sizes.attention_tokens, 16, 64
+    tokens, heads, size = bench.larger(bench.sizes.attention_tokens), 16, 64
     query, key, value = (bench.random(1, heads, tokens, size).requires_grad_(backward) for _ in range(3))
     forward = 4.0 * heads * size * tokens * (tokens + 1) / 2
 

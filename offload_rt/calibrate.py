@@ -171,7 +171,7 @@ def identity(device: str, folders: tuple[Path, ...]) -> dict[str, Any]:
     """What a measurement is good for: device, memory, threads, software, drives."""
     found = device_named(device)
     return {
-        "device": found.name,
+        "device": found.which(),
         "model": [found.describe(), Cpu().describe()],
         "memory_bytes": found.memory_bytes(),
         "threads": torch.get_num_threads(),

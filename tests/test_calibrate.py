@@ -4,7 +4,7 @@ import json
 import os
 import random
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ from planners.hardware import load_hardware
 
 MIB = 1 << 20
 TINY = Sizes(
-    seconds=0.0, passes=2, matrix=64, attention_tokens=64, copy_bytes=MIB, elements=1 << 14, params=1 << 14,
-    operation_bytes=1 << 16, file_bytes=MIB,
+    seconds=0.0, passes=2, pass_seconds=0.0, matrix=64, attention_tokens=64, copy_bytes=MIB, elements=1 << 14,
+    params=1 << 14, operation_bytes=1 << 16, file_bytes=MIB,
 )  # fmt: skip
 SLEEP_SECONDS = 0.02
 
@@ -56,6 +56,24 @@ FIELDS = {
     "adamw": lambda h: h.device.adamw_params_per_second,
     "small_operations": lambda h: 1 / h.device.operation_seconds,
 }
+
+
+def test_what_takes_less_than_a_look_at_the_clock_is_done_several_times_between_two(monkeypatch):
+    """As on a GPU, for which one waits longer than a small kernel takes."""
+    now, run_seconds, wait_seconds = [0.0], 1e-3, 4e-3
+
+    def takes(seconds):
+        now[0] += seconds
+
+    device = Cpu()
+    monkeypatch.setattr(device, "synchronize", lambda: takes(wait_seconds), raising=False)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    work = (lambda: takes(run_seconds)), 1.0
+    alone, together = (
+        Bench(device, replace(TINY, pass_seconds=seconds)).rate("x", work) for seconds in (0.0, 200 * run_seconds)
+    )
+    assert alone == pytest.approx(1 / (run_seconds + wait_seconds))
+    assert 0.9 / run_seconds < together <= 1 / run_seconds
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -131,7 +149,7 @@ def test_two_directions_gain_between_nothing_and_everything():
 def test_a_rate_is_a_median_with_quartiles(monkeypatch):
     times = iter([0.0, *[at for took in (1.0, 2.0, 4.0, 5.0, 10.0) for at in (0.0, took)], 1e9])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
-    five = Bench(Cpu(), Sizes(seconds=0.0, passes=5))
+    five = Bench(Cpu(), Sizes(seconds=0.0, passes=5, pass_seconds=0.0))
     assert five.rate("x", (lambda: None, 20.0)) == 5.0
     assert five.spread["x"] == Spread(5.0, 3.0, 15.0, 5)
 

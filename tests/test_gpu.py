@@ -878,6 +878,18 @@ def test_auto_chooses_the_optimisers_plan_on_the_gpu_where_that_is_faster_and_sa
         assert differences(expected, found) == []
 
 
+class OtherCard:
+    """The properties of a card that is like this one."""
+
+    uuid = "another"
+
+    def __init__(self, properties: object) -> None:
+        self._properties = properties
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._properties, name)
+
+
 def test_the_gpus_links_and_kernels_are_calibrated_and_remembered_under_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -907,6 +919,10 @@ def test_the_gpus_links_and_kernels_are_calibrated_and_remembered_under_its_name
     assert hardware.host.memory_bytes == bench.Cpu().memory_bytes()
     assert hardware == load_hardware(tmp_path / "gpu.json")
     assert calibrate.calibrated("cpu", ()) is None, "which was not measured"
+    with monkeypatch.context() as patch:  # another card of this model, which has this one's number in another process
+        of_this = torch.cuda.get_device_properties(0)
+        patch.setattr(torch.cuda, "get_device_properties", lambda *_: OtherCard(of_this))
+        assert calibrate.calibrated("cuda:0", ()) is None
 
 
 FULL_PLANNED = {"state in HOST": (4000, 8000, False), "state on NVMe": (1000, 2500, True)}
