@@ -232,6 +232,7 @@ def _warm(layer: RecomputedLayer, call: LayerCall, bench: Workbench) -> int:
 
 def _timed(ways: Sequence[RecomputedLayer], call: LayerCall, bench: Workbench) -> list[tuple[float, float]]:
     """Median seconds of forward and of backward, for each of several ways to run one layer, by turns."""
+    bench.wake(lambda: one_pass(ways[0], call, bench))
     taken = [[one_pass(layer, call, bench) for layer in ways] for _ in range(RUNS)]
     return [
         (statistics.median(run[way][0] for run in taken), statistics.median(run[way][1] for run in taken))
@@ -288,7 +289,10 @@ def call_of(
         args = (kwargs.pop("hidden_states"),)
     if not args or not isinstance(args[0], torch.Tensor):
         raise ConfigError(f"{type(layer).__name__}: is not called with hidden states first")
-    return LayerCall(hidden=args[0].detach().clone(), rest=args[1:], kwargs={**kwargs, "past_key_values": None})
+    hidden = args[0].detach().clone()
+    if given.type == "meta" and hidden.is_floating_point():
+        hidden.normal_()  # products of equal numbers take a GPU less power, which is what bounds its clock
+    return LayerCall(hidden=hidden, rest=args[1:], kwargs={**kwargs, "past_key_values": None})
 
 
 def _real(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -305,7 +309,7 @@ def _stand_in(layer: nn.Module) -> nn.Module:
                 tensor.normal_(std=0.02)
             else:
                 tensor.zero_()
-    for module in found.modules():
+    for module in found.train().modules():  # a model may come as it evaluates
         if getattr(module, "gradient_checkpointing", False):
             with contextlib.suppress(AttributeError):
                 module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag of transformers' layers

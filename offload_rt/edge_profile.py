@@ -44,9 +44,11 @@ def profile_head(
     """
     rows, tile = min(vocabulary, HEAD_ROWS), min(num_tokens, tile_tokens)
     with or_the_cpu(bench) as place, torch.device(place.device):
-        weight_VD = torch.zeros(rows, hidden_size, dtype=dtype, requires_grad=trains)
+        # Random, but nobody's: products of zeros take a GPU less power, which is what bounds its clock.
+        numbers = torch.Generator(place.device).manual_seed(0)
+        weight_VD = torch.randn(rows, hidden_size, dtype=dtype, generator=numbers).mul_(0.02).requires_grad_(trains)
         total_VD = torch.zeros(rows if trains else 0, hidden_size)
-        hidden_ND = torch.zeros(tile, hidden_size, dtype=dtype).requires_grad_()
+        hidden_ND = torch.randn(tile, hidden_size, dtype=dtype, generator=numbers).requires_grad_()
         labels_N = torch.zeros(tile, dtype=torch.long)
 
         def run() -> None:
