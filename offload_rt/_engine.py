@@ -144,6 +144,7 @@ class Engine:
             self.config = emulated_config(self.config, emulated)
         given_plan = read_plan(plan)
         optimise_for = machine_to_plan_for(plan, self.config, emulated)
+        chooses_for = machine_to_choose_for(plan, self.config, emulated)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         flags = {id(p): p.requires_grad for p in model.parameters()}
         self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
@@ -170,7 +171,7 @@ class Engine:
                 optimizer=self.optimizer,
                 optimise_for=optimise_for,
                 emulated=emulated,
-                chooses_for=machine_to_choose_for(plan, self.config, emulated),
+                chooses_for=chooses_for,
             )
         except BaseException:
             self._peaks.close()
