@@ -57,8 +57,10 @@ def _asking() -> str:
 def _check_asking(name: str) -> None:
     for folder, wrapper in _WRAPPERS.items():
         if name == folder or name.startswith(folder + "."):
+            what_to_do = "Start one process (no torchrun, no `accelerate launch` with several)"
+            if wrapper == "DataParallel":
+                what_to_do = "A Trainer does so where it sees several GPUs: start Python with CUDA_VISIBLE_DEVICES=0"
             raise ConfigError(
                 f"{wrapper}: a model that an engine manages trains in one process, on one device; its weights rest "
-                f"elsewhere and cannot be spread. Start one process (no torchrun, no `accelerate launch` with several; "
-                f"CUDA_VISIBLE_DEVICES=0 for a Trainer), and use engine.model itself"
+                f"elsewhere and cannot be spread. {what_to_do}, and use engine.model itself"
             )

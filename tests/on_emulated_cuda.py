@@ -22,7 +22,7 @@ from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.cuda_memory import settle
 from offload_rt.device_cuda import CudaDevice, find_device
-from offload_rt.errors import OutOfDeviceMemory
+from offload_rt.errors import ConfigError, OutOfDeviceMemory
 from offload_rt.integrity import CHECKED_STEPS
 from offload_rt.runtime_options import RuntimeOptions
 from planners.placement import Tier
@@ -210,6 +210,17 @@ def test_freed_memory_is_kept_for_its_stream_and_counted():
     assert torch.cuda.max_memory_allocated() - begun == 4 * NUM_ELEMENTS
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(1 << 40, dtype=torch.uint8, device="cuda")
+
+
+def test_a_model_that_a_trainer_spreads_over_gpus_is_refused_with_what_to_do():
+    case = Case("plain", "bf16", 1, False, False, "from HOST")
+    ids = torch.zeros(2, 4, dtype=torch.long, device="cuda")
+    with Engine(
+        build(case), batch_size=2, seq_len=4, device="cuda", device_memory="1GiB", host_memory="256MiB"
+    ) as engine:
+        assert torch.cuda.device_count() == 2
+        with pytest.raises(ConfigError, match="DataParallel: .*CUDA_VISIBLE_DEVICES=0"):
+            nn.DataParallel(engine.model)(input_ids=ids, labels=ids)
 
 
 def test_what_a_gpu_has_no_room_for_is_refused_by_name():

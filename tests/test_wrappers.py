@@ -57,7 +57,8 @@ def test_what_spreads_a_model_over_processes_is_refused_and_leaves_it_as_it_was(
         ("DeepSpeed", asked_by("deepspeed.runtime.engine", whole)),
         ("DataParallel", asked_by("torch.nn.parallel.data_parallel", whole)),
     ):
-        with pytest.raises(ConfigError, match=f"^{name}: .* engine.model itself"):
+        advice = "sees several GPUs: .*CUDA_VISIBLE_DEVICES=0" if name == "DataParallel" else "no torchrun"
+        with pytest.raises(ConfigError, match=f"^{name}: .*{advice}.* engine.model itself"):
             wrap()
     assert dict(whole.named_parameters()) == parameters and [type(module) for module in whole.modules()] == kinds
     train(engine)
