@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -75,3 +77,13 @@ def test_products_are_timed_with_numbers_that_are_not_all_equal(monkeypatch: pyt
     assert len(spreads) > num_of_head > 0 and min(spreads) > 0
     assert torch.equal(torch.get_rng_state(), state)
     assert call_of(model, draft.modules[0], 2, 8).hidden.float().std() > 0
+
+
+def test_the_clock_is_read_when_all_is_over_that_a_device_was_given_to_compute() -> None:
+    device, over = FakeDevice(), []
+    with Workbench(device) as place:
+        for number in range(3):
+            device.compute.give(lambda: (time.sleep(0.02), over.append(None)))
+            place.now()
+            assert len(over) == number + 1
+    device.close()
