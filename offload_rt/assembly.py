@@ -27,7 +27,7 @@ from offload_rt.moving import moves_to, why_not_follow
 from offload_rt.optim import AdamW
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.plan_check import check_plan
-from offload_rt.plan_choice import Choice, after_rehearsal, choose
+from offload_rt.plan_choice import OPTIMISER, Choice, after_rehearsal, choose
 from offload_rt.plan_options import with_options
 from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.runtime_assembly import Progress, RuntimeAssembly
@@ -108,7 +108,8 @@ def assemble(
         made_of = MadeOf(
             workload=workload, problem=problem, options=options, base=base,
             throttle=None if emulated is None else Throttle(emulated),
-            plan_again=None if given is not None else _planning_again(workload, options), asked=asked, choice=choice,
+            plan_again=None if choice is None else _planning_again(workload, options, choice), asked=asked,
+            choice=choice,
         )  # fmt: skip
         with RuntimeAssembly(made_of, chosen, progress) as assembly:
             runtime = assembly.run(covered, optimizer)
@@ -116,9 +117,13 @@ def assemble(
         return runtime
 
 
-def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[StreamingProblem], Plan] | None:
-    """The fixed rule for other sizes, where a runtime can change over."""
-    if workload.has_streams:
+def _planning_again(
+    workload: Workload, options: RuntimeOptions, choice: Choice
+) -> Callable[[StreamingProblem], Plan] | None:
+    """The fixed rule for other sizes, where a runtime can change over: on a device, from the optimiser's plan, which
+    was chosen because the rule's can follow it.
+    """
+    if workload.has_streams and choice.chosen != OPTIMISER:
         return None
     return lambda problem: with_options(plan_streaming(problem, rest=options.rest), workload, options, problem.training)
 

@@ -996,3 +996,24 @@ def test_a_rehearsal_on_the_gpu_has_the_optimiser_plan_again_where_a_layer_saves
         assert report["rehearsal"]["result"] == "planned again" and engine.plan != first
         assert engine.plan.planner == "optimiser" and report["memory"]["device"] <= device_kib * KIB
         assert differences(expected, found) == []
+
+
+def test_a_rehearsal_on_the_gpu_goes_back_to_the_rules_plan_where_auto_has_chosen_the_optimisers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    device_kib, case = 1075, Case("llama", "bf16", 1, False, False, "from HOST")
+    expected = gpu_plain(case)
+    gpu_planning.calibrated(monkeypatch, tmp_path)
+    gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
+    gpu_planning.unmeasured(monkeypatch, saved_bytes=6000)
+    with engine_of(
+        case, device="cuda", device_memory="4GiB", host_memory="64MiB",
+        options=RuntimeOptions(poison=True, cuts=Cuts(**NO_CUTS)),
+    ) as engine:  # fmt: skip
+        assert engine.plan.planner == "optimiser"
+        found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
+        report = engine.report()
+        assert report["rehearsal"]["result"] == "planned again"
+        assert engine.plan.planner == report["plan_choice"]["chosen"] == "fixed streaming rule"
+        assert report["memory"]["device"] <= device_kib * KIB
+        assert differences(expected, found) == []
