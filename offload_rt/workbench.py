@@ -56,13 +56,13 @@ def median_seconds(work: Callable[[], object], clock: Callable[[], float] = time
 class Workbench:
     """Of one device; a context manager, which gives all memory back. Not thread-safe."""
 
-    def __init__(self, device: TensorDevice | None = None) -> None:
-        """`device`: None is the CPU."""
+    def __init__(self, device: TensorDevice | None = None, host_bytes: int | None = None) -> None:
+        """`device`: None is the CPU. `host_bytes`: what may be put away in HOST, which a device locks; None: all."""
         self.device = torch.device("cpu") if device is None else device.device
         """Where tensors are made."""
         self._streams = device
         self._links = Links(device=device)
-        self._tiers = Tiers(None, None, None, unified=False, poison=False, device=device)
+        self._tiers = Tiers(None, host_bytes, None, unified=False, poison=False, device=device)
 
     def __enter__(self) -> Workbench:
         return self
@@ -115,7 +115,7 @@ class Workbench:
         return self._tiers.arena(Tier.DEVICE, name, num_bytes)
 
     def stash(self, name: str, num_bytes: int) -> Stash:
-        """Room in HOST for tensors of `num_bytes`, all of which may be on their way at once."""
+        """Room in HOST for tensors of `num_bytes`, all of which may be on their way at once. Raises BudgetExceeded."""
         arena = self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES)
         if self._streams is None:
             return HostStash(arena, self._links)
@@ -144,8 +144,11 @@ class Workbench:
 
 @contextmanager
 def workbench_of(config: EngineConfig) -> Iterator[Workbench]:
-    """The device that `config` says."""
-    with Workbench(None if config.device == "cpu" else CudaDevice(config.device)) as found:
+    """The device that `config` says, and of RAM beside it the budget."""
+    on_cpu = config.device == "cpu"
+    with Workbench(
+        None if on_cpu else CudaDevice(config.device), None if on_cpu else config.host_memory_bytes
+    ) as found:
         yield found
 
 

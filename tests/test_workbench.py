@@ -87,3 +87,16 @@ def test_the_clock_is_read_when_all_is_over_that_a_device_was_given_to_compute()
             place.now()
             assert len(over) == number + 1
     device.close()
+
+
+def test_what_a_profile_puts_away_for_a_device_is_within_the_budget_of_ram(caplog: pytest.LogCaptureFixture) -> None:
+    """Twice what a layer saves, which a device would lock."""
+    model, device = build_lora("llama"), FakeDevice(kernels_are_late=False)
+    draft = next(draft for draft in find_blocks(model, bits=None) if draft.is_layer)
+    found = []
+    for host_bytes in (64 << 20, 1 << 12):
+        with Workbench(device, host_bytes) as place:
+            found.append(profile_layer(model, draft, batch_size=2, seq_len=64, bench=place).kept)
+    assert found[0] is not None and found[1] is None
+    assert "could not be measured" in caplog.text and "host memory: profile, swapped needs" in caplog.text
+    device.close()
