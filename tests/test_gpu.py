@@ -32,6 +32,7 @@ from offload_rt.optimizer.arrivals import Arrivals
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedParameter, trained_block
 from offload_rt.optimizer.rules import AdamWRule
+from offload_rt.planning_budgets import passing_of
 from offload_rt.recording import Recorder
 from offload_rt.replanning import ADOPT_STEPS, WINDOW_STEPS
 from offload_rt.runtime_options import RuntimeOptions
@@ -791,6 +792,7 @@ def test_chunks_that_the_optimiser_plans_on_the_gpu_give_the_rules_bits(
     """Of layers that were profiled there by chunks, in DEVICE memory, or with less of that than they take."""
     gpu_planning.calibrated(monkeypatch, tmp_path)
     case, found, resident = Case("llama", "bf16", 1, False, False, "from HOST"), [], set()
+    on_their_way: set[int] = set()
     for plan, device_kib in (("auto", 4000), ("optimise", 4000), ("optimise", 800)):
         with monkeypatch.context() as patch:
             gpu_planning.room_for_plans(patch, device_kib * KIB)
@@ -808,8 +810,12 @@ def test_chunks_that_the_optimiser_plans_on_the_gpu_give_the_rules_bits(
             assert report["tokenwise"]["num_passes"] > 0 and report["memory"]["device"] <= device_kib * KIB
             if plan == "optimise":
                 assert engine.plan.planner == "optimiser" and engine.plan.cuts.chunk_tokens == 4
+                made_of, account = engine._runtime.made_of, engine._runtime.tiers.account(Tier.DEVICE)
+                passing = passing_of(made_of.workload, made_of.problem, 4)  # is in the plan's reserve
+                on_their_way.add(account.holdings.get("layer inputs on their way", 0))
+                assert max(on_their_way) in (0, passing.device_bytes)
                 resident.add(engine.plan.entry("layer").weights.streamed_bytes == 0)
-    assert resident == {True, False}
+    assert resident == {True, False} and max(on_their_way) > 0
     assert differences(found[0], found[1]) == differences(found[0], found[2]) == []
 
 
@@ -948,6 +954,9 @@ def test_all_parameters_train_by_the_optimisers_plan_on_the_gpu_to_the_bits_of_p
         plan, report = engine.plan, engine.report()
         assert plan.planner == "optimiser" and plan.state is not None
         assert (plan.state.state_slots > 0) == on_nvme
+        landing = "new weights on their way to DEVICE"
+        holdings = engine._runtime.tiers.account(Tier.HOST).holdings
+        assert plan.peak_bytes["host"][landing] == holdings[landing] > 0
         assert report["training"]["num_steps"] == full.STEPS and report["prefetch_misses"] == 0
         assert 0 < report["memory"]["device"] <= device_kib * KIB and report["memory"]["host"] <= host_kib * KIB
         assert report["rehearsal"]["result"] in RESULTS and "predicted" in engine.summary()
