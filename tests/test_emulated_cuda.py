@@ -25,7 +25,7 @@ SOME = (
     " or goes_through or changes_over or plan_on_the_gpu_is or (llama-bf16-x2 and None)"
 )
 """Of `test_gpu` what is over in seconds, and the device's own tests."""
-NUM_SOME = 40
+MIN_SOME = 45
 
 
 def run_emulated(tmp_path: Path, files: list[str], chosen: str, **settings: int) -> dict[str, int]:
@@ -47,7 +47,7 @@ def run_emulated(tmp_path: Path, files: list[str], chosen: str, **settings: int)
 
 def test_what_a_gpu_runs_runs(tmp_path: Path) -> None:
     found = run_emulated(tmp_path, ["on_emulated_cuda.py", "test_gpu.py"], SOME, DEVICES=2)
-    assert found == {"tests": NUM_SOME, "skipped": 0, "failures": 0, "errors": 0}
+    assert found["tests"] >= MIN_SOME and found["skipped"] == found["failures"] == found["errors"] == 0
 
 
 @pytest.mark.full
