@@ -107,7 +107,8 @@ class PyRing {
   ~PyRing() {
     const py::gil_scoped_release release;
     if (!ring_) return;
-    if (ring_->close(patience_seconds_, /*and_forget_queued=*/true).code == StatusCode::timed_out) {
+    const double patience = is_late_ ? 0 : patience_seconds_;
+    if (ring_->close(patience, /*and_forget_queued=*/true).code == StatusCode::timed_out) {
       new auto(std::move(held_));
       static_cast<void>(ring_.release());
     }
@@ -163,10 +164,8 @@ class PyRing {
         return ring_->close(seconds, /*and_forget_queued=*/false);
       });
     } while (status.code == StatusCode::timed_out && moved_bytes() != before);
-    if (status.code == StatusCode::timed_out)
-      patience_seconds_ = 0;  // nobody waits for so long again
-    else
-      std::exchange(held_, {}).clear();
+    is_late_ = status.code == StatusCode::timed_out;
+    if (!is_late_) std::exchange(held_, {}).clear();
     raise_unless_ok(status);
   }
 
@@ -224,6 +223,7 @@ class PyRing {
   }
 
   double patience_seconds_;  // to be closed
+  bool is_late_ = false;     // that has timed out
   std::unordered_map<Ticket, Held> held_;
   std::unordered_map<Ticket, Status> failed_;  // what waits have ended with, where that was no success
   IoRingPtr ring_;

@@ -451,12 +451,13 @@ def test_a_ring_whose_drive_hangs_is_closed_later(uring):
     event, target = os.eventfd(0), bytearray(8)
     with native.Ring(backend="io_uring", patience_seconds=0.3) as ring:
         ring.read(event, "event", 0, target)
-        for _ in range(2):
-            with pytest.raises(native.NativeTimeout, match="event: read 0 of 8 bytes .*(\n.*)*1 requests in flight"):
-                ring.close()
+        with pytest.raises(native.NativeTimeout, match="event: read 0 of 8 bytes"):
+            ring.close()
         with pytest.raises(ValueError, match="closed"):
             ring.read(event, "event", 0, target)
         os.eventfd_write(event, 5)
+        while "event" in ring.outstanding():
+            time.sleep(0.001)
     os.close(event)
     assert target[0] == 5
 
@@ -465,6 +466,8 @@ def test_a_ring_that_nobody_sees_leaves_its_memory_to_a_drive_that_hangs(uring):
     event, target = os.eventfd(0), bytearray(8)
     ring = native.Ring(backend="io_uring", patience_seconds=0.3)
     ring.read(event, "event", 0, target)
+    while "1 requests in flight" not in ring.outstanding():  # what no request was made of is forgotten
+        time.sleep(0.001)
     del ring
     with pytest.raises(BufferError):
         target.clear()  # somebody sees it
@@ -474,7 +477,8 @@ def test_a_ring_that_nobody_sees_leaves_its_memory_to_a_drive_that_hangs(uring):
     os.close(event)
 
 
-def test_ctrl_c_interrupts_a_wait_and_leaves_the_ticket(uring):
+@pytest.mark.parametrize("waits", ["wait", "close"])
+def test_ctrl_c_interrupts_who_waits_and_leaves_the_ticket(waits, uring):
     event = os.eventfd(0)
     ticket = uring.read(event, "event", 0, bytearray(8))
     timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
@@ -482,7 +486,7 @@ def test_ctrl_c_interrupts_a_wait_and_leaves_the_ticket(uring):
     try:
         with pytest.raises(KeyboardInterrupt):
             timer.start()
-            uring.wait(ticket, PATIENCE_SECONDS)
+            uring.wait(ticket, PATIENCE_SECONDS) if waits == "wait" else uring.close()
         timer.join()
     finally:
         signal.signal(signal.SIGINT, before)
