@@ -112,13 +112,15 @@ class Workbench:
 
     def arena(self, name: str, num_bytes: int) -> Arena:
         """Of DEVICE memory."""
+        if self._streams is None:
+            return Arena(name, num_bytes)  # in no account: `peaks` sees it as what passes
         return self._tiers.arena(Tier.DEVICE, name, num_bytes)
 
     def stash(self, name: str, num_bytes: int) -> Stash:
         """Room in HOST for tensors of `num_bytes`, all of which may be on their way at once. Raises BudgetExceeded."""
-        arena = self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES)
         if self._streams is None:
-            return HostStash(arena, self._links)
+            return HostStash(Arena(name, num_bytes, granule_bytes=GRANULE_BYTES), self._links)
+        arena = self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES)
         return DeviceStash(arena, self._links, window_bytes=num_bytes)
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
