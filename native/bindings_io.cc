@@ -160,9 +160,8 @@ class PyRing {
     std::uint64_t before = 0;
     do {  // what is slow, and moves, is waited for
       before = moved_bytes();
-      status = in_slices(patience_seconds_, [&](double seconds) {
-        return ring_->close(seconds, /*and_forget_queued=*/false);
-      });
+      status = in_slices(patience_seconds_,
+                         [&](double seconds) { return ring_->close(seconds, /*and_forget_queued=*/false); });
     } while (status.code == StatusCode::timed_out && moved_bytes() != before);
     is_late_ = status.code == StatusCode::timed_out;
     if (!is_late_) std::exchange(held_, {}).clear();

@@ -368,7 +368,8 @@ class IoRingOf final : public IoRing {
   // ---- the caller's thread ----
 
   static Status check_timeout(double seconds) {
-    return seconds >= 0 ? Status() : Status::invalid("timeout_seconds must be 0 or more");  // nor not a number
+    return seconds >= 0 ? Status()
+                        : Status::invalid("timeout_seconds must be 0 or more");  // nor not a number
   }
 
   static Clock::time_point deadline_after(double seconds) {
