@@ -583,11 +583,12 @@ def test_tensors_inside_objects_are_refused_as_they_would_get_no_gradient(make_e
 
 
 def test_an_adapter_that_the_drive_has_no_room_for_is_a_typed_error(make_engine, disk_folder, monkeypatch):
-    engine = make_engine(build_lora())
+    model = build_lora()
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(engine.model), "save_pretrained", full)
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    engine = make_engine(model)
     with pytest.raises(StorageFull, match=r"out: the adapter could not be written: .*ENOSPC"):
         engine.save_pretrained(disk_folder / "out")
