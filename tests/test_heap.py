@@ -262,6 +262,7 @@ with offload_rt.engine(
 """
 
 
+@pytest.mark.full  # a process that moves a gigabyte
 @needs_trim
 @needs_mallinfo2
 def test_full_fine_tuning_of_a_large_vocabulary_stays_within_its_budget(disk_folder):

@@ -68,7 +68,7 @@ def capacities(p):
 
 
 @given(problems())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_a_plan_fits_every_budget_or_there_is_none(p):
     try:
         plan = plan_streaming(p)
@@ -158,7 +158,7 @@ def test_the_memory_that_would_fit_does_fit_when_it_is_passed_on_as_it_was_print
 
 
 @given(problems())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_what_the_finding_says_would_fit_does(p):
     """At least one way out, followed, ends in a plan: the tier that is short gets what it needs."""
     try:
@@ -267,7 +267,7 @@ def test_what_is_no_plan_at_all_is_a_value_error(text):
 
 
 @given(st.data())
-@settings(max_examples=200)
+@settings(max_examples=70)
 def test_a_damaged_plan_is_read_or_refused_and_nothing_else(data):
     text = list(some_plan().to_json())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -370,7 +370,7 @@ def test_what_the_allocator_may_hold_back_grows_with_a_layers_activations_and_ne
 
 
 @given(problems(), st.sampled_from((None, 64, 100)), st.sampled_from((None, True, False)), st.integers(1, 3))
-@settings(max_examples=200)
+@settings(max_examples=70)
 def test_a_run_that_goes_on_has_the_cuts_that_it_was_begun_with(p, tile, layer_major, micro_batches):
     head = LossHeadSize(num_tokens=512, bytes_per_token=1000, hidden_bytes_per_token=10, tiles=True)
     chunked = ChunkedSize(num_tokens=512, sequence_bytes=10_000)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from offload_rt import block_profile, calibrate, planning, tiers
+from offload_rt import block_profile, calibrate, planning, workbench
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.asked import asked
@@ -276,7 +276,7 @@ def test_the_memory_of_a_profile_is_given_back_without_the_collector(take, monke
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(tiers, "Arena", arena)
+    monkeypatch.setattr(workbench, "Arena", arena)
     model = build_lora("llama")
     (first, *_) = [draft for draft in find_blocks(model, bits=4) if draft.is_layer]
     gc.disable()
