@@ -51,6 +51,7 @@ def test_what_a_gpu_runs_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_all_that_a_gpu_runs_runs(tmp_path: Path) -> None:
     found = run_emulated(tmp_path, ["test_gpu.py"], "test")
     assert found["tests"] > 60 and found["skipped"] == found["failures"] == found["errors"] == 0
