@@ -226,10 +226,8 @@ class Engine:
         """Calls the model."""
         if self._closed:
             raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
-        self._begin_call()
         args, kwargs = self._on_device(args, kwargs)
-        self._rehearse(args, kwargs)
-        return self.model(*args, **kwargs)
+        return self.model(*args, **kwargs)  # `_before_forward` does the rest, as for a loop that calls the model itself
 
     def _on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         device = self._runtime.device
@@ -535,7 +533,7 @@ class Engine:
         self.close()
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._begin_call()  # of a loop that calls the model itself
+        self._begin_call()
         self._rehearse(args, kwargs)
         self._training.before_forward()
         for layer in self._runtime.layers:

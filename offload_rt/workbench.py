@@ -35,7 +35,6 @@ from planners.placement import Tier
 RUNS = 5
 """Of what is timed by itself, of which the median counts."""
 
-
 AWAKE_SECONDS = 0.3
 """See [Note: a device that sleeps]; to be measured on a GPU."""
 TIMED_SECONDS = 0.01

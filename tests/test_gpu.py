@@ -988,14 +988,20 @@ def test_drives_that_drift_from_their_calibration_are_seen_on_the_gpu_and_no_num
     assert losses[0] == losses[1]
 
 
-def test_a_rehearsal_on_the_gpu_has_the_optimiser_plan_again_where_a_layer_saves_more_than_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
-) -> None:
+def more_than_measured(tmp_path, monkeypatch):
+    """A calibrated GPU with little room for plans, layers that save more than a profile says: KiB, case, its twin's."""
     device_kib, case = 1075, Case("llama", "bf16", 1, False, False, "from HOST")
     expected = gpu_plain(case)
     gpu_planning.calibrated(monkeypatch, tmp_path)
     gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
     gpu_planning.unmeasured(monkeypatch, saved_bytes=6000)
+    return device_kib, case, expected
+
+
+def test_a_rehearsal_on_the_gpu_has_the_optimiser_plan_again_where_a_layer_saves_more_than_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    device_kib, case, expected = more_than_measured(tmp_path, monkeypatch)
     with engine_of(
         case, device="cuda", device_memory="4GiB", host_memory="64MiB", plan="optimise",
         options=RuntimeOptions(poison=True, cuts=Cuts(**NO_CUTS)),
@@ -1011,11 +1017,7 @@ def test_a_rehearsal_on_the_gpu_has_the_optimiser_plan_again_where_a_layer_saves
 def test_a_rehearsal_on_the_gpu_goes_back_to_the_rules_plan_where_auto_has_chosen_the_optimisers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
 ) -> None:
-    device_kib, case = 1075, Case("llama", "bf16", 1, False, False, "from HOST")
-    expected = gpu_plain(case)
-    gpu_planning.calibrated(monkeypatch, tmp_path)
-    gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
-    gpu_planning.unmeasured(monkeypatch, saved_bytes=6000)
+    device_kib, case, expected = more_than_measured(tmp_path, monkeypatch)
     with engine_of(
         case, device="cuda", device_memory="4GiB", host_memory="64MiB",
         options=RuntimeOptions(poison=True, cuts=Cuts(**NO_CUTS)),
