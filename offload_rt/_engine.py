@@ -18,26 +18,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
 from offload_rt.assembly import assemble, change_over
 from offload_rt.batch_check import check_batch
-from offload_rt.checkpoint.adapters import add_adapters, remove_adapters, save_adapters
-from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
-from offload_rt.checkpoint.tensor_groups import copies_of, tensor_groups
+from offload_rt.checkpoint.adapters import add_adapters, remove_adapters
+from offload_rt.checkpoint.pretrained import save_pretrained
 from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.conversions import ConversionGuard, Guard, check_unmanaged
 from offload_rt.copies import CopyGuard
-from offload_rt.cuts import cuts_to_json, warn_of_other_cuts
 from offload_rt.device_cuda import find_device
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
 from offload_rt.heap import Base
 from offload_rt.integrity import Reached, check_loss, check_optimizer
-from offload_rt.optimizer.others import OtherOptimizers
+from offload_rt.optimizer.interface import Training
+from offload_rt.optimizer.loop_steps import LoopSteps
 from offload_rt.peaks import RESUME, SAVE, Peaks
 from offload_rt.rehearsal import Rehearsal
 from offload_rt.replanning import Replanner
@@ -45,18 +43,12 @@ from offload_rt.report import drift, report, summary
 from offload_rt.runtime import Runtime
 from offload_rt.runtime_assembly import Progress
 from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.steps import StepMeter, measured_update, weak_hook
+from offload_rt.steps import StepMeter
+from offload_rt.tracked import Tracked
 from offload_rt.wrappers import WrapperGuard
 from planners.plan import Plan
 
 logger = logging.getLogger("offload_rt")
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for it: pageable memory has been read when the call returns. Locked memory has
-    not, and is its owner's to change then, so that is waited for.
-    """
-    return tensor.to(device, non_blocking=not tensor.is_pinned())
 
 
 def engine(model: nn.Module, **arguments: Any) -> Engine:
@@ -154,9 +146,9 @@ class Engine:
                 name: p for name, p in self.model.named_parameters() if p.requires_grad
             }
             """What trains, by name. Parameters keep their identity when those on meta become real."""
-            self.optimizer: torch.optim.Optimizer | None = make_optimizer(optimizer, lr, list(self.trainable.values()))
-            if self.optimizer is not None:
-                check_optimizer(self.optimizer, self.trainable)
+            made_optimizer = make_optimizer(optimizer, lr, list(self.trainable.values()))
+            if made_optimizer is not None:
+                check_optimizer(made_optimizer, self.trainable)
             # What a first optimizer makes torch import is the base's, as peft is; what the model holds is the plan's.
             held = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
             self._base = Base.now(besides_bytes=held)
@@ -168,7 +160,7 @@ class Engine:
                 options if options is not None else RuntimeOptions(),
                 progress,
                 base=self._base,
-                optimizer=self.optimizer,
+                optimizer=made_optimizer,
                 optimise_for=optimise_for,
                 emulated=emulated,
                 chooses_for=chooses_for,
@@ -179,9 +171,8 @@ class Engine:
                 remove_adapters(self.model, model, flags)
             raise
         self._peaks.follow(self._runtime, self._base.resident_bytes)
-        self._training = self._runtime.training
-        self._training.carry(self._carried_values, self._with_schedulers)
-        self.optimizer = self._training.optimizer
+        self._tracked = Tracked()
+        self._training.carry(lambda: self._tracked.values(self._runtime.cuts), self._tracked.with_schedulers)
         self._reached = Reached(self.model, self.trainable, [each.layer for each in self._runtime.layers])
         self._training.check_by(self._reached)
         self.step_meter = StepMeter(
@@ -194,30 +185,32 @@ class Engine:
         self._wear_from = (0, self._runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
         self._closed = False
-        self._tracked: dict[str, Any] = {}
-        self._num_backwards = 0
-        self._warned_accumulation = False
-        self._takes_step = False
-        """Whether an optimizer's step is one of `step`: others are a loop's own."""
-        self._handles: list[Guard | RemovableHandle | Reached | OtherOptimizers] = [
+        self._handles: list[Guard | RemovableHandle | Reached | LoopSteps] = [
             ConversionGuard(*{self.model, model}),
-            CopyGuard(*{self.model, model}, kept=self._kept_elsewhere()),
+            CopyGuard(*{self.model, model}, kept=self._runtime.made_of.workload.kept_elsewhere()),
             WrapperGuard(*{self.model, model}),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             *self.step_meter.attach(self.model),
             self._reached,
-            OtherOptimizers(self.trainable.values(), lambda: self.optimizer, self._follow),
         ]
-        self._step_handles = self._see_steps()
+        self._steps = LoopSteps(
+            lambda: self._training,
+            self.trainable.values(),
+            self.step_meter,
+            accumulation_steps=accumulation_steps,
+            is_over=self._look_at_step,
+        )
+        self._handles.append(self._steps)
         logger.info("%s", self.summary())
 
-    def _kept_elsewhere(self) -> frozenset[int]:
-        """The ids of parameters whose values are a block's, or rounded from a master."""
-        workload = self._runtime.made_of.workload
-        kept = {id(stored.parameter) for draft in workload.drafts for stored in draft.parameters}
-        if workload.training is not None:
-            kept |= set(map(id, self.trainable.values()))
-        return frozenset(kept)
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """What schedulers work on; None where nothing trains. A loop's own, once that has stepped in its place."""
+        return self._training.optimizer
+
+    @property
+    def _training(self) -> Training:
+        return self._runtime.training
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigError("copy: an engine has files and threads; it cannot be copied or pickled")
@@ -226,16 +219,8 @@ class Engine:
         """Calls the model."""
         if self._closed:
             raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
-        args, kwargs = self._on_device(args, kwargs)
+        args, kwargs = self._runtime.on_device(args, kwargs)
         return self.model(*args, **kwargs)  # `_before_forward` does the rest, as for a loop that calls the model itself
-
-    def _on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        device = self._runtime.device
-        if device is None:
-            return args, kwargs
-        moved: tuple[tuple[Any, ...], dict[str, Any]]
-        moved = pytree.tree_map_only(torch.Tensor, partial(_moved, device=device.device), (args, kwargs))
-        return moved
 
     def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the first call in training, the longest one: see `rehearsal`. Blocks. Raises PlanInfeasible."""
@@ -257,7 +242,7 @@ class Engine:
         """
         if self._runtime.device is not None:
             self._runtime.device.check_stream()
-        if not self._replanner.is_due or self._num_backwards or self._runtime.is_in_flight:
+        if not self._replanner.is_due or self._steps.num_backwards or self._runtime.is_in_flight:
             return
         if not self._training.settled():
             return
@@ -273,7 +258,7 @@ class Engine:
             self._go_on_with(runtime)
 
     def _go_on_with(self, runtime: Runtime) -> None:
-        self._runtime, self._training = runtime, runtime.training
+        self._runtime = runtime
         self._training.check_by(self._reached)
         self._peaks.follow(runtime, self._base.resident_bytes)
 
@@ -286,7 +271,7 @@ class Engine:
 
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
-        self._num_backwards += 1
+        self._steps.num_backwards += 1
 
     @property
     def step_number(self) -> int:
@@ -295,64 +280,13 @@ class Engine:
 
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
-        self._take_step()
-        self._look_at_step()
-
-    @measured_update
-    def _take_step(self) -> None:
-        self._begin_step()
-        self._takes_step = True
-        try:
-            self._training.take_step()
-        finally:
-            self._takes_step = False
-
-    def _see_steps(self) -> list[RemovableHandle]:
-        """Hooks of the optimizer, whoever calls its `step`."""
-        if self.optimizer is None:
-            return []
-        return [
-            self.optimizer.register_step_pre_hook(weak_hook(self._loop_steps)),
-            *self._training.watch(),
-            self.optimizer.register_step_post_hook(weak_hook(self._loop_has_stepped)),
-        ]
-
-    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """A loop steps by an optimizer that it has made itself. Raises `ConfigError` where that is not sound."""
-        self._training.follow(optimizer)
-        for handle in self._step_handles:
-            handle.remove()
-        self.optimizer = optimizer
-        self._step_handles = self._see_steps()
-        logger.info(
-            "steps are those of the loop's own %s, which is engine.optimizer from now on", type(optimizer).__name__
-        )
-
-    def _loop_steps(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """A loop has called the optimizer's own `step`; once more where that calls its base's."""
-        if not self._takes_step:
-            self._begin_step()
-            self.step_meter.begin_update()
-
-    def _loop_has_stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._takes_step and self.step_meter.end_update():
-            self._look_at_step()
+        self._steps.take()
 
     def _look_at_step(self) -> None:
         """Whether the plan is to be made again, by the step that was taken. Blocks as `Replanner.after_step` does."""
         self._replanner.after_step(
             self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
         )
-
-    def _begin_step(self) -> None:
-        self._warn_of_accumulation()
-        self._num_backwards = 0
-
-    def _warn_of_accumulation(self) -> None:
-        declared = self.config.accumulation_steps
-        if self._num_backwards not in (0, declared) and not self._warned_accumulation:
-            self._warned_accumulation = True
-            logger.warning("accumulation_steps=%d was declared, step() came after %d", declared, self._num_backwards)
 
     def train_batch(self, batches: Sequence[dict[str, Any]]) -> float:
         """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
@@ -363,9 +297,9 @@ class Engine:
         except BaseException:
             if self.optimizer is not None:  # half a step's gradients must not leak into the next
                 self.optimizer.zero_grad(set_to_none=True)
-            self._num_backwards = 0
+            self._steps.num_backwards = 0
             raise
-        self._num_backwards = self.config.accumulation_steps
+        self._steps.num_backwards = self.config.accumulation_steps
         self.step()
         return total
 
@@ -381,7 +315,7 @@ class Engine:
 
         self._begin_call()
         if self._rehearsal.is_due:
-            self._rehearse(*self._on_device((), batches[0]))
+            self._rehearse(*self._runtime.on_device((), batches[0]))
         if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:
             losses = self._runtime.run_together([partial(loss_of, batch) for batch in batches])
             self._runtime.run_together([partial(self._backward, loss) for loss, _ in losses])
@@ -403,9 +337,7 @@ class Engine:
 
     def track(self, name: str, tracked: Any) -> None:
         """Makes anything with `state_dict` and `load_state_dict` a part of every checkpoint."""
-        if not hasattr(tracked, "state_dict") or not hasattr(tracked, "load_state_dict"):
-            raise ConfigError(f"track: {name!r} has no state_dict and load_state_dict")
-        self._tracked[name] = tracked
+        self._tracked.add(name, tracked)
 
     @property
     def commit_folder(self) -> Path:
@@ -438,31 +370,13 @@ class Engine:
         sums in another order than that of the run: then the bits are others, within what such an order changes.
         """
 
-        def check(extra: Mapping[str, Any]) -> None:
-            odd = sorted(set(extra["tracked"]) ^ set(self._tracked))
-            if odd:
-                raise ConfigError(f"load_checkpoint: {folder} and this run track different things: {', '.join(odd)}")
-            warn_of_other_cuts(extra.get("cuts"), self._runtime.cuts, of=str(folder))
+        def check(values: Mapping[str, Any]) -> None:
+            self._tracked.check(folder, values, self._runtime.cuts)
 
         with self._peaks.phase(RESUME):
-            extra = self._training.load(Path(folder), check)
-        for name, state in extra["tracked"].items():
-            self._tracked[name].load_state_dict(state)
+            values = self._training.load(Path(folder), check)
+        self._tracked.load(values)
         self._wear_from = (self.step_number, self._runtime.links.counters.bytes_written)
-
-    def _carried_values(self) -> dict[str, Any]:
-        """What is saved besides what trains."""
-        tracked = {name: each.state_dict() for name, each in self._tracked.items()}
-        return {"tracked": tracked, "cuts": cuts_to_json(self._runtime.cuts)}
-
-    def _with_schedulers(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Values of a step that has returned, with schedulers as they are now."""
-        schedulers = {
-            name: tracked.state_dict()
-            for name, tracked in self._tracked.items()
-            if isinstance(tracked, torch.optim.lr_scheduler.LRScheduler)
-        }
-        return {**values, "tracked": {**values["tracked"], **schedulers}}
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int | str | None = None) -> None:
         """Writes the adapter as peft does, or the whole model as transformers does; reads it back and compares. Blocks.
@@ -472,29 +386,14 @@ class Engine:
         `CheckpointVerifyError`, and `UnsupportedModule` for weights in 4 bits.
         """
         with self._peaks.phase(SAVE, Path(folder)):
-            self._save_pretrained(Path(folder), max_shard_bytes)
-
-    def _save_pretrained(self, folder: Path, max_shard_bytes: int | str | None) -> None:
-        if hasattr(self.model, "peft_config"):
-            if max_shard_bytes is not None:
-                raise ConfigError("max_shard_bytes: an adapter is one file; leave it None")
-            save_adapters(self.model, folder, self._at_rest)
-            return
-        limit = MAX_SHARD_BYTES if max_shard_bytes is None else parse_bytes(max_shard_bytes, field="max_shard_bytes")
-        if self._closed:
-            raise OffloadError("the engine is closed: the model's weights are not in memory any more")
-        if self._checkpoint is not None and folder.exists() and self._checkpoint.exists():
-            source = self._checkpoint if self._checkpoint.is_dir() else self._checkpoint.parent
-            if folder.samefile(source):
-                raise ConfigError(f"save_pretrained: {folder} is what this run began from; give another folder")
-        self._training.before_weights_are_read()
-        blocks = [(block, self._runtime.accesses[block.name]) for block in self._runtime.blocks]
-        save_model(self.model, tensor_groups(self.model, blocks), folder, max_shard_bytes=limit)
-
-    def _at_rest(self, absent: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        if absent and self._closed:
-            raise OffloadError(f"the engine is closed: {next(iter(absent))} is not in memory any more")
-        return copies_of(absent, [(block, self._runtime.accesses[block.name]) for block in self._runtime.blocks])
+            save_pretrained(
+                self.model,
+                None if self._closed else [(b, self._runtime.accesses[b.name]) for b in self._runtime.blocks],
+                Path(folder),
+                max_shard_bytes=max_shard_bytes,
+                began_from=self._checkpoint,
+                before_weights_are_read=self._training.before_weights_are_read,
+            )
 
     def report(self) -> dict[str, Any]:
         """What moved, what it cost, and who holds memory, since the start. Bytes and seconds; see `report.report`."""
@@ -523,7 +422,7 @@ class Engine:
         """Waits for what is under way; gives memory, files and hooks back. May be called twice."""
         self._closed = True
         # Guards look at which weights are absent from now on.
-        handles = [handle.remove for handle in [*self._handles, *self._step_handles]]
+        handles = [handle.remove for handle in self._handles]
         all_close(self._replanner.close, self._runtime.close, *handles, self._peaks.close)
 
     def __enter__(self) -> Engine:

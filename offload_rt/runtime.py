@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.access import Access
@@ -189,6 +191,20 @@ class Runtime:
         """Those that `let_go` forgets, by field."""
         parts = ((name, getattr(self, name)) for name in ("rows", "loss_head", "transients", "tokenwise"))
         return [(name, part) for name, part in parts if part is not None]
+
+    def on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call's arguments where it computes. Waits for none but those in locked memory: the pageable has been read
+        when this returns, the locked is its owner's to change then.
+        """
+        device = None if self.device is None else self.device.device
+        if device is None:
+            return args, kwargs
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=not tensor.is_pinned())
+
+        found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, moved, (args, kwargs))
+        return found
 
     @property
     def is_in_flight(self) -> bool:

@@ -14,7 +14,6 @@ On an asynchronous device the host's clock says nothing of computing: only the s
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 import weakref
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -235,31 +234,6 @@ def _values(output: Any) -> list[Any]:
     if isinstance(output, Mapping):
         return list(output.values())
     return list(output) if isinstance(output, (list, tuple)) else list(getattr(output, "__dict__", {}).values())
-
-
-class HasStepMeter(Protocol):
-    """What makes steps."""
-
-    @property
-    def step_meter(self) -> StepMeter: ...
-
-
-Owner = TypeVar("Owner", bound=HasStepMeter)
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def measured_update(
-    method: Callable[Concatenate[Owner, Arguments], Result],
-) -> Callable[Concatenate[Owner, Arguments], Result]:
-    """The method ends a step of its owner's meter."""
-
-    @functools.wraps(method)
-    def measured(owner: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with owner.step_meter.updating():
-            return method(owner, *args, **kwargs)
-
-    return measured
 
 
 def weak_hook(method: Callable[[torch.optim.Optimizer, Any, Any], None]) -> Callable[..., None]:

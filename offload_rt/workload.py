@@ -67,6 +67,13 @@ class Workload:
     def layers(self) -> list[BlockDraft]:
         return [draft for draft in self.drafts if draft.is_layer]
 
+    def kept_elsewhere(self) -> frozenset[int]:
+        """The ids of parameters whose values are a block's, or rounded from a master."""
+        kept = {id(stored.parameter) for draft in self.drafts for stored in draft.parameters}
+        if self.training is not None:
+            kept |= {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        return frozenset(kept)
+
     def draft(self, name: str) -> BlockDraft:
         return next(draft for draft in self.drafts if draft.name == name)
 

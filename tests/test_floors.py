@@ -146,6 +146,7 @@ FLOORS = {
     "offload_rt.representatives": 7.5,
     "offload_rt.replanning": 9.1,
     "offload_rt.peaks": 9.1,
+    "offload_rt.tracked": 9.1,
     "offload_rt.report": 9.2,
     "offload_rt._engine": 9.5,
     "offload_rt.training": 10.0,
