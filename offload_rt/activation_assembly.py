@@ -7,6 +7,7 @@ here from what one whole layer saves.
 from __future__ import annotations
 
 from offload_rt.device_stash import DeviceStash
+from offload_rt.device_streams import Device
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError
 from offload_rt.heap import is_tight
@@ -16,7 +17,6 @@ from offload_rt.plan_options import chunk_tokens_of, policy_of
 from offload_rt.planning_tokens import sizes_of
 from offload_rt.scratch import Scratch
 from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash, Stash
-from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiers import Tiers
 from offload_rt.tokenwise.tiles import Places

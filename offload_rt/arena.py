@@ -70,6 +70,8 @@ class Region(mmap.mmap):
     """Says that the memory was given back, once."""
     is_locked: bool
     """A device was asked to make it reachable for copies of its own."""
+    is_pageable: bool
+    """It was asked, and could not: its copies go through memory that is reachable."""
 
     def __new__(cls, num_bytes: int) -> Region:
         # Private: Python's default, a shared mapping, gets no huge pages, and direct reads were 1.6 times slower.
@@ -77,7 +79,7 @@ class Region(mmap.mmap):
         region.address = ctypes.addressof(ctypes.c_char.from_buffer(region))
         region.before_unmap = []
         region.tell_gone = lambda: None
-        region.is_locked = False
+        region.is_locked = region.is_pageable = False
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages serve
                 region.madvise(mmap.MADV_HUGEPAGE)
@@ -89,7 +91,7 @@ class Region(mmap.mmap):
         """
         while self.before_unmap:
             self.before_unmap.pop()(self.address)
-        self.is_locked = False
+        self.is_locked = self.is_pageable = False
         self.madvise(mmap.MADV_DONTNEED)
         self.tell_gone()
 

@@ -11,6 +11,7 @@ import ctypes
 import json
 import mmap
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -67,6 +68,11 @@ def find_cuda_runtime() -> CudaRuntime | None:
         except (OSError, AttributeError):
             continue
     return None
+
+
+def is_wsl() -> bool:
+    """Whether Linux runs inside of Windows."""
+    return "microsoft" in platform.release().lower()
 
 
 def _loaded() -> list[str]:

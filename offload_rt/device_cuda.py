@@ -34,9 +34,11 @@ import torch
 from offload_rt.arena import POISON, Arena, Region, Slot
 from offload_rt.cuda_memory import Bound, bytes_beside_allocator, no_room
 from offload_rt.cudart import CudaRuntime, find_cuda_runtime
+from offload_rt.device_streams import Ends, Event
 from offload_rt.errors import ConfigError, PinningRefused
-from offload_rt.pinning import pin
-from offload_rt.streams import Ends, Event
+from offload_rt.locked_ring import LockedRing
+from offload_rt.pinning import Ceiling, known_ceiling, pin
+from planners.errors import format_bytes
 
 logger = logging.getLogger("offload_rt")
 
@@ -183,8 +185,8 @@ class CudaStream:
 class CudaDevice:
     """One GPU. Its compute stream is the one that is current now; the model must run on that."""
 
-    def __init__(self, name: str, runtime: CudaRuntime | None = None) -> None:
-        """`name` is "cuda:N", from `find_device`."""
+    def __init__(self, name: str, runtime: CudaRuntime | None = None, *, ring_bytes: int = 0) -> None:
+        """`name` is "cuda:N", from `find_device`. `ring_bytes`, below a ceiling, are left for `pass_through`."""
         self.device = torch.device(name)
         self.compute = CudaStream(torch.cuda.current_stream(self.device))
         self.to_device = CudaStream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
@@ -198,6 +200,12 @@ class CudaDevice:
         self._reserved_peak_bytes = 0
         self._bound = Bound(self.device)
         self._runtime = runtime
+        self._ceiling: Ceiling | None = None
+        """Of what can be locked, if one is known; more is never asked for."""
+        self._ring_bytes = ring_bytes
+        self.rings: tuple[LockedRing, LockedRing] | None = None
+        self._passed_bytes = 0
+        """Through rings that there were."""
 
     @property
     def locked_bytes(self) -> int:
@@ -206,7 +214,7 @@ class CudaDevice:
 
     @property
     def pageable_bytes(self) -> int:
-        """The same of what could not be locked: the driver copies through a buffer of its own, at about half speed."""
+        """The same of what could not be locked: copies of it go through `rings`, or hold up whoever asks for them."""
         return sum(len(region) for region in self._pageable if region.is_locked)
 
     def check_stream(self) -> None:
@@ -229,13 +237,15 @@ class CudaDevice:
         return CudaMeter(self.device)
 
     def report(self) -> dict[str, Any]:
-        """The GPU's name; bytes of HOST memory locked or not; what torch's allocator took at most, arenas included, and
-        what the process has of the GPU beside that; how often freed memory was given back.
+        """The GPU's name; bytes of HOST memory locked or not, and what of it passed through a locked ring; what torch's
+        allocator took at most, arenas included, and what the process has of the GPU beside that; how often freed memory
+        was given back.
         """
         return {
             "name": torch.cuda.get_device_name(self.device),
             "locked_bytes": self.locked_bytes,
             "pageable_bytes": self.pageable_bytes,
+            "through_ring_bytes": self._passed_bytes + sum(ring.num_bytes for ring in self.rings or ()),
             "allocator_peak_bytes": max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device)),
             "reserved_peak_bytes": max(self._reserved_peak_bytes, torch.cuda.max_memory_reserved(self.device)),
             "beside_allocator_bytes": bytes_beside_allocator(self.device),
@@ -251,17 +261,35 @@ class CudaDevice:
     def lock(self, name: str, region: Region) -> None:
         region.is_locked = True
         try:
-            if self._runtime is None:
-                torch.cuda.init()  # type: ignore[no-untyped-call]  # loads the runtime that is found then
-                self._runtime = find_cuda_runtime()
-            if self._runtime is None:
-                raise PinningRefused("no CUDA runtime library was found in this process", code=0)
-            pin(region, self._runtime, partial(torch.cuda.device, self.device))
+            self._pin(region, beside_bytes=self._ring_bytes)
         except PinningRefused as refusal:
+            region.is_pageable = True
             self._pageable.add(region)
             logger.warning("%s stays pageable, copies from it run at about half speed: %s", name, refusal)
-        else:
-            self._locked.add(region)
+
+    def pass_through(self, memory: Slot | None) -> None:
+        self._passed_bytes += sum(ring.num_bytes for ring in self.rings or ())
+        self.rings = None
+        if memory is None:
+            return
+        self._pin(memory.region)
+        half = memory.num_bytes // 2
+        self.rings = LockedRing(memory.part(0, half)), LockedRing(memory.part(half, half))
+
+    def _pin(self, region: Region, *, beside_bytes: int = 0) -> None:
+        """Locks it, so that `beside_bytes` still can be. Raises `PinningRefused`."""
+        if self._runtime is None:
+            self._runtime = cuda_runtime()
+            self._ceiling = None if self._runtime is None else known_ceiling(self._runtime)
+        if self._runtime is None:
+            raise PinningRefused("no CUDA runtime library was found in this process", code=0)
+        if self._ceiling is not None and self.locked_bytes + len(region) > self._ceiling.ceiling_bytes - beside_bytes:
+            raise PinningRefused(
+                f"only {format_bytes(self._ceiling.ceiling_bytes)} can be locked ({self._ceiling.reason})", code=0
+            )
+        pin(region, self._runtime, partial(torch.cuda.device, self.device))
+        region.is_locked = True
+        self._locked.add(region)
 
 
 class CudaMeter:
@@ -281,6 +309,14 @@ class CudaMeter:
 
     def __exit__(self, *exception: object) -> None:
         self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before_bytes
+
+
+def cuda_runtime() -> CudaRuntime | None:
+    """The one that torch has, which it loads when it is first used. None where there is no GPU, or no such library."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return find_cuda_runtime()
 
 
 def find_device(name: str) -> str:

@@ -18,11 +18,12 @@ from functools import partial
 
 from offload_rt.arena import WAIT_SECONDS, Slot
 from offload_rt.device_copies import DeviceCopies
+from offload_rt.device_streams import Device
 from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.file_io import FileIO, OpenFile, file_io, wait_future
 from offload_rt.meter import HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter, Reading
 from offload_rt.recording import RETURNED, Recorder
-from offload_rt.streams import Copier, Device, Place
+from offload_rt.streams import Copier, Place
 from offload_rt.throttle import IN, OUT, Throttle
 from offload_rt.transfer import Leg, Transfer, TransferCounters
 

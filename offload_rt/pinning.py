@@ -1,20 +1,14 @@
-"""Page-locked arenas for a GPU, exactly as large as asked for; and what to do where not enough can be locked.
+"""Page-locked arenas for a GPU, exactly as large as asked for; and how much of them the system lets us have.
 
 `torch.pin_memory` rounds sizes up to a power of two and keeps what it has; here a region is mapped first and then
-locked by `cudaHostRegister`. On WSL2 and in containers there may be a ceiling, found by a child process once per boot.
-Where an arena does not fit below it, memory stays pageable, and a small locked ring carries bytes to the device:
-
-    pageable arena   |....|....|....|....|....|
-                         \\ copied by the CPU
-    locked ring           [ 0 ][ 1 ][ 2 ]              a piece is filled again when the device has read it
-                                  \\ copied by the device
-    device memory            |....|....|....|
+locked by `cudaHostRegister`. On WSL2 and in containers there may be a ceiling, found by a child process once per boot:
+there a refusal can spoil every later request of the process. Nobody asks for more than is known to work then, and what
+does not fit stays pageable: its copies go through a small locked ring (`locked_ring`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import mmap
 import subprocess
@@ -23,41 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_rt.arena import Arena, Region, Slot
+from offload_rt.arena import Region
 from offload_rt.cache import recall, remember
-from offload_rt.cudart import CudaRuntime
-from offload_rt.errors import OffloadError, PinningRefused
-from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from planners.errors import format_bytes
+from offload_rt.cudart import CudaRuntime, is_wsl
+from offload_rt.errors import PinningRefused
 
 STEP_BYTES = 256 << 20
-RING_BYTES = 512 << 20
-"""Enough for a few blocks of any model; less where the ceiling is lower."""
-MIN_RING_BYTES = 16 << 20
+RING_BYTES = 32 << 20
+"""For both ways: pieces of 4 MiB, which a link of 25 GB/s takes longer for than a thread takes to wake up."""
+MIN_RING_BYTES = 1 << 20
+TRIED_BYTES = 2 << 30
+"""Ceilings that were reported are of 0.5 to 1 GiB."""
 CHILD_SECONDS = 120.0
-
-Wait = Callable[[], None]
-
-
-class Pinning(enum.Enum):
-    """How host memory reaches the device."""
-
-    ARENA = "arena"
-    """All of it is locked."""
-    RING = "ring"
-    """It is pageable; a locked ring is between."""
-    NONE = "none"
-    """Nothing can be locked: copies block."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PinningPlan:
-    """What to lock."""
-
-    pinning: Pinning
-    locked_bytes: int
-    reason: str = ""
-    """For the user, where it is not `ARENA`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,41 +64,56 @@ def pin(
     region.before_unmap.append(undo)
 
 
-def pinning_plan(arena_bytes: int, ceiling: Ceiling) -> PinningPlan:
-    """Locks all of `arena_bytes` below the ceiling, otherwise a ring. Never asks for more than was seen to work."""
-    if arena_bytes <= ceiling.ceiling_bytes:
-        return PinningPlan(pinning=Pinning.ARENA, locked_bytes=arena_bytes)
-    ring_bytes = min(RING_BYTES, ceiling.ceiling_bytes // 2)  # others in the process lock memory too
-    found = f"only {format_bytes(ceiling.ceiling_bytes)} of host memory can be locked ({ceiling.reason or 'as asked'})"
-    if ring_bytes < MIN_RING_BYTES:
-        return PinningPlan(
-            pinning=Pinning.NONE, locked_bytes=0, reason=f"{found}: copies to the device block, at about half the speed"
-        )
-    return PinningPlan(
-        pinning=Pinning.RING, locked_bytes=ring_bytes,
-        reason=f"{found}, not {format_bytes(arena_bytes)}: a ring of {format_bytes(ring_bytes)} over pageable memory",
-    )  # fmt: skip
+def known_ceiling(runtime: CudaRuntime) -> Ceiling | None:
+    """Beyond what nobody should ask, where a refusal was met since the system was started, as by `doctor`; None where
+    none is known of. On WSL2 it is looked for, which blocks for seconds, once per boot.
+    """
+    ceiling = pin_ceiling(runtime, TRIED_BYTES) if is_wsl() else _remembered(runtime, 0)
+    return ceiling if ceiling is not None and ceiling.reason else None
 
 
-def pin_ceiling(runtime: CudaRuntime, limit_bytes: int, *, step_bytes: int = STEP_BYTES) -> Ceiling:
+def ring_bytes(host_bytes: int, ceiling: Ceiling) -> int:
+    """What to lock for a ring, where `host_bytes` may not all be below the ceiling; 0 where there is no need of one, or
+    no room. Others in the process lock memory too.
+    """
+    if host_bytes <= ceiling.ceiling_bytes:
+        return 0
+    num_bytes = min(RING_BYTES, ceiling.ceiling_bytes // 2)
+    return num_bytes if num_bytes >= MIN_RING_BYTES else 0
+
+
+def pin_ceiling(runtime: CudaRuntime, limit_bytes: int, *, step_bytes: int | None = None) -> Ceiling:
     """How much of `limit_bytes` may be locked, tried in a child process. Blocks for seconds, once per boot.
 
     A child that dies or hangs is a ceiling of zero. The caller makes sure that `limit_bytes` are free.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    known = recall("pinning")
-    if known is not None and (known.get("boot"), known.get("library")) == (boot, runtime.path):
-        try:
-            known_bytes, known_limit, reason = int(known["ceiling_bytes"]), int(known["limit_bytes"]), known["reason"]
-        except (KeyError, TypeError, ValueError):
-            known_bytes = known_limit = 0
-        # A search that met no refusal says nothing about more than it asked for.
-        if known_bytes < known_limit or known_limit >= limit_bytes > 0:
-            return Ceiling(ceiling_bytes=min(known_bytes, limit_bytes), reason=str(reason))
-    ceiling = _ask_child(runtime.path, limit_bytes, step_bytes)
+    known = _remembered(runtime, limit_bytes)
+    if known is not None:
+        return Ceiling(ceiling_bytes=min(known.ceiling_bytes, limit_bytes), reason=known.reason)
+    ceiling = _ask_child(runtime.path, limit_bytes, STEP_BYTES if step_bytes is None else step_bytes)
     if ceiling.ceiling_bytes:  # who had none may have had no driver: it can come without a boot, as to a container
-        remember("pinning", {"boot": boot, "library": runtime.path, "limit_bytes": limit_bytes, **vars(ceiling)})
+        found = {"boot": _boot(), "library": runtime.path, "limit_bytes": limit_bytes, **vars(ceiling)}
+        remember("pinning", found)
     return ceiling
+
+
+def _remembered(runtime: CudaRuntime, limit_bytes: int) -> Ceiling | None:
+    """What was found since the system was started. A search that met no refusal says nothing about more than it asked
+    for.
+    """
+    known = recall("pinning")
+    if known is None or (known.get("boot"), known.get("library")) != (_boot(), runtime.path):
+        return None
+    try:
+        ceiling = Ceiling(ceiling_bytes=int(known["ceiling_bytes"]), reason=str(known["reason"]))
+        known_limit = int(known["limit_bytes"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return ceiling if ceiling.ceiling_bytes < known_limit or known_limit >= limit_bytes > 0 else None
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _ask_child(library: str, limit_bytes: int, step_bytes: int) -> Ceiling:
@@ -143,69 +129,3 @@ def _ask_child(library: str, limit_bytes: int, step_bytes: int) -> Ceiling:
     except (ValueError, KeyError, TypeError):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Ceiling(ceiling_bytes=0, reason=f"the trial ended with {done.returncode}: {last}")
-
-
-class PinnedRing:
-    """Locked pieces through which pageable bytes go to a device and come back. One transfer at a time.
-
-    `put` and `get` start the device's side: an asynchronous copy between the piece they are given and the device, at an
-    offset of the whole. They return what waits for it. A piece is touched again only after that has returned.
-    """
-
-    def __init__(self, num_bytes: int, num_pieces: int, runtime: CudaRuntime) -> None:
-        """Locks `num_bytes`, in pieces of equal size. Raises `PinningRefused`."""
-        self.piece_bytes = num_bytes // num_pieces // IO_ALIGNMENT_BYTES * IO_ALIGNMENT_BYTES
-        self._arena = Arena("pinned ring", num_pieces * self.piece_bytes)
-        pin(self._arena.region, runtime)
-        whole = self._arena.acquire(num_pieces * self.piece_bytes, "pinned ring")
-        self._pieces = [whole.part(index * self.piece_bytes, self.piece_bytes) for index in range(num_pieces)]
-
-    def send(self, source: memoryview, put: Callable[[Slot, int], Wait]) -> None:
-        """Copies `source` to the device. Blocks until it is there, or until a failure has nothing under way."""
-        self._run(len(source), put, before=lambda piece, at: _copy(source[at : at + piece.num_bytes], piece.buffer()))
-
-    def receive(self, target: memoryview, get: Callable[[Slot, int], Wait]) -> None:
-        """Fills `target` from the device. Blocks as `send`."""
-        self._run(len(target), get, after=lambda piece, at: _copy(piece.buffer(), target[at : at + piece.num_bytes]))
-
-    def _run(
-        self,
-        num_bytes: int,
-        start: Callable[[Slot, int], Wait],
-        *,
-        before: Callable[[Slot, int], None] | None = None,
-        after: Callable[[Slot, int], None] | None = None,
-    ) -> None:
-        under_way: dict[int, tuple[Wait, Slot, int]] = {}  # by piece, oldest first
-        failure: OffloadError | None = None
-
-        def finish(index: int) -> None:
-            nonlocal failure
-            wait, piece, at = under_way.pop(index)
-            try:
-                wait()
-                if after is not None and failure is None:
-                    after(piece, at)
-            except OffloadError as error:
-                failure = failure or error
-
-        try:
-            for number, at in enumerate(range(0, num_bytes, self.piece_bytes)):
-                index = number % len(self._pieces)
-                if index in under_way:
-                    finish(index)
-                if failure is not None:
-                    break
-                piece = self._pieces[index].part(0, min(self.piece_bytes, num_bytes - at))
-                if before is not None:
-                    before(piece, at)
-                under_way[index] = start(piece, at), piece, at
-        finally:
-            for index in list(under_way):
-                finish(index)
-        if failure is not None:
-            raise failure
-
-
-def _copy(source: memoryview, target: memoryview) -> None:
-    target[:] = source

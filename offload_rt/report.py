@@ -198,6 +198,9 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter, peaks
         if account.holdings:
             limit = f" of {format_bytes(account.capacity_bytes)}" if account.capacity_bytes else ""
             lines.append(f"{tier.value} memory: {format_bytes(account.used_bytes)}{limit} planned")
+    if runtime.device is not None and (pageable := runtime.device.pageable_bytes):
+        way = "go through a locked ring" if runtime.device.rings is not None else "hold up the computation"
+        lines.append(f"{format_bytes(pageable)} of host memory could not be locked: copies of it {way}")
     direct = "" if runtime.store is None else " (buffered)"
     if runtime.store is not None and runtime.store.direct and runtime.links.io.direct:
         direct = " past the page cache"

@@ -40,6 +40,7 @@ from offload_rt.packed_linear import packed_linears
 from offload_rt.plan_options import policy_of
 from offload_rt.recording import Recorder
 from offload_rt.resting import Resting
+from offload_rt.ring_assembly import lock_ring
 from offload_rt.rows import RowReader, RowSource
 from offload_rt.runtime import MadeOf, Runtime
 from offload_rt.state_assembly import StateAssembly
@@ -85,8 +86,12 @@ class RuntimeAssembly:
         on_cpu = workload.config.device == "cpu"
         if before is not None:
             self.device = before.device
+            if self.device is not None:
+                self.device.pass_through(None)  # its memory was given back
         else:
-            self.device = options.device if on_cpu else CudaDevice(workload.config.device)
+            self.device = (
+                options.device if on_cpu else CudaDevice(workload.config.device, ring_bytes=workload.ring_bytes)
+            )
         self.recorder = None
         if options.record:
             self.recorder = Recorder() if self.device is None else Recorder(compute=COMPUTE)
@@ -95,8 +100,10 @@ class RuntimeAssembly:
             meter=None if before is None else before.links.meter,
             counters=None if before is None else before.links.counters,
         )  # fmt: skip
+        host_bytes = problem.host_capacity_bytes
         self.tiers = Tiers(
-            problem.device_capacity_bytes, problem.host_capacity_bytes, problem.nvme_capacity_bytes,
+            problem.device_capacity_bytes, None if host_bytes is None else host_bytes + workload.ring_bytes,
+            problem.nvme_capacity_bytes,
             unified=problem.unified, poison=options.poison, device=self.device,
         )  # fmt: skip
         self.store: Store | None = None
@@ -168,7 +175,10 @@ class RuntimeAssembly:
             self.executors.append(executor)
         accesses.update(weights.bring_what_is_in_pieces())
         places = self.activations.places()
-        return self._attach(decoder, accesses, places, transients, covered, optimizer)
+        runtime = self._attach(decoder, accesses, places, transients, covered, optimizer)
+        if self.device is not None:
+            lock_ring(self.device, self.tiers, self.workload.ring_bytes)
+        return runtime
 
     def _move(self, before: Runtime) -> None:
         """Moves weights of `before`, which knows how far it came. Nothing else of either plan is booked meanwhile."""

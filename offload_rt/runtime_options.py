@@ -8,9 +8,10 @@ from typing import Literal, Protocol
 
 import torch
 
+from offload_rt.arena import Slot
+from offload_rt.device_streams import Device
 from offload_rt.nf4_products import Way
 from offload_rt.optimizer.pieces import PIECE_ELEMENTS
-from offload_rt.streams import Device
 from offload_rt.transients import LEAST_BYTES
 from planners.activations import ActivationPolicy
 from planners.placement import UpdateMode
@@ -42,6 +43,15 @@ class TensorDevice(Device, Protocol):
 
     def keep_within(self, budget_bytes: int) -> None:
         """Gives freed memory back where all that the process holds of the device is more than `budget_bytes`."""
+
+    @property
+    def pageable_bytes(self) -> int:
+        """HOST memory, of what was not given back, that could not be made reachable for the device's own copies."""
+
+    def pass_through(self, memory: Slot | None) -> None:
+        """Locks HOST `memory`, which no copy has used, for `rings`; None takes them away. No copy may be under way.
+        Raises `PinningRefused`: then there are none.
+        """
 
 
 DEVICE_SLOTS = 4

@@ -10,7 +10,7 @@ host only gives; it is ahead of the device by as much as memory lets it. There a
     updates     kernels that step optimizer state, if a plan has any of it stepped there
 
 An event is a place in a stream. A stream can be told to go on only when another has passed an event; that holds up
-neither the host nor the rest of the device. Three rules make every copy safe, and nothing else is needed:
+neither the host nor the rest of the device. Four rules make every copy safe, and nothing else is needed:
 
 1.  A copy begins when `compute` has passed the place where it stood when the copy was asked for. Memory is leased again
     only when no tensor sees it (see [Note: slot lifetime] in arena), so every kernel that used it had been given to
@@ -25,6 +25,10 @@ neither the host nor the rest of the device. Three rules make every copy safe, a
     goes earlier, by rule 2: `compute` is behind the copy then, and by rule 1 so is every later one. Without that, the
     host could not be ahead by more than the slots there are. Whoever needs the memory waits for the reaper, which may
     be late: see [Note: lent memory] in arena.
+4.  HOST memory that could not be locked is copied by the CPU, piece by piece, to or from a ring that is
+    (`locked_ring`). The feeder does it inward and another thread of its own back, each as far behind the device as it
+    has to be; the event of the copy is that of the last piece. Back, the bytes are in HOST only when the copy is
+    done: what comes behind it, a load too, waits for that and for no event.
 
 What is stepped by `updates` passes through slots that no kernel of `compute` sees: it need not be behind all that the
 host has given to `compute`, and is not (rule 1); each copy and kernel names the places that it comes behind instead.
@@ -50,74 +54,17 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
-from torch import Tensor
-
-from offload_rt.arena import Arena, MemoryRange, Region, Slot
+from offload_rt.arena import MemoryRange, Slot
+from offload_rt.device_streams import Device, Ends, Event, Ring, Stream
 from offload_rt.errors import StorageTimeout
 from offload_rt.file_io import wait_future
 from offload_rt.recording import HOST, RETURNED, Recorder
 
 COMPUTE = "compute"
 """The lane of a device's compute stream."""
-
-
-Ends = tuple[Tensor, Tensor]
-"""Source and destination of a copy: both uint8, contiguous, of one size, one of them in HOST."""
-
-
-class Event(Protocol):
-    """A place in a stream."""
-
-    def wait(self) -> None:
-        """Blocks the calling thread until the device has passed it, without spinning. Raises what the device raised."""
-
-
-class Stream(Protocol):
-    """Work that runs in order. Every method returns at once, and may be called from any thread."""
-
-    def record(self) -> Event:
-        """The place behind everything given so far."""
-
-    def wait(self, event: Event) -> None:
-        """What is given from now on begins when `event`, of any stream of the device, was passed."""
-
-    def copy(self, ends: Sequence[Ends]) -> None:
-        """Copies bytes, one pair after the other. The caller keeps all of them alive."""
-
-    def run(self, launch: Callable[[], None]) -> None:
-        """Runs the kernels that `launch` launches. The caller keeps alive what they use."""
-
-
-class Device(Protocol):
-    """What a tier DEVICE with streams of its own offers."""
-
-    @property
-    def compute(self) -> Stream: ...
-
-    @property
-    def to_device(self) -> Stream: ...
-
-    @property
-    def to_host(self) -> Stream: ...
-
-    @property
-    def updates(self) -> Stream: ...
-
-    def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
-        """An arena in one allocation of the device's memory. Its poison is written by `compute`."""
-
-    def check_stream(self) -> None:
-        """Raises `ConfigError` where the caller's kernels do not go to `compute`."""
-
-    def on_compute(self) -> AbstractContextManager[None]:
-        """Inside, the kernels of the calling thread, which may be a new one, go to `compute`."""
-
-    def lock(self, name: str, region: Region) -> None:
-        """Makes the memory of `name`, a HOST arena, reachable for the device's own copies, where the system lets us."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +96,19 @@ class Copy:
         """Behind the copy. Blocks until it has been given, and raises why it could not be."""
         return Place(self.given.result(), self.operation)
 
-    def give(self, stream: Stream, before: Sequence[Event]) -> Event:
-        """Gives the copy to `stream`, behind `before`."""
+    def give(self, stream: Stream, before: Sequence[Event], ring: Ring | None = None) -> Event:
+        """Gives the copy to `stream`, behind `before`. Through `ring` it blocks, by rule 4: back, until it is done."""
         if not self._sources:
             raise RuntimeError(f"{self.name}: given twice")
         for event in before:
             stream.wait(event)
-        stream.copy(list(zip(self._sources, self._destinations, strict=True)))
+        ends = list(zip(self._sources, self._destinations, strict=True))
+        if ring is None:
+            stream.copy(ends)
+        elif self.inward:
+            return ring.send(stream, ends)
+        else:
+            ring.receive(stream, ends, self.given.set_result)
         return stream.record()
 
     def ordered(self) -> None:
@@ -186,6 +139,8 @@ class Copier:
         self._recorder = recorder
         self._pause = pause
         self._feeder = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-feed")
+        self._receiver = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-receive")
+        """Has no thread until a copy back comes through a ring."""
         self._under_way: dict[int, str] = {}
         self._to_device = _Reaper("offload_rt-to-device", self._returned)
         self._to_host = _Reaper("offload_rt-to-host", self._returned)
@@ -214,8 +169,13 @@ class Copier:
             (self.device.to_device, self._to_device) if inward else (self.device.to_host, self._to_host)
         )  # fmt: skip
         before = [self.device.compute.record()] if places is None else [place.event for place in places]
-        if behind is not None:
+        is_pageable = any(slot.region.is_pageable for slot in (reads if inward else writes))
+        ring = self.device.rings[not inward] if is_pageable and self.device.rings is not None else None
+        waits = [] if after is None else [after]
+        if behind is not None and ring is None:
             before.append(behind.given.result())
+        elif behind is not None:
+            waits.append(behind.done.result)
         copy = Copy(name, ends, inward=inward, slots=[*reads, *writes])
         if self._recorder is not None:
             if behind is not None and behind.operation is not None:
@@ -227,15 +187,16 @@ class Copier:
                 also=None if inward else RETURNED,  # the HOST memory that it fills came back, as for a drive
             )  # fmt: skip
         self._under_way[id(copy)] = name
-        if after is None:
+        if ring is None and not waits:
             try:
                 self._give(copy, stream, before, reaper)
             except BaseException as error:
                 self._drop(copy, error)
                 raise
         else:
-            # Emptied when it is called: a thread that is late to forget its work must hold no memory by it.
-            self._feeder.submit(self._feed, [after], copy, stream, before, reaper)
+            # Emptied when they are called: a thread that is late to forget its work must hold no memory by it.
+            thread = self._feeder if ring is None or inward else self._receiver
+            thread.submit(self._feed, waits, copy, stream, before, reaper, ring)
         return copy
 
     def here(self) -> Place:
@@ -287,29 +248,45 @@ class Copier:
     def close(self) -> None:
         """Waits for all copies, then ends the threads."""
         self._feeder.shutdown()
+        self._receiver.shutdown()
         self._to_device.close()
         self._to_host.close()
 
     def _feed(
-        self, after: list[Callable[[], None]], copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper
+        self,
+        waits: list[Callable[[], None]],
+        copy: Copy,
+        stream: Stream,
+        before: Sequence[Event],
+        reaper: _Reaper,
+        ring: Ring | None,
     ) -> None:
         try:
-            after.pop()()
+            while waits:
+                waits.pop(0)()
             self._pause()
-            self._give(copy, stream, before, reaper)
+            self._give(copy, stream, before, reaper, ring)
         except BaseException as error:  # noqa: BLE001 - whoever waits for the copy raises it
             if self._recorder is not None and copy.operation is not None and not isinstance(error, StorageTimeout):
                 self._recorder.join(copy.operation, lane=HOST)  # what came before is over, and it never began
             self._drop(copy, error)
 
-    def _give(self, copy: Copy, stream: Stream, before: Sequence[Event], reaper: _Reaper) -> None:
+    def _give(
+        self,
+        copy: Copy,
+        stream: Stream,
+        before: Sequence[Event],
+        reaper: _Reaper,
+        ring: Ring | None = None,
+    ) -> None:
         try:
-            event = copy.give(stream, before)
+            event = copy.give(stream, before, ring)
         except BaseException:
             with suppress(Exception):  # of several tensors the first ones may be under way, and are let go of now
                 stream.record().wait()
             raise
-        copy.given.set_result(event)
+        if not copy.given.done():
+            copy.given.set_result(event)
         reaper.watch(copy, event)
 
     def _drop(self, copy: Copy, error: BaseException) -> None:

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from offload_rt import mapped
 from offload_rt.arena import Arena, Region, Slot
+from offload_rt.device_streams import Device
 from offload_rt.errors import BudgetExceeded, OffloadError
 from offload_rt.links import Links
-from offload_rt.streams import Device
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Transfer
 from planners.errors import format_bytes

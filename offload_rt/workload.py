@@ -17,10 +17,13 @@ from offload_rt.checkpoint.ingest import Sources, sources_in_memory, store_key
 from offload_rt.checkpoint.sources import TensorSource
 from offload_rt.config import EngineConfig
 from offload_rt.copies import check_has_values
+from offload_rt.device_cuda import cuda_runtime
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import UpdateRule, rule_for
+from offload_rt.pinning import known_ceiling, ring_bytes
+from offload_rt.profile import free_memory_bytes
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.transients import LEAST_BYTES
 
@@ -57,6 +60,8 @@ class Workload:
     """DEVICE is a device whose work is asynchronous."""
     placed_bytes: int = LEAST_BYTES
     """As `RuntimeOptions.placed_bytes`."""
+    ring_bytes: int = 0
+    """Of HOST, beside the plan's: for a locked ring, where it is known that not all can be locked (`pinning`)."""
 
     @property
     def frozen(self) -> list[BlockDraft]:
@@ -94,10 +99,13 @@ def find_workload(
             raise ConfigError("optimizer: layers train, but there is none")
         training = _find_training(model, drafts, sources, config, optimizer, options)
     frozen = [draft for draft in drafts if not draft.trains]
+    runtime = None if config.device == "cpu" else cuda_runtime()
+    ceiling = None if runtime is None else known_ceiling(runtime)
     return Workload(
         model=model, config=config, drafts=drafts, sources=sources, rest=rest, key=store_key(frozen, sources),
         training=training, has_streams=config.device != "cpu" or options.device is not None,
         placed_bytes=options.placed_bytes,
+        ring_bytes=0 if ceiling is None else ring_bytes(config.host_memory_bytes or free_memory_bytes(), ceiling),
     )  # fmt: skip
 
 

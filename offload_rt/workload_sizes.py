@@ -142,7 +142,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         loss_head=loss_head_size(model, batch_size=config.batch_size, seq_len=config.seq_len),
         device_capacity_bytes=device_capacity,
         beside_plan_bytes=beside_plan,
-        host_capacity_bytes=config.host_memory_bytes or (free_memory_bytes() if on_gpu else None),
+        host_capacity_bytes=_host_bytes(workload),
         nvme_capacity_bytes=nvme_capacity,
         unified=unified,
         training=None if workload.training is None else training_sizes(workload),
@@ -165,6 +165,14 @@ def _device_bytes(model: nn.Module, config: EngineConfig) -> tuple[int, int]:
     model_bytes = sum(held.values())
     capacity = capacity_bytes(device, config.device_memory_bytes, model_bytes)
     return capacity, beside_plan_bytes(device, model_bytes)
+
+
+def _host_bytes(workload: Workload) -> int | None:
+    """What the plan may have of HOST memory; None where that is not bounded beside DEVICE."""
+    config = workload.config
+    if config.device == "cpu":
+        return config.host_memory_bytes
+    return max(0, (config.host_memory_bytes or free_memory_bytes()) - workload.ring_bytes)
 
 
 def largest_saved_bytes(workload: Workload, num_tokens: int) -> int:

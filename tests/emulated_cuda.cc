@@ -307,6 +307,8 @@ int owner_of(const void* pointer) {
 
 std::mutex locked_mutex;
 std::map<char*, size_t> locked;
+size_t lockable = SIZE_MAX, registered_bytes = 0;  // at once, by cudaHostRegister
+int refusal = 0;  // stays the answer to whoever asks next, until it is read
 
 bool is_locked(const void* pointer) {
   auto* address = static_cast<char*>(const_cast<void*>(pointer));
@@ -803,21 +805,39 @@ void emulated_let_go(void* storage) {
   found->set_nbytes(0);
 }
 
+// From now on no more than `num_bytes` can be registered at once. Returns what is.
+uint64_t emulated_lockable(uint64_t num_bytes) {
+  std::lock_guard<std::mutex> lock(locked_mutex);
+  lockable = num_bytes;
+  return registered_bytes;
+}
+
 int cudaHostRegister(void* address, size_t num_bytes, unsigned) {
   touch("cudaHostRegister", current_device);
   std::lock_guard<std::mutex> lock(locked_mutex);
-  if (locked.count(static_cast<char*>(address))) return 712;  // cudaErrorHostMemoryAlreadyRegistered
+  if (refusal != 0) return refusal;
+  if (locked.count(static_cast<char*>(address))) return refusal = 712;  // cudaErrorHostMemoryAlreadyRegistered
+  if (num_bytes > lockable - std::min(lockable, registered_bytes)) return refusal = 2;  // cudaErrorMemoryAllocation
   locked[static_cast<char*>(address)] = num_bytes;
+  registered_bytes += num_bytes;
   return 0;
 }
 int cudaHostUnregister(void* address) {
   touch("cudaHostUnregister", current_device);
   std::lock_guard<std::mutex> lock(locked_mutex);
-  return locked.erase(static_cast<char*>(address)) ? 0 : 713;  // cudaErrorHostMemoryNotRegistered
+  auto found = locked.find(static_cast<char*>(address));
+  if (found == locked.end()) return refusal = 713;  // cudaErrorHostMemoryNotRegistered
+  registered_bytes -= found->second;
+  locked.erase(found);
+  return 0;
 }
-int cudaGetLastError() { return 0; }
+int cudaGetLastError() {
+  std::lock_guard<std::mutex> lock(locked_mutex);
+  return std::exchange(refusal, 0);
+}
 const char* cudaGetErrorString(int code) {
-  return code == 712   ? "already registered (emulated)"
+  return code == 2     ? "out of memory (emulated)"
+         : code == 712 ? "already registered (emulated)"
          : code == 713 ? "not registered (emulated)"
                        : "no error";
 }

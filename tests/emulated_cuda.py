@@ -67,6 +67,7 @@ def _load() -> ctypes.CDLL:
     library.emulated_hold.argtypes, library.emulated_hold.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_void_p
     library.emulated_let_go.argtypes = [ctypes.c_void_p]
     library.emulated_limit.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    library.emulated_lockable.argtypes, library.emulated_lockable.restype = [ctypes.c_uint64], ctypes.c_uint64
     library.emulated_resume.argtypes = [ctypes.c_void_p]
     library.emulated_memory.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)]
     return library
@@ -174,6 +175,16 @@ def waits() -> Iterator[list[tuple[str, int, list[str]]]]:
         yield found
     finally:
         _library.emulated_tell(None)
+
+
+@contextlib.contextmanager
+def lockable(num_bytes: int) -> Iterator[None]:
+    """So much host memory, beside what is locked already, can be locked by `cudaHostRegister` inside."""
+    _library.emulated_lockable(_library.emulated_lockable(0) + num_bytes)
+    try:
+        yield
+    finally:
+        _library.emulated_lockable(2**64 - 1)
 
 
 @contextlib.contextmanager

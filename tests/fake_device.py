@@ -20,6 +20,7 @@ from torch import Tensor
 
 from offload_rt.allocations import AllocationMeter
 from offload_rt.arena import POISON, Arena, Region, Slot
+from offload_rt.locked_ring import LockedRing
 
 WAIT_SECONDS = 20.0
 
@@ -198,6 +199,8 @@ class FakeDevice:
 
     device = torch.device("cpu")
     """Where torch computes."""
+    pageable_bytes = 0
+    rings: tuple[LockedRing, LockedRing] | None = None
 
     def __init__(
         self,
@@ -242,6 +245,13 @@ class FakeDevice:
 
     def lock(self, name: str, region: Region) -> None:
         self.locked.append(name)
+        region.is_pageable = self.rings is not None
+
+    def pass_through(self, memory: Slot | None) -> None:
+        self.rings = None
+        if memory is not None:
+            half = memory.num_bytes // 2
+            self.rings = LockedRing(memory.part(0, half)), LockedRing(memory.part(half, half))
 
     def close(self) -> None:
         self.reports.resume()

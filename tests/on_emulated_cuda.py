@@ -17,19 +17,20 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import nf4_products
+from offload_rt import device_cuda, nf4_products
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.cuda_memory import settle
 from offload_rt.device_cuda import CudaDevice, find_device
 from offload_rt.errors import ConfigError, OutOfDeviceMemory
 from offload_rt.integrity import CHECKED_STEPS
+from offload_rt.pinning import Ceiling
 from offload_rt.runtime_options import RuntimeOptions
 from planners.placement import Tier
 from planners.plan import DecodeScope
 from tests import full_parity as full
 from tests.changing_plans import propose, results
-from tests.emulated_cuda import contexts, held, waits
+from tests.emulated_cuda import contexts, held, lockable, waits
 from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, micro_batch
 from tests.test_moving import placed
 
@@ -155,6 +156,63 @@ def test_a_steady_step_waits_for_the_device_once_a_micro_batch(layer_major):
     numbers = [stack[-1] for what, stack in ours if what == "number"]
     assert len(numbers) == 2 and all("integrity.py" in line for line in numbers)
     assert not [stack for what, stack in ours if what == "event" and any("_engine.py" in line for line in stack)]
+
+
+RING = 64 << 10
+"""Locked, of twice as much that can be: no arena of the runs below is as small as what is left."""
+
+
+def full_run(folder: Path) -> tuple[list[dict[str, torch.Tensor]], Engine]:
+    """Weights come from HOST; gradients, layer inputs and half of the state go there and back. The engine is closed."""
+    case = full.Case("llama", "bfloat16", "adamw", 1, "not", False, "in place")
+    options = RuntimeOptions(
+        num_slots=2, layer_inputs=Tier.HOST, poison=True, record=True, piece_elements=1 << 15, device_share=0.5
+    )
+    with full.make_engine(
+        case, folder, device="cuda", device_memory="1GiB", host_memory="256MiB", nvme=False, options=options
+    ) as engine:
+        return full.run_engine(case, engine, steps=2), engine
+
+
+@pytest.fixture(scope="module")
+def all_locked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    found, engine = full_run(tmp_path_factory.mktemp("locked"))
+    gpu = engine.report()["gpu"]
+    assert gpu["pageable_bytes"] == gpu["through_ring_bytes"] == 0 < gpu["locked_bytes"]
+    return found
+
+
+def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> bool:
+    return all(torch.equal(a[name], b[name]) for a, b in zip(one, other, strict=True) for name in a)
+
+
+def test_where_locking_has_a_ceiling_copies_go_through_a_ring_below_it(all_locked, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("offload_rt.pinning.MIN_RING_BYTES", RING)
+    monkeypatch.setattr("offload_rt.ring_assembly.MIN_RING_BYTES", RING)
+    monkeypatch.setattr(
+        "offload_rt.device_cuda.known_ceiling", lambda runtime: Ceiling(ceiling_bytes=2 * RING, reason="tried")
+    )
+    monkeypatch.setattr("offload_rt.workload.known_ceiling", device_cuda.known_ceiling)
+    with lockable(2 * RING):
+        found, engine = full_run(tmp_path / "ring")
+    report, runtime = engine.report(), engine._runtime
+    assert same(all_locked, found) and [str(race) for race in runtime.recorder.check()] == []
+    assert "CUDA error" not in caplog.text, "more was asked for than can be had"
+    assert "stays pageable" in caplog.text and "only 128 KiB can be locked (tried)" in caplog.text
+    assert report["gpu"]["through_ring_bytes"] > 0.9 * report["bytes_copied"] > 0
+    host = runtime.tiers.account(Tier.HOST)
+    assert host.holdings["locked ring"] == RING and host.capacity_bytes == 256 << 20
+    assert runtime.made_of.problem.host_capacity_bytes == (256 << 20) - RING, "charged before there was a plan"
+    assert "copies of it go through a locked ring" in engine.summary()
+
+
+def test_where_nothing_can_be_locked_copies_wait_and_it_is_said(all_locked, tmp_path, caplog):
+    with lockable(0):
+        found, engine = full_run(tmp_path / "none")
+    assert same(all_locked, found)
+    assert "stays pageable" in caplog.text and "for want of a locked ring: locking" in caplog.text
+    assert "locked ring" not in engine._runtime.tiers.account(Tier.HOST).holdings
+    assert engine.report()["gpu"]["locked_bytes"] == 0 and "copies of it hold up the computation" in engine.summary()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="OFFLOAD_EMULATED_DEVICES is below 2")

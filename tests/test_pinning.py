@@ -1,17 +1,10 @@
-"""Locked host memory against a made-up CUDA runtime, compiled here: it counts what it locks, and refuses.
-
-pageable arena   |....|....|....|....|....|
-locked ring           [ 0 ][ 1 ][ 2 ]
-device memory            |....|....|....|
-"""
+"""Locked host memory against a made-up CUDA runtime, compiled here: it counts what it locks, and refuses."""
 
 import gc
-import random
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -20,8 +13,8 @@ from offload_rt import cudart, pinning
 from offload_rt.arena import Arena, Region
 from offload_rt.cli import doctor
 from offload_rt.cudart import CudaRuntime, find_cuda_runtime, measure_ceiling
-from offload_rt.errors import PinningRefused, StorageError
-from offload_rt.pinning import Ceiling, PinnedRing, Pinning, pin, pin_ceiling, pinning_plan
+from offload_rt.errors import PinningRefused
+from offload_rt.pinning import RING_BYTES, Ceiling, known_ceiling, pin, pin_ceiling, ring_bytes
 
 PAGE = 4096
 MIB = 1 << 20
@@ -234,14 +227,26 @@ def test_a_child_that_dies_or_hangs_is_a_ceiling_of_zero(runtime, monkeypatch):
     assert "did not end" in pinning._ask_child(runtime.path, MIB, MIB).reason
 
 
-def test_what_is_locked_never_exceeds_the_ceiling():
-    refused = "CUDA error 2"
-    for ceiling_bytes in (0, MIB, 31 * MIB, 32 * MIB, 800 * MIB, 2 << 30, 1 << 40):
-        plan = pinning_plan(1 << 30, Ceiling(ceiling_bytes=ceiling_bytes, reason=refused))
-        assert plan.locked_bytes <= ceiling_bytes
-        assert (plan.pinning is Pinning.ARENA) == (ceiling_bytes >= 1 << 30)
-        assert (plan.pinning is Pinning.NONE) == (ceiling_bytes < 32 * MIB)
-        assert (refused in plan.reason) == (plan.pinning is not Pinning.ARENA)
+def test_a_ring_is_wanted_where_not_all_can_be_locked_and_is_below_the_ceiling():
+    wanted = [ring_bytes(1 << 30, Ceiling(ceiling_bytes=n * MIB)) for n in (0, 1, 2, 40, 800, 1023, 1024)]
+    assert wanted == [0, 0, MIB, 20 * MIB, RING_BYTES, RING_BYTES, 0]
+
+
+def test_a_ceiling_is_known_where_a_refusal_was_met_and_looked_for_on_wsl_alone(runtime, monkeypatch):
+    monkeypatch.setattr(pinning, "TRIED_BYTES", 4 * MIB)
+    monkeypatch.setattr(pinning, "STEP_BYTES", MIB)
+    assert known_ceiling(runtime) is None
+    monkeypatch.setattr(pinning, "is_wsl", lambda: True)
+    monkeypatch.setenv("FAKE_CUDA_CEILING", str(3 * MIB))
+    found = known_ceiling(runtime)
+    assert found is not None and found.ceiling_bytes == 3 * MIB and "out of memory" in found.reason
+    monkeypatch.setattr(pinning, "is_wsl", lambda: False)
+    assert known_ceiling(runtime) == found, "remembered"
+
+
+def test_a_search_that_met_no_refusal_knows_of_no_ceiling(runtime, monkeypatch):
+    pin_ceiling(runtime, 4 * MIB, step_bytes=MIB)
+    assert known_ceiling(runtime) is None
 
 
 @pytest.mark.parametrize("ceiling, said", [(None, "at least 1 GiB can"), (600 * MIB, "only 512 MiB can")])
@@ -269,79 +274,3 @@ def test_without_a_driver_doctor_says_so_and_nobody_remembers_that_nothing_could
     assert doctor.pinnable_memory().startswith("only 0 B can")
     monkeypatch.delenv("FAKE_CUDA_CEILING")
     assert "at least 1 GiB can" in doctor.pinnable_memory()
-
-
-# ---- the ring over pageable memory ----
-
-
-class Device:
-    """Memory that copies on threads of its own, late and in any order; `fail_at` is an offset that fails."""
-
-    def __init__(self, num_bytes, seed=0, fail_at=None):
-        self.memory = bytearray(num_bytes)
-        self.random = random.Random(seed)
-        self.fail_at = fail_at
-        self.under_way = self.most_under_way = 0
-
-    def _start(self, at, copy):
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
-        delay = self.random.uniform(0, 0.003)
-        thread = threading.Timer(delay, copy)
-        thread.start()
-
-        def wait():
-            thread.join()
-            self.under_way -= 1
-            if at == self.fail_at:
-                raise StorageError("gone", path="device")
-
-        return wait
-
-    def put(self, piece, at):
-        def copy():
-            self.memory[at : at + piece.num_bytes] = piece.buffer()
-
-        return self._start(at, copy)
-
-    def get(self, piece, at):
-        def copy():
-            piece.buffer()[:] = self.memory[at : at + piece.num_bytes]
-
-        return self._start(at, copy)
-
-
-@pytest.mark.parametrize("num_bytes", [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, 10 * PAGE + 7])
-@pytest.mark.parametrize("num_pieces", [1, 2, 3])
-def test_bytes_go_to_the_device_and_come_back(runtime, num_bytes, num_pieces):
-    content = random.Random(num_bytes).randbytes(num_bytes)
-    ring = PinnedRing(num_pieces * PAGE, num_pieces, runtime)
-    assert held(runtime) == num_pieces * PAGE
-    device = Device(num_bytes)
-    ring.send(memoryview(content), device.put)
-    assert device.memory == content
-    back = bytearray(num_bytes)
-    ring.receive(memoryview(back), device.get)
-    assert back == content
-    assert device.most_under_way == min(num_pieces, -(-num_bytes // PAGE))
-    del ring
-
-
-@pytest.mark.parametrize("way", ["send", "receive"])
-@pytest.mark.parametrize("fail_at", [0, 3 * PAGE, 9 * PAGE])
-def test_a_failure_is_told_when_nothing_is_under_way(runtime, way, fail_at):
-    ring = PinnedRing(3 * PAGE, 3, runtime)
-    device = Device(10 * PAGE, fail_at=fail_at)
-    memory = memoryview(bytearray(10 * PAGE))
-    with pytest.raises(StorageError, match="gone"):
-        getattr(ring, way)(memory, device.put if way == "send" else device.get)
-    assert device.under_way == 0
-    device.fail_at = None
-    getattr(ring, way)(memory, device.put if way == "send" else device.get)  # it can be used again
-    del ring
-
-
-def test_a_ring_beyond_the_ceiling_is_refused(runtime, monkeypatch):
-    monkeypatch.setenv("FAKE_CUDA_CEILING", str(PAGE))
-    with pytest.raises(PinningRefused):
-        PinnedRing(4 * PAGE, 2, runtime)

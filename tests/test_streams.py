@@ -81,8 +81,10 @@ class FakeStore:
 class Bench:
     """A ring of blocks, each full of its number + 1, that streams through a device whose kernels run late."""
 
-    def __init__(self, rest: Tier, num_blocks=6, num_slots=2, *, late_seconds=LATE, slot_bytes=PAGE, seed=0):
+    def __init__(self, rest: Tier, num_blocks=6, num_slots=2, *, late_seconds=LATE, slot_bytes=PAGE, seed=0, ring=0):
+        """`ring`: bytes of a locked ring, all else of HOST being pageable."""
         self.device = FakeDevice(late_seconds=late_seconds, seed=seed)
+        self.device.pass_through(Arena("locked ring", ring).acquire(ring, "locked ring") if ring else None)
         self.recorder = Recorder(compute=COMPUTE)
         self.links = Links(recorder=self.recorder, device=self.device)
         tiers = Tiers(None, None, None, unified=False, poison=True, device=self.device)

@@ -124,7 +124,9 @@ def pinnable_memory() -> str:
     if not ceiling.ceiling_bytes and not _has_driver():
         return "no GPU driver: host memory is not locked, and need not be"
     found = f"{format_bytes(ceiling.ceiling_bytes)} can be locked by {runtime.path}"
-    return f"only {found}: {ceiling.reason}" if ceiling.reason else f"at least {found}"
+    if not ceiling.reason:
+        return f"at least {found}"
+    return f"only {found}, the rest is copied through a small locked ring, at about half the speed: {ceiling.reason}"
 
 
 def _has_driver() -> bool:

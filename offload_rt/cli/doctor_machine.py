@@ -12,6 +12,7 @@ import resource
 from importlib import metadata
 from pathlib import Path
 
+from offload_rt.cudart import is_wsl
 from planners.errors import format_bytes
 
 _IO_URING_SETUP = 425
@@ -31,12 +32,8 @@ def system() -> str:
     except OSError:
         name = platform.system()
     text = f"{name}, kernel {platform.release()}, {platform.machine()}"
-    places = [place for place, found in (("WSL", _in_wsl()), ("a container", _in_container())) if found]
+    places = [place for place, found in (("WSL", is_wsl()), ("a container", _in_container())) if found]
     return text + (f", in {' and '.join(places)}" if places else "")
-
-
-def _in_wsl() -> bool:
-    return "microsoft" in platform.release().lower()
 
 
 def _in_container() -> bool:

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 
 from offload_rt.arena import Arena, Slot
+from offload_rt.device_streams import Device
 from offload_rt.errors import ConfigError
 from offload_rt.links import Links
 from offload_rt.optimizer.job import GradientSource, Job
@@ -29,7 +30,6 @@ from offload_rt.optimizer.on_device import DeviceRule, PiecesOnDevice, UpdateOf,
 from offload_rt.optimizer.pieces import Piece
 from offload_rt.optimizer.rules import AdamWRule, Scalars, TorchRule, Update, UpdateRule
 from offload_rt.optimizer.state import state_tensors, weight_range
-from offload_rt.streams import Device
 
 
 class RuleOnDevice(Protocol):
