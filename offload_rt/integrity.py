@@ -108,12 +108,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, trainable: Mapping[str, to
 
 
 def check_present(present: Collection[str], trainable: Collection[str], step: int, reached: Reached | None) -> None:
-    """Raises `IntegrityError` where the gradient of a tensor that the forward came to is missing, or all are.
-
-    An expert that no token was sent to has none, rightly.
-    """
+    """Raises `IntegrityError` where the gradient of a tensor that the forward came to is missing, or all are."""
     without = [name for name in trainable if name not in present]
-    wrong = [name for name in without if ".experts." not in name and (reached is None or name in reached)]
+    wrong = [name for name in without if reached is None or name in reached]
     if wrong or len(without) == len(trainable):
         raise IntegrityError(
             f"{len(wrong or without)} of {len(trainable)} trainable tensors received no gradient in step {step} "
@@ -122,11 +119,11 @@ def check_present(present: Collection[str], trainable: Collection[str], step: in
             f"not train, or leave it out of the adapters' targets, before engine(...)), or reentrant checkpointing "
             f"around the model (use_reentrant=False)"
         )
-    left = [name for name in without if ".experts." not in name]
-    if left:
+    if without:
         logger.warning(
             "step %d: the forward did not come to %d of %d trainable tensors (first: %s), which stay as they are, as "
-            "where a batch has no images. Freeze what is never to train", step, len(left), len(trainable), left[0],
+            "where a batch has no images, or no token for an expert. Freeze what is never to train",
+            step, len(without), len(trainable), without[0],
         )  # fmt: skip
 
 

@@ -40,6 +40,22 @@ class TwoTowers(PlainModel):
         return self.leave(hidden_BTD)
 
 
+class Experts(PlainModel):
+    """A token goes to one expert. Parameters of one that is gated get no gradient."""
+
+    def __init__(self):
+        super().__init__([PlainLayer()])
+        self.experts = nn.ModuleList([PlainLayer() for _ in range(2)])
+        for name, parameter in self.experts.named_parameters():
+            parameter.requires_grad_(name.endswith("scale"))
+        self.is_gated = False
+
+    def forward(self, x_BTF):
+        hidden_BTD = self.layers[0](self.enter(x_BTF))
+        expert_BTD = self.experts[0](hidden_BTD)
+        return self.leave(hidden_BTD + (expert_BTD.detach() if self.is_gated else expert_BTD))
+
+
 def build_towers(kind):
     torch.manual_seed(0)
     model = TwoTowers()
@@ -92,6 +108,19 @@ def test_a_gradient_that_gets_lost_on_its_way_is_refused_by_name_and_nothing_is_
     assert all(torch.equal(value, before[name]) for name, value in scales(engine).items())
     step(engine)  # the forward that came to the images is another step's
     assert engine.step_number == 1
+
+
+def test_an_expert_without_tokens_has_no_gradient_and_one_that_was_called_is_missed(make_engine, disk_folder, caplog):
+    engine = make_engine(Experts(), seq_len=8, nvme=disk_folder)
+    engine.model.is_gated = True
+    with pytest.raises(IntegrityError, match=r"1 of \d+ trainable .* no gradient in step 1 \(first: experts\.0\."):
+        step(engine)
+    engine.optimizer.zero_grad()
+    engine.model.is_gated = False
+    with caplog.at_level(logging.WARNING, "offload_rt"):
+        step(engine)
+    assert engine.step_number == 1
+    assert "the forward did not come to 1 of 3 trainable tensors (first: experts.1." in caplog.text
 
 
 def test_an_adapter_inside_a_layer_whose_result_gets_lost_is_missed(make_engine, disk_folder):
