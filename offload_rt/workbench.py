@@ -61,14 +61,18 @@ class Workbench:
         """Where tensors are made."""
         self._streams = device
         self._links = Links(device=device)
-        self._tiers = Tiers(None, host_bytes, None, unified=False, poison=False, device=device)
+        self._tiers: Tiers | None = None
+        """None on the CPU, where memory is in no account: `peaks` sees it as what passes."""
+        if device is not None:
+            self._tiers = Tiers(None, host_bytes, None, unified=False, poison=False, device=device)
 
     def __enter__(self) -> Workbench:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._links.close()
-        self._tiers.give_back()
+        if self._tiers is not None:
+            self._tiers.give_back()
         if self.device.type == "cuda":
             give_back_freed(self.device)
 
@@ -111,13 +115,13 @@ class Workbench:
 
     def arena(self, name: str, num_bytes: int) -> Arena:
         """Of DEVICE memory."""
-        if self._streams is None:
-            return Arena(name, num_bytes)  # in no account: `peaks` sees it as what passes
+        if self._tiers is None:
+            return Arena(name, num_bytes)
         return self._tiers.arena(Tier.DEVICE, name, num_bytes)
 
     def stash(self, name: str, num_bytes: int) -> Stash:
         """Room in HOST for tensors of `num_bytes`, all of which may be on their way at once. Raises BudgetExceeded."""
-        if self._streams is None:
+        if self._tiers is None:
             return HostStash(Arena(name, num_bytes, granule_bytes=GRANULE_BYTES), self._links)
         arena = self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES)
         return DeviceStash(arena, self._links, window_bytes=num_bytes)

@@ -100,3 +100,11 @@ def test_what_a_profile_puts_away_for_a_device_is_within_the_budget_of_ram(caplo
     assert found[0] is not None and found[1] is None
     assert "could not be measured" in caplog.text and "host memory: profile, swapped needs" in caplog.text
     device.close()
+
+
+def test_what_a_profile_has_made_is_given_back_though_somebody_sees_it() -> None:
+    device = FakeDevice(kernels_are_late=False)
+    with Workbench(device, 1 << 20) as place:
+        seen = place.arena("layer", 4096).acquire(4096, "layer").tensor(torch.uint8, (4096,)).fill_(7)
+    assert not seen.any(), "its pages are the system's again"
+    device.close()
