@@ -170,6 +170,16 @@ class Engine:
             if adapters is not None:  # so that the same call with other arguments works
                 remove_adapters(self.model, model, flags)
             raise
+        self._closed = False
+        self._handles: list[Guard | RemovableHandle | Reached | LoopSteps] = []
+        try:
+            self._attach(model)
+        except BaseException:
+            all_close(self._runtime.close, *(handle.remove for handle in self._handles), self._peaks.close)
+            raise
+
+    def _attach(self, model: nn.Module) -> None:
+        """Puts the engine around its runtime, and around `model`, which is the user's."""
         self._peaks.follow(self._runtime, self._base.resident_bytes)
         self._tracked = Tracked()
         self._training.carry(lambda: self._tracked.values(self._runtime.cuts), self._tracked.with_schedulers)
@@ -184,20 +194,17 @@ class Engine:
         self._replanner = Replanner(self._runtime, self._base.resident_bytes)
         self._wear_from = (0, self._runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
-        self._closed = False
-        self._handles: list[Guard | RemovableHandle | Reached | LoopSteps] = [
-            ConversionGuard(*{self.model, model}),
-            CopyGuard(*{self.model, model}, kept=self._runtime.made_of.workload.kept_elsewhere()),
-            WrapperGuard(*{self.model, model}),
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            *self.step_meter.attach(self.model),
-            self._reached,
-        ]
+        models, kept = {self.model, model}, self._runtime.made_of.workload.kept_elsewhere()
+        self._handles.append(self._reached)
+        for make in (ConversionGuard, partial(CopyGuard, kept=kept), WrapperGuard):
+            self._handles.append(make(*models))
+        self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._handles += self.step_meter.attach(self.model)
         self._steps = LoopSteps(
             lambda: self._training,
             self.trainable.values(),
             self.step_meter,
-            accumulation_steps=accumulation_steps,
+            accumulation_steps=self.config.accumulation_steps,
             is_over=self._look_at_step,
         )
         self._handles.append(self._steps)

@@ -14,6 +14,7 @@ from offload_rt.links import Links
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.stepper import Stepper
 from offload_rt.replanning import Replanner
+from offload_rt.runtime_assembly import RuntimeAssembly
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.store import Store
 from planners.plan import Tier
@@ -92,14 +93,19 @@ def test_an_engine_whose_drive_hangs_keeps_its_files_and_says_so(disk_folder, mo
     made(disk_folder).close()
 
 
-def test_an_engine_whose_making_is_interrupted_leaves_its_files_free(disk_folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "name"), [(RuntimeAssembly, "_attach"), (Engine, "summary")], ids=["assembly", "engine"]
+)
+def test_an_engine_whose_making_is_interrupted_leaves_its_files_free(kind, name, disk_folder, monkeypatch):
     with monkeypatch.context() as now:
-        now.setattr(Engine, "summary", lambda engine: (_ for _ in ()).throw(KeyboardInterrupt))
-        interrupt(now, Links, "close")
-        with pytest.raises(KeyboardInterrupt):
+        interrupt(now, kind, name)
+        closed = interrupt(now, Links, "close")
+        with pytest.raises(KeyboardInterrupt) as raised:
             made(disk_folder)
+        assert len(closed) == 2, "interrupted, too"
     with made(disk_folder) as engine:
         step(engine)
+    assert raised.tb is not None, "which holds what there was of the first one"
 
 
 def test_every_step_is_taken_once_more_where_it_was_interrupted_and_the_last_error_is_raised():
