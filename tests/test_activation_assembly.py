@@ -1,0 +1,55 @@
+"""The places where activations are put away: together they hold of DEVICE memory what the plan charges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from offload_rt import activation_assembly
+from offload_rt.activation_assembly import ActivationsAssembly
+from offload_rt.config import EngineConfig, NvmePath
+from offload_rt.device_stash import DeviceStash
+from offload_rt.links import Links
+from offload_rt.planning_tokens import ActivationSizes
+from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.tiers import Tiers
+from offload_rt.workload import find_workload
+from offload_rt.workload_sizes import streaming_problem
+from planners.plan import Tier
+from planners.streaming import plan_streaming
+from tests.conftest import build_lora
+from tests.fake_device import FakeDevice
+
+PAGE = 4096
+
+
+@pytest.mark.parametrize("staging_pages", [4, 16])
+def test_what_is_on_its_way_to_two_tiers_shares_the_window_that_is_charged(
+    staging_pages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HOST has what a drive leaves of it: all that goes to a drive passes its staging, twice."""
+    window_bytes = 8 * PAGE
+    sizes = ActivationSizes(
+        transient_bytes=PAGE, window_bytes=window_bytes, kept_bytes=0, staging_bytes=staging_pages * PAGE,
+        swapped_bytes={Tier.HOST: 64 * PAGE, Tier.NVME: 64 * PAGE}, input_bytes={},
+    )  # fmt: skip
+    monkeypatch.setattr(activation_assembly, "sizes_of", lambda plan, batch_size: sizes)
+    device = FakeDevice(kernels_are_late=False)
+    config = EngineConfig(host_memory_bytes=64 << 20, nvme=(NvmePath(path=tmp_path),), seq_len=64)
+    workload = find_workload(build_lora("llama"), None, config, options=RuntimeOptions(device=device))
+    problem = streaming_problem(workload)
+    tiers = Tiers(None, None, None, unified=False, poison=False, device=device)
+    links = Links(device=device)
+    made = ActivationsAssembly(workload, problem, plan_streaming(problem), tiers, links, device)
+    places = made.places()
+    assert tiers.account(Tier.DEVICE).holdings["swapped activations on their way"] == window_bytes
+    windows = {}
+    for tier, stash in places.swapped.items():
+        assert isinstance(stash, DeviceStash)
+        windows[tier] = stash._window_bytes
+    assert windows[Tier.NVME] == staging_pages * PAGE // 2
+    assert sum(windows.values()) == window_bytes
+    links.close()
+    made.scratch.close()
+    device.close()
