@@ -126,7 +126,7 @@ def pinnable_memory() -> str:
     found = f"{format_bytes(ceiling.ceiling_bytes)} can be locked by {runtime.path}"
     if not ceiling.reason:
         return f"at least {found}"
-    return f"only {found}, the rest is copied through a small locked ring, at about half the speed: {ceiling.reason}"
+    return f"only {found}, the rest is copied through a small locked ring, slower: {ceiling.reason}"
 
 
 def _has_driver() -> bool:
