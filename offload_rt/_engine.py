@@ -41,9 +41,9 @@ from offload_rt.rehearsal import Rehearsal
 from offload_rt.replanning import Replanner
 from offload_rt.report import drift, report, summary
 from offload_rt.runtime import Runtime
-from offload_rt.runtime_assembly import Progress
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.steps import StepMeter
+from offload_rt.store_assembly import Progress
 from offload_rt.tracked import Tracked
 from offload_rt.wrappers import WrapperGuard
 from planners.plan import Plan
@@ -249,9 +249,8 @@ class Engine:
         """
         if self._runtime.device is not None:
             self._runtime.device.check_stream()
-        if not self._replanner.is_due or self._steps.num_backwards or self._runtime.is_in_flight:
-            return
-        if not self._training.settled():
+        # A forward that adds to gradients begins no step.
+        if self._steps.num_backwards or not self._replanner.is_due(self._runtime):
             return
         try:
             with torch.inference_mode(False):  # tensors that are made now are trained with, whoever calls

@@ -30,8 +30,9 @@ from offload_rt.plan_check import check_plan
 from offload_rt.plan_choice import OPTIMISER, Choice, after_rehearsal, choose
 from offload_rt.plan_options import with_options
 from offload_rt.runtime import Change, MadeOf, Runtime
-from offload_rt.runtime_assembly import Progress, RuntimeAssembly
+from offload_rt.runtime_assembly import RuntimeAssembly
 from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.store_assembly import Progress
 from offload_rt.throttle import Throttle
 from offload_rt.workload import Workload, find_workload
 from planners.hardware import Hardware

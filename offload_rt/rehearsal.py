@@ -50,7 +50,8 @@ from offload_rt.runtime import Change, Runtime
 from offload_rt.workload_sizes import gradients_under_way_bytes
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.plan import Plan, Tier
-from planners.streaming import LAYER_INPUTS, TIGHT_SLACK_BYTES
+from planners.shortage import LAYER_INPUTS
+from planners.streaming import TIGHT_SLACK_BYTES
 from planners.streaming_problem import StreamingProblem
 
 logger = logging.getLogger("offload_rt")

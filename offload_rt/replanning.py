@@ -4,15 +4,15 @@
                                                                                        │ ADOPT_STEPS later
        the next step's forward ◄── change_over ◄── is it worth it? by the simulator ◄──┘
 
-A resource has drifted where each step of a window was off by more than `MARGIN`, in the same direction: links and
-drives by the seconds that they take for a byte, computing and updates by their seconds (so a run of shorter sequences
-than planned for is one whose computing is faster). Memory is short where the budget was what was free, and less is left
-than the plan still needs, at the end of two windows. Then the optimiser is asked again. Its plan is taken where it has
-the same cuts, so that no number changes, and gains more within `HORIZON_STEPS` than bringing weights and state to their
-new places costs. Either way the questions that were asked are what later windows are held against, so that the same
-drift is not found twice; and changes are at least `APART_STEPS` steps apart, so that it cannot flap. The step at which
-a plan is taken does not depend on how long it took to find: whoever steps waits for it. Where the fixed rule has made
-the plan, nothing was predicted that could drift, and it is asked again where memory is short.
+A resource has drifted where each step of a window was off by more than a margin, in the same direction (`drift`): links
+and drives by the seconds that they take for a byte, computing and updates by their seconds (so a run of shorter
+sequences than planned for is one whose computing is faster). Memory is short where the budget was what was free, and
+less is left than the plan still needs, at the end of two windows. Then the optimiser is asked again. Its plan is taken
+where it has the same cuts, so that no number changes, and gains more within `HORIZON_STEPS` than bringing weights and
+state to their new places costs. Either way the questions that were asked are what later windows are held against, so
+that the same drift is not found twice; and changes are at least `APART_STEPS` steps apart, so that it cannot flap. The
+step at which a plan is taken does not depend on how long it took to find: whoever steps waits for it. Where the fixed
+rule has made the plan, nothing was predicted that could drift, and it is asked again where memory is short.
 
 [Note: a change of plans is behind a commit]
 Frozen weights are in the store, whatever happens meanwhile, and adapters that train in memory stay where they are.
@@ -42,33 +42,30 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
 
+from offload_rt import drift
 from offload_rt.asked import Asked
 from offload_rt.assembly import change_over
 from offload_rt.cuts import same_cuts
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from offload_rt.moving import moves_between, seconds_of, why_not_follow
 from offload_rt.plan_check import check_plan
 from offload_rt.profile import free_memory_bytes, resident_bytes
 from offload_rt.runtime import Change, MadeOf, Runtime
-from offload_rt.steps import WARM_STEPS, StepMeter, StepReading
+from offload_rt.steps import WARM_STEPS, StepMeter
 from planners.errors import PlanInfeasible, format_bytes
 from planners.plan import Plan, Tier
-from planners.problem import Problem
 from planners.streaming_problem import StreamingProblem
 
 logger = logging.getLogger("offload_rt")
 
 WINDOW_STEPS = 8
-MARGIN = 0.25
-"""Other work on a machine makes single steps slower by more than that, but not every one of a window."""
 ADOPT_STEPS = 4
 APART_STEPS = 64
 WAIT_STEPS = 8
@@ -77,12 +74,10 @@ HORIZON_STEPS = 200
 """Within so many steps a change is to pay for itself."""
 LEAST_GAIN = 0.05
 """Of a step's seconds. The simulator is no better than that."""
-LEAST_SHARE = 0.02
-"""Of a step's seconds: what takes less, measured and expected, is no reason for anything. Of memory in use: what is
-short by less comes and goes."""
+LEAST_SHORT = 0.02
+"""Of memory in use: what is short by less comes and goes."""
 KEPT_DECISIONS = 32
 """The newest, which a report has. Where a machine is never still there are thousands in a week."""
-RATES = (HOST_TO_DEVICE, DEVICE_TO_HOST, SSD_READ, SSD_WRITE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +171,10 @@ class Replanner:
         if step < self._not_before:
             return
         window = list(meter.steps)[-WINDOW_STEPS:]
-        factors = self._factors(window)
-        drifts = [_drift(name, each) for name, each in factors.items() if has_drifted(each)]
+        factors: dict[str, list[float]] = {}
+        if self._held_against is not None:
+            factors = drift.factors(window, self._held_against.question, self._expected)
+        drifts = [drift.said(name, each) for name, each in factors.items() if drift.has_drifted(each)]
         short = self._short_bytes(runtime)
         if short:
             drifts.append(f"memory is short by {format_bytes(short)}")
@@ -185,16 +182,17 @@ class Replanner:
             medians = {name: median(each) for name, each in factors.items()}
             self._ask(runtime, ", ".join(drifts), medians, short, more_bytes)
 
-    @property
-    def is_due(self) -> bool:
-        """Whether a plan is to be taken when the next step begins."""
-        return self._to_take is not None
+    def is_due(self, runtime: Runtime) -> bool:
+        """Whether a plan is to be taken when a step begins now, which can follow that of `runtime`: its training is
+        settled then, for which it may block.
+        """
+        return self._to_take is not None and not runtime.is_in_flight and runtime.training.settled()
 
     def before_step(self, runtime: Runtime, meter: StepMeter, step: int, *, more_bytes: int = 0) -> Runtime:
         """The runtime of the step that begins, behind the number `step`: another one where a plan was to be taken.
 
-        Its training is `settled`. Blocks. Raises what changing back raises where a change has failed: then half of the
-        engine is gone.
+        `is_due` says so. Blocks. Raises what changing back raises where a change has failed: then half of the engine
+        is gone.
         """
         taken, self._to_take = self._to_take, None
         if taken is None:
@@ -224,24 +222,6 @@ class Replanner:
             self._under_way.thread.join()
         self._under_way = self._to_take = None
 
-    def _factors(self, window: Sequence[StepReading]) -> dict[str, list[float]]:
-        """By resource, how many times as long as expected it took in each step; what was not used is left out."""
-        if self._held_against is None:
-            return {}
-        rates, found, counts = _rates(self._held_against.question), dict[str, list[float]](), dict[str, float]()
-        for name in RATES:
-            pairs = [(s.resources.busy_seconds.get(name, 0.0), s.resources.moved_bytes.get(name, 0)) for s in window]
-            if rates[name] and all(busy > 0 and moved for busy, moved in pairs):
-                found[name] = [busy * rates[name] / moved for busy, moved in pairs]
-                counts[name] = max(max(busy, moved / rates[name]) for busy, moved in pairs)
-        for name in (COMPUTE, CPU, DEVICE_UPDATE):
-            busy = [step.resources.busy_seconds.get(name, 0.0) for step in window]
-            if self._expected.get(name) and all(seconds > 0 for seconds in busy):
-                found[name] = [seconds / self._expected[name] for seconds in busy]
-                counts[name] = max(*busy, self._expected[name])
-        least = LEAST_SHARE * median(step.seconds for step in window)
-        return {name: each for name, each in found.items() if counts[name] >= least}
-
     def _short_bytes(self, runtime: Runtime) -> int:
         """What the plan still needs and is not free, where budgets are what was free: now, and a window ago."""
         config = runtime.made_of.workload.config
@@ -251,7 +231,7 @@ class Replanner:
         needs = sum(account.used_bytes for account in memory) - (resident_bytes() - self._base_bytes)
         before, self._short_before = self._short_before, max(0, needs - free_memory_bytes())
         short = min(before, self._short_before)
-        return short if short > LEAST_SHARE * sum(account.used_bytes for account in memory) else 0
+        return short if short > LEAST_SHORT * sum(account.used_bytes for account in memory) else 0
 
     def _ask(
         self, runtime: Runtime, because: str, factors: Mapping[str, float], short_bytes: int, more_bytes: int
@@ -344,11 +324,6 @@ def why_not(runtime: Runtime) -> str:
     return ""
 
 
-def has_drifted(factors: Sequence[float]) -> bool:
-    """Whether each of them is off by more than `MARGIN`, all in the same direction."""
-    return min(factors) > 1 + MARGIN or max(factors) < 1 / (1 + MARGIN)
-
-
 def said(decision: Decision) -> str:
     """A line for the log."""
     text = f"step {decision.step}: {decision.because}; the plan is {decision.result}"
@@ -359,21 +334,6 @@ def said(decision: Decision) -> str:
         text += "" if decision.change_seconds is None else f", {decision.change_seconds:.2f} to change"
         text += ")"
     return text
-
-
-def _drift(name: str, factors: Sequence[float]) -> str:
-    return f"{name} takes {median(factors):.2f} times as long as planned"
-
-
-def _rates(question: Problem) -> dict[str, float]:
-    hardware = question.hardware
-    links = hardware.links
-    return {
-        HOST_TO_DEVICE: 0.0 if hardware.unified else links.host_to_device_bytes_per_second,
-        DEVICE_TO_HOST: 0.0 if hardware.unified else links.device_to_host_bytes_per_second,
-        SSD_READ: hardware.read_bytes_per_second,
-        SSD_WRITE: hardware.write_bytes_per_second,
-    }
 
 
 def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, plan: Plan, more_bytes: int) -> _Answer:

@@ -16,7 +16,6 @@ from offload_rt.additions import Additions
 from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.backbone import find_causal_model
 from offload_rt.block import Binding, Block
-from offload_rt.checkpoint.ingest import block_pieces
 from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest, move_rest
 from offload_rt.closing import all_close
 from offload_rt.cuts import cuts_of, products_of
@@ -45,6 +44,7 @@ from offload_rt.rows import RowReader, RowSource
 from offload_rt.runtime import MadeOf, Runtime
 from offload_rt.state_assembly import StateAssembly
 from offload_rt.store import Store
+from offload_rt.store_assembly import Progress, build_store
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import Tiers
 from offload_rt.tiled_linear import TiledLinear
@@ -54,8 +54,6 @@ from offload_rt.transients import Transients
 from offload_rt.turns import Turns
 from offload_rt.weights_assembly import WeightsAssembly
 from planners.plan import DecodeScope, Plan, Tier
-
-Progress = Callable[[str, int, int], None]
 
 
 class RuntimeAssembly:
@@ -205,22 +203,7 @@ class RuntimeAssembly:
         self.store = Store(workload.config.nvme, workload.key, self.links)
         self.store_was_cached = self.store.complete
         if not self.store_was_cached:
-            total = sum(draft.spec.compute_bytes for draft in workload.frozen)
-            done = 0
-
-            def advance(num_bytes: int) -> None:
-                nonlocal done
-                done += num_bytes
-                if self.progress is not None:
-                    self.progress("encoding", done, total)
-
-            builder = self.store.build([draft.spec for draft in workload.frozen])
-            try:
-                for draft in workload.frozen:
-                    builder.write(draft.spec, block_pieces(draft, workload.sources, progress=advance))
-                builder.finish()
-            finally:
-                builder.close()
+            build_store(self.store, workload, self.progress)
         self.tiers.account(Tier.NVME).reserve("weights", self.store.stored_bytes)
 
     @property

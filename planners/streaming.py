@@ -24,15 +24,15 @@ a device with memory of its own steps it there, piece by piece.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, tee
 
 from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
 from planners.edges import EdgesBy, edge_choices, head_tiles_of, looked_up_of, lookups_of, tiled_block
-from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
+from planners.errors import PlanInfeasible
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
+from planners.shortage import infeasible, shortages
 from planners.streaming_problem import INPUTS_OF_CHUNKS, BlockSize, StreamingProblem
 from planners.training_state import StatePlacement
 from planners.units import PAGE_BYTES, whole_pages
@@ -47,8 +47,6 @@ STAGING_PIECE_BYTES = 4 << 20
 """The most that is put away or fetched back at once; a drive is as fast with it as with more."""
 KEPT_TENSORS = 64
 """Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
-LAYER_INPUTS = ("layer inputs", "layer input in use", "layer inputs on their way")
-"""What a plan says of them in DEVICE memory."""
 SAVING = "saving and loading"
 """What a plan says of memory through which state goes between steps, beside what is free then."""
 TIGHT_SLACK_BYTES = 64 << 20
@@ -79,10 +77,18 @@ def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Pl
     candidates: list[Plan] = []
     for chunk_tokens in chunks:
         for plan in (plan for tier in rests for plan in _attempts(problem, tier, chunk_tokens)):
-            if not _shortages(problem, plan):
+            if not shortages(problem, plan):
                 return _filled(problem, plan) if rest is None else plan
             candidates.append(plan)
-    raise _infeasible(problem, candidates)
+    raise infeasible(problem, candidates, fits=_fits)
+
+
+def _fits(problem: StreamingProblem) -> bool:
+    try:
+        plan_streaming(problem)
+    except PlanInfeasible:
+        return False
+    return True
 
 
 def _filled(problem: StreamingProblem, plan: Plan) -> Plan:
@@ -363,56 +369,3 @@ def _ring(name: str, blocks: tuple[BlockSize, ...], slots: int, rest: Tier) -> R
 
 def _members(problem: StreamingProblem, ring: Ring) -> list[BlockSize]:
     return [block for block in problem.layers + problem.edges if block.name in ring.blocks]
-
-
-def _shortages(problem: StreamingProblem, plan: Plan) -> dict[Tier, tuple[int, int]]:
-    """The tiers that `plan` overfills, each with need and capacity."""
-    capacities = {
-        Tier.DEVICE: problem.device_capacity_bytes,
-        Tier.HOST: problem.host_capacity_bytes,
-        Tier.NVME: problem.nvme_capacity_bytes,
-    }
-    return {
-        tier: (plan.predicted_bytes(tier), capacity)
-        for tier, capacity in capacities.items()
-        if capacity is not None and plan.predicted_bytes(tier) > capacity
-    }
-
-
-def _infeasible(problem: StreamingProblem, candidates: list[Plan]) -> PlanInfeasible:
-    """Explains by the plan that lacks least: in the fewest tiers, then in bytes."""
-
-    def lack(plan: Plan) -> tuple[int, int]:
-        short = _shortages(problem, plan)
-        return len(short), sum(need - have for need, have in short.values())
-
-    closest = min(candidates, key=lack)
-    short = _shortages(problem, closest)
-    tier, (need, have) = next(iter(short.items()))
-    items = closest.peak_bytes[tier.value]
-    largest = max(items, key=lambda item: items[item])
-    budgets = [
-        (f"a drive with {format_bytes_up(size)} free" if which is Tier.NVME else "")
-        or f"{which.value}_memory of {format_bytes_up(size + problem.beside_plan_bytes * (which is Tier.DEVICE))}"
-        for which, (size, _) in short.items()
-    ]
-    ways = [" and ".join(budgets)]
-    if problem.cuts is not None:
-        ways[0] += f", for the cuts that the run was begun with ({problem.cuts.describe()})"
-        with suppress(PlanInfeasible):
-            plan_streaming(replace(problem, cuts=None))
-            ways.append("other cuts, which take sums in another order (--other-cuts)")
-    by_tokens = sum(items.get(item, 0) for item in ("activations", *LAYER_INPUTS))
-    if set(short) == {Tier.DEVICE} and by_tokens > need - have + PAGE_BYTES * len(problem.layers):
-        share = 1 - (need - have + PAGE_BYTES * len(problem.layers)) / by_tokens
-        ways.append(f"batch_size x seq_len cut to {int(share * 100)}% (activations are {format_bytes(by_tokens)})")
-    if problem.nvme_capacity_bytes is None and tier is not Tier.NVME:
-        ways.append("nvme= a folder on an SSD, so that weights rest there")
-    return PlanInfeasible(
-        tier=tier.value,
-        phase=f"training step; largest item: {largest}, {format_bytes(items[largest])}",
-        need_bytes=need,
-        have_bytes=have,
-        ways_out=ways,
-        needs={short_tier.value: bytes_needed for short_tier, (bytes_needed, _) in short.items()},
-    )

@@ -92,6 +92,7 @@ FLOORS = {
     "offload_rt.copies": 5.2,
     "offload_rt.wrappers": 5.2,
     "offload_rt.steps": 5.0,
+    "offload_rt.drift": 5.1,
     "offload_rt.executor": 6.0,
     "offload_rt.access": 6.5,
     "offload_rt.packed_linear": 6.7,
@@ -141,6 +142,7 @@ FLOORS = {
     "offload_rt.weights_assembly": 8.85,
     "offload_rt.activation_assembly": 8.85,
     "offload_rt.ring_assembly": 8.85,
+    "offload_rt.store_assembly": 8.85,
     "offload_rt.runtime": 8.9,
     "offload_rt.runtime_assembly": 8.95,
     "offload_rt.assembly": 9.0,
@@ -159,11 +161,11 @@ FLOORS = {
 
 PLANNERS = [
     "errors", "units", "schedule", "placement", "activations", "layout", "training_state", "products", "vocabulary",
-    "plan", "streaming_problem", "edges", "streaming", "hardware", "model", "architectures", "well_known", "headers",
-    "tensors", "meta_model", "models", "trace", "problem", "model_workload", "cost", "optimizer_state", "static_memory",
-    "step_work", "division", "arenas", "timeline", "updates", "chunk_work", "passes", "simulate", "validate", "expand",
-    "greedy", "program", "rows", "vocabulary_rows", "update_rows", "steady", "wear", "mip", "policies", "explain",
-    "render", "command", "__main__",
+    "plan", "streaming_problem", "edges", "shortage", "streaming", "hardware", "model", "architectures", "well_known",
+    "headers", "tensors", "meta_model", "models", "trace", "problem", "model_workload", "cost", "optimizer_state",
+    "static_memory", "step_work", "division", "arenas", "timeline", "updates", "chunk_work", "passes", "simulate",
+    "validate", "expand", "greedy", "program", "rows", "vocabulary_rows", "update_rows", "steady", "wear", "mip",
+    "policies", "explain", "render", "command", "__main__",
 ]  # fmt: skip
 """Each may import those before it."""
 

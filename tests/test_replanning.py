@@ -19,9 +19,9 @@ from offload_rt import assembly, calibrate, mapped, planning, rehearsal, replann
 from offload_rt._engine import Engine
 from offload_rt.asked import Asked, measured
 from offload_rt.cuts import same_cuts
+from offload_rt.drift import MARGIN, has_drifted
 from offload_rt.errors import ConfigError, StorageError
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, SSD_READ, SSD_WRITE, Reading
-from offload_rt.replanning import MARGIN, has_drifted
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.steps import WARM_STEPS, StepReading
 from offload_rt.throttle import Throttle
