@@ -40,10 +40,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient. Blocks, but for a GPU. Raises as `check_device`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _run(closure)
         for group in self.param_groups:
             numbers = cpu_adam.AdamW.from_group(group)
             for parameter in group["params"]:
@@ -104,10 +101,7 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient. Blocks."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _run(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
@@ -121,3 +115,11 @@ class Lion(torch.optim.Optimizer):
                 parameter.add_(exp_avg.lerp(parameter.grad, 1 - beta1).sign_(), alpha=-group["lr"])
                 exp_avg.lerp_(parameter.grad, 1 - beta2)
         return loss
+
+
+def _run(closure: Callable[[], Any] | None) -> Any:
+    """What a caller of `step` has it run first, with gradients."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_rt.checkpoint.conversion import is_transformers_model
-from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter, file_bytes
+from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter, all_written, file_bytes
 from offload_rt.checkpoint.tensor_groups import TensorGroup, saved_tensors
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.drive_files import write_atomically
@@ -65,7 +65,7 @@ def _write_shards(
 ) -> None:
     shard_of = {name: shard for shard, outline in shards.items() for name in outline}
     writers: dict[str, SafetensorsWriter] = {}
-    try:
+    with all_written(writers):
         for group, outline in zip(groups, outlines, strict=True):
             with group.shown() as shown, torch.no_grad():
                 converted = _converted(model, shown)
@@ -75,13 +75,6 @@ def _write_shards(
                         writers[shard] = SafetensorsWriter(folder / shard, shards[shard])
                     writers[shard].write(name, converted[name])
                 del converted, shown  # views of memory that is used again
-        for writer in writers.values():
-            writer.finish()
-    finally:
-        for writer in writers.values():
-            writer.close()
-    for writer in writers.values():
-        writer.verify()
 
 
 def _outlines(model: nn.Module, groups: Iterable[TensorGroup]) -> list[dict[str, Tensor]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -105,6 +106,23 @@ class SafetensorsWriter:
             os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             self._cached_bytes = 0
+
+
+@contextmanager
+def all_written(writers: Mapping[str, SafetensorsWriter]) -> Iterator[None]:
+    """Inside, the caller makes `writers` and writes; then all are finished and verified. They are closed in any case.
+
+    Blocks, and raises, as `finish` and `verify`.
+    """
+    try:
+        yield
+        for writer in writers.values():
+            writer.finish()
+    finally:
+        for writer in writers.values():
+            writer.close()
+    for writer in writers.values():
+        writer.verify()
 
 
 def file_bytes(outline: Outline) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter, file_bytes
+from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter, all_written, file_bytes
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.checksum import crc32c
 from offload_rt.dtypes import dtype_name, torch_dtype
@@ -63,25 +63,18 @@ def export_state(checkpoint: Path, out: Path) -> None:
     extents = {extent["name"]: extent for extent in read_manifest(checkpoint)["extents"]}
     outlines = _outlines(layout)
     writers: dict[str, SafetensorsWriter] = {}
-    with replaced_whole(out, sum(map(file_bytes, outlines.values())) + (1 << 20), what="the state") as partial:
-        try:
-            for state, outline in outlines.items():
-                writers[state] = SafetensorsWriter(partial / f"{state}.safetensors", outline)
-            with open(checkpoint / "state.bin", "rb") as file:
-                for name, segments in _by_extent(layout):
-                    piece = _read(file.fileno(), checkpoint / "state.bin", extents[name])
-                    for parameter, segment in segments:
-                        for state, place in segment["state"].items():
-                            dtype, count = torch_dtype(place["dtype"]), math.prod(place["shape"])
-                            values = torch.frombuffer(piece, dtype=dtype, count=count, offset=place["offset"])
-                            writers[state].write_next(parameter, values)
-            for writer in writers.values():
-                writer.finish()
-        finally:
-            for writer in writers.values():
-                writer.close()
-        for writer in writers.values():
-            writer.verify()
+    need = sum(map(file_bytes, outlines.values())) + (1 << 20)
+    with replaced_whole(out, need, what="the state") as partial, all_written(writers):
+        for state, outline in outlines.items():
+            writers[state] = SafetensorsWriter(partial / f"{state}.safetensors", outline)
+        with open(checkpoint / "state.bin", "rb") as file:
+            for name, segments in _by_extent(layout):
+                piece = _read(file.fileno(), checkpoint / "state.bin", extents[name])
+                for parameter, segment in segments:
+                    for state, place in segment["state"].items():
+                        dtype, count = torch_dtype(place["dtype"]), math.prod(place["shape"])
+                        values = torch.frombuffer(piece, dtype=dtype, count=count, offset=place["offset"])
+                        writers[state].write_next(parameter, values)
 
 
 def read_layout_json(folder: Path) -> dict[str, Any]:
