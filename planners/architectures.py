@@ -45,8 +45,8 @@ class Config:
             raise self.file.error((*self.keys, key), f"expected true or false, got {value!r:.60}")
         return value
 
-    def window(self, key: str = "sliding_window") -> int | None:
-        return self.size(key) if self.data.get(key) is not None else None
+    def window(self) -> int | None:
+        return self.size("sliding_window") if self.data.get("sliding_window") is not None else None
 
 
 def _attention(

@@ -30,7 +30,6 @@ class Solution:
     """An optimum."""
 
     values: list[float]
-    objective: float
     duals: list[float]
     """Of the rows, unscaled: what the objective gains per unit of a row's bound."""
 
@@ -124,7 +123,6 @@ class Program:
         found = highs.getSolution()
         return Solution(
             values=list(found.col_value),
-            objective=float(highs.getInfo().objective_function_value),
             duals=[float(d) * s for d, s in zip(found.row_dual or [0.0] * len(scales), scales, strict=True)],
         )
 

@@ -30,10 +30,10 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s" if value < 600 else f"{value / 60:.4g} min"
 
 
-def bar(parts: Sequence[float], whole: float, marks: str = "█▓▒") -> str:
+def bar(parts: Sequence[float], whole: float) -> str:
     """`parts` of `whole` as a bar."""
     text = ""
-    for part, mark in zip(parts, marks, strict=False):
+    for part, mark in zip(parts, "█▓▒", strict=False):
         text += mark * round(BAR * part / whole if whole else 0)
     return (text + "·" * BAR)[:BAR]
 

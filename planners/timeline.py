@@ -120,25 +120,21 @@ class Operations:
 
     def link_in(
         self, position: int, k: int, num_bytes: float, key: float, deps: list[tuple[int, int]], phase: int,
-        *, at_start: tuple[int, float] | None = None, at_finish: tuple[tuple[int, float], ...] = (),
+        *, at_finish: tuple[tuple[int, float], ...] = (),
     ) -> int:  # fmt: skip
         """Moves bytes from HOST to DEVICE; nothing to move where the two are one."""
         resource = Resource.NONE if self.hardware.unified else Resource.HOST_TO_DEVICE
         amount = 0.0 if self.hardware.unified else num_bytes
-        return self.op(
-            resource, amount, key, deps, phase, ("load", position, k), at_start=at_start, at_finish=at_finish
-        )
+        return self.op(resource, amount, key, deps, phase, ("load", position, k), at_finish=at_finish)
 
     def link_out(
         self, position: int, k: int, num_bytes: float, key: float, deps: list[tuple[int, int]], phase: int,
-        *, at_start: tuple[int, float] | None = None, at_finish: tuple[tuple[int, float], ...] = (),
+        *, at_start: tuple[int, float] | None = None,
     ) -> int:  # fmt: skip
         """Moves bytes from DEVICE to HOST."""
         resource = Resource.NONE if self.hardware.unified else Resource.DEVICE_TO_HOST
         amount = 0.0 if self.hardware.unified else num_bytes
-        return self.op(
-            resource, amount, key, deps, phase, ("swap", position, k), at_start=at_start, at_finish=at_finish
-        )
+        return self.op(resource, amount, key, deps, phase, ("swap", position, k), at_start=at_start)
 
     def join(self, ops: list[int], key: float, label: tuple[str, int, int]) -> int:
         """The point where all of `ops` are done."""

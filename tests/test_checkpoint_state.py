@@ -16,7 +16,7 @@ import torch
 
 from offload_rt.checkpoint import state as state_module
 from offload_rt.checkpoint import whole_folder
-from offload_rt.checkpoint.state import is_complete, load_state, save_state
+from offload_rt.checkpoint.state import load_state, save_state
 from offload_rt.checkpoint.values import restore_rng, rng_state
 from offload_rt.errors import (
     CheckpointError,
@@ -27,6 +27,7 @@ from offload_rt.errors import (
     StorageFull,
 )
 from tests.conftest import build_lora, build_plain, language_batch
+from tests.saved_state import is_complete
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ["trainable.safetensors", "optimizer.safetensors", "state.pt"]

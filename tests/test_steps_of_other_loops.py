@@ -10,11 +10,11 @@ from torch.optim import SGD, AdamW
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from offload_rt.arguments import make_optimizer
-from offload_rt.checkpoint.state import is_complete
 from offload_rt.errors import ConfigError, IntegrityError
 from offload_rt.steps import WARM_STEPS
 from tests.adapter_tiers import IN_HOST
 from tests.conftest import build_lora, language_batch
+from tests.saved_state import is_complete
 
 
 class CallsItsBase(AdamW):

@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_rt.checkpoint.state import is_complete
 from tests.conftest import build_lora, language_batch
+from tests.saved_state import is_complete
 
 
 def run(model, optimizer, folder):

@@ -98,10 +98,10 @@ def block_pieces(
             yield from _encode(spec, source, sources, progress)
 
 
-def fill_slot(draft: BlockDraft, sources: Sources, slot: Slot, progress: Callable[[int], None] | None = None) -> None:
+def fill_slot(draft: BlockDraft, sources: Sources, slot: Slot) -> None:
     """Writes a block's bytes into `slot`, for blocks that rest in memory."""
     slot.tensor(torch.uint8, (slot.num_bytes,)).zero_()
-    for offset, tensor in block_pieces(draft, sources, progress=progress):
+    for offset, tensor in block_pieces(draft, sources):
         data = tensor.reshape(-1).view(torch.uint8)
         slot.tensor(torch.uint8, (data.numel(),), offset).copy_(data)
 

@@ -192,15 +192,6 @@ class FolderCommits:
             self._due = None
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a whole checkpoint, by its marker and the files' sizes."""
-    try:
-        sums = _read_marker(folder)
-        return all((folder / name).stat().st_size == sums[name][0] for name in _FILES)
-    except (OSError, CheckpointError):
-        return False
-
-
 def _read_marker(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and CRC32C of each file."""
     try:
