@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from offload_rt.adapter_draft import in_tiers, question
+from offload_rt.device_share import with_the_best_share
 from offload_rt.errors import ConfigError
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
-from offload_rt.planning import lowered, optimal, optimised_adapters
+from offload_rt.planning import lowered, optimised_adapters
 from offload_rt.planning_adapters import questions_by_chunks
 from offload_rt.planning_budgets import with_slack
 from offload_rt.planning_training import lowered_training, questions_of
@@ -64,7 +65,7 @@ class Asked:
         failure: PlanInfeasible | None = None
         for index, (problem, freedoms) in enumerate(self.questions):
             try:
-                plan, answered = optimal(problem, streaming, freedoms)
+                plan, answered = with_the_best_share(problem, streaming, freedoms)
             except PlanInfeasible as error:
                 failure = error  # the last question leaves most open
                 continue
@@ -206,9 +207,12 @@ def measured(question: Problem, factors: Mapping[str, float]) -> Problem:
         entry if entry.measured is None else replace(entry, measured=_times(entry.measured, factors.get(COMPUTE, 1.0)))
         for entry in workload.classes
     )
+    steps = workload.device_steps
+    if steps is not None:
+        steps = replace(steps, cpu_seconds_per_param=steps.cpu_seconds_per_param * factors.get(CPU, 1.0))
     return replace(
         question, hardware=replace(hardware, links=links, drives=drives, device=device, host=host),
-        workload=replace(workload, classes=classes),
+        workload=replace(workload, classes=classes, device_steps=steps),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from offload_rt.device_share import device_steps
 from offload_rt.discover import BlockDraft
 from offload_rt.edge_profile import profile_embedding, profile_head
 from offload_rt.errors import ConfigError
@@ -29,12 +30,13 @@ from offload_rt.planning_blocks import class_of, kind_of, needed_again
 from offload_rt.planning_budgets import passing_of, within_budgets
 from offload_rt.planning_tokens import input_staging_bytes, rounding_of, saved_of, transients_of
 from offload_rt.profile_cost import check_profile_fits
+from offload_rt.runtime_options import DEVICE_SLOTS
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.update_profile import delivery_seconds, steps_per_second
 from offload_rt.workbench import Workbench, workbench_of
 from offload_rt.workload import TrainingDraft, Workload
 from planners.hardware import Hardware
-from planners.placement import Tier, UpdateMode
+from planners.placement import Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
@@ -61,6 +63,9 @@ class TrainingSeconds:
     """Parameters."""
     deliveries_per_second: float
     """Parameters whose gradients are put where they wait, by who computes."""
+    arrivals_per_second: float = math.inf
+    """Parameters whose gradients the processor takes from a device: what it steps in a second is less by that already.
+    """
 
 
 def questions_of(
@@ -109,12 +114,13 @@ def measured_seconds(
     streams = [block for block in training.blocks if block.weights is not None]
     largest = max(streams or training.blocks, key=lambda block: block.state_bytes)
     steps = steps_per_second(largest, training.rule, optimizer.param_groups[0], on_nvme=bool(config.nvme))
-    deliveries = _num_params(largest) / delivery_seconds(largest)
+    deliveries, arrivals = _num_params(largest) / delivery_seconds(largest), math.inf
     if workload.has_streams:
-        steps, deliveries = 1 / (1 / steps + 1 / deliveries), math.inf
+        steps, deliveries, arrivals = 1 / (1 / steps + 1 / deliveries), math.inf, deliveries
     return TrainingSeconds(
-        layers=layers, head=head, embeddings=embeddings, steps_per_second=steps, deliveries_per_second=deliveries
-    )
+        layers=layers, head=head, embeddings=embeddings, steps_per_second=steps, deliveries_per_second=deliveries,
+        arrivals_per_second=arrivals,
+    )  # fmt: skip
 
 
 def questions(
@@ -124,22 +130,23 @@ def questions(
     config = workload.config
     memory = Tier.DEVICE if streaming.unified else Tier.HOST
     if not config.nvme or config.commit_every is None:
-        can = replace(_capabilities((memory,)), update_modes=(UpdateMode.AFTER,))
         asked = training_problem(workload, streaming, hardware, seconds)
+        can = replace(_capabilities(asked, (memory,)), update_modes=(UpdateMode.AFTER,))
         yield replace(asked, capabilities=can), Freedoms(weights=(True, True, False))
     if config.nvme:
         every = config.commit_every or 1
-        can = _capabilities((memory, Tier.NVME))
+        asked = training_problem(workload, streaming, hardware, seconds, commit_every=every)
+        can = _capabilities(asked, (memory, Tier.NVME))
         if every > 1:  # there is no commit to go back to
             can = replace(can, update_modes=(UpdateMode.AFTER,))
-        asked = training_problem(workload, streaming, hardware, seconds, commit_every=every)
         yield replace(asked, capabilities=can), Freedoms()
 
 
-def _capabilities(state_tiers: tuple[Tier, ...]) -> Capabilities:
+def _capabilities(asked: Problem, state_tiers: tuple[Tier, ...]) -> Capabilities:
     return replace(
-        CAPABILITIES, update_modes=MODES, state_tiers=state_tiers, whole_weights=True, memory_steps_after=True
-    )
+        CAPABILITIES, update_modes=MODES, state_tiers=state_tiers, whole_weights=True, memory_steps_after=True,
+        device_updates=asked.workload.device_steps is not None,
+    )  # fmt: skip
 
 
 def training_problem(
@@ -158,6 +165,7 @@ def training_problem(
     items = {trained.parameter.element_size() for block in training.blocks for trained in block.parameters}
     classes = _classes(workload, streaming, seconds)
     params = sum(map(_num_params, training.blocks))
+    state_bytes_per_param = -(-sizes.state_bytes // params)
     changing_bytes = sizes.state_bytes + sum(block.weight_bytes for block in sizes.blocks)
     planned = PlannedWorkload(
         name=type(workload.model).__name__,
@@ -166,7 +174,7 @@ def training_problem(
         hidden=round(streaming.layer_input_bytes / tokens / 2),
         batch_size=config.batch_size,
         seq_len=config.seq_len,
-        state_bytes_per_param=-(-sizes.state_bytes // params),
+        state_bytes_per_param=state_bytes_per_param,
         gradient_bytes_per_param=max(items),
         weight_bytes_per_param=max(items),
         clips=config.max_grad_norm is not None,
@@ -176,6 +184,12 @@ def training_problem(
         state_piece_bytes=sizes.piece_bytes,
         # Where there is a drive: extents of all that changes, and gradients of a first step, which waits for its norm.
         log_bytes=2 * changing_bytes + sizes.gradient_bytes if config.nvme else 0,
+        device_steps=device_steps(
+            workload,
+            hardware,
+            moved_bytes_per_param=2 * (state_bytes_per_param + max(items)),
+            arrivals_per_second=seconds.arrivals_per_second,
+        ),
     )
     # What lies in DEVICE memory besides, whatever the plan: of what trains, the gradient that is made is the planner's
     # where gradients leave DEVICE, and one more where they wait in what is DEVICE as well.
@@ -192,11 +206,8 @@ def training_problem(
     )  # fmt: skip
     more += passing_of(workload, streaming, None)
     more = replace(more, host_bytes=more.host_bytes + sum(beside_steps(sizes).values()))
-    hardware = replace(
-        hardware,
-        device=replace(hardware.device, adamw_params_per_second=rates),
-        host=replace(hardware.host, adamw_params_per_second=rates),
-    )
+    device = hardware.device if workload.has_streams else replace(hardware.device, adamw_params_per_second=rates)
+    hardware = replace(hardware, device=device, host=replace(hardware.host, adamw_params_per_second=rates))
     return Problem(
         hardware=within_budgets(hardware, streaming, reserve, pages * IO_ALIGNMENT_BYTES, more),
         workload=planned,
@@ -213,7 +224,9 @@ def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem
     if sizes is not None:
         peaks[memory] = {**peaks.get(memory, {}), **beside_steps(sizes)}
         if state.device_slots:
-            peaks[Tier.DEVICE.value]["optimizer state stepped there"] = state.device_bytes(sizes)
+            device = peaks[Tier.DEVICE.value]
+            device.pop("state updated on the device", None)
+            device["optimizer state stepped there"] = state.device_bytes(sizes)
     return replace(
         lowered(plan, streaming, problem),
         resident=tuple(name for name in plan.resident if name in streamed),
@@ -238,6 +251,7 @@ def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlace
         odd = sorted(set(named) ^ set(blocks)) or ["one twice"]
         raise ConfigError(f"plan: updates of its classes are not those of what trains, first odd one: {odd[0]}")
     in_memory: dict[str, int] = {}
+    on_device: dict[str, int] = {}
     on_nvme = weights_on_nvme = False
     for entry in plan.classes:
         params = sum(update.params for update in entry.updates if update.tier is not Tier.NVME)
@@ -249,19 +263,28 @@ def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlace
                 )
             if count := cuts.index(params):
                 in_memory[block.name] = count
+            if not unified and (there := sum(u.params for u in entry.updates if u.place is UpdatePlace.DEVICE)):
+                if cuts[-1] - there not in cuts:
+                    raise ConfigError(
+                        f"plan: state of the last {there} parameters of {block.name} stepped on the device, which is "
+                        f"cut at {cuts}"
+                    )
+                on_device[block.name] = len(block.pieces) - cuts.index(cuts[-1] - there)
             on_nvme |= count < len(block.pieces)
             weights_on_nvme |= entry.weights.nvme_bytes > 0
     waits = plan.update_mode is not UpdateMode.BACKWARD or bool(in_memory)
     slots = plan.buffers.gradient_slots if unified else plan.buffers.host_gradient_slots
     paged = _training(workload).adapters and workload.has_streams  # see `planning_adapters`
+    if paged:
+        on_device = {name: len(block.pieces) for name, block in blocks.items()}
     return StatePlacement(
         in_memory=in_memory,
         gradients=Tier.HOST if waits else Tier.NVME,
         state_slots=plan.buffers.state_slots if on_nvme else 0,
         weight_slots=plan.buffers.weight_slots if weights_on_nvme else 0,
         gradient_slots=0 if waits else slots,
-        on_device={name: len(block.pieces) for name, block in blocks.items()} if paged else {},
-        device_slots=PAGED_SLOTS if paged else 0,
+        on_device=on_device,
+        device_slots=PAGED_SLOTS if paged else DEVICE_SLOTS if on_device else 0,
     )
 
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 from planners.cost import Knobs, in_a_chunk, knobs_of, tokens_at_once
 from planners.layout import Arena, Buffer, aligned, lay_out, live_bytes
 from planners.optimizer_state import gradients_stay
-from planners.placement import ClassPlan, Tier, UpdateMode, UpdatePlace
+from planners.placement import ClassPlan, Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import BlockClass, Problem
 from planners.schedule import Phase
@@ -242,12 +242,12 @@ def waiting_bytes(problem: Problem, placed: ClassPlan, entry: BlockClass, tier: 
 def retained_gradients(problem: Problem, plan: Plan, placed: ClassPlan, tier: Tier) -> list[tuple[bool, int]]:
     """Gradients of one block that stay in `tier` until its update: whether into the next forward, and bytes."""
     found = []
-    place = UpdatePlace.DEVICE if tier is Tier.DEVICE else UpdatePlace.CPU
-    if place is UpdatePlace.DEVICE and problem.workload.pinned:
+    workload, in_host = problem.workload, tier is not Tier.DEVICE
+    if not in_host and workload.pinned:
         return []  # they have a place of their own, all the time
     stays = gradients_stay(problem, plan)
     for deferred in (False, True):
-        params = sum(u.params for u in placed.updates if u.place is place and u.deferred is deferred)
-        if params and (stays or deferred):
-            found.append((deferred, problem.workload.gradient_bytes_per_param * params))
+        own = [u for u in placed.updates if workload.in_host(u.tier, u.place) is in_host and u.deferred is deferred]
+        if (params := sum(u.params for u in own)) and (stays or deferred):
+            found.append((deferred, workload.gradient_bytes_per_param * params))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -178,14 +179,10 @@ def _expand(problem: Problem, cuts: Cuts, entry: BlockClass, fractions: Fraction
         )
     updates: list[Update] = []
     if entry.trainable_params:
-        # What is stepped on the device comes first: gradients there are the scarcer ones.
-        keys = sorted(fractions.updates, key=lambda key: key[1] is UpdatePlace.CPU)
-        counts = _cut(entry, keys, whole_numbers(entry.trainable_params, tuple(fractions.updates[k] for k in keys)))
-        updates = [
-            Update(params=count, tier=tier, place=place, deferred=deferred)
-            for (tier, place, deferred), count in zip(keys, counts, strict=True)
-            if count
-        ]
+        if problem.workload.device_steps is not None and entry.state_cuts:
+            updates = _in_pieces(entry, fractions.updates)
+        else:
+            updates = _in_ranges(entry, fractions.updates)
     return ClassPlan(
         name=entry.name,
         blocks=entry.blocks,
@@ -198,6 +195,36 @@ def _expand(problem: Problem, cuts: Cuts, entry: BlockClass, fractions: Fraction
         tokens=tuple(tokens),
         updates=tuple(updates),
     )
+
+
+def _in_ranges(entry: BlockClass, shares: dict[UpdateKey, float]) -> list[Update]:
+    """A range for each share. What is stepped on the device comes first: gradients there are the scarcer ones."""
+    keys = sorted(shares, key=lambda key: key[1] is UpdatePlace.CPU)
+    counts = _cut(entry, keys, whole_numbers(entry.trainable_params, tuple(shares[key] for key in keys)))
+    return [
+        Update(params=count, tier=tier, place=place, deferred=deferred)
+        for (tier, place, deferred), count in zip(keys, counts, strict=True)
+        if count
+    ]
+
+
+def _in_pieces(entry: BlockClass, shares: dict[UpdateKey, float]) -> list[Update]:
+    """The first pieces rest in memory, NVME gets the more; the last ones are the device's, the nearest number of them.
+
+    pieces      |  HOST, CPU  |  HOST, DEVICE  |  NVME, DEVICE  |        or     | HOST, CPU | NVME, CPU | NVME, DEVICE |
+    """
+    params, cuts = entry.trainable_params, [end for end, _ in entry.state_cuts]
+    on_nvme = sum(share for (tier, _, _), share in shares.items() if tier is Tier.NVME)
+    on_device = sum(share for (_, place, _), share in shares.items() if place is UpdatePlace.DEVICE)
+    first, _ = whole_numbers(params, (sum(shares.values()) - on_nvme, on_nvme))
+    in_memory = max(cut for cut in cuts if cut <= first)
+    begin = min(cuts, key=lambda cut: abs(cut - (1 - on_device) * params))
+    updates = []
+    for low, high in itertools.pairwise(sorted({0, in_memory, begin, params})):
+        tier = Tier.HOST if high <= in_memory else Tier.NVME
+        place = UpdatePlace.CPU if high <= begin else UpdatePlace.DEVICE
+        updates.append(Update(params=high - low, tier=tier, place=place))
+    return updates
 
 
 def _cut(entry: BlockClass, keys: list[UpdateKey], counts: list[int]) -> list[int]:

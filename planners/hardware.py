@@ -46,6 +46,8 @@ class Host:
 
     memory_bytes: int
     adamw_params_per_second: float
+    adamw_beside_copies: float = 1.0
+    """Share of that rate which is left while links copy both ways: they use the same memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,11 @@ _DEVICE_LIMITS = {
     "adamw_params_per_second": (1e3, 1e15),
     "operation_seconds": (0.0, 1.0),
 }
-_HOST_LIMITS = {"memory_bytes": (0, MAX_BYTES), "adamw_params_per_second": (1e3, 1e15)}
+_HOST_LIMITS = {
+    "memory_bytes": (0, MAX_BYTES),
+    "adamw_params_per_second": (1e3, 1e15),
+    "adamw_beside_copies": (0.01, 1.0),
+}
 _LINK_LIMITS = {
     "host_to_device_bytes_per_second": _RATE,
     "device_to_host_bytes_per_second": _RATE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planners.placement import ClassPlan, Tier, UpdateMode, UpdatePlace
+from planners.placement import ClassPlan, Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import BlockClass, Problem
 
@@ -66,6 +66,6 @@ def passing_gradient_bytes(problem: Problem, plan: Plan) -> int:
         return 0
     return max(
         problem.workload.gradient_bytes_per_param
-        * sum(u.params for u in entry.updates if u.place is UpdatePlace.CPU and not u.deferred)
+        * sum(u.params for u in entry.updates if problem.workload.in_host(u.tier, u.place) and not u.deferred)
         for entry in plan.classes
     )

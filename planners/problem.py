@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 
 from planners.hardware import Hardware
-from planners.placement import Tier, UpdateMode
+from planners.placement import Tier, UpdateMode, UpdatePlace
 from planners.trace import ITEM_BYTES, Saved, Transient
 from planners.vocabulary import HeadTiles, Lookups, RowsSize
 
@@ -161,6 +161,19 @@ class BlockClass:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceSteps:
+    """How a device steps pieces of state that rest elsewhere, where gradients go to HOST and come back with it."""
+
+    num_slots: int
+    """Pieces in DEVICE memory, on their way in, being stepped, or on their way out."""
+    slot_bytes: int
+    """Of a piece with its gradients and its new weights."""
+    cpu_seconds_per_param: float = 0.0
+    """What a parameter that the device steps costs the processor, which takes its gradients as they arrive, and whose
+    memory the copies use."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What one step computes."""
 
@@ -194,6 +207,8 @@ class Workload:
     input_staging_bytes: int | None = None
     """HOST memory through which layer inputs pass to and from NVMe, where they have a way of their own: then DEVICE
     memory holds the one in use. None: like all else that is swapped they go by swap slots, and as many in HOST."""
+    device_steps: DeviceSteps | None = None
+    """None: what the device steps has its gradients there, and its state moves in buckets."""
 
     @property
     def tokens(self) -> int:
@@ -216,6 +231,10 @@ class Workload:
     def mutable(self) -> bool:
         """The streamed weights themselves change."""
         return self.training is Training.FULL
+
+    def in_host(self, tier: Tier, place: UpdatePlace) -> bool:
+        """Whether gradients wait in HOST that update state in `tier`."""
+        return place is UpdatePlace.CPU or (self.device_steps is not None and tier is not Tier.DEVICE)
 
     @property
     def boundary_bytes(self) -> int:

@@ -181,7 +181,7 @@ _COLOURS = {
     "forward": "#4878a8", "backward": "#2a4f7a", "update": "#b5763a", "fetch": "#5a9367", "read": "#5a9367",
     "read rows": "#5a9367", "read tiles": "#5a9367",
     "load": "#8ab17d", "swap": "#c9a227", "save": "#c9a227", "read state": "#d08c60", "write state": "#a44a3f",
-    "write back": "#a44a3f",
+    "write back": "#a44a3f", "arrive": "#b5763a",
 }  # fmt: skip
 WIDTH, LANE = 1200, 26
 

@@ -115,7 +115,9 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
             add(nvme, "activations", entry.count * saved.bytes_per_token * workload.batch_size * split.nvme_tokens)
         moved = sum(u.params for u in placed.updates if u.place is UpdatePlace.DEVICE and u.tier is not Tier.DEVICE)
         piece = workload.state_bytes_per_param * moved / plan.buffers.buckets_per_block
-        if not unified:  # where the tiers are one, it is stepped where it is staged
+        if moved and workload.device_steps is not None:
+            on_device = float(workload.device_steps.num_slots * workload.device_steps.slot_bytes)
+        elif not unified:  # where the tiers are one, it is stepped where it is staged
             on_device = max(on_device, 2 * piece)
     add(device, "state updated on the device", on_device)
     add(nvme, "what changes, twice", workload.log_bytes or 0)

@@ -114,10 +114,11 @@ class _Builder(Rows):
             for (_, place, _), x in columns[first].updates.items()
             if place is UpdatePlace.CPU
         ]
+        through_host = 0.0 if self.workload.device_steps is None else out
         on_device = params / self.hardware.device.adamw_params_per_second / self.unit
         moved = 0.0 if self.unified else whole_state_bytes(self.problem, entry) / self.rate["host_to_device"]
         step += [
-            (x, on_device if tier is Tier.DEVICE else max(on_device, moved / self.unit))
+            (x, on_device if tier is Tier.DEVICE else through_host + max(on_device, moved / self.unit))
             for (tier, place, _), x in columns[first].updates.items()
             if place is UpdatePlace.DEVICE
         ]

@@ -55,13 +55,18 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
         for update, state in zip(placed.updates, update_bytes(problem, placed), strict=True):
             if update.place is UpdatePlace.CPU:
                 cpu += n * update.params / hardware.host.adamw_params_per_second
-                up += n * workload.gradient_bytes_per_param * update.params
             else:
                 stepped += n * update.params / hardware.device.adamw_params_per_second
                 on_device += update.params
+                if workload.device_steps is not None:
+                    cpu += n * update.params * workload.device_steps.cpu_seconds_per_param
                 if update.tier is not Tier.DEVICE:
                     up += n * state
                     down += n * state
+            if workload.in_host(update.tier, update.place):
+                up += n * workload.gradient_bytes_per_param * update.params
+                back = update.place is UpdatePlace.DEVICE
+                down += n * workload.gradient_bytes_per_param * update.params if back else 0
             if update.tier is Tier.NVME:
                 read += n * state
                 write += n * state

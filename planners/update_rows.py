@@ -36,23 +36,27 @@ class UpdateRows:
             x = found[key] = program.variable(0.0, 1.0)
             phase = UPDATE if steps_after(self.problem, mode, tier) else (FORWARD if deferred else BACKWARD)
             stays = waiting or deferred
+            in_host = workload.in_host(tier, place)
             if place is UpdatePlace.CPU:
                 self.rows.work(phase, "cpu", x, n * params / self.hardware.host.adamw_params_per_second)
+            else:
+                self.rows.work(phase, "compute", x, n * params / self.hardware.device.adamw_params_per_second)
+                if workload.device_steps is not None:
+                    self.rows.work(phase, "cpu", x, n * params * workload.device_steps.cpu_seconds_per_param)
+                if tier is not Tier.DEVICE:
+                    self.rows.work(phase, "host_to_device", x, n * (state + (gradient if in_host else 0.0)))
+                    self.rows.work(phase, "device_to_host", x, n * state)
+                    if alone and not stays and not in_host:
+                        self._state_alone(x, n * state, tier)
+                if stays and not workload.pinned and not in_host:
+                    self.rows.hold("device", x, n * gradient)
+            if in_host:
                 self.rows.work(BACKWARD, "device_to_host", x, n * gradient)
                 if alone:
                     out = n * gradient / self.rows.rate["device_to_host"] / self.rows.unit
                     self.rows.wait(BACKWARD, "gradients", [(x, out)])
                 if stays:
                     self.rows.hold("host", x, n * gradient)
-            else:
-                self.rows.work(phase, "compute", x, n * params / self.hardware.device.adamw_params_per_second)
-                if tier is not Tier.DEVICE:
-                    self.rows.work(phase, "host_to_device", x, n * state)
-                    self.rows.work(phase, "device_to_host", x, n * state)
-                    if alone and not stays:
-                        self._state_alone(x, n * state, tier)
-                if stays and not workload.pinned:
-                    self.rows.hold("device", x, n * gradient)
             if tier is Tier.NVME:
                 self.rows.work(phase, "ssd_read", x, n * state)
                 self.rows.work(phase, "ssd_write", x, n * state)
@@ -66,8 +70,8 @@ class UpdateRows:
                     if tier is Tier.DEVICE:
                         self.rows.work(phase, "device_to_host", x, n * state / (workload.commit_every or 1))
         if not waiting:
-            passing = [(x, gradient) for (_, place, deferred), x in found.items()
-                       if place is UpdatePlace.CPU and not deferred]  # fmt: skip
+            passing = [(x, gradient) for (tier, place, deferred), x in found.items()
+                       if workload.in_host(tier, place) and not deferred]  # fmt: skip
             self.rows.largest("host", "gradients", passing, count=self.knobs.buffers.host_gradient_slots)
         program.row([(x, 1.0) for x in found.values()], 1.0, 1.0)
         self._staging(found, state)
@@ -112,11 +116,15 @@ class UpdateRows:
         staged = [(x, self.knobs.buffers.state_slots * each) for key, x in found.items() if key[0] is Tier.NVME]
         self.rows.largest("host", "staging of state", staged)
         moved = [
-            (x, 2 * state / pieces)
-            for (tier, place, _), x in found.items()
+            x for (tier, place, _), x in found.items()
             if place is UpdatePlace.DEVICE and tier is not Tier.DEVICE and not self.unified
-        ]
-        self.rows.largest("device", "state updated on the device", moved)
+        ]  # fmt: skip
+        size, steps = 2 * state / pieces, self.workload.device_steps
+        if steps is not None and moved:  # the slots are there, or they are not
+            size, some = steps.num_slots * steps.slot_bytes, self.program.whole_number(1)
+            self.program.at_most([*((x, 1.0) for x in moved), (some, -1.0)], 0.0)
+            moved = [some]
+        self.rows.largest("device", "state updated on the device", [(x, size) for x in moved])
 
     def _new_weights(
         self, entry: BlockClass, weights: tuple[int, int, int], found: dict[UpdateKey, int], new: float

@@ -50,7 +50,7 @@ class Updates:
         return [
             float(buffers.host_gradient_slots * passing) + 1.0,
             float(buffers.state_slots * (self.workload.state_piece_bytes or 1)),
-            2.0,
+            2.0 if self.workload.device_steps is None else float(self.workload.device_steps.num_slots),
         ]
 
     def _num_buckets(self, num_bytes: int) -> int:
@@ -69,15 +69,13 @@ class Updates:
         entry, placed, workload = self.workload.classes[c], self.step.placed[c], self.workload
         mode = self.plan.update_mode
         each = workload.gradient_bytes_per_param
-        on_cpu = sum(u.params for u in placed.updates if u.place is UpdatePlace.CPU)
+        in_host = [u for u in placed.updates if workload.in_host(u.tier, u.place)]
         gradient = None
-        if on_cpu:
-            staying = each * sum(u.params for u in placed.updates if self._stays(u) and u.place is UpdatePlace.CPU)
-            gradient = self.step.link_out(
-                position, 0, each * on_cpu, key, [(computed, 0)], 1, at_start=(self.host, staying)
-            )
-            if staying < each * on_cpu:
-                self.timeline.acquire[gradient] = (GRADIENTS, each * on_cpu - staying)
+        if leaving := each * sum(u.params for u in in_host):
+            staying = each * sum(u.params for u in in_host if self._stays(u))
+            gradient = self.step.link_out(position, 0, leaving, key, [(computed, 0)], 1, at_start=(self.host, staying))
+            if staying < leaving:
+                self.timeline.acquire[gradient] = (GRADIENTS, leaving - staying)
         parts: list[int] = []
         on_device: list[int] = []
         writes: list[int] = []
@@ -88,7 +86,7 @@ class Updates:
             waits: list[tuple[int, int]] = []
             if steps_after(self.problem, mode, update.tier) or (mode is UpdateMode.DEFERRED and workload.clips):
                 waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
-            if update.place is UpdatePlace.DEVICE and self._stays(update) and not workload.pinned:
+            if update not in in_host and self._stays(update) and not workload.pinned:
                 self.timeline.at_finish[computed].append((DEVICE, each * update.params))
                 self.retained.append((DEVICE, each * update.params))
             pieces = self._num_buckets(num_bytes)
@@ -96,7 +94,7 @@ class Updates:
                 share = (update.params / pieces, num_bytes / pieces)
                 done, wrote = self._bucket(position, update, share, bucket, gradient, computed, before, waits, key)
                 parts.append(done)
-                if update.place is UpdatePlace.DEVICE and not update.deferred:
+                if update not in in_host and not update.deferred:
                     on_device.append(done)
                 if wrote is not None:
                     writes.append(wrote)
@@ -129,7 +127,8 @@ class Updates:
         key += 0.2 + bucket * 1e-4
         label = ("update", position, bucket)
         staged = update.tier is Tier.NVME and state > 0
-        holder = gradient if update.place is UpdatePlace.CPU and gradient is not None else computed
+        in_host = workload.in_host(update.tier, update.place)
+        holder = gradient if in_host and gradient is not None else computed
         source: list[tuple[int, int]] = [(holder, 0), *waits]
         if staged:
             # See [Note: order of credits]: where updates keep the order of backward, state may come before gradients.
@@ -140,22 +139,32 @@ class Updates:
             )  # fmt: skip
             source = [(read, 0), *source]
         speculative = self.plan.update_mode is UpdateMode.SPECULATIVE
+        at_finish: tuple[tuple[int, float], ...] = ()
+        release: tuple[int, float] | None = None
+        if in_host and not self._stays(update):
+            release = (GRADIENTS, each)
+        elif in_host and speculative:
+            self.retained.append((self.host, each))
+        elif in_host:
+            at_finish = ((self.host, -each),)
         if update.place is UpdatePlace.CPU:
-            stays = self._stays(update)
-            if speculative:
-                self.retained.append((self.host, each))
             done = self.step.op(
                 Resource.CPU, params / hardware.host.adamw_params_per_second, key, source, phase, label,
-                at_finish=((self.host, -each),) if stays and not speculative else (),
-                release=None if stays else (GRADIENTS, each),
+                at_finish=at_finish, release=release,
             )  # fmt: skip
         else:
             moves = update.tier is not Tier.DEVICE and not hardware.unified and state > 0
+            if workload.device_steps is not None and workload.device_steps.cpu_seconds_per_param:
+                beside = workload.device_steps.cpu_seconds_per_param * params
+                arrive = ("arrive", position, bucket)
+                source.append((self.step.op(Resource.CPU, beside, key, list(source), phase, arrive), 0))
             if moves:
-                source.append((self._state_in(position, bucket, state, source, key, phase), 0))
+                back = each if in_host else 0.0
+                source.append((self._state_in(position, bucket, state + back, source, key, phase), 0))
             done = self.step.op(
-                Resource.DEVICE_UPDATE, params / device.adamw_params_per_second, key - 0.3, source, phase, label
-            )
+                Resource.DEVICE_UPDATE, params / device.adamw_params_per_second, key - 0.3, source, phase, label,
+                at_finish=at_finish, release=release,
+            )  # fmt: skip
             if moves:
                 done = self.step.link_out(position, bucket, state, key, [(done, 0)], phase)
                 self.timeline.release[done] = (DEVICE_STATES, 1.0)

@@ -133,6 +133,7 @@ FLOORS = {
     "offload_rt.planning_training": 8.75,
     "offload_rt.planning_adapters": 8.76,
     "offload_rt.asked": 8.78,
+    "offload_rt.device_share": 8.72,
     "offload_rt.plan_check": 8.8,
     "offload_rt.resting": 8.6,
     "offload_rt.moving": 8.65,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import arguments, bench, calibrate, codec, cpu_adam_torch, nf4_products
+from offload_rt import arguments, bench, calibrate, codec, cpu_adam_torch, nf4_products, planning_training
 from offload_rt._engine import Engine
 from offload_rt.arena import Arena
 from offload_rt.block_profile import profile_layer
@@ -919,6 +919,7 @@ def test_the_gpus_links_and_kernels_are_calibrated_and_remembered_under_its_name
     passes = TINY.passes + 1
     assert moved == [
         {"host_to_device": 2 * passes * TINY.copy_bytes}, {"device_to_host": 2 * passes * TINY.copy_bytes},
+        {"host_to_device": passes * TINY.copy_bytes}, {"device_to_host": passes * TINY.copy_bytes},  # beside AdamW
     ]  # fmt: skip
     hardware = calibrate.calibrated("cuda:0", ())
     assert hardware is not None and hardware.name == name and not hardware.unified
@@ -932,20 +933,25 @@ def test_the_gpus_links_and_kernels_are_calibrated_and_remembered_under_its_name
         assert calibrate.calibrated("cuda:0", ()) is None
 
 
-FULL_PLANNED = {"state in HOST": (4000, 8000, False), "state on NVMe": (1000, 2500, True)}
-"""KiB of DEVICE and HOST that a plan may have, and whether there is a drive."""
+FULL_PLANNED = {
+    "state in HOST": (4000, 8000, False, 1e7),
+    "state on NVMe": (1000, 2500, True, 1e7),
+    "state in HOST, stepped by both": (4000, 8000, False, 5e4),
+}
+"""KiB of DEVICE and HOST that a plan may have, whether there is a drive, what the processor steps in a second."""
 
 
 @pytest.mark.parametrize("place", FULL_PLANNED)
 def test_all_parameters_train_by_the_optimisers_plan_on_the_gpu_to_the_bits_of_plain_pytorch(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
 ) -> None:
-    device_kib, host_kib, on_nvme = FULL_PLANNED[place]
+    device_kib, host_kib, on_nvme, steps_per_second = FULL_PLANNED[place]
     case = full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "in place")
     expected = full.run_plain(case, device="cuda")
     gpu_planning.calibrated(monkeypatch, tmp_path)
     gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
     gpu_planning.unmeasured(monkeypatch)
+    monkeypatch.setattr(planning_training, "steps_per_second", lambda *_, **__: steps_per_second)
     with full.make_engine(
         case, tmp_path, device="cuda", device_memory="4GiB", host_memory=f"{host_kib}KiB", nvme=on_nvme,
         plan="optimise", options=RuntimeOptions(poison=True, piece_elements=8192),
@@ -955,6 +961,7 @@ def test_all_parameters_train_by_the_optimisers_plan_on_the_gpu_to_the_bits_of_p
         plan, report = engine.plan, engine.report()
         assert plan.planner == "optimiser" and plan.state is not None
         assert (plan.state.state_slots > 0) == on_nvme
+        assert (report["training"]["num_pieces_on_device"] > 0) == bool(plan.state.on_device) == ("both" in place)
         landing = "new weights on their way to DEVICE"
         holdings = engine._runtime.tiers.account(Tier.HOST).holdings
         assert plan.peak_bytes["host"][landing] == holdings[landing] > 0

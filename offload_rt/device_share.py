@@ -1,0 +1,67 @@
+"""Which share of the updates a device makes, where all parameters train: at what prices, and whether it is worth it.
+
+A piece of state that the device steps goes there and back, beside what the processor steps meanwhile (see [Note:
+updates on the device] in `optimizer.on_device`). That takes links, the device's memory rate, and of the processor's
+memory about what stepping it there takes: where links and processor share what limits both, nothing is gained. So
+`offload-rt calibrate` measures how much of its rate the processor keeps beside copies, and that is in the price.
+
+The optimiser is asked with every update left to the processor, and again with the choice. The device gets a share where
+that saves `GAIN` of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from offload_rt.errors import ConfigError
+from offload_rt.optimizer.on_device import device_rule
+from offload_rt.planning import optimal
+from offload_rt.runtime_options import DEVICE_SLOTS
+from offload_rt.workload import Workload
+from offload_rt.workload_sizes import training_sizes
+from planners.errors import PlanInfeasible
+from planners.hardware import Hardware
+from planners.plan import Plan
+from planners.problem import DeviceSteps, Problem
+from planners.rows import Freedoms
+from planners.streaming_problem import StreamingProblem
+
+GAIN = 0.03
+"""What the device's share of the updates has to save: predictions are off by 2.7 % in the median."""
+
+
+def device_steps(
+    workload: Workload, hardware: Hardware, *, moved_bytes_per_param: float, arrivals_per_second: float
+) -> DeviceSteps | None:
+    """How the device steps pieces of state, and what that costs the processor; None where it cannot.
+
+    moved_bytes_per_param: over the links, both ways together. arrivals_per_second: parameters whose gradients the
+    processor takes.
+    """
+    training = workload.training
+    if training is None or training.adapters or not workload.has_streams:
+        return None
+    try:
+        device_rule(training.rule, workload.config.device)
+    except ConfigError:
+        return None
+    links = hardware.links
+    both_ways = (links.host_to_device_bytes_per_second + links.device_to_host_bytes_per_second) * (1 + links.duplex) / 2
+    held_up = (1 - hardware.host.adamw_beside_copies) * moved_bytes_per_param / both_ways
+    return DeviceSteps(
+        num_slots=DEVICE_SLOTS, slot_bytes=training_sizes(workload).stepping_bytes,
+        cpu_seconds_per_param=1 / arrivals_per_second + held_up,
+    )  # fmt: skip
+
+
+def with_the_best_share(problem: Problem, streaming: StreamingProblem, freedoms: Freedoms) -> tuple[Plan, Problem]:
+    """As `optimal`, with updates on the device where they save `GAIN` of a step."""
+    if problem.workload.device_steps is None:
+        return optimal(problem, streaming, freedoms)
+    plan, answered = optimal(problem, streaming, replace(freedoms, device_updates=False))
+    try:
+        shared, answered_shared = optimal(problem, streaming, freedoms)
+    except PlanInfeasible:  # not in theory: it is free to give the device nothing
+        return plan, answered
+    seconds, shared_seconds = (float(one.predicted["step_seconds"]) for one in (plan, shared))
+    return (shared, answered_shared) if shared_seconds < (1 - GAIN) * seconds else (plan, answered)
