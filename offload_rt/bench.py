@@ -272,8 +272,8 @@ def small_operations(bench: Bench) -> Work:
 
 
 @contextlib.contextmanager
-def copies(bench: Bench) -> Iterator[dict[str, Work]]:
-    """From HOST to DEVICE, back, and both at once (the bytes of both)."""
+def copies(bench: Bench, meanwhile: Callable[[], object] = lambda: None) -> Iterator[dict[str, Work]]:
+    """From HOST to DEVICE, back, and both at once (the bytes of both), when `meanwhile` is called."""
     n = bench.sizes.copy_bytes
     host, device = ([arena.acquire(n, "calibration") for _ in range(2)] for arena in bench.device.arenas(2 * n))
     for slot in (*host, *device):
@@ -282,6 +282,7 @@ def copies(bench: Bench) -> Iterator[dict[str, Work]]:
 
     def both() -> None:
         under_way = [ways[0].copy(host[0], device[0]), ways[1].copy(device[1], host[1])]
+        meanwhile()
         for transfer in under_way:
             transfer.wait()
 

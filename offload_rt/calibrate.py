@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -90,6 +91,7 @@ def measure(device: str, folders: tuple[Path, ...], sizes: Sizes | None = None) 
         into = bench.rate("host to device B/s", ways["host_to_device"])
         back = bench.rate("device to host B/s", ways["device_to_host"])
         both = bench.rate("both ways B/s", ways["both_ways"])
+    beside = 1.0 if found.unified else _share_beside_copies(bench, stepped, both)
     measured, mixes = [], []
     for folder in folders:
         one, mix = _measure_drive(bench, folder)
@@ -109,7 +111,9 @@ def measure(device: str, folders: tuple[Path, ...], sizes: Sizes | None = None) 
             adamw_params_per_second=on_device,
             operation_seconds=min(1.0, 1 / operations),
         ),
-        host=Host(memory_bytes=0 if found.unified else ram, adamw_params_per_second=stepped),
+        host=Host(
+            memory_bytes=0 if found.unified else ram, adamw_params_per_second=stepped, adamw_beside_copies=beside
+        ),
         links=LinkRates(
             host_to_device_bytes_per_second=into,
             device_to_host_bytes_per_second=back,
@@ -153,6 +157,26 @@ def _measure_drive(bench: Bench, folder: Path) -> tuple[Drive, float]:
         links.close()
     known = Drive(capacity_bytes=free, read_bytes_per_second=rates["read"], write_bytes_per_second=rates["write"])
     return known, _together(rates["read and write"], rates["read"], rates["write"])
+
+
+def _share_beside_copies(bench: Bench, stepped: float, both: float) -> float:
+    """Of `stepped`, AdamW's rate on the processor, what is left while copies run both ways, `both` bytes in a second.
+
+    So many parameters are stepped that it takes longer than the copies.
+    """
+    step, params = adamw(bench)
+    copied_seconds = 2 * bench.sizes.copy_bytes / both
+    times = max(1, math.ceil(copied_seconds * stepped / params))
+
+    def several() -> None:
+        for _ in range(times):
+            step()
+
+    with copies(bench, several) as ways:
+        run, _ = ways["both_ways"]
+        rate = bench.rate("AdamW beside copies params/s", (run, times * params))
+    held_up_seconds = times * params * (1 / rate - 1 / stepped)
+    return _within(1 - held_up_seconds / copied_seconds, 0.01, 1.0)
 
 
 def _together(both: float, one: float, other: float) -> float:

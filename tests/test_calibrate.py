@@ -146,6 +146,32 @@ def test_two_directions_gain_between_nothing_and_everything():
     assert calibrate._together(both=1.5, one=1.0, other=1.0) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("together_seconds", "share"), [(1.0, 1.0), (1.25, 0.75), (2.0, 0.01), (0.9, 1.0)])
+def test_adamw_is_stepped_while_copies_run_and_keeps_what_they_leave_it(together_seconds, share, monkeypatch):
+    """Both by themselves take a second."""
+    steps, started = [], []
+
+    class Watched(Links):
+        def copy(self, *arguments, **options):
+            started.append(super().copy(*arguments, **options))
+            return started[-1]
+
+    class Timed(Bench):
+        def rate(self, name, work):
+            run, amount = work
+            run()
+            assert amount == 1000.0
+            return amount / together_seconds
+
+    def unwaited():
+        return sum(not transfer.was_waited_for for transfer in started)
+
+    monkeypatch.setattr(bench, "Links", Watched)
+    monkeypatch.setattr(calibrate, "adamw", lambda _: (lambda: steps.append(unwaited()), 100.0))
+    found = calibrate._share_beside_copies(Timed(Cpu(), TINY), stepped=1000.0, both=2.0 * TINY.copy_bytes)
+    assert found == pytest.approx(share) and steps == [2] * 10 and unwaited() == 0
+
+
 def test_a_rate_is_a_median_with_quartiles(monkeypatch):
     times = iter([0.0, *[at for took in (1.0, 2.0, 4.0, 5.0, 10.0) for at in (0.0, took)], 1e9])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
