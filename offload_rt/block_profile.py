@@ -35,6 +35,7 @@ from offload_rt.autograd import CHECKED_CALLS, RecomputedLayer
 from offload_rt.block import Binding, Block
 from offload_rt.checkpoint.ingest import fill_slot, sources_in_memory
 from offload_rt.checkpoint.materialise import make_absent, move_rest
+from offload_rt.cuda_memory import REFUSED
 from offload_rt.decoder import Decoder
 from offload_rt.discover import BlockDraft, find_blocks
 from offload_rt.errors import ConfigError, OffloadError, UnsupportedModule
@@ -93,6 +94,8 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int,
         try:
             again = RecomputedLayer(stand.layer, stand.block, stand.access, deliver=stand.deliver)
             _warm(again, call, bench)
+        except REFUSED:
+            raise
         except Exception as error:
             raise _not_alone(draft, error) from error
         saving: _Saving | None = None
@@ -186,6 +189,8 @@ def made_stand(draft: BlockDraft, bench: Workbench) -> Stand:
     """A stand-in of the layer of `draft`. ConfigError where there can be none."""
     try:
         return _managed(_stand_in(draft.modules[0]), draft, bench)
+    except REFUSED:
+        raise
     except Exception as error:
         raise _not_alone(draft, error) from error
 
@@ -277,6 +282,8 @@ def call_of(
     except _Reached as found:
         there = partial(_real, device=device)
         args, kwargs = pytree.tree_map_only(torch.Tensor, there, (found.args_given, found.kwargs_given))
+    except REFUSED:
+        raise
     except Exception as error:
         raise ConfigError(
             f"{type(model).__name__}: cannot be called with input_ids alone ({type(error).__name__}: {error})"

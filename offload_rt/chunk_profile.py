@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from offload_rt.block_profile import LayerCall, Stand, call_of, decode_seconds, held_up, made_stand, one_pass
+from offload_rt.cuda_memory import REFUSED
 from offload_rt.discover import BlockDraft
 from offload_rt.errors import ConfigError, UnsupportedModule
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
@@ -88,6 +89,8 @@ def profile_chunked_layer(
         with contextlib.closing(made_stand(draft, place)) as stand:
             try:
                 return _measured(stand, whole, short, chunk_tokens, place)
+            except REFUSED:
+                raise
             except (UnsupportedModule, RuntimeError) as error:
                 why = f"could not be measured by chunks of {chunk_tokens}: {error}"
                 raise ConfigError(f"{draft.name}: {why}") from error

@@ -39,6 +39,9 @@ logger = logging.getLogger("offload_rt")
 KERNELS_BYTES = 128 << 20
 """For kernels that are loaded after `settle`; a guess until a GPU has measured it."""
 
+REFUSED = (torch.OutOfMemoryError, OutOfDeviceMemory)
+"""What is raised where a GPU has no room: whoever tells something else of any other error lets these pass."""
+
 WORKSPACE_BYTES = 32 << 20
 """The most that one of CUDA's libraries takes for a thread and stream."""
 

@@ -21,7 +21,7 @@ from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.planning_blocks import class_of, kind_of, needed_again, passes_of, passes_of_edge
 from offload_rt.planning_budgets import in_budgets, passing_of, with_slack, within_budgets
 from offload_rt.planning_tokens import input_staging_bytes, policies_of, rounding_of, saved_of, sizes_of
-from offload_rt.profile_cost import check_profile_fits
+from offload_rt.profile_cost import profiled
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workbench import Workbench, workbench_of
 from offload_rt.workload import Workload
@@ -65,20 +65,23 @@ def measured_problem(
     """The question, after one layer and the head were timed on the device that will compute: blocks for seconds.
 
     `hardware` gives rates; memory and drives are as `streaming` says. chunk_tokens: of the chunks in which layers run;
-    None: whole. ConfigError for what cannot be asked.
+    None: whole. ConfigError for what cannot be asked, PlanInfeasible where a GPU has no room for that.
     """
     if workload.training is not None and not workload.training.adapters:
         raise ConfigError("plan: layers train here, about which `planning_training` asks")
-    check_profile_fits(workload, streaming, chunk_tokens)
-    config = workload.config
-    with workbench_of(config) as bench:
-        seconds = layer_seconds(workload, chunk_tokens, bench)
-        trained = [p for p in workload.layers[0].modules[0].parameters() if p.requires_grad]
-        if trained:
-            device = replace(hardware.device, adamw_params_per_second=updates_per_second(trained, bench))
-            hardware = replace(hardware, device=device)
-        head = _head_seconds(workload, streaming, chunk_tokens, bench)
-    return problem_of(workload, streaming, hardware, seconds, head)
+
+    def profile() -> tuple[dict[str, MeasuredSeconds], Hardware, MeasuredSeconds]:
+        machine = hardware
+        with workbench_of(workload.config) as bench:
+            seconds = layer_seconds(workload, chunk_tokens, bench)
+            trained = [p for p in workload.layers[0].modules[0].parameters() if p.requires_grad]
+            if trained:
+                device = replace(hardware.device, adamw_params_per_second=updates_per_second(trained, bench))
+                machine = replace(hardware, device=device)
+            return seconds, machine, _head_seconds(workload, streaming, chunk_tokens, bench)
+
+    seconds, machine, head = profiled(profile, workload, streaming, hardware, chunk_tokens)
+    return problem_of(workload, streaming, machine, seconds, head)
 
 
 def layer_seconds(workload: Workload, chunk_tokens: int | None, bench: Workbench) -> dict[str, MeasuredSeconds]:

@@ -29,7 +29,7 @@ from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, layer_seconds, lowe
 from offload_rt.planning_blocks import class_of, kind_of, needed_again
 from offload_rt.planning_budgets import passing_of, within_budgets
 from offload_rt.planning_tokens import input_staging_bytes, rounding_of, saved_of, transients_of
-from offload_rt.profile_cost import check_profile_fits
+from offload_rt.profile_cost import profiled
 from offload_rt.runtime_options import DEVICE_SLOTS
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.update_profile import delivery_seconds, steps_per_second
@@ -75,7 +75,10 @@ def questions_of(
     asked.
     """
     check_can_be_asked(workload)
-    return list(questions(workload, streaming, hardware, measured_seconds(workload, streaming, optimizer)))
+    seconds = profiled(
+        lambda: measured_seconds(workload, streaming, optimizer), workload, streaming, hardware
+    )  # fmt: skip
+    return list(questions(workload, streaming, hardware, seconds))
 
 
 def check_can_be_asked(workload: Workload) -> None:
@@ -98,7 +101,6 @@ def measured_seconds(
     What a device computes with does not wait for gradients to be put where they wait: the processor takes them, which
     steps so much less in a second.
     """
-    check_profile_fits(workload, streaming, None)
     config, training = workload.config, _training(workload)
     with workbench_of(config) as bench:
         layers = layer_seconds(workload, None, bench)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
 from offload_rt.block_profile import ACTIVATIONS_HELD, MOST_PASSES
 from offload_rt.block_profile import ARENA_HELD as LAYER_ARENA_HELD
 from offload_rt.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
+from offload_rt.cuda_memory import REFUSED
 from offload_rt.profile import attention_width
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.workload import Workload
 from planners.cost import FLASH_BACKWARD
 from planners.errors import PlanInfeasible, format_bytes_up
 from planners.hardware import Hardware
 from planners.placement import Tier
 from planners.streaming_problem import StreamingProblem
+
+T = TypeVar("T")
+logger = logging.getLogger("offload_rt")
 
 PRODUCTS = 4
 """Times forward's products that a profiled pass has at most: forward, again, gradients of inputs and weights."""
@@ -47,6 +56,37 @@ def check_profile_fits(workload: Workload, streaming: StreamingProblem, chunk_to
             tier=Tier.DEVICE.value, phase="profiling a layer", need_bytes=need, have_bytes=have,
             ways_out=[f"device_memory of {format_bytes_up(budget)}", 'plan="auto"'],
         )  # fmt: skip
+
+
+def profiled(
+    profile: Callable[[], T],
+    workload: Workload,
+    streaming: StreamingProblem,
+    machine: Hardware,
+    chunk_tokens: int | None = None,
+) -> T:
+    """What `profile` returns, which times one layer of each kind, after the log has said how long that may take.
+
+    Raises PlanInfeasible where a GPU has no room for it, be it that the estimate was too low: as `check_profile_fits`.
+    """
+    check_profile_fits(workload, streaming, chunk_tokens)
+    logger.info(
+        "plan: timing a layer of each kind%s, about %.0f s at the rates of %s",
+        "" if chunk_tokens is None else f" by chunks of {chunk_tokens} tokens",
+        profile_seconds(workload, machine, chunk_tokens), machine.name,
+    )  # fmt: skip
+    try:
+        return profile()
+    except REFUSED as error:
+        why = str(error)
+    # Raised from here, the error holds no frames of the profile, nor with them memory that a shorter one needs.
+    have = streaming.device_capacity_bytes or 0
+    need = max(profile_bytes(workload, streaming, chunk_tokens), have + IO_ALIGNMENT_BYTES)
+    logger.warning("plan: the GPU had no room for timing a layer: %s", why)
+    raise PlanInfeasible(
+        tier=Tier.DEVICE.value, phase="profiling a layer, refused by the GPU", need_bytes=need, have_bytes=have,
+        ways_out=["an end of what else uses the GPU", "a smaller batch_size or seq_len", 'plan="auto"'],
+    )  # fmt: skip
 
 
 def profile_seconds(workload: Workload, machine: Hardware, chunk_tokens: int | None = None) -> float:

@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
+import torch
 
-from offload_rt import chunk_profile, planning
+from offload_rt import block_profile, chunk_profile, planning
 from offload_rt._engine import Engine
 from offload_rt.chunk_profile import passes, profile_chunked_layer
 from offload_rt.cuts import check_cuts, cuts_of
@@ -19,6 +21,7 @@ from offload_rt.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment
 from planners.cost import class_costs, knobs_of
 from planners.division import deal
+from planners.errors import PlanInfeasible
 from planners.mip import plan_optimal
 from planners.placement import Cuts, DecodeScope, Tier
 from planners.steady import solve_steady
@@ -381,6 +384,39 @@ def test_a_run_that_goes_on_keeps_its_chunks_and_a_new_one_takes_them_only_where
     monkeypatch.setattr(planning, "plan_optimal", whole_does_not_fit)
     plan, _ = optimised_adapters(workload, streaming, hardware)
     assert timed[2:] == [None, CHUNK] and cuts_of(plan, workload).chunk_tokens == CHUNK
+
+
+def test_where_a_gpu_refuses_a_layer_memory_shorter_chunks_are_profiled_with_all_of_it(tmp_path, monkeypatch, caplog):
+    """The estimate said that the profile would fit; what it held is free before the next one begins."""
+    monkeypatch.setattr(planning, "CHUNK_TOKENS", (CHUNK,))
+    monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
+    monkeypatch.setattr(planning, "updates_per_second", lambda *_: 1e9)
+    held, asked = [], []
+
+    def refused(*_):
+        large = torch.ones(16)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def by_chunks(*_, chunk_tokens, **__):
+        asked.append((chunk_tokens, [one() for one in held]))
+        return seconds_of(BF16)
+
+    monkeypatch.setattr(block_profile, "_warm", refused)
+    monkeypatch.setattr(planning, "profile_chunked_layer", by_chunks)
+    hardware = machine(64 * MIB, 0)
+    workload, streaming, _ = question(model_of(BF16), tmp_path, hardware, None)
+    with caplog.at_level("INFO", "offload_rt"):
+        plan, _ = optimised_adapters(workload, streaming, hardware)
+    assert cuts_of(plan, workload).chunk_tokens == CHUNK and asked == [(CHUNK, [None])]
+    lines = [record.getMessage() for record in caplog.records]
+    about = f"s at the rates of {hardware.name}"
+    assert [line for line in lines if line.startswith("plan: timing a layer of each kind, about") and about in line]
+    assert [line for line in lines if f"each kind by chunks of {CHUNK} tokens, about" in line]
+    assert [line for line in lines if "no room for timing a layer: CUDA out of memory. Tried" in line]
+    monkeypatch.setattr(planning, "CHUNK_TOKENS", ())
+    with pytest.raises(PlanInfeasible, match="refused by the GPU"):
+        optimised_adapters(workload, streaming, hardware)
 
 
 def with_little(problem):
