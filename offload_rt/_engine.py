@@ -187,7 +187,7 @@ class Engine:
         self._training.check_by(self._reached)
         self.step_meter = StepMeter(
             lambda: self._runtime.links.reading(),
-            is_asynchronous=self._runtime.device is not None,
+            times=self._runtime.links.times,
             on_settled=lambda: logger.info("%s", drift(self._runtime, self.step_meter)),
         )
         self._rehearsal = Rehearsal()

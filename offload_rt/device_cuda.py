@@ -34,7 +34,8 @@ import torch
 from offload_rt.arena import POISON, Arena, Region, Slot
 from offload_rt.cuda_memory import Bound, bytes_beside_allocator, no_room
 from offload_rt.cudart import CudaRuntime, find_cuda_runtime
-from offload_rt.device_streams import Ends, Event
+from offload_rt.device_streams import Ends, Event, Mark
+from offload_rt.device_streams import Stream as AnyStream
 from offload_rt.errors import ConfigError, PinningRefused
 from offload_rt.locked_ring import LockedRing
 from offload_rt.pinning import Ceiling, known_ceiling, pin
@@ -156,6 +157,30 @@ class CudaEvent:
             self.event.synchronize()
 
 
+class CudaMark:
+    """An event that notes the time. Of the GPU's clock: half a microsecond."""
+
+    def __init__(self, stream: CudaStream) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._device = stream.stream.device
+        self.record(stream)  # which makes it
+
+    def record(self, stream: AnyStream) -> None:
+        if not isinstance(stream, CudaStream):
+            raise TypeError(f"a CUDA event cannot be recorded in {type(stream).__name__}")
+        self._event.record(stream.stream)
+
+    def has_passed(self) -> bool:
+        with torch.cuda.device(self._device):  # [Note: whose context]
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def seconds_since(self, other: Mark) -> float:
+        if not isinstance(other, CudaMark):
+            raise TypeError(f"a CUDA event has no time since {type(other).__name__}")
+        with torch.cuda.device(self._device):
+            return float(other._event.elapsed_time(self._event)) / 1000
+
+
 class CudaStream:
     """One stream of the GPU."""
 
@@ -216,6 +241,9 @@ class CudaDevice:
     def pageable_bytes(self) -> int:
         """The same of what could not be locked: copies of it go through `rings`, or hold up whoever asks for them."""
         return sum(len(region) for region in self._pageable if region.is_locked)
+
+    def mark(self) -> CudaMark:
+        return CudaMark(self.compute)
 
     def check_stream(self) -> None:
         """Raises `ConfigError` where the model runs on another stream than the engine orders its copies with."""

@@ -129,7 +129,8 @@ class DeviceStash:
         while self._leaving and num_bytes + ahead_bytes + self._leaving_bytes > self._window_bytes:
             oldest = self._leaving.popleft()
             self._leaving_bytes -= oldest.num_bytes
-            oldest.wait()
+            with self.links.stalled():
+                oldest.wait()
 
     def _ahead_bytes(self) -> int:
         return sum(stashed.num_bytes for stashed in self._fetched_ahead if stashed.is_held)

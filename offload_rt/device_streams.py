@@ -24,6 +24,19 @@ class Event(Protocol):
         """Blocks the calling thread until the device has passed it, without spinning. Raises what the device raised."""
 
 
+class Mark(Protocol):
+    """A place in a stream at which the device notes the time. Made once, recorded again and again by one at a time."""
+
+    def record(self, stream: Stream) -> None:
+        """Behind everything that `stream` was given so far. Returns at once."""
+
+    def has_passed(self) -> bool:
+        """Whether the device has, since it was recorded the last time. Does not wait."""
+
+    def seconds_since(self, other: Mark) -> float:
+        """From `other`, of any stream, which is later where that is negative. Both were passed."""
+
+
 class Stream(Protocol):
     """Work that runs in order. Every method returns at once, and may be called from any thread."""
 
@@ -65,6 +78,9 @@ class Device(Protocol):
 
     def arena(self, name: str, num_bytes: int, *, poison: bool) -> Arena:
         """An arena in one allocation of the device's memory. Its poison is written by `compute`."""
+
+    def mark(self) -> Mark:
+        """A mark, with all that it needs of the device."""
 
     def check_stream(self) -> None:
         """Raises `ConfigError` where the caller's kernels do not go to `compute`."""

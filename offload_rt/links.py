@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
 from offload_rt.arena import WAIT_SECONDS, Slot
 from offload_rt.device_copies import DeviceCopies
 from offload_rt.device_streams import Device
+from offload_rt.device_times import DeviceTimes
 from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.file_io import FileIO, OpenFile, file_io, wait_future
 from offload_rt.meter import HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter, Reading
@@ -47,8 +48,9 @@ class Links:
         throttle: Throttle | None = None,
         meter: Meter | None = None,
         counters: TransferCounters | None = None,
+        times: DeviceTimes | None = None,
     ) -> None:
-        """`meter` and `counters`: those to count on with."""
+        """`meter` and `counters`: those to count on with. `times`: of `device`, where its copies are to be timed."""
         self.throttle = throttle
         self.meter = Meter() if meter is None else meter
         self._paced = None if throttle is None else ThreadPoolExecutor(1, thread_name_prefix="offload_rt-link")
@@ -57,7 +59,11 @@ class Links:
         self.recorder = recorder
         self._delay_seconds = delay_seconds
         self._random = random.Random(seed)
-        self.device = None if device is None else Copier(device, recorder, pause=self._sleep)
+        self.times = times
+        self.device = None
+        if device is not None:
+            timed = {} if times is None else {"timed": times.timed}
+            self.device = Copier(device, recorder, pause=self._sleep, **timed)
         self._device_copies = None if self.device is None else DeviceCopies(self.device, self.meter, self.counters)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-copy")
         self._delayer = ThreadPoolExecutor(8, thread_name_prefix="offload_rt-delay") if delay_seconds else None
@@ -195,19 +201,24 @@ class Links:
         """
         start = self.meter.clock()
         copy = transfer.copy
-        if self.device is not None and copy is not None and copy.inward:
-            self.device.order(copy, WAIT_SECONDS)  # and the recorder's compute lane
-        else:
-            self.finish(transfer)
+        with self.stalled():
+            if self.device is not None and copy is not None and copy.inward:
+                self.device.order(copy, WAIT_SECONDS)  # and the recorder's compute lane
+            else:
+                self.finish(transfer)
         end = self.meter.clock()
         self.counters.stall_seconds += end - start
         for resource, seconds in transfer.stalls(start, end):
             self.meter.stalled(resource, seconds)
 
+    def stalled(self) -> AbstractContextManager[None]:
+        """Inside, the caller waits for what is no computing of its own: a device that is timed is told."""
+        return nullcontext() if self.times is None else self.times.stalled()
+
     def reading(self) -> Reading:
         """What drives and links did since the start; of an emulated machine's, what those did.
 
-        A device's own copies are counted in bytes alone: only the device knows when they were under way.
+        A device's own copies are counted in bytes alone: only the device knows when they were under way (`times`).
         """
         found = self.meter.reading()
         read_seconds, write_seconds = self.io.busy_seconds()

@@ -32,9 +32,9 @@ the log says so. A change that fails goes back to the plan before, by the same c
 Without a drive there is no log and no commit, and what memory alone has is handed over as it lies (`resting`): masters
 and moments, which no plan moves then, and frozen weights. Those that the other plan has elsewhere are copied there, a
 block at a time (`moving`); a plan for which there is no room to do it in is not taken. Weights that train are rounded
-from their masters, wherever they are to be. On a GPU only the GPU knows how long its copies and kernels take: drift is
-seen there of drives and of the processor, whose times the host measures, and what is free of RAM says nothing of its
-memory. A plan that a rehearsal has made again follows there as well.
+from their masters, wherever they are to be. On a GPU, what its copies and kernels take is what it notes itself
+(`device_times`), one step in two, and what is free of RAM says nothing of its memory. A plan that a rehearsal has made
+again follows there as well.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from offload_rt.autograd import LayerCounters, RecomputedLayer
 from offload_rt.block import Block, Shown
 from offload_rt.closing import all_close
 from offload_rt.decoder import Decoder
+from offload_rt.device_times import DeviceTimes
 from offload_rt.discover import Coverage
 from offload_rt.edge import StreamedModule
 from offload_rt.executor import ExecutorCounters, RingExecutor
@@ -72,6 +73,12 @@ class MadeOf:
     def as_fixed(self, plan: Plan) -> Plan:
         """`plan` with what the options override: whoever makes it again knows nothing of them."""
         return with_options(plan, self.workload, self.options, self.problem.training)
+
+    def times_of(self, device: TensorDevice | None) -> DeviceTimes | None:
+        """Of a device with streams, new ones; None where there is none."""
+        if device is None:
+            return None
+        return DeviceTimes(device, duplex=1.0 if self.asked is None else self.asked.question.hardware.links.duplex)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,7 @@ class RuntimeAssembly:
             recorder=self.recorder, device=self.device, delay_seconds=options.delay_seconds, throttle=made_of.throttle,
             meter=None if before is None else before.links.meter,
             counters=None if before is None else before.links.counters,
+            times=made_of.times_of(self.device) if before is None else before.links.times,
         )  # fmt: skip
         host_bytes = problem.host_capacity_bytes
         self.tiers = Tiers(

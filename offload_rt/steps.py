@@ -9,7 +9,8 @@ Forward begins and ends by hooks of the model; backward begins when the first gr
 when autograd has gone through its graph, whoever called it. The update is `engine.step`, or the optimizer's own step
 where a loop calls that, behind the closure that may run the model first. What is measured costs a few calls a step,
 none a layer.
-On an asynchronous device the host's clock says nothing of computing: only the step's seconds and the drives' are known.
+On an asynchronous device the host's clock says nothing of computing, nor of copies: what they took is what the device
+noted itself, in the newest step that it was asked to (`device_times`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from offload_rt.device_times import DeviceTimes, Times
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, Reading
 
 WARM_STEPS = 2
@@ -57,15 +59,17 @@ class StepMeter:
         self,
         read: Callable[[], Reading],
         *,
-        is_asynchronous: bool = False,
+        times: DeviceTimes | None = None,
         clock: Callable[[], float] = time.perf_counter,
         on_settled: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_settled` is called once there are `SETTLED_STEPS`; once more when they have been dropped."""
+        """`times` are those of an asynchronous device. `on_settled` is called once there are `SETTLED_STEPS`; once more
+        when they have been dropped.
+        """
         self.steps: deque[StepReading] = deque(maxlen=KEPT_STEPS)
         self.num_steps = 0
         self._read, self._clock = read, clock
-        self._is_asynchronous = is_asynchronous
+        self._times = times
         self._on_settled = on_settled
         self._lock = threading.RLock()
         self._num_open = 0
@@ -90,6 +94,8 @@ class StepMeter:
         """Drops all that was measured: what comes runs otherwise."""
         with self._lock:
             self._give_up_open()
+            if self._times is not None:
+                self._times.forget()
             self.steps.clear()
             self.num_steps = 0
             self._restart()
@@ -154,6 +160,8 @@ class StepMeter:
         with self._lock:
             if not self._num_open:
                 self._entered = self._clock(), self._stalls()
+                if self._times is not None:
+                    self._times.enter()
             self._num_open += 1
 
     def _leave(self) -> None:
@@ -162,6 +170,8 @@ class StepMeter:
                 return
             self._num_open -= 1
             if not self._num_open:
+                if self._times is not None:
+                    self._times.leave()
                 begin, stalls = self._entered
                 now = self._clock(), self._stalls()
                 self._model_seconds += now[0] - begin
@@ -175,6 +185,8 @@ class StepMeter:
         if self._num_open:
             self._num_open = 0
             self._is_clean = False
+            if self._times is not None:
+                self._times.leave()
 
     def _forward_begins(self, module: nn.Module, args: Any) -> None:
         with self._lock:
@@ -207,7 +219,9 @@ class StepMeter:
     def _finish(self, update_seconds: float, update_stalls: float) -> None:
         found = self._read().since(self._before)
         busy = dict(found.busy_seconds)
-        if not self._is_asynchronous:
+        if self._times is not None:
+            busy |= _device_seconds(self._times.step_ends(counts=self._is_clean), found.moved_bytes)
+        else:
             busy[COMPUTE] = self._model_seconds - self._model_stalls
             busy[DEVICE_UPDATE] = update_seconds - update_stalls
         seconds = self._model_seconds + update_seconds
@@ -225,6 +239,14 @@ class StepMeter:
             if self.num_steps == WARM_STEPS + SETTLED_STEPS:
                 self._on_settled()
         self._restart()
+
+
+def _device_seconds(newest: Times | None, moved_bytes: Mapping[str, int]) -> dict[str, float]:
+    """Of a step that moved so many bytes, as far as the device's own times are known."""
+    if newest is None:
+        return {}
+    per_byte = newest.seconds_per_byte.items()
+    return {**newest.seconds, **{link: seconds * moved_bytes.get(link, 0) for link, seconds in per_byte}}
 
 
 def _values(output: Any) -> list[Any]:

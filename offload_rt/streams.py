@@ -54,13 +54,14 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 from offload_rt.arena import MemoryRange, Slot
 from offload_rt.device_streams import Device, Ends, Event, Ring, Stream
 from offload_rt.errors import StorageTimeout
 from offload_rt.file_io import wait_future
+from offload_rt.meter import DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE
 from offload_rt.recording import HOST, RETURNED, Recorder
 
 COMPUTE = "compute"
@@ -73,6 +74,14 @@ class Place:
 
     event: Event
     operation: int | None
+
+
+Timed = Callable[[str, Stream, int], AbstractContextManager[object]]
+"""Has the device note how long a resource is busy with what a stream is given inside, and with how many bytes."""
+
+
+def _untimed(*_: object) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Copy:
@@ -96,15 +105,19 @@ class Copy:
         """Behind the copy. Blocks until it has been given, and raises why it could not be."""
         return Place(self.given.result(), self.operation)
 
-    def give(self, stream: Stream, before: Sequence[Event], ring: Ring | None = None) -> Event:
-        """Gives the copy to `stream`, behind `before`. Through `ring` it blocks, by rule 4: back, until it is done."""
+    def give(self, stream: Stream, before: Sequence[Event], timed: Timed, ring: Ring | None = None) -> Event:
+        """Gives the copy to `stream`, behind `before`. Through `ring` it blocks, by rule 4: back, until it is done, and
+        nothing is timed.
+        """
         if not self._sources:
             raise RuntimeError(f"{self.name}: given twice")
         for event in before:
             stream.wait(event)
         ends = list(zip(self._sources, self._destinations, strict=True))
         if ring is None:
-            stream.copy(ends)
+            num_bytes = sum(source.numel() for source in self._sources)
+            with timed(HOST_TO_DEVICE if self.inward else DEVICE_TO_HOST, stream, num_bytes):
+                stream.copy(ends)
         elif self.inward:
             return ring.send(stream, ends)
         else:
@@ -132,10 +145,18 @@ class Copier:
     """Starts copies and orders them, by the rules of [Note: streams]. One per engine."""
 
     def __init__(
-        self, device: Device, recorder: Recorder | None = None, *, pause: Callable[[], None] = lambda: None
+        self,
+        device: Device,
+        recorder: Recorder | None = None,
+        *,
+        pause: Callable[[], None] = lambda: None,
+        timed: Timed = _untimed,
     ) -> None:
         """`pause` is called by the feeder before each copy: the stress mode's delay."""
         self.device = device
+        self._timed = timed
+        self._giving = {True: threading.Lock(), False: threading.Lock()}
+        """Of each direction: what one copy's stream is given is given together."""
         self._recorder = recorder
         self._pause = pause
         self._feeder = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-feed")
@@ -224,7 +245,8 @@ class Copier:
             operation = self._recorder.submit(name, reads=reads, writes=writes, after=_operations(places))
         for place in places:
             self.device.updates.wait(place.event)
-        self.device.updates.run(launch)
+        with self._timed(DEVICE_UPDATE, self.device.updates, 0):
+            self.device.updates.run(launch)
         return Place(self.device.updates.record(), operation)
 
     def order(self, copy: Copy, timeout_seconds: float) -> None:
@@ -280,7 +302,11 @@ class Copier:
         ring: Ring | None = None,
     ) -> None:
         try:
-            event = copy.give(stream, before, ring)
+            if self.device.rings is not None:
+                event = copy.give(stream, before, _untimed, ring)  # pieces of others come between: nothing to learn
+            else:
+                with self._giving[copy.inward]:
+                    event = copy.give(stream, before, self._timed)
         except BaseException:
             with suppress(Exception):  # of several tensors the first ones may be under way, and are let go of now
                 stream.record().wait()

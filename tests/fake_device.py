@@ -49,6 +49,8 @@ class Reports:
 class FakeEvent:
     def __init__(self, reports: Reports) -> None:
         self.passed = threading.Event()
+        self.at = 0.0
+        """By the clock of the stream, when it passed."""
         self.error: BaseException | None = None
         self._reports = reports
 
@@ -66,8 +68,33 @@ class FakeEvent:
             raise self.error
 
 
+class FakeMark:
+    """Notes what the clock of a stream says: nobody's, but for what copies take by `FakeDevice.bytes_per_second`."""
+
+    def __init__(self) -> None:
+        self.passed, self.at = True, 0.0
+
+    def record(self, stream: FakeStream | HostStream) -> None:
+        self.passed = False
+
+        def passed() -> None:
+            self.at, self.passed = stream.seconds, True
+
+        passed() if isinstance(stream, HostStream) else stream.give(passed)
+
+    def has_passed(self) -> bool:
+        return self.passed
+
+    def seconds_since(self, other: FakeMark) -> float:
+        assert self.passed and other.passed
+        return self.at - other.at
+
+
 class FakeStream:
     """Runs what it is given on a thread of its own, each thing up to `late_seconds` late."""
+
+    bytes_per_second = float("inf")
+    """Of copies, by its clock."""
 
     def __init__(self, name: str, late_seconds: float, seed: int, reports: Reports) -> None:
         self.name = name
@@ -75,6 +102,8 @@ class FakeStream:
         self.num_copies = 0
         self.num_records = 0
         self.num_launches = 0
+        self.seconds = 0.0
+        """Its clock: what it was busy for, and what it waited for."""
         self.error: BaseException | None = None
         """What broke the stream: as on a GPU, nothing runs on it any more and every event after it says so."""
         self._late_seconds = late_seconds
@@ -100,14 +129,18 @@ class FakeStream:
         event = FakeEvent(self._reports)
 
         def passed() -> None:
-            event.error = self.error
+            event.error, event.at = self.error, self.seconds
             event.passed.set()
 
         self._work.put(passed)
         return event
 
     def wait(self, event: FakeEvent) -> None:
-        self.give(event.pass_by)
+        def wait() -> None:
+            event.pass_by()
+            self.seconds = max(self.seconds, event.at)
+
+        self.give(wait)
 
     def copy(self, ends: Sequence[tuple[Tensor, Tensor]]) -> None:
         for source, destination in ends:
@@ -124,6 +157,7 @@ class FakeStream:
             ctypes.memmove(target, origin, half)
             self._pause()
             ctypes.memmove(target + half, origin + half, num_bytes - half)
+            self.seconds += num_bytes / self.bytes_per_second
 
         self.give(move)
 
@@ -161,14 +195,18 @@ class HostStream:
 
     def __init__(self, reports: Reports) -> None:
         self._reports = reports
+        self.seconds = 0.0
+        """Its clock, which tests advance."""
 
     def record(self) -> FakeEvent:
         event = FakeEvent(self._reports)
+        event.at = self.seconds
         event.passed.set()
         return event
 
     def wait(self, event: FakeEvent) -> None:
         event.pass_by()
+        self.seconds = max(self.seconds, event.at)
 
     def close(self) -> None:
         pass
@@ -220,6 +258,7 @@ class FakeDevice:
         self.arenas: list[str] = []
         self.locked: list[str] = []
         self.num_meters = 0
+        self.num_marks = 0
         self.kept_within: list[int] = []
         self.threads_on_compute: set[int] = set()
 
@@ -234,6 +273,10 @@ class FakeDevice:
 
     def keep_within(self, budget_bytes: int) -> None:
         self.kept_within.append(budget_bytes)
+
+    def mark(self) -> FakeMark:
+        self.num_marks += 1
+        return FakeMark()
 
     def check_stream(self) -> None:
         pass

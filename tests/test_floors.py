@@ -61,6 +61,7 @@ FLOORS = {
     "offload_rt.device_streams": 2.2,
     "offload_rt.locked_ring": 2.25,
     "offload_rt.streams": 2.3,
+    "offload_rt.device_times": 2.4,
     "offload_rt.device_cuda": 2.4,
     "offload_rt.emulation": 0.8,
     "offload_rt.throttle": 2.2,

@@ -87,7 +87,8 @@ class Arrivals:
         are over, and while there is no room.
         """
         if self._last is not None:
-            self._last.wait()
+            with self._links.stalled():
+                self._last.wait()
         if self._staging is not None:
             places = self._stage(block, gradients, self._staging)
         arrived, saved = {}, []
