@@ -185,20 +185,26 @@ class DeviceTimes:
 
     def _times(self, sample: _Sample) -> Times:
         """Of a sample whose marks were passed; of what it says nothing, what was known before."""
-        at = {
-            kind: [(pair.begin.seconds_since(sample.base), pair.end.seconds_since(sample.base)) for pair in pairs]
-            for kind, pairs in sample.pairs.items()
+        length = {
+            kind: sum(pair.end.seconds_since(pair.begin) for pair in pairs) for kind, pairs in sample.pairs.items()
         }
+        to_device, to_host = (
+            [
+                (pair.begin.seconds_since(sample.base), pair.end.seconds_since(sample.base))
+                for pair in sample.pairs[link]
+            ]
+            for link in (HOST_TO_DEVICE, DEVICE_TO_HOST)
+        )
         known = self.newest or Times(seconds_per_byte={}, seconds={})
         per_byte, seconds = dict(known.seconds_per_byte), dict(known.seconds)
-        both = overlap_seconds(at[HOST_TO_DEVICE], at[DEVICE_TO_HOST])
+        both = overlap_seconds(to_device, to_host)
         for link in (HOST_TO_DEVICE, DEVICE_TO_HOST):
             if num_bytes := sum(pair.num_bytes for pair in sample.pairs[link]):
-                per_byte[link] = (_length(at[link]) - both * (1 - self._duplex) / 2) / num_bytes
-        if at[DEVICE_UPDATE] and DEVICE_UPDATE not in sample.misses:
-            seconds[DEVICE_UPDATE] = _length(at[DEVICE_UPDATE])
-        if at[COMPUTE] and not sample.misses & {COMPUTE, STALL}:
-            seconds[COMPUTE] = _length(at[COMPUTE]) - _length(at[STALL])
+                per_byte[link] = (length[link] - both * (1 - self._duplex) / 2) / num_bytes
+        if sample.pairs[DEVICE_UPDATE] and DEVICE_UPDATE not in sample.misses:
+            seconds[DEVICE_UPDATE] = length[DEVICE_UPDATE]
+        if sample.pairs[COMPUTE] and not sample.misses & {COMPUTE, STALL}:
+            seconds[COMPUTE] = length[COMPUTE] - length[STALL]
         return Times(seconds_per_byte=per_byte, seconds=seconds)
 
 
@@ -219,7 +225,3 @@ def overlap_seconds(one: Sequence[tuple[float, float]], other: Sequence[tuple[fl
         open_[which] += change
         since = at
     return total
-
-
-def _length(intervals: Sequence[tuple[float, float]]) -> float:
-    return sum(end - begin for begin, end in intervals)

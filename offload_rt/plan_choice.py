@@ -2,10 +2,11 @@
 
 The rule needs nothing but sizes. The optimiser needs this machine's rates (`offload-rt calibrate`, remembered) and a
 layer's seconds, measured now; at these prices both plans are simulated, and the optimiser's runs if it is faster by
-more than what predictions are off. Whatever stands in the way, the rule's plan runs, and the `Choice` says why. Both
-keep to the budgets, and the rule's can follow the optimiser's, since a rehearsal that does not fit goes back to it.
-Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and where it does not, of
-whole layers; where the rule takes the head by tiles, so does the optimiser: so the bits are the same.
+more than what predictions are off. Whatever stands in the way, the rule's plan runs, and the `Choice` says why. Where
+all parameters train it is not asked; a device then makes its part of the updates of the rule's plan, at these rates.
+Both keep to the budgets, and the rule's can follow the optimiser's, since a rehearsal that does not fit goes back to
+it. Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and where it does not,
+of whole layers; where the rule takes the head by tiles, so does the optimiser: so the bits are the same.
 
     rule ──► can it be asked, and for how much? ──► profile, solve, simulate both ──► the faster one, and the reason
 """
@@ -20,6 +21,7 @@ import torch
 from offload_rt.arguments import calibration
 from offload_rt.asked import Asked, asked
 from offload_rt.cuts import cuts_of
+from offload_rt.device_share import with_balanced_share
 from offload_rt.errors import OffloadError
 from offload_rt.moving import why_not_follow
 from offload_rt.plan_check import check_plan
@@ -76,8 +78,11 @@ def choose(
     Blocks for a few seconds where it is asked. machine: as calibrated; None where it was not. optimizer: of adapters
     whose state rests in tiers. why_not: what the caller knows against asking.
     """
+    keeps_rule = bool(why_not)
     why_not = why_not or _why_not(workload, streaming, rule, machine)
     if why_not or machine is None:
+        if machine is not None and not keeps_rule:
+            rule = with_balanced_share(rule, workload, streaming, machine)
         return rule, Choice(chosen=RULE, why=why_not), None
     begin = time.perf_counter()
 

@@ -15,8 +15,10 @@ import torch
 from offload_rt import arguments, planning_training
 from offload_rt.asked import Asked
 from offload_rt.config import EngineConfig, NvmePath
-from offload_rt.device_share import GAIN, with_the_best_share
+from offload_rt.device_share import GAIN, with_balanced_share, with_the_best_share
 from offload_rt.meter import CPU, DEVICE_TO_HOST, HOST_TO_DEVICE
+from offload_rt.plan_check import check_plan
+from offload_rt.plan_choice import RULE, choose
 from offload_rt.planning import optimal
 from offload_rt.planning_training import TrainingSeconds, questions
 from offload_rt.runtime_options import RuntimeOptions
@@ -27,6 +29,8 @@ from planners.hardware import Drive, Hardware, Host, Links, named_hardware
 from planners.placement import Tier, UpdateMode, UpdatePlace
 from planners.problem import DeviceSteps, MeasuredSeconds, Problem
 from planners.simulate import simulate
+from planners.streaming import plan_streaming
+from planners.streaming_problem import StreamingProblem
 from planners.validate import check, check_busy, check_replay
 from tests.fake_device import FakeDevice
 from tests.full_parity import NORMS, OPTIMIZERS, Case, build, make_engine, run_engine, run_plain, training_of
@@ -85,23 +89,29 @@ MACHINES = {
 }  # fmt: skip
 
 
+def asked_about(machine: Machine, folder: Path, optimizer: str = "adamw") -> tuple[Workload, StreamingProblem]:
+    """All parameters of a fresh model, on a device with streams that has the machine's memory."""
+    config = EngineConfig(
+        batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=NORMS["rarely"], device="cpu",
+        host_memory_bytes=machine.host_kib * KIB,
+        nvme=(NvmePath(path=folder, capacity_bytes=1 << 30),) if N in machine.state else (),
+    )  # fmt: skip
+    device = FakeDevice()
+    device.close()
+    model = build(Case("llama", "bfloat16", optimizer, 1, "rarely", False, "in place"))
+    made = OPTIMIZERS[optimizer](list(model.parameters()))
+    workload = find_workload(model, None, config, made, RuntimeOptions(piece_elements=4096, device=device))
+    return workload, streaming_problem(workload)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.full) if N in MACHINES[name].state else name for name in MACHINES]
 )
 def test_the_device_has_a_share_where_that_saves_time(name: str, tmp_path: Path) -> None:
-    machine, case = MACHINES[name], Case("llama", "bfloat16", "adamw", 1, "rarely", False, "in place")
-    config = EngineConfig(
-        batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=NORMS[case.clipping], device="cpu",
-        host_memory_bytes=machine.host_kib * KIB,
-        nvme=(NvmePath(path=tmp_path, capacity_bytes=1 << 30),) if N in machine.state else (),
-    )  # fmt: skip
-    model, device = build(case), FakeDevice()
-    optimizer = OPTIMIZERS[case.optimizer](list(model.parameters()))
-    workload = find_workload(model, None, config, optimizer, RuntimeOptions(piece_elements=4096, device=device))
-    streaming = streaming_problem(workload)
+    machine = MACHINES[name]
+    workload, streaming = asked_about(machine, tmp_path)
     asked = Asked(questions=tuple(questions(workload, streaming, machine.hardware, machine.seconds(workload))))
     plan, answered = asked.best(workload, streaming)
-    device.close()
     assert {update.tier for entry in plan.classes for update in entry.updates} == machine.state
     assert plan.update_mode is machine.mode and plan.state is not None
     assert bool(plan.state.on_device) == machine.shared
@@ -117,6 +127,46 @@ def test_the_device_has_a_share_where_that_saves_time(name: str, tmp_path: Path)
     before = question.workload.device_steps
     assert slower is not None and before is not None
     assert slower.cpu_seconds_per_param == 2 * before.cpu_seconds_per_param > 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "beside_copies", "num_pieces"),
+    [(SLOW, 1.0, 9), (MIDDLING, 1.0, 5), (FAST, 1.0, 0), (MIDDLING, 0.5, 7), (MIDDLING, 0.01, 0)],
+)
+def test_the_rules_plan_has_both_sides_done_at_the_same_time(
+    rate: float, beside_copies: float, num_pieces: int, tmp_path: Path
+) -> None:
+    """Of ten pieces of a layer; what copies hold up has to be made good by the device."""
+    machine = replace(MACHINES["slow"], beside_copies=beside_copies)
+    card = machine.hardware
+    card = replace(card, host=replace(card.host, adamw_params_per_second=rate))
+    workload, streaming = asked_about(machine, tmp_path)
+    rule = plan_streaming(streaming)
+    plan, choice, asked = choose(workload, streaming, rule, card)
+    assert plan.state is not None and rule.state is not None and not rule.state.on_device
+    assert (
+        choice.chosen == RULE and asked is None and choose(workload, streaming, rule, card, why_not="told")[0] is rule
+    )
+    assert choose(workload, streaming, rule, None)[0] is rule
+    sizes = streaming.training
+    assert sizes is not None
+    if not num_pieces:
+        assert plan is rule
+        return
+    layer = next(block for block in sizes.blocks if block.name == "model.layers.0")
+    assert (plan.state.on_device[layer.name], len(layer.pieces)) == (num_pieces, 10)
+    check_plan(plan, streaming, workload)
+    assert plan.predicted_bytes(Tier.DEVICE) - rule.predicted_bytes(Tier.DEVICE) == plan.state.device_bytes(sizes) > 0
+    full = replace(streaming, device_capacity_bytes=plan.predicted_bytes(Tier.DEVICE) - 1)
+    assert with_balanced_share(rule, workload, full, card) is rule, "for want of a byte"
+
+
+def test_the_rules_plan_gives_the_device_nothing_of_state_on_a_drive_nor_of_what_it_cannot_step(tmp_path: Path) -> None:
+    for machine, optimizer in ((MACHINES["slow, state on NVMe"], "adamw"), (MACHINES["slow"], "adamw 8bit")):
+        workload, streaming = asked_about(machine, tmp_path, optimizer)
+        rule = plan_streaming(streaming)
+        card = replace(machine.hardware, host=replace(machine.hardware.host, adamw_params_per_second=SLOW))
+        assert with_balanced_share(rule, workload, streaming, card) is rule
 
 
 @pytest.mark.full
