@@ -14,6 +14,7 @@ commit is to hold is written once by that: whoever makes the log names it.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offload_rt.arena import Arena
+from offload_rt.arena import Arena, Slot
 from offload_rt.checksum import crc32c
 from offload_rt.commit_record import (
     RECORD_BYTES,
@@ -134,10 +135,14 @@ def make_log(
     *,
     payload_bytes: int = PAYLOAD_BYTES,
     written_first: Collection[str] = (),
+    zeros: Slot | None = None,
+    buffer: Arena | None = None,
 ) -> None:
     """Makes a log whose extents are zero, committed as step 0 with an empty payload. Blocks until it is durable.
 
     `written_first` names extents that the caller writes before the first commit: their free slots are left to that.
+    `zeros` is memory of whole pages that the caller lends, whose content is lost: what is written at a time, up to
+    `FILL_BYTES`. `buffer` has `LOG_BUFFER_BYTES`. None, of either, takes memory that nobody has reserved.
 
     `drives` are the log's own folders, made if missing; `capacity_bytes` bounds each. `payload_bytes` is the most that
     a commit can carry besides. Raises `StorageFull` before the first byte, and ConfigError where a folder already holds
@@ -170,7 +175,12 @@ def make_log(
                 preallocate(files[-1], file_bytes)
         for file in files:
             tune(file, links.io)
-        _fill(layout, frozenset(written_first), files, links, in_flight)
+        if zeros is None:
+            zeros = Arena("commit log zeros", FILL_BYTES).acquire(FILL_BYTES, "zeros")
+        if buffer is None:
+            buffer = Arena("commit log", LOG_BUFFER_BYTES)
+        zeros = zeros.part(0, min(FILL_BYTES, zeros.num_bytes))
+        _fill(layout, frozenset(written_first), files, links, in_flight, zeros, buffer)
         for folder in folders:
             sync_folder(folder)
             sync_folder(folder.parent)
@@ -270,13 +280,18 @@ def _read_part(folder: Path) -> tuple[int, Layout] | None:
 
 
 def _fill(
-    layout: Layout, left_out: Collection[str], files: Sequence[OpenFile], links: Links, in_flight: deque[Transfer]
+    layout: Layout,
+    left_out: Collection[str],
+    files: Sequence[OpenFile],
+    links: Links,
+    in_flight: deque[Transfer],
+    zeros: Slot,
+    buffer: Arena,
 ) -> None:
-    """Writes every byte but slot 1 of the extents `left_out`: zeros, and on the home drive the first record, which
-    nobody believes before `log.json`.
+    """Writes every byte but slot 1 of the extents `left_out`: zeros, out of `zeros`, and on the home drive the first
+    record, which nobody believes before `log.json`.
     """
-    zeros = Arena("commit log zeros", FILL_BYTES).acquire(FILL_BYTES, "zeros")
-    piece = zeros
+    ctypes.memset((ctypes.c_char * zeros.num_bytes).from_buffer(zeros.buffer()), 0, zeros.num_bytes)
     for drive, (file, file_bytes) in enumerate(zip(files, layout.file_bytes(), strict=True)):
         holes = [
             (e.slot_offset(1), e.slot_offset(2)) for e in layout.extents if e.drive == drive and e.name in left_out
@@ -284,23 +299,21 @@ def _fill(
         begins = [0, *(end for _, end in holes)]
         ends = [*(begin for begin, _ in holes), file_bytes]
         for begin, end in zip(begins, ends, strict=True):  # extents lie in their order
-            for offset in range(begin, end, FILL_BYTES):
+            for offset in range(begin, end, zeros.num_bytes):
                 if len(in_flight) == _FILLS_IN_FLIGHT:
                     links.wait(in_flight[0])
                     in_flight.popleft()
-                piece = zeros.part(0, min(FILL_BYTES, end - offset))
-                in_flight.append(links.write(file, offset, piece))
+                in_flight.append(links.write(file, offset, zeros.part(0, min(zeros.num_bytes, end - offset))))
     finish(links, in_flight)
-    checksums = {length: _zeros_crc32c(length, zeros.buffer()) for length in {e.length_bytes for e in layout.extents}}
+    lengths = {extent.length_bytes for extent in layout.extents}
+    checksums = {length: _zeros_crc32c(length, zeros.buffer()) for length in lengths}
     body = pack_body([Version(slot=0, crc32c=checksums[extent.length_bytes]) for extent in layout.extents], b"")
     record = Record(
         log_id=bytes.fromhex(layout.log_id), sequence=0, step=0, num_extents=len(layout.extents),
         body_bytes=len(body), body_crc32c=crc32c(memoryview(body)),
     )  # fmt: skip
-    del zeros, piece  # their memory, before more is taken
-    pages = Arena("commit log", LOG_BUFFER_BYTES)
     for offset, data in ((layout.body_offset(0), body), (layout.record_offset(0), record.pack())):
-        put(links, files[0], offset, data, pages, in_flight)
+        put(links, files[0], offset, data, buffer, in_flight)
     barrier(links, files, in_flight)
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt import mapped
-from offload_rt.commit_layout import FILL_BYTES
 from offload_rt.comparison import MANAGED_FILES, PHASES
 from offload_rt.drives import PROBE_BYTES
 from offload_rt.heap import HeapGuard
@@ -46,7 +45,6 @@ PASSING_BYTES = {
     "drive probe": PROBE_BYTES,
     "ingest staging": 2 * STAGING_BYTES,
     "pieces of weights": STAGING_BYTES,
-    "commit log zeros": FILL_BYTES,
 }
 """What making an engine takes of HOST for a moment, at most: planned beside what lasts, where the budget has room."""
 PROFILE = "profile"

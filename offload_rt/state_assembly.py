@@ -299,6 +299,8 @@ class StateAssembly:
                 payload_bytes=PAYLOAD_BYTES
                 + PARAMETER_BYTES * sum(len(block.parameters) for block in self._draft.blocks),
                 written_first={extent.name for extent in extents if self._writes_first(extent.name)},
+                zeros=self._unused_room(),
+                buffer=buffer,
             )
         self.home.log = CommitLog(self.folders, self._links, buffer=buffer)
         records = sum(self.home.log.layout.file_bytes()) - total
@@ -336,6 +338,12 @@ class StateAssembly:
 
     def _arena(self, name: str, num_bytes: int, *, copied: bool = True) -> Arena:
         return self._tiers.arena(Tier.HOST, name, align_up(num_bytes, IO_ALIGNMENT_BYTES), copied=copied)
+
+    def _unused_room(self) -> Slot:
+        """Reserved memory in which there is nothing yet: of the state on its way, or else of what rests in memory."""
+        if self._placement.state_slots:
+            return self._state_arena.acquire(self._sizes.piece_bytes, "zeros")
+        return max(self.home.pieces.values(), key=lambda slot: slot.num_bytes)
 
     def _room(self, arena: Arena, num_bytes: int, writes: deque[Transfer]) -> Slot:
         while (slot := arena.try_acquire(num_bytes, "first state")) is None and writes:
