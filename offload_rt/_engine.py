@@ -74,8 +74,7 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
         of its plan and the optimiser's, which times one layer for that: some seconds), "optimise" (what the optimiser
         makes of the model's blocks and this machine's calibrated rates), a Plan, or the path of one.
     emulate: a hardware profile, its name or a file, on the CPU device: its tier sizes are budgets, and transfers take
-        the time of its links and drives. Where it has HOST memory, not for adapters whose optimizer state rests in
-        tiers.
+        the time of its links and drives.
     progress: called with (phase, bytes done, bytes in all) while the store is built.
 
     Outputs of a call with labels have no `logits`: the loss is taken in tiles of tokens. Call without labels for them.

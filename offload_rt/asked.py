@@ -125,23 +125,26 @@ def first_answer(
     optimizer: torch.optim.Optimizer | None,
     options: RuntimeOptions,
     *,
-    in_tiers_too: bool = True,
+    over_link: bool = False,
 ) -> tuple[Plan, Asked]:
     """The plan for whatever trains, after it was timed, and what was asked. Blocks for seconds.
 
-    in_tiers_too: where no plan holds adapters' state beside them, the fixed rule's neither, one that has it in tiers is
-    an answer; layers are timed anew then. Raises ConfigError for what cannot be asked, and what `plan_optimal` raises.
+    Where no plan holds adapters' state beside them, the fixed rule's neither, one that has it in tiers is an answer;
+    layers are timed anew then. over_link: HOST is behind a link that is emulated, see `planning_adapters`. Raises
+    ConfigError for what cannot be asked, and what `plan_optimal` raises.
     """
     if workload.training is None or optimizer is None:
         try:
             plan, problem = optimised_adapters(workload, streaming, hardware)
             return plan, asked(problem)
         except PlanInfeasible as infeasible:
-            if optimizer is None or not in_tiers_too or (streaming.unified and streaming.nvme_capacity_bytes is None):
+            if optimizer is None or (streaming.unified and streaming.nvme_capacity_bytes is None):
                 raise
             if _rule_fits(streaming, options):
                 raise
-            return _with_state_in_tiers(workload, streaming, hardware, optimizer, options, infeasible)
+            return _with_state_in_tiers(
+                workload, streaming, hardware, optimizer, options, infeasible, over_link=over_link
+            )
     return Asked(questions=tuple(questions_of(workload, streaming, hardware, optimizer))).best(workload, streaming)
 
 
@@ -161,6 +164,8 @@ def _with_state_in_tiers(
     optimizer: torch.optim.Optimizer,
     options: RuntimeOptions,
     infeasible: PlanInfeasible,
+    *,
+    over_link: bool,
 ) -> tuple[Plan, Asked]:
     """As `first_answer`, of adapters whose state is `infeasible` beside them."""
     try:
@@ -168,7 +173,7 @@ def _with_state_in_tiers(
     except ConfigError as reason:
         raise infeasible from reason
     again, failure = question(tiered, streaming.cuts, streaming), None
-    for questions in questions_by_chunks(tiered, again, hardware, optimizer):
+    for questions in questions_by_chunks(tiered, again, hardware, optimizer, over_link=over_link):
         try:
             return Asked(questions=questions).best(tiered, again)
         except PlanInfeasible as error:

@@ -76,7 +76,7 @@ def assemble(
             try:
                 plan, asked = first_answer(
                     workload, problem, optimise_for, optimizer, options,
-                    in_tiers_too=emulated is None or emulated.unified,
+                    over_link=emulated is not None and not emulated.unified,
                 )  # fmt: skip
             except PlanInfeasible as error:
                 infeasible = error
@@ -102,10 +102,6 @@ def assemble(
             optimizer.check_device(config.device)
         check_cuts(chosen, workload, options.cuts)
         products_of(chosen, workload, options)
-        if emulated is not None and not problem.unified and problem.training is not None and problem.training.adapters:
-            raise infeasible or ConfigError(
-                "emulate: optimizer state of adapters, in tiers, crosses no emulated link; raise memory"
-            )
         made_of = MadeOf(
             workload=workload, problem=problem, options=options, base=base,
             throttle=None if emulated is None else Throttle(emulated),

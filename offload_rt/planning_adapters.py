@@ -8,7 +8,8 @@ memory, and with the drive for some of it, which commits each step unless `commi
 
 Where a device has memory of its own, it steps the state itself, piece by piece, from wherever that rests: slots there,
 which the questions reserve, and for a rate the slowest of its link, either way, and its kernel. The planner has this as
-updates on the CPU: in time they are as much behind the last backward.
+updates on the CPU: in time they are as much behind the last backward. Behind an emulated link the CPU steps, and the
+rate has the way of the gradients there, before, and that of the new weights back, after.
 
     layers, edges ──► classes without parameters that train
     adapters      ──► a class of pieces ──► classes[].updates ──► `placement_of` ──► StatePlacement
@@ -38,7 +39,12 @@ Questions = tuple[tuple[Problem, Freedoms], ...]
 
 
 def questions_by_chunks(
-    workload: Workload, streaming: StreamingProblem, hardware: Hardware, optimizer: torch.optim.Optimizer
+    workload: Workload,
+    streaming: StreamingProblem,
+    hardware: Hardware,
+    optimizer: torch.optim.Optimizer,
+    *,
+    over_link: bool = False,
 ) -> Iterator[Questions]:
     """The questions with layers whole, then by ever shorter chunks; the head whole, then by tiles. Blocks.
 
@@ -50,7 +56,7 @@ def questions_by_chunks(
             problem = measured_problem(workload, streaming, hardware, chunk_tokens=chunk_tokens)
         except PlanInfeasible:
             continue  # a GPU has no room for profiling that
-        rate = rate or measured_rate(workload, optimizer)
+        rate = rate or _with_the_link(measured_rate(workload, optimizer), workload, hardware, over_link=over_link)
         for question in by_head(problem, streaming):
             yield questions(workload, streaming, question, rate)
 
@@ -71,6 +77,17 @@ def measured_rate(workload: Workload, optimizer: torch.optim.Optimizer) -> float
     training = _training(workload)
     (block,) = training.blocks
     return steps_per_second(block, training.rule, optimizer.param_groups[0], on_nvme=bool(workload.config.nvme))
+
+
+def _with_the_link(rate: float, workload: Workload, hardware: Hardware, *, over_link: bool) -> float:
+    """Parameters a second where an emulated link, if there is one, takes gradients to HOST and new weights back."""
+    if not over_link:
+        return rate
+    (block,) = _training(workload).blocks
+    num_bytes = block.weights_bytes / sum(trained.num_elements for trained in block.parameters)
+    links = hardware.links
+    out, back = links.device_to_host_bytes_per_second, links.host_to_device_bytes_per_second
+    return 1 / (1 / rate + num_bytes / out + num_bytes / back)
 
 
 def questions(workload: Workload, streaming: StreamingProblem, problem: Problem, params_per_second: float) -> Questions:

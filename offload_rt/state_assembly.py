@@ -147,7 +147,7 @@ class StateAssembly:
         if links.device is None:
             raise ConfigError("plan: adapters are stepped on the device, but DEVICE is RAM here")
         return PagedUpdates(
-            rule_on_device(rule, name), ParameterGradients(), links.device.device, arena, slot_bytes, links
+            rule_on_device(rule, name), ParameterGradients(links), links.device.device, arena, slot_bytes, links
         )
 
     def residence(self, draft: BlockDraft, staging: Arena | None, begin_bytes: int = 0) -> Residence:
@@ -212,7 +212,8 @@ class StateAssembly:
 
     def finish_adapters(self, made: torch.optim.Optimizer, steps: AdapterSteps) -> AdapterTraining:
         """The updates of adapters whose state this is, begun; a first commit is there, unless the log goes on."""
-        return self._begun(lambda parts: AdapterTraining(parts, steps), made, ParameterGradients(), threaded=False)
+        gradients = ParameterGradients(self._links)
+        return self._begun(lambda parts: AdapterTraining(parts, steps), made, gradients, threaded=False)
 
     @property
     def _commit_every(self) -> int | None:

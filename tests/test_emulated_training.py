@@ -1,4 +1,5 @@
-"""Layers that train behind emulated links: the same numbers, and the time that their bytes take there.
+"""Layers that train, and adapters whose state is in tiers, behind emulated links: the same numbers, and the time that
+their bytes take there.
 
 link out   gradients of every block, once a step
 link in    weights that stream, at each fetch; new weights of what stays in DEVICE
@@ -14,18 +15,14 @@ from typing import Any
 
 import pytest
 
-from offload_rt._engine import Engine
 from offload_rt.arena import Arena
-from offload_rt.errors import ConfigError
 from offload_rt.links import Links as Connections
 from offload_rt.optimizer.gradients import Gradients
-from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.throttle import Pipe, Throttle
 from planners.hardware import Drive, Hardware, Links, named_hardware
 from planners.plan import StatePlacement, Tier
-from tests.conftest import build_lora
+from tests import adapter_tiers
 from tests.full_parity import training_of
-from tests.parity import BATCH_SIZE, SEQ_LEN
 from tests.tiny_blocks import blocks, gradients_of
 from tests.tiny_training import ON_NVME, SPLIT, Made, Plain, differences, engine, model, train
 
@@ -132,10 +129,34 @@ def test_a_block_waits_until_the_device_has_room_for_its_gradients() -> None:
     links.close()
 
 
-def test_adapters_whose_state_is_in_tiers_cross_no_emulated_link(tmp_path: Path) -> None:
-    options = RuntimeOptions(state=StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2))
-    with pytest.raises(ConfigError, match="of adapters, in tiers, crosses no emulated link"):
-        Engine(
-            build_lora("llama"), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, nvme=tmp_path, emulate=machine(),
-            options=options,
-        )  # fmt: skip
+@pytest.mark.parametrize("place", ["in HOST", "on NVME"])
+def test_gradients_of_adapters_go_to_where_their_state_is_and_new_weights_come_back(place: str, tmp_path: Path) -> None:
+    """Once a step, however many micro-batches there were; and the bits are those of torch's optimizer in memory."""
+    case = adapter_tiers.Case("llama", "bf16", "default", 2, 0.05, False, place)
+    with adapter_tiers.make_engine(case, tmp_path, emulate=machine()) as run:
+        running = adapter_tiers.Running(case, run)
+        traces = running.steps(range(2))
+        before = counted(run)
+        traces += running.steps(range(2, adapter_tiers.STEPS))
+        after = counted(run)
+        trained = [one.parameter for block in adapter_tiers.training_of(run).blocks for one in block.parameters]
+        assert run.plan.state is not None and not run.plan.state.on_device
+    assert adapter_tiers.unequal(adapter_tiers.run_plain(case), traces) == []
+    each = {name: (after[name] - before[name]) / (adapter_tiers.STEPS - 2) for name in after}
+    adapters = sum(parameter.nbytes for parameter in trained)
+    assert each["device_to_host"] == pytest.approx(adapters / OUT_RATE, rel=1e-6)
+    assert each["host_to_device"] == pytest.approx((each["fetched"] + adapters) / IN_RATE, rel=1e-6)
+    assert each["ssd_read"] == pytest.approx(each["bytes_read"] / READ_RATE, rel=1e-6)
+    assert each["ssd_write"] == pytest.approx(each["bytes_written"] / WRITE_RATE, rel=1e-6)
+    assert (each["bytes_read"] > 0) is (each["bytes_written"] > 0) is (place == "on NVME")
+
+
+def test_a_step_of_adapters_waits_for_their_gradients_and_their_new_weights(tmp_path: Path) -> None:
+    slow = Links(host_to_device_bytes_per_second=4e6, device_to_host_bytes_per_second=1e6, duplex=0.5)
+    case = adapter_tiers.Case("llama", "bf16", "default", 1, None, False, "in HOST")
+    with adapter_tiers.make_engine(case, tmp_path, emulate=replace(machine(), links=slow)) as run:
+        adapter_tiers.Running(case, run).steps(range(1))
+        busy = run.report()["link_busy_seconds"]
+        adapters = sum(p.nbytes for p in run.trainable.values())
+        assert busy["device_to_host"] == pytest.approx(adapters / 1e6, rel=1e-6), "under way when the step ended"
+        assert busy["host_to_device"] >= adapters / 4e6 * (1 - 1e-6)

@@ -41,6 +41,8 @@ KIB, PAGE = 1 << 10, 4096
 MAX_NORM = 0.05
 OPTIONS = RuntimeOptions(piece_elements=2048)
 STEPS = 3
+RATE = 1e9
+"""Parameters a second that are stepped, as the planner is told."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Budget:
     nvme: bool = True
     commit_every: int | None = None
     emulated: bool = False
-    """Drives are as slow as the profile says, not those of this machine."""
+    """Drives and links are as slow as the profile says, not those of this machine."""
 
 
 D, H, N = Tier
@@ -62,11 +64,12 @@ BUDGETS = {
     "in HOST": Budget(900, 4096, (H,)),
     "in HOST, committed": Budget(900, 4096, (H,), commit_every=2),
     "split": Budget(900, 450, (H, N)),
+    "split, behind a link": Budget(900, 450, (H, N), emulated=True),
     "on NVME": Budget(900, 277, (N,)),
     "split, one tier": Budget(980, 0, (D, N)),
     "on NVME, one tier": Budget(920, 0, (N,), emulated=True),
 }
-QUICK = ("split",)
+QUICK = ("split, behind a link",)
 
 
 def build(**sizes: int) -> nn.Module:
@@ -94,7 +97,7 @@ def unmeasured_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(planning, "profile_layer", lambda *_, **__: SECONDS)
     monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
     monkeypatch.setattr(planning, "updates_per_second", lambda *_: 1e9)
-    monkeypatch.setattr(planning_adapters, "measured_rate", lambda *_: 1e9)
+    monkeypatch.setattr(planning_adapters, "measured_rate", lambda *_: RATE)
     monkeypatch.setattr(rehearsal, "ROOM", 0)  # of nothing: these budgets are for weights and state
 
 
@@ -198,12 +201,19 @@ def test_state_that_does_not_fit_beside_adapters_is_planned_to_the_same_bits_wit
         after, report = moved(optimised), optimised.report()
         committed = commit_bytes(optimised) / every if report["training"]["num_commits"] > 1 else 0
         assert (committed > 0) is (N in budget.state or budget.commit_every is not None)
+        num_trained = sum(p.numel() for p in optimised.trainable.values())
         file.write_text(plan.to_json())
     each = {key: (after[key] - before[key]) / (2 * STEPS) for key in after}
     busy, drive = plan.predicted["busy_seconds"], test_planning.DRIVES[0]
     assert each["written"] == pytest.approx(busy["ssd_write"] * drive.write_bytes_per_second + committed, abs=1)
     assert each["read"] == pytest.approx(busy["ssd_read"] * drive.read_bytes_per_second, abs=1)
     assert not budget.emulated or (each[SSD_WRITE], each[SSD_READ]) == (each["written"], each["read"])
+    stepping = num_trained / RATE
+    if budget.emulated and budget.host:  # the state is on the other side of the link than adapters and gradients
+        links = machine(budget).links
+        stepping += 4 * num_trained / links.device_to_host_bytes_per_second
+        stepping += 4 * num_trained / links.host_to_device_bytes_per_second
+    assert busy["cpu" if budget.host else "device_update"] == pytest.approx(stepping)
     assert report["memory"]["device"] <= budget.device * KIB and report["memory"]["host"] <= budget.host * KIB
     assert [each for each in report["peaks"]["over"] if each["phase"] == "step"] == []
     with engine(budget, tmp_path / "rule", plan="auto", emulate=None, device_memory="64MiB") as ruled:

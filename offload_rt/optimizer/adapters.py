@@ -18,6 +18,7 @@ from torch import Tensor
 from offload_rt.checkpoint.state import load_state, restore, save_state
 from offload_rt.checkpoint.values import restore_rng
 from offload_rt.integrity import Reached
+from offload_rt.links import Links
 from offload_rt.optimizer.adapter_saving import TieredState
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.in_memory import AdapterSteps
@@ -31,11 +32,17 @@ from planners.placement import UpdateMode
 
 
 class ParameterGradients:
-    """Gradients where autograd puts them."""
+    """Gradients where autograd puts them, and where they are stepped; or an emulated link is between the two."""
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
 
     def submitted(self, block: TrainedBlock) -> tuple[None, tuple[Arrival, ...]]:
-        """No slot holds them, and nothing is under way."""
-        return None, ()
+        """No slot holds them. Over an emulated link all of them are on their way to HOST from now on."""
+        present = self.present(block)
+        num_bytes = sum(block.parameters[index].parameter.nbytes for index in present)
+        out = self._links.pace(f"gradients of {block.name}", num_bytes, inward=False)
+        return None, () if out is None else (Arrival(out, lambda: None),)
 
     def present(self, block: TrainedBlock) -> set[int]:
         return {index for index, trained in enumerate(block.parameters) if trained.parameter.grad is not None}
