@@ -424,8 +424,13 @@ class Engine:
         return self._runtime.plan
 
     def close(self) -> None:
-        """Waits for what is under way; gives memory, files and hooks back. May be called twice."""
+        """Waits for what is under way; gives memory, files and hooks back. May be called twice.
+
+        Makes the commit that is due; but where it is called because the loop has failed (while an exception is handled)
+        before the next forward began, the last step stays uncommitted, and a run that goes on takes it again.
+        """
         self._closed = True
+        self._training.abandon()
         # Guards look at which weights are absent from now on.
         handles = [handle.remove for handle in self._handles]
         all_close(self._replanner.close, self._runtime.close, *handles, self._peaks.close)

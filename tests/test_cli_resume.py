@@ -129,16 +129,16 @@ def test_a_run_that_failed_in_a_step_goes_on_in_memory_from_the_commit_of_the_st
 ) -> None:
     straight, out = tmp_path / "straight", tmp_path / "out"
     goes_on(budgets(full, device=ROOMY), straight, 5, capsys)
-    take_step = Engine.train_batch
+    go_back = Engine._backward
 
-    def fails_at_the_fourth(engine: Engine, batches: Any) -> float:
+    def fails_at_the_fourth(engine: Engine, loss: torch.Tensor) -> None:
         if engine.step_number == 3:
             raise StorageError("gone", path="drive", errno=5)
-        return take_step(engine, batches)
+        go_back(engine, loss)
 
     words = budgets(full, device=TIGHT_FULL, nvme=[tmp_path / "a"])
     with monkeypatch.context() as patched:
-        patched.setattr(Engine, "train_batch", fails_at_the_fourth)
+        patched.setattr(Engine, "_backward", fails_at_the_fourth)
         assert main([*words, "--out", str(out), "--steps", "5"]) == 1
     assert list(out.glob("checkpoint-*")) == []
     assert "resuming from the commit of step 3 in" in goes_on(budgets(full, device=ROOMY), out, 5, capsys)

@@ -26,6 +26,7 @@ from offload_rt.checkpoint.saved_tensors import FileTensors, SavedTensors, read_
 from offload_rt.checkpoint.values import pack_values, restore_rng, rng_state
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.checksum import crc32c
+from offload_rt.closing import Unfinished
 from offload_rt.drive_files import write_atomically
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError
 
@@ -178,15 +179,23 @@ class FolderCommits:
         self._amend = amend
         self._every = every
         self._folder = folder
+        self._unfinished = Unfinished()
         self._due: dict[str, Any] | None = None
 
     def step_taken(self, step: int) -> None:
         """Notes the state of `step`, if it is to be committed."""
         if step % self._every == 0:
             self._due = copy.deepcopy({**self._values(), "rng": rng_state()})
+            self._unfinished.step_taken()
+
+    def abandon(self) -> None:
+        """Leaves the last step uncommitted where the loop has failed since: see `closing`."""
+        if self._due is not None and self._unfinished.has_failed(self._due["step"]):
+            self._due = None
 
     def finish(self) -> None:
         """Makes the commit of the last step, where it is due. Blocks; raises as `save_state` does, and stays due."""
+        self._unfinished.next_begins()
         if self._due is not None:
             save_state(self._folder, self._trainable, self._optimizer, self._amend(self._due))
             self._due = None

@@ -3,7 +3,8 @@
 [Note: when a step is committed]
 A loop steps its schedulers after `step` has returned, and draws its next batch before the next forward. So a commit has
 everything as it was when `step` returned, but schedulers and learning rates as they are when the next forward begins,
-which is when it is made (or by `close`, or by whoever saves or loads before).
+which is when it is made (or by `close`, or by whoever saves or loads before). Not by a `close` because the loop has
+failed in between: [Note: steps that a loop has not finished] in `closing`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt.checkpoint.values import pack_values
+from offload_rt.closing import Unfinished
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.state import StateHome, laid_weights
@@ -64,6 +66,7 @@ class Commits:
         self.extra: Callable[[], Mapping[str, Any]] = dict
         """What the owner's `carry` has set."""
         self._amend: Callable[[dict[str, Any]], dict[str, Any]] = dict
+        self._unfinished = Unfinished()
         self._due: dict[str, Any] | None = None
         """What the commit of the last step carries; None where it is made, or not wanted."""
 
@@ -108,6 +111,12 @@ class Commits:
         """The step that was just taken is due, whatever `every` says; unless it is committed, or there is no log."""
         if self._home.log is not None and self._due is None and not self.can_go_back:
             self._due = copy.deepcopy(self.all_values())
+            self._unfinished.step_taken()
+
+    def abandon(self) -> None:
+        """As `interface.Training` says."""
+        if self._due is not None and self._unfinished.has_failed(self._due["step"]):
+            self._due = None
 
     @property
     def is_due(self) -> bool:
@@ -116,6 +125,7 @@ class Commits:
 
     def finish(self) -> None:
         """Makes the commit of the last step, where it is due. Blocks. See the note above."""
+        self._unfinished.next_begins()
         if self.is_due and self._due is not None:
             self._commit(self._amend({**self._due, "groups": self._groups()}))
 

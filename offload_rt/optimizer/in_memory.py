@@ -216,6 +216,10 @@ class MemoryTraining:
         """None: there is nothing that torch does not know."""
         return None
 
+    def abandon(self) -> None:
+        if self._commits is not None:
+            self._commits.abandon()
+
     def close(self) -> None:
         self.before_forward()
 

@@ -94,5 +94,10 @@ class Training(Protocol):
     def report(self) -> Values | None:
         """Counts and seconds since the start, bytes at rest; None where torch's optimizer holds all."""
 
+    def abandon(self) -> None:
+        """Where the loop has failed since the last step, leaves that uncommitted: [Note: steps that a loop has not
+        finished] in `closing`.
+        """
+
     def close(self) -> None:
         """Makes the commit that is due, and lets go of everything. What was not committed is lost."""

@@ -171,6 +171,10 @@ class TieredTraining(ABC):
         self.progress.scalars = dict(values["scalars"])
         self.step_number = int(values["step"])
 
+    def abandon(self) -> None:
+        """See `interface.Training`."""
+        self.commits.abandon()
+
     def close(self) -> None:
         """Makes the commit that is due; what was not committed is lost. Ends the updates and closes the log."""
         all_close(self._commit_what_is_due, self.stepper.close, self._let_go)

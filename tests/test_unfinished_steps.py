@@ -1,0 +1,93 @@
+"""Loops that fail between a step and what follows it: that step is taken again, with the scheduler that it had.
+
+step 1, schedule 1 | step 2, schedule 2 | step 3, fails      commits: 1, 2
+                                        | step 3, schedule 3 | step 4 ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from offload_rt.closing import Unfinished
+from planners.plan import StatePlacement, Tier
+from tests.conftest import build_base, build_lora, language_batch
+
+KINDS = {
+    "adapters": (lambda: build_lora(num_layers=1), None),
+    "adapters, state on NVMe": (
+        lambda: build_lora(num_layers=1), {"state": StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)}
+    ),
+    "all parameters": (lambda: build_base("llama", torch.bfloat16, 1), {"rest": Tier.NVME, "piece_elements": 4096}),
+}  # fmt: skip
+
+
+class LoopFailed(Exception):
+    pass
+
+
+def started(make_engine, kind, folder):
+    build, options = KINDS[kind]
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    engine = make_engine(build(), options, nvme=folder, device="cpu", commit_every=1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(engine.optimizer, 0.5)
+    engine.track("schedule", schedule)
+    return engine, schedule
+
+
+def steps(engine, schedule, numbers, *, fails_in=None):
+    losses = []
+    for number in numbers:
+        torch.manual_seed(number)
+        loss = engine(**language_batch(number)).loss
+        engine.backward(loss)
+        engine.step()
+        if number == fails_in:
+            raise LoopFailed
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("kind", "closed_by"), [("adapters", "finally"), ("adapters, state on NVMe", "with"), ("all parameters", "with")]
+)
+def test_a_step_whose_schedule_has_not_followed_is_taken_again(kind, closed_by, make_engine, tmp_path, caplog):
+    whole, schedule = started(make_engine, kind, tmp_path / "whole")
+    expected = steps(whole, schedule, range(4))
+    whole.close()
+    failing, schedule = started(make_engine, kind, tmp_path / "cut")
+    with pytest.raises(LoopFailed), failing if closed_by == "with" else contextlib.nullcontext():
+        try:
+            steps(failing, schedule, range(4), fails_in=2)
+        finally:
+            if closed_by == "finally":
+                failing.close()
+    assert "step 3 is not committed: LoopFailed was raised" in caplog.text
+    again, schedule = started(make_engine, kind, tmp_path / "cut")
+    again.load_checkpoint(again.commit_folder)
+    assert again.step_number == 2
+    assert steps(again, schedule, range(2, 4)) == expected[2:]
+    again.close()
+    after, schedule = started(make_engine, kind, tmp_path / "cut")
+    after.load_checkpoint(after.commit_folder)
+    assert after.step_number == 4, "a loop that ends has its last step committed"
+
+
+def test_an_error_that_was_handled_before_the_step_is_none_of_the_loops():
+    taken = Unfinished()
+    try:
+        raise LoopFailed
+    except LoopFailed:
+        taken.step_taken()
+        assert not taken.has_failed(1)
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert taken.has_failed(1)
+            taken.next_begins()
+            assert not taken.has_failed(1)
+    assert not taken.has_failed(1)
