@@ -40,7 +40,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient. Blocks, but for a GPU. Raises as `check_device`."""
-        loss = _run(closure)
+        loss = run_closure(closure)
         for group in self.param_groups:
             numbers = cpu_adam.AdamW.from_group(group)
             for parameter in group["params"]:
@@ -101,7 +101,7 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient. Blocks."""
-        loss = _run(closure)
+        loss = run_closure(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
@@ -117,7 +117,7 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
-def _run(closure: Callable[[], Any] | None) -> Any:
+def run_closure(closure: Callable[[], Any] | None) -> Any:
     """What a caller of `step` has it run first, with gradients."""
     if closure is None:
         return None

@@ -258,15 +258,15 @@ def _values(output: Any) -> list[Any]:
     return list(output) if isinstance(output, (list, tuple)) else list(getattr(output, "__dict__", {}).values())
 
 
-def weak_hook(method: Callable[[torch.optim.Optimizer, Any, Any], None]) -> Callable[..., None]:
-    """A hook of an optimizer's `step`: calls `method` as long as somebody else holds whose it is.
+def weak_hook(method: Callable[..., None]) -> Callable[..., None]:
+    """A hook of an optimizer: calls `method` as long as somebody else holds whose it is.
 
     A scheduler that outlives an engine holds the optimizer, and that its hooks.
     """
     held = weakref.WeakMethod(method)
 
-    def called(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def called(*arguments: Any) -> None:
         if (living := held()) is not None:
-            living(optimizer, args, kwargs)
+            living(*arguments)
 
     return called

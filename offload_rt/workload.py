@@ -75,7 +75,7 @@ class Workload:
     def kept_elsewhere(self) -> frozenset[int]:
         """The ids of parameters whose values are a block's, or rounded from a master."""
         kept = {id(stored.parameter) for draft in self.drafts for stored in draft.parameters}
-        if self.training is not None:
+        if self.training is not None and not self.training.adapters:
             kept |= {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         return frozenset(kept)
 

@@ -501,14 +501,34 @@ def test_the_optimizer_refuses_what_it_cannot_do_and_says_what_can(place: str, t
     with engine(model(), place, tmp_path) as run:
         train(run, range(1))
         optimizer = run.optimizer
+        optimizer.load_state_dict(optimizer.state_dict())  # accelerate does that; there is no state in it
         for call, instead in (
-            (optimizer.state_dict, "engine.save_checkpoint"),
             (lambda: optimizer.load_state_dict({}), "engine.load_checkpoint"),
             (lambda: optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]}), "laid out"),
-            (lambda: optimizer.step(lambda: None), "closure"),
         ):
             with pytest.raises(UnsupportedModule, match=instead):
                 call()
+
+
+@pytest.mark.parametrize("place", ["in place", "SPECULATIVE"])
+def test_a_closure_takes_the_gradients_once_before_the_step(place: str, tmp_path: Path) -> None:
+    expected = Plain(model())
+    losses = train(expected, range(3))
+    with engine(model(), place, tmp_path) as run:
+        found = []
+        for number in range(3):
+
+            def closure(number: int = number) -> torch.Tensor:
+                torch.manual_seed(number)
+                run.optimizer.zero_grad()
+                loss = run(**batch(number)).loss
+                loss.backward()
+                return loss
+
+            found.append(float(run.optimizer.step(closure).detach()))
+            run.optimizer.zero_grad()
+        assert found == losses and run.step_number == 3
+        assert differences(expected.state(), run.state()) == []
 
 
 @on_nvme

@@ -4,13 +4,15 @@ checked, counted and committed as those of `engine.step` are.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.optim import SGD, AdamW
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from offload_rt.arguments import make_optimizer
-from offload_rt.errors import ConfigError, IntegrityError
+from offload_rt.errors import ConfigError, IntegrityError, UnsupportedModule
 from offload_rt.steps import WARM_STEPS
 from tests.adapter_tiers import IN_HOST
 from tests.conftest import build_lora, language_batch
@@ -33,7 +35,9 @@ def made(make_engine, disk_folder):
 
 
 def backward(engine, number=0):
-    engine.model(**language_batch(number)).loss.backward()
+    loss = engine.model(**language_batch(number)).loss
+    loss.backward()
+    return loss.item()
 
 
 def step(engine, number=0):
@@ -178,6 +182,70 @@ def test_a_loops_own_optimizer_is_followed_from_its_first_step(made):
     assert engine.step_number == 3 and all(torch.equal(last[name], value) for name, value in values(engine).items())
     state = next(iter(engine.optimizer.state.values()))
     assert state["step"] == 3 and state["exp_avg"].any()
+
+
+@pytest.mark.parametrize("whose", ["the engine's", "the loop's"])
+def test_a_loop_that_loads_what_it_has_saved_itself_counts_on_where_it_was(whose, made):
+    def begun():
+        engine = made(commit_every=1)
+        return engine, engine.optimizer if whose == "the engine's" else own_optimizer(engine)
+
+    engine, optimizer = begun()
+    losses, saved = [], None
+    for number in range(4):
+        losses.append(backward(engine, number))
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == 1:
+            saved = values(engine), copy.deepcopy(optimizer.state_dict())
+    last, folder = values(engine), engine.commit_folder
+    engine.close()
+    engine, optimizer = begun()
+    engine.model.load_state_dict(saved[0], strict=False)
+    optimizer.load_state_dict(saved[1])
+    for number in range(2, 4):
+        assert backward(engine, number) == losses[number]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert engine.step_number == number + 1
+    assert all(torch.equal(last[name], value) for name, value in values(engine).items())
+    engine.close()
+    engine = made()
+    engine.load_checkpoint(folder)
+    assert engine.step_number == 4, "the commit is of the step that it was"
+
+
+def test_an_optimizer_of_state_in_tiers_has_a_state_dict_that_says_where_it_is(made, tmp_path, caplog):
+    """For loops that ask for one and save it: it is loaded only by whoever has the state."""
+    engine = made(options={"state": IN_HOST}, host_memory="64MiB")
+    optimizer = engine.optimizer
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does
+    assert "state_dict" not in caplog.text
+    backward(engine)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 0.25
+    engine.save_checkpoint(tmp_path / "saved")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    optimizer.state_dict()
+    engine.close()
+    assert caplog.text.count("param groups alone; the state of step 1 rests in the tiers") == 1
+    again = made(options={"state": IN_HOST}, host_memory="64MiB")
+    groups, saved = again.optimizer.param_groups[0], torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    assert saved["state"] == {}
+    with pytest.raises(
+        ConfigError, match=r"saved at step 1, without the state.*is of step 0. First engine\.load_check"
+    ):
+        again.optimizer.load_state_dict(saved)
+    again.load_checkpoint(tmp_path / "saved")
+    groups["lr"] = 0.5
+    again.optimizer.load_state_dict(saved)
+    assert groups is again.optimizer.param_groups[0] and groups["lr"] == 0.25
+    saved["param_groups"][0]["params"].pop()
+    with pytest.raises(ConfigError, match="groups are not those of this optimizer"):
+        again.optimizer.load_state_dict(saved)
+    with pytest.raises(UnsupportedModule, match="engine.load_checkpoint"):
+        again.optimizer.load_state_dict(own_optimizer(again).state_dict())
 
 
 def test_a_loops_own_optimizer_that_the_engine_cannot_follow_is_refused_before_it_changes_anything(made):

@@ -127,6 +127,7 @@ class MemoryTraining:
                 f"{type(self.optimizer).__name__}, which is, has state of this run, from steps or from a checkpoint",
             )
         self.optimizer = optimizer
+        self._count_on(optimizer)
         self._commits = self._committing()
 
     @property
@@ -172,7 +173,15 @@ class MemoryTraining:
         return [
             self.optimizer.register_step_pre_hook(weak_hook(self._step_begins)),
             self.optimizer.register_step_post_hook(weak_hook(self._step_is_over)),
+            self.optimizer.register_load_state_dict_post_hook(weak_hook(self._count_on)),
         ]
+
+    def _count_on(self, optimizer: torch.optim.Optimizer) -> None:
+        """State was loaded, by a loop that goes on with what it has saved itself: so do steps, where the optimizer has
+        counted them.
+        """
+        steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+        self.step_number = max(steps, default=self.step_number)
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.before_forward()  # of a loop that takes two steps without a forward in between

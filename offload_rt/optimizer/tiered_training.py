@@ -59,15 +59,16 @@ class TieredTraining(ABC):
     """See `interface.Training`."""
 
     def __init__(self, parts: TieredParts) -> None:
+        self.step_number = 0
         self.blocks = parts.blocks
         self.rule = parts.rule
         self.open_log = parts.open_log
         self.home = parts.home
         self.stepper = parts.stepper
         self.progress = parts.progress
-        made = parts.made
-        self.optimizer = made if isinstance(made, TieredOptimizer) else TieredOptimizer(made, self.step, self.forget)
-        self.optimizer.serve(self.step, self.forget)
+        made, given = parts.made, (self.step, self.forget, lambda: self.step_number)
+        self.optimizer = made if isinstance(made, TieredOptimizer) else TieredOptimizer(made, *given)
+        self.optimizer.serve(*given)
         names = {id(trained.parameter): trained.name for block in self.blocks for trained in block.parameters}
         self._names = tuple(names.values())
         self.groups = ParamGroups(self.optimizer, names)
@@ -75,7 +76,6 @@ class TieredTraining(ABC):
             self.blocks, self.home, self._values, self.groups.values, every=parts.commit_every,
             folder=parts.commit_folder,
         )  # fmt: skip
-        self.step_number = 0
         self._on_close = parts.on_close
 
     @abstractmethod
