@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import offload_rt
 from offload_rt._engine import Engine
 from tests.conftest import build_lora, language_batch
+from tests.saved_state import is_complete
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -43,10 +45,11 @@ def test_what_snippets_ask_for_is_there(page):
 def test_trainers_run_as_the_guide_says(make_engine, disk_folder, tmp_path, monkeypatch):
     section = (ROOT / "docs/guide.md").read_text().split("## Trainers")[1].split("\n## ")[0]
     found = snippets(section)
-    assert len(found) == 2
+    assert len(found) == 3
     rows = [{name: rows[0] for name, rows in language_batch(seed, rows=1).items()} for seed in range(6)]
     monkeypatch.chdir(tmp_path)
-    for snippet in found:
+    for number, snippet in enumerate(found):
+        shutil.rmtree("run", ignore_errors=True)
         assert len(ast.unparse(snippet).splitlines()) <= 10
         engine = make_engine(build_lora(num_layers=1), nvme=disk_folder, commit_every=1)
         given = {"engine": engine, "rows": rows, "torch": torch}
@@ -54,4 +57,6 @@ def test_trainers_run_as_the_guide_says(make_engine, disk_folder, tmp_path, monk
         exec(compile(snippet, "guide", "exec"), given)
         assert engine.step_number == engine.step_meter.num_steps == 3
         engine.close()
+        assert number == 2 or (tmp_path / "run" / "checkpoint-3" / "optimizer.pt").exists()
+        assert number != 1 or is_complete(tmp_path / "run" / "checkpoint-3" / "engine")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
