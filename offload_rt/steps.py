@@ -152,6 +152,7 @@ class StepMeter:
         self._begin, self._before = self._clock(), self._read()
         self._model_seconds = self._model_stalls = 0.0
         self._is_clean = True
+        self._has_begun = self._is_aside = False
 
     def _stalls(self) -> float:
         return sum(self._read().stall_seconds.values())
@@ -178,6 +179,8 @@ class StepMeter:
                 self._model_stalls += now[1] - stalls
                 if self._update is not None:  # a closure ran the model
                     self._update = now
+                elif self._is_aside:
+                    self._restart()
 
     def _give_up_open(self) -> None:
         """A backward pass that failed never says that it is over."""
@@ -192,7 +195,12 @@ class StepMeter:
         with self._lock:
             if self._backwards:
                 self._give_up_open()
-            self._is_clean &= torch.is_grad_enabled()  # an evaluation is no part of a step
+            if torch.is_grad_enabled():
+                self._has_begun, self._is_aside = True, False
+            elif self._has_begun or self._update is not None or not self._is_clean:
+                self._is_clean = False  # an evaluation is no part of a step: what it moved cannot be told from the rest
+            else:
+                self._is_aside = True  # between two steps: the next one begins when it is over
         self._enter()
 
     def _forward_is_over(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -125,6 +125,7 @@ def test_first_steps_failed_ones_and_those_with_an_evaluation_do_not_count(rig):
     for _ in range(WARM_STEPS):
         one_step(rig)
     assert rig.meter.steady() is None
+    rig.model(torch.ones(2)).backward()
     with torch.no_grad():
         rig.model(torch.ones(2))
     one_step(rig)
@@ -138,6 +139,19 @@ def test_first_steps_failed_ones_and_those_with_an_evaluation_do_not_count(rig):
     assert not rig.meter.steps
     one_step(rig)
     assert rig.meter.steady().seconds == 3.5
+
+
+def test_an_evaluation_between_two_steps_is_part_of_neither(rig):
+    for _ in range(WARM_STEPS + 3):
+        one_step(rig)
+        for _ in range(2):
+            rig.clock.now += 50.0
+            with torch.no_grad():
+                rig.model(torch.ones(2))
+    steady = rig.meter.steady()
+    assert len(rig.meter.steps) == 3
+    assert (steady.seconds, steady.outside_seconds) == (3.5, 4.0)
+    assert steady.resources.stall_seconds == {SSD_READ: 0.25} and steady.resources.moved_bytes == {SSD_READ: 2}
 
 
 def test_what_a_steady_step_takes_is_said_once():
