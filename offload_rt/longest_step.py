@@ -117,19 +117,30 @@ def _loss(output: Any) -> torch.Tensor:
 @contextmanager
 def unchanged(runtime: Runtime, model: nn.Module) -> Iterator[None]:
     """What a call of `model` changes inside, besides memory and time, is as before afterwards."""
-    random = rng_state()
-    modules = [(module, _plain_values(module), _buffer_values(module)) for module in model.modules()]
     counters = [(entry, {f.name: getattr(entry, f.name) for f in fields(entry)}) for entry in runtime.counters()]
     num_passed_on = runtime.turns.num_passed_on
+    with model_unchanged(model):
+        try:
+            yield
+        finally:
+            for executor in runtime.executors:
+                executor.drain()
+            for entry, values in counters:
+                for name, value in values.items():
+                    setattr(entry, name, value)
+            runtime.turns.num_passed_on = num_passed_on
+
+
+@contextmanager
+def model_unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers and plain attributes of its modules, whether they train among them, and all random numbers go on
+    afterwards as if nothing had been called inside.
+    """
+    random = rng_state()
+    modules = [(module, _plain_values(module), _buffer_values(module)) for module in model.modules()]
     try:
         yield
     finally:
-        for executor in runtime.executors:
-            executor.drain()
-        for entry, values in counters:
-            for name, value in values.items():
-                setattr(entry, name, value)
-        runtime.turns.num_passed_on = num_passed_on
         for module, plain, buffers in modules:
             for name, value in plain.items():
                 if vars(module).get(name) != value:

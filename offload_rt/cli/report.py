@@ -46,6 +46,7 @@ def collect(path: Path) -> dict[str, Any]:
             "checkpoints": [step for step, _ in folder.checkpoints()],
         },
         "steps": summarise(metrics) if metrics else None,
+        "evaluations": summarise_evaluations(folder.evaluations()),
         "engine": folder.report(),
     }  # fmt: skip
 
@@ -71,6 +72,27 @@ def summarise(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "seconds": _spread([line["seconds"] for line in steady]),
         "tokens_per_second": _spread([line["tokens"] / max(line["seconds"], 1e-9) for line in steady]),
         "bytes_read": _spread([line["bytes_read"] for line in steady]),
+    }
+
+
+def summarise_evaluations(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Of those with the newest held-out data: the newest, and the lowest loss; None where there is none.
+
+    Losses are None where they were not finite.
+    """
+    same = [line for line in lines if line["eval_data"] == lines[-1]["eval_data"]]
+    if not same:
+        return None
+    finite = [line for line in same if line["eval_loss"] is not None]
+    lowest = min(finite, key=lambda line: line["eval_loss"], default=None)
+    return {
+        "made": len(same),
+        "with_other_data": len(lines) - len(same),
+        "tokens": same[-1]["eval_tokens"],
+        "last_step": same[-1]["step"],
+        "last_loss": same[-1]["eval_loss"],
+        "lowest_loss": None if lowest is None else lowest["eval_loss"],
+        "lowest_loss_step": None if lowest is None else lowest["step"],
     }
 
 
@@ -111,9 +133,22 @@ def lines(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{tokens['median']:.0f} tokens a second; {format_bytes(int(read['median']))} read",
             ),
         ]
+    if numbers["evaluations"] is not None:
+        found.append(("held out", _evaluations_line(numbers["evaluations"])))
     if engine is not None:
         found += _engine_lines(engine)
     return found
+
+
+def _evaluations_line(evaluations: Mapping[str, Any]) -> str:
+    last, lowest = evaluations["last_loss"], evaluations["lowest_loss"]
+    text = f"loss {'not finite' if last is None else f'{last:.4f}'} at step {evaluations['last_step']}"
+    if lowest is not None:
+        text += f", lowest {lowest:.4f} at step {evaluations['lowest_loss_step']}"
+    text += f"; {evaluations['tokens']} tokens, {evaluations['made']} evaluation(s)"
+    if evaluations["with_other_data"]:
+        text += f"; {evaluations['with_other_data']} with other data left out"
+    return text
 
 
 def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:

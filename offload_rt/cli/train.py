@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="DIR", help="folder with config.json, safetensors and tokenizer"
     )
     what.add_argument("--data", required=True, metavar="FILE.jsonl", help="training examples")
+    what.add_argument("--eval-data", metavar="FILE.jsonl", help="held-out examples: their loss, at the end at least")
     what.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the result")
     what.add_argument("--bits", type=int, choices=(4,), help="4: frozen weights as NF4; left out: as they are")
     what.add_argument(
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--warmup-ratio", type=float, default=0.03, help="share of the steps (default: %(default)s)")
     how.add_argument("--schedule", choices=SCHEDULES, default="linear", help="default: %(default)s")
     how.add_argument("--max-grad-norm", type=float, default=1.0, help="clip to this norm; 0: never (default: 1)")
+    how.add_argument("--eval-every", type=int, help="with --eval-data: steps between evaluations (default: none)")
     how.add_argument("--seed", type=int, default=0, help="of data order, adapters and dropout (default: 0)")
     how.add_argument("--packing", action="store_true", help="several examples per row, kept apart by attention")
     how.add_argument("--raw-prompts", action="store_true", help="prompt + completion without the chat template")
@@ -104,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--steps, --epochs: give one of the two")
     if arguments.other_cuts and not arguments.resume:
         raise ConfigError("--other-cuts: is for --resume; a new run has no cuts yet")
+    if arguments.eval_every is not None and arguments.eval_data is None:
+        raise ConfigError("--eval-every: is for --eval-data, which is not given")
     if arguments.max_grad_norm == 0:
         arguments.max_grad_norm = None
     _settle_what_trains(arguments)

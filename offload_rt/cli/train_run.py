@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.training.batches import Batches, check_packing
 from offload_rt.training.data import DataReport, load_examples
 from offload_rt.training.drive_care import DriveCare
+from offload_rt.training.evaluation import Evaluation
 from offload_rt.training.identity import file_digest, model_digest, place_and_content
 from offload_rt.training.loop import TrainingResult, num_steps, train
 from offload_rt.training.options import TrainingOptions
@@ -43,7 +45,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         warmup_ratio=arguments.warmup_ratio, schedule=arguments.schedule,
         accumulation_steps=arguments.accumulation_steps, save_every=arguments.save_every,
         copy_every=arguments.copy_every, keep_last=arguments.keep_last, logdir=arguments.logdir,
-        resume=arguments.resume,
+        eval_every=arguments.eval_every, resume=arguments.resume,
     )  # fmt: skip
     care = DriveCare(
         tbw_bytes=None if arguments.tbw is None else parse_bytes(arguments.tbw, field="tbw"),
@@ -68,26 +70,30 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     tokenizer, model_on_meta, settings_of_model = _load_transformers(model_folder)
     if arguments.seq_len is not None and (warning := check_length(model_on_meta, arguments.seq_len)):
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    examples, data_report = load_examples(
-        arguments.data,
-        tokenizer,
-        seq_len=arguments.seq_len or _longest_row(model_on_meta),
+    load = partial(
+        load_examples,
+        tokenizer=tokenizer,
         too_long=arguments.too_long,
         prompts="raw" if arguments.raw_prompts else "template",
     )
+    examples, data_report = load(arguments.data, seq_len=arguments.seq_len or _longest_row(model_on_meta))
     if arguments.seq_len is None:
         # Memory is planned for the longest row there is, not for one that never comes.
         arguments.seq_len = max(len(example) for example in examples)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = Batches(
-        examples,
+    batches_of = partial(
+        Batches,
         batch_size=arguments.batch_size,
         seq_len=arguments.seq_len,
         seed=arguments.seed,
         packing=arguments.packing,
         pad_token_id=pad_token_id or 0,
     )
-    _show_settings(console, arguments, data_report, num_steps(options, batches))
+    batches, held_out, held_out_report = batches_of(examples), None, None
+    if arguments.eval_data is not None:
+        held_out_examples, held_out_report = load(arguments.eval_data, seq_len=arguments.seq_len)
+        held_out = batches_of(held_out_examples)
+    _show_settings(console, arguments, data_report, held_out_report, num_steps(options, batches))
     torch.manual_seed(arguments.seed)
     keeps_cuts = options.resume and not arguments.other_cuts and folder.cuts is not None
     with Engine(
@@ -117,7 +123,16 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         if arguments.packing:
             check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
         drives = [drive.path for drive in engine.config.nvme]
-        result = train(engine, batches, options, settings=settings, console=console, care=care, drives=drives)
+        result = train(
+            engine,
+            batches,
+            options,
+            settings=settings,
+            console=console,
+            care=care,
+            drives=drives,
+            evaluation=None if held_out is None else Evaluation(engine, held_out),
+        )
         if result.interrupted is not None:
             return 128 + result.interrupted
         _set(model_on_meta.config, **settings_of_model)
@@ -248,11 +263,18 @@ class _IngestProgress:
         )
 
 
-def _show_settings(console: Console, arguments: argparse.Namespace, data_report: DataReport, total_steps: int) -> None:
+def _show_settings(
+    console: Console,
+    arguments: argparse.Namespace,
+    data_report: DataReport,
+    held_out_report: DataReport | None,
+    total_steps: int,
+) -> None:
     """Every setting as it takes effect, before anything slow happens."""
     shown: dict[str, object] = {
         "model": arguments.model,
         "data": f"{arguments.data}: {data_report}",
+        **({} if held_out_report is None else {"held out": _held_out(arguments, held_out_report)}),
         "weights": "NF4, double quantization" if arguments.bits == 4 else "as in the checkpoint",
         "trains": f"all parameters, by {arguments.optimizer}"
         if arguments.full
@@ -272,11 +294,17 @@ def _show_settings(console: Console, arguments: argparse.Namespace, data_report:
         console.print(f"{name + ':':<15} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _held_out(arguments: argparse.Namespace, report: DataReport) -> str:
+    every = "" if arguments.eval_every is None else f"every {arguments.eval_every} steps and "
+    return f"{arguments.eval_data}: {report}; evaluated {every}at the end"
+
+
 def _show_result(console: Console, result: TrainingResult, report: Mapping[str, Any], folder: Path) -> None:
     table = Table(show_header=False)
     rows = {
         "steps": str(result.step),
         "last loss": "none: no step was left" if result.loss is None else f"{result.loss:.4f}",
+        **({} if result.evaluated is None else {"held-out loss": f"{result.evaluated.loss:.4f}"}),
         "tokens": f"{result.tokens} ({result.tokens / max(result.seconds, 1e-9):.0f} a second)",
         "read from NVME": format_bytes(report.get("bytes_read", 0)),
         "waited for it": f"{report.get('stall_seconds', 0.0):.2f} s of {result.seconds:.2f} s",

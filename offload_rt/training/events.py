@@ -16,6 +16,8 @@ from offload_rt.errors import ConfigError
 logger = logging.getLogger("offload_rt")
 
 LEFT_OUT = ("step", "time", "memory")
+EVAL = "eval_"
+"""What names of an evaluation's numbers begin with."""
 
 
 class Events:
@@ -39,12 +41,14 @@ class Events:
             raise ConfigError(f"logdir: {logdir} cannot be written ({error})") from error
 
     def add(self, metrics: Mapping[str, Any], step: int) -> None:
-        """The numbers of a step. May wait for those before."""
+        """The numbers of a step, or of an evaluation behind it. May wait for those before."""
         if self._writer is None:
             return
         try:
             for name, value in metrics.items():
-                if name not in LEFT_OUT:
+                if name.startswith(EVAL) and isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"eval/{name.removeprefix(EVAL)}", value, step)
+                elif name not in LEFT_OUT and not name.startswith(EVAL):
                     self._writer.add_scalar(f"train/{name}", value, step)
         except OSError as error:
             self._end(f"from step {step}", error)

@@ -27,6 +27,7 @@ from rich.console import Console
 from offload_rt.errors import ConfigError, NonFiniteLoss
 from offload_rt.training.display import Display, StepNumbers, format_seconds
 from offload_rt.training.drive_care import DriveCare
+from offload_rt.training.evaluation import Evaluated, Evaluation, Evaluations
 from offload_rt.training.events import Events
 from offload_rt.training.options import TrainingOptions, lr_factor
 from offload_rt.training.run_folder import RunFolder
@@ -66,11 +67,13 @@ class TrainingResult:
     tokens: int
     """Seen by this call, padding left out."""
     seconds: float
-    """Wall time of this call's steps."""
+    """Wall time of this call's steps, without evaluations."""
     interrupted: signal.Signals | None
     """The signal that ended the run early, after its state was saved."""
     checkpoint: Path | None
     """The newest one: a folder, or where commits are."""
+    evaluated: Evaluated | None = None
+    """The newest of this call."""
 
 
 def train(
@@ -82,11 +85,13 @@ def train(
     console: Console | None = None,
     care: DriveCare | None = None,
     drives: Sequence[Path] = (),
+    evaluation: Evaluation | None = None,
 ) -> TrainingResult:
     """Trains until the last step, or until SIGINT or SIGTERM, and saves.
 
     `settings` are further values (plain JSON) that must not change when the run is resumed; `drives` are folders on
-    NVMe where commits of a run that is resumed may be besides. Raises
+    NVMe where commits of a run that is resumed may be besides. `evaluation` is made behind every `options.eval_every`
+    steps and the last one; a signal leaves it out, and a run that is resumed makes up for one that is missing. Raises
     `ConfigError` if `options.out` holds another run, or if `care` allows less than the run writes to the drive (then
     what was done is saved), `NonFiniteLoss` at the first loss that is not finite.
     Signals are watched only when called from the main thread: the first one ends the run after the step it
@@ -108,6 +113,8 @@ def train(
         folder.require_same(fixed)
     else:
         folder.require_free()
+    if evaluation is None and options.eval_every is not None:
+        raise ConfigError("eval_every: there is no evaluation; give its data")
     events = Events(options.logdir)
     progress = Progress(folder.run_id, options.out)
     scheduler = _schedule(optimizer, options, total_steps)
@@ -154,6 +161,12 @@ def train(
         report = engine.report()
         if writes := care.expectation(report, total_steps - progress.step):
             display.say(f"writes: {writes}")
+        evaluations = Evaluations(
+            evaluation, folder, events, display.say, every=options.eval_every, total_steps=total_steps,
+            is_to_stop=lambda: stop.signal is not None,
+        )  # fmt: skip
+        if evaluations.behind(progress.step):
+            report = engine.report()
         bytes_read = int(report.get("bytes_read", 0))
         first_step, second_step_at = progress.step, begin
         while progress.step < total_steps and stop.signal is None:
@@ -182,7 +195,6 @@ def train(
                 bytes_read=int(report.get("bytes_read", 0)) - bytes_read,
                 memory={str(tier): int(num_bytes) for tier, num_bytes in report.get("memory", {}).items()},
             )
-            bytes_read += numbers.bytes_read
             tokens += numbers.tokens
             if progress.step % options.log_every == 0 or progress.step == total_steps:
                 metrics = _metrics(numbers, report, lr=float(lr), epoch=batches.epoch)
@@ -196,6 +208,9 @@ def train(
             if options.copy_every is not None and progress.step % options.copy_every == 0:
                 saves.copy()
             saves.require_found()
+            bytes_read += numbers.bytes_read
+            if progress.step < total_steps and evaluations.behind(progress.step):  # the last one is saved first
+                bytes_read = int(engine.report().get("bytes_read", 0))
             if progress.step == first_step + 1:
                 second_step_at = time.monotonic()
             try:
@@ -206,9 +221,11 @@ def train(
             except ConfigError:
                 saves.save()
                 raise
-        seconds = time.monotonic() - begin
+        seconds = time.monotonic() - begin - evaluations.seconds
         newest = saves.save() if saved_at != progress.step else saves.newest()
         folder.write_report(engine.report())
+        if progress.step == total_steps:
+            evaluations.behind(progress.step)
         if stop.signal is not None and progress.step < total_steps:
             place = newest.describe if newest is not None else "nothing"
             display.say(
@@ -227,6 +244,7 @@ def train(
             seconds=seconds,
             interrupted=stop.signal if progress.step < total_steps else None,
             checkpoint=None if newest is None else newest.folder,
+            evaluated=evaluations.newest,
         )
 
 

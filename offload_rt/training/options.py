@@ -37,6 +37,8 @@ class TrainingOptions:
     """Where an engine commits on NVMe: steps between copies of the state in `out`. None makes none."""
     keep_last: int = 2
     """Checkpoints that stay; older ones are removed after a newer one is complete."""
+    eval_every: int | None = None
+    """Steps between evaluations, where there is one; None makes one at the end only."""
     log_every: int = 1
     """Steps between lines in metrics.jsonl and points in TensorBoard."""
     logdir: Path | None = None
@@ -50,9 +52,10 @@ class TrainingOptions:
             object.__setattr__(self, "logdir", Path(self.logdir))
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(f"steps, epochs: give one of the two, got {self.steps!r} and {self.epochs!r}")
-        for field in ("steps", "epochs", "accumulation_steps", "save_every", "copy_every", "keep_last", "log_every"):
+        optional = ("steps", "epochs", "save_every", "copy_every", "eval_every")
+        for field in (*optional, "accumulation_steps", "keep_last", "log_every"):
             value = getattr(self, field)
-            if value is None and field in ("steps", "epochs", "save_every", "copy_every"):
+            if value is None and field in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field}: must be a whole number of at least 1, got {value!r}")

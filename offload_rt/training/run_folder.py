@@ -2,7 +2,8 @@
 
     out/run.json            the run's id, settings that must not change on resume, where on NVMe its steps were
                             committed, the cuts of its plan, and the step of the run's end
-    out/metrics.jsonl       one line a logged step, appended; a kill loses at most the line it was writing
+    out/metrics.jsonl       one line a logged step, and one an evaluation behind it, appended; a kill loses at most the
+                            line it was writing
     out/report.json         what the engine said of itself when this run was last saved, or ended
     out/checkpoint-<step>/  complete: engines write elsewhere and rename
     out/<anything else>     not ours
@@ -26,6 +27,8 @@ from typing import Any, BinaryIO
 from offload_rt.errors import CheckpointError, ConfigError, StorageError, StorageFull
 
 logger = logging.getLogger("offload_rt")
+
+EVAL_LOSS = "eval_loss"
 
 
 class RunFolder:
@@ -74,7 +77,11 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged steps, in order."""
-        return [json.loads(line) for line in self._metric_lines()]
+        return [line for line in map(json.loads, self._metric_lines()) if EVAL_LOSS not in line]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations, in order: the lines that have an `eval_loss`, None where it was not finite."""
+        return [line for line in map(json.loads, self._metric_lines()) if EVAL_LOSS in line]
 
     def report(self) -> dict[str, Any] | None:
         """What `write_report` wrote last; None if it never did."""

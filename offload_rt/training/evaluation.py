@@ -1,0 +1,135 @@
+"""The loss on held-out data, of a model that trains: the same batches each time, and no trace in the training.
+
+Rows are padded or packed as those of training, at most as long, and no more of them come at once, so that an evaluation
+takes less memory than a step. The model is in eval mode and keeps no graph; what trains, gradients, random numbers,
+buffers and modes of modules are as before afterwards. A step that was to be committed is committed first, by the first
+call, as by that of the next step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from offload_rt.longest_step import model_unchanged
+from offload_rt.training.batches import Batch, Batches
+from offload_rt.training.data import IGNORED_LABEL
+from offload_rt.training.display import format_seconds
+from offload_rt.training.events import Events
+from offload_rt.training.run_folder import EVAL_LOSS, RunFolder
+
+
+class EvaluatedEngine(Protocol):
+    """What an evaluation needs of `offload_rt.Engine`."""
+
+    model: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What one came to."""
+
+    loss: float
+    """The mean over all predicted tokens; NaN or infinite where the model's is."""
+    tokens: int
+    """That were predicted."""
+    seconds: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss)
+
+
+class Evaluation:
+    """Of one engine, on all of `batches`' first epoch."""
+
+    def __init__(self, engine: EvaluatedEngine, batches: Batches) -> None:
+        """`batches` is this object's from now on."""
+        self._engine = engine
+        self._batches = batches
+        self.data = f"{batches.state_dict()['data']['checksum']:08x}"
+        """Tells one set of examples from another."""
+
+    def run(self, is_to_stop: Callable[[], object] = lambda: False) -> Evaluated | None:
+        """Evaluates; None where `is_to_stop` said so between two batches. Blocks."""
+        begin = time.monotonic()
+        self._batches.epoch = self._batches.position = 0
+        total, tokens = 0.0, 0
+        with model_unchanged(self._engine.model), torch.no_grad():
+            self._engine.model.eval()
+            for _ in range(self._batches.num_batches(0)):
+                if is_to_stop():
+                    return None
+                batch = next(self._batches)
+                predicted = num_predicted(batch)
+                if predicted:  # otherwise its loss is a mean of nothing
+                    total += predicted * float(self._engine(**batch).loss)
+                    tokens += predicted
+        loss = total / tokens if tokens else math.nan
+        return Evaluated(loss=loss, tokens=tokens, seconds=time.monotonic() - begin)
+
+
+class Evaluations:
+    """Those of one run: which are due, and where they are written."""
+
+    def __init__(
+        self,
+        evaluation: Evaluation | None,
+        folder: RunFolder,
+        events: Events,
+        say: Callable[[str], None],
+        *,
+        every: int | None,
+        total_steps: int,
+        is_to_stop: Callable[[], object],
+    ) -> None:
+        """Without `evaluation` none is ever due. One is left out once `is_to_stop` says so."""
+        self._evaluation = evaluation
+        self._folder, self._events, self._say = folder, events, say
+        self._every, self._total_steps = every, total_steps
+        self._is_to_stop = is_to_stop
+        self.newest: Evaluated | None = None
+        self.seconds = 0.0
+        """Of all of them."""
+
+    def behind(self, step: int) -> bool:
+        """Evaluates behind the step that is done, where that is due and not in the run's folder yet; whether it did, if
+        only in part. Blocks.
+        """
+        is_due = step == self._total_steps or (self._every is not None and step % self._every == 0)
+        if self._evaluation is None or not step or not is_due or self._is_done(step, self._evaluation.data):
+            return False
+        begin = time.monotonic()
+        found = self._evaluation.run(self._is_to_stop)
+        self.seconds += time.monotonic() - begin
+        if found is None:
+            self._say(f"step {step}: the evaluation was left out; --resume makes it")
+            return True
+        self.newest = found
+        metrics = {
+            "step": step, EVAL_LOSS: found.loss if found.is_finite else None, "eval_tokens": found.tokens,
+            "eval_seconds": round(found.seconds, 6), "eval_data": self._evaluation.data, "time": round(time.time(), 3),
+        }  # fmt: skip
+        self._folder.append_metrics(metrics)
+        self._events.add(metrics, step)
+        self._say(
+            f"step {step}/{self._total_steps}  held-out loss {found.loss:.4f} over {found.tokens} tokens "
+            f"({format_seconds(found.seconds)})"
+        )
+        return True
+
+    def _is_done(self, step: int, data: str) -> bool:
+        return any(line["step"] == step and line["eval_data"] == data for line in self._folder.evaluations())
+
+
+def num_predicted(batch: Batch) -> int:
+    """Tokens of which a causal model's loss is the mean: those with a label and one before them."""
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())

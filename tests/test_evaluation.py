@@ -1,0 +1,258 @@
+"""Held-out loss while a model trains: the plain model's numbers, and not a bit of the training is another."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from offload_rt.allocations import AllocationMeter
+from offload_rt.cli.main import main
+from offload_rt.cli.report import collect, lines
+from offload_rt.errors import ConfigError
+from offload_rt.training.batches import Batches
+from offload_rt.training.data import Example
+from offload_rt.training.evaluation import Evaluation, num_predicted
+from offload_rt.training.loop import TrainingResult, train
+from offload_rt.training.options import TrainingOptions
+from offload_rt.training.run_folder import RunFolder
+from tests import tiny_training
+from tests.conftest import build_lora
+from tests.test_cli import adapter_bytes, fails
+from tests.test_cli import arguments as arguments
+from tests.test_cli import model_folder as model_folder
+from tests.test_cli_full import full as full
+from tests.test_cli_full import weights
+from tests.test_training_loop import FakeEngine, make_batches, metrics_of
+
+torch.set_num_threads(1)
+
+
+class FakeEvaluatedEngine(FakeEngine):
+    """A stand-in that can be called, and counts that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Dropout()
+        self.num_calls = 0
+        self.during_call: dict[int, Any] = {}
+
+    def __call__(self, **batch: Any) -> Any:
+        assert not torch.is_grad_enabled() and not self.model.training
+        torch.rand(3)
+        self.num_calls += 1
+        self.during_call.get(self.num_calls, lambda: None)()
+        return SimpleNamespace(loss=(self.weight[batch["input_ids"]] - 0.5).square().mean())
+
+    def report(self) -> dict[str, Any]:
+        report = super().report()
+        return {**report, "bytes_read": report["bytes_read"] + 7 * self.num_calls}
+
+
+def held_out(shift: int = 0) -> Batches:
+    ids = [np.arange(3 + at, dtype=np.int32) + shift for at in range(4)]
+    return Batches([Example(each, each, at) for at, each in enumerate(ids)], batch_size=2, seq_len=8)
+
+
+def run(
+    out: Path, engine: FakeEvaluatedEngine, data: Batches | None = None, **options: Any
+) -> tuple[TrainingResult, str]:
+    text = io.StringIO()
+    evaluation = Evaluation(engine, held_out() if data is None else data)
+    options = {"steps": 5, "eval_every": 2, **options}
+    result = train(
+        engine, make_batches(), TrainingOptions(out=out, **options), console=Console(file=text, width=200),
+        evaluation=evaluation,
+    )  # fmt: skip
+    return result, text.getvalue()
+
+
+def evaluations(out: Path) -> dict[int, float]:
+    return {line["step"]: line["eval_loss"] for line in RunFolder(out).evaluations()}
+
+
+class Labelled(tiny_training.Model):
+    """Takes what a batch of examples has."""
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return super().forward(input_ids)
+
+
+def test_the_loss_is_the_mean_over_predicted_tokens_and_the_engine_is_as_before(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    plain, model = Labelled(dropout=0.5), Labelled(dropout=0.5)
+    plain.load_state_dict(model.state_dict())
+    model.train().layers[1].eval()  # somebody's own choice
+    rows = [*tiny_training.batch(0)["input_ids"], tiny_training.batch(1)["input_ids"][0, :5]]  # fewer weigh less
+    examples = [Example(ids, ids, 0) for row in rows for ids in [row.numpy().astype(np.int32)]]
+    data = Batches(examples, batch_size=tiny_training.ROWS, seq_len=tiny_training.TOKENS, pad_to_multiple_of=1)
+    first, second = next(data), next(data)
+    with torch.no_grad():
+        plain.eval()
+        losses = [num_predicted(batch) * float(plain(batch["input_ids"]).loss) for batch in (first, second)]
+    with tiny_training.engine(model, "BACKWARD", tmp_path) as engine:
+        evaluation, random = Evaluation(engine, data), torch.get_rng_state()
+        found = evaluation.run()
+        assert found is not None and found.tokens == 2 * 7 + 4 and found.loss == sum(losses) / found.tokens
+        assert (data.epoch, data.position) == (0, 2)  # in the order of every other one
+        assert torch.equal(torch.get_rng_state(), random)
+        assert [module.training for module in model.layers] == [True, False, True] and model.training
+        assert all(p.grad is None for p in model.parameters())
+        for number in range(3):
+            tiny_training.train(engine, [number])
+            evaluation.run()
+        assert engine.step_meter.num_steps == 3  # each of them still counts as one that nothing disturbed
+
+
+def test_an_evaluation_takes_less_memory_than_a_step(make_engine: Any, disk_folder: Path) -> None:
+    engine = make_engine(build_lora("llama"), {"stream_edges": True}, bits=4, nvme=disk_folder, batch_size=4)
+    ids = np.arange(3, 19, dtype=np.int32)
+    data = Batches([Example(ids, ids, 0)] * 16, batch_size=4, seq_len=16)
+    engine.train_batch([next(data)])
+    with AllocationMeter() as step:
+        engine.train_batch([next(data)])
+    with AllocationMeter() as evaluated:
+        Evaluation(engine, data).run()
+    assert 0 < evaluated.peak_bytes < step.peak_bytes / 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("what", ["adapters", "packing", "full"])
+def test_a_run_that_is_evaluated_trains_to_the_bits_of_one_that_is_not(
+    what: str, arguments: list[str], full: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = full if what == "full" else [*arguments, "--adapters", "lora:r=4,dropout=0.2"]
+    words += ["--packing"] if what == "packing" else []
+    held_out_file = tmp_path / "held_out.jsonl"
+    held_out_file.write_text("".join(json.dumps({"text": "abcdefgh" * many}) + "\n" for many in (1, 2, 7)))
+    evaluated = [*words, "--eval-data", str(held_out_file), "--eval-every", "1"]
+
+    def trained(out: Path) -> bytes:
+        return weights(out) if what == "full" else adapter_bytes(out)
+
+    def run_to(step: int, out: Path, words: list[str], *more: str) -> str:
+        drive = tmp_path / f"nvme {out.name}"
+        drive.mkdir(exist_ok=True)
+        at = words.index("--nvme")
+        words = [*words[: at + 1], str(drive), *words[at + 2 :]]
+        assert main([*words, "--out", str(out), "--steps", str(step), *more]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    plain, straight, resumed = (tmp_path / name for name in ("plain", "straight", "resumed"))
+    run_to(3, plain, words)
+    shown = run_to(3, straight, evaluated)
+    assert "held out:" in shown and "1 truncated (25 tokens cut)" in shown and "evaluated every 1 steps" in shown
+    run_to(2, resumed, words)
+    run_to(3, resumed, evaluated, "--resume")
+    names = ("step", "epoch", "loss", "lr", "tokens")
+    taken = [
+        [[line[name] for name in names] for line in RunFolder(out).metrics()] for out in (plain, straight, resumed)
+    ]
+    assert taken[0] == taken[1] == taken[2] and len(taken[0]) == 3
+    assert trained(plain) == trained(straight) == trained(resumed)
+    losses = evaluations(straight)
+    assert losses.keys() == {1, 2, 3} and len({*losses.values()}) == 3
+    assert evaluations(resumed) == {step: losses[step] for step in (2, 3)}  # of the step before it was made up for
+    assert main(["report", str(straight)]) == 0
+    assert f"held out:    loss {losses[3]:.4f} at step 3, lowest" in capsys.readouterr().out
+
+
+def test_evaluations_without_data_are_a_mistake(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = fails(capsys, *arguments, "--out", str(tmp_path / "out"), "--eval-every", "2")
+    assert code == 2 and "--eval-every: is for --eval-data" in line
+    code, line = fails(capsys, *arguments, "--out", str(tmp_path / "out"), "--eval-data", str(tmp_path / "none"))
+    assert code == 2 and "none" in line and list((tmp_path / "nvme").iterdir()) == []
+
+
+def test_evaluations_come_when_asked_and_at_the_end_and_have_lines_of_their_own(tmp_path: Path) -> None:
+    engine, never = FakeEvaluatedEngine(), FakeEngine()
+    result, shown = run(tmp_path / "out", engine)
+    assert list(evaluations(tmp_path / "out")) == [2, 4, 5]
+    assert engine.num_calls == 3 * 2 and result.evaluated is not None
+    assert result.evaluated.loss == evaluations(tmp_path / "out")[5] and result.evaluated.tokens == 2 + 3 + 4 + 5
+    assert f"step 5/5  held-out loss {result.evaluated.loss:.4f} over 14 tokens" in shown
+    train(never, make_batches(), TrainingOptions(out=tmp_path / "never", steps=5), console=Console(file=io.StringIO()))
+    names = ("step", "epoch", "loss", "lr", "tokens", "bytes_read")
+    steps = RunFolder(tmp_path / "out").metrics()
+    assert [[line[name] for name in names] for line in steps] == [
+        [line[name] for name in names] for line in metrics_of(tmp_path / "never")
+    ]
+    assert engine.seen == never.seen and torch.equal(engine.weight, never.weight)
+    assert engine.events == ["step"] * 5 + ["save checkpoint-5"]  # before the last evaluation, which may take long
+
+
+def test_a_resumed_run_makes_up_for_an_evaluation_that_a_signal_left_out_and_repeats_none(tmp_path: Path) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    run(straight, FakeEvaluatedEngine())
+    engine = FakeEvaluatedEngine()
+    engine.during_call[3] = lambda: signal.raise_signal(signal.SIGTERM)  # in the second evaluation
+    result, shown = run(out, engine)
+    assert (result.step, result.interrupted) == (4, signal.SIGTERM) and list(evaluations(out)) == [2]
+    assert "step 4: the evaluation was left out; --resume makes it" in shown and "stopped after step 4" in shown
+    engine = FakeEvaluatedEngine()
+    engine.during_call[3] = lambda: signal.raise_signal(signal.SIGTERM)  # in the last one, which ends nothing
+    result, shown = run(out, engine, resume=True)
+    assert (result.step, result.interrupted, result.evaluated is not None) == (5, None, True)
+    assert "finished at step 5" in shown and list(evaluations(out)) == [2, 4]
+    engine = FakeEvaluatedEngine()
+    run(out, engine, resume=True)
+    assert engine.num_calls == 2 and evaluations(out) == evaluations(straight)
+    engine = FakeEvaluatedEngine()
+    run(out, engine, resume=True)
+    assert engine.num_calls == 0
+    run(out, engine, held_out(shift=1), resume=True)  # other data are another evaluation
+    assert engine.num_calls == 2 and len(RunFolder(out).evaluations()) == 4
+
+
+def test_a_report_has_the_newest_and_the_lowest_and_what_is_not_finite(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(at_step=0, settings={})
+
+    def said() -> str:
+        return dict(lines(collect(tmp_path)))["held out"]
+
+    assert collect(tmp_path)["evaluations"] is None and "held out" not in dict(lines(collect(tmp_path)))
+    for step, loss, data in [(1, 0.1, "aa"), (2, 3.0, "bb"), (4, 2.0, "bb"), (6, 2.5, "bb")]:
+        folder.append_metrics({"step": step, "eval_loss": loss, "eval_tokens": 9, "eval_data": data})
+    assert said() == (
+        "loss 2.5000 at step 6, lowest 2.0000 at step 4; 9 tokens, 3 evaluation(s); 1 with other data left out"
+    )
+    folder.append_metrics({"step": 8, "eval_loss": None, "eval_tokens": 9, "eval_data": "cc"})
+    folder.close()
+    assert said() == "loss not finite at step 8; 9 tokens, 1 evaluation(s); 4 with other data left out"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"] is None
+
+
+def test_a_loss_that_is_not_finite_ends_no_run(tmp_path: Path) -> None:
+    engine = FakeEvaluatedEngine()
+    engine.during_call[1] = lambda: engine.weight.data.fill_(math.inf)
+    result, shown = run(tmp_path / "out", engine, eval_every=None, steps=3)
+    assert result.step == 3 and "held-out loss inf" in shown and evaluations(tmp_path / "out") == {3: None}
+
+
+def test_tensorboard_gets_evaluations_beside_the_training(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path / "out", FakeEvaluatedEngine(), logdir=tmp_path / "events")
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [event.step for event in events.Scalars("eval/loss")] == [2, 4, 5]
+    assert not [name for name in events.Tags()["scalars"] if "eval_" in name or "data" in name]
+
+
+def test_a_step_between_evaluations_that_has_none_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="eval_every: there is no evaluation"):
+        train(FakeEngine(), make_batches(), TrainingOptions(out=tmp_path, steps=1, eval_every=1))
+    with pytest.raises(ConfigError, match="eval_every: must be a whole number"):
+        TrainingOptions(out=tmp_path, steps=1, eval_every=0)
