@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from offload_rt.errors import ConfigError
 
 _MERGES = ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter")
-_MERGE_FIRST = "Save the adapter (engine.save_pretrained), and merge it into the base model, loaded without an engine"
+_MERGE_FIRST = (
+    "Save the adapter (engine.save_pretrained), and merge its files into the base model's: python -m "
+    "offload_rt.checkpoint.merge BASE ADAPTER OUT"
+)
 _REFUSED = dict.fromkeys(_MERGES, _MERGE_FIRST) | {"resize_token_embeddings": "Resize it before engine(...)"}
 """What would change weights at rest, and what to do."""
 

@@ -9,10 +9,11 @@ group of tensors after the other, each for as long as it is written.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ _MARGIN_BYTES = 1 << 20
 
 
 def save_model(
-    model: nn.Module, groups: Sequence[TensorGroup], folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: nn.Module,
+    groups: Sequence[TensorGroup],
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    configuration: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes `model` to `folder`, in place of what was saved there; other files stay. Blocks until it is durable.
 
@@ -41,6 +47,7 @@ def save_model(
     is no view makes of one. A shard holds more than `max_shard_bytes` only where a single tensor does. Until the end,
     the old content is whole. Raises `StorageFull` before the first byte, `StorageError`, `CheckpointVerifyError` where
     a tensor does not read back as it was written, ConfigError where `folder` is not one for a model.
+    `configuration` writes what belongs beside the weights to the folder that it is given; None: the model's own.
     """
     folder = folder.absolute()
     _check_place(folder)
@@ -48,7 +55,7 @@ def save_model(
     shards = _shards(outlines, max_shard_bytes)
     need = sum(map(file_bytes, shards.values())) + _MARGIN_BYTES
     with replaced_whole(folder, need, what="the model", is_ours=_WEIGHTS.fullmatch) as partial:
-        _save_configuration(model, partial)
+        (configuration or functools.partial(_save_configuration, model))(partial)
         _write_shards(model, groups, outlines, shards, partial)
         if len(shards) > 1:
             write_atomically(partial / _INDEX, _index(model, shards))
