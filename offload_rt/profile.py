@@ -9,6 +9,7 @@ work, the logits, their fp32 copy, its log-softmax and the gradients of both.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,30 @@ def free_memory_bytes() -> int:
     return free * 9 // 10
 
 
-def cgroup_memory_bytes() -> tuple[int | None, int]:
-    """The limit of this process's memory cgroup (v2 or v1) and what it uses; no limit is None."""
+@dataclass(frozen=True, kw_only=True)
+class MemoryLeft:
+    """What anybody may still take before the kernel kills somebody."""
+
+    left_bytes: int
+    total_bytes: int
+    of: str
+    """"RAM", or "cgroup" where its limit is nearer."""
+
+
+def memory_left() -> MemoryLeft:
+    """Now, with the pages of files that the kernel would drop."""
+    memory = psutil.virtual_memory()
+    found = MemoryLeft(left_bytes=int(memory.available), total_bytes=int(memory.total), of="RAM")
+    limit, usage = cgroup_memory_bytes(without_dropped=True)
+    if limit is not None and limit - usage < found.left_bytes:
+        return MemoryLeft(left_bytes=limit - usage, total_bytes=limit, of="cgroup")
+    return found
+
+
+def cgroup_memory_bytes(*, without_dropped: bool = False) -> tuple[int | None, int]:
+    """The limit of this process's memory cgroup (v2 or v1) and what it uses; no limit is None. `without_dropped`: less
+    the pages of files that have not been used lately.
+    """
     places = []
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -121,10 +144,16 @@ def cgroup_memory_bytes() -> tuple[int | None, int]:
         try:
             text = limit_file.read_text().strip()
             if text != "max" and int(text) < 1 << 60:
-                return int(text), int(usage_file.read_text())
+                usage = int(usage_file.read_text())
+                return int(text), usage - (_inactive_bytes(limit_file.parent) if without_dropped else 0)
         except (OSError, ValueError):
             continue
     return None, 0
+
+
+def _inactive_bytes(cgroup: Path) -> int:
+    values = dict(line.split(maxsplit=1) for line in (cgroup / "memory.stat").read_text().splitlines())
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
 def peak_resident_bytes() -> int:

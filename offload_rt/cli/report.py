@@ -12,7 +12,7 @@ from typing import Any
 
 from offload_rt import comparison
 from offload_rt.errors import ConfigError
-from offload_rt.training.run_folder import RunFolder
+from offload_rt.training.run_folder import RunFolder, low_memory_text
 from planners.errors import format_bytes
 
 TAIL_SHARE = 0.1
@@ -46,6 +46,7 @@ def collect(path: Path) -> dict[str, Any]:
             "checkpoints": [step for step, _ in folder.checkpoints()],
         },
         "steps": summarise(metrics) if metrics else None,
+        "low_memory": folder.low_memory(),
         "evaluations": summarise_evaluations(folder.evaluations()),
         "engine": folder.report(),
     }  # fmt: skip
@@ -135,6 +136,8 @@ def lines(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     if numbers["evaluations"] is not None:
         found.append(("held out", _evaluations_line(numbers["evaluations"])))
+    if low := numbers["low_memory"]:
+        found.append(("low memory", f"{len(low)} time(s); {low_memory_text(low[-1])}"))
     if engine is not None:
         found += _engine_lines(engine)
     return found

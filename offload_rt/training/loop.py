@@ -29,8 +29,9 @@ from offload_rt.training.display import Display, StepNumbers, format_seconds
 from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.evaluation import Evaluated, Evaluation, Evaluations
 from offload_rt.training.events import Events
+from offload_rt.training.memory_watch import MemoryWatch
 from offload_rt.training.options import TrainingOptions, lr_factor
-from offload_rt.training.run_folder import RunFolder
+from offload_rt.training.run_folder import RunFolder, low_memory_text
 from offload_rt.training.saves import Progress, Saves, SavingEngine
 
 
@@ -153,12 +154,16 @@ def train(
             console or Console(), total_steps=total_steps, first_step=progress.step
         ) as display,
         _stop_on_signal() as stop,
+        MemoryWatch(folder.memory_file) as watch,
     ):  # fmt: skip
         if options.resume:
             place = found.describe if found is not None else "the beginning: there is no checkpoint yet"
             again = max(0, done_before - progress.step)
             display.say(f"resuming from {place}" + (f"; {again} step(s) after it are taken again" if again else ""))
+            for line in folder.low_memory()[-1:]:
+                display.say(f"before, {low_memory_text(line)}")
         report = engine.report()
+        watch.note(progress.step, report)
         if writes := care.expectation(report, total_steps - progress.step):
             display.say(f"writes: {writes}")
         evaluations = Evaluations(
@@ -185,6 +190,7 @@ def train(
             _advance(scheduler)
             progress.step += 1
             report = engine.report()
+            watch.note(progress.step, report)
             if report.get("cuts") is not None:
                 folder.note_cuts(report["cuts"])
             numbers = StepNumbers(

@@ -4,6 +4,7 @@
                             committed, the cuts of its plan, and the step of the run's end
     out/metrics.jsonl       one line a logged step, and one an evaluation behind it, appended; a kill loses at most the
                             line it was writing
+    out/memory.jsonl        one line each time that memory ran low; none where it never did
     out/report.json         what the engine said of itself when this run was last saved, or ended
     out/checkpoint-<step>/  complete: engines write elsewhere and rename
     out/<anything else>     not ours
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from offload_rt.errors import CheckpointError, ConfigError, StorageError, StorageFull
+from planners.errors import format_bytes
 
 logger = logging.getLogger("offload_rt")
 
@@ -39,6 +41,7 @@ class RunFolder:
         self._run_file = self.path / "run.json"
         self._metrics_file = self.path / "metrics.jsonl"
         self._report_file = self.path / "report.json"
+        self.memory_file = self.path / "memory.jsonl"
         self._metrics: BinaryIO | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is a file, not a folder")
@@ -77,11 +80,15 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged steps, in order."""
-        return [line for line in map(json.loads, self._metric_lines()) if EVAL_LOSS not in line]
+        return [line for line in map(json.loads, _whole_lines(self._metrics_file)) if EVAL_LOSS not in line]
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations, in order: the lines that have an `eval_loss`, None where it was not finite."""
-        return [line for line in map(json.loads, self._metric_lines()) if EVAL_LOSS in line]
+        return [line for line in map(json.loads, _whole_lines(self._metrics_file)) if EVAL_LOSS in line]
+
+    def low_memory(self) -> list[dict[str, Any]]:
+        """When memory ran low, in order: see `memory_watch`."""
+        return [json.loads(line) for line in _whole_lines(self.memory_file)]
 
     def report(self) -> dict[str, Any] | None:
         """What `write_report` wrote last; None if it never did."""
@@ -168,7 +175,7 @@ class RunFolder:
                 **({"cuts": before["cuts"]} if "cuts" in before else {}),
             }  # fmt: skip
             self._write(self._run_file, json.dumps(run, indent=1))
-            kept = [line for line in self._metric_lines() if 0 < json.loads(line).get("step", 0) <= at_step]
+            kept = [line for line in _whole_lines(self._metrics_file) if 0 < json.loads(line).get("step", 0) <= at_step]
             self._write(self._metrics_file, "".join(f"{line}\n" for line in kept))
             self._metrics = open(self._metrics_file, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         except StorageError:
@@ -218,19 +225,6 @@ class RunFolder:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         return data if isinstance(data, dict) else {}
 
-    def _metric_lines(self) -> list[str]:
-        """The lines that are whole; the last one may have been cut by a kill."""
-        if not self._metrics_file.exists():
-            return []
-        whole = []
-        for line in self._metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if isinstance(json.loads(line), dict):
-                    whole.append(line)
-            except ValueError:
-                continue
-        return whole
-
     @staticmethod
     def _write(path: Path, text: str) -> None:
         """All of it or nothing, and durable. Raises `StorageError`."""
@@ -243,6 +237,36 @@ class RunFolder:
             temporary.rename(path)
         except OSError as error:
             raise _cannot_be_written(path, error) from error
+
+
+def low_memory_text(line: Mapping[str, Any]) -> str:
+    """A line of `memory.jsonl` for people."""
+    held = {
+        f"{tier} {owner}": num_bytes
+        for tier, holdings in line["holdings"].items()
+        if tier != "nvme"
+        for owner, num_bytes in holdings.items()
+    }
+    most = sorted(held.items(), key=lambda item: -item[1])[:3]
+    text = (
+        f"memory ran low behind step {line['step']}: {format_bytes(line['left_bytes'])} left of "
+        f"{format_bytes(line['total_bytes'])} ({line['of']}), this process had {format_bytes(line['resident_bytes'])}"
+    )
+    return text + (f"; most for {', '.join(f'{n} {format_bytes(b)}' for n, b in most if b)}" if most else "")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of JSON that are whole; the last one may have been cut by a kill."""
+    if not path.exists():
+        return []
+    whole = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if isinstance(json.loads(line), dict):
+                whole.append(line)
+        except ValueError:
+            continue
+    return whole
 
 
 def _cannot_be_written(path: Path, error: OSError) -> StorageError:
