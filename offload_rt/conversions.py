@@ -67,9 +67,15 @@ class ConversionGuard(Guard):
 
 
 def check_unmanaged(model: nn.Module) -> None:
-    """Raises `ConfigError` where an engine manages the model, or a part of it, already."""
-    if any("_apply" in vars(module) for module in model.modules()):
-        raise ConfigError("model: an engine that is not closed manages it; close that one, or make another model")
+    """Raises `ConfigError` where an engine manages the model, or a part of it, already, or where it is compiled."""
+    for name, module in model.named_modules():
+        if "_apply" in vars(module):
+            raise ConfigError("model: an engine that is not closed manages it; close that one, or make another model")
+        if module._compiled_call_impl is not None or type(module).__module__.startswith("torch._dynamo."):
+            raise ConfigError(
+                f"model: {name or 'it'} is compiled, and the compiler would trace how an engine moves weights; give "
+                f"the model itself, and do not compile engine.model"
+            )
 
 
 def _refused(name: str, what_to_do: str) -> Callable[..., Any]:

@@ -103,3 +103,23 @@ def test_methods_that_a_user_has_put_into_a_model_are_there_again_after_close(ma
     engine.close()
     assert {name: vars(inner).get(name) for name in own} == own
     assert vars(layer)["load_state_dict"] == own["load_state_dict"] and asked == []
+
+
+def test_what_is_compiled_is_refused_by_name_and_left_as_it_was(make_engine):
+    class OptimizedModule(torch.nn.Module):
+        """As `torch.compile` wraps a module, which imports much."""
+
+        __module__ = "torch._dynamo.eval_frame"
+
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod = model
+
+    with pytest.raises(ConfigError, match=r"^model: it is compiled.* do not compile engine\.model"):
+        make_engine(OptimizedModule(build_plain(num_layers=1)), seq_len=8)
+    model = build_plain(num_layers=1)
+    model.layers[0]._compiled_call_impl = lambda *_: None  # as `Module.compile` does
+    with pytest.raises(ConfigError, match=r"^model: layers\.0 is compiled"):
+        make_engine(model, seq_len=8)
+    model.layers[0]._compiled_call_impl = None
+    make_engine(model, seq_len=8)
