@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import itertools
 import operator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,24 @@ from offload_rt.file_io import storage_error
 from tests.conftest import decode_in_place
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
 
-FULL = ("from HOST", "SPECULATIVE, serial")
-"""Places that the full matrix adds to the others."""
-places = {place: pytest.param(place, marks=pytest.mark.full if place in FULL else ()) for place in PLACES}
-everywhere = pytest.mark.parametrize("place", places.values())
+TURNS = itertools.cycle(
+    [
+        ("BACKWARD, split", "SPECULATIVE"),
+        ("BACKWARD, tight", "SPECULATIVE, split"),
+        ("BACKWARD", "SPECULATIVE, in parts"),
+    ]
+)
+"""Where updates run ahead, state rests in one of three ways: tests take turns, so that each is in every mode, and every
+way is met by a third of them. The full matrix has all places."""
+
+
+def everywhere(test: Callable[..., None], places: Iterable[str] = PLACES) -> Callable[..., None]:
+    """The test in every mode."""
+    turn = next(TURNS)
+    kept = [
+        pytest.param(place, marks=() if place in ("in place", "AFTER", *turn) else pytest.mark.full) for place in places
+    ]
+    return pytest.mark.parametrize("place", kept)(test)  # type: ignore[no-any-return]
 
 
 @everywhere
@@ -87,7 +103,9 @@ def test_gradients_of_a_pass_that_was_cut_off_do_not_reach_the_next(tmp_path: Pa
         assert differences(twin.state(), run.state()) == []
 
 
-on_nvme = pytest.mark.parametrize("place", [places[place] for place in PLACES if "nvme" in PLACES[place]])
+def on_nvme(test: Callable[..., None]) -> Callable[..., None]:
+    """The same, without those whose state stays in memory."""
+    return everywhere(test, [place for place in PLACES if "nvme" in PLACES[place]])
 
 
 def not_finite(loss: torch.Tensor) -> torch.Tensor:
