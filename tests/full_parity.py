@@ -115,7 +115,7 @@ def all_cases() -> list[Case]:
 
 
 def pairwise_cases() -> list[Case]:
-    return [Case(*values) for values in pairwise(AXES)]
+    return [Case(*values) for values in pairwise(AXES, dearest=AXES.index((1, 4)))]
 
 
 def build(case: Case) -> nn.Module:

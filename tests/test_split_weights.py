@@ -3,6 +3,7 @@
 one layer   |== DEVICE ==|-- HOST --|.. NVME ..|      a slot of the ring holds the last two
 """
 
+import functools
 import time
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from offload_rt.tiers import SplitResidence
 from planners.placement import ClassPlan
 from planners.plan import Plan, Split, Tier
 from tests.fake_device import FakeDevice
-from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, run_plain, run_steps
+from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, in_pairs, run_plain, run_steps
 from tests.test_parity import differences
 
 PAGE = 4096
@@ -32,6 +33,12 @@ SHARES = {
     "all three": (0.3, 0.3),
 }
 """Of a layer that stays in DEVICE, and that rests in HOST; what is left rests on NVME."""
+
+
+@functools.cache
+def plain(case):
+    """What a case's splits are all compared with."""
+    return run_plain(case)
 
 
 def engine_for(case, folder, plan="auto", **arguments):
@@ -69,9 +76,7 @@ def plan_for(case, folder, shares, **arguments):
         return with_splits(engine.plan, specs, shares)
 
 
-@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
-@pytest.mark.parametrize("weights", ["nf4", "fp32"])
-@pytest.mark.parametrize("host_memory", [None, "64MiB"])
+@pytest.mark.parametrize("weights, host_memory, shares", in_pairs(("nf4", "fp32"), (None, "64MiB"), SHARES.values()))
 def test_any_split_has_the_bits_of_plain_pytorch_and_moves_what_it_says(weights, shares, host_memory, tmp_path):
     case = Case("llama", weights, 1, False, False, "from NVME")
     common = {"host_memory": host_memory}
@@ -81,7 +86,7 @@ def test_any_split_has_the_bits_of_plain_pytorch_and_moves_what_it_says(weights,
         before = engine.report()
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         after, holdings = engine.report(), engine.report()["holdings"]
-        assert differences(run_plain(case), found) == []
+        assert differences(plain(case), found) == []
         assert [str(race) for race in engine._runtime.recorder.check()] == []
     (split,) = {splits[name] for name in plan.rings[0].blocks}  # of equal layers
     assert (split.device_bytes > 0, split.host_bytes > 0) == (shares[0] > 0, shares[1] > 0)
@@ -111,7 +116,7 @@ def test_a_block_of_many_pieces_comes_to_where_it_rests(nvme, shares, tmp_path, 
     folder = tmp_path if nvme else None
     with engine_for(case, folder, plan, host_memory="64MiB") as engine:
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
-        assert differences(run_plain(case), found) == []
+        assert differences(plain(case), found) == []
 
 
 def test_a_device_that_holds_a_piece_for_long_is_waited_for(tmp_path, monkeypatch):
@@ -143,7 +148,7 @@ def test_a_split_on_a_late_device_is_bit_equal_and_ordered(tmp_path):
     options = RuntimeOptions(device=device, record=True, poison=True)
     with engine_for(case, tmp_path, plan, host_memory="64MiB", options=options) as engine:
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
-        assert differences(run_plain(case), found) == []
+        assert differences(plain(case), found) == []
         assert [str(race) for race in engine._runtime.recorder.check()] == []
     device.close()
 
@@ -156,7 +161,7 @@ def test_edges_stream_from_host_and_nvme(tmp_path):
     arguments = {"accumulation_steps": 2, "max_grad_norm": 0.05, "options": RuntimeOptions(poison=True)}
     with engine_for(case, tmp_path, plan, **arguments) as engine:
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
-        assert differences(run_plain(case), found) == []
+        assert differences(plain(case), found) == []
         counters = [executor.counters for executor in engine._runtime.executors]
     assert all(counter.num_fetches > 0 for counter in counters)
     assert all(splits[name].host_bytes and splits[name].nvme_bytes for name in plan.rings[1].blocks)
@@ -171,7 +176,7 @@ def test_without_a_drive_a_split_is_encoded_into_its_places(tmp_path):
     with Engine(build(case), bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, lr=1e-2, plan=plan, **arguments) as engine:
         assert all(splits[name].device_bytes > 0 for name in plan.rings[0].blocks)
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
-    assert differences(run_plain(case), found) == []
+    assert differences(plain(case), found) == []
 
 
 def flip(folder, spec, position):

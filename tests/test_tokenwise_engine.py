@@ -1,6 +1,7 @@
 """Layers by chunks of tokens in an engine: frozen blocks that stream, activations that wait in every tier."""
 
 import copy
+import functools
 import json
 from dataclasses import replace
 
@@ -48,6 +49,7 @@ def steps(engine, optimizer_step, num_steps=2):
     return found
 
 
+@functools.cache
 def plain_steps(family, bits, dropout):
     model = build_lora(family, torch.bfloat16, num_layers=NUM_LAYERS, dropout=dropout)
     if bits == 4:
