@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# So many test files, compilers and checks at a time: tests compute on one thread each, and wait for the drive.
+# So many compilers and checks at a time, and half as many test files again: tests compute on one thread each, and a third
+# of their time they wait, for the drive or for a device that is late.
 WORKERS ?= 2
 MAKEFLAGS += -j$(WORKERS)
+TESTERS ?= $(shell expr $(WORKERS) + \( $(WORKERS) + 1 \) / 2)
 # Bytecode of what is imported alone: pip compiles every module, which takes longer than to install them.
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Files in their order: sorted by their number of tests, those of a few long ones would come last, and one worker wait.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv demo test test-all check format types pytest native-test wheel clean
 
@@ -27,15 +29,15 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard native/*.
 demo: venv
 	$(BIN)/python examples/smollm2_qlora.py
 
-# Types are checked beside the first tests: one process, that another core would wait for.
-test: types pytest
+# Side by side: what installing, compiling and the first tests leave of the cores, the others take.
+test: format types native-test pytest
 
 test-all: NATIVE := test-all
 test-all: CHOSEN := --hypothesis-profile=random
-test-all: types pytest
+test-all: format types native-test pytest
 
 CHOSEN := -m "not full"
-pytest: format native-test
+pytest: format
 	$(PYTEST) $(CHOSEN)
 
 check: format types
