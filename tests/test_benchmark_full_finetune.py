@@ -21,6 +21,7 @@ def run(folder, *arguments):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)  # steps of four contenders, and processes that import everything
 @pytest.mark.parametrize("names", [["torch", OURS], ["torch", "ours", OURS, TIERS]])
 def test_the_benchmark_measures_what_it_says(disk_folder, names):
     out, trace = disk_folder / "out.json", disk_folder / "trace.json"
@@ -71,6 +72,7 @@ def test_the_benchmark_measures_what_it_says(disk_folder, names):
 
 
 @pytest.mark.full  # four processes that import everything
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="it is there")
 @pytest.mark.parametrize("apart", [["--apart"], []])
 def test_a_contender_that_is_not_installed_is_left_out_with_a_sentence(disk_folder, apart):
