@@ -78,11 +78,11 @@ def check(case: Case, folder: Path, plan: Plan | str = "auto", **options: Any) -
 
 
 CASES = [
-    Case("qwen", "bfloat16", "adamw", 4, "rarely", True, "from HOST, committed"),
+    Case("qwen", "bfloat16", "adamw", 2, "rarely", True, "from HOST, committed"),
     Case("gpt2", "float32", "lion", 1, "not", False, "on NVME"),
     Case("llama", "bfloat16", "adamw 8bit", 4, "rarely", False, "on NVME"),
     Case("moe", "bfloat16", "adamw", 1, "rarely", True, "weights in HOST, state on NVME"),
-    Case("llama", "bfloat16", "adafactor", 4, "always", False, "gradients on NVME"),
+    Case("llama", "bfloat16", "adafactor", 2, "always", False, "gradients on NVME"),
     Case("qwen", "float32", "adamw bf16", 1, "not", False, "gradients on NVME"),
 ]
 

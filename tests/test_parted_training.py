@@ -63,7 +63,7 @@ CASES = [
     (Case("llama", "float32", "adamw 8bit", 1, "rarely", False, ""), "DEVICE and HOST"),
     (Case("gpt2", "bfloat16", "lion", 1, "always", False, ""), "HOST and NVME"),
     (Case("moe", "bfloat16", "adamw", 1, "not", False, ""), "all three"),
-    (Case("llama", "bfloat16", "adafactor", 4, "not", False, ""), "HOST and NVME"),
+    (Case("llama", "bfloat16", "adafactor", 2, "not", False, ""), "HOST and NVME"),
 ]
 
 
