@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 
 from planners.plan import DecodeScope
 from planners.schedule import num_fetches, ring_schedule, walk
-from tests.parity import STEPS, Case, Trace, all_cases, pairwise_cases, run_engine, run_plain
+from tests.parity import (
+    AXES,
+    STEPS,
+    Case,
+    Trace,
+    all_cases,
+    in_pairs,
+    pairwise_cases,
+    run_engine,
+    run_plain,
+)
 
 SELECTED = pairwise_cases()
 
@@ -79,15 +90,12 @@ def test_training_is_bit_equal_to_plain_pytorch_in_every_cell(case: Case, tmp_pa
 
 
 def test_the_selection_covers_every_pair() -> None:
-    from itertools import combinations
-
-    from tests.parity import AXES
-
     seen = set()
     for case in SELECTED:
         values = (case.family, case.weights, case.accumulation, case.clipping, case.checkpointing, case.place)
-        seen |= {(i, values[i], j, values[j]) for i, j in combinations(range(len(AXES)), 2)}
-    assert len(seen) == sum(len(AXES[i]) * len(AXES[j]) for i, j in combinations(range(len(AXES)), 2))
+        seen |= {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(AXES)), 2)}
+    assert len(seen) == sum(len(AXES[i]) * len(AXES[j]) for i, j in itertools.combinations(range(len(AXES)), 2))
+    assert sum(case.accumulation == 1 for case in SELECTED) > 0.75 * len(SELECTED), "what takes long is chosen seldom"
 
 
 def test_the_gate_sees_a_single_flipped_bit() -> None:
@@ -97,3 +105,12 @@ def test_the_gate_sees_a_single_flipped_bit() -> None:
     name = next(name for name in changed[2] if name.startswith("parameter"))
     changed[2][name].view(torch.int32).view(-1)[0] ^= 1
     assert differences(expected, changed) == [f"step 3: {name}"]
+
+
+def test_every_other_cell_of_three_axes_has_every_pair() -> None:
+    axes = (range(4), range(2), range(3))
+    cells = in_pairs(*axes)
+    kept = [cell.values for cell in cells if not cell.marks]
+    assert len(cells) == 24 and len(kept) == 12
+    for i, j in itertools.combinations(range(3), 2):
+        assert {(values[i], values[j]) for values in kept} == set(itertools.product(axes[i], axes[j]))
