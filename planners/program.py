@@ -3,6 +3,12 @@
 Rows are scaled by their largest coefficient: rows in raw bytes make HiGHS call feasible programs infeasible. Every
 variable has finite bounds, so that any dual values give a valid lower bound by weak duality; `certified_bound` computes
 it from the program alone, and trusts nothing that the solver says about optimality.
+
+[Note: presolved whole numbers]
+What HiGHS 1.14 presolves in whole numbers may come out as a worse solution, called optimal: its aggregator (rule 12)
+takes a whole number and the share that is a multiple of it for one (github.com/ERGO-Code/HiGHS/issues/3073). Of 600
+programs of tiny questions 39 were, by up to 21 %. Whole numbers are solved as they are, which takes twice the
+milliseconds; relaxations are presolved.
 """
 
 from __future__ import annotations
@@ -98,13 +104,14 @@ class Program:
         lp.a_matrix_.start_ = np.cumsum([0] + [len(row) for row in self.rows]).astype(np.int32)
         lp.a_matrix_.index_ = np.array([v for row in self.rows for v in row], dtype=np.int32)
         lp.a_matrix_.value_ = np.array([v * s for row, s in zip(self.rows, scales, strict=True) for v in row.values()])
+        highs = highspy.Highs()
+        highs.setOptionValue("output_flag", False)
         if in_whole_numbers and self.whole:
             kinds = [highspy.HighsVarType.kContinuous] * len(self.low)
             for variable in self.whole:
                 kinds[variable] = highspy.HighsVarType.kInteger
             lp.integrality_ = kinds
-        highs = highspy.Highs()
-        highs.setOptionValue("output_flag", False)
+            highs.setOptionValue("presolve", "off")  # [Note: presolved whole numbers]
         highs.setOptionValue("threads", 1)
         highs.setOptionValue("random_seed", 0)
         highs.setOptionValue("time_limit", float(time_limit_seconds))
