@@ -12,8 +12,9 @@ the enumeration takes less.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 
 from planners.cost import Knobs
 from planners.division import divided
@@ -39,7 +40,7 @@ from planners.greedy import (
 from planners.placement import Buffers, DecodeScope, Tier, UpdateMode
 from planners.plan import Plan
 from planners.problem import Problem
-from planners.rows import LOW_PRICE, Freedoms
+from planners.rows import GB, LOW_PRICE, Freedoms
 from planners.simulate import Abandoned, Simulation, simulate
 from planners.static_memory import capacities
 from planners.steady import SHORTAGE_PRICES, Steady, solve_steady
@@ -48,6 +49,8 @@ from planners.units import PAGE_BYTES, ProblemError
 from planners.wear import default_limit_bytes, is_worth_its_writes, spared
 
 MAX_SIMULATIONS = 10
+MORE_SIMULATIONS = 4
+"""Of combinations with one slot, where there is a plan with more."""
 MAX_CUTS = 3
 """Sizes of chunks that are compared, of those that fit."""
 TIGHTENINGS = 4
@@ -72,6 +75,11 @@ class Search:
     num_programs: int = 0
     num_simulations: int = 0
     short: list[Shortage] = field(default_factory=list)
+
+    @property
+    def worth_seconds(self) -> float:
+        """What a program has to be below, to be tried."""
+        return float("inf") if self.simulation is None else (1 - GOOD_ENOUGH) * self.simulation.step_seconds
 
 
 def plan_optimal(problem: Problem, *, freedoms: Freedoms | None = None) -> Plan:
@@ -115,7 +123,8 @@ def plan_any(problem: Problem) -> Plan | None:
         if steady is None:
             continue
         found = Search()
-        _try(problem, steady, unit, None, found)
+        if (whole := _in_whole_numbers(problem, steady, unit, None, found)) is not None:
+            _try(problem, whole, unit, None, found)
         if found.plan is not None:
             return found.plan
     return None
@@ -145,23 +154,49 @@ def _search(problem: Problem, freedoms: Freedoms | None) -> Search:
     found = Search()
     unit = floor_seconds(problem)
     candidates: list[Steady] = []
-    frugal: list[list[Knobs]] = []
+    frugal: list[Knobs] = []
     sizes: set[int] = set()
     for group in combinations(problem):
         if group and group[0].slots == 1 and group[0].cuts.chunk_tokens in sizes:
-            frugal.append(group)
+            frugal += group
             continue
         candidates += (solved := _solved(problem, group, unit, freedoms, found))
         sizes |= {steady.knobs.cuts.chunk_tokens for steady in solved}
         if len(sizes) >= MAX_CUTS:
             break
     _try_in_turn(problem, candidates, unit, freedoms, found)
-    for group in frugal:  # where what fits in fractions does not in whole numbers, or when it is laid out
-        if found.plan is None:
-            _try_in_turn(problem, _solved(problem, group, unit, freedoms, found), unit, freedoms, found)
+    promising = _promising(problem, frugal, candidates, found)
+    most = MAX_SIMULATIONS if found.plan is None else MORE_SIMULATIONS
+    _try_in_turn(problem, _solved(problem, promising, unit, freedoms, found), unit, freedoms, found, most)
     if found.simulation is not None and found.simulation.busy_seconds["ssd_write"]:
         _spare_drives(problem, unit, freedoms, found)
     return found
+
+
+def _promising(problem: Problem, frugal: list[Knobs], solved: list[Steady], found: Search) -> list[Knobs]:
+    """Of combinations with one slot, those that may be faster than what was found with more of them.
+
+    One slot leaves more memory, and is otherwise no faster: a program takes no less than with two slots, less what its
+    duals say of the bytes that a slot has (weak duality).
+    """
+    slot, _ = slot_bytes(problem)
+    with_two = {steady.knobs: steady for steady in solved if steady.knobs.slots == 2}
+    promising = []
+    for knobs in frugal:
+        buffers = replace(knobs.buffers, host_slots=host_slots(problem, 2))
+        steady = with_two.get(replace(knobs, slots=2, buffers=buffers))
+        if steady is None:
+            promising.append(knobs)
+            continue
+        freed = {"device": slot, "host": (buffers.host_slots - knobs.buffers.host_slots) * slot}
+        least = steady.bound_seconds - sum(
+            steady.seconds_per_gb.get(tier, 0.0) * size / GB for tier, size in freed.items()
+        )
+        if least < found.worth_seconds:
+            promising.append(knobs)
+        else:
+            found.bound_seconds = min(found.bound_seconds, least)
+    return promising
 
 
 def _solved(
@@ -179,16 +214,58 @@ def _solved(
 
 
 def _try_in_turn(
-    problem: Problem, candidates: list[Steady], unit: float, freedoms: Freedoms | None, found: Search
+    problem: Problem,
+    candidates: list[Steady],
+    unit: float,
+    freedoms: Freedoms | None,
+    found: Search,
+    num_simulations: int = MAX_SIMULATIONS,
 ) -> None:
-    """Tries the best candidates, as far as a search goes."""
+    """Tries the best candidates, by so many more simulations at most."""
+    most = found.num_simulations + num_simulations
+    least: dict[Knobs, float] = {}
+
+    def rounded(steady: Steady) -> Steady | None:
+        knobs, fewer = steady.knobs, _with_fewer_slots(problem, steady.knobs)
+        if found.num_simulations >= most or max(steady.bound_seconds, least.get(fewer, 0.0)) >= found.worth_seconds:
+            return None
+        whole = _in_whole_numbers(problem, steady, unit, freedoms, found)
+        if knobs == fewer:
+            least[knobs] = float("inf") if whole is None else whole.step_seconds
+        return whole
+
     # Stable: ties keep the order of the enumeration, simple combinations first.
-    for steady in _in_turn(sorted(candidates, key=lambda s: s.step_seconds)):
-        best = found.simulation.step_seconds if found.simulation else float("inf")
-        if found.num_simulations >= MAX_SIMULATIONS:
+    for steady in _in_turn(sorted(candidates, key=lambda s: s.step_seconds), rounded):
+        if found.num_simulations >= most:
             break
-        if steady.bound_seconds < best * (1 - GOOD_ENOUGH):
+        if steady.step_seconds < found.worth_seconds:
             _try(problem, steady, unit, freedoms, found)
+
+
+def _with_fewer_slots(problem: Problem, knobs: Knobs) -> Knobs:
+    """Two slots where there are three. What more of them gain is what no program sees: one with fewer takes no longer,
+    by itself, as its memory is all that differs.
+    """
+    slots = min(knobs.slots, 2)
+    buffers = replace(knobs.buffers, swap_slots=2, host_slots=host_slots(problem, slots))
+    return replace(knobs, slots=slots, buffers=buffers)
+
+
+def _treats_whole(problem: Problem) -> bool:
+    """Whether there is anything that a program has to round."""
+    workload = problem.workload
+    apart = any(entry.stored_bytes and not workload.in_ring(entry) for entry in workload.classes)
+    return apart or not problem.capabilities.token_shares
+
+
+def _in_whole_numbers(
+    problem: Problem, steady: Steady, unit: float, freedoms: Freedoms | None, found: Search, price: float = LOW_PRICE
+) -> Steady | None:
+    """The candidate with what has to be whole in whole numbers; None where that has no solution."""
+    if not _treats_whole(problem):
+        return steady
+    found.num_programs += 1
+    return solve_steady(problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_numbers=True)
 
 
 def _spare_drives(problem: Problem, unit: float, freedoms: Freedoms | None, found: Search) -> None:
@@ -205,7 +282,8 @@ def _spare_drives(problem: Problem, unit: float, freedoms: Freedoms | None, foun
         if slow or frugal.write_seconds > WEAR_LESS * fastest.busy_seconds["ssd_write"]:
             continue
         other = Search()
-        _try(problem, frugal, unit, freedoms, other, price=price)
+        if (whole := _in_whole_numbers(problem, frugal, unit, freedoms, other, price)) is not None:
+            _try(problem, whole, unit, freedoms, other, price=price)
         found.num_simulations += other.num_simulations
         spared = other.simulation
         if (
@@ -217,22 +295,36 @@ def _spare_drives(problem: Problem, unit: float, freedoms: Freedoms | None, foun
             return
 
 
-def _in_turn(candidates: list[Steady]) -> list[Steady]:
+def _in_turn(candidates: list[Steady], rounded: Callable[[Steady], Steady | None]) -> Iterator[Steady]:
     """Best of each group first, then the second best: programs of one group differ by less than simulations do.
 
-    Within a group, those with one gradient buffer and those with more take turns: what one buffer costs is what
-    programs see least of.
+    Within a group, those with one gradient buffer and those with more take turns, and the scopes of decoding: what
+    these cost is what programs see least of.
     """
-    groups: dict[tuple[UpdateMode, int], dict[bool, list[Steady]]] = {}
+    groups: dict[tuple[UpdateMode, int], dict[tuple[bool, DecodeScope], list[Steady]]] = {}
     for steady in candidates:
         knobs = steady.knobs
         group = groups.setdefault((knobs.update_mode, knobs.cuts.chunk_tokens), {})
-        group.setdefault(knobs.buffers.gradient_slots == 1, []).append(steady)
-    return _round_robin([_round_robin(list(group.values())) for group in groups.values()])
+        group.setdefault((knobs.buffers.gradient_slots == 1, knobs.decode_scope), []).append(steady)
+    return _round_robin([_round_robin([_best_first(own, rounded) for own in g.values()]) for g in groups.values()])
 
 
-def _round_robin(lists: list[list[Steady]]) -> list[Steady]:
-    return [steady for turn in itertools.zip_longest(*lists) for steady in turn if steady is not None]
+def _best_first(candidates: list[Steady], rounded: Callable[[Steady], Steady | None]) -> Iterator[Steady]:
+    """Rounded candidates, the best first: a relaxation is rounded when it comes up, and queues again by what it takes
+    then, which is no less.
+    """
+    queue = [(steady.step_seconds, index, False, steady) for index, steady in enumerate(candidates)]
+    heapify(queue)
+    while queue:
+        _, index, done, steady = heappop(queue)
+        if done:
+            yield steady
+        elif (whole := rounded(steady)) is not None:
+            heappush(queue, (whole.step_seconds, index, True, whole))
+
+
+def _round_robin(turns: Sequence[Iterable[Steady]]) -> Iterator[Steady]:
+    return (steady for turn in itertools.zip_longest(*turns) for steady in turn if steady is not None)
 
 
 def _try(
@@ -241,16 +333,10 @@ def _try(
     """Lays out a candidate, tightening what overflows, and simulates it; keeps it if it is the best so far."""
     room = {tier: float(size) for tier, size in capacities(problem).items()}
     current: Steady | None = steady
-    workload = problem.workload
-    whole = not problem.capabilities.token_shares
-    whole |= any(entry.stored_bytes and not workload.in_ring(entry) for entry in workload.classes)
-    if whole:
-        current = solve_steady(
-            problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_numbers=True
-        )
+    whole = _treats_whole(problem)
     harder: dict[str, tuple[float, int]] = {}
     for _ in range(TIGHTENINGS):
-        if current is None:
+        if current is None or current.step_seconds >= found.worth_seconds:
             return
         plan = expand(problem, current.knobs, current.fractions, planner="optimiser")
         short = shortages(divided(problem, plan), plan)

@@ -141,6 +141,7 @@ class _Builder(Rows):
             return self.vocabulary.add_tiles(entry, allowed)
         device, host, nvme = (self.program.variable(0.0, float(ok)) for ok in allowed)
         self.program.row([(device, 1.0), (host, 1.0), (nvme, 1.0)], 1.0, 1.0)
+        self._cut(entry, device)
         for phase, count in zip((FORWARD, BACKWARD), fetches, strict=True):
             self.work(phase, "host_to_device", host, count * size)
             self.work(phase, "host_to_device", nvme, count * size)
@@ -162,6 +163,14 @@ class _Builder(Rows):
         if not self.unified:
             self.largest("host", f"staging of {kind}", [(nvme, staged * size)])
         return device, host, nvme
+
+    def _cut(self, entry: BlockClass, device: int) -> None:
+        """What stays of a block in DEVICE memory ends at one of its cuts, where these are; relaxed, anywhere."""
+        if not entry.weight_cuts or not entry.streamed_bytes:
+            return
+        chosen = [(self.program.whole_number(1), cut / entry.stored_bytes) for cut in entry.weight_cuts]
+        self.program.row([(cut, 1.0) for cut, _ in chosen], 1.0, 1.0)
+        self.program.row([*chosen, (device, -1.0)], 0.0, 0.0)
 
     def _tokens(self, entry: BlockClass, cost: ClassCost) -> tuple[tuple[int, int, int, int], ...]:
         workload, slots = self.workload, self.knobs.buffers.swap_slots
