@@ -202,7 +202,7 @@ def _check_state(plan: Plan, problem: StreamingProblem) -> None:
 
 
 def _check_tokens(plan: Plan, seq_len: int) -> None:
-    """Whether `activations` are what `classes` say, where there are classes."""
+    """Whether `activations` are what `classes` say, where these speak of tokens."""
     for entry in plan.classes:
         for split in entry.tokens:
             if split.total_tokens != seq_len:
@@ -216,7 +216,7 @@ def _check_tokens(plan: Plan, seq_len: int) -> None:
         raise ConfigError(f"plan: class {error}") from None
     given = plan.activations or {}
     odd = [name for name in {**said, **given} if said.get(name) != given.get(name)]
-    if plan.classes and odd:
+    if odd and any(entry.tokens for entry in plan.classes):
         raise ConfigError(
             f"plan: activations of {odd[0]!r} are not what its class says ({len(odd)} differ): "
             f"{given.get(odd[0])}, and by its class {said.get(odd[0])}"

@@ -43,8 +43,10 @@ def with_options(plan: Plan, workload: Workload, options: RuntimeOptions, sizes:
         plan = replace(plan, decode_scope=options.decode_scope)
     if options.head_chunk_tokens is not None:
         plan = replace(plan, head_chunk_tokens=options.head_chunk_tokens)
-    if options.activations is not None:
+    if isinstance(options.activations, ActivationPolicy):
         plan = replace(plan, activations={d.name: options.activations for d in drafts if d.is_layer})
+    elif options.activations is not None:
+        plan = replace(plan, activations=dict(options.activations))
     if options.state is not None:
         plan = replace(plan, state=options.state)
     if isinstance(options.packed_products, dict):
@@ -103,7 +105,7 @@ def _with_streamed_edges(plan: Plan, workload: Workload, head_tile_rows: int | N
 
 
 def with_shares(plan: Plan, drafts: list[BlockDraft], in_device: float, in_host: float) -> Plan:
-    """The plan with the blocks of its rings cut so, which run whole and are recomputed. Classes say nothing else."""
+    """The plan with the blocks of its rings cut so. Its classes say nothing else."""
     specs = {draft.name: draft.spec for draft in drafts}
     splits: dict[str, Split] = {}
     for name in (name for ring in plan.rings for name in ring.blocks):
@@ -118,4 +120,4 @@ def with_shares(plan: Plan, drafts: list[BlockDraft], in_device: float, in_host:
         replace(ring, slot_bytes=max(splits[name].streamed_bytes for name in ring.blocks)) for ring in plan.rings
     )
     classes = tuple(ClassPlan(name=name, blocks=(name,), weights=split) for name, split in splits.items())
-    return replace(plan, rings=rings, classes=classes, activations=None)
+    return replace(plan, rings=rings, classes=classes)

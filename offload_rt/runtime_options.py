@@ -91,8 +91,8 @@ class RuntimeOptions:
     the allocator."""
     head_chunk_tokens: int | None = None
     """Rows of a tile of the loss head, in place of the plan's."""
-    activations: ActivationPolicy | None = None
-    """Of all layers, in place of the plan's."""
+    activations: ActivationPolicy | Mapping[str, ActivationPolicy] | None = None
+    """Of all layers, or of some by their blocks' names (others are recomputed whole), in place of the plan's."""
     packed_products: PackedProducts | Literal["measured"] | None = None
     """In place of the plan's; "measured": the fastest that this device has, see `nf4_products`. A cut."""
     product_ways: Mapping[str, Way] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from offload_rt.optimizer.state import state_tensors
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.workload import find_workload
+from planners.activations import Action, ActivationPolicy, whole_batch
 from planners.plan import StatePlacement, Tier
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, pairwise
 
@@ -84,6 +86,15 @@ PLACES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+ACTIVATIONS: dict[str, tuple[Tier | None, ...]] = {
+    "as planned": (),
+    "again": (None, None, None, None),
+    "put away": (Tier.HOST, Tier.NVME, Tier.HOST, Tier.NVME),
+    "each way": (Tier.NVME, None, Tier.HOST, Tier.DEVICE),
+}
+"""Where what each layer saves waits, if the place has that tier, else in DEVICE memory; None: it is recomputed. The
+fixed rule keeps all of it where there is room."""
+
 _NUMBERS = itertools.count()
 
 
@@ -98,15 +109,17 @@ class Case:
     clipping: str
     grouped: bool
     place: str
+    activations: str = "as planned"
 
     def __str__(self) -> str:
         grouped = "groups" if self.grouped else "nogroups"
         text = f"{self.family}-{self.dtype}-{self.optimizer}-x{self.accumulation}-clip_{self.clipping}-{grouped}-"
-        return (text + self.place).replace(" ", "_")
+        return f"{text}{self.place}-{self.activations}".replace(" ", "_")
 
 
 AXES: tuple[tuple[Any, ...], ...] = (
     tuple(FAMILIES), ("bfloat16", "float32"), tuple(OPTIMIZERS), (1, 4), tuple(NORMS), (False, True), tuple(PLACES),
+    tuple(ACTIVATIONS),
 )  # fmt: skip
 
 
@@ -185,14 +198,30 @@ def make_engine(case: Case, folder: Path, **arguments: Any) -> Engine:
         place["nvme"] = folder
     make = OPTIMIZERS[case.optimizer]
     model = build(case)
+    options = place.get("options", RuntimeOptions())
+    if case.activations != "as planned":
+        there = {Tier.NVME: "nvme" in place, Tier.HOST: "host_memory" in place}
+        place["options"] = options = replace(options, activations=activations_of(case, model, there))
     if case.place in ("on NVME but for two layers", "split"):
-        options = place["options"]
         in_memory = pieces_in_memory(case, model, options.piece_elements)
         place["options"] = replace(options, state=replace(options.state, in_memory=in_memory))
     return Engine(
         model, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=case.accumulation,
         max_grad_norm=NORMS[case.clipping], optimizer=lambda parameters: make(groups_of(case, parameters)), **place,
     )  # fmt: skip
+
+
+def activations_of(case: Case, model: nn.Module, there: dict[Tier, bool]) -> dict[str, ActivationPolicy]:
+    """For each layer that is not recomputed. `there`: whether a tier is."""
+    stack, layers = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    tiers = ACTIVATIONS[case.activations]
+    kept, away = whole_batch(Action.KEEP), partial(whole_batch, Action.SWAP)
+    assert len(layers) == len(tiers)
+    return {
+        f"{stack}.{index}": away(tier) if there.get(tier, False) else kept
+        for index, tier in enumerate(tiers)
+        if tier is not None
+    }
 
 
 def pieces_in_memory(case: Case, model: nn.Module, piece_elements: int) -> dict[str, int]:
@@ -237,6 +266,24 @@ def one_loss(model: Callable[..., Any], step: int, index: int) -> torch.Tensor:
     torch.manual_seed(5000 + 10 * step + index)
     loss: torch.Tensor = model(**micro_batch(step, index)).loss
     return loss * LOSS_FACTORS[step]
+
+
+def check_activations(case: Case, engine: Engine) -> None:
+    """Each layer is recomputed, or what it saves waits where the case says, all of it."""
+    report, tiers = engine.report(), ACTIVATIONS[case.activations]
+    if case.activations == "as planned":
+        return
+    assert report["recomputes"] == tiers.count(None) * STEPS * case.accumulation
+    tokenwise = report["tokenwise"]
+    if case.activations == "again":
+        assert tokenwise is None
+        return
+    assert tokenwise["num_passes"] == (4 - tiers.count(None)) * STEPS * case.accumulation
+    assert tokenwise["num_whole"] == tokenwise["no_room_bytes"] == 0
+    assert tokenwise["loaded_bytes"] == tokenwise["swapped_bytes"]
+    there = {Tier.NVME: bool(engine.config.nvme), Tier.HOST: not engine._runtime.tiers.unified}
+    for tier, is_there in there.items():
+        assert (tokenwise["bytes_by_group"][f"chunk in {tier.value}"] > 0) is (is_there and tier in tiers)
 
 
 def training_of(engine: Engine) -> FullTraining:

@@ -24,7 +24,7 @@ from offload_rt.runtime_options import RuntimeOptions
 from planners.placement import UpdateMode
 from planners.plan import Plan, StatePlacement, Tier
 from tests.fake_device import FakeDevice
-from tests.full_parity import STEPS, Case, make_engine, one_loss, run_engine, run_plain, training_of
+from tests.full_parity import STEPS, Case, check_activations, make_engine, one_loss, run_engine, run_plain, training_of
 from tests.parity import micro_batch
 from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of this module too
 
@@ -69,6 +69,7 @@ def check(case: Case, folder: Path, plan: Plan | str = "auto", **options: Any) -
         assert training.home.landing is not None and training.home.landing.num_copies > 0
         assert device.to_host.num_copies >= STEPS * sum(len(block.parameters) for block in training.blocks)
         assert not any("state" in name for name in device.locked)
+        check_activations(case, engine)
         if recorder is not None:
             assert recorder.operations
             assert [str(race) for race in recorder.check()] == []
@@ -79,9 +80,9 @@ def check(case: Case, folder: Path, plan: Plan | str = "auto", **options: Any) -
 
 CASES = [
     Case("qwen", "bfloat16", "adamw", 2, "rarely", True, "from HOST, committed"),
-    Case("gpt2", "float32", "lion", 1, "not", False, "on NVME"),
-    Case("llama", "bfloat16", "adamw 8bit", 4, "rarely", False, "on NVME"),
-    Case("moe", "bfloat16", "adamw", 1, "rarely", True, "weights in HOST, state on NVME"),
+    Case("gpt2", "float32", "lion", 1, "not", False, "on NVME", "put away"),
+    Case("llama", "bfloat16", "adamw 8bit", 4, "rarely", False, "on NVME", "each way"),
+    Case("moe", "bfloat16", "adamw", 1, "rarely", True, "weights in HOST, state on NVME", "each way"),
     Case("llama", "bfloat16", "adafactor", 2, "always", False, "gradients on NVME"),
     Case("qwen", "float32", "adamw bf16", 1, "not", False, "gradients on NVME"),
 ]

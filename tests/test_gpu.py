@@ -316,9 +316,9 @@ FULL_PLACES = {
 FULL_CASES = [
     full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "from HOST"),
     full.Case("qwen", "bfloat16", "adamw", 4, "rarely", True, "on NVME"),
-    full.Case("gpt2", "float32", "lion", 1, "not", False, "on NVME"),
-    full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "from HOST, half updated on the device"),
-    full.Case("qwen", "bfloat16", "adamw bf16", 4, "rarely", True, "on NVME, half updated on the device"),
+    full.Case("gpt2", "float32", "lion", 1, "not", False, "on NVME", "put away"),
+    full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "from HOST, half updated on the device", "each way"),
+    full.Case("qwen", "bfloat16", "adamw bf16", 4, "rarely", True, "on NVME, half updated on the device", "each way"),
     full.Case("llama", "bfloat16", "adamw 8bit", 4, "not", False, "gradients on NVME"),
 ]
 
@@ -341,6 +341,7 @@ def test_full_fine_tuning_on_the_gpu_is_bit_equal_to_plain_pytorch(
         assert report["prefetch_misses"] == 0
         assert full.training_of(engine).home.landing.num_copies > 0
         assert (report["training"]["num_pieces_on_device"] > 0) == ("updated on the device" in case.place)
+        full.check_activations(case, engine)
 
 
 @pytest.mark.parametrize("tier, layer_inputs", [(Tier.HOST, Tier.HOST), (Tier.NVME, Tier.NVME)])

@@ -20,6 +20,7 @@ from tests.fake_device import FakeDevice
 from tests.full_parity import (
     STEPS,
     Case,
+    check_activations,
     make_engine,
     one_loss,
     one_step,
@@ -58,10 +59,10 @@ def unequal(want: list[Any], got: list[Any]) -> list[str]:
 
 
 CASES = [
-    (Case("llama", "bfloat16", "adamw", 4, "rarely", False, ""), "all three"),
-    (Case("qwen", "float32", "adamw", 1, "not", True, ""), "DEVICE and NVME"),
+    (Case("llama", "bfloat16", "adamw", 4, "rarely", False, "", "each way"), "all three"),
+    (Case("qwen", "float32", "adamw", 1, "not", True, "", "again"), "DEVICE and NVME"),
     (Case("llama", "float32", "adamw 8bit", 1, "rarely", False, ""), "DEVICE and HOST"),
-    (Case("gpt2", "bfloat16", "lion", 1, "always", False, ""), "HOST and NVME"),
+    (Case("gpt2", "bfloat16", "lion", 1, "always", False, "", "put away"), "HOST and NVME"),
     (Case("moe", "bfloat16", "adamw", 1, "not", False, ""), "all three"),
     (Case("llama", "bfloat16", "adafactor", 2, "not", False, ""), "HOST and NVME"),
 ]
@@ -82,6 +83,7 @@ def test_any_split_is_bit_equal_to_plain_pytorch(case: Case, shares: str, tmp_pa
         assert report["training"]["num_clipped"] == {"not": 0, "rarely": 1, "always": STEPS}[case.clipping]
         assert (report["training"]["num_ahead_of_norm"] > 0) == (case.clipping != "always")
         assert report["prefetch_misses"] == 0
+        check_activations(case, engine)
         recorder = engine._runtime.recorder
         assert recorder is None or [str(race) for race in recorder.check()] == []
 
