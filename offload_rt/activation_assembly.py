@@ -90,7 +90,7 @@ class ActivationsAssembly:
         sizes = [self._input_bytes(draft, each) for draft in self._workload.layers]
         together = self._workload.config.accumulation_steps if self._plan.layer_major else 1
         inputs = together * sum(sizes)
-        swapped = {tier: self._share_bytes(Action.SWAP, tier) for tier in (Tier.HOST, Tier.NVME)}
+        swapped = {tier: together * self._share_bytes(Action.SWAP, tier) for tier in (Tier.HOST, Tier.NVME)}
         on_nvme = 2 * inputs * (home is Tier.NVME) + swapped[Tier.NVME]
         if on_nvme:
             if not self._workload.config.nvme:
@@ -98,7 +98,7 @@ class ActivationsAssembly:
             self._tiers.account(Tier.NVME).reserve("layer inputs, activations", on_nvme)
             self.scratch = Scratch(self._workload.config.nvme[0].path, on_nvme, self._links)
         device = self._tiers.account(Tier.DEVICE)
-        if kept := self._share_bytes(Action.KEEP):
+        if kept := together * self._share_bytes(Action.KEEP):
             device.reserve("kept activations", kept)
         if home is Tier.DEVICE:
             device.reserve("layer inputs", inputs)
@@ -195,7 +195,7 @@ class ActivationsAssembly:
         return NvmeStash(self.scratch, staging, self._links, piece_bytes=piece_bytes, ahead_bytes=staging_bytes // 2)
 
     def _share_bytes(self, action: Action, tier: Tier | None = None) -> int:
-        """What all layers save that is treated so: as planned, or an estimate from what one whole layer saves."""
+        """What all layers save of a call that is treated so: as planned, or an estimate from what one layer saves."""
         if self._sizes is not None:
             return self._sizes.kept_bytes if tier is None else self._sizes.swapped_bytes.get(tier, 0)
         seq_len = self._workload.config.seq_len

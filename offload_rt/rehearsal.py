@@ -273,6 +273,7 @@ def planned_bytes(runtime: Runtime) -> int:
     together = runtime.made_of.workload.config.accumulation_steps if runtime.plan.layer_major else 1
     sizes = {name: holdings.get(name, 0) for name in TRANSIENT}
     sizes["layer inputs"] //= together
+    sizes["kept activations"] //= together
     if isinstance(runtime.training, FullTraining):
         return sum(sizes.values()) + gradients_under_way_bytes(runtime.made_of.workload)
     trains = [p for p in runtime.made_of.workload.model.parameters() if p.requires_grad]

@@ -15,6 +15,7 @@ from offload_rt._engine import Engine
 from offload_rt.executor import RingExecutor
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.turns import Turns, shown
+from planners.activations import Action, whole_batch
 from planners.plan import StatePlacement, Tier
 from tests.fake_device import FakeDevice
 from tests.full_parity import Case, build, state_of, training_of
@@ -77,6 +78,33 @@ def test_full_fine_tuning_layer_by_layer_has_the_bits_of_one_after_the_other(fam
     for name, (master, weight) in found[False][1].items():
         assert torch.equal(master, found[True][1][name][0]), name
         assert torch.equal(weight, found[True][1][name][1]), name
+
+
+def test_what_layers_that_train_keep_or_put_away_has_room_for_all_that_go_together(tmp_path):
+    """Graphs of one micro-batch after the other are gone before the next; together, all of them wait."""
+    case = Case("llama", "bfloat16", "adamw", MICRO_BATCHES, "not", False, "in place")
+    ways = (whole_batch(Action.SWAP, Tier.HOST), whole_batch(Action.SWAP, Tier.NVME), whole_batch(Action.KEEP))
+    chosen = {f"model.layers.{index}": way for index, way in enumerate(ways, 1)}
+    booked = {"device": "kept activations", "host": "swapped activations", "nvme": "layer inputs, activations"}
+    found, rooms = [], []
+    for layer_major in (False, True):
+        folder = tmp_path / str(layer_major)
+        folder.mkdir()
+        with Engine(
+            build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=MICRO_BATCHES, lr=1e-2,
+            nvme=folder, host_memory="64MiB", options=options(layer_major=layer_major, activations=chosen),
+        ) as engine:  # fmt: skip
+            losses = train(engine)
+            report = engine.report()
+            found.append((losses, state_of(training_of(engine))))
+            rooms.append([report["holdings"][tier][name] for tier, name in booked.items()])
+        by_tier = report["tokenwise"]["bytes_by_group"]
+        assert all(by_tier[f"chunk in {tier.value}"] > 0 for tier in Tier)
+        assert report["recomputes"] == STEPS * MICRO_BATCHES and report["tokenwise"]["no_room_bytes"] == 0
+    assert rooms[1] == [MICRO_BATCHES * num_bytes for num_bytes in rooms[0]]
+    assert found[0][0] == found[1][0]
+    for name, (master, weight) in found[0][1].items():
+        assert torch.equal(master, found[1][1][name][0]) and torch.equal(weight, found[1][1][name][1]), name
 
 
 @pytest.fixture
