@@ -100,8 +100,7 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int,
             raise _not_alone(draft, error) from error
         saving: _Saving | None = None
         try:
-            if stand.deliver is None:  # layers that train are planned to be recomputed
-                saving = _saving(stand, call, bench)
+            saving = _saving(stand, call, bench)
         except (OffloadError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             logger.warning(
                 "%s: what layers like it save could not be measured, so that they are recomputed whole: %s: %s",
@@ -167,8 +166,9 @@ def _saving(stand: Stand, call: LayerCall, bench: Workbench) -> _Saving:
         tokenwise = Tokenwise(places)
         tier = Tier.HOST if action is Action.SWAP else None
         made = TokenwiseLayer(
-            stand.layer, stand.block, stand.access, policy=whole_batch(action, tier), tokenwise=tokenwise
-        )
+            stand.layer, stand.block, stand.access, policy=whole_batch(action, tier), tokenwise=tokenwise,
+            deliver=stand.deliver,
+        )  # fmt: skip
         num_passes = _warm(made, call, bench)
         if tokenwise.num_whole or tokenwise.counters.num_passes != num_passes:
             raise UnsupportedModule(f"{stand.block.name}: {'; '.join(tokenwise.refused.values()) or 'not run once'}")

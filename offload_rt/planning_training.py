@@ -43,6 +43,7 @@ from planners.problem import Workload as PlannedWorkload
 from planners.rows import Freedoms
 from planners.streaming import PAGED_SLOTS, SAVING, head_chunk_tokens
 from planners.streaming_problem import StreamingProblem
+from planners.trace import Transient
 from planners.training_state import TrainingSizes
 
 NOTHING = MeasuredSeconds(forward=0.0, backward=0.0)
@@ -147,7 +148,7 @@ def questions(
 def _capabilities(asked: Problem, state_tiers: tuple[Tier, ...]) -> Capabilities:
     return replace(
         CAPABILITIES, update_modes=MODES, state_tiers=state_tiers, whole_weights=True, memory_steps_after=True,
-        device_updates=asked.workload.device_steps is not None,
+        device_updates=asked.workload.device_steps is not None, gradients_apart=True,
     )  # fmt: skip
 
 
@@ -314,7 +315,8 @@ def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingS
     trained = {block.name: block for block in _training(workload).blocks}
     order = _in_order(workload)
     tokens = workload.config.batch_size * workload.config.seq_len
-    transient_bytes = streaming.transient_bytes(head_chunk_tokens(streaming))
+    tile_tokens = head_chunk_tokens(streaming)
+    head_bytes = 0 if streaming.loss_head is None else streaming.loss_head.peak_bytes(tile_tokens)
     kinds: dict[tuple[str, MeasuredSeconds, bool], list[BlockDraft]] = {}
     for draft in workload.layers:
         kinds.setdefault((kind_of(draft), seconds.layers[draft.name], draft.trains), []).append(draft)
@@ -322,22 +324,23 @@ def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingS
     for number, ((_, taken, trains), drafts) in enumerate(kinds.items()):
         block = trained.get(drafts[0].name)
         params = 0 if block is None else _num_params(block)
-        taken = replace(taken, backward=taken.backward + params / seconds.deliveries_per_second)
+        taken = _with_deliveries(taken, params / seconds.deliveries_per_second)
         entry = class_of(
             f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, taken, is_layer=True,
             trainable_params=params,
             saved=saved_of(taken, input_bytes_per_token=streaming.layer_input_bytes / tokens, num_tokens=tokens),
-            transients=transients_of(taken, layer_bytes=transient_bytes, num_tokens=tokens),
+            transients=transients_of(taken, layer_bytes=streaming.layer_bytes(None), num_tokens=tokens),
         )  # fmt: skip
         if trains and block is not None:
             entry = replace(entry, weight_cuts=(), state_cuts=state_cuts(block))
         classes.append(entry)
     last = max(order, key=lambda name: order[name])
+    of_head = transients_of(seconds.head, layer_bytes=head_bytes, num_tokens=tokens)
     for draft in workload.drafts:
         if not draft.is_layer:
-            taken = seconds.head if draft.name == last else NOTHING
+            taken, held = (seconds.head, of_head) if draft.name == last else (NOTHING, ())
             again = needed_again(draft, streaming)
-            classes.append(class_of(draft.name, [draft], order, taken, is_layer=False, again=again))
+            classes.append(class_of(draft.name, [draft], order, taken, is_layer=False, again=again, transients=held))
     for block in trained.values():
         if block.weights is None:
             own = seconds.embeddings.get(block.name, NOTHING)
@@ -345,19 +348,30 @@ def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingS
                 forward=seconds.head.forward if block.name == last else 0.0,
                 backward=own.backward + _num_params(block) / seconds.deliveries_per_second,
             )
-            classes.append(_staying_class(block.name, order[block.name], taken, block))
+            held = of_head if block.name == last else ()
+            classes.append(_staying_class(block.name, order[block.name], taken, block, held))
     if last == LOSS:
-        classes.append(_staying_class(LOSS, order[LOSS], seconds.head, None))
+        classes.append(_staying_class(LOSS, order[LOSS], seconds.head, None, of_head))
     return tuple(classes)
 
 
-def _staying_class(name: str, position: int, taken: MeasuredSeconds, block: TrainedBlock | None) -> BlockClass:
+def _with_deliveries(taken: MeasuredSeconds, seconds: float) -> MeasuredSeconds:
+    """Of a block whose gradients are put where they wait, which takes so long, whatever backward computes again."""
+    kept = taken.kept
+    if kept is not None:
+        kept = replace(kept, backward=kept.backward + seconds)
+    return replace(taken, backward=taken.backward + seconds, kept=kept)
+
+
+def _staying_class(
+    name: str, position: int, taken: MeasuredSeconds, block: TrainedBlock | None, transients: tuple[Transient, ...]
+) -> BlockClass:
     """What stays in DEVICE memory as a whole: outside the layers, what trains does."""
     return BlockClass(
         name=name, blocks=(name,), positions=(position,), is_layer=False,
         stored_bytes=0 if block is None else block.weights_bytes, decoded_bytes=0, largest_linear_bytes=0,
         trainable_params=0 if block is None else _num_params(block), forward_flops=0.0, backward_flops=0.0,
-        attention_flops=0.0, moved_bytes=0.0, saved=(), attention_bytes=0.0, attention_groups=1, transients=(),
+        attention_flops=0.0, moved_bytes=0.0, saved=(), attention_bytes=0.0, attention_groups=1, transients=transients,
         measured=taken, weights_stay=True, state_cuts=() if block is None else state_cuts(block),
     )  # fmt: skip
 

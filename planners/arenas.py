@@ -226,7 +226,8 @@ def step_buffers(problem: Problem, plan: Plan, tier: Tier) -> list[Buffer]:
             for deferred, size in retained_gradients(problem, plan, placed, tier):
                 # Until all updates are done: at the end of the step, or of the next forward.
                 until = period + n if deferred else period
-                buffers.append(_buffer(f"gradients of {block}", size, 2 * n - position, until))
+                begin = 0 if problem.capabilities.gradients_apart else 2 * n - position
+                buffers.append(_buffer(f"gradients of {block}", size, begin, until))
     return [buffer for buffer in buffers if buffer.num_bytes]
 
 

@@ -339,6 +339,9 @@ class Capabilities:
     memory_steps_after: bool = False
     """State in memory has one copy, which is stepped after the last backward in every update mode. If there is any,
     gradients of all blocks wait for that, and weights do not rest on NVME unless all updates come after."""
+    gradients_apart: bool = False
+    """Gradients that wait until the end of a step have memory of their own. False: it may be that of activations which
+    their block's backward was the last to need."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from offload_rt.steps import WARM_STEPS
 from offload_rt.streams import COMPUTE
 from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
 from offload_rt.workbench import workbench_of
-from planners.activations import Action, ActivationPolicy, Chunk
+from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
 from planners.errors import PlanInfeasible
 from planners.hardware import load_hardware
 from planners.placement import Tier
@@ -935,18 +935,19 @@ def test_the_gpus_links_and_kernels_are_calibrated_and_remembered_under_its_name
 
 
 FULL_PLANNED = {
-    "state in HOST": (4000, 8000, False, 1e7),
-    "state on NVMe": (1000, 2500, True, 1e7),
-    "state in HOST, stepped by both": (4000, 8000, False, 5e4),
+    "state in HOST": (4000, 8000, False, 1e7, 4),
+    "state on NVMe": (1160, 2500, True, 1e7, 2),
+    "state in HOST, stepped by both": (4000, 8000, False, 5e4, 4),
 }
-"""KiB of DEVICE and HOST that a plan may have, whether there is a drive, what the processor steps in a second."""
+"""KiB of DEVICE and HOST that a plan may have, whether there is a drive, what the processor steps in a second, and
+layers whose activations are kept."""
 
 
 @pytest.mark.parametrize("place", FULL_PLANNED)
 def test_all_parameters_train_by_the_optimisers_plan_on_the_gpu_to_the_bits_of_plain_pytorch(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
 ) -> None:
-    device_kib, host_kib, on_nvme, steps_per_second = FULL_PLANNED[place]
+    device_kib, host_kib, on_nvme, steps_per_second, num_kept = FULL_PLANNED[place]
     case = full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "in place")
     expected = full.run_plain(case, device="cuda")
     gpu_planning.calibrated(monkeypatch, tmp_path)
@@ -963,6 +964,9 @@ def test_all_parameters_train_by_the_optimisers_plan_on_the_gpu_to_the_bits_of_p
         assert plan.planner == "optimiser" and plan.state is not None
         assert (plan.state.state_slots > 0) == on_nvme
         assert (report["training"]["num_pieces_on_device"] > 0) == bool(plan.state.on_device) == ("both" in place)
+        kept = [policy for policy in (plan.activations or {}).values() if policy == whole_batch(Action.KEEP)]
+        assert len(kept) == num_kept and report["recomputes"] == (4 - num_kept) * full.STEPS
+        assert report["tokenwise"]["no_room_bytes"] == 0 < report["tokenwise"]["kept_bytes"]
         landing = "new weights on their way to DEVICE"
         holdings = engine._runtime.tiers.account(Tier.HOST).holdings
         assert plan.peak_bytes["host"][landing] == holdings[landing] > 0

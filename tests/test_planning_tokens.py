@@ -112,10 +112,13 @@ def train(engine, num_steps=STEPS):
 # what is measured
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-def test_a_profile_counts_what_plain_autograd_saves(bits):
+@pytest.mark.parametrize(("bits", "trains"), [(None, False), (4, False), (None, True)])
+def test_a_profile_counts_what_plain_autograd_saves(bits, trains):
     model = model_of(NF4 if bits else BF16)
+    if trains:
+        model = model.get_base_model().requires_grad_(True)
     draft = next(draft for draft in find_blocks(model, bits=bits) if draft.is_layer)
+    assert draft.trains is trains
     kept = profile_layer(model, draft, batch_size=BATCH_SIZE, seq_len=SEQ_LEN).kept
     layer = draft.modules[0]
     layer.gradient_checkpointing = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 
 from offload_rt import planning_training
 from offload_rt._engine import Engine
+from offload_rt.block_profile import profile_layer
 from offload_rt.commit_record import RECORD_BYTES, body_bytes
 from offload_rt.config import EngineConfig, NvmePath
+from offload_rt.discover import find_blocks
 from offload_rt.emulation import emulated_config
 from offload_rt.errors import ConfigError
+from offload_rt.planning_tokens import ACTIVATIONS
 from offload_rt.planning_training import (
     TrainingSeconds,
     check_can_be_asked,
@@ -31,17 +35,20 @@ from offload_rt.update_profile import PIECES, steps_per_second
 from offload_rt.workload import Workload, find_workload
 from offload_rt.workload_sizes import streaming_problem
 from planners import mip
+from planners.activations import Action, whole_batch
+from planners.division import HOMES
 from planners.errors import PlanInfeasible
 from planners.greedy import plan_greedy
 from planners.hardware import Drive, Hardware
 from planners.mip import plan_optimal
-from planners.placement import Split, Tier, UpdateMode
+from planners.placement import ClassPlan, Split, Tier, UpdateMode
 from planners.plan import Plan
-from planners.problem import MeasuredSeconds, Problem
+from planners.problem import KeptPass, MeasuredSeconds, Problem
 from planners.streaming_problem import StreamingProblem
 from planners.validate import InvalidPlan, check, check_modes
 from tests import test_planning
-from tests.full_parity import NORMS, OPTIMIZERS, STEPS, Case, build, one_loss, run_engine, run_plain, training_of
+from tests.conftest import language_batch
+from tests.full_parity import NORMS, OPTIMIZERS, STEPS, Case, build, run_engine, run_plain, training_of
 from tests.parity import BATCH_SIZE, SEQ_LEN
 from tests.test_full_parity import ieee_square_root as ieee_square_root
 from tests.tiny_blocks import CountingRule, blocks
@@ -67,9 +74,12 @@ class Budget:
     only: Tier | None = None
     """Weights are made to rest there."""
     commit_every: int | None = None
+    homes: tuple[str, ...] = ()
+    """Of what each layer saves, in the order of forward; empty: that was not measured, and is computed again."""
 
 
 D, H, N = Tier
+AGAIN, _, IN_HOST, KEPT = HOMES
 BACKWARD, SPECULATIVE, AFTER = UpdateMode.BACKWARD, UpdateMode.SPECULATIVE, UpdateMode.AFTER
 BUDGETS = {
     "all in memory": Budget(700, 4096, "not", (H,), (H,), AFTER),
@@ -85,8 +95,12 @@ BUDGETS = {
     "all on NVME, one tier": Budget(1740, 0, "rarely", (N,), (N,), SPECULATIVE, only=N),
     "weights on NVME, state not": Budget(1024, 4096, "not", (N,), (H,), AFTER, only=N, commit_every=1),
     "committed now and then": Budget(1024, 1740, "not", (D,), (H, N), AFTER, commit_every=3),
+    "some layers kept": Budget(1720, 0, "rarely", (D,), (N,), SPECULATIVE, homes=(AGAIN, AGAIN, KEPT, KEPT)),
+    "put away and kept": Budget(800, 1740, "rarely", (H,), (N,), SPECULATIVE, homes=(IN_HOST,) * 3 + (KEPT,)),
 }  # fmt: skip
-QUICK = ("all in memory, committed", "split, clipped", "split, one tier", "state on NVME", "all on NVME")
+QUICK = (
+    "all in memory, committed", "split, clipped", "split, one tier", "state on NVME", "all on NVME", "put away and kept"
+)  # fmt: skip
 
 
 def case_of(budget: Budget) -> Case:
@@ -97,10 +111,22 @@ def machine(device_kib: int, host_kib: int) -> Hardware:
     return replace(test_planning.machine(device_kib * KIB, host_kib * KIB), drives=(DRIVE,), drive_mix=0.3)
 
 
-def seconds_of(workload: Workload) -> TrainingSeconds:
-    """That nobody measured: drives bind."""
+@functools.cache
+def kept_pass() -> KeptPass:
+    """What a layer really saves, with seconds that nobody measured: computing it again is what takes longest."""
+    model = build(case_of(BUDGETS["split"]))
+    model.enable_input_require_grads()  # type: ignore[operator]  # as behind an embedding that trains
+    draft = next(draft for draft in find_blocks(model, bits=None) if draft.is_layer)
+    kept = profile_layer(model, draft, batch_size=BATCH_SIZE, seq_len=SEQ_LEN).kept
+    assert kept is not None
+    return replace(kept, forward=0.01, backward=0.02, put_away=1e-4, taken_back=2e-4)
+
+
+def seconds_of(workload: Workload, kept: KeptPass | None = None) -> TrainingSeconds:
+    """That nobody measured: drives bind, or computing layers does where they may keep what they save."""
+    layer = LAYER if kept is None else MeasuredSeconds(forward=0.01, backward=0.03, kept=kept)
     return TrainingSeconds(
-        layers={draft.name: LAYER for draft in workload.layers},
+        layers={draft.name: layer for draft in workload.layers},
         head=MeasuredSeconds(forward=1e-4, backward=0.0),
         embeddings={},
         steps_per_second=STEPS_PER_SECOND,
@@ -111,6 +137,7 @@ def seconds_of(workload: Workload) -> TrainingSeconds:
 def asked(budget: Budget, folder: Path) -> tuple[Workload, StreamingProblem, list[tuple[Problem, Any]]]:
     """A fresh model taken apart, and what the optimiser is asked about it."""
     case, hardware = case_of(budget), machine(budget.device, budget.host)
+    kept = kept_pass() if budget.homes else None
     config = EngineConfig(
         batch_size=BATCH_SIZE, seq_len=SEQ_LEN, nvme=(NvmePath(path=folder),), max_grad_norm=NORMS[budget.clipping],
         commit_every=budget.commit_every,
@@ -119,12 +146,12 @@ def asked(budget: Budget, folder: Path) -> tuple[Workload, StreamingProblem, lis
     optimizer = OPTIMIZERS[case.optimizer](list(model.parameters()))
     workload = find_workload(model, None, emulated_config(config, hardware), optimizer, OPTIONS)
     streaming = streaming_problem(workload)
-    return workload, streaming, list(questions(workload, streaming, hardware, seconds_of(workload)))
+    return workload, streaming, list(questions(workload, streaming, hardware, seconds_of(workload, kept)))
 
 
 def engine(budget: Budget, folder: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> Engine:
-    case = case_of(budget)
-    monkeypatch.setattr(planning_training, "measured_seconds", lambda workload, *_: seconds_of(workload))
+    case, kept = case_of(budget), kept_pass() if budget.homes else None
+    monkeypatch.setattr(planning_training, "measured_seconds", lambda workload, *_: seconds_of(workload, kept))
     if budget.only is not None:
         monkeypatch.setattr(mip, "homes", only_there(mip.homes, budget.only))
         monkeypatch.setattr(planning_training, "questions", lambda *given: list(questions(*given))[-1:])
@@ -139,8 +166,25 @@ def only_there(homes: Callable[[Problem], Any], tier: Tier) -> Callable[[Problem
     return lambda problem: [home for home in homes(problem) if home[0] is tier]
 
 
+def layers_of(plan: Plan) -> list[ClassPlan]:
+    return [entry for entry in plan.classes if entry.name.startswith("layer")]
+
+
+def homes_of(plan: Plan) -> tuple[str, ...]:
+    """See `Budget`, and what `activations` say of each layer is that."""
+    found = {}
+    for entry in layers_of(plan):
+        for split in (split for split in entry.tokens if split.name == ACTIVATIONS):
+            tokens = (split.recompute_tokens, split.nvme_tokens, split.host_tokens, split.device_tokens)
+            found |= dict.fromkeys(entry.blocks, HOMES[tokens.index(SEQ_LEN)])
+    said = {AGAIN: None, IN_HOST: whole_batch(Action.SWAP, H), KEPT: whole_batch(Action.KEEP)}
+    given = plan.activations or {}
+    assert all(given.get(block) == said[home] for block, home in found.items())
+    return tuple(found[block] for block in sorted(found))
+
+
 def tiers_of(plan: Plan) -> tuple[tuple[Tier, ...], tuple[Tier, ...]]:
-    entry = plan.entry("layer")
+    entry = layers_of(plan)[0]
     split = entry.weights
     sizes = (split.device_bytes, split.host_bytes, split.nvme_bytes)
     weights = tuple(tier for tier, size in zip(Tier, sizes, strict=True) if size)
@@ -148,9 +192,16 @@ def tiers_of(plan: Plan) -> tuple[tuple[Tier, ...], tuple[Tier, ...]]:
 
 
 def moved(run: Engine) -> dict[str, float]:
-    """Bytes that drives moved so far, and seconds that links and drives worked; nothing is under way."""
+    """Bytes that drives moved so far, and seconds that links and drives worked; what layers did with what they save.
+    Nothing is under way.
+    """
     report = run.report()
-    return {**report["link_busy_seconds"], "read": report["bytes_read"], "written": report["bytes_written"]}
+    groups = {} if report["tokenwise"] is None else report["tokenwise"]["bytes_by_group"]
+    return {
+        **report["link_busy_seconds"], "read": report["bytes_read"], "written": report["bytes_written"],
+        "recomputes": report["recomputes"], "away": groups.get("chunk in host", 0),
+        "kept": groups.get("chunk in device", 0),
+    }  # fmt: skip
 
 
 def of_one_commit(run: Engine) -> int:
@@ -161,8 +212,9 @@ def of_one_commit(run: Engine) -> int:
 
 
 def train(run: Engine, num_steps: int) -> None:
-    for _ in range(num_steps):
-        run.backward(one_loss(run, 0, 0))
+    """Without padding, whose masks no measurement foresees."""
+    for number in range(num_steps):
+        run.backward(run(**language_batch(number, BATCH_SIZE, SEQ_LEN)).loss)
         run.step()
 
 
@@ -177,6 +229,7 @@ def test_an_optimised_plan_trains_with_the_bits_of_plain_pytorch_and_moves_the_b
     with engine(budget, tmp_path, monkeypatch) as run:
         plan = run.plan
         assert tiers_of(plan) == (budget.weights, budget.state) and plan.update_mode is budget.mode
+        assert homes_of(plan) == budget.homes
         found = run_engine(case_of(budget), run)
         for step, (want, got) in enumerate(zip(expected, found, strict=True), 1):
             wrong = [key for key in got if not key.startswith("gradient") and not want[key].equal(got[key])]
@@ -192,6 +245,7 @@ def test_an_optimised_plan_trains_with_the_bits_of_plain_pytorch_and_moves_the_b
     each = {key: (after[key] - before[key]) / (3 * every) for key in after}
     assert (ahead > STEPS) is (budget.mode is not AFTER)
     assert (commits > 0) is (N in budget.state or budget.commit_every is not None)
+    check_activations(budget, each, report)
     predicted = plan.predicted["busy_seconds"]
     assert each["written"] == pytest.approx(predicted["ssd_write"] * DRIVE.write_bytes_per_second + commits, abs=1)
     assert each["read"] == pytest.approx(predicted["ssd_read"] * DRIVE.read_bytes_per_second, abs=1)
@@ -205,6 +259,18 @@ def test_an_optimised_plan_trains_with_the_bits_of_plain_pytorch_and_moves_the_b
         reserve = plan_reserve(budget, tmp_path / "again") if tier == "device" else 0
         granted = plan.allocator_slack_bytes if tier == "device" else 0  # a quarter of it at least is the reserve's
         assert report["memory"][tier] <= plan.predicted_bytes(Tier(tier)) + reserve + granted + pages
+
+
+def check_activations(budget: Budget, each: dict[str, float], report: dict[str, Any]) -> None:
+    """A step keeps, puts away and computes again what the plan says, to the byte."""
+    count = budget.homes.count
+    assert each["recomputes"] == (count(AGAIN) if budget.homes else 4)
+    assert (report["tokenwise"] is not None) is bool(budget.homes)
+    if budget.homes:
+        saved, tokenwise = kept_pass(), report["tokenwise"]
+        assert tokenwise["num_whole"] == tokenwise["no_room_bytes"] == 0
+        assert each["away"] == count(IN_HOST) * saved.saved_bytes
+        assert each["kept"] == count(KEPT) * saved.saved_bytes + (4 - count(AGAIN)) * saved.small_bytes
 
 
 def plan_reserve(budget: Budget, folder: Path) -> int:
