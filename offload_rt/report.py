@@ -14,6 +14,8 @@ from offload_rt.profile import peak_resident_bytes, resident_bytes
 from offload_rt.rehearsal import Rehearsal
 from offload_rt.runtime import Runtime
 from offload_rt.steps import StepMeter
+from offload_rt.tokenwise.layer import TokenwiseLayer
+from planners.activations import Action
 from planners.errors import format_bytes
 from planners.plan import Tier
 
@@ -191,7 +193,10 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter, peaks
     if plan.activations:
         tiers = {tier.value for policy in plan.activations.values() for tier in policy.tiers}
         swapped = f"; swapped ones wait in {' and '.join(sorted(tiers))}" if tiers else ""
-        lines.append(f"activations by chunks of tokens{swapped}")
+        spans = [layer.policy.spans(config.seq_len) for layer in runtime.layers if isinstance(layer, TokenwiseLayer)]
+        stored = sum(of[0].action is not Action.RECOMPUTE for of in spans)
+        whole = f"kept or put away of {stored} of {len(runtime.layers)} layers"
+        lines.append(f"activations {whole if all(len(of) == 1 for of in spans) else 'by chunks of tokens'}{swapped}")
     if config.bits == 4:
         lines.append(str(runtime.coverage))
     for tier, account in runtime.tiers.accounts.items():

@@ -21,6 +21,7 @@ from offload_rt.optimizer import rehearsed
 from offload_rt.optimizer.rehearsed import update_peak_bytes
 from offload_rt.rehearsal import SLACK
 from offload_rt.runtime_options import RuntimeOptions
+from planners.activations import Action, whole_batch
 from planners.errors import PlanInfeasible
 from planners.placement import UpdateMode
 from planners.plan import StatePlacement, Tier
@@ -232,11 +233,16 @@ def test_nothing_is_stepped_behind_its_backward_pass(make, tmp_path, monkeypatch
     assert engine.report()["training"]["num_ahead_of_norm"] > 0
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_what_is_counted_is_what_the_step_really_takes(make, monkeypatch, accumulation):
+AWAY = {"model.layers.0": whole_batch(Action.SWAP, Tier.NVME), "model.layers.1": whole_batch(Action.KEEP)}
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "activations"), [(1, {}), (2, None), (1, whole_batch(Action.KEEP)), (1, AWAY)]
+)
+def test_what_is_counted_is_what_the_step_really_takes(make, monkeypatch, accumulation, activations):
     """Counted by hand in an engine that rehearses nothing, over the backward pass of the last micro-batch."""
     monkeypatch.setattr(rehearsal, "ROOM", 1 << 40)
-    options = RuntimeOptions(**ON_NVME, update_mode=UpdateMode.AFTER)
+    options = RuntimeOptions(**ON_NVME, update_mode=UpdateMode.AFTER, activations=activations)
     engine = make(options=options, accumulation_steps=accumulation)
     engine._rehearse((), batch(0))
     counted = outcome(engine)["measured_bytes"]
