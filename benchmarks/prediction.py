@@ -139,6 +139,15 @@ CASES = {
     "full, one tier, SSD": Case(
         bits=None, state=0.0, mode=BACKWARD, unified=True, work={"ssd_read": 1.2, "ssd_write": 1.2}
     ),
+    "full, activations kept": Case(bits=None, state=1.0, activations=(0, 0, 0, 1)),
+    "full, half kept, half to HOST": Case(
+        bits=None, weights=(0, 1, 0), state=1.0, activations=(0, 0, 0.5, 0.5),
+        work={"device_to_host": 0.8, "host_to_device": 0.6},
+    ),
+    "full, activations each way, state, SSD": Case(
+        bits=None, state=0.0, mode=BACKWARD, activations=(0.25, 0.25, 0.25, 0.25),
+        work={"ssd_read": 0.8, "ssd_write": 0.9},
+    ),
 }  # fmt: skip
 
 
