@@ -127,7 +127,7 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
     if rule.layer_major:
         return "several micro-batches to a fetch are not the optimiser's yet"
     chunk_tokens = chunk_tokens_of(rule, workload)
-    if config.device_memory_bytes is None:
+    if config.device_memory_bytes is None and not workload.has_streams:
         return "no device_memory= says how much may be used; the optimiser would fill all that is free"
     if machine is None:
         return f"this machine's rates are not known; `{calibration(config)}` would let the optimiser plan"

@@ -875,7 +875,7 @@ def test_auto_chooses_the_optimisers_plan_on_the_gpu_where_that_is_faster_and_sa
         assert "nothing was predicted" in engine.report()["replanning"]["off"]
         assert "`offload-rt calibrate --device cuda:0` would let the optimiser plan" in choice["why"]
     gpu_planning.calibrated(monkeypatch, tmp_path, asked)
-    with engine_of(case, **given) as engine:
+    with engine_of(case, device="cuda", host_memory="64MiB") as engine:  # a GPU's free memory is there to be used
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         report = engine.report()
         choice = report["plan_choice"]

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from offload_rt import optim
 from offload_rt._engine import Engine
+from offload_rt.cli.calibrate_first import calibrate_first
 from offload_rt.config import parse_adapters, parse_bytes
 from offload_rt.cuts import cuts_from_json
 from offload_rt.errors import ConfigError
@@ -94,6 +95,12 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         held_out_examples, held_out_report = load(arguments.eval_data, seq_len=arguments.seq_len)
         held_out = batches_of(held_out_examples)
     _show_settings(console, arguments, data_report, held_out_report, num_steps(options, batches))
+    calibrate_first(
+        arguments.device,
+        arguments.nvme,
+        arguments.plan,
+        partial(console.print, markup=False, highlight=False, soft_wrap=True),
+    )
     torch.manual_seed(arguments.seed)
     keeps_cuts = options.resume and not arguments.other_cuts and folder.cuts is not None
     with Engine(
