@@ -198,7 +198,8 @@ class CudaStream:
         self.stream.wait_event(event.event)
 
     def copy(self, ends: Sequence[Ends]) -> None:
-        with torch.cuda.stream(self.stream):
+        # Whoever asked for the copy may have made its ends in inference mode, which a thread of ours is not in.
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
             for source, destination in ends:
                 destination.copy_(source, non_blocking=True)
 

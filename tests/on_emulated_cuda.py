@@ -114,6 +114,18 @@ def test_copies_of_pageable_memory_have_read_it_when_they_return():
     assert there.tolist() == [1.0] * 4
 
 
+def test_copies_are_given_to_tensors_that_were_made_in_inference_mode():
+    """By a thread of ours, which is in no such mode: where blocks come from a drive, or through a ring."""
+    device = CudaDevice(find_device("cuda"))
+    slot = device.arena("a", NUM_ELEMENTS, poison=False).acquire(NUM_ELEMENTS, "x")
+    source = torch.arange(NUM_ELEMENTS).to(torch.uint8)
+    with torch.inference_mode():
+        there = slot.tensor(torch.uint8, (NUM_ELEMENTS,))
+    device.to_device.copy([(source, there)])
+    device.to_device.record().wait()
+    assert there.is_inference() and torch.equal(there.cpu(), source)
+
+
 def test_the_device_has_random_numbers_of_its_own():
     torch.manual_seed(3)
     before, ones = torch.cuda.get_rng_state(), torch.ones(64, device="cuda")
