@@ -31,7 +31,7 @@ from offload_rt.device_cuda import CudaDevice, find_device
 from offload_rt.drives import DriveProfile
 from offload_rt.file_io import OpenFile, file_io, open_file
 from offload_rt.links import Links
-from offload_rt.profile import cgroup_memory_bytes
+from offload_rt.process_memory import cgroup_memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

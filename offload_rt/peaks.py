@@ -29,7 +29,7 @@ from offload_rt import mapped
 from offload_rt.comparison import MANAGED_FILES, PHASES
 from offload_rt.drives import PROBE_BYTES
 from offload_rt.heap import HeapGuard
-from offload_rt.profile import peak_resident_bytes, resident_bytes
+from offload_rt.process_memory import peak_resident_bytes, resident_bytes
 from offload_rt.runtime import Runtime
 from offload_rt.store import STAGING_BYTES, store_folders
 from offload_rt.tiers import TierAccount, Tiers

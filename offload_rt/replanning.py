@@ -56,7 +56,7 @@ from offload_rt.cuts import same_cuts
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.moving import moves_between, seconds_of, why_not_follow
 from offload_rt.plan_check import check_plan
-from offload_rt.profile import free_memory_bytes, resident_bytes
+from offload_rt.process_memory import free_memory_bytes, resident_bytes
 from offload_rt.runtime import Change, MadeOf, Runtime
 from offload_rt.steps import WARM_STEPS, StepMeter
 from planners.errors import PlanInfeasible, format_bytes

@@ -10,7 +10,7 @@ from offload_rt import codec, comparison
 from offload_rt.comparison import compared
 from offload_rt.config import EngineConfig
 from offload_rt.cuts import cuts_to_json
-from offload_rt.profile import peak_resident_bytes, resident_bytes
+from offload_rt.process_memory import peak_resident_bytes, resident_bytes
 from offload_rt.rehearsal import Rehearsal
 from offload_rt.runtime import Runtime
 from offload_rt.steps import StepMeter

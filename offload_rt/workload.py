@@ -23,7 +23,7 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import UpdateRule, rule_for
 from offload_rt.pinning import known_ceiling, ring_bytes
-from offload_rt.profile import free_memory_bytes
+from offload_rt.process_memory import free_memory_bytes
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.transients import LEAST_BYTES
 

@@ -21,13 +21,8 @@ from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
 from offload_rt.optimizer.landing import LANDING_SLOTS, largest_range_bytes
 from offload_rt.optimizer.on_device import stepping_bytes
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.profile import (
-    chunked_size,
-    estimate_activation_bytes,
-    free_memory_bytes,
-    layer_input_bytes,
-    loss_head_size,
-)
+from offload_rt.process_memory import free_memory_bytes
+from offload_rt.profile import chunked_size, estimate_activation_bytes, layer_input_bytes, loss_head_size
 from offload_rt.store import store_folders, usable_bytes
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.workload import Workload

@@ -27,6 +27,7 @@ FLOORS = {
     "offload_rt.mapped": 0.5,
     "offload_rt.patience": 0.0,
     "offload_rt.mapped_blocks": 0.5,
+    "offload_rt.process_memory": 0.0,
     "offload_rt.cudart": 0.5,
     "offload_rt.cuda_memory": 0.5,
     "offload_rt.nf4_layout": 0.0,

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from offload_rt import profile
+from offload_rt import process_memory
 from offload_rt.cli.report import collect, lines
-from offload_rt.profile import MemoryLeft, memory_left
+from offload_rt.process_memory import MemoryLeft, memory_left
 from offload_rt.training import loop
 from offload_rt.training.memory_watch import LOW_SHARE, MemoryWatch
 from offload_rt.training.run_folder import RunFolder
@@ -98,14 +98,14 @@ def test_what_is_left_is_the_nearer_of_ram_and_cgroup_without_files_that_can_be_
     assert 0 < found.left_bytes <= found.total_bytes
     for name, text in (("memory.max", "1000"), ("memory.current", "900"), ("memory.stat", "anon 5\ninactive_file 300")):
         (tmp_path / name).write_text(f"{text}\n")
-    assert profile._inactive_bytes(tmp_path) == 300
+    assert process_memory._inactive_bytes(tmp_path) == 300
     (tmp_path / "memory.stat").write_text("inactive_file 3\ntotal_inactive_file 500\n")  # of version 1
-    assert profile._inactive_bytes(tmp_path) == 500
+    assert process_memory._inactive_bytes(tmp_path) == 500
 
     def cgroup(*, without_dropped: bool = False) -> tuple[int | None, int]:
         return 1000, 400 if without_dropped else 900
 
-    monkeypatch.setattr(profile, "cgroup_memory_bytes", cgroup)
+    monkeypatch.setattr(process_memory, "cgroup_memory_bytes", cgroup)
     assert memory_left() == MemoryLeft(left_bytes=600, total_bytes=1000, of="cgroup")
-    monkeypatch.setattr(profile, "cgroup_memory_bytes", lambda **_: (1 << 60, 0))
+    monkeypatch.setattr(process_memory, "cgroup_memory_bytes", lambda **_: (1 << 60, 0))
     assert memory_left().total_bytes == psutil.virtual_memory().total
