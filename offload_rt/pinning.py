@@ -21,6 +21,7 @@ from offload_rt.arena import Region
 from offload_rt.cache import recall, remember
 from offload_rt.cudart import CudaRuntime, is_wsl
 from offload_rt.errors import PinningRefused
+from offload_rt.process_memory import free_memory_bytes
 
 STEP_BYTES = 256 << 20
 RING_BYTES = 32 << 20
@@ -85,14 +86,20 @@ def ring_bytes(host_bytes: int, ceiling: Ceiling) -> int:
 def pin_ceiling(runtime: CudaRuntime, limit_bytes: int, *, step_bytes: int | None = None) -> Ceiling:
     """How much of `limit_bytes` may be locked, tried in a child process. Blocks for seconds, once per boot.
 
-    A child that dies or hangs is a ceiling of zero. The caller makes sure that `limit_bytes` are free.
+    No more is tried than half of what is free: the child has a context of the GPU's besides. So there may be a ceiling
+    of less than `limit_bytes` without a reason; of zero, where not one step is free. A child that dies or hangs is one
+    of zero too, with a reason.
     """
-    known = _remembered(runtime, limit_bytes)
+    step_bytes = STEP_BYTES if step_bytes is None else step_bytes
+    tried_bytes = min(limit_bytes, free_memory_bytes() // 2 // step_bytes * step_bytes)
+    known = _remembered(runtime, tried_bytes)
     if known is not None:
         return Ceiling(ceiling_bytes=min(known.ceiling_bytes, limit_bytes), reason=known.reason)
-    ceiling = _ask_child(runtime.path, limit_bytes, STEP_BYTES if step_bytes is None else step_bytes)
+    if not tried_bytes:
+        return Ceiling(ceiling_bytes=0)
+    ceiling = _ask_child(runtime.path, tried_bytes, step_bytes)
     if ceiling.ceiling_bytes:  # who had none may have had no driver: it can come without a boot, as to a container
-        found = {"boot": _boot(), "library": runtime.path, "limit_bytes": limit_bytes, **vars(ceiling)}
+        found = {"boot": _boot(), "library": runtime.path, "limit_bytes": tried_bytes, **vars(ceiling)}
         remember("pinning", found)
     return ceiling
 

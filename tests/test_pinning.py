@@ -73,6 +73,7 @@ def fake_library(tmp_path_factory):
 def runtime(fake_library, monkeypatch, tmp_path):
     monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FAKE_CUDA_CEILING", raising=False)
+    monkeypatch.setattr(pinning, "free_memory_bytes", lambda: 1 << 40)
     runtime = CudaRuntime(fake_library)
     assert held(runtime) == 0
     yield runtime
@@ -227,6 +228,22 @@ def test_a_child_that_dies_or_hangs_is_a_ceiling_of_zero(runtime, monkeypatch):
     assert "did not end" in pinning._ask_child(runtime.path, MIB, MIB).reason
 
 
+@pytest.mark.parametrize("free, asked", [(9 * MIB, 4 * MIB), (7 * MIB, 3 * MIB), (2 * MIB - 1, None)])
+def test_no_more_than_half_of_what_is_free_is_tried(runtime, monkeypatch, free, asked):
+    tried = []
+    monkeypatch.setattr(pinning, "free_memory_bytes", lambda: free)
+    monkeypatch.setattr(pinning, "TRIED_BYTES", 4 * MIB)
+    monkeypatch.setattr(pinning, "STEP_BYTES", MIB)
+    monkeypatch.setattr(pinning, "is_wsl", lambda: True)
+    monkeypatch.setattr(
+        pinning, "_ask_child",
+        lambda library, limit_bytes, step_bytes: (tried.append(limit_bytes), Ceiling(ceiling_bytes=limit_bytes))[1],
+    )  # fmt: skip
+    for _ in range(2):
+        assert known_ceiling(runtime) is None
+    assert tried == ([] if asked is None else [asked])
+
+
 def test_a_ring_is_wanted_where_not_all_can_be_locked_and_is_below_the_ceiling():
     wanted = [ring_bytes(1 << 30, Ceiling(ceiling_bytes=n * MIB)) for n in (0, 1, 2, 40, 800, 1023, 1024)]
     assert wanted == [0, 0, MIB, 20 * MIB, RING_BYTES, RING_BYTES, 0]
@@ -250,7 +267,7 @@ def test_a_search_that_met_no_refusal_knows_of_no_ceiling(runtime, monkeypatch):
 
 
 @pytest.mark.parametrize("ceiling, said", [(None, "at least 1 GiB can"), (600 * MIB, "only 512 MiB can")])
-def test_doctor_says_how_much_can_be_locked(runtime, monkeypatch, ceiling, said):
+def test_doctor_says_how_much_can_be_locked(runtime, monkeypatch, tmp_path, ceiling, said):
     if ceiling is not None:
         monkeypatch.setenv("FAKE_CUDA_CEILING", str(ceiling))
     monkeypatch.setenv("OFFLOAD_RT_CUDART", runtime.path)
@@ -259,6 +276,10 @@ def test_doctor_says_how_much_can_be_locked(runtime, monkeypatch, ceiling, said)
     assert ("out of memory" in line) == (ceiling is not None)
     monkeypatch.setattr(doctor, "_has_driver", lambda: False)
     assert said in doctor.pinnable_memory()
+    monkeypatch.setattr(doctor, "_has_driver", lambda: True)
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(pinning, "free_memory_bytes", lambda: 100 * MIB)
+    assert "too little is free" in doctor.pinnable_memory()
     monkeypatch.setenv("OFFLOAD_RT_CUDART", "/none.so")
     assert "is no CUDA runtime" in doctor.pinnable_memory()
     monkeypatch.setenv("OFFLOAD_RT_CUDART", "")

@@ -109,7 +109,7 @@ def registered_memory() -> str:
 
 
 def pinnable_memory() -> str:
-    """How much host memory the GPU's driver locks, tried in a child process up to 1 GiB."""
+    """How much host memory the GPU's driver locks, tried in a child process up to 1 GiB, and half of what is free."""
     try:
         from offload_rt import cudart, pinning
     except ImportError as error:
@@ -123,6 +123,8 @@ def pinnable_memory() -> str:
     ceiling = pinning.pin_ceiling(runtime, _PINNED_BYTES)
     if not ceiling.ceiling_bytes and not _has_driver():
         return "no GPU driver: host memory is not locked, and need not be"
+    if not ceiling.ceiling_bytes and not ceiling.reason:
+        return "not tried how much host memory can be locked: too little is free"
     found = f"{format_bytes(ceiling.ceiling_bytes)} can be locked by {runtime.path}"
     if not ceiling.reason:
         return f"at least {found}"
