@@ -114,18 +114,16 @@ class ActivationsAssembly:
                 device.reserve("workspaces of other micro-batches", align_up(workspaces, IO_ALIGNMENT_BYTES))
         largest_input = max(sizes, default=each) if self._sizes is None else each
         largest = self._largest_saved_bytes()
-        window = self._window_bytes(swapped)
-        device.reserve("swapped activations on their way", window)
-        if self._sizes is not None and self._device is not None and swapped[Tier.HOST]:
-            window -= min(window, self._sizes.staging_bytes // 2)  # which is that of what goes to a drive
+        window_bytes = self._window_bytes(swapped)
+        device.reserve("swapped activations on their way", window_bytes)
+        windows, what = self._windows(swapped, window_bytes), "swapped activations"
         return Places(
             layer_inputs=self._stash(home, "layer inputs", inputs, largest_input, on_their_way or largest_input),
             layer_inputs_tier=home,
             swapped={
                 tier: stash
                 for tier, size in swapped.items()
-                if size
-                and (stash := self._stash(tier, "swapped activations", size, largest, window, by_plan=True)) is not None
+                if size and (stash := self._stash(tier, what, size, largest, windows[tier], by_plan=True)) is not None
             },
         )
 
@@ -210,6 +208,14 @@ class ActivationsAssembly:
         if self._sizes is not None:
             return self._sizes.window_bytes
         return self._largest_swapped_bytes() if self._device is not None and any(swapped.values()) else 0
+
+    def _windows(self, swapped: dict[Tier, int], window_bytes: int) -> dict[Tier, int]:
+        """What each tier has of it: NVME as much as passes the staging, or its share; HOST the rest."""
+        if self._sizes is not None:
+            of_nvme = min(window_bytes, self._sizes.staging_bytes // 2)
+        else:
+            of_nvme = window_bytes * swapped[Tier.NVME] // max(1, sum(swapped.values()))
+        return {Tier.NVME: of_nvme, Tier.HOST: window_bytes - of_nvme}
 
     def _policies(self) -> list[ActivationPolicy]:
         """Of the layers that have one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,34 @@ from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tiers import Tiers
 from offload_rt.workload import find_workload
 from offload_rt.workload_sizes import streaming_problem
+from planners.activations import Action, ActivationPolicy, Chunk
 from planners.plan import Tier
 from planners.streaming import plan_streaming
 from tests.conftest import build_lora
 from tests.fake_device import FakeDevice
 
 PAGE = 4096
+
+
+def windows_of(folder: Path, activations: dict[str, ActivationPolicy] | None = None) -> tuple[int, dict[Tier, int]]:
+    """What is charged of DEVICE memory for what is put away and fetched back, and what each tier's stash has of it."""
+    device = FakeDevice(kernels_are_late=False)
+    config = EngineConfig(host_memory_bytes=64 << 20, nvme=(NvmePath(path=folder),), seq_len=64)
+    workload = find_workload(build_lora("llama"), None, config, options=RuntimeOptions(device=device))
+    problem = streaming_problem(workload)
+    tiers = Tiers(None, None, None, unified=False, poison=False, device=device)
+    links = Links(device=device)
+    plan = replace(plan_streaming(problem), activations=activations)
+    made = ActivationsAssembly(workload, problem, plan, tiers, links, device)
+    windows = {}
+    for tier, stash in made.places().swapped.items():
+        assert isinstance(stash, DeviceStash)
+        windows[tier] = stash._window_bytes
+    links.close()
+    if made.scratch is not None:
+        made.scratch.close()
+    device.close()
+    return tiers.account(Tier.DEVICE).holdings["swapped activations on their way"], windows
 
 
 @pytest.mark.parametrize("staging_pages", [4, 16])
@@ -35,21 +58,15 @@ def test_what_is_on_its_way_to_two_tiers_shares_the_window_that_is_charged(
         swapped_bytes={Tier.HOST: 64 * PAGE, Tier.NVME: 64 * PAGE}, input_bytes={},
     )  # fmt: skip
     monkeypatch.setattr(activation_assembly, "sizes_of", lambda plan, batch_size: sizes)
-    device = FakeDevice(kernels_are_late=False)
-    config = EngineConfig(host_memory_bytes=64 << 20, nvme=(NvmePath(path=tmp_path),), seq_len=64)
-    workload = find_workload(build_lora("llama"), None, config, options=RuntimeOptions(device=device))
-    problem = streaming_problem(workload)
-    tiers = Tiers(None, None, None, unified=False, poison=False, device=device)
-    links = Links(device=device)
-    made = ActivationsAssembly(workload, problem, plan_streaming(problem), tiers, links, device)
-    places = made.places()
-    assert tiers.account(Tier.DEVICE).holdings["swapped activations on their way"] == window_bytes
-    windows = {}
-    for tier, stash in places.swapped.items():
-        assert isinstance(stash, DeviceStash)
-        windows[tier] = stash._window_bytes
+    charged_bytes, windows = windows_of(tmp_path)
+    assert charged_bytes == sum(windows.values()) == window_bytes
     assert windows[Tier.NVME] == staging_pages * PAGE // 2
-    assert sum(windows.values()) == window_bytes
-    links.close()
-    made.scratch.close()
-    device.close()
+
+
+@pytest.mark.parametrize("tiers", [(Tier.HOST,), (Tier.NVME,), (Tier.HOST, Tier.NVME), (Tier.HOST,) * 3 + (Tier.NVME,)])
+def test_a_plan_that_says_nothing_of_a_window_has_one_for_all_tiers(tiers: tuple[Tier, ...], tmp_path: Path) -> None:
+    chunks = tuple(Chunk(num_tokens=64 // len(tiers), action=Action.SWAP, tier=tier) for tier in tiers)
+    charged_bytes, windows = windows_of(tmp_path, {"LlamaDecoderLayer": ActivationPolicy(chunks=chunks)})
+    assert charged_bytes == sum(windows.values()) > 0 and windows.keys() == set(tiers)
+    for tier in windows:
+        assert windows[tier] == pytest.approx(charged_bytes * tiers.count(tier) / len(tiers), abs=PAGE)
