@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import torch
 
-from offload_rt.arena import Slot
+from offload_rt.arena import WAIT_SECONDS, Slot
 from offload_rt.file_io import wait_future
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, Meter
 from offload_rt.streams import Copier, Copy, Place
@@ -100,6 +100,15 @@ class DeviceCopies:
             after_operations=[] if after is None or after.operation is None else [after.operation],
         )
         return self._transfer(copy, flat.numel())
+
+    def place(self, copied: Transfer) -> Place:
+        """Behind `copied`, a device's own copy. Blocks until that has been given: at once, but for pageable memory.
+
+        Raises why it could not be, and `StorageTimeout`.
+        """
+        if copied.copy is None:
+            raise ValueError(f"{copied.name}: is no copy of a device's")
+        return self._copier.place(copied.copy, WAIT_SECONDS)
 
     def behind(self, saved: Transfer, start: Callable[[], Transfer]) -> Transfer:
         """What `start` starts when `saved`, a device's own copy, is over: by the thread that sees it. Never blocks.

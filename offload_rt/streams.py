@@ -101,10 +101,6 @@ class Copy:
         self._destinations = [destination for _, destination in ends]
         self._give_back = [slot.lend(name) for slot in slots]
 
-    def place(self) -> Place:
-        """Behind the copy. Blocks until it has been given, and raises why it could not be."""
-        return Place(self.given.result(), self.operation)
-
     def give(self, stream: Stream, before: Sequence[Event], timed: Timed, ring: Ring | None = None) -> Event:
         """Gives the copy to `stream`, behind `before`. Through `ring` it blocks, by rule 4: back, until it is done, and
         nothing is timed.
@@ -254,10 +250,14 @@ class Copier:
 
         Raises why it could not be, and `StorageTimeout` when that is not known in time.
         """
-        self.device.compute.wait(wait_future(copy.given, timeout_seconds, self.outstanding))
+        self.device.compute.wait(self.place(copy, timeout_seconds).event)
         copy.ordered()
         if self._recorder is not None and copy.operation is not None:
             self._recorder.join(copy.operation, lane=COMPUTE)
+
+    def place(self, copy: Copy, timeout_seconds: float) -> Place:
+        """Behind `copy`. Blocks only until that has been given; raises as `order` does."""
+        return Place(wait_future(copy.given, timeout_seconds, self.outstanding), copy.operation)
 
     def wait(self, copy: Copy, timeout_seconds: float) -> None:
         """Blocks until the device has done `copy`; raises as `order` does."""

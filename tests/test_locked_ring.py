@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from offload_rt.arena import Arena
-from offload_rt.errors import StorageError
+from offload_rt.errors import StorageError, StorageTimeout
 from offload_rt.links import Links
 from offload_rt.locked_ring import NUM_PIECES, LockedRing
 from offload_rt.recording import Recorder
@@ -115,7 +115,7 @@ def test_a_load_waits_until_what_was_saved_is_in_pageable_memory(device):
     copies = host.links.device_copies
     saved = copies.save((made, host.slot))
     loaded = copies.load(host.slot, there := memory(PAGE), saved=saved)
-    place = saved.copy.place()
+    place = copies.place(saved)
     place.event.pass_by()
     assert not loaded.copy.given.done() and not saved.copy.done.done()
     device.reports.resume()
@@ -138,6 +138,22 @@ def test_a_device_that_breaks_is_told_to_whoever_waits_and_the_lease_ends(device
         host.links.finish(transfer)
     assert host.slot._lease.lent_to == []
     stream.error = None
+    host.links.close()
+
+
+def test_a_device_that_hangs_is_a_timeout_for_whoever_comes_behind_a_copy(device, monkeypatch):
+    """Such as kernels of updates: the pieces are not given before the device has read the first ones."""
+    monkeypatch.setattr("offload_rt.device_copies.WAIT_SECONDS", 0.1)
+    num_bytes = (NUM_PIECES + 1) * PAGE
+    host = Pageable(device, num_bytes)
+    device.to_device.hold()
+    copies = host.links.device_copies
+    loaded = copies.load(host.slot, memory(num_bytes))
+    with pytest.raises(StorageTimeout, match="outstanding: load from inputs"):
+        copies.place(loaded)
+    device.to_device.resume()
+    host.links.finish(loaded)
+    assert copies.place(loaded).operation == loaded.operation
     host.links.close()
 
 

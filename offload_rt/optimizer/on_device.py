@@ -165,7 +165,8 @@ class PiecesOnDevice(ABC):
     def start(
         self, job: Job, piece: Piece, resting: Slot, weights: Slot | None, update_of: UpdateOf
     ) -> dict[str, Scalars]:
-        """Starts stepping `piece`; returns the new scalars by parameter name. Does not wait for the device.
+        """Starts stepping `piece`; returns the new scalars by parameter name. Waits for the device only where HOST
+        memory is pageable, and goes through a locked ring.
 
         `resting` is its state in HOST, `weights` where those of its block are that stream, in HOST or DEVICE. What of
         these and of the gradients is HOST's is the device's until the piece is settled. The caller has settled so many
@@ -235,14 +236,15 @@ class DeviceUpdates(PiecesOnDevice):
         launches: list[Callable[[], None]] = []
         in_place: list[MemoryRange] = []
         back = [(slot.part(0, piece.num_bytes), resting)]
-        places = [job.used, _place(self._bring(under_way, resting, slot.part(0, piece.num_bytes)))]
+        behind = self._links.device_copies.place
+        places = [job.used, behind(self._bring(under_way, resting, slot.part(0, piece.num_bytes)))]
         for segment, (gradient_at, weights_at) in zip(piece.segments, layout.segments, strict=True):
             if segment.parameter not in job.present:
                 continue
             trained, count = block.parameters[segment.parameter], segment.end - segment.begin
             gradient, target = slot.part(*gradient_at), slot.part(*weights_at)
             spec = block.gradients.tensors[segment.parameter]
-            places.append(_place(self._bring(under_way, _range_of(job.gradients, spec, segment), gradient)))
+            places.append(behind(self._bring(under_way, _range_of(job.gradients, spec, segment), gradient)))
             if trained.streamed is None:
                 new = trained.parameter.data.view(-1)[segment.begin : segment.end]
             else:
@@ -272,13 +274,6 @@ class DeviceUpdates(PiecesOnDevice):
         for source, rest in back:
             self._take_back(under_way, source, rest, [stepped])
         return scalars
-
-
-def _place(copied: Transfer) -> Place:
-    """Behind a device's own copy."""
-    if copied.copy is None:
-        raise RuntimeError(f"{copied.name}: is no copy of a device's")
-    return copied.copy.place()
 
 
 def _range_of(slot: Slot, spec: TensorSpec, segment: Segment) -> Slot:
