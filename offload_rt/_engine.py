@@ -21,8 +21,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
-from offload_rt.assembly import assemble, change_over
+from offload_rt.assembly import assemble
 from offload_rt.batch_check import check_batch
+from offload_rt.changes import Changes
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters
 from offload_rt.checkpoint.pretrained import save_pretrained
 from offload_rt.closing import all_close
@@ -37,12 +38,9 @@ from offload_rt.integrity import Reached, check_loss, check_optimizer
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.loop_steps import LoopSteps
 from offload_rt.peaks import RESUME, SAVE, Peaks
-from offload_rt.rehearsal import Rehearsal
-from offload_rt.replanning import Replanner
-from offload_rt.report import drift, report, summary
+from offload_rt.report import report, summary
 from offload_rt.runtime import Runtime
 from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.steps import StepMeter
 from offload_rt.store_assembly import Progress
 from offload_rt.tracked import Tracked
 from offload_rt.wrappers import WrapperGuard
@@ -151,7 +149,7 @@ class Engine:
             # What a first optimizer makes torch import is the base's, as peft is; what the model holds is the plan's.
             held = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
             self._base = Base.now(besides_bytes=held)
-            self._runtime: Runtime = assemble(
+            runtime = assemble(
                 self.model,
                 None if checkpoint is None else Path(checkpoint),
                 self.config,
@@ -172,28 +170,29 @@ class Engine:
         self._closed = False
         self._handles: list[Guard | RemovableHandle | Reached | LoopSteps] = []
         try:
-            self._attach(model)
+            self._attach(model, runtime)
         except BaseException:
-            all_close(self._runtime.close, *(handle.remove for handle in self._handles), self._peaks.close)
+            all_close(runtime.close, *(handle.remove for handle in self._handles), self._peaks.close)
             raise
 
-    def _attach(self, model: nn.Module) -> None:
-        """Puts the engine around its runtime, and around `model`, which is the user's."""
-        self._peaks.follow(self._runtime, self._base.resident_bytes)
+    def _attach(self, model: nn.Module, runtime: Runtime) -> None:
+        """Puts the engine around `runtime`, its first one, and around `model`, which is the user's."""
         self._tracked = Tracked()
-        self._training.carry(lambda: self._tracked.values(self._runtime.cuts), self._tracked.with_schedulers)
-        self._reached = Reached(self.model, self.trainable, [each.layer for each in self._runtime.layers])
-        self._training.check_by(self._reached)
-        self.step_meter = StepMeter(
-            lambda: self._runtime.links.reading(),
-            times=self._runtime.links.times,
-            on_settled=lambda: logger.info("%s", drift(self._runtime, self.step_meter)),
+        runtime.training.carry(lambda: self._tracked.values(self._runtime.cuts), self._tracked.with_schedulers)
+        self._reached = Reached(self.model, self.trainable, [each.layer for each in runtime.layers])
+        self._look_after(runtime)
+        self._changes = Changes(
+            runtime,
+            self.config,
+            self.model,
+            base_bytes=self._base.resident_bytes,
+            followed_by=self._look_after,
+            give_up=self.close,
         )
-        self._rehearsal = Rehearsal()
-        self._replanner = Replanner(self._runtime, self._base.resident_bytes)
-        self._wear_from = (0, self._runtime.links.counters.bytes_written)
+        self.step_meter = self._changes.meter
+        self._wear_from = (0, runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
-        models, kept = {self.model, model}, self._runtime.made_of.workload.kept_elsewhere()
+        models, kept = {self.model, model}, runtime.made_of.workload.kept_elsewhere()
         self._handles.append(self._reached)
         for make in (ConversionGuard, partial(CopyGuard, kept=kept), WrapperGuard):
             self._handles.append(make(*models))
@@ -204,15 +203,24 @@ class Engine:
             self.trainable.values(),
             self.step_meter,
             accumulation_steps=self.config.accumulation_steps,
-            is_over=self._look_at_step,
+            is_over=self._changes.after_step,
         )
         self._handles.append(self._steps)
         logger.info("%s", self.summary())
+
+    def _look_after(self, runtime: Runtime) -> None:
+        """What the engine sees of the runtime in effect."""
+        runtime.training.check_by(self._reached)
+        self._peaks.follow(runtime, self._base.resident_bytes)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """What schedulers work on; None where nothing trains. A loop's own, once that has stepped in its place."""
         return self._training.optimizer
+
+    @property
+    def _runtime(self) -> Runtime:
+        return self._changes.runtime
 
     @property
     def _training(self) -> Training:
@@ -227,45 +235,6 @@ class Engine:
             raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
         args, kwargs = self._runtime.on_device(args, kwargs)
         return self.model(*args, **kwargs)  # `_before_forward` does the rest, as for a loop that calls the model itself
-
-    def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the first call in training, the longest one: see `rehearsal`. Blocks. Raises PlanInfeasible."""
-        while self._rehearsal.is_due:
-            change = self._rehearsal.run(self._runtime, self.config, self.model, args, kwargs)
-            self.step_meter.begin_again()
-            if change is None:
-                return
-            try:
-                self._go_on_with(change_over(self._runtime, change))
-            except BaseException:
-                self.close()  # half of the old plan is gone
-                raise
-            self._replanner = Replanner(self._runtime, self._base.resident_bytes)
-
-    def _begin_call(self) -> None:
-        """Takes a plan that was made again, before a step begins: see `replanning`. Blocks. Raises `ConfigError` where
-        a GPU's stream is another than the engine's.
-        """
-        if self._runtime.device is not None:
-            self._runtime.device.check_stream()
-        # A forward that adds to gradients begins no step.
-        if self._steps.num_backwards or not self._replanner.is_due(self._runtime):
-            return
-        try:
-            with torch.inference_mode(False):  # tensors that are made now are trained with, whoever calls
-                runtime = self._replanner.before_step(
-                    self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
-                )
-        except BaseException:
-            self.close()  # half of the old plan is gone
-            raise
-        if runtime is not self._runtime:
-            self._go_on_with(runtime)
-
-    def _go_on_with(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._training.check_by(self._reached)
-        self._peaks.follow(runtime, self._base.resident_bytes)
 
     def backward(self, loss: torch.Tensor) -> None:
         """As `loss.backward()`, after checking that the loss is finite. Raises `NonFiniteLoss`."""
@@ -286,12 +255,6 @@ class Engine:
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
         self._steps.take()
-
-    def _look_at_step(self) -> None:
-        """Whether the plan is to be made again, by the step that was taken. Blocks as `Replanner.after_step` does."""
-        self._replanner.after_step(
-            self._runtime, self.step_meter, self.step_number, more_bytes=self._rehearsal.more_bytes
-        )
 
     def train_batch(self, batches: Sequence[dict[str, Any]]) -> float:
         """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
@@ -318,9 +281,9 @@ class Engine:
             loss: torch.Tensor = self(**batch).loss / num
             return loss, check_loss(loss, self.step_number + 1)
 
-        self._begin_call()
-        if self._rehearsal.is_due:
-            self._rehearse(*self._runtime.on_device((), batches[0]))
+        self._changes.begin_call(begins_step=not self._steps.num_backwards)
+        if self._changes.rehearsal.is_due:
+            self._changes.rehearse(*self._runtime.on_device((), batches[0]))
         if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:
             losses = self._runtime.run_together([partial(loss_of, batch) for batch in batches])
             self._runtime.run_together([partial(self._backward, loss) for loss, _ in losses])
@@ -409,8 +372,8 @@ class Engine:
             wear_from=self._wear_from,
             base_bytes=self._base.resident_bytes,
             step_meter=self.step_meter,
-            rehearsal=self._rehearsal,
-            replanning=self._replanner.report(),
+            rehearsal=self._changes.rehearsal,
+            replanning=self._changes.replanner.report(),
             peaks=self._peaks.report(),
         )
 
@@ -433,7 +396,7 @@ class Engine:
         self._training.abandon()
         # Guards look at which weights are absent from now on.
         handles = [handle.remove for handle in self._handles]
-        all_close(self._replanner.close, self._runtime.close, *handles, self._peaks.close)
+        all_close(self._changes.replanner.close, self._runtime.close, *handles, self._peaks.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -442,8 +405,8 @@ class Engine:
         self.close()
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._begin_call()
-        self._rehearse(args, kwargs)
+        self._changes.begin_call(begins_step=not self._steps.num_backwards)
+        self._changes.rehearse(args, kwargs)
         self._training.before_forward()
         for layer in self._runtime.layers:
             layer.without_checkpointing()

@@ -42,7 +42,7 @@ def propose(run: Engine, plan: Plan, *, commits: bool = True) -> None:
     """As the replanner does when it has found that `plan` is worth it, at the end of a step, which it `commits`."""
     done = threading.Thread()
     done.start()
-    run._replanner._to_take = _Question(
+    run._changes.replanner._to_take = _Question(
         "a test says so", None, run._runtime.made_of.problem, True, 0, done, [_Answer(plan)]
     )
     if commits:

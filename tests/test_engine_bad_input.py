@@ -483,7 +483,7 @@ def test_an_adapter_that_was_added_before_a_change_of_plans_is_no_older_than_the
     batch = language_batch(0)
     engine.model.add_adapter("late", lora(r=2))
     runtime = engine._runtime
-    engine._go_on_with(change_over(runtime, Change(problem=runtime.made_of.problem, plan=runtime.plan)))
+    engine._changes.go_on_with(change_over(runtime, Change(problem=runtime.made_of.problem, plan=runtime.plan)))
     engine.backward(engine(**batch).loss)
     engine.model.base_model.set_adapter("late")
     with pytest.raises(UnsupportedModule, match=r"late\.weight requires a gradient and was not there"):

@@ -156,6 +156,7 @@ FLOORS = {
     "offload_rt.peaks": 9.1,
     "offload_rt.tracked": 9.1,
     "offload_rt.report": 9.2,
+    "offload_rt.changes": 9.3,
     "offload_rt._engine": 9.5,
     "offload_rt.training": 10.0,
     "offload_rt.cli": 11.0,

@@ -231,7 +231,7 @@ def test_weights_move_and_no_number_changes(
             assert len(moves) >= 3 and resting(run) == planned(run, run.plan)
             runtime, copied = run._runtime, run._runtime.links.counters.bytes_copied
             propose(run, plan)
-            run._begin_call()
+            run._changes.begin_call(begins_step=True)
             within = sum(min(a, b) for m in moves for a, b in [(m.before.get(DEVICE, 0), m.new.get(DEVICE, 0))])
             moved = sum(size for move in moves for size in move.new.values()) - within * has_streams
             assert run._runtime.links.counters.bytes_copied - copied == moved > 0, "to the byte, and nothing else"
@@ -264,7 +264,7 @@ def test_layers_change_places_within_their_budgets(exactly: bool, plain: list[Tr
         propose(run, other)
         seen = list(run._runtime.resting.values())
         with most_mapped(run) as most:
-            run._begin_call()
+            run._changes.begin_call(begins_step=True)
         assert results(run) == ["changed"] and resting(run) == planned(run, other)
         in_host = sum(size for (_, tier), size in planned(run, first).items() if tier is HOST)
         assert most[HOST] == (used[HOST] if exactly else in_host + seen[0].num_bytes)
@@ -347,7 +347,7 @@ def test_a_change_that_fails_brings_back_what_had_moved(
         whole = getattr(of, name)
         monkeypatch.setattr(of, name, fails)
         propose(run, placed(run, (1.0, 1.0, 0.5, 0.0), edges=DEVICE))
-        run._begin_call()
+        run._changes.begin_call(begins_step=True)
         assert results(run) == ["kept"] and str(error) in decisions(run)[0]["why"]
         assert run.plan == first and resting(run) == planned(run, first) and run._runtime.moved == []
         done = {"booking": 1, "the third copy": 2, "attach": 5}[where]

@@ -157,7 +157,7 @@ def test_it_changes_nothing(make, kind, dtype, monkeypatch):
         np.random.seed(5)
         torch.manual_seed(5)
         before, counted = (values(engine), files(engine), generators()), engine.report()
-        engine._rehearse((), batch(0))
+        engine._changes.rehearse((), batch(0))
         assert same(before[0], values(engine)) and before[1:] == (files(engine), generators())
         assert all(p.grad is None for p in engine.trainable.values())
         assert (outcome(engine)["measured_bytes"] is not None) is (how == "rehearsed")
@@ -192,7 +192,7 @@ def test_a_device_counts_for_itself_and_nothing_changes(make, kind, monkeypatch)
         engine = make(**arguments, options=options)
         torch.manual_seed(5)
         before = generators()
-        engine._rehearse(*engine._runtime.on_device((), batch(0)))
+        engine._changes.rehearse(*engine._runtime.on_device((), batch(0)))
         assert generators() == before and all(p.grad is None for p in engine.trainable.values())
         assert device.num_meters == (outcome(engine)["measured_bytes"] is not None) == (how == "rehearsed")
         found[how] = train(engine)
@@ -226,7 +226,7 @@ def test_nothing_is_stepped_behind_its_backward_pass(make, tmp_path, monkeypatch
     engine = make(**arguments)
     engine.load_checkpoint(engine.commit_folder)
     before = values(engine), files(engine)
-    engine._rehearse((), batch(0))
+    engine._changes.rehearse((), batch(0))
     assert same(before[0], values(engine)) and before[1] == files(engine) and outcome(engine)["measured_bytes"]
     assert engine.report()["training"]["num_ahead_of_norm"] == 0
     train(engine, range(2, 3))
@@ -244,7 +244,7 @@ def test_what_is_counted_is_what_the_step_really_takes(make, monkeypatch, accumu
     monkeypatch.setattr(rehearsal, "ROOM", 1 << 40)
     options = RuntimeOptions(**ON_NVME, update_mode=UpdateMode.AFTER, activations=activations)
     engine = make(options=options, accumulation_steps=accumulation)
-    engine._rehearse((), batch(0))
+    engine._changes.rehearse((), batch(0))
     counted = outcome(engine)["measured_bytes"]
     engine.close()
     monkeypatch.setattr(rehearsal, "ROOM", 0)
@@ -290,7 +290,7 @@ def test_an_update_behind_the_backward_pass_is_added_to_it(make, monkeypatch):
     found = {}
     for mode in (UpdateMode.AFTER, UpdateMode.BACKWARD):
         engine = make(options=RuntimeOptions(**ON_NVME, update_mode=mode), optimizer="sgd")
-        engine._rehearse((), batch(0))
+        engine._changes.rehearse((), batch(0))
         found[mode] = outcome(engine)["measured_bytes"]
         of_update = update_peak_bytes(engine._training)
         engine.close()

@@ -136,7 +136,7 @@ class Run:
             moved = dict(meter._read().since(meter._before).moved_bytes)
             now = factors(self.engine.step_number)
             busy = {name: size / RATE * now.get(name, 1.0) for name, size in moved.items() if size}
-            replanner = self.engine._replanner
+            replanner = self.engine._changes.replanner
             for name in (COMPUTE, DEVICE_UPDATE):
                 busy[name] = replanner._expected.get(name, expected.get(name, 0.0)) * now.get(name, 1.0)
             meter.num_steps += 1
@@ -268,7 +268,11 @@ def test_noise_and_outliers_change_nothing(hardware, tmp_path):
 
     with Run(tmp_path / "nvme", noisy, emulate=hardware) as run:
         run.train(FOUND_AT + 2 * WINDOW_STEPS)
-        assert run.decisions == [] and run.engine._replanner._under_way is None and run.engine.plan == run.first_plan
+        assert (
+            run.decisions == []
+            and run.engine._changes.replanner._under_way is None
+            and run.engine.plan == run.first_plan
+        )
     assert has_drifted([1.01 + MARGIN] * 3) and has_drifted([0.7] * 3)
     assert not has_drifted([2.0, 1.2, 2.0]) and not has_drifted([2.0, 0.5]) and not has_drifted([1.2, 0.9])
 
@@ -284,7 +288,7 @@ def test_it_is_not_changed_twice_within_so_many_steps(hardware, tmp_path, monkey
         run.train(CHANGED_IN)
         (first,) = run.decisions
         run.train(ASKED_UNTIL + apart - 1)
-        assert run.decisions == [first] and run.engine._replanner._under_way is None
+        assert run.decisions == [first] and run.engine._changes.replanner._under_way is None
         run.train(ASKED_UNTIL + 2 * apart)
         second = run.decisions[1]
         assert second["step"] >= ASKED_UNTIL + apart and second["because"].startswith("compute takes 2.00 times")
@@ -353,7 +357,7 @@ def test_a_late_answer_is_waited_for_at_the_same_step(hardware, tmp_path, monkey
         assert decision["step"] == ASKED_UNTIL and decision["result"] == "changed"
     with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as closed_meanwhile:
         closed_meanwhile.train(FOUND_AT)
-        thread = closed_meanwhile.engine._replanner._under_way.thread
+        thread = closed_meanwhile.engine._changes.replanner._under_way.thread
     assert not thread.is_alive(), "close waits for it"
 
 
@@ -382,7 +386,7 @@ def test_memory_that_others_take_is_given_up(hardware, tmp_path, monkeypatch):
         taken = run.engine._base.resident_bytes + used - short
         monkeypatch.setattr(replanning, "resident_bytes", lambda: taken)
         run.train(FOUND_AT)
-        assert run.engine._replanner._under_way is None, "it may be back at the end of the next window"
+        assert run.engine._changes.replanner._under_way is None, "it may be back at the end of the next window"
         run.train(last)
         (decision,) = run.decisions
         assert decision["step"] == ASKED_UNTIL + WINDOW_STEPS
@@ -487,6 +491,6 @@ def test_a_plan_for_shorter_sequences_has_the_memory_of_the_longest(hardware, tm
             used = run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes
             assert used <= run.engine.config.device_memory_bytes
     undisturbed, run = runs
-    (decision,) = run.engine._replanner.decisions
+    (decision,) = run.engine._changes.replanner.decisions
     assert decision.because == "compute takes 0.25 times as long as planned"
     assert equal(run, undisturbed)

@@ -381,10 +381,10 @@ def test_an_optimised_plan_that_a_rehearsal_finds_too_small_is_made_again(
         run.train(2)
         assert run.engine.report()["rehearsal"]["result"] == "planned again"
         assert len(seen) == 2 and seen[0] == before != seen[1]
-        assert run.engine._rehearsal.more_bytes == more and run.engine.plan == seen[-1]
+        assert run.engine._changes.rehearsal.more_bytes == more and run.engine.plan == seen[-1]
         assert run.engine._runtime.tiers.account(Tier.DEVICE).used_bytes <= (used // 1024 + 64) * 1024
         assert [step[0] for step in run.trace] == expected
-        assert not run.engine._rehearsal.is_due
+        assert not run.engine._changes.rehearsal.is_due
 
 
 def test_a_batch_of_micro_batches_begins_with_the_change(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_half_a_step_is_not_carried_on_by_a_change(tmp_path: Path, monkeypatch: 
         train(run, range(2))
         plan = run.plan
         propose(run, elsewhere(run, "one slot"))
-        run._replanner._to_take, waiting = None, run._replanner._to_take
+        run._changes.replanner._to_take, waiting = None, run._changes.replanner._to_take
         loss = run(**batch(2)).loss
         run.backward(loss)
 
@@ -255,7 +255,7 @@ def test_half_a_step_is_not_carried_on_by_a_change(tmp_path: Path, monkeypatch: 
             broken.setattr(Stepper, "_step_block", breaks)
             with pytest.raises(OffloadError, match="a worker died"):
                 run.step()
-        run._replanner._to_take = waiting
+        run._changes.replanner._to_take = waiting
         with pytest.raises(OffloadError, match="half a step was made"):
             run(**batch(3))
         assert run.plan == plan
