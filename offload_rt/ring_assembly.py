@@ -13,6 +13,7 @@ from planners.plan import Tier
 
 logger = logging.getLogger("offload_rt")
 _NAME = "locked ring"
+_WAY_OUT = ". Where `offload-rt doctor` has found how much can be locked, there is room for one"
 
 
 def lock_ring(device: TensorDevice, tiers: Tiers, planned_bytes: int) -> None:
@@ -28,8 +29,7 @@ def lock_ring(device: TensorDevice, tiers: Tiers, planned_bytes: int) -> None:
     num_bytes = num_bytes // IO_ALIGNMENT_BYTES * IO_ALIGNMENT_BYTES
     if num_bytes < MIN_RING_BYTES:
         logger.warning(
-            "copies of pageable memory hold up the computation: the plan leaves no room for a locked ring. Where "
-            "`offload-rt doctor` has found how much can be locked, it does"
+            "copies of pageable memory hold up the computation: the plan leaves no room for a locked ring%s", _WAY_OUT
         )
         return
     memory = tiers.arena(Tier.HOST, _NAME, num_bytes, copied=False).acquire(num_bytes, _NAME)
@@ -37,4 +37,6 @@ def lock_ring(device: TensorDevice, tiers: Tiers, planned_bytes: int) -> None:
         device.pass_through(memory)
     except PinningRefused as refusal:
         tiers.let_go(Tier.HOST, _NAME, memory)
-        logger.warning("copies of pageable memory hold up the computation, for want of a locked ring: %s", refusal)
+        logger.warning(
+            "copies of pageable memory hold up the computation, for want of a locked ring: %s%s", refusal, _WAY_OUT
+        )

@@ -223,6 +223,7 @@ def test_where_nothing_can_be_locked_copies_wait_and_it_is_said(all_locked, tmp_
         found, engine = full_run(tmp_path / "none")
     assert same(all_locked, found)
     assert "stays pageable" in caplog.text and "for want of a locked ring: locking" in caplog.text
+    assert "`offload-rt doctor` has found" in caplog.text
     assert "locked ring" not in engine._runtime.tiers.account(Tier.HOST).holdings
     assert engine.report()["gpu"]["locked_bytes"] == 0 and "copies of it hold up the computation" in engine.summary()
 

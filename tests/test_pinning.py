@@ -266,7 +266,7 @@ def test_a_search_that_met_no_refusal_knows_of_no_ceiling(runtime, monkeypatch):
     assert known_ceiling(runtime) is None
 
 
-@pytest.mark.parametrize("ceiling, said", [(None, "at least 1 GiB can"), (600 * MIB, "only 512 MiB can")])
+@pytest.mark.parametrize("ceiling, said", [(None, "at least 2 GiB can"), (600 * MIB, "only 512 MiB can")])
 def test_doctor_says_how_much_can_be_locked(runtime, monkeypatch, tmp_path, ceiling, said):
     if ceiling is not None:
         monkeypatch.setenv("FAKE_CUDA_CEILING", str(ceiling))
@@ -294,4 +294,4 @@ def test_without_a_driver_doctor_says_so_and_nobody_remembers_that_nothing_could
     monkeypatch.setattr(doctor, "_has_driver", lambda: True)
     assert doctor.pinnable_memory().startswith("only 0 B can")
     monkeypatch.delenv("FAKE_CUDA_CEILING")
-    assert "at least 1 GiB can" in doctor.pinnable_memory()
+    assert "at least 2 GiB can" in doctor.pinnable_memory()

@@ -24,7 +24,6 @@ from offload_rt.native import native_core, why_not
 from planners.errors import format_bytes
 
 _TRIED_BYTES = 64 << 20
-_PINNED_BYTES = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +108,7 @@ def registered_memory() -> str:
 
 
 def pinnable_memory() -> str:
-    """How much host memory the GPU's driver locks, tried in a child process up to 1 GiB, and half of what is free."""
+    """How much host memory the GPU's driver locks, tried in a child process up to 2 GiB, and half of what is free."""
     try:
         from offload_rt import cudart, pinning
     except ImportError as error:
@@ -120,7 +119,7 @@ def pinnable_memory() -> str:
         return f"OFFLOAD_RT_CUDART is no CUDA runtime ({error})"
     if runtime is None:
         return "no CUDA runtime: host memory is not locked"
-    ceiling = pinning.pin_ceiling(runtime, _PINNED_BYTES)
+    ceiling = pinning.pin_ceiling(runtime, pinning.TRIED_BYTES)
     if not ceiling.ceiling_bytes and not _has_driver():
         return "no GPU driver: host memory is not locked, and need not be"
     if not ceiling.ceiling_bytes and not ceiling.reason:
