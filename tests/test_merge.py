@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,40 @@ def test_tied_weights_of_which_one_is_tuned_are_refused(options: dict[str, Any],
     with pytest.raises(UnsupportedModule, match=message):
         merge_adapter(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make_config", "message"),
+    [
+        (lambda: peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"], r=2), "'pissa' takes something"),
+        (
+            lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8),
+            r"q_proj: .* \(Linear\): .* reads something that no",
+        ),
+        (lambda: peft.PromptTuningConfig(num_virtual_tokens=2), "PROMPT_TUNING changes what the model reads"),
+    ],
+)
+def test_adapters_that_their_files_do_not_say_all_of_are_refused(
+    make_config: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    """Of weights that are not the base model's, with indices that are in no file, of nothing to merge."""
+    model = new_model("llama", torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    config = make_config()
+    config.task_type = "CAUSAL_LM"
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UnsupportedModule, match=message):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": "x"}, {"num_attention_heads": 0}, None])
+def test_a_configuration_that_is_none_of_the_model_is_a_mistake(changes: Any, tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, "llama", target_modules=["q_proj"])
+    file = base / "config.json"
+    file.write_text(json.dumps(changes and {**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ConfigError, match="BASE: "):
+        merge_adapter(base, adapter, tmp_path / "out")
 
 
 def test_a_base_model_in_4_bits_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ the dtype that it has in the base model's files; a base in 4 bits is refused.
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 import warnings
@@ -23,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from offload_rt.checkpoint.base_names import base_module, model_tensors
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
@@ -49,6 +52,8 @@ NOT_COPIED = (
     ".onnx",
 )
 """How names of weights end, and of a card that is the base model's; what else lies beside it is copied."""
+KEEP_THE_BASE = ("gaussian", "eva", "mica", "orthogonal")
+"""Ways in which peft begins a LoRA, besides its own, that leave the base model's weights as they are."""
 EPILOG = """
 A model that was trained with --bits 4 is merged into the 16-bit base model, whose weights differ from the 4-bit ones by
 what quantizing changed: the adapter was trained to go with those, so that the merged model's outputs are close to those
@@ -204,7 +209,7 @@ class Tuned:
                 if buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = self._value(buffer)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), OnlyValues():
                 merged = _unloaded(target)
         except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
             raise UnsupportedModule(f"{path}: peft cannot merge it ({type(target).__name__}): {error}") from error
@@ -218,6 +223,15 @@ class Tuned:
         owner._modules[key] = None
         for parameter in parameters:
             make_absent(parameter)
+
+
+class OnlyValues(TorchDispatchMode):
+    """Raises RuntimeError where an operation reads a tensor without values: it would change nothing, in silence."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            raise RuntimeError(f"{func} reads something that no file has the values of")
+        return func(*args, **(kwargs or {}))
 
 
 def _unloaded(target: Any) -> nn.Module:
@@ -240,8 +254,8 @@ def _on_meta(base: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"BASE: {base}: {str(error).partition(chr(10))[0]}") from error
+    except Exception as error:
+        raise ConfigError(f"BASE: {base}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _have_dtypes_of(model: nn.Module, casts: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
@@ -264,13 +278,28 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     except ImportError as error:
         raise ConfigError(f"merging needs peft ({error}); pip install 'offload-rt[hf]'") from error
     try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        _check_base_is_kept(config, folder)
+        if config.is_prompt_learning:
+            raise ValueError(f"{config.peft_type.value} changes what the model reads, not its weights")
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what concerns training
-            tuned: Any = peft.PeftModel(model, peft.PeftConfig.from_pretrained(str(folder)))
+            tuned: Any = peft.PeftModel(model, config)
         tuned.base_model._check_merge_allowed()
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         raise UnsupportedModule(f"{folder}: cannot be merged into this base model: {error}") from error
     return tuned
+
+
+def _check_base_is_kept(config: Any, folder: Path) -> None:
+    """Raises `UnsupportedModule` for an adapter that trained beside other weights than the base model's files have."""
+    begun = getattr(config, "init_lora_weights", True)
+    if isinstance(begun, str) and begun.lower() not in KEEP_THE_BASE:
+        raise UnsupportedModule(
+            f"{folder}: init_lora_weights={begun!r} takes something out of the base model's weights before it trains, "
+            f"which its files have: merged, it would be there twice. Save the adapter with peft's "
+            f"save_pretrained(path_initial_model_for_weight_conversion=...), which makes it one of the files' weights"
+        )
 
 
 def _copy_what_is_beside(base: Path, folder: Path) -> None:
@@ -290,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the merged model")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
     given = parser.parse_args(arguments)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it: kernels that nobody here calls
     try:
         left = merge_adapter(
             given.base, given.adapter, given.out,
