@@ -31,7 +31,7 @@ from offload_rt.device_cuda import CudaDevice, find_device
 from offload_rt.drives import DriveProfile
 from offload_rt.file_io import OpenFile, file_io, open_file
 from offload_rt.links import Links
-from offload_rt.process_memory import cgroup_memory_bytes
+from offload_rt.memory_groups import memory_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +119,7 @@ class Cpu:
         """Nothing runs behind the caller's back."""
 
     def memory_bytes(self) -> int:
-        limit, _ = cgroup_memory_bytes()
-        total = int(psutil.virtual_memory().total)
-        return total if limit is None else min(total, limit)
+        return min([int(psutil.virtual_memory().total), *(group.limit_bytes for group in memory_groups())])
 
     def links(self) -> Links:
         return Links(io=file_io("threads"))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt.cli import doctor_folder, doctor_machine
+from offload_rt.cli import doctor_folder
 from offload_rt.cli.main import COMMANDS, main
 from offload_rt.cli.train_run import _adapters, check_length
 from offload_rt.errors import ConfigError, StorageError
@@ -153,25 +153,6 @@ def test_a_folder_that_is_missing_or_in_memory_is_named(tmp_path: Path) -> None:
     if doctor_folder.file_system_of(Path("/dev/shm"))[0] == "tmpfs":
         assert any("in memory, not on a drive" in line for line in doctor_folder.folder_lines(Path("/dev/shm")))
     assert doctor_folder.file_system_of(Path("/proc/self"))[0] == "proc"
-
-
-def test_the_tightest_cgroup_limit_of_both_versions_is_found(tmp_path: Path) -> None:
-    root, proc = tmp_path / "cgroup", tmp_path / "self"
-
-    def limit(path: str, name: str, value: str) -> None:
-        (root / path).mkdir(parents=True, exist_ok=True)
-        (root / path / name).write_text(value + "\n")
-
-    proc.write_text("0::/outer/inner\n")
-    assert doctor_machine.cgroup_memory_limit(proc=proc, root=root) is None
-    limit("outer/inner", "memory.max", "max")
-    limit("outer", "memory.max", "1048576")
-    assert doctor_machine.cgroup_memory_limit(proc=proc, root=root) == 1 << 20
-    proc.write_text("5:cpu,cpuacct:/x\n4:memory:/outer\n")
-    limit("memory", "memory.limit_in_bytes", "9223372036854771712")
-    assert doctor_machine.cgroup_memory_limit(proc=proc, root=root) is None
-    limit("memory/outer", "memory.limit_in_bytes", "2097152")
-    assert doctor_machine.cgroup_memory_limit(proc=proc, root=root) == 2 << 20
 
 
 def make_store(folder: Path, key: str, *, marker: bool = True, lock: bool = True) -> Path:

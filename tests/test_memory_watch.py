@@ -12,6 +12,7 @@ import pytest
 
 from offload_rt import process_memory
 from offload_rt.cli.report import collect, lines
+from offload_rt.memory_groups import MemoryGroup, memory_groups
 from offload_rt.process_memory import MemoryLeft, memory_left
 from offload_rt.training import loop
 from offload_rt.training.memory_watch import LOW_SHARE, MemoryWatch
@@ -91,21 +92,50 @@ def test_a_watch_that_fails_says_so_and_harms_nobody(tmp_path: Path, caplog: pyt
     assert "memory is not watched any more: RuntimeError('no /proc')" in caplog.text
 
 
-def test_what_is_left_is_the_nearer_of_ram_and_cgroup_without_files_that_can_be_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_limits_of_groups_and_their_parents_are_found_in_both_versions_less_files_that_can_be_dropped(
+    tmp_path: Path,
+) -> None:
+    root, proc = tmp_path / "cgroup", tmp_path / "self"
+
+    def group(path: str, **files: object) -> None:
+        (root / path).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (root / path / f"memory.{name}").write_text(f"{text}\n")
+
+    def found() -> list[tuple[int, int]]:
+        return [(group.limit_bytes, group.left_bytes) for group in memory_groups(proc=proc, root=root)]
+
+    assert found() == []
+    proc.write_text("0::/outer/inner\n")
+    assert found() == []
+    group("outer/inner", max="max", current=400)
+    group("outer", max=1000, current=900, stat="anon 5\ninactive_file 300\nactive_file 30\nfile_mapped 30")
+    assert found() == [(1000, 400)]
+    group("outer/inner", max=500)  # without a memory.stat
+    assert found() == [(500, 100), (1000, 400)]
+    proc.write_text("5:cpu,cpuacct:/x\n4:memory:/outer\n0::/\n")
+    group("memory", limit_in_bytes=9223372036854771712, usage_in_bytes=77)
+    assert found() == []
+    group(
+        "memory/outer",
+        limit_in_bytes=2000,
+        usage_in_bytes=2000,
+        stat="active_file 3\ntotal_inactive_file 400\ntotal_active_file 110\ntotal_mapped_file 10",
+    )
+    assert found() == [(2000, 500)]
+    proc.write_text("4:memory:/not/seen/in/a/container\n")
+    group("memory", limit_in_bytes=100, usage_in_bytes=101)
+    assert found() == [(100, 0)]
+
+
+def test_what_is_left_is_the_least_of_ram_and_groups_and_a_tenth_of_it_is_no_budget(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = memory_left()
     assert 0 < found.left_bytes <= found.total_bytes
-    for name, text in (("memory.max", "1000"), ("memory.current", "900"), ("memory.stat", "anon 5\ninactive_file 300")):
-        (tmp_path / name).write_text(f"{text}\n")
-    assert process_memory._inactive_bytes(tmp_path) == 300
-    (tmp_path / "memory.stat").write_text("inactive_file 3\ntotal_inactive_file 500\n")  # of version 1
-    assert process_memory._inactive_bytes(tmp_path) == 500
-
-    def cgroup(*, without_dropped: bool = False) -> tuple[int | None, int]:
-        return 1000, 400 if without_dropped else 900
-
-    monkeypatch.setattr(process_memory, "cgroup_memory_bytes", cgroup)
+    near, far = (MemoryGroup(limit_bytes=limit, used_bytes=400) for limit in (1000, 1 << 60))
+    monkeypatch.setattr(process_memory, "memory_groups", lambda: iter([far, near, far]))
     assert memory_left() == MemoryLeft(left_bytes=600, total_bytes=1000, of="cgroup")
-    monkeypatch.setattr(process_memory, "cgroup_memory_bytes", lambda **_: (1 << 60, 0))
+    assert process_memory.free_memory_bytes() == 540
+    monkeypatch.setattr(process_memory, "memory_groups", lambda: iter([far]))
     assert memory_left().total_bytes == psutil.virtual_memory().total

@@ -209,7 +209,7 @@ class Tuned:
                 if buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = self._value(buffer)
         try:
-            with torch.no_grad(), OnlyValues():
+            with torch.no_grad(), OnlyValues():  # type: ignore[no-untyped-call]
                 merged = _unloaded(target)
         except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
             raise UnsupportedModule(f"{path}: peft cannot merge it ({type(target).__name__}): {error}") from error
@@ -225,7 +225,7 @@ class Tuned:
             make_absent(parameter)
 
 
-class OnlyValues(TorchDispatchMode):
+class OnlyValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises RuntimeError where an operation reads a tensor without values: it would change nothing, in silence."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

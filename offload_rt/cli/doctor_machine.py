@@ -13,12 +13,11 @@ from importlib import metadata
 from pathlib import Path
 
 from offload_rt.cudart import is_wsl
+from offload_rt.memory_groups import memory_groups
 from planners.errors import format_bytes
 
 _IO_URING_SETUP = 425
 """The system call's number, the same on x86-64 and arm64."""
-_UNLIMITED_BYTES = 1 << 60
-"""cgroup v1 says "no limit" by a number near 2**63."""
 PACKAGES = (
     "torch", "transformers", "peft", "safetensors", "numpy", "highspy", "aiofiles", "psutil", "nvidia-ml-py",
     "bitsandbytes",
@@ -78,32 +77,8 @@ def memory() -> str:
             sizes[key] = int(value.split()[0]) * 1024
     text = f"{format_bytes(sizes.get('MemTotal', 0))}, {format_bytes(sizes.get('MemAvailable', 0))} available"
     text += f", swap {format_bytes(sizes.get('SwapTotal', 0))}"
-    limit = cgroup_memory_limit()
+    limit = min((group.limit_bytes for group in memory_groups()), default=None)
     return text + (", no cgroup limit" if limit is None else f", cgroup limit {format_bytes(limit)}")
-
-
-def cgroup_memory_limit(*, proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The tightest memory limit in bytes over this process's groups and their parents, v1 and v2; None without."""
-    limits = []
-    for line in _text(proc).splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if controllers == "":
-            base, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        # Inside a container's namespace the path may not exist; its root is then the group.
-        folder = base / group.lstrip("/")
-        while True:
-            text = _text(folder / name).strip()
-            if text.isdigit() and int(text) < _UNLIMITED_BYTES:
-                limits.append(int(text))
-            if folder == base or base not in folder.parents:
-                break
-            folder = folder.parent
-    return min(limits, default=None)
 
 
 def locked_memory() -> str:
