@@ -1,5 +1,5 @@
 """Refuses `model.to`, `half`, `cuda` and their like while an engine manages the model, where they would change it, and
-peft's `merge_and_unload` and its like, and larger embeddings.
+peft's `merge_and_unload` and its like, larger embeddings, and `model.compile`.
 
 torch would make each absent weight a whole tensor of the new dtype, all of the model at once, and the layers would go
 on with the old one. A call that changes nothing goes through: trainers begin with `model.to(device)`. peft would add
@@ -21,8 +21,12 @@ _MERGE_FIRST = (
     "Save the adapter (engine.save_pretrained), and merge its files into the base model's: python -m "
     "offload_rt.checkpoint.merge BASE ADAPTER OUT"
 )
-_REFUSED = dict.fromkeys(_MERGES, _MERGE_FIRST) | {"resize_token_embeddings": "Resize it before engine(...)"}
-"""What would change weights at rest, and what to do."""
+_STAY = "the frozen weights of a model that an engine manages stay as they are."
+_REFUSED = dict.fromkeys(_MERGES, f"{_STAY} {_MERGE_FIRST}") | {
+    "resize_token_embeddings": f"{_STAY} Resize it before engine(...)",
+    "compile": "the compiler would trace how an engine moves weights; train without it",
+}
+"""What would change weights at rest, or not see them move, and why not, and what to do."""
 
 
 class Guard:
@@ -61,9 +65,9 @@ class ConversionGuard(Guard):
         for inner in {inner for module in modules for inner in module.modules()}:
             if next(inner.parameters(), None) is not None:
                 self.guard(inner, "_apply", _guarded(inner))
-            for name, what_to_do in _REFUSED.items():
+            for name, why in _REFUSED.items():
                 if hasattr(type(inner), name):
-                    self.guard(inner, name, _refused(name, what_to_do))
+                    self.guard(inner, name, _refused(name, why))
 
 
 def check_unmanaged(model: nn.Module) -> None:
@@ -78,11 +82,9 @@ def check_unmanaged(model: nn.Module) -> None:
             )
 
 
-def _refused(name: str, what_to_do: str) -> Callable[..., Any]:
+def _refused(name: str, why: str) -> Callable[..., Any]:
     def refused(*_: Any, **__: Any) -> Any:
-        raise ConfigError(
-            f"{name}: the frozen weights of a model that an engine manages stay as they are. {what_to_do}"
-        )
+        raise ConfigError(f"{name}: {why}")
 
     return refused
 

@@ -122,4 +122,7 @@ def test_what_is_compiled_is_refused_by_name_and_left_as_it_was(make_engine):
     with pytest.raises(ConfigError, match=r"^model: layers\.0 is compiled"):
         make_engine(model, seq_len=8)
     model.layers[0]._compiled_call_impl = None
-    make_engine(model, seq_len=8)
+    engine = make_engine(model, seq_len=8)
+    for module in (engine.model, engine.model.layers[0]):
+        with pytest.raises(ConfigError, match=r"^compile: the compiler would trace"):
+            module.compile()
