@@ -148,6 +148,13 @@ def test_after_a_budget_that_was_too_small_the_same_call_with_more_works(make_en
     engine.step()
 
 
+def test_adapters_that_begin_by_weights_that_are_not_there_are_refused():
+    with torch.device("meta"):
+        model = build_base("llama", torch.float32)
+    with pytest.raises(ConfigError, match="'pissa' cannot begin without the base model's weights"):
+        offload_rt.engine(model, adapters=lora(init_lora_weights="pissa", target_modules=["q_proj"]))
+
+
 def test_a_second_set_of_adapters_is_refused():
     with pytest.raises(ConfigError, match="has adapters already"):
         offload_rt.engine(build_lora(), adapters=lora())

@@ -47,6 +47,14 @@ def add_adapters(model: nn.Module, config: Any) -> nn.Module:
                 f"adapters: target_modules={targets!r} matches nothing in the model: {error}"
             ) from None
         raise
+    except RuntimeError as error:  # a way to begin that decomposes weights, such as PiSSA's, where there are none yet
+        if any(parameter.is_meta for parameter in model.parameters()):
+            begun = getattr(config, "init_lora_weights", None)
+            raise ConfigError(
+                f"adapters: init_lora_weights={begun!r} cannot begin without the base model's weights, and the model "
+                f"is on the meta device ({error}); put them on a model in memory, or begin another way"
+            ) from error
+        raise
 
 
 def remove_adapters(wrapped: Any, model: nn.Module, flags: Mapping[int, bool]) -> None:
