@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import arguments, device_times, planning_training, replanning
+from offload_rt import arguments, device_times, drift, planning_training
 from offload_rt._engine import Engine
 from offload_rt.device_times import EVERY_STEPS, DeviceTimes, overlap_seconds
 from offload_rt.meter import COMPUTE, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, Reading
@@ -233,7 +233,7 @@ def test_a_slower_link_is_seen_and_another_plan_follows_with_the_same_bits(
     machine = Machine(SLOW, 1.0, 65536, {Tier.HOST}, UpdateMode.AFTER, shared=True)
     monkeypatch.setattr(arguments, "calibrated", lambda *_: machine.hardware)
     monkeypatch.setattr(planning_training, "measured_seconds", machine.seconds)
-    monkeypatch.setattr(replanning, "CPU", "what is by the clock of this machine")
+    monkeypatch.setattr(drift, "CPU", "what is by the clock of this machine")
     case, losses = Case("llama", "bfloat16", "adamw", 1, "rarely", False, "in place"), []
     for replan in (False, True):
         device = FakeDevice(kernels_are_late=False, reports_late_seconds=0.0)

@@ -936,7 +936,7 @@ def test_the_gpus_links_and_kernels_are_calibrated_and_remembered_under_its_name
 
 FULL_PLANNED = {
     "state in HOST": (4000, 8000, False, 1e7, 4),
-    "state on NVMe": (1160, 2500, True, 1e7, 2),
+    "state on NVMe": (1160, 2500, True, 1e7, 1),
     "state in HOST, stepped by both": (4000, 8000, False, 5e4, 4),
 }
 """KiB of DEVICE and HOST that a plan may have, whether there is a drive, what the processor steps in a second, and
