@@ -225,6 +225,32 @@ def test_a_steady_step_has_the_devices_seconds_beside_what_it_moved(bench: Bench
         hook.remove()
 
 
+def test_an_evaluation_between_two_steps_is_no_computing_of_either(bench: Bench) -> None:
+    meter = StepMeter(Reading, times=bench.times)
+    model = nn.Linear(2, 2)
+    compute, computing = bench.device.compute, [3.0]
+
+    def computed(*_: object) -> None:
+        with bench.times.stalled():
+            compute.seconds += 1
+        compute.seconds += computing[0]
+
+    model.register_forward_hook(computed)
+    hooks = meter.attach(model)
+    for _ in range(WARM_STEPS + 4):
+        computing[0] = 100.0
+        with torch.no_grad():
+            model(torch.ones(1, 2))
+        computing[0] = 3.0
+        model(torch.ones(1, 2)).sum().backward()
+        with meter.updating():
+            pass
+    assert [step.resources.busy_seconds[COMPUTE] for step in meter.steps] == [3.0] * 4
+    assert len(bench.times._computing) >= device_times.NUM_PAIRS - 3, "an evaluation takes no marks"
+    for hook in hooks:
+        hook.remove()
+
+
 @pytest.mark.full
 def test_a_slower_link_is_seen_and_another_plan_follows_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
