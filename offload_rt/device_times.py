@@ -88,8 +88,8 @@ class DeviceTimes:
         """Under way, or over and not read yet."""
         self._num_steps = 0
         self._span: _Pair | None = None
-        self._thread = 0
-        """Which runs the model, in a span."""
+        self._threads: set[int] = set()
+        """Which run the model, in a span: by turns, where there are several."""
         self._is_stalled = False
 
     def step_ends(self, *, counts: bool = True) -> Times | None:
@@ -118,14 +118,16 @@ class DeviceTimes:
                 self._sample.misses.update(KINDS)
 
     def enter(self) -> None:
-        """The thread that calls runs the model from now on."""
-        self._thread = threading.get_ident()
-        with self._lock:
-            self._span = self._begin(COMPUTE, self._device.compute)
+        """The thread that calls runs the model from now on, by turns with those that do already."""
+        is_first = not self._threads
+        self._threads.add(threading.get_ident())
+        if is_first:
+            with self._lock:
+                self._span = self._begin(COMPUTE, self._device.compute)
 
     def leave(self) -> None:
-        """The model does not run any more."""
-        self._thread = 0
+        """The model does not run any more, by any thread."""
+        self._threads.clear()
         pair, self._span = self._span, None
         if pair is not None:
             self._end(pair, self._device.compute)
@@ -133,7 +135,7 @@ class DeviceTimes:
     @contextmanager
     def stalled(self) -> Iterator[None]:
         """The thread that calls waits inside, or makes `compute` wait. Nothing where it runs no model."""
-        if threading.get_ident() != self._thread or self._span is None or self._is_stalled:
+        if threading.get_ident() not in self._threads or self._span is None or self._is_stalled:
             yield
             return
         self._is_stalled = True

@@ -161,8 +161,8 @@ class StepMeter:
         with self._lock:
             if not self._num_open:
                 self._entered = self._clock(), self._stalls()
-                if self._times is not None and not self._is_aside:
-                    self._times.enter()
+            if self._times is not None and not self._is_aside:
+                self._times.enter()
             self._num_open += 1
 
     def _leave(self) -> None:

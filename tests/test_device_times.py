@@ -25,6 +25,7 @@ from offload_rt.replanning import ADOPT_STEPS, WINDOW_STEPS
 from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.steps import WARM_STEPS, StepMeter
 from offload_rt.streams import Copier
+from offload_rt.turns import Turns
 from planners.placement import Tier, UpdateMode
 from tests.fake_device import FakeDevice
 from tests.full_parity import Case, make_engine, one_loss
@@ -247,6 +248,35 @@ def test_an_evaluation_between_two_steps_is_no_computing_of_either(bench: Bench)
             pass
     assert [step.resources.busy_seconds[COMPUTE] for step in meter.steps] == [3.0] * 4
     assert len(bench.times._computing) >= device_times.NUM_PAIRS - 3, "an evaluation takes no marks"
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_stall_of_any_micro_batch_that_takes_turns_is_no_computing(bench: Bench) -> None:
+    """Each has its thread, of which one runs at a time."""
+    meter = StepMeter(Reading, times=bench.times)
+    model, turns = nn.Linear(2, 2), Turns()
+
+    def computed(*_: object) -> None:
+        turns.pass_on()
+        with bench.times.stalled():
+            bench.device.compute.seconds += 1
+        bench.device.compute.seconds += 3
+        turns.pass_on()
+
+    model.register_forward_hook(computed)
+    hooks = meter.attach(model)
+
+    def forward() -> torch.Tensor:
+        return model(torch.ones(1, 2)).sum()
+
+    for _ in range(WARM_STEPS + 2):
+        losses = turns.run([forward] * 3)
+        turns.run([loss.backward for loss in losses])
+        with meter.updating():
+            pass
+    assert [step.resources.busy_seconds[COMPUTE] for step in meter.steps] == [9.0] * 2
+    turns.close()
     for hook in hooks:
         hook.remove()
 
