@@ -95,7 +95,7 @@ BUDGETS = {
     "all on NVME, one tier": Budget(1740, 0, "rarely", (N,), (N,), SPECULATIVE, only=N),
     "weights on NVME, state not": Budget(1024, 4096, "not", (N,), (H,), AFTER, only=N, commit_every=1),
     "committed now and then": Budget(1024, 1740, "not", (D,), (H, N), AFTER, commit_every=3),
-    "some layers kept": Budget(1720, 0, "rarely", (D,), (N,), SPECULATIVE, homes=(AGAIN, AGAIN, KEPT, KEPT)),
+    "some layers kept": Budget(1640, 0, "rarely", (D,), (N,), SPECULATIVE, homes=(AGAIN,) * 3 + (KEPT,)),
     "put away and kept": Budget(800, 1740, "rarely", (H,), (N,), SPECULATIVE, homes=(IN_HOST,) * 3 + (KEPT,)),
 }  # fmt: skip
 QUICK = (
