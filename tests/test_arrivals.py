@@ -18,6 +18,7 @@ from torch import nn
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
 from offload_rt.links import Links
+from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrivals, largest_arrival_bytes
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
@@ -92,6 +93,20 @@ def test_gradients_are_those_that_late_kernels_have_computed(staged: bool) -> No
     if not staged:
         slot = bench.slots["b3"]
         assert torch.all(slot.tensor(torch.bfloat16, (SIZE,), 8192) == 31.0)
+    bench.close()
+
+
+def test_what_is_done_with_gradients_that_arrived_keeps_the_processor_busy_as_planned() -> None:
+    bench, now = Bench(), [0.0]
+    bench.links.meter.clock = lambda: now[0]
+
+    def take(arrived) -> None:  # type: ignore[no-untyped-def]
+        now[0] += 5.0
+
+    each = bench.blocks[0]
+    arrival = bench.arrivals.start(each, bench.gradients(1.0), bench.places(each.name), take)
+    arrival.settle(bench.links.wait)
+    assert bench.links.reading().busy_seconds[CPU] == 5.0
     bench.close()
 
 

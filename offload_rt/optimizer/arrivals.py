@@ -25,6 +25,7 @@ from torch import Tensor
 from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
 from offload_rt.links import Links
+from offload_rt.meter import CPU
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfer import Transfer
@@ -97,8 +98,13 @@ class Arrivals:
             source = gradient.to(trained.parameter.dtype).contiguous()
             saved.append((source, place))
             arrived[index] = place.tensor(source.dtype, source.shape)
+
+        def taken() -> None:
+            with self._links.meter.busy(CPU):  # which a plan counts
+                take(arrived)
+
         # One copy for the block: each has its event, and wakes the thread that reports it and the one that waits.
-        arrival = Arrival(self._links.device_copies.save(*saved), lambda: take(arrived))
+        arrival = Arrival(self._links.device_copies.save(*saved), taken)
         self._last = arrival
         self._unsettled.append(arrival)
         return arrival
