@@ -59,6 +59,8 @@ class Rows:
         self.busy: dict[tuple[int, str], Terms] = {key: [] for key in itertools.product(self.phases, RESOURCES)}
         self.fixed: dict[tuple[int, str], float] = dict.fromkeys(self.busy, 0.0)
         self.held: dict[str, Terms] = {"device": [], "host": [], "nvme": []}
+        self.held_in_save: dict[str, Terms] = {"device": [], "host": [], "nvme": []}
+        """Of these, what lies there while a model is saved, too."""
         self.most: dict[tuple[str, str], int] = {}
         self.serial: dict[tuple[int, str], Terms] = {}
         """What cannot hide behind computation, because there is one buffer for it; seconds over `unit`.
@@ -95,14 +97,20 @@ class Rows:
         """`terms` (seconds over `unit`) come between computations of a phase, one after the other within a chain."""
         self.serial.setdefault((phase, chain), []).extend(terms)
 
-    def hold(self, tier: str, variable: int, num_bytes: float) -> None:
-        self.held["device" if self.unified and tier == "host" else tier].append((variable, num_bytes / GB))
+    def hold(self, tier: str, variable: int, num_bytes: float, *, passes: bool = False) -> None:
+        """`num_bytes` times the variable in a tier. `passes`: it comes and goes within a step."""
+        tier = "device" if self.unified and tier == "host" else tier
+        self.held[tier].append((variable, num_bytes / GB))
+        if not passes:
+            self.held_in_save[tier].append(self.held[tier][-1])
 
-    def largest(self, tier: str, name: str, terms: Terms, constant: float = 0.0, *, count: int = 1) -> None:
-        """`count` buffers, each of which must hold the largest of several needs, in bytes."""
+    def largest(
+        self, tier: str, name: str, terms: Terms, constant: float = 0.0, *, count: int = 1, passes: bool = False
+    ) -> None:
+        """`count` buffers, each of which must hold the largest of several needs, in bytes. `passes`: see `hold`."""
         tier = "device" if self.unified and tier == "host" else tier
         if (tier, name) not in self.most:
             self.most[tier, name] = self.program.variable(0.0, 1e7)
-            self.held[tier].append((self.most[tier, name], float(count)))
+            self.hold(tier, self.most[tier, name], count * GB, passes=passes)
         least = [(self.most[tier, name], -1.0), *((v, a / GB) for v, a in terms)]
         self.program.at_most(least, -constant / GB)

@@ -22,13 +22,16 @@ from planners.placement import Tier, UpdatePlace
 from planners.problem import BlockClass, Problem
 from planners.program import Solution, Terms
 from planners.rows import BACKWARD, FORWARD, GB, LOW_PRICE, PRICE_SUM, PRICES, RESOURCES, Freedoms, Rows
-from planners.static_memory import capacities, fixed_device_bytes, fixed_host_bytes
+from planners.static_memory import capacities, fixed_device_bytes, fixed_host_bytes, slab_bytes
 from planners.update_rows import UpdateRows
 from planners.vocabulary_rows import VocabularyRows
 
 BEFORE, AFTER = Group.BEFORE.value, Group.AFTER.value
 SHORTAGE_PRICES = {"device": 1e4, "host": 1e3, "nvme": 1e2}
 """Of a missing GB, in units of time: fitting comes before being fast, and what is cheap to buy may be short first."""
+
+IN_SAVE = "in a save"
+"""The row of the tier through which a model is saved: all that stays there, and slabs, see `saving_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +214,8 @@ class _Builder(Rows):
             else:
                 slot += [(part, each) for part in used[-1].swapped]
                 staged += [(part, 2 * slots * each) for part in used[-1].on_nvme]
-            self.hold("device", kept, n * size)
-            self.hold("host", host, n * size)
+            self.hold("device", kept, n * size, passes=True)
+            self.hold("host", host, n * size, passes=True)
             self.hold("nvme", nvme, n * size)
             if saved.name == AFTER and found:
                 # What follows attention may need the graph of what precedes it, see `activations`.
@@ -230,7 +233,7 @@ class _Builder(Rows):
                 in_slot = demand.swapped[j] and entry.num_operations > 1 and not workload.goes_apart(entry.saved[j])
                 live += [(part, each) for part in shares.again if demand.again[j]]
                 live += [(part, each) for part in shares.swapped if in_slot]
-            self.largest("device", "a chunk", live, demand.fixed_bytes)
+            self.largest("device", "a chunk", live, demand.fixed_bytes, passes=True)
         return tuple(found)
 
     def _used(self, entry: BlockClass, columns: tuple[int, int, int, int], recomputable: bool) -> _Used:
@@ -274,13 +277,17 @@ class _Builder(Rows):
         workload = self.workload
         if workload.pinned and workload.commit_every:
             fixed["nvme"] = 2.0 * workload.trainable_params * workload.weight_bytes_per_param
+        slabs, slabs_tier = slab_bytes(self.problem), "device" if self.unified else "host"
         for tier, terms in self.held.items():
             room = self.room[tier] * (1 - 1e-6) - fixed[tier]
+            short: Terms = []
             if self.elastic:
                 self.missing[tier] = program.variable(0.0, 1e6, SHORTAGE_PRICES[tier])
-                terms = [*terms, (self.missing[tier], -1.0)]
-            if terms or room < 0:
-                program.at_most(terms, room / GB, tier)
+                short = [(self.missing[tier], -1.0)]
+            if terms or short or room < 0:
+                program.at_most([*terms, *short], room / GB, tier)
+            if slabs and tier == slabs_tier:
+                program.at_most([*self.held_in_save[tier], *short], (room - slabs) / GB, IN_SAVE)
         if self.problem.max_written_bytes is not None:
             written = [t for phase in self.phases for t in self.busy[phase, "ssd_write"]]
             constant = sum(self.fixed[phase, "ssd_write"] for phase in self.phases)
@@ -334,7 +341,11 @@ def _read(builder: _Builder, columns: list[ClassVariables], solution: Solution) 
     ]
     # Busy seconds are at most the time of their phase, so prices are at most price * PRICE_SUM of it.
     bound = program.certified_bound(solution.duals) / (1 + builder.price * PRICE_SUM)
-    duals = {tier: -solution.duals[program.names[tier]] for tier in ("device", "host", "nvme") if tier in program.names}
+    tiers = ("device", "host", "nvme")
+    duals: dict[str, float] = {t: -solution.duals[program.names[t]] for t in tiers if t in program.names}
+    if IN_SAVE in program.names:  # a GB more is more in a step, and while a model is saved
+        tier = "device" if builder.unified else "host"
+        duals[tier] = duals.get(tier, 0.0) - solution.duals[program.names[IN_SAVE]]
     return Steady(
         knobs=builder.knobs,
         step_seconds=sum(x[t] for t in builder.times) * unit,

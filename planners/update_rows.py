@@ -49,14 +49,14 @@ class UpdateRows:
                     if alone and not stays and not in_host:
                         self._state_alone(x, n * state, tier)
                 if stays and not workload.pinned and not in_host:
-                    self.rows.hold("device", x, n * gradient)
+                    self.rows.hold("device", x, n * gradient, passes=True)
             if in_host:
                 self.rows.work(BACKWARD, "device_to_host", x, n * gradient)
                 if alone:
                     out = n * gradient / self.rows.rate["device_to_host"] / self.rows.unit
                     self.rows.wait(BACKWARD, "gradients", [(x, out)])
                 if stays:
-                    self.rows.hold("host", x, n * gradient)
+                    self.rows.hold("host", x, n * gradient, passes=True)
             if tier is Tier.NVME:
                 self.rows.work(phase, "ssd_read", x, n * state)
                 self.rows.work(phase, "ssd_write", x, n * state)

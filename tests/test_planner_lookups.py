@@ -11,6 +11,8 @@ import pytest
 from offload_rt.cli.main import main
 from planners.architectures import shape_from_config
 from planners.arenas import with_arenas
+from planners.errors import PlanInfeasible
+from planners.expand import expand
 from planners.greedy import plan_greedy
 from planners.mip import combinations, plan_optimal
 from planners.model_workload import make_workload
@@ -19,7 +21,7 @@ from planners.plan import Plan
 from planners.problem import Problem
 from planners.rows import LOW_PRICE, Freedoms
 from planners.simulate import simulate
-from planners.static_memory import capacities, static_bytes
+from planners.static_memory import capacities, saving_bytes, static_bytes
 from planners.steady import _Builder, _read, solve_steady
 from planners.step_work import busy_seconds, floor_seconds
 from planners.validate import InvalidPlan, check
@@ -108,6 +110,43 @@ def test_what_memory_does_not_hold_is_read_by_rows_and_a_step_is_no_longer(where
     assert without.lookups is None
     if where != "one memory":  # there, what streams whole hides behind computation
         assert replay.step_seconds < without.predicted["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("device", "hosts"),
+    [(27, (44, 50)), *(pytest.param(d, tuple(range(36, 66, 2)), marks=pytest.mark.full) for d in (26, 30))],
+)
+def test_what_fits_while_it_is_saved_fits_in_more_memory(device, hosts):
+    """A model is saved through two slabs of HOST, beside all that stays there; a step has room for more."""
+    planned = False
+    for host in hosts:
+        p = replace(question("HOST"), hardware=machine(device=LOGITS + device * MIB, host=host * MIB))
+        try:
+            plan = plan_optimal(p)
+        except PlanInfeasible:
+            assert not planned
+            continue
+        planned = True
+        check(p, plan)
+    assert planned
+
+
+def test_a_program_leaves_room_for_slabs_and_says_what_more_of_it_saves():
+    p = replace(question("HOST"), hardware=machine(device=LOGITS + 27 * MIB, host=44 * MIB))
+    without = replace(p, workload=replace(p.workload, slab_bytes=0))
+    unit, room = floor_seconds(p), {tier: float(size) for tier, size in capacities(p).items()}
+    more = {**room, "host": room["host"] + 4096}
+    for knobs in list(itertools.chain.from_iterable(combinations(p)))[::4]:
+        whole = solve_steady(p, knobs, unit_seconds=unit, in_whole_numbers=True)
+        plan = expand(p, knobs, whole.fractions, planner="optimiser")
+        assert saving_bytes(p, plan)["host"] <= room["host"]
+        relaxed, easier = (
+            solve_steady(p, knobs, unit_seconds=unit),
+            solve_steady(p, knobs, unit_seconds=unit, room=more),
+        )
+        assert solve_steady(without, knobs, unit_seconds=unit).step_seconds < 0.95 * relaxed.step_seconds
+        gained = (relaxed.step_seconds - easier.step_seconds) / 4096
+        assert relaxed.seconds_per_gb["host"] == pytest.approx(1e9 * gained, rel=1e-2)
 
 
 @pytest.mark.parametrize("rest", [Tier.HOST, Tier.NVME])
