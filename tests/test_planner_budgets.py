@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from planners.choices import combinations
 from planners.hardware import Drive, Links
-from planners.mip import GOOD_ENOUGH, Search, _in_whole_numbers, _try, combinations, search
+from planners.mip import search
 from planners.placement import Tier, UpdateMode
 from planners.problem import BlockClass, Capabilities, KeptPass, MeasuredSeconds, Problem, Training, Workload
 from planners.rows import LOW_PRICE, PRICE_SUM, Freedoms
@@ -19,6 +20,7 @@ from planners.static_memory import capacities
 from planners.steady import _Builder, _read, solve_steady
 from planners.step_work import floor_seconds
 from planners.trace import Saved, Transient
+from planners.trial import GOOD_ENOUGH, Search, in_whole_numbers, try_candidate
 from tests.planner_cases import machine
 
 KIB = 1 << 10
@@ -149,8 +151,8 @@ def tried(p: Problem) -> float:
     for knobs in itertools.chain.from_iterable(combinations(p)):
         relaxed = solve_steady(p, knobs, unit_seconds=unit)
         found = Search()
-        if relaxed is not None and (whole := _in_whole_numbers(p, relaxed, unit, None, found)) is not None:
-            _try(p, whole, unit, None, found)
+        if relaxed is not None and (whole := in_whole_numbers(p, relaxed, unit, None, found)) is not None:
+            try_candidate(p, whole, unit, None, found)
         if found.simulation is not None:
             fastest = min(fastest, found.simulation.step_seconds)
     return fastest

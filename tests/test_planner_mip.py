@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from planners.arenas import peak_bytes
+from planners.choices import combinations
 from planners.errors import PlanInfeasible
 from planners.expand import expand
 from planners.greedy import plan_greedy
 from planners.hardware import Drive
-from planners.mip import combinations, plan_any, plan_optimal
+from planners.mip import plan_any, plan_optimal
 from planners.placement import UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.problem import Capabilities

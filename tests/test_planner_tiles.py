@@ -10,10 +10,11 @@ import pytest
 from offload_rt.cli.main import main
 from planners.architectures import shape_from_config
 from planners.arenas import with_arenas
+from planners.choices import combinations
 from planners.cost import class_costs
 from planners.errors import PlanInfeasible
 from planners.greedy import plan_greedy
-from planners.mip import combinations, plan_optimal
+from planners.mip import plan_optimal
 from planners.model_workload import make_workload
 from planners.placement import Split, Tier
 from planners.plan import Plan

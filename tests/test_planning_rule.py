@@ -22,10 +22,10 @@ from offload_rt.workload_sizes import streaming_problem
 from planners import streaming as rule
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware
-from planners.mip import GOOD_ENOUGH
 from planners.plan import Plan, Tier
 from planners.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
 from planners.streaming_problem import StreamingProblem
+from planners.trial import GOOD_ENOUGH
 from tests.conftest import build_lora
 from tests.test_planning import SECONDS, UPDATES_PER_SECOND, machine
 

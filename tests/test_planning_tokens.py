@@ -19,11 +19,12 @@ from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tokenwise.saved import MIN_SWAPPED_BYTES
 from offload_rt.tokenwise.slicing import NotTokenLocal
 from planners.activations import Action, ActivationPolicy, Chunk
+from planners.choices import combinations
 from planners.cost import Knobs
 from planners.division import divided, home_of_each
 from planners.errors import PlanInfeasible
 from planners.expand import Fractions, expand, with_prediction
-from planners.mip import combinations, plan_optimal
+from planners.mip import plan_optimal
 from planners.placement import Cuts, DecodeScope, Tier, TokenSplit, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.simulate import simulate
