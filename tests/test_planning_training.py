@@ -96,7 +96,7 @@ BUDGETS = {
     "weights on NVME, state not": Budget(1024, 4096, "not", (N,), (H,), AFTER, only=N, commit_every=1),
     "committed now and then": Budget(1024, 1740, "not", (D,), (H, N), AFTER, commit_every=3),
     "some layers kept": Budget(1640, 0, "rarely", (D,), (N,), SPECULATIVE, homes=(AGAIN,) * 3 + (KEPT,)),
-    "put away and kept": Budget(800, 1740, "rarely", (H,), (N,), SPECULATIVE, homes=(IN_HOST,) * 3 + (KEPT,)),
+    "put away and kept": Budget(750, 1740, "rarely", (H,), (N,), SPECULATIVE, homes=(IN_HOST,) * 3 + (KEPT,)),
 }  # fmt: skip
 QUICK = (
     "all in memory, committed", "split, clipped", "split, one tier", "state on NVME", "all on NVME", "put away and kept"
