@@ -34,7 +34,7 @@ from offload_rt.tensor_spec import align_up
 from offload_rt.update_profile import PIECES, steps_per_second
 from offload_rt.workload import Workload, find_workload
 from offload_rt.workload_sizes import streaming_problem
-from planners import mip
+from planners import choices
 from planners.activations import Action, whole_batch
 from planners.division import HOMES
 from planners.errors import PlanInfeasible
@@ -153,7 +153,7 @@ def engine(budget: Budget, folder: Path, monkeypatch: pytest.MonkeyPatch, **argu
     case, kept = case_of(budget), kept_pass() if budget.homes else None
     monkeypatch.setattr(planning_training, "measured_seconds", lambda workload, *_: seconds_of(workload, kept))
     if budget.only is not None:
-        monkeypatch.setattr(mip, "homes", only_there(mip.homes, budget.only))
+        monkeypatch.setattr(choices, "homes", only_there(choices.homes, budget.only))
         monkeypatch.setattr(planning_training, "questions", lambda *given: list(questions(*given))[-1:])
     given = {"plan": "optimise", "emulate": machine(budget.device, budget.host), **arguments}
     return Engine(
