@@ -308,7 +308,7 @@ int owner_of(const void* pointer) {
 std::mutex locked_mutex;
 std::map<char*, size_t> locked;
 size_t lockable = SIZE_MAX, registered_bytes = 0;  // at once, by cudaHostRegister
-int refusal = 0;  // stays the answer to whoever asks next, until it is read
+int refusal = 0;                                   // stays the answer to whoever asks next, until it is read
 
 bool is_locked(const void* pointer) {
   auto* address = static_cast<char*>(const_cast<void*>(pointer));
@@ -816,8 +816,10 @@ int cudaHostRegister(void* address, size_t num_bytes, unsigned) {
   touch("cudaHostRegister", current_device);
   std::lock_guard<std::mutex> lock(locked_mutex);
   if (refusal != 0) return refusal;
-  if (locked.count(static_cast<char*>(address))) return refusal = 712;  // cudaErrorHostMemoryAlreadyRegistered
-  if (num_bytes > lockable - std::min(lockable, registered_bytes)) return refusal = 2;  // cudaErrorMemoryAllocation
+  if (locked.count(static_cast<char*>(address)))
+    return refusal = 712;  // cudaErrorHostMemoryAlreadyRegistered
+  if (num_bytes > lockable - std::min(lockable, registered_bytes))
+    return refusal = 2;  // cudaErrorMemoryAllocation
   locked[static_cast<char*>(address)] = num_bytes;
   registered_bytes += num_bytes;
   return 0;
