@@ -28,8 +28,11 @@ from offload_rt.meter import COMPUTE, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEV
 
 EVERY_STEPS = 2
 """Steps of which one is timed. To note a time costs the host a few microseconds."""
-NUM_PAIRS = 1024
-"""Of marks, for copies and updates; and as many for spans and stalls."""
+PAIRS_PER_LAYER = 64
+"""Of marks, for copies and updates, in one micro-batch; and as many for spans and stalls. A layer whose activations are
+put away waits for each tensor that comes back."""
+MAX_PAIRS = 1 << 13
+"""Each is two events of the driver's, of a microsecond to make."""
 
 
 STALL = "stall"
@@ -76,14 +79,17 @@ class Times:
 class DeviceTimes:
     """Of one device. Thread-safe, but `step_ends`, `enter` and `leave`, which whoever steps calls."""
 
-    def __init__(self, device: Device, *, duplex: float = 1.0) -> None:
-        """duplex: see `planners.hardware.Links`."""
+    def __init__(self, device: Device, *, num_layers: int, duplex: float = 1.0) -> None:
+        """num_layers: that a step calls, each as often as there are micro-batches. duplex: see
+        `planners.hardware.Links`.
+        """
+        num_pairs = min(PAIRS_PER_LAYER * max(1, num_layers), MAX_PAIRS)
         self.newest: Times | None = None
         self._device, self._duplex = device, duplex
         self._lock = threading.Lock()
         self._base = device.mark()
-        self._moving = [_Pair(device.mark(), device.mark()) for _ in range(NUM_PAIRS)]
-        self._computing = [_Pair(device.mark(), device.mark()) for _ in range(NUM_PAIRS)]
+        self._moving = [_Pair(device.mark(), device.mark()) for _ in range(num_pairs)]
+        self._computing = [_Pair(device.mark(), device.mark()) for _ in range(num_pairs)]
         self._sample: _Sample | None = None
         """Under way, or over and not read yet."""
         self._num_steps = 0

@@ -78,7 +78,9 @@ class MadeOf:
         """Of a device with streams, new ones; None where there is none."""
         if device is None:
             return None
-        return DeviceTimes(device, duplex=1.0 if self.asked is None else self.asked.question.hardware.links.duplex)
+        calls = len(self.workload.layers) * self.workload.config.accumulation_steps
+        duplex = 1.0 if self.asked is None else self.asked.question.hardware.links.duplex
+        return DeviceTimes(device, num_layers=calls, duplex=duplex)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class Bench:
         self.device = FakeDevice(kernels_are_late=False, reports_late_seconds=0.0)
         for stream in (self.device.to_device, self.device.to_host):
             stream.bytes_per_second = 1.0
-        self.times = DeviceTimes(self.device, duplex=duplex)
+        self.times = DeviceTimes(self.device, num_layers=1, duplex=duplex)
         self.copier = Copier(self.device, timed=self.times.timed)
 
     def begin(self) -> None:
@@ -137,7 +137,7 @@ def test_one_step_in_two_is_timed_with_marks_that_are_made_once_and_nobody_waits
         bench.copy(inward=True)
         bench.pass_all()
     assert recorded == [False, True] * 4 and bench.device.num_marks == made
-    assert len(bench.times._moving) + len(bench.times._computing) >= 2 * device_times.NUM_PAIRS - 1
+    assert len(bench.times._moving) + len(bench.times._computing) >= 2 * device_times.PAIRS_PER_LAYER - 1
     bench.times.step_ends()
     bench.begin()
     before = bench.times.newest
@@ -156,7 +156,7 @@ def test_one_step_in_two_is_timed_with_marks_that_are_made_once_and_nobody_waits
 
 def test_what_there_are_no_marks_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of copies the first ones say what a byte takes; computing is not known where a stall may be missing."""
-    monkeypatch.setattr(device_times, "NUM_PAIRS", 2)
+    monkeypatch.setattr(device_times, "PAIRS_PER_LAYER", 2)
     with benches() as bench:
         bench.begin()
         bench.times.enter()
@@ -247,7 +247,7 @@ def test_an_evaluation_between_two_steps_is_no_computing_of_either(bench: Bench)
         with meter.updating():
             pass
     assert [step.resources.busy_seconds[COMPUTE] for step in meter.steps] == [3.0] * 4
-    assert len(bench.times._computing) >= device_times.NUM_PAIRS - 3, "an evaluation takes no marks"
+    assert len(bench.times._computing) >= device_times.PAIRS_PER_LAYER - 3, "an evaluation takes no marks"
     for hook in hooks:
         hook.remove()
 
