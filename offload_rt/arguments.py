@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def machine_to_plan_for(plan: Plan | str | Path, config: EngineConfig, emulated:
         return None
     if emulated is not None:
         return emulated
-    found = _calibrated(config)
+    found = calibrated_for(config)
     if found is None:
         raise ConfigError(f"plan: {OPTIMISE!r} needs this machine's rates: run `{calibration(config)}` once")
     return found
@@ -55,16 +56,22 @@ def machine_to_choose_for(plan: Plan | str | Path, config: EngineConfig, emulate
     """The machine that plan="auto" may ask the optimiser about: this one, if it was calibrated. None otherwise."""
     if plan != AUTO or emulated is not None:
         return None
-    return _calibrated(config)
+    return calibrated_for(config)
 
 
 def calibration(config: EngineConfig) -> str:
     """The command that measures this machine for an engine of `config`."""
-    folders = "".join(f" --nvme {drive.path}" for drive in config.nvme)
-    return f"offload-rt calibrate --device {config.device}{folders}"
+    return shlex.join(["offload-rt", *calibration_words(config)])
 
 
-def _calibrated(config: EngineConfig) -> Hardware | None:
+def calibration_words(config: EngineConfig) -> list[str]:
+    """That command without its program."""
+    folders = [word for drive in config.nvme for word in ("--nvme", str(drive.path))]
+    return ["calibrate", "--device", config.device, *folders]
+
+
+def calibrated_for(config: EngineConfig) -> Hardware | None:
+    """What was measured of the machine of an engine of `config`; None where that was not."""
     if not all(drive.path.is_dir() for drive in config.nvme):
         return None  # a folder that is not there is told where it is used
     return calibrated(config.device, tuple(drive.path.resolve() for drive in config.nvme))

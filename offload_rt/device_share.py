@@ -27,12 +27,11 @@ from planners.placement import Tier
 from planners.plan import Plan
 from planners.problem import DeviceSteps, Problem
 from planners.rows import Freedoms
+from planners.streaming import STEPPED_THERE
 from planners.streaming_problem import StreamingProblem
 
-STEPPED_THERE = "optimizer state stepped there"
-"""What a plan says of the slots."""
 GAIN = 0.03
-"""What the device's share of the updates has to save: predictions are off by 2.7 % in the median."""
+"""What a plan has to save to be taken: predictions are off by 2.7 % in the median (`benchmarks/prediction.py`)."""
 
 
 def device_steps(

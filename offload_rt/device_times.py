@@ -27,14 +27,12 @@ from offload_rt.device_streams import Device, Mark, Stream
 from offload_rt.meter import COMPUTE, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE
 
 EVERY_STEPS = 2
-"""Steps of which one is timed. To note a time costs the host a few microseconds."""
+"""Steps of which one is timed: what noting a time costs the host is unknown until a GPU has run this."""
 PAIRS_PER_LAYER = 64
 """Of marks, for copies and updates, in one micro-batch; and as many for spans and stalls. A layer whose activations are
 put away waits for each tensor that comes back."""
 MAX_PAIRS = 1 << 13
-"""Each is two events of the driver's, of a microsecond to make."""
-
-
+"""Each is two events of the driver's, which a change of plans makes again."""
 STALL = "stall"
 """Beside the resources: `compute` or the thread that runs the model waits."""
 KINDS = (HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_UPDATE, COMPUTE, STALL)

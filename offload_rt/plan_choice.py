@@ -21,7 +21,7 @@ import torch
 from offload_rt.arguments import calibration
 from offload_rt.asked import Asked, asked
 from offload_rt.cuts import cuts_of
-from offload_rt.device_share import with_balanced_share
+from offload_rt.device_share import GAIN, with_balanced_share
 from offload_rt.errors import OffloadError
 from offload_rt.moving import why_not_follow
 from offload_rt.plan_check import check_plan
@@ -42,8 +42,6 @@ from planners.simulate import simulate
 from planners.streaming_problem import StreamingProblem
 
 RULE, OPTIMISER = "fixed streaming rule", "optimiser"
-GAIN = 0.03
-"""What the optimiser's plan has to save: predictions are off by 2.7 % in the median (`benchmarks/prediction.py`)."""
 MAX_SECONDS = 60.0
 """Of profiling, as estimated; a longer one is for who asks for it by plan="optimise"."""
 

@@ -13,6 +13,7 @@ from planners.activations import ActivationPolicy
 from planners.edges import head_tiles_of, lookups_of
 from planners.placement import ClassPlan
 from planners.plan import Plan, Ring, Split
+from planners.streaming import STEPPED_THERE
 from planners.training_state import TrainingSizes
 
 
@@ -53,7 +54,7 @@ def with_options(plan: Plan, workload: Workload, options: RuntimeOptions, sizes:
         plan = replace(plan, packed_products=options.packed_products)
     if options.device_share is not None and plan.state is not None and sizes is not None:
         state = plan.state.stepped_on_device(sizes, options.device_share, slots=DEVICE_SLOTS)
-        items = {**plan.peak_bytes.get("device", {}), "optimizer state stepped there": state.device_bytes(sizes)}
+        items = {**plan.peak_bytes.get("device", {}), STEPPED_THERE: state.device_bytes(sizes)}
         plan = replace(plan, state=state, peak_bytes={**plan.peak_bytes, "device": items})
     if options.weight_shares is not None:
         plan = with_shares(plan, drafts, *options.weight_shares)

@@ -41,7 +41,7 @@ from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
 from planners.rows import Freedoms
-from planners.streaming import PAGED_SLOTS, SAVING, head_chunk_tokens
+from planners.streaming import PAGED_SLOTS, SAVING, STEPPED_THERE, head_chunk_tokens
 from planners.streaming_problem import StreamingProblem
 from planners.trace import Transient
 from planners.training_state import TrainingSizes
@@ -229,7 +229,7 @@ def lowered_training(plan: Plan, workload: Workload, streaming: StreamingProblem
         if state.device_slots:
             device = peaks[Tier.DEVICE.value]
             device.pop("state updated on the device", None)
-            device["optimizer state stepped there"] = state.device_bytes(sizes)
+            device[STEPPED_THERE] = state.device_bytes(sizes)
     return replace(
         lowered(plan, streaming, problem),
         resident=tuple(name for name in plan.resident if name in streamed),

@@ -54,7 +54,7 @@ from offload_rt.turns import Turns
 from offload_rt.workload import TrainingDraft, Workload
 from offload_rt.workload_sizes import training_sizes
 from planners.plan import Plan, StatePlacement, Tier
-from planners.streaming import SAVING
+from planners.streaming import SAVING, STEPPED_THERE
 
 AnyTraining = TypeVar("AnyTraining", bound=TieredTraining)
 
@@ -117,9 +117,7 @@ class StateAssembly:
         )
         if copied:
             self._on_device = self._updates_on_device(
-                self._tiers.arena(
-                    Tier.DEVICE, "optimizer state stepped there", placement.device_bytes(sizes), poisoned=False
-                )
+                self._tiers.arena(Tier.DEVICE, STEPPED_THERE, placement.device_bytes(sizes), poisoned=False)
             )
         if sizes.landing_bytes:
             landing = self._arena("new weights on their way to DEVICE", sizes.landing_bytes)

@@ -49,6 +49,8 @@ KEPT_TENSORS = 64
 """Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
 SAVING = "saving and loading"
 """What a plan says of memory through which state goes between steps, beside what is free then."""
+STEPPED_THERE = "optimizer state stepped there"
+"""What a plan, and an account, says of the slots of a device that steps state."""
 TIGHT_SLACK_BYTES = 64 << 20
 """Of freed memory held back, where a budget is tight."""
 STATE_SLOTS = (128, 64, 32, 16, 8, 4, 2)
@@ -267,7 +269,7 @@ def _plan(
         "freed, held back by the allocator": slack_bytes,
     }
     if state is not None and problem.training is not None and state.device_slots:
-        device["optimizer state stepped there"] = state.device_bytes(problem.training)
+        device[STEPPED_THERE] = state.device_bytes(problem.training)
     host: dict[str, int] = {}
     nvme: dict[str, int] = {}
     if rest is Tier.NVME:

@@ -21,7 +21,7 @@ def machine(monkeypatch):
         return subprocess.CompletedProcess(command, seen.code, "", seen.error)
 
     monkeypatch.setattr(module, "find_device", lambda name: "cpu" if name == "cpu" else "cuda:0")
-    monkeypatch.setattr(module, "calibrated", lambda *asked: seen.known)
+    monkeypatch.setattr(module, "calibrated_for", lambda *asked: seen.known)
     monkeypatch.setattr(module.subprocess, "run", run)
     return seen
 
@@ -54,7 +54,7 @@ def test_a_measurement_that_fails_is_said_and_training_goes_on(machine):
 @pytest.mark.full
 def test_the_command_that_is_run_is_ours(monkeypatch):
     monkeypatch.setattr(module, "find_device", lambda name: "cuda:7")
-    monkeypatch.setattr(module, "calibrated", lambda *asked: None)
+    monkeypatch.setattr(module, "calibrated_for", lambda *asked: None)
     said = []
     calibrate_first("cuda:7", None, "auto", said.append)
     assert "offload-rt: error: device: 'cuda:7'" in said[-1]

@@ -176,7 +176,8 @@ def test_where_the_optimiser_has_none_the_rules_plan_runs_and_says_so(
         assert engine.report()["plan_choice"]["chosen"] == RULE
         assert "no plan of the optimiser's fits" in engine.report()["plan_choice"]["why"]
     assert "the fixed rule's runs" in caplog.text
+    less = machine(device - 24 * PAGE, PLENTY)
+    with Engine(build_lora("llama", torch.bfloat16, 2), **given, emulate=less) as engine:
+        assert engine.plan.planner == "fixed streaming rule" and engine.plan.state is not None, "state in tiers"
     with pytest.raises(PlanInfeasible):
-        Engine(
-            build_lora("llama", torch.bfloat16, 2), **given, emulate=machine(device // 4, PLENTY)
-        )  # nor with state in tiers
+        Engine(build_lora("llama", torch.bfloat16, 2), **given, emulate=machine(device - 32 * PAGE, PLENTY))

@@ -10,9 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from offload_rt.arguments import AUTO, OPTIMISE
-from offload_rt.calibrate import calibrated
-from offload_rt.config import parse_nvme
+from offload_rt.arguments import AUTO, OPTIMISE, calibrated_for, calibration_words
+from offload_rt.config import EngineConfig, parse_nvme
 from offload_rt.device_cuda import find_device
 
 
@@ -21,15 +20,12 @@ def calibrate_first(device: str, nvme: Sequence[str] | None, plan: str, say: Cal
     minute. Where that fails it says why and goes on: the rule's plan needs no rates. Raises `ConfigError` as the engine
     would.
     """
-    name = find_device(device)
-    folders = tuple(drive.path.resolve() for drive in parse_nvme(nvme))
-    if plan not in (AUTO, OPTIMISE) or name == "cpu" or not all(folder.is_dir() for folder in folders):
-        return
-    if calibrated(name, folders) is not None:
+    config = EngineConfig(device=find_device(device), nvme=parse_nvme(nvme))
+    are_there = all(drive.path.is_dir() for drive in config.nvme)  # otherwise the engine says so
+    if plan not in (AUTO, OPTIMISE) or config.device == "cpu" or not are_there or calibrated_for(config) is not None:
         return
     say("measuring this GPU and these drives, once, in less than a minute: their rates decide the plan")
-    drives = [word for folder in folders for word in ("--nvme", str(folder))]
-    command = [sys.executable, "-m", "offload_rt.cli.main", "calibrate", "--device", name, *drives]
+    command = [sys.executable, "-m", "offload_rt.cli.main", *calibration_words(config)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode != 0:
         said = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
