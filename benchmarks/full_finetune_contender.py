@@ -81,7 +81,7 @@ class Ours:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from offload_rt._engine import Engine
-        from offload_rt.runtime_options import RuntimeOptions
+        from offload_rt.wiring.runtime_options import RuntimeOptions
         from planners.activations import Action, ActivationPolicy, Chunk
         from planners.errors import PlanInfeasible
         from planners.placement import UpdateMode

@@ -124,16 +124,18 @@ class WatchedRing:
 @contextlib.contextmanager
 def watched(engine: Any, spans: Spans) -> Iterator[None]:
     """Everything that a step consists of leaves spans inside."""
-    from offload_rt import autograd, commit_log, edge, executor
     from offload_rt._engine import Engine
-    from offload_rt.loss_head import LossHead
+    from offload_rt.layers import autograd, executor
     from offload_rt.optimizer.commits import Commits
     from offload_rt.optimizer.gradients import Gradients
     from offload_rt.optimizer.state_slots import StateSlots
     from offload_rt.optimizer.stepper import Stepper
     from offload_rt.optimizer.training import FullTraining
+    from offload_rt.storage import commit_log
     from offload_rt.tokenwise import layer as tokenwise_layer
-    from offload_rt.transfer import Transfer
+    from offload_rt.transfers.transfer import Transfer
+    from offload_rt.vocabulary import edge
+    from offload_rt.vocabulary.loss_head import LossHead
 
     def of_block(block: Any, access: Any, phase: Any, **_: Any) -> str:
         return f"{phase.value} {block.name.rpartition('.')[2] or block.name}"

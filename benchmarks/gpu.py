@@ -56,11 +56,12 @@ sys.path.insert(0, str(HERE.parent))
 import gpu_steps  # noqa: E402
 from gpu_gate import missing, tested  # noqa: E402
 
-from offload_rt import codec, cpu_adam, nf4_products  # noqa: E402
-from offload_rt.arena import Arena  # noqa: E402
-from offload_rt.cpu_adam import AdamW  # noqa: E402
-from offload_rt.nf4_layout import NESTED_BLOCK_SIZE, QUANT_BLOCK_SIZE, nf4_layout  # noqa: E402
-from offload_rt.nf4_torch import sections_of, tables  # noqa: E402
+from offload_rt.adamw import cpu_adam  # noqa: E402
+from offload_rt.adamw.cpu_adam import AdamW  # noqa: E402
+from offload_rt.memory.arena import Arena  # noqa: E402
+from offload_rt.quantized import codec, nf4_products  # noqa: E402
+from offload_rt.quantized.nf4_layout import NESTED_BLOCK_SIZE, QUANT_BLOCK_SIZE, nf4_layout  # noqa: E402
+from offload_rt.quantized.nf4_torch import sections_of, tables  # noqa: E402
 from planners.products import shape_key  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -132,8 +133,8 @@ def links(options: argparse.Namespace) -> dict[str, Any]:
     arenas = [Arena("locked", num_bytes), Arena("locked too", num_bytes)]
     seen: dict[str, Any] = {}
     if GPU:
-        from offload_rt.cuda_memory import seen_of
-        from offload_rt.device_cuda import CudaDevice, find_device
+        from offload_rt.memory.cuda_memory import seen_of
+        from offload_rt.transfers.device_cuda import CudaDevice, find_device
 
         device = CudaDevice(find_device("cuda"))
         start = time.perf_counter()
@@ -180,7 +181,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     shapes = [(96, 128)] if options.smoke else [(4096, 4096), (4096, 14336), (8192, 28672)]
     launches = {"": None}
     if GPU:
-        from offload_rt import nf4_triton
+        from offload_rt.quantized import nf4_triton
 
         cuts = [(256, 4), (512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8)]
         launches |= {f"words={w} warps={n}": nf4_triton.Launch(words=w, num_warps=n) for w, n in cuts}
@@ -322,7 +323,7 @@ def adam(options: argparse.Namespace) -> dict[str, Any]:
 
     contenders["ours"] = lambda: moved / seconds_of(ours, 3)
     if GPU:
-        from offload_rt import adam_triton
+        from offload_rt.adamw import adam_triton
 
         for elements, warps in ((512, 4), (1024, 8), (2048, 8)):
             launch = adam_triton.Launch(elements=elements, num_warps=warps)

@@ -18,9 +18,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offload_rt import calibrate
 from offload_rt._engine import Engine
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.profiling import calibrate
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
 

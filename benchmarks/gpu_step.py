@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_contenders import Batch, Contender, contender
 
 from offload_rt.config import parse_bytes
-from offload_rt.cuda_memory import KERNELS_BYTES, bytes_beside_allocator, settle
+from offload_rt.memory.cuda_memory import KERNELS_BYTES, bytes_beside_allocator, settle
 
 WARM_UP = 2
 COPIES = {"Memcpy HtoD": "to_device", "Memcpy DtoH": "to_host"}

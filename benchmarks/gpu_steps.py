@@ -16,7 +16,7 @@ from typing import Any
 
 from limited import run_limited
 
-from offload_rt.process_memory import free_memory_bytes
+from offload_rt.memory.process_memory import free_memory_bytes
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary

@@ -48,8 +48,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_contenders import FullPlain, Plain, llama, with_adapters
 
 from offload_rt._engine import Engine
-from offload_rt.heap import Base
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.memory.heap import Base
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
 from tests.fake_device import FakeDevice

@@ -26,9 +26,9 @@ import _offload_rt_native as native
 import rounds
 import torch
 
-from offload_rt import cpu_adam
-from offload_rt.arena import Arena
-from offload_rt.blockwise import QUANT_BLOCK_SIZE, Quantized
+from offload_rt.adamw import cpu_adam
+from offload_rt.adamw.blockwise import QUANT_BLOCK_SIZE, Quantized
+from offload_rt.memory.arena import Arena
 
 NUM_THREADS = (1, 2)
 BYTES_PER_ELEMENT = 28

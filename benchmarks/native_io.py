@@ -30,7 +30,7 @@ import _offload_rt_native as native
 import numpy as np
 import rounds
 
-from offload_rt.drives import DriveProfile, probe
+from offload_rt.storage.drives import DriveProfile, probe
 
 OPERATION_BYTES = 32 << 20
 NUM_SLOTS = 8

@@ -22,10 +22,10 @@ import _offload_rt_native as native
 import rounds
 import torch
 
-from offload_rt import codec
-from offload_rt.arena import Arena
-from offload_rt.nf4_layout import nf4_layout
-from offload_rt.nf4_torch import sections_of
+from offload_rt.memory.arena import Arena
+from offload_rt.quantized import codec
+from offload_rt.quantized.nf4_layout import nf4_layout
+from offload_rt.quantized.nf4_torch import sections_of
 
 SHAPES = ((4096, 4096), (2048, 5632))
 NUM_THREADS = (1, 2)

@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import offload_rt
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.emulation import emulated_config
-from offload_rt.planning import lowered, measured_problem
-from offload_rt.planning_training import lowered_training, measured_seconds, questions
-from offload_rt.workload import Workload, find_workload
-from offload_rt.workload_sizes import streaming_problem
+from offload_rt.plans.planning import lowered, measured_problem
+from offload_rt.plans.planning_training import lowered_training, measured_seconds, questions
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.wiring.workload import Workload, find_workload
 from planners.cost import Knobs
 from planners.division import divided
 from planners.expand import Fractions, expand, with_prediction

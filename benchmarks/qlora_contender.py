@@ -56,9 +56,9 @@ class Ours:
     """offload_rt, the model on meta, its weights streamed from NVMe."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from offload_rt import codec
         from offload_rt._engine import Engine
-        from offload_rt.runtime_options import RuntimeOptions
+        from offload_rt.quantized import codec
+        from offload_rt.wiring.runtime_options import RuntimeOptions
         from planners.activations import Action, ActivationPolicy, Chunk
         from planners.plan import DecodeScope, Tier
 

@@ -101,7 +101,9 @@ def around(manager: Callable[[], contextlib.AbstractContextManager[Any]]) -> Cal
 @contextlib.contextmanager
 def engine_wrapped(manager: Callable[[str], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
     """The engine's decode, waits and checksums run inside `manager(part)`."""
-    from offload_rt import decoder, links, store
+    from offload_rt.quantized import decoder
+    from offload_rt.storage import store
+    from offload_rt.transfers import links
 
     with (
         replaced(decoder, "_decode_into", around(lambda: manager("NF4 decode"))),
@@ -168,7 +170,8 @@ def timed_step(model: Any, optimizer: Any, engine: Any, step: Callable[[], float
 @contextlib.contextmanager
 def _layers_wrapped(clock: Clock) -> Iterator[None]:
     """Charges the time between a block's acquire and its release, and the executor's own; notes reads in flight."""
-    from offload_rt import executor, links
+    from offload_rt.layers import executor
+    from offload_rt.transfers import links
 
     started: dict[int, float] = {}
 

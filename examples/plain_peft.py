@@ -28,7 +28,7 @@ from evaluation import keep_head_input_contiguous, sample_outputs
 from processes import Meter
 from safetensors.torch import load_file
 
-from offload_rt import codec
+from offload_rt.quantized import codec
 from offload_rt.training.batches import Batches
 from offload_rt.training.data import load_examples
 

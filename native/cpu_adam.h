@@ -2,7 +2,7 @@
 // and moments updated, the model's weight out.
 //
 // The arithmetic is that of torch's single-tensor AdamW on a CPU with FMA, with square roots rounded as IEEE
-// 754 says; operation by operation it is written in offload_rt/cpu_adam_torch.py, the plain twin. Every
+// 754 says; operation by operation it is written in offload_rt/adamw/cpu_adam_torch.py, the plain twin. Every
 // instruction set gives the same bits, whatever the length, alignment and number of threads.
 //
 // Nothing here knows schedules, blocks or where the numbers of a step come from.

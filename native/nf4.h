@@ -1,9 +1,9 @@
 // NF4 with double quantization (QLoRA, arXiv 2305.14314): decode and encode over spans of one blob's
 // sections.
 //
-// What the bytes mean, and where they lie, is written in offload_rt/nf4_layout.py; what each operation must
-// give, to the bit, is the torch twin in offload_rt/nf4_torch.py. Every instruction set gives the same bits:
-// there is no fused multiply-add in any path, and every rounding is to nearest even.
+// What the bytes mean, and where they lie, is written in offload_rt/quantized/nf4_layout.py; what each
+// operation must give, to the bit, is the torch twin in offload_rt/quantized/nf4_torch.py. Every instruction
+// set gives the same bits: there is no fused multiply-add in any path, and every rounding is to nearest even.
 //
 // Nothing here knows Python, files, or how many threads are polite: the caller says.
 #pragma once

@@ -21,29 +21,29 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
-from offload_rt.assembly import assemble
-from offload_rt.batch_check import check_batch
-from offload_rt.changes import Changes
 from offload_rt.checkpoint.adapters import add_adapters, remove_adapters
 from offload_rt.checkpoint.pretrained import save_pretrained
 from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
-from offload_rt.conversions import ConversionGuard, Guard, check_unmanaged
-from offload_rt.copies import CopyGuard
-from offload_rt.device_cuda import find_device
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
-from offload_rt.heap import Base
-from offload_rt.integrity import Reached, check_loss, check_optimizer
+from offload_rt.guards.batch_check import check_batch
+from offload_rt.guards.conversions import ConversionGuard, Guard, check_unmanaged
+from offload_rt.guards.copies import CopyGuard
+from offload_rt.guards.integrity import Reached, check_loss, check_optimizer
+from offload_rt.guards.wrappers import WrapperGuard
+from offload_rt.memory.heap import Base
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.loop_steps import LoopSteps
-from offload_rt.peaks import RESUME, SAVE, Peaks
 from offload_rt.report import report, summary
-from offload_rt.runtime import Runtime
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.store_assembly import Progress
-from offload_rt.tracked import Tracked
-from offload_rt.wrappers import WrapperGuard
+from offload_rt.running.changes import Changes
+from offload_rt.running.peaks import RESUME, SAVE, Peaks
+from offload_rt.running.tracked import Tracked
+from offload_rt.transfers.device_cuda import find_device
+from offload_rt.wiring.assembly import assemble
+from offload_rt.wiring.runtime import Runtime
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.store_assembly import Progress
 from planners.plan import Plan
 
 logger = logging.getLogger("offload_rt")

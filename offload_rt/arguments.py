@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.calibrate import calibrated
 from offload_rt.config import EngineConfig
 from offload_rt.errors import ConfigError
+from offload_rt.profiling.calibrate import calibrated
 from planners.hardware import Hardware
 from planners.plan import Plan
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from offload_rt import blockwise, cpu_adam
-from offload_rt.blockwise import Quantized
+from offload_rt.adamw import blockwise, cpu_adam
+from offload_rt.adamw.blockwise import Quantized
 from offload_rt.errors import ConfigError, nearest
 
 Moments = Literal["float32", "bfloat16", "8bit"]
@@ -73,7 +73,7 @@ class AdamW(torch.optim.AdamW):
 
 def _step_on_gpu() -> Callable[..., None]:
     try:
-        step: Callable[..., None] = importlib.import_module("offload_rt.adam_triton").step
+        step: Callable[..., None] = importlib.import_module("offload_rt.adamw.adam_triton").step
     except ImportError as error:
         raise ConfigError(
             f"optimizer: AdamW on a GPU needs Triton ({error}): pip install triton, or give torch.optim.AdamW"

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from offload_rt import codec, comparison
-from offload_rt.comparison import compared
 from offload_rt.config import EngineConfig
-from offload_rt.cuts import cuts_to_json
-from offload_rt.process_memory import peak_resident_bytes, resident_bytes
-from offload_rt.rehearsal import Rehearsal
-from offload_rt.runtime import Runtime
-from offload_rt.steps import StepMeter
+from offload_rt.memory.process_memory import peak_resident_bytes, resident_bytes
+from offload_rt.plans.cuts import cuts_to_json
+from offload_rt.quantized import codec
+from offload_rt.running import comparison
+from offload_rt.running.comparison import compared
+from offload_rt.running.rehearsal import Rehearsal
+from offload_rt.running.steps import StepMeter
 from offload_rt.tokenwise.layer import TokenwiseLayer
+from offload_rt.wiring.runtime import Runtime
 from planners.activations import Action
 from planners.errors import format_bytes
 from planners.plan import Tier

@@ -17,7 +17,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from offload_rt.nf4_layout import nf4_layout
+from offload_rt.quantized.nf4_layout import nf4_layout
 
 IO_ALIGNMENT_BYTES = 4096
 """What O_DIRECT needs of offsets, lengths and addresses on every drive that was met."""

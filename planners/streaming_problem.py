@@ -147,7 +147,7 @@ class StreamingProblem:
 
     def on_their_way_bytes(self, home: Tier, *, by_chunks: bool) -> int:
         """DEVICE memory of what layers in chunks put away in `home`, while copies hold it: a layer's, in both ways
-        together (the window of `offload_rt.device_stash`). Of whole layers `passing_bytes` are.
+        together (the window of `offload_rt.tiering.device_stash`). Of whole layers `passing_bytes` are.
         """
         if not by_chunks or home is Tier.DEVICE or not self.passing_bytes:
             return 0

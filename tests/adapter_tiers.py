@@ -14,7 +14,7 @@ from torch import nn
 from offload_rt import optim
 from offload_rt._engine import Engine
 from offload_rt.optimizer.adapters import AdapterTraining
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import StatePlacement, Tier
 from tests import full_parity, parity
 from tests.full_parity import groups_of, scheduled

@@ -12,10 +12,10 @@ import pytest
 from offload_rt._engine import Engine
 from offload_rt.errors import StorageError
 from offload_rt.optimizer.stepper import Stepper
-from offload_rt.plan_options import with_options
-from offload_rt.replanning import _Answer, _Question
-from offload_rt.runtime_assembly import RuntimeAssembly
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans.plan_options import with_options
+from offload_rt.running.replanning import _Answer, _Question
+from offload_rt.wiring.runtime_assembly import RuntimeAssembly
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import Plan
 from planners.streaming import plan_streaming
 from tests.tiny_training import PLACES

@@ -13,11 +13,11 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from offload_rt import codec  # noqa: E402
 from offload_rt._engine import Engine  # noqa: E402
-from offload_rt.discover import find_blocks  # noqa: E402
-from offload_rt.runtime_options import RuntimeOptions  # noqa: E402
+from offload_rt.layers.discover import find_blocks  # noqa: E402
+from offload_rt.quantized import codec  # noqa: E402
 from offload_rt.tensor_spec import Encoding  # noqa: E402
+from offload_rt.wiring.runtime_options import RuntimeOptions  # noqa: E402
 
 torch.set_num_threads(1)
 for devices in (torch.cuda, torch.xpu, torch.mtia):

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from offload_rt.allocations import AllocationMeter
-from offload_rt.arena import POISON, Arena, Region, Slot
-from offload_rt.locked_ring import LockedRing
+from offload_rt.memory.allocations import AllocationMeter
+from offload_rt.memory.arena import POISON, Arena, Region, Slot
+from offload_rt.transfers.locked_ring import LockedRing
 
 WAIT_SECONDS = 20.0
 

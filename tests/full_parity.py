@@ -14,12 +14,12 @@ from torch import nn
 
 from offload_rt import optim
 from offload_rt._engine import Engine
-from offload_rt.arena import Arena, Slot
 from offload_rt.config import EngineConfig
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.optimizer.state import state_tensors
 from offload_rt.optimizer.training import FullTraining
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.workload import find_workload
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.workload import find_workload
 from planners.activations import Action, ActivationPolicy, whole_batch
 from planners.plan import StatePlacement, Tier
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, pairwise

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import arguments, planning, planning_training, workload_sizes
-from offload_rt.cuda_memory import settle
+from offload_rt import arguments
+from offload_rt.memory.cuda_memory import settle
+from offload_rt.plans import planning, planning_training, workload_sizes
 from planners.hardware import Drive, Hardware, Links, named_hardware
 from planners.problem import KeptPass, MeasuredSeconds
 

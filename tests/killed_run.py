@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from offload_rt.arena import Arena
-from offload_rt.commit_layout import MutableExtent, make_log
-from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
-from offload_rt.file_io import file_io
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.commit_layout import MutableExtent, make_log
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.transfers.file_io import file_io
+from offload_rt.transfers.links import Links
 
 PAGE = 4096
 SIZES = {"small": PAGE, "middle": 64 * PAGE, "large": 257 * PAGE}

@@ -19,9 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
-from offload_rt import adam_triton, nf4_product_triton, nf4_triton
-from offload_rt.cpu_adam import AdamW
-from offload_rt.nf4_layout import nf4_layout
+from offload_rt.adamw import adam_triton
+from offload_rt.adamw.cpu_adam import AdamW
+from offload_rt.quantized import nf4_product_triton, nf4_triton
+from offload_rt.quantized.nf4_layout import nf4_layout
 
 FLOATS, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}

@@ -20,7 +20,7 @@ from torch import nn
 
 from offload_rt import optim
 from offload_rt._engine import Engine
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.wiring.runtime_options import RuntimeOptions
 
 STEPS = 3
 ROWS = 8

@@ -17,15 +17,16 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import device_cuda, nf4_products
 from offload_rt._engine import Engine
-from offload_rt.arena import Arena
-from offload_rt.cuda_memory import settle
-from offload_rt.device_cuda import CudaDevice, find_device
 from offload_rt.errors import ConfigError, OutOfDeviceMemory
-from offload_rt.integrity import CHECKED_STEPS
-from offload_rt.pinning import Ceiling
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.guards.integrity import CHECKED_STEPS
+from offload_rt.memory.arena import Arena
+from offload_rt.memory.cuda_memory import settle
+from offload_rt.memory.pinning import Ceiling
+from offload_rt.quantized import nf4_products
+from offload_rt.transfers import device_cuda
+from offload_rt.transfers.device_cuda import CudaDevice, find_device
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.placement import Tier
 from planners.plan import DecodeScope
 from tests import full_parity as full
@@ -199,12 +200,11 @@ def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]
 
 
 def test_where_locking_has_a_ceiling_copies_go_through_a_ring_below_it(all_locked, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("offload_rt.pinning.MIN_RING_BYTES", RING)
-    monkeypatch.setattr("offload_rt.ring_assembly.MIN_RING_BYTES", RING)
-    monkeypatch.setattr(
-        "offload_rt.device_cuda.known_ceiling", lambda runtime: Ceiling(ceiling_bytes=2 * RING, reason="tried")
-    )
-    monkeypatch.setattr("offload_rt.workload.known_ceiling", device_cuda.known_ceiling)
+    monkeypatch.setattr("offload_rt.memory.pinning.MIN_RING_BYTES", RING)
+    monkeypatch.setattr("offload_rt.wiring.ring_assembly.MIN_RING_BYTES", RING)
+    ceiling = Ceiling(ceiling_bytes=2 * RING, reason="tried")
+    monkeypatch.setattr("offload_rt.transfers.device_cuda.known_ceiling", lambda runtime: ceiling)
+    monkeypatch.setattr("offload_rt.wiring.workload.known_ceiling", device_cuda.known_ceiling)
     with lockable(2 * RING):
         found, engine = full_run(tmp_path / "ring")
     report, runtime = engine.report(), engine._runtime

@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from offload_rt import codec
 from offload_rt._engine import Engine
-from offload_rt.discover import find_blocks
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.layers.discover import find_blocks
+from offload_rt.quantized import codec
 from offload_rt.tensor_spec import Encoding
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import DecodeScope, Tier
 
 VOCABULARY = 96

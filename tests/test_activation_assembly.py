@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt import activation_assembly
-from offload_rt.activation_assembly import ActivationsAssembly
 from offload_rt.config import EngineConfig, NvmePath
-from offload_rt.device_stash import DeviceStash
-from offload_rt.links import Links
-from offload_rt.planning_tokens import ActivationSizes
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.tiers import Tiers
-from offload_rt.workload import find_workload
-from offload_rt.workload_sizes import streaming_problem
+from offload_rt.plans.planning_tokens import ActivationSizes
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.tiering.device_stash import DeviceStash
+from offload_rt.tiering.tiers import Tiers
+from offload_rt.transfers.links import Links
+from offload_rt.wiring import activation_assembly
+from offload_rt.wiring.activation_assembly import ActivationsAssembly
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.workload import find_workload
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.plan import Tier
 from planners.streaming import plan_streaming

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from offload_rt import optim, workload_sizes
+from offload_rt import optim
 from offload_rt._engine import Engine
 from offload_rt.errors import (
     CheckpointError,
@@ -26,9 +26,10 @@ from offload_rt.errors import (
     StorageError,
 )
 from offload_rt.optimizer.in_memory import MemoryTraining
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans import workload_sizes
 from offload_rt.training.loop import train
 from offload_rt.training.options import TrainingOptions
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.placement import UpdateMode
 from planners.plan import Plan, Tier
 from tests import parity

@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from offload_rt import arena as arena_module
-from offload_rt.arena import Arena, Slot
 from offload_rt.errors import BudgetExceeded, StorageTimeout
+from offload_rt.memory import arena as arena_module
+from offload_rt.memory.arena import Arena, Slot
 from tests.waiting import Waiting
 
 PAGE = 4096

@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrivals, largest_arrival_bytes
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import AdamWRule
-from offload_rt.recording import HOST, Recorder
-from offload_rt.streams import COMPUTE
-from offload_rt.tiers import HostResidence
+from offload_rt.tiering.tiers import HostResidence
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import HOST, Recorder
+from offload_rt.transfers.streams import COMPUTE
 from tests.fake_device import FakeDevice, FakeStream
 
 SIZE = 3000

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt.arena import Slot
 from offload_rt.errors import OffloadError, UnsupportedModule
+from offload_rt.memory.arena import Slot
 from planners.plan import Tier
 from tests.conftest import PlainLayer, PlainModel, build_plain
 

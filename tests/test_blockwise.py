@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_rt import blockwise, cpu_adam
-from offload_rt.blockwise import QUANT_BLOCK_SIZE, Quantized
-from offload_rt.cpu_adam import AdamW
+from offload_rt.adamw import blockwise, cpu_adam
+from offload_rt.adamw.blockwise import QUANT_BLOCK_SIZE, Quantized
+from offload_rt.adamw.cpu_adam import AdamW
 from tests.test_cpu_adam import BFLOAT16, CORE, FLOAT32, ISAS, SHARE, ForcedIsa, all_same_bits, gradients, needs_native
 
 SIZES = (0, 1, 255, 256, 257, 4095, 4097, 3 * SHARE + 65)

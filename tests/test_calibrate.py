@@ -9,13 +9,13 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from offload_rt import bench, calibrate
-from offload_rt.bench import Bench, Cpu, Sizes, Spread
-from offload_rt.calibrate import keep, measure, remembered
 from offload_rt.cli import calibrate as command
 from offload_rt.cli.main import main
 from offload_rt.errors import ConfigError, StorageError, StorageFull
-from offload_rt.links import Links
+from offload_rt.profiling import bench, calibrate
+from offload_rt.profiling.bench import Bench, Cpu, Sizes, Spread
+from offload_rt.profiling.calibrate import keep, measure, remembered
+from offload_rt.transfers.links import Links
 from planners.hardware import load_hardware
 
 MIB = 1 << 20

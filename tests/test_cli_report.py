@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from offload_rt.cli.main import main
-from offload_rt.comparison import compared
 from offload_rt.meter import Reading
+from offload_rt.running.comparison import compared
 from offload_rt.training.run_folder import RunFolder
 
 

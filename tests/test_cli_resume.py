@@ -16,8 +16,8 @@ from offload_rt._engine import Engine
 from offload_rt.cli import train_run
 from offload_rt.cli.main import main
 from offload_rt.errors import StorageError
-from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.training.run_folder import RunFolder
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from tests.test_cli import adapter_bytes, fails, save_llama
 from tests.test_cli import arguments as arguments
 from tests.test_cli import model_folder as model_folder

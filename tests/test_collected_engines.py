@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
-from offload_rt.drive_files import FolderLock, open_fenced, open_file
 from offload_rt.errors import StoreInUse
-from offload_rt.file_io import Descriptor, file_io
 from offload_rt.native import native_core
+from offload_rt.storage.drive_files import FolderLock, open_fenced, open_file
+from offload_rt.transfers.file_io import Descriptor, file_io
 from tests.conftest import build_lora, build_plain, language_batch, open_descriptors
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload_rt.arena import Arena
-from offload_rt.commit_log import CommitLog
-from offload_rt.file_io import file_io
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
 from offload_rt.native import native_core
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.transfers.file_io import file_io
+from offload_rt.transfers.links import Links
 from tests.killed_run import SIZES, drives, expected, make
 
 ROOT = Path(__file__).resolve().parents[1]

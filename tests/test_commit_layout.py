@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import offload_rt.commit_layout as layout_module
-from offload_rt.arena import Arena
-from offload_rt.commit_layout import MutableExtent, make_log
-from offload_rt.commit_log import CommitLog
+import offload_rt.storage.commit_layout as layout_module
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.commit_layout import MutableExtent, make_log
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.transfers.links import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, extents, holds, make, write
 from tests.tiny_logs import arena as arena

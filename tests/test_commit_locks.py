@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt.commit_layout import read_layout
-from offload_rt.commit_log import CommitLog
-from offload_rt.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.errors import StorageTimeout, StoreInUse
-from offload_rt.links import Links
 from offload_rt.native import native_core
+from offload_rt.storage.commit_layout import read_layout
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.storage.drive_files import FolderLock, close_fenced, open_fenced
+from offload_rt.transfers.links import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import arena as arena
 from tests.tiny_logs import folders as folders
@@ -52,7 +52,7 @@ def test_a_forked_child_does_not_keep_a_closed_log_locked(folders, links):
 HOLDER = """
 import os, signal, sys
 from pathlib import Path
-from offload_rt.drive_files import FolderLock, open_fenced
+from offload_rt.storage.drive_files import FolderLock, open_fenced
 folder = Path(sys.argv[1])
 lock, file = FolderLock(folder), open_fenced(folder / "state.bin", 0)
 end, other = os.pipe()
@@ -85,7 +85,7 @@ def test_a_killed_runs_writes_in_flight_are_waited_for(folders, links):
 WRITER = """
 import fcntl, mmap, os, sys
 from pathlib import Path
-from offload_rt.drive_files import FolderLock, open_fenced
+from offload_rt.storage.drive_files import FolderLock, open_fenced
 from offload_rt.native import native_core
 lock, file = FolderLock(Path(sys.argv[1])), open_fenced(Path(sys.argv[1]) / "data", 0)
 ring, memory = native_core().Ring(backend="io_uring"), mmap.mmap(-1, 256 << 20)

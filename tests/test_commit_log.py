@@ -5,17 +5,17 @@ m  [ 7 ]*[ 6 ]   --write-->   [ 7 ]*[ 8 ]   --commit-->   [ 7 ] [ 8 ]*      * is
 
 import pytest
 
-from offload_rt.arena import Arena
 from offload_rt.checksum import crc32c
-from offload_rt.commit_layout import BUFFER_BYTES, LOG_BUFFER_BYTES, make_log
-from offload_rt.commit_log import CommitLog
-from offload_rt.commit_record import Record, RecordInvalid, body_bytes
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError
-from offload_rt.file_io import file_io
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
 from offload_rt.native import native_core
-from offload_rt.recording import Recorder
+from offload_rt.storage.commit_layout import BUFFER_BYTES, LOG_BUFFER_BYTES, make_log
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.storage.commit_record import Record, RecordInvalid, body_bytes
+from offload_rt.transfers.file_io import file_io
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import Recorder
 from tests.tiny_logs import PAGE, SIZES, content, holds, make, read, write
 from tests.tiny_logs import arena as arena
 from tests.tiny_logs import folders as folders

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from offload_rt.arena import Arena
-from offload_rt.commit_log import CommitLog
-from offload_rt.commit_peek import peek
 from offload_rt.errors import StorageError, StoreCorrupt
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.storage.commit_peek import peek
+from offload_rt.transfers.links import Links
 from tests.power_loss import PlainIO
 from tests.tiny_logs import SIZES, make, write
 

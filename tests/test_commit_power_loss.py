@@ -16,14 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import offload_rt.commit_layout as commit_layout_module
-import offload_rt.commit_log as commit_log_module
-from offload_rt.arena import Arena
-from offload_rt.commit_layout import Layout, MutableExtent, make_log, read_layout
-from offload_rt.commit_log import CommitLog
+import offload_rt.storage.commit_layout as commit_layout_module
+import offload_rt.storage.commit_log as commit_log_module
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError, StoreCorrupt
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.commit_layout import Layout, MutableExtent, make_log, read_layout
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.transfers.links import Links
 from tests.power_loss import Killed, PlainIO, RecordingIO, every_outcome, random_outcome
 
 PAGE = 4096

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from offload_rt.conversions import ConversionGuard
 from offload_rt.errors import ConfigError
+from offload_rt.guards.conversions import ConversionGuard
 from tests.conftest import build_lora, build_plain, language_batch
 
 

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_rt import cpu_adam
-from offload_rt.cpu_adam import AdamW
-from offload_rt.cpu_adam_torch import multiply_add, square_root
+from offload_rt.adamw import cpu_adam
+from offload_rt.adamw.cpu_adam import AdamW
+from offload_rt.adamw.cpu_adam_torch import multiply_add, square_root
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.native import native_core, why_not
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import cuda_memory
 from offload_rt._engine import Engine
 from offload_rt.cli import train
 from offload_rt.config import EngineConfig
-from offload_rt.cuda_memory import Bound, bytes_beside_allocator, capacity_bytes, no_room
 from offload_rt.errors import ConfigError
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.workload import find_workload
-from offload_rt.workload_sizes import streaming_problem
+from offload_rt.memory import cuda_memory
+from offload_rt.memory.cuda_memory import Bound, bytes_beside_allocator, capacity_bytes, no_room
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.workload import find_workload
 from planners.streaming import plan_streaming
 from tests.conftest import build_lora, build_plain
 from tests.fake_device import FakeDevice

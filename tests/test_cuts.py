@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
-from offload_rt.cuts import cuts_of, warn_of_other_cuts
 from offload_rt.errors import CheckpointError
-from offload_rt.rehearsal import _by_the_rule
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans.cuts import cuts_of, warn_of_other_cuts
+from offload_rt.running.rehearsal import _by_the_rule
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import StatePlacement, Tier
 from planners.streaming_problem import Cuts
 from tests.conftest import build_base, build_lora, language_batch

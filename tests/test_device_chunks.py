@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
-from offload_rt.arena import Slot
-from offload_rt.device_copies import DeviceCopies
-from offload_rt.device_stash import DeviceStash
-from offload_rt.rehearsal import planned_bytes
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.transfer import Transfer
+from offload_rt.memory.arena import Slot
+from offload_rt.running.rehearsal import planned_bytes
+from offload_rt.tiering.device_stash import DeviceStash
+from offload_rt.transfers.device_copies import DeviceCopies
+from offload_rt.transfers.transfer import Transfer
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import Tier
 from planners.streaming_problem import Cuts
 from tests.fake_device import FakeDevice

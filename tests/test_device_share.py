@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import arguments, planning_training
-from offload_rt.asked import Asked
+from offload_rt import arguments
 from offload_rt.config import EngineConfig, NvmePath
-from offload_rt.device_share import GAIN, with_balanced_share, with_the_best_share
 from offload_rt.meter import CPU, DEVICE_TO_HOST, HOST_TO_DEVICE
-from offload_rt.plan_check import check_plan
-from offload_rt.plan_choice import RULE, choose
-from offload_rt.planning import optimal
-from offload_rt.planning_training import TrainingSeconds, questions
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.workload import Workload, find_workload
-from offload_rt.workload_sizes import streaming_problem
+from offload_rt.plans import planning_training
+from offload_rt.plans.asked import Asked
+from offload_rt.plans.device_share import GAIN, with_balanced_share, with_the_best_share
+from offload_rt.plans.plan_check import check_plan
+from offload_rt.plans.plan_choice import RULE, choose
+from offload_rt.plans.planning import optimal
+from offload_rt.plans.planning_training import TrainingSeconds, questions
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.workload import Workload, find_workload
 from planners.expand import _in_pieces
 from planners.hardware import Drive, Hardware, Host, Links, named_hardware
 from planners.placement import Tier, UpdateMode, UpdatePlace

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt.arena import Arena
-from offload_rt.device_stash import DeviceStash
 from offload_rt.errors import StorageError
-from offload_rt.links import Links
-from offload_rt.recording import Recorder
-from offload_rt.scratch import Scratch
-from offload_rt.streams import COMPUTE
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.scratch import Scratch
+from offload_rt.tiering.device_stash import DeviceStash
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import Recorder
+from offload_rt.transfers.streams import COMPUTE
 from tests.fake_device import FakeDevice
 from tests.waiting import Waiting
 

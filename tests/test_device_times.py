@@ -17,15 +17,18 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import arguments, device_times, drift, planning_training
+from offload_rt import arguments
 from offload_rt._engine import Engine
-from offload_rt.device_times import EVERY_STEPS, DeviceTimes, overlap_seconds
+from offload_rt.layers.turns import Turns
 from offload_rt.meter import COMPUTE, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, Reading
-from offload_rt.replanning import ADOPT_STEPS, WINDOW_STEPS
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.steps import WARM_STEPS, StepMeter
-from offload_rt.streams import Copier
-from offload_rt.turns import Turns
+from offload_rt.plans import planning_training
+from offload_rt.running import drift
+from offload_rt.running.replanning import ADOPT_STEPS, WINDOW_STEPS
+from offload_rt.running.steps import WARM_STEPS, StepMeter
+from offload_rt.transfers import device_times
+from offload_rt.transfers.device_times import EVERY_STEPS, DeviceTimes, overlap_seconds
+from offload_rt.transfers.streams import Copier
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.placement import Tier, UpdateMode
 from tests.fake_device import FakeDevice
 from tests.full_parity import Case, make_engine, one_loss

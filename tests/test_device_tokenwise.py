@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import DecodeScope, Tier
 from tests.conftest import build_lora
 from tests.fake_device import FakeDevice

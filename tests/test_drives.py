@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt import drives
-from offload_rt.drives import CANDIDATES, MIB, DriveProfile, choose, drive_identity, drive_profile, weights
 from offload_rt.errors import StorageError
-from offload_rt.file_io import AiofilesIO, OpenFile, RingIO
 from offload_rt.native import native_core
+from offload_rt.storage import drives
+from offload_rt.storage.drives import CANDIDATES, MIB, DriveProfile, choose, drive_identity, drive_profile, weights
+from offload_rt.transfers.file_io import AiofilesIO, OpenFile, RingIO
 from tests.conftest import open_descriptors
 
 FAST = DriveProfile(depth=8, io_bytes=MIB, read_bytes_per_second=2e9, write_bytes_per_second=1e9)

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from offload_rt.arena import Arena
-from offload_rt.links import Links as Connections
+from offload_rt.memory.arena import Arena
 from offload_rt.optimizer.gradients import Gradients
-from offload_rt.throttle import Pipe, Throttle
+from offload_rt.transfers.links import Links as Connections
+from offload_rt.transfers.throttle import Pipe, Throttle
 from planners.hardware import Drive, Hardware, Links, named_hardware
 from planners.plan import StatePlacement, Tier
 from tests import adapter_tiers

@@ -11,8 +11,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import offload_rt
-from offload_rt.additions import Additions
-from offload_rt.assembly import change_over
 from offload_rt.errors import (
     CheckpointError,
     ConfigError,
@@ -27,7 +25,9 @@ from offload_rt.errors import (
     TargetNotMatched,
     UnsupportedModule,
 )
-from offload_rt.runtime import Change
+from offload_rt.guards.additions import Additions
+from offload_rt.wiring.assembly import change_over
+from offload_rt.wiring.runtime import Change
 from planners.plan import Plan, Tier
 from tests.conftest import PlainLayer, build_base, build_lora, build_plain, language_batch
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from offload_rt.allocations import AllocationMeter
 from offload_rt.cli.main import main
 from offload_rt.cli.report import collect, lines
 from offload_rt.errors import ConfigError
+from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.training.batches import Batches
 from offload_rt.training.data import Example
 from offload_rt.training.evaluation import Evaluation, num_predicted

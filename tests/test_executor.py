@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.arena import Arena
 from offload_rt.errors import BudgetExceeded, StorageError
-from offload_rt.executor import Residency, RingExecutor
-from offload_rt.recording import Recorder
+from offload_rt.layers.executor import Residency, RingExecutor
+from offload_rt.memory.arena import Arena
+from offload_rt.transfers.recording import Recorder
 from planners.plan import Ring, Tier
 from planners.schedule import Phase, walk
 
@@ -191,7 +191,7 @@ def test_a_caller_that_keeps_the_exception_can_try_again():
 
 
 def test_when_everything_is_in_use_a_demand_says_who_holds_the_ring(monkeypatch):
-    monkeypatch.setattr("offload_rt.arena._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("offload_rt.memory.arena._GRACE_SECONDS", 0.0)
     bench = Bench(5, 2)
     first = bench.executor.acquire(0, FORWARD, training=True)
     second = bench.executor.acquire(1, FORWARD, training=True)
@@ -231,7 +231,7 @@ def test_a_tensor_that_somebody_kept_is_not_overwritten():
 
 
 def test_the_same_block_acquired_twice_is_released_twice(monkeypatch):
-    monkeypatch.setattr("offload_rt.arena._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("offload_rt.memory.arena._GRACE_SECONDS", 0.0)
     bench = Bench(3, 1)
     outer = bench.executor.acquire(0, FORWARD, training=True)
     inner = bench.executor.acquire(0, FORWARD, training=True)

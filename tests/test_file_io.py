@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt.arena import Arena, Region
 from offload_rt.errors import StorageError
-from offload_rt.file_io import AiofilesIO, OpenFile, RingIO, file_io, open_file
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, Region
 from offload_rt.native import native_core
+from offload_rt.transfers.file_io import AiofilesIO, OpenFile, RingIO, file_io, open_file
+from offload_rt.transfers.links import Links
 from tests.conftest import open_descriptors
 
 PAGE = 4096
@@ -151,10 +151,10 @@ def test_a_ring_may_go_before_the_arenas_that_it_knew(file):
 
 LEFT_OPEN = """
 import os, sys
-from offload_rt.arena import Arena
-from offload_rt.file_io import OpenFile, RingIO
+from offload_rt.memory.arena import Arena
+from offload_rt.transfers.file_io import OpenFile, RingIO
 from offload_rt.native import native_core
-from offload_rt.links import Links
+from offload_rt.transfers.links import Links
 links = Links(io=RingIO(native_core(), "io_uring", register=True))
 arena = Arena("a", 4096)
 links.wait(links.read(OpenFile("data", int(sys.argv[1]), False), 0, arena.acquire(4096, "x")))
@@ -179,10 +179,10 @@ def test_what_is_left_open_at_the_end_of_a_process_is_no_noise(file):
 
 ORDINARY_USER = """
 import os, resource, sys
-from offload_rt.arena import Arena
-from offload_rt.file_io import OpenFile, RingIO
+from offload_rt.memory.arena import Arena
+from offload_rt.transfers.file_io import OpenFile, RingIO
 from offload_rt.native import native_core
-from offload_rt.links import Links
+from offload_rt.transfers.links import Links
 fd, direct, num_bytes = int(sys.argv[1]), sys.argv[2] == "True", int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
 if os.geteuid() == 0:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from offload_rt.errors import IntegrityError
-from offload_rt.integrity import CHECKED_STEPS
+from offload_rt.guards.integrity import CHECKED_STEPS
 from tests.adapter_tiers import IN_HOST
 from tests.conftest import PlainLayer, PlainModel, build_lora, language_batch
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from offload_rt.errors import ConfigError
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.plan import Tier
 from tests import parity

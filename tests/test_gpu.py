@@ -13,33 +13,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import arguments, bench, calibrate, codec, cpu_adam_torch, nf4_products, planning_training
+from offload_rt import arguments
 from offload_rt._engine import Engine
-from offload_rt.arena import Arena
-from offload_rt.block_profile import profile_layer
+from offload_rt.adamw import cpu_adam_torch
+from offload_rt.adamw.cpu_adam import AdamW
 from offload_rt.checkpoint.values import pack_values, unpack_values
-from offload_rt.chunk_profile import profile_chunked_layer
 from offload_rt.cli.main import main
 from offload_rt.config import EngineConfig
-from offload_rt.cpu_adam import AdamW
-from offload_rt.cuda_memory import beside_plan_bytes, settle
-from offload_rt.discover import find_blocks
-from offload_rt.edge_profile import profile_head
 from offload_rt.errors import ConfigError
-from offload_rt.executor import RingExecutor
-from offload_rt.links import Links
+from offload_rt.layers.discover import find_blocks
+from offload_rt.layers.executor import RingExecutor
+from offload_rt.memory.arena import Arena
+from offload_rt.memory.cuda_memory import beside_plan_bytes, settle
 from offload_rt.optimizer.arrivals import Arrivals
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedParameter, trained_block
 from offload_rt.optimizer.rules import AdamWRule
-from offload_rt.planning_budgets import passing_of
-from offload_rt.recording import Recorder
-from offload_rt.replanning import ADOPT_STEPS, WINDOW_STEPS
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.steps import WARM_STEPS
-from offload_rt.streams import COMPUTE
-from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
-from offload_rt.workbench import workbench_of
+from offload_rt.plans import planning_training
+from offload_rt.plans.planning_budgets import passing_of
+from offload_rt.profiling import bench, calibrate
+from offload_rt.profiling.block_profile import profile_layer
+from offload_rt.profiling.chunk_profile import profile_chunked_layer
+from offload_rt.profiling.edge_profile import profile_head
+from offload_rt.profiling.workbench import workbench_of
+from offload_rt.quantized import codec, nf4_products
+from offload_rt.running.replanning import ADOPT_STEPS, WINDOW_STEPS
+from offload_rt.running.steps import WARM_STEPS
+from offload_rt.tiering.tiers import HostResidence, NvmeResidence, Tiers
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import Recorder
+from offload_rt.transfers.streams import COMPUTE
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
 from planners.errors import PlanInfeasible
 from planners.hardware import load_hardware
@@ -97,7 +101,7 @@ def context_is_whole():
 
 @pytest.fixture
 def device():
-    from offload_rt.device_cuda import CudaDevice, find_device
+    from offload_rt.transfers.device_cuda import CudaDevice, find_device
 
     torch.cuda.synchronize()
     return CudaDevice(find_device("cuda"))
@@ -106,7 +110,7 @@ def device():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_elements", [0, 1, 7, 63, 64, 65, 4095, 4096, 4097, 16385, 100_003, 5_000_011])
 def test_decode_on_the_gpu_agrees_with_the_cpus_twin(dtype: torch.dtype, num_elements: int) -> None:
-    from offload_rt import nf4_triton
+    from offload_rt.quantized import nf4_triton
 
     for scale in (1.0, 1e-5, 1e-37, 1e30):
         blob = codec.encode(weights_of(num_elements, scale))
@@ -143,7 +147,7 @@ def test_the_fused_product_on_the_gpu_is_exact_and_deterministic(rows: int, colu
 @pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_elements", [1, 65, 4097, 1_000_003])
 def test_adam_on_the_gpu_agrees_with_the_cpus_twin(num_elements: int, grad: torch.dtype, betas) -> None:
-    from offload_rt import adam_triton
+    from offload_rt.adamw import adam_triton
 
     for moments, weight_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         plain = adam_state(num_elements, grad, moments)

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from offload_rt import autograd, heap
-from offload_rt.heap import Base, HeapGuard
+from offload_rt.layers import autograd
+from offload_rt.memory import heap
+from offload_rt.memory.heap import Base, HeapGuard
 from tests.conftest import build_lora, language_batch
 
 MIB = 1 << 20
@@ -26,8 +27,8 @@ needs_mallinfo2 = pytest.mark.skipif(
 
 HOLES = """
 import ctypes, sys
-from offload_rt import heap
-from offload_rt.heap import Base, HeapGuard
+from offload_rt.memory import heap
+from offload_rt.memory.heap import Base, HeapGuard
 if sys.argv[1] == "without mallinfo2":
     heap.heap_bytes = lambda: None
 MIB = 1 << 20
@@ -140,7 +141,7 @@ import torch
 torch.set_num_threads(1)
 import peft, transformers
 import offload_rt
-from offload_rt import heap
+from offload_rt.memory import heap
 if sys.argv[2] == "without the guard":
     heap.HeapGuard.check = lambda guard: setattr(
         guard.counters, "peak_bytes", max(guard.counters.peak_bytes, guard.resident_bytes()))
@@ -199,9 +200,10 @@ import sys
 import torch
 torch.set_num_threads(1)
 import peft, transformers
-from offload_rt import heap, workload_sizes
+from offload_rt.memory import heap
+from offload_rt.plans import workload_sizes
 from offload_rt._engine import Engine
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, whole_batch
 workload_sizes.allocator_slack_bytes = lambda *_, **__: 160 << 20  # holes of 80 MiB with all kept, of 270 with nothing
 if sys.argv[2] == "without":

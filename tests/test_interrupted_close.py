@@ -7,16 +7,16 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.closing import all_close
-from offload_rt.commit_log import CommitLog
 from offload_rt.errors import StorageTimeout, StoreInUse
-from offload_rt.executor import RingExecutor
-from offload_rt.links import Links
+from offload_rt.layers.executor import RingExecutor
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.stepper import Stepper
-from offload_rt.replanning import Replanner
-from offload_rt.runtime_assembly import RuntimeAssembly
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.store import Store
+from offload_rt.running.replanning import Replanner
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.storage.store import Store
+from offload_rt.transfers.links import Links
+from offload_rt.wiring.runtime_assembly import RuntimeAssembly
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import Tier
 from tests.conftest import build_plain
 

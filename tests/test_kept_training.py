@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt.allocations import AllocationMeter
 from offload_rt.errors import IntegrityError
+from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.tokenwise.tiles import Places
 from planners.activations import Action, ActivationPolicy, whole_batch
 from planners.plan import Plan, Tier

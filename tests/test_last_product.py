@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload_rt.last_product import ResultWanted, is_product, left_out
+from offload_rt.layers.last_product import ResultWanted, is_product, left_out
 from tests import full_parity
 from tests.conftest import PlainLayer, build_lora, build_plain, language_batch
 

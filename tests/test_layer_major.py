@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
-from offload_rt import workload_sizes
 from offload_rt._engine import Engine
-from offload_rt.executor import RingExecutor
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.turns import Turns, shown
+from offload_rt.layers.executor import RingExecutor
+from offload_rt.layers.turns import Turns, shown
+from offload_rt.plans import workload_sizes
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, whole_batch
 from planners.plan import StatePlacement, Tier
 from tests.fake_device import FakeDevice

@@ -10,13 +10,13 @@ import random
 import pytest
 import torch
 
-from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageTimeout
-from offload_rt.links import Links
-from offload_rt.locked_ring import NUM_PIECES, LockedRing
-from offload_rt.recording import Recorder
-from offload_rt.streams import COMPUTE
-from offload_rt.tiers import Tiers
+from offload_rt.memory.arena import Arena
+from offload_rt.tiering.tiers import Tiers
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.locked_ring import NUM_PIECES, LockedRing
+from offload_rt.transfers.recording import Recorder
+from offload_rt.transfers.streams import COMPUTE
 from planners.placement import Tier
 from planners.schedule import walk
 from tests.fake_device import FakeDevice
@@ -143,7 +143,7 @@ def test_a_device_that_breaks_is_told_to_whoever_waits_and_the_lease_ends(device
 
 def test_a_device_that_hangs_is_a_timeout_for_whoever_comes_behind_a_copy(device, monkeypatch):
     """Such as kernels of updates: the pieces are not given before the device has read the first ones."""
-    monkeypatch.setattr("offload_rt.device_copies.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("offload_rt.transfers.device_copies.WAIT_SECONDS", 0.1)
     num_bytes = (NUM_PIECES + 1) * PAGE
     host = Pageable(device, num_bytes)
     device.to_device.hold()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offload_rt.allocations import AllocationMeter
+from offload_rt.memory.allocations import AllocationMeter
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.errors import PlanInfeasible
 from planners.plan import Tier

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import replanning, steps
+from offload_rt.running import replanning, steps
 from tests.changing_plans import CHANGE_EVERY, Changes, decisions, results
 from tests.killed_training import ADAPTERS, one_step, resume
 from tests.tiny_training import batch, engine, model, train

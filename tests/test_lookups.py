@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from offload_rt import tiers
 from offload_rt.errors import BudgetExceeded, ConfigError, StoreCorrupt, UnsupportedModule
-from offload_rt.rows import PageRange, Piece, pieces_of
 from offload_rt.tensor_spec import Encoding, TensorSpec
-from offload_rt.tiers import TierAccount
+from offload_rt.tiering import tiers
+from offload_rt.tiering.rows import PageRange, Piece, pieces_of
+from offload_rt.tiering.tiers import TierAccount
 from planners.errors import PlanInfeasible
 from planners.plan import Plan, Tier
 from planners.schedule import Phase

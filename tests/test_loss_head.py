@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt.backbone import find_causal_model
 from offload_rt.errors import ConfigError, NonFiniteLoss
-from offload_rt.loss_head import LossHead
+from offload_rt.vocabulary.backbone import find_causal_model
+from offload_rt.vocabulary.loss_head import LossHead
 from tests.conftest import VOCABULARY, build_base, build_lora, language_batch
 
 CHUNK = 7

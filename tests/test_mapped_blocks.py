@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
-from offload_rt import mapped_blocks, runtime_assembly, workload_sizes
-from offload_rt.activation_assembly import TIGHT_DIVISOR
 from offload_rt.errors import OffloadError
-from offload_rt.heap import Base, HeapGuard, is_tight
-from offload_rt.mapped_blocks import BLOCKS_IN_HOLES, LEAST_MAPPED_BYTES, MOST_MAPPED_BYTES, MappedBlocks
+from offload_rt.memory import mapped_blocks
+from offload_rt.memory.heap import Base, HeapGuard, is_tight
+from offload_rt.memory.mapped_blocks import BLOCKS_IN_HOLES, LEAST_MAPPED_BYTES, MOST_MAPPED_BYTES, MappedBlocks
+from offload_rt.plans import workload_sizes
+from offload_rt.wiring import runtime_assembly
+from offload_rt.wiring.activation_assembly import TIGHT_DIVISOR
 from tests.conftest import build_lora, language_batch
 
 MIB = 1 << 20
@@ -21,7 +23,7 @@ TRIM, MAP = -1, -3
 #   a layer's large results, and small ones that stay:   | large |s| large |s| ...    freed:   |.......|s|.......|s|
 LAYER = """
 import ctypes, os, sys
-from offload_rt.mapped_blocks import MappedBlocks
+from offload_rt.memory.mapped_blocks import MappedBlocks
 MIB = 1 << 20
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]

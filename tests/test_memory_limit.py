@@ -197,7 +197,8 @@ import torch
 torch.set_num_threads(1)
 import peft, transformers
 import offload_rt
-from offload_rt import activation_assembly, heap
+from offload_rt.memory import heap
+from offload_rt.wiring import activation_assembly
 if sys.argv[3] == "guard alone":
     heap.is_tight = activation_assembly.is_tight = lambda slack_bytes, wanted_bytes: False
 torch.manual_seed(0)

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from offload_rt import process_memory
 from offload_rt.cli.report import collect, lines
-from offload_rt.memory_groups import MemoryGroup, memory_groups
-from offload_rt.process_memory import MemoryLeft, memory_left
+from offload_rt.memory import process_memory
+from offload_rt.memory.memory_groups import MemoryGroup, memory_groups
+from offload_rt.memory.process_memory import MemoryLeft, memory_left
 from offload_rt.training import loop
 from offload_rt.training.memory_watch import LOW_SHARE, MemoryWatch
 from offload_rt.training.run_folder import RunFolder

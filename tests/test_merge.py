@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from offload_rt.allocations import AllocationMeter
 from offload_rt.checkpoint import merge
 from offload_rt.checkpoint.merge import main, merge_adapter
 from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, UnsupportedModule
+from offload_rt.memory.allocations import AllocationMeter
 from tests.test_checkpoint_quantized import quantized
 from tests.tiny_checkpoints import CONFIGS, lora, new_model, peft, transformers
 

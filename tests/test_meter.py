@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 
-from offload_rt.arena import Arena
-from offload_rt.file_io import AiofilesIO, open_file
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter
-from offload_rt.transfer import Leg, Transfer
+from offload_rt.transfers.file_io import AiofilesIO, open_file
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.transfer import Leg, Transfer
 
 PAGE = 4096
 
@@ -153,7 +153,7 @@ def test_the_plain_twin_of_the_ring_counts_what_overlaps_once(tmp_path, monkeypa
 
 @pytest.mark.parametrize("backend", ["auto", "aiofiles"])
 def test_drives_are_busy_while_they_work(backend, tmp_path):
-    from offload_rt.file_io import file_io
+    from offload_rt.transfers.file_io import file_io
 
     links = Links(io=file_io(backend))
     file = open_file(tmp_path / "f", writable=True)

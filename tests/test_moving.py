@@ -21,15 +21,17 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import assembly, mapped, moving, runtime_assembly
 from offload_rt._engine import Engine
 from offload_rt.errors import ConfigError, OffloadError, StorageError
-from offload_rt.links import Links
-from offload_rt.moving import Move, Mover, Room, in_order, moves_between, places_of, why_not_follow
-from offload_rt.resting import Resting
-from offload_rt.runtime import Change
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.tiers import Tiers
+from offload_rt.memory import mapped
+from offload_rt.tiering import moving
+from offload_rt.tiering.moving import Move, Mover, Room, in_order, moves_between, places_of, why_not_follow
+from offload_rt.tiering.resting import Resting
+from offload_rt.tiering.tiers import Tiers
+from offload_rt.transfers.links import Links
+from offload_rt.wiring import assembly, runtime_assembly
+from offload_rt.wiring.runtime import Change
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.placement import ClassPlan
 from planners.plan import Plan, Ring, Split, Tier
 from tests.changing_plans import decisions, propose, results

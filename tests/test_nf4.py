@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_rt import codec
 from offload_rt.errors import OffloadError
 from offload_rt.native import native_core, why_not
-from offload_rt.nf4_layout import NF4_TABLE, SECTION_ALIGNMENT_BYTES, nf4_layout
-from offload_rt.nf4_torch import sections_of
+from offload_rt.quantized import codec
+from offload_rt.quantized.nf4_layout import NF4_TABLE, SECTION_ALIGNMENT_BYTES, nf4_layout
+from offload_rt.quantized.nf4_torch import sections_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Around a byte, a quant block, a page, a nested block (16384), and the least share of a thread (524288).

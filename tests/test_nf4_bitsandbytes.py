@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload_rt import codec
 from offload_rt.errors import CheckpointError
-from offload_rt.nf4_layout import NF4_TABLE, dynamic_map, nf4_layout
-from offload_rt.nf4_torch import sections_of
-from offload_rt.prequantized import UnsupportedQuantization, from_bitsandbytes
+from offload_rt.quantized import codec
+from offload_rt.quantized.nf4_layout import NF4_TABLE, dynamic_map, nf4_layout
+from offload_rt.quantized.nf4_torch import sections_of
+from offload_rt.quantized.prequantized import UnsupportedQuantization, from_bitsandbytes
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 

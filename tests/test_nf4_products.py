@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import codec, nf4_products
 from offload_rt.errors import ConfigError
-from offload_rt.nf4_layout import nf4_layout
-from offload_rt.nf4_products import MOST_ERROR, TOKENS, Bitsandbytes, Decoded, Fused, Products, measure
+from offload_rt.quantized import codec, nf4_products
+from offload_rt.quantized.nf4_layout import nf4_layout
+from offload_rt.quantized.nf4_products import MOST_ERROR, TOKENS, Bitsandbytes, Decoded, Fused, Products, measure
 from planners.products import products_from_json, way_of
 from tests.interpreter import interpreted
 from tests.test_triton import same_bits
@@ -27,7 +27,7 @@ KINDS = (torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Fused:
-    return Fused(interpreted("offload_rt.nf4_product_triton", monkeypatch))
+    return Fused(interpreted("offload_rt.quantized.nf4_product_triton", monkeypatch))
 
 
 def operands(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

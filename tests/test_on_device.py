@@ -17,16 +17,16 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.optimizer.job import Job
 from offload_rt.optimizer.on_device import DeviceUpdates, stepping_bytes
 from offload_rt.optimizer.pieces import MASTER, Piece, Segment, TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import AdamWRule, Scalars, Update
-from offload_rt.recording import Recorder
-from offload_rt.streams import COMPUTE
 from offload_rt.tensor_spec import BlockSpec, TensorSpec, layout_block
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import Recorder
+from offload_rt.transfers.streams import COMPUTE
 from tests.fake_device import FakeDevice
 
 SIZE = 3000

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import arena as arena_module
-from offload_rt.arena import Arena, Slot
-from offload_rt.cpu_adam import gradient_norm
+from offload_rt.adamw.cpu_adam import gradient_norm
 from offload_rt.errors import BudgetExceeded, ConfigError, StorageError
-from offload_rt.links import Links
+from offload_rt.memory import arena as arena_module
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.optimizer.gradients import Gradients, is_finite
-from offload_rt.scratch import Scratch
+from offload_rt.storage.scratch import Scratch
+from offload_rt.transfers.links import Links
 from tests.tiny_blocks import FailingIO, blocks, gradients_of
 from tests.waiting import Waiting
 
@@ -98,7 +98,7 @@ def test_where_no_slot_is_free_another_blocks_gradients_are_put_away(tmp_path: P
 def test_it_waits_for_who_else_holds_a_slot_and_says_who_does_where_nobody_will_let_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("offload_rt.arena._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("offload_rt.memory.arena._GRACE_SECONDS", 0.0)
     held: list[Slot] = []
     asked = []
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt.commit_layout import PAYLOAD_BYTES
 from offload_rt.errors import PlanInfeasible
+from offload_rt.storage.commit_layout import PAYLOAD_BYTES
 from tests.tiny_training import PLACES, Plain, differences, engine, model, train
 
 TWO_DRIVES = "BACKWARD, two drives"

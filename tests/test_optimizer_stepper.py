@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import arena as arena_module
-from offload_rt.arena import Arena
 from offload_rt.errors import StorageError
-from offload_rt.links import Links
+from offload_rt.memory import arena as arena_module
+from offload_rt.memory.arena import Arena
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.state import Part, StateHome, begin_state, state_tensors
 from offload_rt.optimizer.stepper import Progress, Stepper
+from offload_rt.transfers.links import Links
 from tests.tiny_blocks import CountingRule, FailingIO, blocks, gradients_of, state_log
 from tests.waiting import Waiting
 

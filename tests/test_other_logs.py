@@ -11,12 +11,12 @@ import peft
 import pytest
 import torch
 
-from offload_rt import discover
 from offload_rt._engine import Engine
 from offload_rt.errors import CheckpointError, StoreCorrupt, StoreInUse
+from offload_rt.layers import discover
 from offload_rt.optimizer import pieces as optimizer_pieces
-from offload_rt.runtime_options import RuntimeOptions
 from offload_rt.tensor_spec import layout_block
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from tests import tiny_training
 from tests.adapter_tiers import ON_NVME, STEPS, Case, Running, make_engine, run_plain, training_of, unequal
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, run_steps

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import codec
-from offload_rt.cuts import cuts_from_json, cuts_to_json
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.measured_sizes import tensors_digest
+from offload_rt.plans.cuts import cuts_from_json, cuts_to_json
+from offload_rt.profiling.measured_sizes import tensors_digest
+from offload_rt.quantized import codec
 from planners.activations import Action, whole_batch
 from planners.placement import Tier
 from planners.plan import DecodeScope, Plan
@@ -150,9 +150,9 @@ def test_what_the_plan_does_not_name_is_plain_to_the_bit(make_engine, disk_folde
 def test_generation_takes_the_prompt_one_way_and_tokens_the_other(make_engine, disk_folder, monkeypatch, kind) -> None:
     way: Any = Halves()
     if kind == "triton":
-        from offload_rt.nf4_products import Fused
+        from offload_rt.quantized.nf4_products import Fused
 
-        way = Fused(interpreted("offload_rt.nf4_product_triton", monkeypatch), name="halves")
+        way = Fused(interpreted("offload_rt.quantized.nf4_product_triton", monkeypatch), name="halves")
     engine = engine_with(make_engine, disk_folder, way, table(4))
     engine.model.eval()
     prompt = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.placement import UpdateMode
 from planners.plan import StatePlacement, Tier
 from tests.fake_device import FakeDevice

@@ -6,10 +6,11 @@ from concurrent.futures import Future
 
 import pytest
 
-from offload_rt import file_io, patience
+from offload_rt import patience
 from offload_rt.errors import StorageTimeout
-from offload_rt.file_io import wait_future
 from offload_rt.patience import SLICE_SECONDS, Patience
+from offload_rt.transfers import file_io
+from offload_rt.transfers.file_io import wait_future
 
 
 class Clock:

@@ -13,14 +13,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from offload_rt import arena as arenas
-from offload_rt import mapped, peaks, planning, store
-from offload_rt.arena import Arena
-from offload_rt.commit_layout import LOG_BUFFER_BYTES
-from offload_rt.comparison import peak_lines
-from offload_rt.drives import PROBE_BYTES, drive_profile
-from offload_rt.links import Links
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.memory import arena as arenas
+from offload_rt.memory import mapped
+from offload_rt.memory.arena import Arena
+from offload_rt.plans import planning
+from offload_rt.running import peaks
+from offload_rt.running.comparison import peak_lines
+from offload_rt.storage import store
+from offload_rt.storage.commit_layout import LOG_BUFFER_BYTES
+from offload_rt.storage.drives import PROBE_BYTES, drive_profile
+from offload_rt.transfers.links import Links
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.errors import PlanInfeasible
 from planners.plan import StatePlacement, Tier
 from planners.streaming import SAVING

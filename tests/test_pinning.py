@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt import cudart, pinning
-from offload_rt.arena import Arena, Region
 from offload_rt.cli import doctor
-from offload_rt.cudart import CudaRuntime, find_cuda_runtime, measure_ceiling
 from offload_rt.errors import PinningRefused
-from offload_rt.pinning import RING_BYTES, Ceiling, known_ceiling, pin, pin_ceiling, ring_bytes
+from offload_rt.memory import cudart, pinning
+from offload_rt.memory.arena import Arena, Region
+from offload_rt.memory.cudart import CudaRuntime, find_cuda_runtime, measure_ceiling
+from offload_rt.memory.pinning import RING_BYTES, Ceiling, known_ceiling, pin, pin_ceiling, ring_bytes
 
 PAGE = 4096
 MIB = 1 << 20
@@ -102,7 +102,7 @@ def test_the_runtime_that_the_process_has_loaded_is_found(runtime, monkeypatch):
 def test_a_process_without_one_has_none(monkeypatch):
     code = (
         "import os; os.environ.pop('OFFLOAD_RT_CUDART', None)\n"
-        "from offload_rt import cudart; cudart._NAMES = ('libcudart.so.none',)\n"
+        "from offload_rt.memory import cudart; cudart._NAMES = ('libcudart.so.none',)\n"
         "import sys; print(cudart.find_cuda_runtime(), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.workload_sizes import allocator_slack_bytes
+from offload_rt.plans.workload_sizes import allocator_slack_bytes
 from planners.errors import PlanInfeasible, format_bytes
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.streaming import MIN_CHUNK_TOKENS, TIGHT_SLACK_BYTES, plan_streaming

@@ -8,11 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import calibrate, planning, rehearsal, workload_sizes
 from offload_rt._engine import Engine
-from offload_rt.block_profile import MOST_PASSES
 from offload_rt.errors import UnsupportedModule
-from offload_rt.plan_choice import MAX_SECONDS, OPTIMISER, RULE, choose, profile_bytes, profile_seconds, rule_seconds
+from offload_rt.plans import planning, workload_sizes
+from offload_rt.plans.plan_choice import (
+    MAX_SECONDS,
+    OPTIMISER,
+    RULE,
+    choose,
+    profile_bytes,
+    profile_seconds,
+    rule_seconds,
+)
+from offload_rt.profiling import calibrate
+from offload_rt.profiling.block_profile import MOST_PASSES
+from offload_rt.running import rehearsal
 from planners.edges import lookups_of
 from planners.errors import PlanInfeasible
 from planners.placement import Tier

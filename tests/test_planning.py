@@ -9,21 +9,22 @@ from functools import partial
 import pytest
 import torch
 
-from offload_rt import block_profile, calibrate, planning, workbench
 from offload_rt._engine import Engine
-from offload_rt.arena import Arena
-from offload_rt.asked import asked
-from offload_rt.autograd import CHECKED_CALLS, RecomputedLayer
-from offload_rt.block_profile import profile_layer
-from offload_rt.chunk_profile import profile_chunked_layer
 from offload_rt.config import EngineConfig, NvmePath
-from offload_rt.discover import find_blocks
-from offload_rt.edge_profile import profile_head, updates_per_second
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError
-from offload_rt.planning import CAPABILITIES, SLACK_DIVISOR, lowered, problem_of
-from offload_rt.workload import find_workload
-from offload_rt.workload_sizes import streaming_problem
+from offload_rt.layers.autograd import CHECKED_CALLS, RecomputedLayer
+from offload_rt.layers.discover import find_blocks
+from offload_rt.memory.arena import Arena
+from offload_rt.plans import planning
+from offload_rt.plans.asked import asked
+from offload_rt.plans.planning import CAPABILITIES, SLACK_DIVISOR, lowered, problem_of
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.profiling import block_profile, calibrate, workbench
+from offload_rt.profiling.block_profile import profile_layer
+from offload_rt.profiling.chunk_profile import profile_chunked_layer
+from offload_rt.profiling.edge_profile import profile_head, updates_per_second
+from offload_rt.wiring.workload import find_workload
 from planners.cost import knobs_of
 from planners.errors import PlanInfeasible
 from planners.hardware import Drive, Links, named_hardware

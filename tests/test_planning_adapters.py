@@ -12,18 +12,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from offload_rt import adapter_draft, asked, calibrate, optim, plan_choice, planning, planning_adapters, rehearsal
+from offload_rt import optim
 from offload_rt._engine import Engine
-from offload_rt.adapter_draft import with_adapter_state
-from offload_rt.commit_record import RECORD_BYTES, body_bytes
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.errors import ConfigError
 from offload_rt.meter import SSD_READ, SSD_WRITE
 from offload_rt.optimizer.adapters import AdapterTraining
-from offload_rt.planning_adapters import measured_rate
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans import asked, plan_choice, planning, planning_adapters
+from offload_rt.plans.planning_adapters import measured_rate
+from offload_rt.profiling import calibrate
+from offload_rt.running import rehearsal
+from offload_rt.storage.commit_record import RECORD_BYTES, body_bytes
 from offload_rt.tensor_spec import align_up
-from offload_rt.workload import find_workload
+from offload_rt.wiring import adapter_draft
+from offload_rt.wiring.adapter_draft import with_adapter_state
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.workload import find_workload
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware
 from planners.placement import Tier, UpdateMode

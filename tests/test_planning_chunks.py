@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import block_profile, chunk_profile, planning
 from offload_rt._engine import Engine
-from offload_rt.chunk_profile import passes, profile_chunked_layer
-from offload_rt.cuts import check_cuts, cuts_of
-from offload_rt.discover import find_blocks
 from offload_rt.errors import ConfigError
-from offload_rt.plan_choice import OPTIMISER, choose, profile_bytes, rule_seconds
-from offload_rt.planning import lowered, optimised_adapters
-from offload_rt.planning_tokens import GROUPS, INPUT, policies_of
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.layers.discover import find_blocks
+from offload_rt.plans import planning
+from offload_rt.plans.cuts import check_cuts, cuts_of
+from offload_rt.plans.plan_choice import OPTIMISER, choose, profile_bytes, rule_seconds
+from offload_rt.plans.planning import lowered, optimised_adapters
+from offload_rt.plans.planning_tokens import GROUPS, INPUT, policies_of
+from offload_rt.profiling import block_profile, chunk_profile
+from offload_rt.profiling.chunk_profile import passes, profile_chunked_layer
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment
 from planners.cost import class_costs, knobs_of
 from planners.division import deal

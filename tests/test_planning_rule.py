@@ -11,14 +11,14 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from offload_rt import planning, planning_tokens
 from offload_rt._engine import Engine
 from offload_rt.config import EngineConfig, NvmePath
-from offload_rt.plan_choice import RULE, rule_seconds
-from offload_rt.planning import SLACK_DIVISOR, optimised_adapters
-from offload_rt.planning_tokens import rounding_of
-from offload_rt.workload import Workload, find_workload
-from offload_rt.workload_sizes import streaming_problem
+from offload_rt.plans import planning, planning_tokens
+from offload_rt.plans.plan_choice import RULE, rule_seconds
+from offload_rt.plans.planning import SLACK_DIVISOR, optimised_adapters
+from offload_rt.plans.planning_tokens import rounding_of
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.wiring.workload import Workload, find_workload
 from planners import streaming as rule
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware

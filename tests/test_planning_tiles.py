@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import planning
 from offload_rt._engine import Engine
-from offload_rt.cuts import check_cuts, cuts_of
 from offload_rt.errors import ConfigError
-from offload_rt.plan_check import check_plan
-from offload_rt.plan_choice import OPTIMISER, choose, rule_seconds
-from offload_rt.planning import by_tiles, lowered
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans import planning
+from offload_rt.plans.cuts import check_cuts, cuts_of
+from offload_rt.plans.plan_check import check_plan
+from offload_rt.plans.plan_choice import OPTIMISER, choose, rule_seconds
+from offload_rt.plans.planning import by_tiles, lowered
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.cost import tiles_again_seconds
 from planners.errors import PlanInfeasible
 from planners.greedy import plan_greedy

@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import block_profile, planning
 from offload_rt._engine import Engine
-from offload_rt.block_profile import profile_layer
-from offload_rt.discover import find_blocks
 from offload_rt.errors import ConfigError
-from offload_rt.planning import SLACK_DIVISOR, lowered
-from offload_rt.planning_tokens import ACTIVATIONS, policies_of
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.layers.discover import find_blocks
+from offload_rt.plans import planning
+from offload_rt.plans.planning import SLACK_DIVISOR, lowered
+from offload_rt.plans.planning_tokens import ACTIVATIONS, policies_of
+from offload_rt.profiling import block_profile
+from offload_rt.profiling.block_profile import profile_layer
 from offload_rt.tokenwise.saved import MIN_SWAPPED_BYTES
 from offload_rt.tokenwise.slicing import NotTokenLocal
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.choices import combinations
 from planners.cost import Knobs

@@ -11,16 +11,14 @@ from typing import Any
 import peft
 import pytest
 
-from offload_rt import planning_training
 from offload_rt._engine import Engine
-from offload_rt.block_profile import profile_layer
-from offload_rt.commit_record import RECORD_BYTES, body_bytes
 from offload_rt.config import EngineConfig, NvmePath
-from offload_rt.discover import find_blocks
 from offload_rt.emulation import emulated_config
 from offload_rt.errors import ConfigError
-from offload_rt.planning_tokens import ACTIVATIONS
-from offload_rt.planning_training import (
+from offload_rt.layers.discover import find_blocks
+from offload_rt.plans import planning_training
+from offload_rt.plans.planning_tokens import ACTIVATIONS
+from offload_rt.plans.planning_training import (
     TrainingSeconds,
     check_can_be_asked,
     lowered_training,
@@ -29,11 +27,13 @@ from offload_rt.planning_training import (
     questions,
     state_cuts,
 )
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.profiling.block_profile import profile_layer
+from offload_rt.profiling.update_profile import PIECES, steps_per_second
+from offload_rt.storage.commit_record import RECORD_BYTES, body_bytes
 from offload_rt.tensor_spec import align_up
-from offload_rt.update_profile import PIECES, steps_per_second
-from offload_rt.workload import Workload, find_workload
-from offload_rt.workload_sizes import streaming_problem
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.workload import Workload, find_workload
 from planners import choices
 from planners.activations import Action, whole_batch
 from planners.division import HOMES

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from offload_rt import planning_training
 from offload_rt._engine import Engine
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
-from offload_rt.resting import splits_of
+from offload_rt.plans import planning_training
+from offload_rt.tiering.resting import splits_of
 from planners.hardware import Hardware
 from planners.placement import Tier, UpdateMode
 from tests import test_planning_training, test_replanning

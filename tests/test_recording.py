@@ -8,10 +8,10 @@ import random
 
 import pytest
 
-from offload_rt.arena import Arena, MemoryRange
-from offload_rt.file_io import AiofilesIO
-from offload_rt.links import Links
-from offload_rt.recording import Recorder
+from offload_rt.memory.arena import Arena, MemoryRange
+from offload_rt.transfers.file_io import AiofilesIO
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import Recorder
 
 SLOT = MemoryRange("ring", 0, 4096)
 OTHER = MemoryRange("ring", 4096, 8192)

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import rehearsal, workload_sizes
-from offload_rt.allocations import AllocationMeter, counted, together
-from offload_rt.longest_step import longest
-from offload_rt.measured_sizes import remembered_factor, scaled, sizes_key
-from offload_rt.rehearsal import MEASURED_BEFORE, SLACK, Rehearsal, planned_bytes
+from offload_rt.memory.allocations import AllocationMeter, counted, together
+from offload_rt.plans import workload_sizes
+from offload_rt.profiling.measured_sizes import remembered_factor, scaled, sizes_key
+from offload_rt.running import rehearsal
+from offload_rt.running.longest_step import longest
+from offload_rt.running.rehearsal import MEASURED_BEFORE, SLACK, Rehearsal, planned_bytes
 from planners.errors import PlanInfeasible
 from planners.plan import Tier
 from tests.conftest import VOCABULARY, build_lora
@@ -361,7 +362,7 @@ def test_a_model_that_fails_at_the_largest_size_trains_on(make, tight, caplog):
 
 
 def test_sizes_scale_together_and_the_larger_measurement_is_kept(make):
-    from offload_rt.measured_sizes import remember_factor
+    from offload_rt.profiling.measured_sizes import remember_factor
 
     with make() as engine:
         problem = engine._runtime.made_of.problem

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from offload_rt import rehearsal, runtime_assembly, workload_sizes
 from offload_rt._engine import Engine
-from offload_rt.allocations import AllocationMeter
 from offload_rt.errors import BudgetExceeded, ConfigError, OffloadError
+from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.optimizer import rehearsed
 from offload_rt.optimizer.rehearsed import update_peak_bytes
-from offload_rt.rehearsal import SLACK
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans import workload_sizes
+from offload_rt.running import rehearsal
+from offload_rt.running.rehearsal import SLACK
+from offload_rt.wiring import runtime_assembly
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, whole_batch
 from planners.errors import PlanInfeasible
 from planners.placement import UpdateMode

@@ -15,16 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt import assembly, calibrate, mapped, planning, rehearsal, replanning, runtime_assembly
 from offload_rt._engine import Engine
-from offload_rt.asked import Asked, measured
-from offload_rt.cuts import same_cuts
-from offload_rt.drift import MARGIN, has_drifted
 from offload_rt.errors import ConfigError, StorageError
+from offload_rt.memory import mapped
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, SSD_READ, SSD_WRITE, Reading
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.steps import WARM_STEPS, StepReading
-from offload_rt.throttle import Throttle
+from offload_rt.plans import planning
+from offload_rt.plans.asked import Asked, measured
+from offload_rt.plans.cuts import same_cuts
+from offload_rt.profiling import calibrate
+from offload_rt.running import rehearsal, replanning
+from offload_rt.running.drift import MARGIN, has_drifted
+from offload_rt.running.steps import WARM_STEPS, StepReading
+from offload_rt.transfers.throttle import Throttle
+from offload_rt.wiring import assembly, runtime_assembly
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
@@ -414,7 +418,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import pytest
-from offload_rt.runtime_assembly import RuntimeAssembly
+from offload_rt.wiring.runtime_assembly import RuntimeAssembly
 from planners.hardware import load_hardware
 from tests import test_replanning as here
 here.without_clocks(pytest.MonkeyPatch())

@@ -6,17 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import mapped, moving, rehearsal, replanning, runtime_assembly
 from offload_rt.config import EngineConfig
 from offload_rt.emulation import emulated_config
 from offload_rt.errors import StorageError
+from offload_rt.memory import mapped
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
-from offload_rt.moving import moves_between, why_not_follow
-from offload_rt.planning import lowered, problem_of
-from offload_rt.resting import splits_of
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.workload import find_workload
-from offload_rt.workload_sizes import streaming_problem
+from offload_rt.plans.planning import lowered, problem_of
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.running import rehearsal, replanning
+from offload_rt.tiering import moving
+from offload_rt.tiering.moving import moves_between, why_not_follow
+from offload_rt.tiering.resting import splits_of
+from offload_rt.wiring import runtime_assembly
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.workload import find_workload
 from planners import streaming
 from planners.division import divided
 from planners.edges import EdgesBy

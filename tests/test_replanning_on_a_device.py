@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import mapped
 from offload_rt._engine import Engine
-from offload_rt.device_cuda import CudaArena
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.memory import mapped
+from offload_rt.transfers.device_cuda import CudaArena
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import Plan, StatePlacement, Tier
 from tests.changing_plans import FAILURES, decisions, fail_once, propose, results
 from tests.fake_device import FakeDevice

@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import calibrate, mapped, planning_training, rehearsal, replanning
-from offload_rt.asked import Asked
 from offload_rt.errors import OffloadError, StorageError
+from offload_rt.memory import mapped
 from offload_rt.meter import CPU, SSD_READ, SSD_WRITE
-from offload_rt.planning_training import lowered_training
-from offload_rt.rehearsal import planned_bytes
+from offload_rt.plans import planning_training
+from offload_rt.plans.asked import Asked
+from offload_rt.plans.planning_training import lowered_training
+from offload_rt.profiling import calibrate
+from offload_rt.running import rehearsal, replanning
+from offload_rt.running.rehearsal import planned_bytes
 from planners.errors import format_bytes
 from planners.mip import plan_optimal
 from planners.placement import UpdateMode

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt import mapped
 from offload_rt.errors import OffloadError
-from offload_rt.loss_head import LossHead
+from offload_rt.memory import mapped
 from offload_rt.optimizer.stepper import Stepper
-from offload_rt.plan_options import with_shares
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans.plan_options import with_shares
+from offload_rt.vocabulary.loss_head import LossHead
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import Plan, StatePlacement, Tier
 from tests.changing_plans import FAILURES, decisions, fail_once, propose, results
 from tests.conftest import build_base, language_batch

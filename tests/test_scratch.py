@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
-from offload_rt.file_io import AiofilesIO
-from offload_rt.links import Links
-from offload_rt.scratch import Scratch
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.scratch import Scratch
+from offload_rt.transfers.file_io import AiofilesIO
+from offload_rt.transfers.links import Links
 from tests.conftest import open_descriptors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +54,8 @@ def test_the_file_has_no_name(scratch, disk_folder):
 
 def test_it_is_gone_when_the_process_is_killed(disk_folder):
     code = (
-        "import os, signal, sys; from pathlib import Path; from offload_rt.scratch import Scratch; "
-        "from offload_rt.links import Links; s = Scratch(Path(sys.argv[1]), 1 << 20, Links()); "
+        "import os, signal, sys; from pathlib import Path; from offload_rt.storage.scratch import Scratch; "
+        "from offload_rt.transfers.links import Links; s = Scratch(Path(sys.argv[1]), 1 << 20, Links()); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(disk_folder)], cwd=ROOT, timeout=60)

@@ -10,15 +10,15 @@ from collections import namedtuple
 
 import pytest
 
-import offload_rt.snapshot as snapshot_module
-from offload_rt.arena import Arena
-from offload_rt.commit_layout import MutableExtent, make_log
-from offload_rt.commit_log import CommitLog
+import offload_rt.storage.snapshot as snapshot_module
 from offload_rt.config import NvmePath
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageFull, StoreCorrupt
-from offload_rt.file_io import file_io
-from offload_rt.links import Links
-from offload_rt.snapshot import load_snapshot, save_snapshot
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.commit_layout import MutableExtent, make_log
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.storage.snapshot import load_snapshot, save_snapshot
+from offload_rt.transfers.file_io import file_io
+from offload_rt.transfers.links import Links
 from tests.power_loss import PlainIO
 
 PAGE = 4096

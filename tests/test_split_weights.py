@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt import weights_assembly
 from offload_rt._engine import Engine
-from offload_rt.arena import Arena
 from offload_rt.errors import ConfigError, StorageError, StoreCorrupt
-from offload_rt.parted import PartedBytes
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.streams import Copier
+from offload_rt.memory.arena import Arena
+from offload_rt.memory.parted import PartedBytes
 from offload_rt.tensor_spec import TENSOR_ALIGNMENT_BYTES, TensorSpec, layout_block
-from offload_rt.tiers import SplitResidence
+from offload_rt.tiering.tiers import SplitResidence
+from offload_rt.transfers.streams import Copier
+from offload_rt.wiring import weights_assembly
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.placement import ClassPlan
 from planners.plan import Plan, Split, Tier
 from tests.fake_device import FakeDevice

@@ -5,15 +5,15 @@ import gc
 import pytest
 import torch
 
-from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
-from offload_rt.file_io import AiofilesIO
-from offload_rt.links import Links
-from offload_rt.recording import Recorder
-from offload_rt.scratch import Scratch
-from offload_rt.stash import GRANULE_BYTES, HostStash, NvmeStash
-from offload_rt.throttle import Throttle
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.scratch import Scratch
+from offload_rt.tiering.stash import GRANULE_BYTES, HostStash, NvmeStash
 from offload_rt.tokenwise.saved import Held, Place, SavedCounters, _Storage
+from offload_rt.transfers.file_io import AiofilesIO
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import Recorder
+from offload_rt.transfers.throttle import Throttle
 from planners.hardware import named_hardware
 from planners.placement import Tier
 

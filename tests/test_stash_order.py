@@ -6,16 +6,16 @@ import time
 import pytest
 import torch
 
-from offload_rt.arena import Arena
-from offload_rt.drive_files import open_file
 from offload_rt.errors import StorageError, StorageTimeout
-from offload_rt.file_io import AiofilesIO, OpenFile
-from offload_rt.links import Links
-from offload_rt.scratch import Scratch
-from offload_rt.stash import HostStash, NvmeStash
-from offload_rt.throttle import Pipe, Throttle
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.drive_files import open_file
+from offload_rt.storage.scratch import Scratch
+from offload_rt.tiering.stash import HostStash, NvmeStash
 from offload_rt.tokenwise import forward, middle
-from offload_rt.transfer import Transfer
+from offload_rt.transfers.file_io import AiofilesIO, OpenFile
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.throttle import Pipe, Throttle
+from offload_rt.transfers.transfer import Transfer
 from planners.activations import Action, ActivationPolicy, Chunk, Treatment
 from planners.hardware import named_hardware
 from planners.placement import Tier

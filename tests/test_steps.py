@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt import comparison
 from offload_rt._engine import Engine
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Reading
-from offload_rt.runtime_options import RuntimeOptions
-from offload_rt.steps import KEPT_STEPS, SETTLED_STEPS, WARM_STEPS, StepMeter
+from offload_rt.running import comparison
+from offload_rt.running.steps import KEPT_STEPS, SETTLED_STEPS, WARM_STEPS, StepMeter
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import Tier
 from tests import tiny_training
 from tests.conftest import PlainLayer, build_plain

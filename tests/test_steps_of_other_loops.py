@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from offload_rt.arguments import make_optimizer
 from offload_rt.errors import ConfigError, IntegrityError, UnsupportedModule
-from offload_rt.steps import WARM_STEPS
+from offload_rt.running.steps import WARM_STEPS
 from tests.adapter_tiers import IN_HOST
 from tests.conftest import build_lora, language_batch
 from tests.saved_state import is_complete

@@ -16,17 +16,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import offload_rt.store as store_module
-from offload_rt.arena import Arena
+import offload_rt.storage.store as store_module
 from offload_rt.config import NvmePath
-from offload_rt.drive_files import MARKER, write_atomically
-from offload_rt.drives import DriveProfile
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
-from offload_rt.file_io import AiofilesIO, file_io
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
 from offload_rt.native import native_core
-from offload_rt.store import Store
+from offload_rt.storage.drive_files import MARKER, write_atomically
+from offload_rt.storage.drives import DriveProfile
+from offload_rt.storage.store import Store
 from offload_rt.tensor_spec import TensorSpec, layout_block
+from offload_rt.transfers.file_io import AiofilesIO, file_io
+from offload_rt.transfers.links import Links
 from tests.conftest import open_descriptors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -441,9 +441,9 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from offload_rt.config import NvmePath
-from offload_rt.drives import DriveProfile
-from offload_rt.store import Store
-from offload_rt.links import Links
+from offload_rt.storage.drives import DriveProfile
+from offload_rt.storage.store import Store
+from offload_rt.transfers.links import Links
 store = Store([NvmePath(path=Path(sys.argv[1]))], "key", Links())
 print("held", flush=True)
 time.sleep(60)

@@ -22,14 +22,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.arena import Arena
 from offload_rt.errors import OffloadError, StorageError, StorageTimeout
-from offload_rt.executor import RingExecutor
-from offload_rt.links import Links
-from offload_rt.recording import HOST, Recorder
-from offload_rt.streams import COMPUTE
-from offload_rt.tiers import HostResidence, NvmeResidence, Tiers
-from offload_rt.transfer import Transfer
+from offload_rt.layers.executor import RingExecutor
+from offload_rt.memory.arena import Arena
+from offload_rt.tiering.tiers import HostResidence, NvmeResidence, Tiers
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import HOST, Recorder
+from offload_rt.transfers.streams import COMPUTE
+from offload_rt.transfers.transfer import Transfer
 from planners.placement import Tier
 from planners.plan import Ring
 from planners.schedule import Phase, walk
@@ -181,7 +181,7 @@ def test_any_order_of_visits_is_ordered(visits, rest) -> None:
 
 
 def test_a_stage_is_not_read_into_while_a_copy_out_of_it_is_under_way(monkeypatch) -> None:
-    monkeypatch.setattr("offload_rt.arena._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("offload_rt.memory.arena._GRACE_SECONDS", 0.0)
     bench = Bench(Tier.NVME, num_slots=1, late_seconds=0.0)
     bench.device.to_device.hold()
     slot = bench.arena.acquire(PAGE, "b0")
@@ -249,7 +249,7 @@ def test_a_device_that_hangs_is_a_timeout_that_names_the_copy() -> None:
 
 
 def test_a_drive_that_hangs_is_a_timeout(monkeypatch) -> None:
-    monkeypatch.setattr("offload_rt.links.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("offload_rt.transfers.links.WAIT_SECONDS", 0.2)
     bench = Bench(Tier.NVME, late_seconds=0.0)
     bench.store.late_seconds = 1.0
     with pytest.raises(StorageTimeout):

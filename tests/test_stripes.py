@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_rt.stripes import MIN_STRIPE_BYTES, parts, stripe_all
+from offload_rt.storage.stripes import MIN_STRIPE_BYTES, parts, stripe_all
 
 PAGE = 4096
 MIB = 1 << 20

@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 
-from offload_rt.arena import Arena
-from offload_rt.drive_files import open_file
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
 from offload_rt.meter import Meter
-from offload_rt.paced_stash import PacedStash
-from offload_rt.stash import HostStash
-from offload_rt.throttle import IN, OUT, Pipe, Throttle
+from offload_rt.storage.drive_files import open_file
+from offload_rt.tiering.paced_stash import PacedStash
+from offload_rt.tiering.stash import HostStash
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.throttle import IN, OUT, Pipe, Throttle
 from planners.hardware import named_hardware
 
 MIB = 1 << 20

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from offload_rt.cuts import cuts_from_json
 from offload_rt.errors import ConfigError, StoreCorrupt
-from offload_rt.rows import pieces_of
+from offload_rt.plans.cuts import cuts_from_json
+from offload_rt.tiering.rows import pieces_of
 from planners.errors import PlanInfeasible
 from planners.plan import Plan, Ring, Tier
 from tests.conftest import build_base, build_lora

@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_rt.cuts import cuts_from_json
 from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.plans.cuts import cuts_from_json
 from planners.errors import PlanInfeasible
 from planners.plan import Plan, Tier
 from planners.vocabulary import HeadTiles, RowsSize

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from offload_rt.allocations import AllocationMeter
 from offload_rt.errors import UnsupportedModule
+from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.tokenwise.attention import intercepted
 from offload_rt.tokenwise.graphs import Sums, edge
 from offload_rt.tokenwise.tiles import Places

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt.arena import Arena
-from offload_rt.links import Links
-from offload_rt.scratch import Scratch
-from offload_rt.stash import HostStash, NvmeStash
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.scratch import Scratch
+from offload_rt.tiering.stash import HostStash, NvmeStash
 from offload_rt.tokenwise import first_products
 from offload_rt.tokenwise.saved import MIN_SWAPPED_BYTES
 from offload_rt.tokenwise.tiles import Places
+from offload_rt.transfers.links import Links
 from planners.activations import Action, ActivationPolicy, Chunk, Group, Span, Treatment
 from planners.placement import Tier
 from tests.parity import pairwise

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from offload_rt.arena import Arena
-from offload_rt.links import Links
-from offload_rt.scratch import Scratch
-from offload_rt.stash import HostStash, NvmeStash
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.scratch import Scratch
+from offload_rt.tiering.stash import HostStash, NvmeStash
 from offload_rt.tokenwise.tiles import Places
+from offload_rt.transfers.links import Links
 from planners.activations import Action
 from planners.placement import Tier
 from tests import full_parity

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt.arena import Arena
 from offload_rt.errors import StorageError, StorageFull, StorageTimeout
-from offload_rt.file_io import AiofilesIO, OpenFile, file_io, storage_error
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
 from offload_rt.native import native_core
-from offload_rt.recording import Recorder
+from offload_rt.transfers.file_io import AiofilesIO, OpenFile, file_io, storage_error
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import Recorder
 
 PAGE = 4096
 
@@ -264,7 +264,7 @@ def test_links_whose_drive_hangs_are_closed_in_bounded_time_and_say_so(arena, di
     core = native_core()
     if core is None or not core.io_uring_available()[0]:
         pytest.skip("threads do not read a pipe")
-    monkeypatch.setattr("offload_rt.file_io.WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("offload_rt.transfers.file_io.WAIT_SECONDS", 0.3)
     path = disk_folder / "fifo"
     os.mkfifo(path)
     fd = os.open(path, os.O_RDWR)

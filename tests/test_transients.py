@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from offload_rt import workload_sizes
-from offload_rt.arena import Arena
-from offload_rt.transients import _OUTPUTS, Transients
+from offload_rt.memory.arena import Arena
+from offload_rt.memory.transients import _OUTPUTS, Transients
+from offload_rt.plans import workload_sizes
 from tests.conftest import build_lora, language_batch
 
 MIB = 1 << 20

@@ -16,10 +16,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from offload_rt import codec, cpu_adam_torch, nf4_torch
-from offload_rt.cpu_adam import AdamW
+from offload_rt.adamw import cpu_adam_torch
+from offload_rt.adamw.cpu_adam import AdamW
 from offload_rt.errors import OffloadError
-from offload_rt.nf4_layout import nf4_layout
+from offload_rt.quantized import codec, nf4_torch
+from offload_rt.quantized.nf4_layout import nf4_layout
 from tests.interpreter import interpreted, version_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,14 +31,14 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 @pytest.fixture
 def nf4(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = interpreted("offload_rt.nf4_triton", monkeypatch)
+    module = interpreted("offload_rt.quantized.nf4_triton", monkeypatch)
     monkeypatch.setattr(codec, "_load_triton", lambda: (module, ""))
     return module
 
 
 @pytest.fixture
 def adam(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return interpreted("offload_rt.adam_triton", monkeypatch)
+    return interpreted("offload_rt.adamw.adam_triton", monkeypatch)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -168,7 +169,8 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from offload_rt import adam_triton, nf4_product_triton, nf4_triton
+from offload_rt.adamw import adam_triton
+from offload_rt.quantized import nf4_product_triton, nf4_triton
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

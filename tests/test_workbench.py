@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from offload_rt import workbench
-from offload_rt.block_profile import call_of, profile_layer
-from offload_rt.discover import find_blocks
-from offload_rt.edge_profile import profile_head
-from offload_rt.workbench import AWAKE_SECONDS, Workbench
+from offload_rt.layers.discover import find_blocks
+from offload_rt.profiling import workbench
+from offload_rt.profiling.block_profile import call_of, profile_layer
+from offload_rt.profiling.edge_profile import profile_head
+from offload_rt.profiling.workbench import AWAKE_SECONDS, Workbench
 from tests.conftest import build_lora
 from tests.fake_device import FakeDevice
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from offload_rt import drives, links
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.storage import drives
+from offload_rt.transfers import links
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plan import Tier
 from tests.full_parity import Case, make_engine, one_loss
 

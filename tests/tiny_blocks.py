@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.commit_layout import make_log
-from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
-from offload_rt.file_io import storage_error
-from offload_rt.links import Links
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import Scalars, StateTensor, Update
 from offload_rt.optimizer.state import log_extents
+from offload_rt.storage.commit_layout import make_log
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.transfers.file_io import storage_error
+from offload_rt.transfers.links import Links
 from tests.power_loss import PlainIO
 
 ELEMENTS = 8192

@@ -2,11 +2,11 @@
 
 import pytest
 
-from offload_rt.arena import Arena
-from offload_rt.commit_layout import MutableExtent, make_log
-from offload_rt.commit_log import CommitLog
 from offload_rt.config import NvmePath
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
+from offload_rt.storage.commit_layout import MutableExtent, make_log
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.transfers.links import Links
 from tests.power_loss import PlainIO
 
 PAGE = 4096

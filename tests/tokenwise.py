@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from offload_rt.access import ResidentAccess
-from offload_rt.arena import Arena
-from offload_rt.block import Block
-from offload_rt.decoder import Decoder
-from offload_rt.links import Links
-from offload_rt.stash import HostStash
+from offload_rt.layers.access import ResidentAccess
+from offload_rt.layers.block import Block
+from offload_rt.memory.arena import Arena
+from offload_rt.quantized.decoder import Decoder
 from offload_rt.tensor_spec import BlockSpec
+from offload_rt.tiering.stash import HostStash
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
+from offload_rt.transfers.links import Links
 from planners.activations import Action, ActivationPolicy, Chunk
 from planners.placement import Tier
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from offload_rt.checkpoint.whole_folder import replaced_whole
-from offload_rt.drive_files import sync_folder
 from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageError, StorageFull, TargetNotMatched
+from offload_rt.storage.drive_files import sync_folder
 
 _WEIGHTS = "adapter_model.safetensors"
 _CARD = "README.md"

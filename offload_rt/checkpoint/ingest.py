@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_rt import codec
-from offload_rt.arena import Slot
 from offload_rt.checkpoint.mapping import BnbTensors
 from offload_rt.checkpoint.sources import MemorySource, TensorSource, TransposedSource, materialise
-from offload_rt.discover import BlockDraft
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError
-from offload_rt.nf4_layout import QUANT_BLOCK_SIZE
-from offload_rt.prequantized import from_bitsandbytes
+from offload_rt.layers.discover import BlockDraft
+from offload_rt.memory.arena import Slot
+from offload_rt.quantized import codec
+from offload_rt.quantized.nf4_layout import QUANT_BLOCK_SIZE
+from offload_rt.quantized.prequantized import from_bitsandbytes
 from offload_rt.tensor_spec import Encoding, TensorSpec
 
 SLAB_BYTES = 32 << 20

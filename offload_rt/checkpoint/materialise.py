@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.block import placeholder
 from offload_rt.checkpoint.base_names import base_module
 from offload_rt.checkpoint.sources import TensorSource, materialise
 from offload_rt.errors import CheckpointError, UnsupportedModule
+from offload_rt.layers.block import placeholder
 
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 """Ways of initialising LoRA that do not look at the base weight."""

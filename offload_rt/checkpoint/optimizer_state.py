@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from offload_rt.blockwise import Quantized
+from offload_rt.adamw.blockwise import Quantized
 from offload_rt.checkpoint.saved_tensors import SavedTensors, read_tensor
 
 Write = Callable[[str, Tensor], None]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from offload_rt.access import Access
-from offload_rt.block import Block
 from offload_rt.checkpoint.adapters import save_adapters
 from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.tensor_groups import copies_of, tensor_groups
 from offload_rt.config import parse_bytes
 from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.layers.access import Access
+from offload_rt.layers.block import Block
 
 Blocks = Sequence[tuple[Block, Access]]
 

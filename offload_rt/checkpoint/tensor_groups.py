@@ -9,12 +9,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from offload_rt.access import Access
-from offload_rt.block import Block
 from offload_rt.checkpoint.base_names import model_tensors
 from offload_rt.checkpoint.conversion import is_transformers_model
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import UnsupportedModule
+from offload_rt.layers.access import Access
+from offload_rt.layers.block import Block
 from offload_rt.tensor_spec import TensorSpec
 from planners.schedule import Phase
 

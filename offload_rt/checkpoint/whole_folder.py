@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from offload_rt.drive_files import sync_folder
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull
+from offload_rt.storage.drive_files import sync_folder
 from planners.errors import format_bytes
 
 

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not drive.path.is_dir():
             raise ConfigError(f"nvme: {drive.path} is not a folder")
     folders = tuple(drive.path.resolve() for drive in drives)
-    from offload_rt import calibrate
+    from offload_rt.profiling import calibrate
 
     device = calibrate.device_named(arguments.device).name
     known = calibrate.identity(device, folders)

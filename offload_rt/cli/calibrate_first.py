@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from offload_rt.arguments import AUTO, OPTIMISE, calibrated_for, calibration_words
 from offload_rt.config import EngineConfig, parse_nvme
-from offload_rt.device_cuda import find_device
+from offload_rt.transfers.device_cuda import find_device
 
 
 def calibrate_first(device: str, nvme: Sequence[str] | None, plan: str, say: Callable[[str], None]) -> None:

@@ -110,7 +110,7 @@ def registered_memory() -> str:
 def pinnable_memory() -> str:
     """How much host memory the GPU's driver locks, tried in a child process up to 2 GiB, and half of what is free."""
     try:
-        from offload_rt import cudart, pinning
+        from offload_rt.memory import cudart, pinning
     except ImportError as error:
         return f"not tried: {error}"
     try:
@@ -144,7 +144,7 @@ def nf4_in_use() -> str:
     try:
         import torch
 
-        from offload_rt import codec
+        from offload_rt.quantized import codec
     except ImportError as error:
         return f"nothing: {error}"
     try:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from offload_rt.mounts import file_system_of
 from offload_rt.native import native_core
+from offload_rt.storage.mounts import file_system_of
 from planners.errors import format_bytes
 
 COMPARED_BYTES = 1 << 20
@@ -110,7 +110,7 @@ def _speed(fd: int, *, direct: bool) -> str:
 def _profile(folder: Path) -> str:
     """Measured now, whatever the cache says."""
     try:
-        from offload_rt.drives import probe
+        from offload_rt.storage.drives import probe
     except ImportError as error:  # torch, which the rest of this report does without
         return f"many requests at a time: not tried ({error})"
     core = native_core()

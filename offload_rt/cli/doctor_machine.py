@@ -12,8 +12,8 @@ import resource
 from importlib import metadata
 from pathlib import Path
 
-from offload_rt.cudart import is_wsl
-from offload_rt.memory_groups import memory_groups
+from offload_rt.memory.cudart import is_wsl
+from offload_rt.memory.memory_groups import memory_groups
 from planners.errors import format_bytes
 
 _IO_URING_SETUP = 425

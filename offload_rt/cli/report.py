@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offload_rt import comparison
 from offload_rt.errors import ConfigError
+from offload_rt.running import comparison
 from offload_rt.training.run_folder import RunFolder, low_memory_text
 from planners.errors import format_bytes
 

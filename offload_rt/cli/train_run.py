@@ -20,9 +20,8 @@ from offload_rt import optim
 from offload_rt._engine import Engine
 from offload_rt.cli.calibrate_first import calibrate_first
 from offload_rt.config import parse_adapters, parse_bytes
-from offload_rt.cuts import cuts_from_json
 from offload_rt.errors import ConfigError
-from offload_rt.runtime_options import RuntimeOptions
+from offload_rt.plans.cuts import cuts_from_json
 from offload_rt.training.batches import Batches, check_packing
 from offload_rt.training.data import DataReport, load_examples
 from offload_rt.training.drive_care import DriveCare
@@ -31,6 +30,7 @@ from offload_rt.training.identity import file_digest, model_digest, place_and_co
 from offload_rt.training.loop import TrainingResult, num_steps, train
 from offload_rt.training.options import TrainingOptions
 from offload_rt.training.run_folder import RunFolder
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.errors import format_bytes
 
 MODEL_FILES = ("config.json",)

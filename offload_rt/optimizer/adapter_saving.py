@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_rt.arena import Arena, Slot
 from offload_rt.checkpoint.optimizer_state import Write
 from offload_rt.checkpoint.saved_tensors import SavedTensors, bytes_of, read_tensor
 from offload_rt.errors import CheckpointError
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.optimizer.pieces import MASTER, Piece, Segment, TrainedBlock
 from offload_rt.optimizer.rules import StateTensor
 from offload_rt.optimizer.state import begin_state, state_tensors

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from offload_rt.checkpoint.state import load_state, restore, save_state
 from offload_rt.checkpoint.values import restore_rng
-from offload_rt.integrity import Reached
-from offload_rt.links import Links
+from offload_rt.guards.integrity import Reached
 from offload_rt.optimizer.adapter_saving import TieredState
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.in_memory import AdapterSteps
@@ -28,6 +27,7 @@ from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.saving import load_commit
 from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.writes import state_report
+from offload_rt.transfers.links import Links
 from planners.placement import UpdateMode
 
 

@@ -22,13 +22,13 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from offload_rt.arena import Arena, Slot
 from offload_rt.errors import OffloadError
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.meter import CPU
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Transfer
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.transfer import Transfer
 
 ALIGNMENT_BYTES = 64
 """Of a gradient in staging: a cache line."""

@@ -27,7 +27,7 @@ from offload_rt.dtypes import dtype_name, torch_dtype
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError
 from offload_rt.optimizer.pieces import MASTER, TrainedBlock
 from offload_rt.optimizer.state import state_extent
-from offload_rt.snapshot import read_manifest
+from offload_rt.storage.snapshot import read_manifest
 
 LAYOUT = "layout.json"
 LAYOUT_VERSION = 1

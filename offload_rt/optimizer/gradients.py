@@ -22,16 +22,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offload_rt.arena import Arena, Slot
-from offload_rt.cpu_adam import gradient_norm
+from offload_rt.adamw.cpu_adam import gradient_norm
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import ConfigError, StorageError
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.optimizer.arrivals import Arrival, Arrivals
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.recording import HOST
-from offload_rt.scratch import Scratch, ScratchRange
-from offload_rt.transfer import Transfer
+from offload_rt.storage.scratch import Scratch, ScratchRange
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import HOST
+from offload_rt.transfers.transfer import Transfer
 
 
 @dataclass

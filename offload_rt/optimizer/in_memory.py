@@ -17,12 +17,19 @@ from torch.utils.hooks import RemovableHandle
 from offload_rt.checkpoint.state import FolderCommits, load_state, restore, save_state
 from offload_rt.config import NO_COMMIT_FOLDER
 from offload_rt.errors import ConfigError, IntegrityError
-from offload_rt.integrity import CHECKED_STEPS, Reached, check_gradients, check_moved, check_norm, check_optimizer
+from offload_rt.guards.integrity import (
+    CHECKED_STEPS,
+    Reached,
+    check_gradients,
+    check_moved,
+    check_norm,
+    check_optimizer,
+)
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.log_commit import OpenLog, is_log
 from offload_rt.optimizer.others import refusal
 from offload_rt.optimizer.rules import rule_for
-from offload_rt.steps import weak_hook
+from offload_rt.running.steps import weak_hook
 
 
 class AdapterSteps:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from offload_rt.integrity import Reached
+from offload_rt.guards.integrity import Reached
 
 Check = Callable[[Mapping[str, Any]], None]
 """May refuse what was saved besides the state, by raising, before anything is changed."""

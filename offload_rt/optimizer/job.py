@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from offload_rt.arena import Slot
+from offload_rt.memory.arena import Slot
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.pieces import Piece, TrainedBlock
-from offload_rt.streams import Place
+from offload_rt.transfers.streams import Place
 
 
 class GradientSource(Protocol):

@@ -18,12 +18,12 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from offload_rt.arena import Arena
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.recording import HOST, RETURNED
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfer import Transfer
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import HOST, RETURNED
+from offload_rt.transfers.transfer import Transfer
 
 LANDING_SLOTS = 2
 """Ranges of new weights in HOST memory: one is rounded while another is copied."""

@@ -17,22 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_rt.arena import Arena, Slot
 from offload_rt.checkpoint.safetensors_writer import Outline
 from offload_rt.checkpoint.saved_tensors import bytes_of
 from offload_rt.checkpoint.state import SavedRun
 from offload_rt.checkpoint.values import unpack_values
-from offload_rt.commit_layout import folders_of_log
-from offload_rt.commit_log import CommitLog
-from offload_rt.drive_files import write_atomically
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import CheckpointError
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.optimizer.by_name import LAYOUT, check_layout, read_layout_json
 from offload_rt.optimizer.interface import Values
 from offload_rt.optimizer.pieces import MASTER, TrainedBlock
 from offload_rt.optimizer.state import STATE_PREFIX
-from offload_rt.snapshot import SnapshotLog, copy_commit
+from offload_rt.storage.commit_layout import folders_of_log
+from offload_rt.storage.commit_log import CommitLog
+from offload_rt.storage.drive_files import write_atomically
+from offload_rt.storage.snapshot import SnapshotLog, copy_commit
+from offload_rt.transfers.links import Links
 
 OpenLog = Callable[[Path], AbstractContextManager["LogCommit"]]
 PLACES = "places.json"

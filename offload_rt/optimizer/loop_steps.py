@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.others import OtherOptimizers
-from offload_rt.steps import StepMeter, weak_hook
+from offload_rt.running.steps import StepMeter, weak_hook
 
 logger = logging.getLogger("offload_rt")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from offload_rt.arena import Slot
 from offload_rt.checksum import crc32c
-from offload_rt.commit_log import Commit
-from offload_rt.commit_record import Version
-from offload_rt.file_io import OpenFile
-from offload_rt.links import Links
-from offload_rt.transfer import Transfer
+from offload_rt.memory.arena import Slot
+from offload_rt.storage.commit_log import Commit
+from offload_rt.storage.commit_record import Version
+from offload_rt.transfers.file_io import OpenFile
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.transfer import Transfer
 
 
 class MemoryLog:

@@ -35,19 +35,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from offload_rt import cpu_adam_torch
-from offload_rt.arena import Arena, MemoryRange, Slot
-from offload_rt.cpu_adam import AdamW
+from offload_rt.adamw import cpu_adam_torch
+from offload_rt.adamw.cpu_adam import AdamW
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, MemoryRange, Slot
 from offload_rt.optimizer.job import Job
 from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock
 from offload_rt.optimizer.rules import AdamWRule, Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import state_tensors
-from offload_rt.streams import Copier, Place
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, TensorSpec, align_up
-from offload_rt.transfer import Transfer
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.streams import Copier, Place
+from offload_rt.transfers.transfer import Transfer
 
 ALIGNMENT_BYTES = 64
 """Of gradients and new weights in a slot, as state lies there."""
@@ -67,8 +67,9 @@ class DeviceAdamW:
 
     def __init__(self, device: str) -> None:
         """`device` is torch's name for it. ImportError where Triton is needed and missing."""
-        self.step: Callable[..., None]
-        self.step = cpu_adam_torch.step if device == "cpu" else importlib.import_module("offload_rt.adam_triton").step
+        self.step: Callable[..., None] = cpu_adam_torch.step
+        if device != "cpu":
+            self.step = importlib.import_module("offload_rt.adamw.adam_triton").step
 
     def launch(self, of: Update) -> tuple[Callable[[], None], Scalars]:
         scalars = AdamW.from_group(of.group).scalars(of.step, of.grad_scale)

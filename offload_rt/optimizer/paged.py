@@ -21,15 +21,15 @@ from typing import Protocol
 
 import torch
 
-from offload_rt.arena import Arena, Slot
-from offload_rt.device_streams import Device
 from offload_rt.errors import ConfigError
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.optimizer.job import GradientSource, Job
 from offload_rt.optimizer.on_device import DeviceRule, PiecesOnDevice, UpdateOf, device_rule
 from offload_rt.optimizer.pieces import Piece
 from offload_rt.optimizer.rules import AdamWRule, Scalars, TorchRule, Update, UpdateRule
 from offload_rt.optimizer.state import state_tensors, weight_range
+from offload_rt.transfers.device_streams import Device
+from offload_rt.transfers.links import Links
 
 
 class RuleOnDevice(Protocol):

@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload_rt.arena import Slot
+from offload_rt.memory.arena import Slot
 from planners.placement import Split
 
 

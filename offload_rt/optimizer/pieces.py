@@ -21,7 +21,7 @@ from enum import Enum
 import torch
 from torch import nn
 
-from offload_rt.blockwise import QUANT_BLOCK_SIZE
+from offload_rt.adamw.blockwise import QUANT_BLOCK_SIZE
 from offload_rt.dtypes import dtype_name
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.rules import UpdateRule

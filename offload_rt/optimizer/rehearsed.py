@@ -15,8 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from offload_rt.allocations import AllocationMeter
 from offload_rt.dtypes import torch_dtype
+from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.optimizer.pieces import (
     PIECE_ELEMENTS,
     Masters,

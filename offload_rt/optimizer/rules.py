@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from offload_rt import cpu_adam, optim
-from offload_rt.blockwise import QUANT_BLOCK_SIZE, Quantized
+from offload_rt import optim
+from offload_rt.adamw import cpu_adam
+from offload_rt.adamw.blockwise import QUANT_BLOCK_SIZE, Quantized
 from offload_rt.errors import ConfigError
 
 Scalars = Mapping[str, Any]

@@ -18,7 +18,7 @@ from offload_rt.optimizer.log_commit import is_log
 from offload_rt.optimizer.memory_log import MemoryLog
 from offload_rt.optimizer.state import STATE_PREFIX, state_extent
 from offload_rt.optimizer.tiered_training import TieredTraining
-from offload_rt.snapshot import SnapshotLog, load_snapshot, read_payload, save_snapshot
+from offload_rt.storage.snapshot import SnapshotLog, load_snapshot, read_payload, save_snapshot
 
 
 def save_training(training: TieredTraining, folder: Path) -> int:

@@ -22,17 +22,17 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from offload_rt.arena import Slot
-from offload_rt.commit_layout import MutableExtent
-from offload_rt.commit_log import CommitLog
 from offload_rt.dtypes import torch_dtype
-from offload_rt.links import Links
+from offload_rt.memory.arena import Slot
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.parted_weights import PartedRoom, PartedWeights, WeightsRoom
 from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock, step_order
-from offload_rt.recording import HOST
+from offload_rt.storage.commit_layout import MutableExtent
+from offload_rt.storage.commit_log import CommitLog
 from offload_rt.tensor_spec import TensorSpec
-from offload_rt.transfer import Transfer
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import HOST
+from offload_rt.transfers.transfer import Transfer
 
 STATE_PREFIX = "state/"
 WEIGHTS_PREFIX = "weights/"

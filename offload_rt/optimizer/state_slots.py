@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from offload_rt.arena import Arena, Slot
-from offload_rt.commit_layout import settle
 from offload_rt.errors import OffloadError
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.optimizer.parted_weights import PartedRoom
 from offload_rt.optimizer.pieces import Piece, TrainedBlock
 from offload_rt.optimizer.state import StateHome
-from offload_rt.transfer import Transfer
+from offload_rt.storage.commit_layout import settle
+from offload_rt.transfers.transfer import Transfer
 
 
 @dataclass(kw_only=True)

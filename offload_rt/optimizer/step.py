@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from offload_rt.errors import IntegrityError
-from offload_rt.integrity import Reached, check_present
+from offload_rt.guards.integrity import Reached, check_present
 from offload_rt.optimizer.param_groups import Options
 from offload_rt.optimizer.pieces import TrainedBlock
 

@@ -24,8 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offload_rt.arena import Arena, Slot
-from offload_rt.links import Links
+from offload_rt.memory.arena import Arena, Slot
 from offload_rt.meter import CPU
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.job import GradientSource, Job
@@ -35,8 +34,9 @@ from offload_rt.optimizer.pieces import MASTER, Masters, Piece, Segment, Trained
 from offload_rt.optimizer.rules import Scalars, Update, UpdateRule
 from offload_rt.optimizer.state import Part, StateHome, state_tensors, weights_from_masters
 from offload_rt.optimizer.state_slots import StateSlots
-from offload_rt.recording import HOST
-from offload_rt.transfer import Transfer
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.recording import HOST
+from offload_rt.transfers.transfer import Transfer
 
 
 @dataclass(kw_only=True)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from offload_rt.arena import Slot
 from offload_rt.checkpoint.values import rng_state, unpack_values
 from offload_rt.closing import all_close
 from offload_rt.config import NO_COMMIT_FOLDER
 from offload_rt.errors import ConfigError
+from offload_rt.memory.arena import Slot
 from offload_rt.optimizer.commits import Commits
 from offload_rt.optimizer.interface import Values
 from offload_rt.optimizer.log_commit import OpenLog

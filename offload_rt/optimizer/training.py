@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_rt.adamw.cpu_adam import clip_scale
 from offload_rt.checkpoint.values import restore_rng
 from offload_rt.closing import all_close
-from offload_rt.cpu_adam import clip_scale
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError
-from offload_rt.integrity import Reached
+from offload_rt.guards.integrity import Reached
 from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.pieces import TrainedBlock

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from offload_rt.access import graph_is_kept, opened, without_hooks
-from offload_rt.autograd import RecomputedLayer
-from offload_rt.layer_call import Call
+from offload_rt.layers.access import graph_is_kept, opened, without_hooks
+from offload_rt.layers.autograd import RecomputedLayer
+from offload_rt.layers.layer_call import Call
 from offload_rt.random_state import RandomState
 from offload_rt.tokenwise.first_products import FirstProducts
 from offload_rt.tokenwise.locality import check_locality

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from offload_rt.access import without_hooks
-from offload_rt.autograd import RecomputedLayer
-from offload_rt.layer_call import Call
+from offload_rt.layers.access import without_hooks
+from offload_rt.layers.autograd import RecomputedLayer
+from offload_rt.layers.layer_call import Call
 from offload_rt.random_state import kept_random_state
 from offload_rt.tokenwise.graphs import Gradients
 from offload_rt.tokenwise.slicing import NotTokenLocal, first_tokens

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from offload_rt.block import Block, WeightView
-from offload_rt.stash import Stash, Stashed
+from offload_rt.layers.block import Block, WeightView
+from offload_rt.tiering.stash import Stash, Stashed
 from planners.placement import Tier
 
 MIN_SWAPPED_BYTES = 1024

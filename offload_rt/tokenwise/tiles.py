@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from offload_rt.block import Block
-from offload_rt.layer_call import Call
+from offload_rt.layers.block import Block
+from offload_rt.layers.layer_call import Call
 from offload_rt.random_state import RandomState
-from offload_rt.stash import Stash
+from offload_rt.tiering.stash import Stash
 from offload_rt.tokenwise.first_products import FirstProducts
 from offload_rt.tokenwise.graphs import Sums
 from offload_rt.tokenwise.middle import Middle

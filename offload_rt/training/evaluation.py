@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from offload_rt.longest_step import model_unchanged
+from offload_rt.running.longest_step import model_unchanged
 from offload_rt.training.batches import Batch, Batches
 from offload_rt.training.data import IGNORED_LABEL
 from offload_rt.training.display import format_seconds

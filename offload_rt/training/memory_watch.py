@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from offload_rt.process_memory import MemoryLeft, memory_left, resident_bytes
+from offload_rt.memory.process_memory import MemoryLeft, memory_left, resident_bytes
 from offload_rt.training.run_folder import low_memory_text
 
 logger = logging.getLogger("offload_rt")

@@ -109,7 +109,7 @@ class RunFolder:
         return self._read_run().get("cuts")
 
     def note_cuts(self, cuts: Mapping[str, Any]) -> None:
-        """Keeps the cuts with which the run takes its steps (plain JSON, see `offload_rt.cuts`)."""
+        """Keeps the cuts with which the run takes its steps (plain JSON, see `offload_rt.plans.cuts`)."""
         if self.cuts != cuts:
             self._write(self._run_file, json.dumps({**self._read_run(), "cuts": dict(cuts)}, indent=1))
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from offload_rt.checkpoint.values import unpack_values
-from offload_rt.commit_peek import peek
 from offload_rt.errors import ConfigError, OffloadError, StorageError
+from offload_rt.storage.commit_peek import peek
 from offload_rt.training.run_folder import RunFolder
 
 

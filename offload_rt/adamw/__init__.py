@@ -1,0 +1,1 @@
+"""One AdamW step where the state lies: fast, plain and on a GPU."""

@@ -1,0 +1,1 @@
+"""Refusals: of what would train another model, in silence."""

@@ -1,0 +1,1 @@
+"""Memory that is leased, locked, counted and given back."""

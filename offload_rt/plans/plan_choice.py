@@ -1,0 +1,199 @@
+"""`plan="auto"`: the fixed streaming rule's plan, or the optimiser's where that is expected to be faster.
+
+The rule needs nothing but sizes. The optimiser needs this machine's rates (`offload-rt calibrate`, remembered) and a
+layer's seconds, measured now; at these prices both plans are simulated, and the optimiser's runs if it is faster by
+more than what predictions are off. Whatever stands in the way, the rule's plan runs, and the `Choice` says why. Where
+all parameters train it is not asked; a device then makes its part of the updates of the rule's plan, at these rates.
+Both keep to the budgets, and the rule's can follow the optimiser's, since a rehearsal that does not fit goes back to
+it. Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and where it does not,
+of whole layers; where the rule takes the head by tiles, so does the optimiser: so the bits are the same.
+
+    rule ──► can it be asked, and for how much? ──► profile, solve, simulate both ──► the faster one, and the reason
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from offload_rt.arguments import calibration
+from offload_rt.errors import OffloadError
+from offload_rt.plans.asked import Asked, asked
+from offload_rt.plans.cuts import cuts_of
+from offload_rt.plans.device_share import GAIN, with_balanced_share
+from offload_rt.plans.plan_check import check_plan
+from offload_rt.plans.plan_options import chunk_tokens_of
+from offload_rt.plans.planning import by_tiles, lowered, measured_problem, optimal
+from offload_rt.plans.planning_adapters import asked_for
+from offload_rt.profiling.profile_cost import profile_bytes, profile_seconds
+from offload_rt.tiering.moving import why_not_follow
+from offload_rt.wiring.workload import Workload
+from planners.cost import Knobs
+from planners.division import divided
+from planners.errors import PlanInfeasible, format_bytes
+from planners.expand import Fractions, UpdateKey, expand
+from planners.hardware import Hardware
+from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plan import Plan, StatePlacement
+from planners.problem import BlockClass, Problem
+from planners.simulate import simulate
+from planners.streaming_problem import StreamingProblem
+
+RULE, OPTIMISER = "fixed streaming rule", "optimiser"
+MAX_SECONDS = 60.0
+"""Of profiling, as estimated; a longer one is for who asks for it by plan="optimise"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which plan runs, and why."""
+
+    chosen: str
+    why: str
+    seconds: float = 0.0
+    """What measuring and solving took."""
+    rule_step_seconds: float | None = None
+    optimised_step_seconds: float | None = None
+    """Predicted, at the same prices."""
+
+    def __str__(self) -> str:
+        return f"auto: {self.chosen}: {self.why}"
+
+
+def choose(
+    workload: Workload,
+    streaming: StreamingProblem,
+    rule: Plan,
+    machine: Hardware | None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    why_not: str = "",
+) -> tuple[Plan, Choice, Asked | None]:
+    """The plan to run, of `rule` and what the optimiser finds, and if that is the optimiser's what it was asked.
+
+    Blocks for a few seconds where it is asked. machine: as calibrated; None where it was not. optimizer: of adapters
+    whose state rests in tiers. why_not: what the caller knows against asking.
+    """
+    keeps_rule = bool(why_not)
+    why_not = why_not or _why_not(workload, streaming, rule, machine)
+    if why_not or machine is None:
+        if machine is not None and not keeps_rule:
+            rule = with_balanced_share(rule, workload, streaming, machine)
+        return rule, Choice(chosen=RULE, why=why_not), None
+    begin = time.perf_counter()
+
+    def chosen(name: str, why: str, **seconds: float) -> Choice:
+        return Choice(chosen=name, why=why, seconds=round(time.perf_counter() - begin, 3), **seconds)
+
+    try:
+        problem = measured_problem(workload, streaming, machine, chunk_tokens=chunk_tokens_of(rule, workload))
+        if rule.head_tiles is not None:
+            problem = by_tiles(problem, streaming)
+        if workload.training is None or optimizer is None:
+            plan, problem = optimal(problem, streaming)
+            plan, found = lowered(plan, streaming, problem), asked(problem)
+        else:
+            questions = asked_for(workload, streaming, problem, optimizer)
+            plan, found = Asked(questions=questions).best(workload, streaming)
+            problem = questions[0 if _is_all_in_memory(rule, streaming) else -1][0]  # one that commits as often
+        ruled = rule_seconds(problem, rule)
+        check_plan(plan, streaming, workload)
+    except (OffloadError, PlanInfeasible, MemoryError, RuntimeError, ValueError) as error:
+        return rule, chosen(RULE, f"the optimiser cannot plan this: {error}"), None
+    if cuts_of(plan, workload) != cuts_of(rule, workload):
+        cuts = cuts_of(plan, workload).describe()
+        return rule, chosen(RULE, f"the optimiser's plan cuts otherwise, which changes numbers: {cuts}"), None
+    if why := why_not_follow(workload, streaming, plan, rule):
+        return rule, chosen(RULE, f"the rule's plan could not follow the optimiser's: {why}"), None
+    optimised = float(plan.predicted["step_seconds"])
+    both = {"rule_step_seconds": ruled, "optimised_step_seconds": optimised}
+    compared = f"{optimised:.3g} s a step expected, {ruled:.3g} s with the rule"
+    if optimised > (1 - GAIN) * ruled:
+        return rule, chosen(RULE, f"the optimiser's plan is no faster by {GAIN:.0%}: {compared}", **both), None
+    return plan, chosen(OPTIMISER, compared, **both), found
+
+
+def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware | None) -> str:
+    """Why the optimiser is not asked; empty where it is."""
+    config = workload.config
+    if config.device == "cpu" and workload.has_streams:
+        return "there is no profile of a device that stands for another one"
+    if workload.training is not None and not workload.training.adapters:
+        return 'layers train: plan="optimise" would ask the optimiser'
+    if rule.layer_major:
+        return "several micro-batches to a fetch are not the optimiser's yet"
+    chunk_tokens = chunk_tokens_of(rule, workload)
+    if config.device_memory_bytes is None and not workload.has_streams:
+        return "no device_memory= says how much may be used; the optimiser would fill all that is free"
+    if machine is None:
+        return f"this machine's rates are not known; `{calibration(config)}` would let the optimiser plan"
+    need, have = profile_bytes(workload, streaming, chunk_tokens), streaming.device_capacity_bytes
+    if have is not None and need > have:
+        return f"profiling a layer takes about {format_bytes(need)}, the budget is {format_bytes(have)}"
+    if (seconds := profile_seconds(workload, machine, chunk_tokens)) > MAX_SECONDS:
+        return f'profiling a layer would take about {seconds:.0f} s: plan="optimise" does it'
+    return ""
+
+
+def rule_seconds(problem: Problem, rule: Plan) -> float:
+    """What a step of the rule's plan takes at the prices of `problem`, which was measured by the same chunks.
+
+    ValueError for a plan with other cuts.
+    """
+    chunk_tokens = problem.workload.measured_chunk_tokens
+    tiled = any(entry.in_tiles for entry in problem.workload.classes)
+    chunked = rule.activations is not None
+    if rule.layer_major or chunked != (chunk_tokens is not None) or (rule.head_tiles is not None) != tiled:
+        raise ValueError("a plan with other cuts than those of the question is not simulated")
+    unified = problem.hardware.unified
+    rings = {name: ring.rest for ring in rule.rings for name in ring.blocks}
+    if rule.lookups is not None:
+        rings |= dict.fromkeys(rule.lookups.blocks, rule.lookups.rest)
+    if rule.head_tiles is not None:
+        rings[rule.head_tiles.block] = rule.head_tiles.rest
+    layers = next((ring for ring in rule.rings if ring.name == "layers"), None)
+    inputs = Tier.DEVICE if unified and rule.layer_inputs is Tier.HOST else rule.layer_inputs
+    kept = (0.0, float(inputs is Tier.NVME), float(inputs is Tier.HOST), float(inputs is Tier.DEVICE))
+    fractions = []
+    for entry in problem.workload.classes:
+        rests = [rings.get(name, Tier.DEVICE) for name in entry.blocks]
+        device, host, nvme = (sum(rest is tier for rest in rests) / len(rests) for tier in Tier)
+        fractions.append(
+            Fractions(
+                weights=(device + host, 0.0, nvme) if unified else (device, host, nvme),
+                tokens=tuple((1.0, 0.0, 0.0, 0.0) if s.recomputable else kept for s in entry.saved),
+                updates=_updates(entry, rule.state, unified=unified),
+            )
+        )
+    knobs = Knobs(
+        update_mode=UpdateMode.AFTER, slots=layers.num_slots if layers else 2,
+        cuts=Cuts(chunk_tokens=chunk_tokens or problem.workload.tokens),
+        decode_scope=rule.decode_scope or DecodeScope.LINEAR, inputs=inputs,
+        buffers=Buffers() if rule.state is None else Buffers(state_slots=max(1, rule.state.state_slots)),
+    )  # fmt: skip
+    plan = expand(problem, knobs, fractions, planner=RULE)
+    return float(simulate(divided(problem, plan), plan).step_seconds)
+
+
+def _is_all_in_memory(rule: Plan, streaming: StreamingProblem) -> bool:
+    """Whether the rule has no adapters' state on NVMe."""
+    sizes = streaming.training
+    return rule.state is not None and sizes is not None and rule.state.is_all_in_memory(sizes)
+
+
+def _updates(entry: BlockClass, state: StatePlacement | None, *, unified: bool) -> dict[UpdateKey, float]:
+    """Shares of a class's parameters by where their state rests, and who steps them."""
+    if state is None or not entry.state_cuts:
+        return {(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0}
+    memory, place = (Tier.DEVICE, UpdatePlace.DEVICE) if unified else (Tier.HOST, UpdatePlace.CPU)
+    share = entry.state_cuts[state.in_memory.get(entry.name, 0)][0] / entry.trainable_params
+    return {(tier, place, False): part for tier, part in ((memory, share), (Tier.NVME, 1 - share)) if part}
+
+
+def after_rehearsal(choice: Choice | None) -> Choice | None:
+    """What is said where the rule planned again, with the sizes that a rehearsal measured."""
+    if choice is None or choice.chosen == RULE:
+        return choice
+    return replace(choice, chosen=RULE, why=f"planned again for what the rehearsal measured; before: {choice.why}")

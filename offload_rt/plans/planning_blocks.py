@@ -1,0 +1,85 @@
+"""A model's blocks in the optimiser's question: classes of equal ones, with what their passes take and hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from offload_rt.layers.discover import BlockDraft
+from offload_rt.plans.planning_tokens import chunked_bytes, transients_of
+from planners.problem import BlockClass, MeasuredSeconds
+from planners.streaming import head_chunk_tokens
+from planners.streaming_problem import StreamingProblem
+from planners.trace import Saved, Transient
+from planners.vocabulary import RowsSize
+
+
+def class_of(
+    name: str,
+    drafts: list[BlockDraft],
+    order: dict[str, int],
+    seconds: MeasuredSeconds,
+    *,
+    is_layer: bool,
+    again: bool = True,
+    trainable_params: int = 0,
+    saved: tuple[Saved, ...] = (),
+    transients: tuple[Transient, ...] = (),
+    tile_bytes: int = 0,
+    rows: RowsSize | None = None,
+) -> BlockClass:
+    spec = drafts[0].spec
+    quantized = [tensor.compute_bytes for tensor in spec.tensors if tensor.is_quantized]
+    return BlockClass(
+        name=name,
+        blocks=tuple(draft.name for draft in drafts),
+        positions=tuple(order[draft.name] for draft in drafts),
+        is_layer=is_layer,
+        stored_bytes=spec.stored_bytes,
+        decoded_bytes=sum(quantized),
+        largest_linear_bytes=max(quantized, default=0),
+        trainable_params=trainable_params,
+        forward_flops=0.0,
+        backward_flops=0.0,
+        attention_flops=0.0,
+        moved_bytes=0.0,
+        saved=saved,
+        attention_bytes=0.0,
+        attention_groups=1,
+        transients=transients,
+        tile_bytes=tile_bytes,
+        visits_backward=again,
+        weight_cuts=spec.cuts_bytes,
+        measured=seconds,
+        rows=rows,
+    )
+
+
+def needed_again(draft: BlockDraft, streaming: StreamingProblem, chunk_tokens: int | None = None) -> bool:
+    """Whether an edge's weights are needed in backward: a product's, unless tiles take its gradients in forward."""
+    at_once = head_chunk_tokens(streaming, chunk_tokens) is None
+    return at_once and any(isinstance(module, nn.Linear) for module in draft.modules)
+
+
+def kind_of(draft: BlockDraft) -> str:
+    """Layers of one kind take equally long."""
+    shapes = [(tensor.shape, tensor.dtype, tensor.encoding.value) for tensor in draft.spec.tensors]
+    trained = [tuple(p.shape) for p in draft.modules[0].parameters() if p.requires_grad]
+    return repr((type(draft.modules[0]).__name__, shapes, trained))
+
+
+def passes_of(seconds: MeasuredSeconds, streaming: StreamingProblem, num_tokens: int, seq_len: int) -> dict[str, Any]:
+    """What a layer's passes need beside what it saves: by tokens, or where it runs by chunks, as it was counted."""
+    if seconds.chunks is None:
+        whole = streaming.layer_bytes(None)
+        return {"transients": transients_of(seconds, layer_bytes=whole, num_tokens=num_tokens)}
+    sequence_bytes = 0 if streaming.chunked is None else streaming.chunked.sequence_bytes
+    return {"tile_bytes": chunked_bytes(seconds, sequence_bytes=sequence_bytes, seq_len=seq_len)}
+
+
+def passes_of_edge(seconds: MeasuredSeconds, peak: int, chunk_tokens: int | None, num_tokens: int) -> dict[str, Any]:
+    """The same of a block outside the layers, which takes all tokens, or the loss by tiles of its own."""
+    if chunk_tokens is not None:
+        return {"tile_bytes": peak}
+    return {"transients": transients_of(seconds, layer_bytes=peak, num_tokens=num_tokens)}

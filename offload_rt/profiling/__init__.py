@@ -1,0 +1,1 @@
+"""What a machine and a model's blocks take, measured by running them."""

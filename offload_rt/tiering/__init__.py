@@ -1,0 +1,1 @@
+"""DEVICE, HOST and NVME behind one interface: what rests there, and what waits there between two passes."""

@@ -1,0 +1,106 @@
+"""Layer inputs and swapped activations over an emulated link: put away behind the computation, back ahead of it.
+
+Where DEVICE and HOST are RAM, a stash copies at once. Here each copy takes the link's time besides. On the way back it
+begins one tensor ahead, when the one that backward wants first has come. On the way out nobody waits for it. With a
+window, which is what a device would have for tensors on their way, both reach as far as that: what leaves waits until
+it has room in it, and what comes back begins as early as it has.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+
+import torch
+
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, Meter
+from offload_rt.tiering.stash import Stash, Stashed
+from offload_rt.transfers.throttle import IN, OUT, Pipe, Ticket
+
+
+class PacedStash:
+    """A stash on the other side of `link`. Waits for it are counted by `meter`.
+
+    `window_bytes`: on their way in one direction at most; None: see above.
+    """
+
+    def __init__(self, inner: Stash, link: Pipe, meter: Meter, *, window_bytes: int | None = None) -> None:
+        self._inner = inner
+        self.link = link
+        self.window_bytes = window_bytes
+        self._meter = meter
+        self._leaving: deque[tuple[Ticket, int]] = deque()
+        self._last: weakref.ref[_PacedStashed] | None = None
+
+    def put(self, tensor: torch.Tensor) -> Stashed | None:
+        """As the stash inside; the way out is begun. Blocks while more leaves than has room."""
+        stashed = self._inner.put(tensor)
+        if stashed is None:
+            return None
+        num_bytes = tensor.numel() * tensor.element_size()
+        out = self.link.submit(OUT, num_bytes)
+        if self.window_bytes is not None:
+            self._leaving.append((out, num_bytes))
+            while sum(size for _, size in self._leaving) > max(self.window_bytes, num_bytes):
+                self.wait(self._leaving.popleft()[0])
+        paced = _PacedStashed(self, stashed, out, num_bytes, self._last)
+        self._last = weakref.ref(paced)
+        return paced
+
+    def wait(self, ticket: Ticket) -> None:
+        """Blocks until `ticket` is through."""
+        start = self._meter.clock()
+        self.link.wait(ticket)
+        self._meter.stalled(HOST_TO_DEVICE if ticket.way == IN else DEVICE_TO_HOST, self._meter.clock() - start)
+
+    def begin_before(self, stashed: _PacedStashed) -> None:
+        """Puts on their way back what was put away before, the latest first."""
+        ahead_bytes, is_first = 0, True
+        reference = stashed.previous
+        while reference is not None and (before := reference()) is not None:
+            if before.is_expected:
+                ahead_bytes += before.num_bytes
+                if not is_first and (ahead_bytes > (self.window_bytes or 0) or not before.out.is_through):
+                    return
+                before.begin()
+                is_first = False
+            reference = before.previous
+
+
+class _PacedStashed:
+    def __init__(
+        self,
+        stash: PacedStash,
+        inner: Stashed,
+        out: Ticket,
+        num_bytes: int,
+        previous: weakref.ref[_PacedStashed] | None,
+    ) -> None:
+        self._stash = stash
+        self._inner = inner
+        self.out = out
+        self.num_bytes = num_bytes
+        self.previous = previous
+        self.is_expected = True
+        """It is held, and was not loaded yet."""
+        self._back: Ticket | None = None
+
+    def begin(self) -> None:
+        """Puts it on its way back, if it is not. Blocks until it has left."""
+        if self._back is None:
+            self._stash.wait(self.out)
+            self._back = self._stash.link.submit(IN, self.num_bytes)
+
+    def load(self) -> torch.Tensor:
+        """The tensor again; blocks until the link has brought it. A second one takes the way once more."""
+        self.begin()
+        tensor = self._inner.load()
+        if self._back is not None:
+            self._stash.wait(self._back)
+        self._back, self.is_expected = None, False
+        self._stash.begin_before(self)
+        return tensor
+
+    def release(self) -> None:
+        self.is_expected = False
+        self._inner.release()

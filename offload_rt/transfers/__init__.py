@@ -1,0 +1,1 @@
+"""Asynchronous copies between tiers: the only streams, events and rings."""

@@ -1,0 +1,101 @@
+"""One asynchronous copy, from the call that starts it until it has been waited for: it owns the memory at both ends.
+
+Whoever starts one is `links`; a device's own copies are begun by `device_copies`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from offload_rt.errors import OffloadError, StorageTimeout
+from offload_rt.memory.arena import WAIT_SECONDS
+from offload_rt.transfers.streams import Copy
+
+
+@dataclass(kw_only=True)
+class TransferCounters:
+    """What moved since the start, in bytes, operations and seconds."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_copied: int = 0
+    num_transfers: int = 0
+    stall_seconds: float = 0.0
+    """Time in which a wait really waited."""
+
+
+@dataclass
+class Leg:
+    """What a transfer has to wait for on one resource."""
+
+    resource: str
+    arrived_at: float | None = None
+    """When whoever waited for it went on, by the meter's clock; None while nobody has."""
+
+
+class Transfer:
+    """One asynchronous copy of `num_bytes`. Holds both ends until `wait` has returned or raised.
+
+    `wait` may be called again; it raises `StorageTimeout` where nothing of it arrives for `timeout_seconds` in
+    which the process runs, and what the operation raised.
+    """
+
+    def __init__(self, name: str, num_bytes: int, wait: Callable[[float], None], owned: tuple[object, ...]) -> None:
+        self.name = name
+        self.num_bytes = num_bytes
+        self.operation: int | None = None
+        """Its number in the recorder, if there is one."""
+        self.copy: Copy | None = None
+        """The device's own copy that this is, if it is one."""
+        self.legs: tuple[Leg, ...] = ()
+        """What it waits for, one after the other; empty where nobody measures that."""
+        self._wait = wait
+        self._owned: tuple[object, ...] | None = owned
+        self._error: Exception | None = None
+        self._lock = threading.RLock()
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if self._owned is None:
+                return
+            try:
+                self._wait(WAIT_SECONDS if timeout_seconds is None else timeout_seconds)
+            except StorageTimeout:
+                raise  # still under way: both ends stay owned, and it can be waited for again
+            except Exception as error:
+                self._error = error
+                self._owned = None
+                raise
+            self._owned = None
+
+    @property
+    def was_waited_for(self) -> bool:
+        """Whether a wait has returned, or raised what the operation raised: it holds nothing any more."""
+        return self._owned is None
+
+    def is_over(self) -> bool:
+        """Whether `wait` would return or raise at once. Does not block, nor order anybody after it."""
+        if not self._lock.acquire(blocking=False):
+            return False  # somebody waits for it
+        try:
+            self.wait(0.0)
+        except StorageTimeout:
+            return False
+        except OffloadError:
+            return True
+        finally:
+            self._lock.release()
+        return True
+
+    def stalls(self, begin_seconds: float, end_seconds: float) -> Iterator[tuple[str, float]]:
+        """How a wait for it, that has returned, divides into waits for its legs: resource and seconds."""
+        at = begin_seconds
+        for number, leg in enumerate(self.legs):
+            is_last = number + 1 == len(self.legs)
+            until = end_seconds if is_last or leg.arrived_at is None else min(max(at, leg.arrived_at), end_seconds)
+            yield leg.resource, until - at
+            at = until

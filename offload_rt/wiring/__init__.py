@@ -1,0 +1,1 @@
+"""From a model and a plan that was checked to the runtime around it."""

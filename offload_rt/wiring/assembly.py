@@ -1,0 +1,167 @@
+"""From a model to the runtime around it: the question, its plan, all checks; from a runtime to one that follows.
+
+Everything is checked before anything is changed: sources, coverage, plan, budgets and the store come first; only then
+do parameters leave the model's memory and hooks go in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from offload_rt.checkpoint import open_checkpoint
+from offload_rt.config import EngineConfig
+from offload_rt.errors import ConfigError, PlanInfeasible
+from offload_rt.layers.discover import check_coverage, coverage
+from offload_rt.memory.heap import Base
+from offload_rt.optim import AdamW
+from offload_rt.optimizer.tiered_training import TieredTraining
+from offload_rt.plans.asked import Asked, first_answer
+from offload_rt.plans.cuts import check_cuts, products_of, with_products
+from offload_rt.plans.plan_check import check_plan
+from offload_rt.plans.plan_choice import OPTIMISER, Choice, after_rehearsal, choose
+from offload_rt.plans.plan_options import with_options
+from offload_rt.tiering.moving import moves_to, why_not_follow
+from offload_rt.transfers.throttle import Throttle
+from offload_rt.wiring.adapter_draft import planned, question
+from offload_rt.wiring.runtime import Change, MadeOf, Runtime
+from offload_rt.wiring.runtime_assembly import RuntimeAssembly
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from offload_rt.wiring.store_assembly import Progress
+from offload_rt.wiring.workload import Workload, find_workload
+from planners.hardware import Hardware
+from planners.plan import Plan
+from planners.streaming import plan_streaming
+from planners.streaming_problem import StreamingProblem
+
+logger = logging.getLogger("offload_rt")
+
+
+def assemble(
+    model: nn.Module,
+    checkpoint: Path | None,
+    config: EngineConfig,
+    plan: Plan | None,
+    options: RuntimeOptions,
+    progress: Progress | None = None,
+    *,
+    base: Base,
+    optimizer: torch.optim.Optimizer | None = None,
+    optimise_for: Hardware | None = None,
+    emulated: Hardware | None = None,
+    chooses_for: Hardware | None = None,
+) -> Runtime:
+    """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all.
+
+    base: the process without what the plan accounts for. optimise_for: the machine that the optimiser plans for, where
+    `plan` is None; None takes the fixed rule, or, where it is expected to be faster on `chooses_for`, which was
+    calibrated, the optimiser's plan. emulated: the machine whose links are imposed.
+    """
+    with contextlib.ExitStack() as while_assembling:
+        opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
+        workload = find_workload(model, opened, config, optimizer, options)
+        options = with_products(options, workload, plan)
+        asked: Asked | None = None
+        infeasible: PlanInfeasible | None = None
+        problem: StreamingProblem | None = None
+        covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
+        if plan is None and optimise_for is not None:
+            problem = question(workload, options.cuts)
+            try:
+                plan, asked = first_answer(
+                    workload, problem, optimise_for, optimizer, options,
+                    over_link=emulated is not None and not emulated.unified,
+                )  # fmt: skip
+            except PlanInfeasible as error:
+                infeasible = error
+        given = plan
+        try:
+            workload, problem, chosen = planned(workload, plan, optimizer, options, problem)
+        except PlanInfeasible:
+            if infeasible is not None:
+                raise infeasible from infeasible.__cause__
+            raise
+        changed = with_options(chosen, workload, options, problem.training)
+        choice: Choice | None = None
+        if given is None:
+            why_not = 'under emulate=, plan="optimise" asks the optimiser' if emulated is not None else ""
+            if infeasible is not None:  # by whole pages of each block, or by what a layer was measured to hold
+                why_not = f"no plan of the optimiser's fits: {infeasible}"
+                logger.warning("plan: %s; the fixed rule's runs", why_not)
+            why_not = why_not or ("switches of the runtime change the plan" if changed != chosen else "")
+            changed, choice, asked = choose(workload, problem, changed, chooses_for, optimizer, why_not=why_not)
+        chosen = changed
+        check_plan(chosen, problem, workload)
+        if workload.training is None and isinstance(optimizer, AdamW):
+            optimizer.check_device(config.device)
+        check_cuts(chosen, workload, options.cuts)
+        products_of(chosen, workload, options)
+        made_of = MadeOf(
+            workload=workload, problem=problem, options=options, base=base,
+            throttle=None if emulated is None else Throttle(emulated),
+            plan_again=None if choice is None else _planning_again(workload, options, choice), asked=asked,
+            choice=choice,
+        )  # fmt: skip
+        with RuntimeAssembly(made_of, chosen, progress) as assembly:
+            runtime = assembly.run(covered, optimizer)
+        workload.sources.let_go()
+        return runtime
+
+
+def _planning_again(
+    workload: Workload, options: RuntimeOptions, choice: Choice
+) -> Callable[[StreamingProblem], Plan] | None:
+    """The fixed rule for other sizes, where a runtime can change over: on a device, from the optimiser's plan, which
+    was chosen because the rule's can follow it.
+    """
+    if workload.has_streams and choice.chosen != OPTIMISER:
+        return None
+    return lambda problem: with_options(plan_streaming(problem, rest=options.rest), workload, options, problem.training)
+
+
+def change_over(runtime: Runtime, change: Change) -> Runtime:
+    """The runtime that carries out the plan of `change` in place of `runtime`, which is taken apart. Blocks; between
+    steps only.
+
+    State goes by the log: it is committed if it is not, and what the new plan holds in memory is read from there.
+    Without a drive it stays in the memory that it is in; frozen weights that the new plan has elsewhere are copied
+    there block by block, and those that train are made of masters. What is counted goes on, the optimizer stays the
+    same object; memory of weights that somebody has a view of is that one's. Raises `ConfigError` before anything was
+    changed. After any other error `runtime` can still be followed, by its own plan too.
+    """
+    choice = runtime.made_of.choice if change.asked is not None else after_rehearsal(runtime.made_of.choice)
+    made_of = replace(runtime.made_of, problem=change.problem, asked=change.asked, choice=choice)
+    check_plan(change.plan, made_of.problem, made_of.workload)
+    if why := why_not_follow(made_of.workload, made_of.problem, runtime.plan, change.plan):
+        raise ConfigError(f"plan: {why}")
+    moves = [move.back for move in reversed(runtime.moved)]
+    moves += moves_to(made_of.workload, made_of.problem, runtime.plan, change.plan)
+    training = runtime.training
+    if isinstance(training, TieredTraining) and training.home.log is not None and not training.commits.can_go_back:
+        training.commits.commit()
+    if moves and not runtime.is_closed:
+        runtime.heap.trim()  # what the plan granted to holes may be wanted for the copies
+    runtime.close()
+    runtime.let_go()
+    if runtime.device is not None:  # whose kernels may be behind; copies are over
+        runtime.device.compute.record().wait()
+    # Before the new plan's memory is taken, whoever still holds the old one's.
+    seen = runtime.seen_elsewhere()
+    if seen:
+        logger.warning(
+            "weights of %d blocks stay in memory beside the plan that follows, for somebody sees them (first: %s). Let "
+            "go of the state_dict, or clone what is wanted of it", len({each.block for each in seen}), seen[0].block,
+        )  # fmt: skip
+    runtime.tiers.give_back(keep=runtime.only_copies(), seen=[each.region() for each in seen])
+    with RuntimeAssembly(
+        made_of, change.plan, None, before=runtime, moves=moves, more_bytes=change.more_bytes
+    ) as assembly:
+        follows = assembly.run(runtime.coverage, training.optimizer)
+    runtime.resting = {}
+    return follows
