@@ -1,10 +1,12 @@
 """File I/O under the transfers: registered memory fires and changes nothing, and every refusal leaves it working."""
 
+import asyncio
 import errno
 import os
 import resource
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from offload_rt.native import native_core
 from offload_rt.transfers.file_io import AiofilesIO, OpenFile, RingIO, file_io, open_file
 from offload_rt.transfers.links import Links
 from tests.conftest import open_descriptors
+from tests.waiting import Waiting
 
 PAGE = 4096
 NUM_BYTES = 300 * PAGE
@@ -78,6 +81,24 @@ def test_threads_that_are_late_to_forget_an_operation_hold_no_memory(kind, file)
     assert arena.held_bytes() == 0
     assert len(remembering.given) > 1 and len(links._delayer.given) == 1
     links.close()
+
+
+def test_closing_waits_for_what_is_under_way_though_no_thread_has_begun_with_it(file, monkeypatch):
+    """A machine may be slow to run a thread that was started."""
+    may_run, run = threading.Event(), asyncio.BaseEventLoop.run_forever
+
+    def late(loop):
+        may_run.wait()
+        run(loop)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "run_forever", late)
+    io = AiofilesIO()
+    io.start("write", file, 0, memoryview(bytes([7]) * PAGE))
+    closing = Waiting(io.close)
+    assert closing.still()
+    may_run.set()
+    closing.result()
+    assert Path(file.path).read_bytes()[:PAGE] == bytes([7]) * PAGE and not io._thread.is_alive()
 
 
 def test_registered_memory_is_used_and_reads_the_same(file):
@@ -166,7 +187,7 @@ offload_rt.errors.kept = arena  # outlives the modules that it would need
 def run_child(code, file, *arguments):
     return subprocess.run(
         [sys.executable, "-c", code, str(file.fd), *arguments],
-        capture_output=True, text=True, timeout=60, pass_fds=[file.fd],
+        capture_output=True, text=True, pass_fds=[file.fd],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )  # fmt: skip
 

@@ -293,7 +293,7 @@ class AiofilesIO:
             tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        if self._loop.is_running():
+        if not self._loop.is_closed():  # its thread may be about to run it
             wait_future(asyncio.run_coroutine_threadsafe(drain(), self._loop), WAIT_SECONDS, self.outstanding)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
