@@ -438,7 +438,7 @@ def test_no_blocks_are_no_error(drive, links):
 
 
 HOLDER = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from offload_rt.config import NvmePath
 from offload_rt.storage.drives import DriveProfile
@@ -446,7 +446,7 @@ from offload_rt.storage.store import Store
 from offload_rt.transfers.links import Links
 store = Store([NvmePath(path=Path(sys.argv[1]))], "key", Links())
 print("held", flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 

@@ -47,6 +47,8 @@ class FakeStore:
         self.links, self.late_seconds = links, late_seconds
         self.verified: list[str] = []
         self.errors: dict[str, Exception] = {}
+        self.works = threading.Event()
+        self.works.set()
         self.corrupt: set[str] = set()
 
     def read(self, block: str, slot) -> Transfer:
@@ -55,6 +57,7 @@ class FakeStore:
 
         def fill() -> None:
             time.sleep(self.late_seconds)
+            self.works.wait()
             into = ends.pop()
             into[:] = bytes([int(block[1:]) + 1]) * len(into)
             del into
@@ -251,9 +254,10 @@ def test_a_device_that_hangs_is_a_timeout_that_names_the_copy() -> None:
 def test_a_drive_that_hangs_is_a_timeout(monkeypatch) -> None:
     monkeypatch.setattr("offload_rt.transfers.links.WAIT_SECONDS", 0.2)
     bench = Bench(Tier.NVME, late_seconds=0.0)
-    bench.store.late_seconds = 1.0
+    bench.store.works.clear()
     with pytest.raises(StorageTimeout):
         bench.visit(0, Phase.FORWARD)
+    bench.store.works.set()
     bench.close()
 
 

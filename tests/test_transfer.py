@@ -274,6 +274,8 @@ def test_links_whose_drive_hangs_are_closed_in_bounded_time_and_say_so(arena, di
         links.close()
     assert links.is_stuck and not transfer.was_waited_for
     os.write(fd, bytes(2 * PAGE))  # lets it go
+    while "fifo" in links.io.outstanding():
+        time.sleep(0.001)
     links.close()
     os.close(fd)
 
@@ -348,26 +350,36 @@ def test_delays_change_nothing_but_the_time(io, arena, file):
     links.close()
 
 
-def test_a_use_that_does_not_wait_meets_poison_when_delayed(file):
+@pytest.fixture
+def held_back():
+    """Links in the stress mode, whose delay lasts until the event is set."""
+    links, delay = Links(io=AiofilesIO(), delay_seconds=1.0), threading.Event()
+    links._sleep = delay.wait
+    yield links, delay
+    delay.set()
+    links.close()
+
+
+def test_a_use_that_does_not_wait_meets_poison_when_delayed(held_back, file):
     """The stress mode does what it is for: without a wait, the bytes are not there yet."""
-    links = Links(io=AiofilesIO(), delay_seconds=0.2, seed=1)
+    links, delay = held_back
     slot = Arena("a", PAGE, poison=True).acquire(PAGE, "x")
     transfer = links.read(file, 0, slot)
+    assert links.io.outstanding() == "nothing"
     assert slot.tensor(torch.float32, (4,)).isnan().all()
+    delay.set()
     links.wait(transfer)
     assert not slot.tensor(torch.float32, (4,)).isnan().any()
-    links.close()
 
 
-def test_a_timeout_while_delayed_is_a_timeout_like_any_other(arena, file):
-    links = Links(io=AiofilesIO(), delay_seconds=0.5, seed=1)
-    links._random.uniform = lambda low, high: 0.3
+def test_a_timeout_while_delayed_is_a_timeout_like_any_other(held_back, arena, file):
+    links, delay = held_back
     transfer = links.read(file, 0, arena.acquire(PAGE, "x"))
-    with pytest.raises(StorageTimeout):
+    with pytest.raises(StorageTimeout, match="not begun"):
         transfer.wait(0.01)
     assert arena.held_bytes() == PAGE, "its memory was given back while the read was still to come"
+    delay.set()
     transfer.wait()
-    links.close()
 
 
 def test_closing_waits_for_what_is_under_way(io, arena, file):
