@@ -37,7 +37,6 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 
