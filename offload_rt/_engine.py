@@ -57,7 +57,8 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
     checkpoint: safetensors file or folder in Hugging Face layout; streamed, never held whole. None takes the model's
         own values.
     bits: 4 stores frozen linears as NF4 with double quantization; None keeps their dtype.
-    adapters: a peft configuration, for a model that has none yet.
+    adapters: for a model that has none yet: a peft configuration, or a folder that peft saved an adapter to, of
+        whatever origin, which then goes on training with the configuration that lies there.
     device: "cuda", "cuda:N" or "cpu"; "auto" is the current GPU where there is one. The engine orders its copies with
         the stream that is current now; batches may come from the CPU.
     device_memory, host_memory: hard budgets, "22GiB" or bytes; None is what is free. On the CPU device,
@@ -136,7 +137,7 @@ class Engine:
         chooses_for = machine_to_choose_for(plan, self.config, emulated)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         flags = {id(p): p.requires_grad for p in model.parameters()}
-        self.model: nn.Module = add_adapters(model, adapters) if adapters is not None else model
+        self.model: nn.Module = model if adapters is None else add_adapters(model, adapters, self._checkpoint)
         self._peaks = Peaks()
         try:
             self.trainable: dict[str, nn.Parameter] = {

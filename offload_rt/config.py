@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,12 +116,25 @@ class EngineConfig:
                 raise ConfigError(NO_COMMIT_FOLDER)
 
 
+def adapter_folder(text: str) -> Path | None:
+    """The folder of a saved adapter that `text` names; None where it describes new ones, as for `parse_adapters`.
+
+    Raises `ConfigError` where it names a folder and describes something besides.
+    """
+    folder, colon, rest = text.partition(":")
+    if folder == "lora" or (os.sep not in text and not Path(folder).is_dir()):
+        return None
+    if colon and not Path(text).expanduser().is_dir():
+        raise ConfigError(f"adapters: {folder} goes on with its own configuration; leave out {rest!r}")
+    return Path(text).expanduser()
+
+
 def parse_adapters(text: str) -> dict[str, Any]:
     """`"lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj"` as keyword arguments of `peft.LoraConfig`."""
     allowed = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
     kind, _, rest = text.partition(":")
     if kind != "lora":
-        raise ConfigError(f"adapters: unknown kind {kind!r}; {nearest(kind, ['lora'])}")
+        raise ConfigError(f"adapters: {kind!r} is no folder, and no kind; {nearest(kind, ['lora'])}")
     result: dict[str, Any] = {"r": 16, "target_modules": "all-linear"}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")

@@ -91,6 +91,8 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
         (["train", "--model", "/nonexistent", "--data", "y", "--out", "/nonexistent"], "is not a folder"),
         ([*TRAIN, "--full", "--bits", "4"], "--full, --bits 4: weights in 4 bits are frozen"),
         ([*TRAIN, "--full", "--adapters", "lora:r=4"], "--full, --adapters: give one of the two"),
+        ([*TRAIN, "--adapters", "./here:r=4"], "adapters: ./here goes on with its own configuration; leave out 'r=4'"),
+        ([*TRAIN, "--adapters", "lroa:r=4"], "adapters: 'lroa' is no folder, and no kind; did you mean 'lora'?"),
         ([*TRAIN, "--optimizer", "lion"], "--optimizer: is for --full"),
         ([*TRAIN, "--full", "--optimizer", "adam"], "--optimizer: invalid choice: 'adam'"),
         ([*TRAIN, "--full", "--copy-every", "5"], "--copy-every: without --nvme every checkpoint is a copy"),
@@ -292,6 +294,31 @@ def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
     shown = capsys.readouterr().out
     assert "finished at step 4; checkpoints at 2, 4" in shown
     assert "plan:" in shown and "memory:" in shown and "read," in shown
+
+
+@pytest.mark.full
+def test_an_adapter_in_a_folder_goes_on_training_in_a_run_of_its_own(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, straight, out = tmp_path / "first", tmp_path / "straight", tmp_path / "out"
+    assert main([*arguments, "--out", str(first), "--steps", "2"]) == 0
+    arguments[arguments.index("lora:r=4")] = str(first / "adapter")
+    assert main([*arguments, "--out", str(straight), "--steps", "2"]) == 0
+    assert f"adapters: go on from {first / 'adapter'} (LORA, as configured there)" in capsys.readouterr().out
+    losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"] for run in (first, straight)]
+    assert losses[0] != losses[1]  # of the same batch, by the base model and by the adapter
+    configs = [json.loads((run / "adapter" / "adapter_config.json").read_text()) for run in (first, straight)]
+    assert configs[0] == configs[1] and configs[0]["r"] == 4
+
+    assert main([*arguments, "--out", str(out), "--steps", "1"]) == 0
+    moved = (first / "adapter").rename(tmp_path / "moved")
+    arguments[arguments.index(str(first / "adapter"))] = str(moved)
+    assert main([*arguments, "--out", str(out), "--steps", "2", "--resume"]) == 0
+    assert adapter_bytes(out) == adapter_bytes(straight)
+    capsys.readouterr()
+    arguments[arguments.index(str(moved))] = str(straight / "adapter")
+    code, line = fails(capsys, *arguments, "--out", str(out), "--steps", "3", "--resume")
+    assert code == 2 and f"is '{straight / 'adapter'}'" in line
 
 
 def test_a_terminated_train_says_how_to_go_on_and_exits_with_the_signals_code(

@@ -15,26 +15,73 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from offload_rt.checkpoint.saved_adapter import (
+    ADAPTER_WEIGHTS,
+    check_adapter_folder,
+    fill,
+    put_on,
+    read_config,
+    warn_of_another_base,
+)
 from offload_rt.checkpoint.whole_folder import replaced_whole
-from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageError, StorageFull, TargetNotMatched
+from offload_rt.errors import (
+    CheckpointVerifyError,
+    ConfigError,
+    StorageError,
+    StorageFull,
+    TargetNotMatched,
+    UnsupportedModule,
+)
 from offload_rt.storage.drive_files import sync_folder
 
-_WEIGHTS = "adapter_model.safetensors"
 _CARD = "README.md"
 _MARGIN_BYTES = 1 << 20
 """Headers, configuration, card."""
 
 
-def add_adapters(model: nn.Module, config: Any) -> nn.Module:
-    """`peft.get_peft_model`, with typed errors. The base model's parameters are frozen by it."""
+def add_adapters(model: nn.Module, adapters: Any, base: Path | None = None) -> nn.Module:
+    """New adapters by `peft.get_peft_model`, or those in a folder, with typed errors. The base model is frozen by it.
+
+    `adapters` is a peft configuration, or a folder that peft saved; `base` the base model's checkpoint, if its weights
+    are not in memory. Raises `ConfigError`, `CheckpointError`, `UnsupportedModule`; then `model` is as it was.
+    """
     try:
         import peft
     except ImportError:
         raise ConfigError("adapters: needs peft; install offload-rt[hf]") from None
-    if not isinstance(config, peft.PeftConfig):
-        raise ConfigError(f"adapters: expected a peft configuration such as LoraConfig, got {type(config).__name__}")
+    is_saved = isinstance(adapters, (str, Path))
+    if not is_saved and not isinstance(adapters, peft.PeftConfig):
+        raise ConfigError(
+            f"adapters: expected a peft configuration such as LoraConfig, or a folder that peft saved, got "
+            f"{type(adapters).__name__}"
+        )
     if hasattr(model, "peft_config"):
         raise ConfigError("adapters: the model has adapters already; give one of the two")
+    return _saved_adapter(model, Path(adapters), base) if is_saved else _new_adapter(model, adapters)
+
+
+def _saved_adapter(model: nn.Module, folder: Path, base: Path | None) -> nn.Module:
+    check_adapter_folder(folder)
+    config = read_config(folder)
+    if config.is_prompt_learning:
+        raise UnsupportedModule(f"{folder}: {config.peft_type.value} cannot go on training, in peft neither")
+    flags = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    try:
+        tuned = put_on(model, config)
+    except ValueError as error:
+        raise TargetNotMatched(f"adapters: {folder} does not fit the model: {error}") from error
+    try:
+        fill(tuned, folder, base)
+    except BaseException:
+        remove_adapters(tuned, model, flags)
+        raise
+    warn_of_another_base(config, model, base)
+    return tuned
+
+
+def _new_adapter(model: nn.Module, config: Any) -> nn.Module:
+    import peft
+
     try:
         with warnings.catch_warnings():
             # peft asks transformers 5.23 for a name that is on its way out; nothing a user could do about it.
@@ -59,6 +106,12 @@ def add_adapters(model: nn.Module, config: Any) -> nn.Module:
 
 def remove_adapters(wrapped: Any, model: nn.Module, flags: Mapping[int, bool]) -> None:
     """Undoes `add_adapters`: the plain model again, with the `requires_grad` flags it had, by parameter id."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):  # peft would leave the adapter's copy in the module's place
+            for name in module.modules_to_save:
+                module.modules_to_save[name] = module.original_module
     wrapped.unload()
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -116,7 +169,7 @@ def save_adapters(model: Any, folder: Path, at_rest: Callable[[Mapping[str, nn.P
             kind = StorageFull if is_full else StorageError
             raise kind(f"the adapter could not be written: {error}", path=str(folder), errno=code or 0) from None
         for place, adapter in expected.items():
-            _verify(partial / place / _WEIGHTS, folder / place / _WEIGHTS, adapter)
+            _verify(partial / place / ADAPTER_WEIGHTS, folder / place / ADAPTER_WEIGHTS, adapter)
         for path in partial.rglob("*"):
             if path.is_dir():
                 sync_folder(path)

@@ -32,12 +32,12 @@ from offload_rt.checkpoint.export import MAX_SHARD_BYTES, save_model
 from offload_rt.checkpoint.mapping import map_checkpoint
 from offload_rt.checkpoint.materialise import make_absent, make_real
 from offload_rt.checkpoint.safetensors_reader import Checkpoint, open_checkpoint
+from offload_rt.checkpoint.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_base_is_kept, matched
 from offload_rt.checkpoint.sources import EntrySource, TensorSource, materialise
 from offload_rt.checkpoint.tensor_groups import TensorGroup, saved_tensors
 from offload_rt.config import parse_bytes
 from offload_rt.errors import CheckpointError, ConfigError, OffloadError, UnsupportedModule
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOT_COPIED = (
     "README.md",
     ".safetensors",
@@ -52,8 +52,6 @@ NOT_COPIED = (
     ".onnx",
 )
 """How names of weights end, and of a card that is the base model's; what else lies beside it is copied."""
-KEEP_THE_BASE = ("gaussian", "eva", "mica", "orthogonal")
-"""Ways in which peft begins a LoRA, besides its own, that leave the base model's weights as they are."""
 EPILOG = """
 A model that was trained with --bits 4 is merged into the 16-bit base model, whose weights differ from the 4-bit ones by
 what quantizing changed: the adapter was trained to go with those, so that the merged model's outputs are close to those
@@ -70,7 +68,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int 
     `CheckpointError` for weights that do not fit, `UnsupportedModule` for what cannot be merged, `StorageFull` before
     the first byte, and `CheckpointVerifyError`.
     """
-    for name, folder, file in (("BASE", base, "config.json"), ("ADAPTER", adapter, "adapter_config.json")):
+    for name, folder, file in (("BASE", base, "config.json"), ("ADAPTER", adapter, ADAPTER_CONFIG)):
         if not (folder / file).is_file():
             raise ConfigError(f"{name}: {folder} has no {file}")
     if out.exists() and any(out.samefile(folder) for folder in (base, adapter)):
@@ -107,31 +105,8 @@ class Tuned:
 
     def _of_adapter(self, saved: Checkpoint) -> dict[int, TensorSource]:
         """By the id of a tensor of the model: its source in the adapter's file, which may have some of the base's."""
-        import peft
-
-        entries = self._model.state_dict(keep_vars=True)
-        needed, found = (
-            peft.get_peft_model_state_dict(self._model, state_dict=entries, save_embedding_layers=with_embeddings)
-            for with_embeddings in (False, True)
-        )
-        missing = sorted(set(needed) - set(saved.tensors))
-        odd = missing or sorted(set(saved.tensors) - set(found))
-        if odd:
-            raise CheckpointError(
-                f"{saved.path}: {'lacks' if missing else 'has'} {len(odd)} tensors that an adapter of this "
-                f"configuration {'has' if missing else 'has not'}, first: {odd[0]}"
-            )
-        for name, tensor in found.items():
-            if name in saved.tensors and tuple(tensor.shape) != tuple(saved.tensors[name].shape):
-                raise CheckpointError(
-                    f"{saved.path}: {name} has shape {tuple(saved.tensors[name].shape)}, the model's has "
-                    f"{tuple(tensor.shape)}: is it an adapter of this base model?"
-                )
-        return {
-            id(tensor): EntrySource(saved, saved.tensors[name])
-            for name, tensor in found.items()
-            if name in saved.tensors
-        }
+        found = matched(self._model, saved)
+        return {id(tensor): EntrySource(saved, saved.tensors[name]) for name, tensor in found.items()}
 
     def groups(self, model: nn.Module) -> list[TensorGroup]:
         """All tensors of the base model `model`, on meta: those of a module that is tuned together, others alone."""
@@ -279,7 +254,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         raise ConfigError(f"merging needs peft ({error}); pip install 'offload-rt[hf]'") from error
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-        _check_base_is_kept(config, folder)
+        check_base_is_kept(config, folder)
         if config.is_prompt_learning:
             raise ValueError(f"{config.peft_type.value} changes what the model reads, not its weights")
         with torch.device("meta"), warnings.catch_warnings():
@@ -289,17 +264,6 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         raise UnsupportedModule(f"{folder}: cannot be merged into this base model: {error}") from error
     return tuned
-
-
-def _check_base_is_kept(config: Any, folder: Path) -> None:
-    """Raises `UnsupportedModule` for an adapter that trained beside other weights than the base model's files have."""
-    begun = getattr(config, "init_lora_weights", True)
-    if isinstance(begun, str) and begun.lower() not in KEEP_THE_BASE:
-        raise UnsupportedModule(
-            f"{folder}: init_lora_weights={begun!r} takes something out of the base model's weights before it trains, "
-            f"which its files have: merged, it would be there twice. Save the adapter with peft's "
-            f"save_pretrained(path_initial_model_for_weight_conversion=...), which makes it one of the files' weights"
-        )
 
 
 def _copy_what_is_beside(base: Path, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from offload_rt.config import EngineConfig, parse_adapters, parse_bytes, parse_nvme
+from offload_rt.config import EngineConfig, adapter_folder, parse_adapters, parse_bytes, parse_nvme
 from offload_rt.errors import ConfigError
 from offload_rt.training.options import SCHEDULES
 
@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the result")
     what.add_argument("--bits", type=int, choices=(4,), help="4: frozen weights as NF4; left out: as they are")
     what.add_argument(
-        "--adapters", metavar="KIND", help="lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj (default: lora:r=16)"
+        "--adapters",
+        metavar="KIND|DIR",
+        help="new ones, lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj (default: lora:r=16), or a folder with "
+        "an adapter that peft saved, which goes on training as it is configured there",
     )
     what.add_argument("--full", action="store_true", help="train all parameters; the result is a whole model")
     what.add_argument("--optimizer", choices=OPTIMIZERS, help="with --full (default: adamw)")
@@ -137,7 +140,8 @@ def _settle_what_trains(arguments: argparse.Namespace) -> None:
                 raise ConfigError(f"--{field.replace('_', '-')}: is for --full, which trains all parameters")
         arguments.adapters = arguments.adapters or "lora:r=16"
         arguments.lr = 2e-4 if arguments.lr is None else arguments.lr
-        parse_adapters(arguments.adapters)
+        if adapter_folder(arguments.adapters) is None:
+            parse_adapters(arguments.adapters)
         return
     if arguments.adapters is not None:
         raise ConfigError("--full, --adapters: give one of the two; --full trains all parameters")

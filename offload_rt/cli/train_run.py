@@ -18,8 +18,9 @@ from rich.table import Table
 
 from offload_rt import optim
 from offload_rt._engine import Engine
+from offload_rt.checkpoint.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
 from offload_rt.cli.calibrate_first import calibrate_first
-from offload_rt.config import parse_adapters, parse_bytes
+from offload_rt.config import adapter_folder, parse_adapters, parse_bytes
 from offload_rt.errors import ConfigError
 from offload_rt.plans.cuts import cuts_from_json
 from offload_rt.training.batches import Batches, check_packing
@@ -58,9 +59,12 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     folder = RunFolder(options.out)
     folder.require_writable()
     model_folder = _model_folder(arguments.model)
+    adapters = None if arguments.full else adapter_folder(arguments.adapters)
+    if adapters is not None:
+        check_adapter_folder(adapters)
     settings = {
         **_begun_with(folder, arguments, model_folder),
-        "bits": arguments.bits, "adapters": arguments.adapters, "max_grad_norm": arguments.max_grad_norm,
+        "bits": arguments.bits, "max_grad_norm": arguments.max_grad_norm,
         "seed": arguments.seed, "full": arguments.full, "optimizer": arguments.optimizer,
         "batch_size": arguments.batch_size, "packing": arguments.packing,
     }  # fmt: skip
@@ -150,13 +154,19 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _begun_with(folder: RunFolder, arguments: argparse.Namespace, model_folder: Path) -> dict[str, str]:
-    """Model and data, by place and content: the same content in another place is the same."""
+def _begun_with(folder: RunFolder, arguments: argparse.Namespace, model_folder: Path) -> dict[str, Any]:
+    """Model, data and adapters, by place and content: the same content in another place is the same."""
     before, data = folder.settings(), Path(arguments.data).expanduser()
-    settings = place_and_content("model", os.path.realpath(model_folder), model_digest(model_folder), before)
+    settings: dict[str, Any] = place_and_content(
+        "model", os.path.realpath(model_folder), model_digest(model_folder), before
+    )
     if data.is_file():  # that it is none is said by whoever reads it
         settings |= place_and_content("data", os.path.realpath(data), file_digest(data), before)
-    return settings
+    adapters = None if arguments.full else adapter_folder(arguments.adapters)
+    if adapters is None:
+        return settings | {"adapters": arguments.adapters}
+    content = "-".join(file_digest(adapters / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return settings | place_and_content("adapters", os.path.realpath(adapters), content, before)
 
 
 def _model_folder(text: str) -> Path:
@@ -200,13 +210,14 @@ def _set(config: Any, **values: Any) -> dict[str, Any]:
 
 
 def _adapters(text: str) -> Any:
+    """What the engine takes: a configuration, or a folder."""
     # peft imports it where it is installed, and it would warn of kernels that it lacks and nobody here calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:
         raise ConfigError(f"--adapters needs peft ({error}); pip install 'offload-rt[hf]'") from error
-    return peft.LoraConfig(task_type="CAUSAL_LM", **parse_adapters(text))
+    return adapter_folder(text) or peft.LoraConfig(task_type="CAUSAL_LM", **parse_adapters(text))
 
 
 def _optimizer(name: str, lr: float) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
@@ -285,7 +296,7 @@ def _show_settings(
         "weights": "NF4, double quantization" if arguments.bits == 4 else "as in the checkpoint",
         "trains": f"all parameters, by {arguments.optimizer}"
         if arguments.full
-        else "adapters: " + ", ".join(f"{key}={value}" for key, value in parse_adapters(arguments.adapters).items()),
+        else f"adapters: {_described(arguments.adapters)}",
         "budgets": f"device {arguments.device_memory or 'measured'}, host {arguments.host_memory or 'one tier'}",
         "nvme": ", ".join(arguments.nvme) if arguments.nvme else "none",
         "batch": f"{arguments.batch_size} x {arguments.seq_len} tokens"
@@ -299,6 +310,14 @@ def _show_settings(
     }
     for name, value in shown.items():
         console.print(f"{name + ':':<15} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _described(adapters: str) -> str:
+    folder = adapter_folder(adapters)
+    if folder is not None:
+        kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        return f"go on from {folder} ({kind}, as configured there)"
+    return ", ".join(f"{key}={value}" for key, value in parse_adapters(adapters).items())
 
 
 def _held_out(arguments: argparse.Namespace, report: DataReport) -> str:

@@ -1,0 +1,146 @@
+"""Adapters that peft saved go on training: to the bits of plain peft, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from offload_rt.errors import CheckpointError, ConfigError, TargetNotMatched, UnsupportedModule
+from tests.test_merge import make
+from tests.tiny_checkpoints import meta_model, peft, transformers
+
+torch.set_num_threads(1)
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 6},
+    "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 7}},
+    "dora": {"use_dora": True, "target_modules": ["q_proj"]},
+    "modules in full": {"modules_to_save": ["lm_head", "norm"], "target_modules": ["q_proj"]},
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids}
+
+
+def in_plain_peft(base: Path, adapter: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and what trains, by name, behind one step."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    tuned = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True).train()
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    loss = tuned(**batch()).loss
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach()), {name: p.detach() for name, p in tuned.named_parameters() if p.requires_grad}
+
+
+def placed(place: str, base: Path) -> tuple[Any, Path | None]:
+    if place == "on meta":
+        return meta_model("llama", torch.bfloat16), base
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), None
+
+
+@pytest.mark.parametrize("place", ["on meta", "in memory"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_its_first_step_has_the_bits_of_plain_peft(
+    case: str, place: str, make_engine: Callable[..., Any], tmp_path: Path
+) -> None:
+    base, adapter = make(tmp_path, "llama", **CASES[case])
+    loss, expected = in_plain_peft(base, adapter)
+    model, checkpoint = placed(place, base)
+    engine = make_engine(model, adapters=adapter, checkpoint=checkpoint, device="cpu")
+    engine.model.train()
+    assert engine.train_batch([batch()]) == loss
+    assert expected.keys() == engine.trainable.keys()
+    for name, value in expected.items():
+        assert torch.equal(engine.trainable[name].detach(), value), name
+    engine.save_pretrained(tmp_path / "out")
+    before, after = (json.loads((f / "adapter_config.json").read_text()) for f in (adapter, tmp_path / "out"))
+    assert after == {**before, "base_model_name_or_path": after["base_model_name_or_path"]}
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert again.keys() >= load_file(adapter / "adapter_model.safetensors").keys() - {
+        f"base_model.model.{name}.base_layer.weight" for name in ("lm_head", "model.embed_tokens")
+    }
+
+
+def weights_with(adapter: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop(Q_A), f"lacks 1 tensors that an adapter of this configuration has, first: {Q_A}"),
+        (lambda w: w.update({"odd": w[Q_A].clone()}), "has 1 tensors .* has not, first: odd"),
+        (lambda w: w.update({Q_A: w[Q_A][:1].clone()}), rf"{Q_A} has shape \(1, 32\), the model's has \(2, 32\)"),
+        (lambda w: w[Q_A].fill_(float("inf")), f"{Q_A} has values that are not finite"),
+        (lambda w: w.update({Q_A: w[Q_A].to(torch.int32)}), f"{Q_A} is torch.int32"),
+        (
+            lambda w: w["base_model.model.lm_head.base_layer.weight"].add_(1),
+            "lm_head.base_layer.weight is a weight of the base model's, and not equal",
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", ["on meta", "in memory"])
+def test_what_does_not_fit_is_named_and_the_model_is_as_it_was(
+    place: str, change: Callable[[dict[str, torch.Tensor]], object], words: str, make_engine: Any, tmp_path: Path
+) -> None:
+    base, adapter = make(tmp_path, "llama", target_modules=["q_proj", "lm_head"], modules_to_save=["norm"])
+    weights_with(adapter, change)
+    model, checkpoint = placed(place, base)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=words):
+        make_engine(model, adapters=str(adapter), checkpoint=checkpoint, device="cpu")
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "peft_config")
+
+
+def test_a_folder_that_is_none_or_cannot_go_on_is_refused(make_engine: Any, tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, "llama", target_modules=["q_proj"])
+    model = meta_model("llama", torch.bfloat16)
+
+    def refuses(kind: type[Exception], words: str, folder: Path = adapter) -> None:
+        with pytest.raises(kind, match=words):
+            make_engine(model, adapters=folder, checkpoint=base, device="cpu")
+
+    def configured(**changes: Any) -> None:
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    refuses(ConfigError, "none is not a folder", tmp_path / "none")
+    refuses(ConfigError, "has no adapter_config.json", base)
+    configured(target_modules=["w_q"])
+    refuses(TargetNotMatched, "does not fit the model.*w_q")
+    configured(target_modules=["q_proj"], init_lora_weights="pissa")
+    refuses(UnsupportedModule, "init_lora_weights='pissa' takes something out")
+    configured(init_lora_weights=True)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    refuses(ConfigError, "has no adapter_model.safetensors; its adapter_model.bin can hold code")
+
+
+@pytest.mark.parametrize(
+    ("made_for", "is_warned_of"),
+    [("meta-llama/Llama-9", True), ("somebody/base", False), ("/elsewhere/base/", False), ("", False)],
+)
+def test_a_base_of_another_name_is_warned_of(
+    made_for: str, is_warned_of: bool, make_engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter = make(tmp_path, "llama", target_modules=["q_proj"])
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": made_for}))
+    with caplog.at_level(logging.WARNING, logger="offload_rt"):
+        make_engine(meta_model("llama", torch.bfloat16), adapters=adapter, checkpoint=base, device="cpu")
+    assert (f"the adapter was made for {made_for}, the model is" in caplog.text) is is_warned_of
