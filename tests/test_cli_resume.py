@@ -148,7 +148,7 @@ def test_a_run_that_failed_in_a_step_goes_on_in_memory_from_the_commit_of_the_st
 def test_a_run_goes_on_where_everything_lies_elsewhere_and_not_with_other_data(
     full: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    home, other = tmp_path / "home", tmp_path / "other"
+    home, other, home_data = tmp_path / "home", tmp_path / "other", tmp_path / "data.jsonl"
     home.mkdir()
     shutil.copytree(model_folder, home / "model")
     shutil.copy(tmp_path / "data.jsonl", home / "data.jsonl")
@@ -177,6 +177,9 @@ def test_a_run_goes_on_where_everything_lies_elsewhere_and_not_with_other_data(
         file.write(json.dumps({"prompt": "a", "completion": "a"}) + "\n")
     code, line = fails(capsys, *again)
     assert code == 2 and "was begun with other settings: data" in line and "data content was" in line
+    shutil.copy(home_data, other / "data.jsonl")
+    code, line = fails(capsys, *again, "--data", str(home_data))  # beside the one that it was begun with
+    assert code == 2 and f"is '{other / 'data.jsonl'}, {home_data}'" in line
     (other / "model" / "config.json").write_text("{}")
     code, line = fails(capsys, *again)
     assert code == 2 and "model content was" in line

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from offload_rt.errors import ConfigError, DataError
 from offload_rt.training.batches import Batches, check_packing, packed_batch, padded_batch
 from offload_rt.training.data import IGNORED_LABEL, Example, load_examples
+from offload_rt.training.data_files import data_files
 
 torch.set_num_threads(1)
 
@@ -173,12 +176,48 @@ def test_truncation_is_counted_and_a_line_with_nothing_left_is_dropped_by_number
     path = write(tmp_path / "d.jsonl", chat("a", "bcdef"), chat("abcdefg", "h"), chat("a", "b"))
     examples, report = load_examples(path, tokenizer, seq_len=6)
     assert [shown(tokenizer, example)[1] for example in examples] == ["....bc", "....b<end>"]
-    assert (report.num_truncated, report.num_cut_tokens, report.dropped_lines) == (2, 10, (2,))
-    assert "2 truncated (10 tokens cut); 1 dropped, nothing to learn was left (line 2)" in str(report)
+    assert (report.num_truncated, report.num_cut_tokens, report.dropped_lines) == (2, 10, (f"{path.name}:2",))
+    assert "2 truncated (10 tokens cut); 1 dropped, nothing to learn was left (d.jsonl:2)" in str(report)
     with pytest.raises(DataError, match=r"d\.jsonl:1: 10 tokens, more than seq_len=6"):
         load_examples(path, tokenizer, seq_len=6, too_long="error")
-    with pytest.raises(DataError, match="nothing left to learn in any of its 3 lines after truncation to seq_len=4"):
+    with pytest.raises(DataError, match="nothing left to learn in any of 3 lines after truncation to seq_len=4"):
         load_examples(path, tokenizer, seq_len=4)
+
+
+def test_files_and_folders_of_them_are_read_one_behind_the_other(tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    last = write(tmp_path / "last.jsonl", {"text": "d"}, chat("abcdefg", "h"))
+    write(folder / "b.jsonl", {"text": "b"})
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": "aa"}\n'))
+    (folder / "notes.md").write_text("no lines of JSON")
+    files = data_files([folder, last, folder / "b.jsonl"])
+    assert files == [folder / "a.jsonl.gz", folder / "b.jsonl", last, folder / "b.jsonl"]
+    examples, report = load_examples(files, tokenizer, seq_len=6)
+    texts = [shown(tokenizer, example)[0] for example in examples]
+    assert texts == [f"{text}<end>" for text in ("a", "aa", "b", "d", "b")]
+    assert report.num_examples == 5 and report.dropped_lines == ("last.jsonl:2",)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: a folder without files that end in \.jsonl"):
+        data_files([last, tmp_path / "empty"])
+    with pytest.raises(DataError, match="none: cannot be read"):
+        data_files([last, tmp_path / "none"])
+    (folder / "b.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"b\.jsonl: no examples: the file is empty"):
+        load_examples(files, tokenizer, seq_len=6)
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [(lambda whole: whole[:-12], "behind line [0-9]+"), (lambda whole: b"{}" + whole, "behind line 0 .*gzipped")],
+)
+def test_a_compressed_file_that_is_cut_or_none_is_an_error(
+    cut: Callable[[bytes], bytes], words: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(cut(gzip.compress(b'{"text": "a"}\n' * 9)))
+    with pytest.raises(DataError, match=rf"a\.jsonl\.gz: cannot be read {words}"):
+        load_examples(path, tokenizer, seq_len=64)
 
 
 def lengths(*sizes: int) -> list[Example]:

@@ -31,8 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model", required=True, metavar="DIR", help="folder with config.json, safetensors and tokenizer"
     )
-    what.add_argument("--data", required=True, metavar="FILE.jsonl", help="training examples")
-    what.add_argument("--eval-data", metavar="FILE.jsonl", help="held-out examples: their loss, at the end at least")
+    what.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="training examples: JSON lines, also .gz; several files, or a folder of them, are shuffled together",
+    )
+    what.add_argument(
+        "--eval-data",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="held-out examples, likewise: their loss, at the end at least",
+    )
     what.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the result")
     what.add_argument("--bits", type=int, choices=(4,), help="4: frozen weights as NF4; left out: as they are")
     what.add_argument(

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.plans.cuts import cuts_from_json
 from offload_rt.training.batches import Batches, check_packing
 from offload_rt.training.data import DataReport, load_examples
+from offload_rt.training.data_files import data_files
 from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.evaluation import Evaluation
 from offload_rt.training.identity import file_digest, model_digest, place_and_content
@@ -62,8 +63,10 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     adapters = None if arguments.full else adapter_folder(arguments.adapters)
     if adapters is not None:
         check_adapter_folder(adapters)
+    data = data_files(arguments.data)
+    held_out_data = None if arguments.eval_data is None else data_files(arguments.eval_data)
     settings = {
-        **_begun_with(folder, arguments, model_folder),
+        **_begun_with(folder, arguments, model_folder, data),
         "bits": arguments.bits, "max_grad_norm": arguments.max_grad_norm,
         "seed": arguments.seed, "full": arguments.full, "optimizer": arguments.optimizer,
         "batch_size": arguments.batch_size, "packing": arguments.packing,
@@ -81,7 +84,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         too_long=arguments.too_long,
         prompts="raw" if arguments.raw_prompts else "template",
     )
-    examples, data_report = load(arguments.data, seq_len=arguments.seq_len or _longest_row(model_on_meta))
+    examples, data_report = load(data, seq_len=arguments.seq_len or _longest_row(model_on_meta))
     if arguments.seq_len is None:
         # Memory is planned for the longest row there is, not for one that never comes.
         arguments.seq_len = max(len(example) for example in examples)
@@ -95,8 +98,8 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         pad_token_id=pad_token_id or 0,
     )
     batches, held_out, held_out_report = batches_of(examples), None, None
-    if arguments.eval_data is not None:
-        held_out_examples, held_out_report = load(arguments.eval_data, seq_len=arguments.seq_len)
+    if held_out_data is not None:
+        held_out_examples, held_out_report = load(held_out_data, seq_len=arguments.seq_len)
         held_out = batches_of(held_out_examples)
     _show_settings(console, arguments, data_report, held_out_report, num_steps(options, batches))
     calibrate_first(
@@ -154,14 +157,17 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _begun_with(folder: RunFolder, arguments: argparse.Namespace, model_folder: Path) -> dict[str, Any]:
+def _begun_with(
+    folder: RunFolder, arguments: argparse.Namespace, model_folder: Path, data: Sequence[Path]
+) -> dict[str, Any]:
     """Model, data and adapters, by place and content: the same content in another place is the same."""
-    before, data = folder.settings(), Path(arguments.data).expanduser()
+    before = folder.settings()
     settings: dict[str, Any] = place_and_content(
         "model", os.path.realpath(model_folder), model_digest(model_folder), before
     )
-    if data.is_file():  # that it is none is said by whoever reads it
-        settings |= place_and_content("data", os.path.realpath(data), file_digest(data), before)
+    if all(path.is_file() for path in data):  # a pipe is read once; its examples are compared when a run goes on
+        places, contents = ", ".join(map(os.path.realpath, data)), "-".join(map(file_digest, data))
+        settings |= place_and_content("data", places, contents, before)
     adapters = None if arguments.full else adapter_folder(arguments.adapters)
     if adapters is None:
         return settings | {"adapters": arguments.adapters}
@@ -291,7 +297,7 @@ def _show_settings(
     """Every setting as it takes effect, before anything slow happens."""
     shown: dict[str, object] = {
         "model": arguments.model,
-        "data": f"{arguments.data}: {data_report}",
+        "data": f"{', '.join(arguments.data)}: {data_report}",
         **({} if held_out_report is None else {"held out": _held_out(arguments, held_out_report)}),
         "weights": "NF4, double quantization" if arguments.bits == 4 else "as in the checkpoint",
         "trains": f"all parameters, by {arguments.optimizer}"
@@ -322,7 +328,7 @@ def _described(adapters: str) -> str:
 
 def _held_out(arguments: argparse.Namespace, report: DataReport) -> str:
     every = "" if arguments.eval_every is None else f"every {arguments.eval_every} steps and "
-    return f"{arguments.eval_data}: {report}; evaluated {every}at the end"
+    return f"{', '.join(arguments.eval_data)}: {report}; evaluated {every}at the end"
 
 
 def _show_result(console: Console, result: TrainingResult, report: Mapping[str, Any], folder: Path) -> None:

@@ -14,7 +14,6 @@ elsewhere. No torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from offload_rt.errors import ConfigError, DataError, nearest
+from offload_rt.training.data_files import read_json_lines
 
 IGNORED_LABEL = -100
 """What torch's cross entropy leaves out."""
@@ -44,7 +44,7 @@ class Example:
     labels: NDArray[np.int32]
     """Shape (T,): the token where it is learned, -100 elsewhere; not shifted."""
     line: int
-    """Where it came from, counted from 1."""
+    """Of the file that it came from, counted from 1."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -52,7 +52,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What reading a file came to; nothing that was cut or left out is missing from it."""
+    """What reading files came to; nothing that was cut or left out is missing from it."""
 
     num_examples: int
     num_tokens: int
@@ -63,8 +63,8 @@ class DataReport:
     """Lines that were cut, the dropped ones included."""
     num_cut_tokens: int
     """Tokens that were cut from them."""
-    dropped_lines: tuple[int, ...]
-    """Lines with nothing left to learn after truncation."""
+    dropped_lines: tuple[str, ...]
+    """Lines with nothing left to learn after truncation, as name of the file and number."""
     num_merged: int
     """Prompts whose last token merged with the first of what is learned; the merged token is learned."""
 
@@ -74,17 +74,23 @@ class DataReport:
         if self.num_truncated:
             text += f"; {self.num_truncated} truncated ({self.num_cut_tokens} tokens cut)"
         if self.dropped_lines:
-            shown = ", ".join(map(str, self.dropped_lines[:5])) + (", ..." if len(self.dropped_lines) > 5 else "")
-            text += f"; {len(self.dropped_lines)} dropped, nothing to learn was left (line {shown})"
+            shown = ", ".join(self.dropped_lines[:5]) + (", ..." if len(self.dropped_lines) > 5 else "")
+            text += f"; {len(self.dropped_lines)} dropped, nothing to learn was left ({shown})"
         if self.num_merged:
             text += f"; {self.num_merged} prompts end inside a token of what follows"
         return text
 
 
 def load_examples(
-    path: str | Path, tokenizer: Any, *, seq_len: int, too_long: str = "truncate", prompts: str = "template"
+    paths: str | Path | Sequence[Path],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    too_long: str = "truncate",
+    prompts: str = "template",
 ) -> tuple[list[Example], DataReport]:
-    """Reads a JSONL file. Raises `DataError` with file and line for anything that cannot be used.
+    """Reads a JSONL file, or several, one behind the other. Raises `DataError` with file and line for anything that
+    cannot be used.
 
     `tokenizer` is a transformers tokenizer. `too_long`: "truncate" (cut on the right, counted) or "error".
     `prompts`: "template" puts prompt and completion through the chat template where the tokenizer has one,
@@ -100,9 +106,9 @@ def load_examples(
         raise ConfigError(f"seq_len: must be at least 2, got {seq_len}")
     encoder = _Encoder(tokenizer, raw_prompts=prompts == "raw")
     examples: list[Example] = []
-    dropped: list[int] = []
+    dropped: list[str] = []
     longest = num_truncated = num_cut_tokens = 0
-    for line, record in read_json_lines(path):
+    for path, line, record in _records([Path(paths)] if isinstance(paths, (str, Path)) else paths):
         try:
             ids, labels = encoder.encode(record)
         except _BadLine as error:
@@ -117,16 +123,14 @@ def load_examples(
             num_cut_tokens += len(ids) - seq_len
             ids, labels = ids[:seq_len], labels[:seq_len]
             if not _num_learned(labels):
-                dropped.append(line)
+                dropped.append(f"{path.name}:{line}")
                 continue
         examples.append(Example(np.asarray(ids, np.int32), np.asarray(labels, np.int32), line))
     if not examples:
-        if dropped:
-            raise DataError(
-                f"{path}: nothing left to learn in any of its {len(dropped)} lines after truncation to "
-                f"seq_len={seq_len} tokens (the longest has {longest}); raise seq_len"
-            )
-        raise DataError(f"{path}: no examples: the file is empty")
+        raise DataError(
+            f"{path}: nothing left to learn in any of {len(dropped)} lines after truncation to "
+            f"seq_len={seq_len} tokens (the longest has {longest}); raise seq_len"
+        )
     report = DataReport(
         num_examples=len(examples),
         num_tokens=sum(map(len, examples)),
@@ -140,28 +144,15 @@ def load_examples(
     return examples, report
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of every line that is not blank."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - entered below, outside the `try`
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    with file:
-        for line, raw in enumerate(file, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start} of the line)") from error
-            if not text:
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                hint = "; one JSON object a line is expected, not one array" if text.startswith("[") else ""
-                raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}{hint}") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{path}:{line}: expected an object, got {type(record).__name__}")
-            yield line, record
+def _records(paths: Sequence[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """Of all files, with file and line."""
+    for path in paths:
+        is_empty = True
+        for line, record in read_json_lines(path):
+            yield path, line, record
+            is_empty = False
+        if is_empty:
+            raise DataError(f"{path}: no examples: the file is empty")
 
 
 def _num_learned(labels: list[int]) -> int:

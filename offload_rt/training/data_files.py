@@ -1,0 +1,68 @@
+"""The files that examples are in: which ones a call means, and the JSON objects in their lines. No torch."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from offload_rt.errors import DataError
+
+COMPRESSED = ".gz"
+_ENDINGS = (".jsonl", f".jsonl{COMPRESSED}")
+
+
+def data_files(given: Sequence[str | Path]) -> list[Path]:
+    """The files that are meant, in order: those given, and of a folder all with lines of JSON, by their names.
+
+    One that is given twice comes twice. Raises `DataError` for what is neither file nor folder, and a folder without.
+    """
+    found: list[Path] = []
+    for path in (Path(each).expanduser() for each in given):
+        if not path.exists():
+            raise DataError(f"{path}: cannot be read (No such file or directory)")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(entry for entry in path.iterdir() if entry.name.endswith(_ENDINGS) and entry.is_file())
+        if not inside:
+            raise DataError(f"{path}: a folder without files that end in {' or '.join(_ENDINGS)}")
+        found += inside
+    return found
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line that is not blank; a file that ends in .gz is decompressed on the way."""
+    try:
+        opened = gzip.open if str(path).endswith(COMPRESSED) else open
+        file: BinaryIO = opened(path, "rb")  # type: ignore[assignment]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    with file:
+        for line, raw in _lines(path, file):
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start} of the line)") from error
+            if not text:
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                hint = "; one JSON object a line is expected, not one array" if text.startswith("[") else ""
+                raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}{hint}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{path}:{line}: expected an object, got {type(record).__name__}")
+            yield line, record
+
+
+def _lines(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    line = 0
+    try:
+        for line, raw in enumerate(file, start=1):
+            yield line, raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read behind line {line} ({error})") from error
