@@ -21,7 +21,8 @@ from offload_rt.errors import ConfigError
 from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.training.batches import Batches
 from offload_rt.training.data import Example
-from offload_rt.training.evaluation import Evaluation, num_predicted
+from offload_rt.training.evaluation import FORWARD_SHARE, Evaluation, Evaluations, num_predicted
+from offload_rt.training.events import Events
 from offload_rt.training.loop import TrainingResult, train
 from offload_rt.training.options import TrainingOptions
 from offload_rt.training.run_folder import RunFolder
@@ -190,6 +191,29 @@ def test_evaluations_come_when_asked_and_at_the_end_and_have_lines_of_their_own(
     ]
     assert engine.seen == never.seen and torch.equal(engine.weight, never.weight)
     assert engine.events == ["step"] * 5 + ["save checkpoint-5"]  # before the last evaluation, which may take long
+
+
+@pytest.mark.parametrize(
+    ("every", "due"), [(2, [3, 3, 2, 2, 1, 0]), (1, [5, 4, 3, 2, 1, 0]), (5, [1, 1, 1, 1, 1, 0]), (None, [1] * 5 + [0])]
+)
+def test_evaluations_still_to_come_are_a_part_of_the_remaining_time(
+    every: int | None, due: list[int], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(at_step=0, settings={})
+    evaluations = Evaluations(
+        Evaluation(FakeEvaluatedEngine(), held_out()), folder, Events(None), print, every=every, total_steps=5,
+        is_to_stop=lambda: False,
+    )  # fmt: skip
+
+    def shown() -> list[float]:
+        return [evaluations.seconds_from(step, seconds_of_batch=3.0) for step in range(1, 7)]
+
+    assert shown() == [num * 2 * FORWARD_SHARE * 3.0 for num in due]  # two batches each
+    made = [step for step in range(1, 6) if evaluations.behind(step)]
+    assert made == [step for step in range(1, 6) if due[step - 1] > due[step]]
+    assert evaluations.newest is not None and shown() == [num * evaluations.newest.seconds for num in due]
+    folder.close()
 
 
 def test_a_resumed_run_makes_up_for_an_evaluation_that_a_signal_left_out_and_repeats_none(tmp_path: Path) -> None:

@@ -533,6 +533,15 @@ def test_without_a_terminal_lines_come_every_few_seconds_and_for_the_last_step()
     assert "10 tokens/s  ETA 0:14  read 1 MiB/s  HOST 1 GiB" in shown[1]
 
 
+def test_the_remaining_time_has_what_is_still_to_come_besides_steps() -> None:
+    text = io.StringIO()
+    with Display(Console(file=text, width=200), total_steps=9, first_step=0) as display:
+        display.step(
+            StepNumbers(step=2, loss=1.0, tokens=1, seconds=10.0, bytes_read=0, memory={}, seconds_besides=25.0)
+        )
+    assert "ETA 1:35" in text.getvalue()
+
+
 def test_on_a_terminal_a_bar_is_drawn(tmp_path: Path) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=120)

@@ -34,6 +34,8 @@ class StepNumbers:
     """In this step, from NVME."""
     memory: Mapping[str, int]
     """Tier to managed bytes."""
+    seconds_besides: float = 0.0
+    """What is still to come besides steps: evaluations."""
 
 
 class Display:
@@ -103,7 +105,7 @@ class Display:
         seconds = max(sum(numbers.seconds for numbers in self._recent), 1e-9)
         tokens_per_second = sum(numbers.tokens for numbers in self._recent) / seconds
         bytes_per_second = sum(numbers.bytes_read for numbers in self._recent) / seconds
-        remaining = (self._total_steps - last.step) * seconds / len(self._recent)
+        remaining = (self._total_steps - last.step) * seconds / len(self._recent) + last.seconds_besides
         parts = [
             f"loss {last.loss:.4f}",
             f"{tokens_per_second:.0f} tokens/s",

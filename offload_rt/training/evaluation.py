@@ -33,6 +33,10 @@ class EvaluatedEngine(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+FORWARD_SHARE = 1 / 3
+"""Of computing a micro-batch that trains: a backward pass computes twice what its forward does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """What one came to."""
@@ -58,6 +62,11 @@ class Evaluation:
         self.data = f"{batches.state_dict()['data']['checksum']:08x}"
         """Tells one set of examples from another."""
 
+    @property
+    def num_batches(self) -> int:
+        """Of an evaluation."""
+        return self._batches.num_batches(0)
+
     def run(self, is_to_stop: Callable[[], object] = lambda: False) -> Evaluated | None:
         """Evaluates; None where `is_to_stop` said so between two batches. Blocks."""
         begin = time.monotonic()
@@ -65,7 +74,7 @@ class Evaluation:
         total, tokens = 0.0, 0
         with model_unchanged(self._engine.model), torch.no_grad():
             self._engine.model.eval()
-            for _ in range(self._batches.num_batches(0)):
+            for _ in range(self.num_batches):
                 if is_to_stop():
                     return None
                 batch = next(self._batches)
@@ -104,7 +113,7 @@ class Evaluations:
         """Evaluates behind the step that is done, where that is due and not in the run's folder yet; whether it did, if
         only in part. Blocks.
         """
-        is_due = step == self._total_steps or (self._every is not None and step % self._every == 0)
+        is_due = self._num_due(step) > self._num_due(step + 1)
         if self._evaluation is None or not step or not is_due or self._is_done(step, self._evaluation.data):
             return False
         begin = time.monotonic()
@@ -125,6 +134,23 @@ class Evaluations:
             f"({format_seconds(found.seconds)})"
         )
         return True
+
+    def seconds_from(self, step: int, *, seconds_of_batch: float) -> float:
+        """What evaluations take that are due behind `step` and later steps. Before the first one is measured: by
+        `seconds_of_batch`, which a micro-batch that trains takes.
+        """
+        if self._evaluation is None:
+            return 0.0
+        each = FORWARD_SHARE * seconds_of_batch * self._evaluation.num_batches
+        return self._num_due(step) * (each if self.newest is None else self.newest.seconds)
+
+    def _num_due(self, step: int) -> int:
+        """Evaluations behind `step`, which is at least 1, and later steps."""
+        if step > self._total_steps:
+            return 0
+        if self._every is None:
+            return 1
+        return -(-self._total_steps // self._every) - (step - 1) // self._every
 
     def _is_done(self, step: int, data: str) -> bool:
         return any(line["step"] == step and line["eval_data"] == data for line in self._folder.evaluations())

@@ -193,13 +193,17 @@ def train(
             watch.note(progress.step, report)
             if report.get("cuts") is not None:
                 folder.note_cuts(report["cuts"])
+            step_seconds = time.monotonic() - step_begin
             numbers = StepNumbers(
                 step=progress.step,
                 loss=loss,
                 tokens=sum(map(num_tokens, micro_batches)),
-                seconds=time.monotonic() - step_begin,
+                seconds=step_seconds,
                 bytes_read=int(report.get("bytes_read", 0)) - bytes_read,
                 memory={str(tier): int(num_bytes) for tier, num_bytes in report.get("memory", {}).items()},
+                seconds_besides=evaluations.seconds_from(
+                    progress.step, seconds_of_batch=step_seconds / options.accumulation_steps
+                ),
             )
             tokens += numbers.tokens
             if progress.step % options.log_every == 0 or progress.step == total_steps:
