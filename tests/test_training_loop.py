@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from offload_rt.errors import CheckpointError, ConfigError, NonFiniteLoss, StorageError, StorageFull
+from offload_rt.training import saves
 from offload_rt.training.batches import Batches
 from offload_rt.training.data import Example
 from offload_rt.training.display import Display, StepNumbers
@@ -304,6 +305,43 @@ def test_resume_without_a_checkpoint_begins_and_says_so(tmp_path: Path) -> None:
     _, result, lines = run(tmp_path / "out", resume=True)
     assert "the beginning" in lines[0] and result.step == 6
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_new_run_takes_over_nothing_of_one_that_left_nothing_to_go_on_from(tmp_path: Path) -> None:
+    out, engine = tmp_path / "out", FakeEngine()
+    engine.poison_at = 2
+    with pytest.raises(NonFiniteLoss):
+        run(out, engine)
+    aborted = RunFolder(out)
+    aborted.note_cuts({"tiles": 3})
+    aborted.write_report({"of": "the aborted one"})
+    low = {"step": 1, "left_bytes": 1, "total_bytes": 100, "of": "RAM", "resident_bytes": 50, "holdings": {}}
+    aborted.memory_file.write_text(f"{json.dumps(low)}\n")
+    run(out, FakeEngine(), resume=True, steps=1)  # is the same run, whose memory ran low
+    assert RunFolder(out).run_id == aborted.run_id and aborted.memory_file.exists()
+    shutil.rmtree(out / "checkpoint-1")
+    (out / "run.json").write_text(json.dumps({"id": aborted.run_id, "cuts": {"tiles": 3}, "settings": {"lr": 3}}))
+    _, result, _ = run(out, FakeEngine(), steps=2)
+    assert result.step == 2 and not aborted.memory_file.exists()
+    new = RunFolder(out)
+    assert new.run_id != aborted.run_id and new.cuts is None and new.settings()["lr"] is None
+    assert [line["step"] for line in new.metrics()] == [1, 2] and "of" not in (new.report() or {})
+
+
+def test_a_run_whose_commits_lie_elsewhere_is_not_begun_anew_over_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = CommittingEngine(tmp_path / "first")
+    first.after_step[2] = lambda: interrupt(signal.SIGTERM)
+    run(tmp_path / "out", first)
+    states = torch.load(tmp_path / "first" / "state.pt")[2]
+    monkeypatch.setattr(saves, "peek", lambda folder: SimpleNamespace(payload={"tracked": states}))
+    monkeypatch.setattr(saves, "unpack_values", lambda payload: payload)
+    with pytest.raises(
+        ConfigError, match=r"unfinished run \(the commit of step 2 in .*first\); continue it with --resume"
+    ):
+        run(tmp_path / "out", CommittingEngine(tmp_path / "second"))
+    assert RunFolder(tmp_path / "out").last_step() == 2
 
 
 def test_a_nan_loss_stops_the_run_and_the_good_state_stays(tmp_path: Path) -> None:

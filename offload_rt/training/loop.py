@@ -130,6 +130,8 @@ def train(
         found = saves.find()
     else:
         saves.require_free()
+        folder.be_new()
+        progress.belong_to(folder.run_id)
     saved_at = 0
     if found is not None:
         engine.load_checkpoint(found.folder)

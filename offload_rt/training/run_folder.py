@@ -45,7 +45,16 @@ class RunFolder:
         self._metrics: BinaryIO | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is a file, not a folder")
+        self._is_new = False
         self._run_id = str(self._read_run().get("id") or uuid.uuid4().hex)
+
+    def be_new(self) -> None:
+        """Is the folder of a run that is begun: what one that left nothing to go on from has written here is not its.
+
+        Changes nothing before `begin`.
+        """
+        self._is_new = True
+        self._run_id = uuid.uuid4().hex
 
     def take_over(self, run_id: str) -> None:
         """Is the folder of that run from now on, where nothing is left that says which one it was."""
@@ -159,7 +168,8 @@ class RunFolder:
             raise ConfigError(f"resume: {self.path} was begun with other settings: {'; '.join(changed)}")
 
     def begin(self, *, at_step: int, settings: Mapping[str, Any], commits: Path | None = None) -> None:
-        """Makes the folder; drops the metrics of steps after `at_step`, which will be taken again.
+        """Makes the folder; drops the metrics of steps after `at_step`, which will be taken again, and behind `be_new`
+        all that another run has written.
 
         `commits`: where on NVMe the run's steps are committed from now on; None where they are checkpoints here.
         """
@@ -167,6 +177,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for entry in self.path.glob("checkpoint-*.removing"):
                 shutil.rmtree(entry)
+            if self._is_new:
+                for file in (self._run_file, self._metrics_file, self._report_file, self.memory_file):
+                    file.unlink(missing_ok=True)
+                self._is_new = False
             before = self._read_run()
             here = [] if commits is None else [str(commits.absolute())]
             places = here + [place for place in before.get("commits", []) if place not in here]

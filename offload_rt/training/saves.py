@@ -48,6 +48,9 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "in_step": self.in_step, **self._run}
 
+    def belong_to(self, run_id: str) -> None:
+        self._run["run"] = run_id
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = int(state["step"])
         self.in_step = bool(state.get("in_step"))
@@ -143,10 +146,19 @@ class Saves:
         return saves, problems
 
     def require_free(self) -> None:
-        """Raises `ConfigError` where the drive holds the state of a run, this one or another: it would be lost."""
+        """Raises `ConfigError` where the drive holds the state of a run, this one or another: it would be lost. And
+        where the run in the folder has steps that are committed anywhere else: nobody would find them any more.
+        """
         commit = self._commit()
         if commit is not None:
             raise ConfigError(self._in_the_way(commit))
+        elsewhere, _ = self._elsewhere()
+        if elsewhere:
+            newest = max(elsewhere, key=lambda save: save.step)
+            raise ConfigError(
+                f"out: {self._folder.path} holds an unfinished run ({newest.describe}); continue it with --resume, or "
+                f"give another folder"
+            )
 
     def save(self) -> Save:
         """Makes what there is now durable, unless it is. Blocks."""
