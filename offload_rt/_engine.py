@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
-from offload_rt.checkpoint.adapters import add_adapters, remove_adapters
+from offload_rt.checkpoint.adapters import add_adapters
+from offload_rt.checkpoint.original import Original
 from offload_rt.checkpoint.pretrained import save_pretrained
 from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
@@ -136,10 +137,12 @@ class Engine:
         optimise_for = machine_to_plan_for(plan, self.config, emulated)
         chooses_for = machine_to_choose_for(plan, self.config, emulated)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
-        flags = {id(p): p.requires_grad for p in model.parameters()}
-        self.model: nn.Module = model if adapters is None else add_adapters(model, adapters, self._checkpoint)
         self._peaks = Peaks()
+        self._handles: list[Guard | RemovableHandle | Reached | LoopSteps] = []
+        original = Original(model)
+        runtime: Runtime | None = None
         try:
+            self.model: nn.Module = model if adapters is None else add_adapters(model, adapters, self._checkpoint)
             self.trainable: dict[str, nn.Parameter] = {
                 name: p for name, p in self.model.named_parameters() if p.requires_grad
             }
@@ -163,17 +166,16 @@ class Engine:
                 emulated=emulated,
                 chooses_for=chooses_for,
             )
-        except BaseException:
-            self._peaks.close()
-            if adapters is not None:  # so that the same call with other arguments works
-                remove_adapters(self.model, model, flags)
-            raise
-        self._closed = False
-        self._handles: list[Guard | RemovableHandle | Reached | LoopSteps] = []
-        try:
+            self._closed = False
             self._attach(model, runtime)
-        except BaseException:
-            all_close(runtime.close, *(handle.remove for handle in self._handles), self._peaks.close)
+            original.let_go()
+            runtime.heap.trim()  # of what the weights and their encoding have left
+            self._look_after(runtime)
+            logger.info("%s", self.summary())
+        except BaseException:  # the same call with other arguments works
+            handles = [handle.remove for handle in self._handles]
+            made = [] if runtime is None else [runtime.close]
+            all_close(*made, *handles, original.restore, self._peaks.close)
             raise
 
     def _attach(self, model: nn.Module, runtime: Runtime) -> None:
@@ -181,7 +183,6 @@ class Engine:
         self._tracked = Tracked()
         runtime.training.carry(lambda: self._tracked.values(self._runtime.cuts), self._tracked.with_schedulers)
         self._reached = Reached(self.model, self.trainable, [each.layer for each in runtime.layers])
-        self._look_after(runtime)
         self._changes = Changes(
             runtime,
             self.config,
@@ -207,7 +208,6 @@ class Engine:
             is_over=self._changes.after_step,
         )
         self._handles.append(self._steps)
-        logger.info("%s", self.summary())
 
     def _look_after(self, runtime: Runtime) -> None:
         """What the engine sees of the runtime in effect."""

@@ -104,21 +104,6 @@ def _new_adapter(model: nn.Module, config: Any) -> nn.Module:
         raise
 
 
-def remove_adapters(wrapped: Any, model: nn.Module, flags: Mapping[int, bool]) -> None:
-    """Undoes `add_adapters`: the plain model again, with the `requires_grad` flags it had, by parameter id."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):  # peft would leave the adapter's copy in the module's place
-            for name in module.modules_to_save:
-                module.modules_to_save[name] = module.original_module
-    wrapped.unload()
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    for parameter in model.parameters():
-        parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
-
-
 Values = Mapping[str, torch.Tensor]
 """By name."""
 

@@ -24,8 +24,8 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 
 
 def make_real(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Puts `value` behind `parameter`, which may be on meta, without changing its identity or `requires_grad`."""
-    if not parameter.is_meta:
+    """Puts `value` behind `parameter`, without changing its identity or `requires_grad`. Either may be on meta."""
+    if parameter.is_meta is value.is_meta:
         parameter.data = value
         return
     fresh = nn.Parameter(value, requires_grad=parameter.requires_grad)

@@ -283,7 +283,10 @@ class RuntimeAssembly:
             module.attach()
         runtime.contiguous_head = keep_head_input_contiguous(workload.model)
         runtime.loss_head = self._loss_head(runtime)
-        heap.trim()  # of what the weights and their encoding have left
+        if (
+            self.before is not None
+        ):  # of what weights on their way have left; where there was none, they are there still
+            heap.trim()
         return runtime
 
     def _in_pieces(self, module: nn.Module, block: Block) -> LookupModule | TiledLinear:
