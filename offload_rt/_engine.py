@@ -3,8 +3,9 @@
 [Note: what an engine does to a model]
 `engine.model` is the user's module. Its frozen parameters keep their identity and are absent between uses; its layers'
 `forward` goes through the engine, and what would convert it or merge adapters into it is refused (`conversions`);
-copies, loads and saves that would miss weights, too (`copies`); nothing else changes. `close` takes all of this out
-again, except that weights that were at rest stay absent, and that nobody saves what stands for them.
+copies, loads and saves that would miss weights, too (`copies`), and calls from compiled code (`compiling`); nothing
+else changes. `close` takes all of this out again, except that weights that were at rest stay absent, and that nobody
+saves what stands for them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
 from offload_rt.guards.batch_check import check_batch
+from offload_rt.guards.compiling import CompileGuard
 from offload_rt.guards.conversions import ConversionGuard, Guard, check_unmanaged
 from offload_rt.guards.copies import CopyGuard
 from offload_rt.guards.integrity import Reached, check_loss, check_optimizer
@@ -138,7 +140,7 @@ class Engine:
         chooses_for = machine_to_choose_for(plan, self.config, emulated)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._peaks = Peaks()
-        self._handles: list[Guard | RemovableHandle | Reached | LoopSteps] = []
+        self._handles: list[Guard | CompileGuard | RemovableHandle | Reached | LoopSteps] = []
         original = Original(model)
         runtime: Runtime | None = None
         try:
@@ -208,6 +210,7 @@ class Engine:
             is_over=self._changes.after_step,
         )
         self._handles.append(self._steps)
+        self._handles.append(CompileGuard(*models))  # whose hooks come before all others
 
     def _look_after(self, runtime: Runtime) -> None:
         """What the engine sees of the runtime in effect."""

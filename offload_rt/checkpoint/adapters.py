@@ -43,7 +43,8 @@ def add_adapters(model: nn.Module, adapters: Any, base: Path | None = None) -> n
     """New adapters by `peft.get_peft_model`, or those in a folder, with typed errors. The base model is frozen by it.
 
     `adapters` is a peft configuration, or a folder that peft saved; `base` the base model's checkpoint, if its weights
-    are not in memory. Raises `ConfigError`, `CheckpointError`, `UnsupportedModule`; then `model` is as it was.
+    are not in memory. Raises `ConfigError`, `CheckpointError`, `UnsupportedModule`, and leaves what it
+    has put on `model` to the caller (`checkpoint.original`).
     """
     try:
         import peft
@@ -65,16 +66,11 @@ def _saved_adapter(model: nn.Module, folder: Path, base: Path | None) -> nn.Modu
     config = read_config(folder)
     if config.is_prompt_learning:
         raise UnsupportedModule(f"{folder}: {config.peft_type.value} cannot go on training, in peft neither")
-    flags = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     try:
         tuned = put_on(model, config)
     except ValueError as error:
         raise TargetNotMatched(f"adapters: {folder} does not fit the model: {error}") from error
-    try:
-        fill(tuned, folder, base)
-    except BaseException:
-        remove_adapters(tuned, model, flags)
-        raise
+    fill(tuned, folder, base)
     warn_of_another_base(config, model, base)
     return tuned
 
