@@ -285,6 +285,7 @@ STANDS_FOR = {
     "StreamContext": stream,
     "current_stream": current_stream,
     "default_stream": lambda chosen=None: Stream(stream_id=0, device_index=_index(chosen), device_type=1),
+    "is_current_stream_capturing": lambda: False,
     "set_stream": lambda entered: _library.emulated_set_stream(entered.device.index, entered.stream_id),
     "synchronize": lambda chosen=None: _library.emulated_synchronize(_index(chosen)),
     "_sleep": lambda cycles: _library.emulated_sleep(_index(), cycles // 2000),

@@ -474,6 +474,24 @@ def test_a_model_on_another_stream_is_refused() -> None:
                 called(input_ids=ids, labels=ids)
 
 
+def test_a_graph_is_not_captured_of_a_model_that_an_engine_manages(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("plain", "bf16", 1, False, False, "from HOST")
+    engine = Engine(build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cuda", host_memory="256MiB")
+    ids = torch.zeros(1, 4, dtype=torch.long, device="cuda")
+    with engine:
+        for where in ("cuda", "cpu"):
+            there = ids.to(where)
+            with monkeypatch.context() as now:
+                now.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                for called in (engine, lambda **inputs: engine.train_batch([inputs])):
+                    with pytest.raises(ConfigError, match=r"^a CUDA graph is being captured"):
+                        called(input_ids=there, labels=there)
+                if where == "cuda":
+                    with pytest.raises(ConfigError, match=r"^a CUDA graph is being captured"):
+                        engine.model(input_ids=there, labels=there)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+
+
 def test_the_most_that_was_reserved_is_known_when_a_meter_has_begun_anew(device) -> None:
     torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
     torch.cuda.empty_cache()

@@ -247,7 +247,16 @@ class CudaDevice:
         return CudaMark(self.compute)
 
     def check_stream(self) -> None:
-        """Raises `ConfigError` where the model runs on another stream than the engine orders its copies with."""
+        """Raises `ConfigError` where the model runs on another stream than the engine orders its copies with, or where
+        that captures a graph.
+        """
+        with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing():
+                raise ConfigError(
+                    "a CUDA graph is being captured: a model that an engine manages cannot be part of one, for a graph "
+                    "repeats copies and kernels on the same memory, and an engine moves weights; call it outside "
+                    "`torch.cuda.graph`"
+                )
         current = torch.cuda.current_stream(self.device)
         if current != self.compute.stream:
             raise ConfigError(

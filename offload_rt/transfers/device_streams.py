@@ -83,7 +83,7 @@ class Device(Protocol):
         """A mark, with all that it needs of the device."""
 
     def check_stream(self) -> None:
-        """Raises `ConfigError` where the caller's kernels do not go to `compute`."""
+        """Raises `ConfigError` where the caller's kernels do not go to `compute`, or do not run when they are given."""
 
     def on_compute(self) -> AbstractContextManager[None]:
         """Inside, the kernels of the calling thread, which may be a new one, go to `compute`."""

@@ -203,11 +203,12 @@ class Runtime:
 
     def on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call's arguments where it computes. Waits for none but those in locked memory: the pageable has been read
-        when this returns, the locked is its owner's to change then.
+        when this returns, the locked is its owner's to change then. Raises as `check_stream` of the device.
         """
-        device = None if self.device is None else self.device.device
-        if device is None:
+        if self.device is None:
             return args, kwargs
+        self.device.check_stream()
+        device = self.device.device
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=not tensor.is_pinned())
