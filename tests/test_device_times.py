@@ -173,6 +173,37 @@ def test_what_there_are_no_marks_for_is_left_out(monkeypatch: pytest.MonkeyPatch
         assert found is not None and found.seconds_per_byte == {HOST_TO_DEVICE: 1.0} and found.seconds == {}
 
 
+@pytest.mark.parametrize("which", ["begin", "end"])
+def test_a_mark_that_cannot_be_made_says_nothing_and_the_next_steps_are_timed(
+    which: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("CUDA error")
+
+    num_marks = len(bench.times._moving), len(bench.times._computing)
+    bench.begin()
+    bench.copy(inward=True)
+    for pairs, timed in (
+        (bench.times._moving, lambda: bench.copy(inward=True)),
+        (bench.times._computing, lambda: [bench.times.enter(), bench.times.leave()]),
+    ):
+        with monkeypatch.context() as now:
+            now.setattr(getattr(pairs[-1], which), "record", refuses)
+            with pytest.raises(RuntimeError, match="CUDA error"):
+                timed()
+            bench.times._threads.clear()
+    bench.pass_all()
+    found = bench.times.step_ends()
+    assert found is not None and found.seconds_per_byte == {HOST_TO_DEVICE: 1.0} and found.seconds == {}
+    assert (len(bench.times._moving), len(bench.times._computing)) == num_marks
+    bench.begin()
+    bench.times.enter()
+    bench.device.compute.seconds += 3
+    bench.times.leave()
+    found = bench.times.step_ends()
+    assert found is not None and found.seconds == {COMPUTE: 3.0}
+
+
 def test_an_evaluation_and_threads_that_run_no_model_say_nothing_of_computing(bench: Bench) -> None:
     bench.begin()
     bench.times.enter()

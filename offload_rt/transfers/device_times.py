@@ -38,10 +38,11 @@ STALL = "stall"
 KINDS = (HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_UPDATE, COMPUTE, STALL)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pair:
     begin: Mark
     end: Mark
+    kind: str = ""
     num_bytes: int = 0
     is_recorded: bool = False
 
@@ -109,8 +110,8 @@ class DeviceTimes:
                     self.newest = self._times(sample)
                     self._give_back(sample)
             if self._sample is None and self._num_steps % EVERY_STEPS == 0:
-                self._sample = _Sample(self._base)
                 self._base.record(self._device.compute)
+                self._sample = _Sample(self._base)
             return self.newest
 
     def forget(self) -> None:
@@ -163,7 +164,7 @@ class DeviceTimes:
             self._end(pair, stream)
 
     def _begin(self, kind: str, stream: Stream, num_bytes: int = 0) -> _Pair | None:
-        """Notes the time, if this step is timed and there are marks."""
+        """Notes the time, if this step is timed and there are marks. What raises leaves nothing to wait for."""
         sample = self._sample
         if sample is None or sample.is_over:
             return None
@@ -172,14 +173,29 @@ class DeviceTimes:
             sample.misses.add(kind)
             return None
         pair = pool.pop()
-        pair.num_bytes, pair.is_recorded = num_bytes, False
+        pair.kind, pair.num_bytes, pair.is_recorded = kind, num_bytes, False
         sample.pairs[kind].append(pair)
-        pair.begin.record(stream)
+        try:
+            pair.begin.record(stream)
+        except BaseException:
+            self._drop(sample, pair)
+            raise
         return pair
 
     def _end(self, pair: _Pair, stream: Stream) -> None:
-        pair.end.record(stream)
+        try:
+            pair.end.record(stream)
+        except BaseException:
+            with self._lock:
+                if self._sample is not None:  # the one that it was taken for, which waits for it
+                    self._drop(self._sample, pair)
+            raise
         pair.is_recorded = True
+
+    def _drop(self, sample: _Sample, pair: _Pair) -> None:
+        sample.pairs[pair.kind].remove(pair)
+        sample.misses.add(pair.kind)
+        self._pool(pair.kind).append(pair)
 
     def _give_back(self, sample: _Sample) -> None:
         for kind, pairs in sample.pairs.items():
