@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_rt._engine import Engine
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, OutOfDeviceMemory
 from offload_rt.layers.discover import find_blocks
 from offload_rt.plans import planning
 from offload_rt.plans.cuts import check_cuts, cuts_of
@@ -387,8 +387,13 @@ def test_a_run_that_goes_on_keeps_its_chunks_and_a_new_one_takes_them_only_where
     assert timed[2:] == [None, CHUNK] and cuts_of(plan, workload).chunk_tokens == CHUNK
 
 
-def test_where_a_gpu_refuses_a_layer_memory_shorter_chunks_are_profiled_with_all_of_it(tmp_path, monkeypatch, caplog):
-    """The estimate said that the profile would fit; what it held is free before the next one begins."""
+@pytest.mark.parametrize("at", ["_warm", "_saving"])
+def test_where_a_gpu_refuses_a_layer_memory_shorter_chunks_are_profiled_with_all_of_it(
+    at, tmp_path, monkeypatch, caplog
+):
+    """The estimate said that the profile would fit; what it held is free before the next one begins. `at`: computed
+    again, or kept.
+    """
     monkeypatch.setattr(planning, "CHUNK_TOKENS", (CHUNK,))
     monkeypatch.setattr(planning, "profile_head", lambda **_: SECONDS)
     monkeypatch.setattr(planning, "updates_per_second", lambda *_: 1e9)
@@ -397,13 +402,15 @@ def test_where_a_gpu_refuses_a_layer_memory_shorter_chunks_are_profiled_with_all
     def refused(*_):
         large = torch.ones(16)
         held.append(weakref.ref(large))
+        if at == "_saving":  # as an arena says it
+            raise OutOfDeviceMemory("CUDA out of memory. Tried to allocate 2 GiB", wanted=2 << 30, free=0)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     def by_chunks(*_, chunk_tokens, **__):
         asked.append((chunk_tokens, [one() for one in held]))
         return seconds_of(BF16)
 
-    monkeypatch.setattr(block_profile, "_warm", refused)
+    monkeypatch.setattr(block_profile, at, refused)
     monkeypatch.setattr(planning, "profile_chunked_layer", by_chunks)
     hardware = machine(64 * MIB, 0)
     workload, streaming, _ = question(model_of(BF16), tmp_path, hardware, None)

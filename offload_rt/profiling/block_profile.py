@@ -101,6 +101,8 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int,
         saving: _Saving | None = None
         try:
             saving = _saving(stand, call, bench)
+        except REFUSED:
+            raise
         except (OffloadError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             logger.warning(
                 "%s: what layers like it save could not be measured, so that they are recomputed whole: %s: %s",
