@@ -203,7 +203,7 @@ def test_where_locking_has_a_ceiling_copies_go_through_a_ring_below_it(all_locke
     monkeypatch.setattr("offload_rt.memory.pinning.MIN_RING_BYTES", RING)
     monkeypatch.setattr("offload_rt.wiring.ring_assembly.MIN_RING_BYTES", RING)
     ceiling = Ceiling(ceiling_bytes=2 * RING, reason="tried")
-    monkeypatch.setattr("offload_rt.transfers.device_cuda.known_ceiling", lambda runtime: ceiling)
+    monkeypatch.setattr("offload_rt.transfers.device_cuda.known_ceiling", lambda runtime, gpu: ceiling)
     monkeypatch.setattr("offload_rt.wiring.workload.known_ceiling", device_cuda.known_ceiling)
     with lockable(2 * RING):
         found, engine = full_run(tmp_path / "ring")
@@ -229,8 +229,11 @@ def test_where_nothing_can_be_locked_copies_wait_and_it_is_said(all_locked, tmp_
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="OFFLOAD_EMULATED_DEVICES is below 2")
-def test_an_engine_on_another_gpu_than_the_current_one_touches_only_its_own():
-    """By no call of any thread: the other GPU may be full, or somebody else's."""
+def test_an_engine_on_another_gpu_than_the_current_one_touches_only_its_own(monkeypatch):
+    """By no call of any thread: the other GPU may be full, or somebody else's. Nor by a child of ours."""
+    asked = []
+    for where in ("offload_rt.transfers.device_cuda", "offload_rt.wiring.workload"):
+        monkeypatch.setattr(f"{where}.known_ceiling", lambda runtime, gpu: asked.append(gpu))
     gc.collect()
     with contexts() as found:
         with Engine(
@@ -242,6 +245,7 @@ def test_an_engine_on_another_gpu_than_the_current_one_touches_only_its_own():
         ) as engine:  # fmt: skip
             engine.train_batch([micro_batch(0, 0)])
             assert engine.report()["training"]["num_pieces_on_device"] > 0
+        assert asked == [1, 1]
         del engine
         gc.collect()
     assert [one for one in found if one[0] == 0] == [] and torch.cuda.current_device() == 0

@@ -24,7 +24,7 @@ FAKE = r"""
 #include <stdlib.h>
 #include <string.h>
 static struct { void* address; size_t size; } held[1024];
-static size_t num_held, held_bytes; static int sticky, num_calls;
+static size_t num_held, held_bytes; static int sticky, num_calls, device;
 static size_t ceiling(void) {
   const char* text = getenv("FAKE_CUDA_CEILING");
   return text ? strtoull(text, 0, 10) : (size_t)-1;
@@ -32,6 +32,7 @@ static size_t ceiling(void) {
 int cudaHostRegister(void* address, size_t size, unsigned flags) {
   ++num_calls;
   if (getenv("FAKE_CUDA_CRASH")) abort();
+  if (getenv("FAKE_CUDA_FREE_GPU") && device != atoi(getenv("FAKE_CUDA_FREE_GPU"))) return sticky = 2;
   if (sticky) return sticky;
   if (flags != 1 || size == 0 || (size_t)address % 4096) return sticky = 1;
   for (size_t i = 0; i < num_held; ++i)
@@ -50,6 +51,7 @@ int cudaHostUnregister(void* address) {
     }
   return sticky = 713;
 }
+int cudaSetDevice(int chosen) { device = chosen; return 0; }
 int cudaGetLastError(void) { int code = sticky; sticky = 0; return code; }
 const char* cudaGetErrorString(int code) { return code == 2 ? "out of memory" : "another error"; }
 size_t fake_held_bytes(void) { return held_bytes; }
@@ -196,10 +198,23 @@ def test_the_ceiling_is_tried_in_a_child_once_per_boot(runtime, monkeypatch):
     assert pin_ceiling(runtime, 2 * MIB).ceiling_bytes == 2 * MIB
 
 
+def test_the_child_has_its_context_on_the_gpu_that_will_compute(runtime, monkeypatch, tmp_path):
+    """The first one may be full, or somebody else's. From any folder: the child finds the package by itself."""
+    monkeypatch.setenv("FAKE_CUDA_FREE_GPU", "1")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pinning, "is_wsl", lambda: True)
+    monkeypatch.setattr(pinning, "TRIED_BYTES", 4 * MIB)
+    monkeypatch.setattr(pinning, "STEP_BYTES", MIB)
+    refused = known_ceiling(runtime, 0)
+    assert refused is not None and refused.ceiling_bytes == 0 and "out of memory" in refused.reason
+    assert known_ceiling(runtime, 1) is None, "all that was tried was locked"
+
+
 def test_a_search_without_refusal_says_nothing_about_more(runtime, monkeypatch):
     asked = []
 
-    def ask(library, limit_bytes, step_bytes):
+    def ask(library, limit_bytes, step_bytes, gpu):
         asked.append(limit_bytes)
         return Ceiling(ceiling_bytes=limit_bytes)
 
@@ -221,11 +236,11 @@ def test_an_unreadable_cache_is_measured_again(runtime, monkeypatch, tmp_path, c
 
 def test_a_child_that_dies_or_hangs_is_a_ceiling_of_zero(runtime, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_CRASH", "1")
-    found = pinning._ask_child(runtime.path, MIB, MIB)
+    found = pinning._ask_child(runtime.path, MIB, MIB, 0)
     assert found.ceiling_bytes == 0
     assert "ended with -6" in found.reason
     monkeypatch.setattr(pinning, "CHILD_SECONDS", 0.001)
-    assert "did not end" in pinning._ask_child(runtime.path, MIB, MIB).reason
+    assert "did not end" in pinning._ask_child(runtime.path, MIB, MIB, 0).reason
 
 
 @pytest.mark.parametrize("free, asked", [(9 * MIB, 4 * MIB), (7 * MIB, 3 * MIB), (2 * MIB - 1, None)])
@@ -237,10 +252,10 @@ def test_no_more_than_half_of_what_is_free_is_tried(runtime, monkeypatch, free, 
     monkeypatch.setattr(pinning, "is_wsl", lambda: True)
     monkeypatch.setattr(
         pinning, "_ask_child",
-        lambda library, limit_bytes, step_bytes: (tried.append(limit_bytes), Ceiling(ceiling_bytes=limit_bytes))[1],
+        lambda _, limit_bytes, *rest: (tried.append(limit_bytes), Ceiling(ceiling_bytes=limit_bytes))[1],
     )  # fmt: skip
     for _ in range(2):
-        assert known_ceiling(runtime) is None
+        assert known_ceiling(runtime, 0) is None
     assert tried == ([] if asked is None else [asked])
 
 
@@ -252,18 +267,18 @@ def test_a_ring_is_wanted_where_not_all_can_be_locked_and_is_below_the_ceiling()
 def test_a_ceiling_is_known_where_a_refusal_was_met_and_looked_for_on_wsl_alone(runtime, monkeypatch):
     monkeypatch.setattr(pinning, "TRIED_BYTES", 4 * MIB)
     monkeypatch.setattr(pinning, "STEP_BYTES", MIB)
-    assert known_ceiling(runtime) is None
+    assert known_ceiling(runtime, 0) is None
     monkeypatch.setattr(pinning, "is_wsl", lambda: True)
     monkeypatch.setenv("FAKE_CUDA_CEILING", str(3 * MIB))
-    found = known_ceiling(runtime)
+    found = known_ceiling(runtime, 0)
     assert found is not None and found.ceiling_bytes == 3 * MIB and "out of memory" in found.reason
     monkeypatch.setattr(pinning, "is_wsl", lambda: False)
-    assert known_ceiling(runtime) == found, "remembered"
+    assert known_ceiling(runtime, 0) == found, "remembered"
 
 
 def test_a_search_that_met_no_refusal_knows_of_no_ceiling(runtime, monkeypatch):
     pin_ceiling(runtime, 4 * MIB, step_bytes=MIB)
-    assert known_ceiling(runtime) is None
+    assert known_ceiling(runtime, 0) is None
 
 
 @pytest.mark.parametrize("ceiling, said", [(None, "at least 2 GiB can"), (600 * MIB, "only 512 MiB can")])

@@ -1,7 +1,7 @@
 """The three functions of the CUDA runtime that lock host memory, found at run time. No torch, no CUDA toolkit.
 
 The library is the one that torch has loaded, or, in a process without torch, one that the dynamic linker finds. As a
-program (`python -m offload_rt.memory.cudart LIBRARY LIMIT STEP`) it finds how many bytes may be locked, by locking
+program (`python -m offload_rt.memory.cudart LIBRARY LIMIT STEP GPU`) it finds how many bytes may be locked, by locking
 them: in a process of its own, because on WSL2 and in containers a refusal can spoil every later request of the process.
 """
 
@@ -29,7 +29,7 @@ class CudaRuntime:
     def __init__(self, path: str) -> None:
         """Raises `OSError` where there is no such library, and `AttributeError` where it is not the CUDA runtime."""
         self.path = path
-        library = ctypes.CDLL(path)
+        library = self._library = ctypes.CDLL(path)
         self._register = library.cudaHostRegister
         self._register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
         self._unregister = library.cudaHostUnregister
@@ -38,6 +38,10 @@ class CudaRuntime:
         self._describe = library.cudaGetErrorString
         self._describe.argtypes = [ctypes.c_int]
         self._describe.restype = ctypes.c_char_p
+
+    def set_device(self, index: int) -> None:
+        """Makes GPU `index` the calling thread's: calls that name none make a context there. `PinningRefused`."""
+        self._check(self._library.cudaSetDevice(index), f"choosing GPU {index}")
 
     def register(self, address: int, num_bytes: int) -> None:
         """Locks memory for direct transfers. Blocks while pages are faulted in. Raises `PinningRefused`."""
@@ -102,8 +106,10 @@ def measure_ceiling(runtime: CudaRuntime, limit_bytes: int, step_bytes: int) -> 
     return min(len(held) * step_bytes, limit_bytes), reason
 
 
-def main(library: str, limit_bytes: str, step_bytes: str) -> None:
-    ceiling_bytes, reason = measure_ceiling(CudaRuntime(library), int(limit_bytes), int(step_bytes))
+def main(library: str, limit_bytes: str, step_bytes: str, gpu: str) -> None:
+    runtime = CudaRuntime(library)
+    runtime.set_device(int(gpu))
+    ceiling_bytes, reason = measure_ceiling(runtime, int(limit_bytes), int(step_bytes))
     sys.stdout.write(json.dumps({"ceiling_bytes": ceiling_bytes, "reason": reason}) + "\n")
 
 

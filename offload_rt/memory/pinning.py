@@ -65,11 +65,12 @@ def pin(
     region.before_unmap.append(undo)
 
 
-def known_ceiling(runtime: CudaRuntime) -> Ceiling | None:
+def known_ceiling(runtime: CudaRuntime, gpu: int) -> Ceiling | None:
     """Beyond what nobody should ask, where a refusal was met since the system was started, as by `doctor`; None where
-    none is known of. On WSL2 it is looked for, which blocks for seconds, once per boot.
+    none is known of. On WSL2 it is looked for, which blocks for seconds, once per boot, with a
+    context of `gpu`, its number.
     """
-    ceiling = pin_ceiling(runtime, TRIED_BYTES) if is_wsl() else _remembered(runtime, 0)
+    ceiling = pin_ceiling(runtime, TRIED_BYTES, gpu=gpu) if is_wsl() else _remembered(runtime, 0)
     return ceiling if ceiling is not None and ceiling.reason else None
 
 
@@ -83,12 +84,12 @@ def ring_bytes(host_bytes: int, ceiling: Ceiling) -> int:
     return num_bytes if num_bytes >= MIN_RING_BYTES else 0
 
 
-def pin_ceiling(runtime: CudaRuntime, limit_bytes: int, *, step_bytes: int | None = None) -> Ceiling:
+def pin_ceiling(runtime: CudaRuntime, limit_bytes: int, *, gpu: int = 0, step_bytes: int | None = None) -> Ceiling:
     """How much of `limit_bytes` may be locked, tried in a child process. Blocks for seconds, once per boot.
 
-    No more is tried than half of what is free: the child has a context of the GPU's besides. So there may be a ceiling
-    of less than `limit_bytes` without a reason; of zero, where not one step is free. A child that dies or hangs is one
-    of zero too, with a reason.
+    No more is tried than half of what is free: the child has a context of `gpu`, its number, besides. So there may be a
+    ceiling of less than `limit_bytes` without a reason; of zero, where not one step is free. A child that dies or hangs
+    is one of zero too, with a reason.
     """
     step_bytes = STEP_BYTES if step_bytes is None else step_bytes
     tried_bytes = min(limit_bytes, free_memory_bytes() // 2 // step_bytes * step_bytes)
@@ -97,7 +98,7 @@ def pin_ceiling(runtime: CudaRuntime, limit_bytes: int, *, step_bytes: int | Non
         return Ceiling(ceiling_bytes=min(known.ceiling_bytes, limit_bytes), reason=known.reason)
     if not tried_bytes:
         return Ceiling(ceiling_bytes=0)
-    ceiling = _ask_child(runtime.path, tried_bytes, step_bytes)
+    ceiling = _ask_child(runtime.path, tried_bytes, step_bytes, gpu)
     if ceiling.ceiling_bytes:  # who had none may have had no driver: it can come without a boot, as to a container
         found = {"boot": _boot(), "library": runtime.path, "limit_bytes": tried_bytes, **vars(ceiling)}
         remember("pinning", found)
@@ -123,11 +124,12 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _ask_child(library: str, limit_bytes: int, step_bytes: int) -> Ceiling:
+def _ask_child(library: str, limit_bytes: int, step_bytes: int, gpu: int) -> Ceiling:
+    arguments = [library, *map(str, (limit_bytes, step_bytes, gpu))]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "offload_rt.memory.cudart", library, str(limit_bytes), str(step_bytes)],
-            cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=CHILD_SECONDS, check=False,
+            [sys.executable, "-m", "offload_rt.memory.cudart", *arguments],
+            cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=CHILD_SECONDS, check=False,
         )  # fmt: skip
         data = json.loads(done.stdout)
         return Ceiling(ceiling_bytes=int(data["ceiling_bytes"]), reason=str(data["reason"]))

@@ -318,7 +318,7 @@ class CudaDevice:
         """Locks it, so that `beside_bytes` still can be. Raises `PinningRefused`."""
         if self._runtime is None:
             self._runtime = cuda_runtime()
-            self._ceiling = None if self._runtime is None else known_ceiling(self._runtime)
+            self._ceiling = None if self._runtime is None else known_ceiling(self._runtime, self.device.index)
         if self._runtime is None:
             raise PinningRefused("no CUDA runtime library was found in this process", code=0)
         if self._ceiling is not None and self.locked_bytes + len(region) > self._ceiling.ceiling_bytes - beside_bytes:

@@ -100,7 +100,7 @@ def find_workload(
         training = _find_training(model, drafts, sources, config, optimizer, options)
     frozen = [draft for draft in drafts if not draft.trains]
     runtime = None if config.device == "cpu" else cuda_runtime()
-    ceiling = None if runtime is None else known_ceiling(runtime)
+    ceiling = None if runtime is None else known_ceiling(runtime, torch.device(config.device).index)
     return Workload(
         model=model, config=config, drafts=drafts, sources=sources, rest=rest, key=store_key(frozen, sources),
         training=training, has_streams=config.device != "cpu" or options.device is not None,
