@@ -179,6 +179,17 @@ def test_a_base_model_in_4_bits_is_refused(tmp_path: Path) -> None:
         merge_adapter(base, adapter, tmp_path / "out")
 
 
+def test_a_base_model_that_only_its_configuration_calls_quantized_is_refused(tmp_path: Path) -> None:
+    """Whoever loads what was merged would quantize it, or fail."""
+    base, adapter = make(tmp_path, "llama", target_modules=["q_proj"])
+    file = base / "config.json"
+    said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    with pytest.raises(CheckpointError, match=r"config\.json: quantization_config .*\(bitsandbytes\)"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     base, adapter = make(tmp_path, "llama")
     out, file = tmp_path / "out", adapter / "adapter_model.safetensors"

@@ -78,6 +78,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int 
         mapping = map_checkpoint(model, checkpoint)
         if mapping.prequantized:
             raise CheckpointError(f"{base}: holds weights in 4 bits; merge into the 16-bit model that it was made from")
+        _check_configuration(base, model.config)
         if mapping.missing:
             raise CheckpointError(
                 f"{base}: lacks {len(mapping.missing)} tensors of the model, first: {mapping.missing[0]}"
@@ -231,6 +232,20 @@ def _on_meta(base: Path) -> Any:
             return transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise ConfigError(f"BASE: {base}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _check_configuration(base: Path, config: Any) -> None:
+    """Raises `CheckpointError` where it says that the weights are quantized: they are not, as their files say, but
+    whoever loads the merged model, which has this configuration, would take them for that.
+    """
+    for part in (config, config.get_text_config()):
+        said = getattr(part, "quantization_config", None)
+        if said is not None:
+            method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+            raise CheckpointError(
+                f"{base / 'config.json'}: quantization_config says that the weights are quantized ({method}), the "
+                f"files have plain ones; merge into the model that it was made from, or take the entry out"
+            )
 
 
 def _have_dtypes_of(model: nn.Module, casts: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
