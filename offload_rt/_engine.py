@@ -34,6 +34,7 @@ from offload_rt.guards.compiling import CompileGuard
 from offload_rt.guards.conversions import ConversionGuard, Guard, check_unmanaged
 from offload_rt.guards.copies import CopyGuard
 from offload_rt.guards.integrity import Reached, check_loss, check_optimizer
+from offload_rt.guards.quantized import check_not_quantized
 from offload_rt.guards.wrappers import WrapperGuard
 from offload_rt.memory.heap import Base
 from offload_rt.optimizer.interface import Training
@@ -120,6 +121,7 @@ class Engine:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model: expected an nn.Module, got {type(model).__name__}")
         check_unmanaged(model)
+        check_not_quantized(model)
         self.config = EngineConfig(
             bits=bits,
             device=find_device(device),

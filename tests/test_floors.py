@@ -95,6 +95,7 @@ FLOORS = {
     "offload_rt.guards.copies": 5.2,
     "offload_rt.guards.wrappers": 5.2,
     "offload_rt.guards.compiling": 5.2,
+    "offload_rt.guards.quantized": 5.0,
     "offload_rt.running.steps": 5.0,
     "offload_rt.running.drift": 5.1,
     "offload_rt.layers.executor": 6.0,

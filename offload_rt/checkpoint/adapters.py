@@ -43,8 +43,8 @@ def add_adapters(model: nn.Module, adapters: Any, base: Path | None = None) -> n
     """New adapters by `peft.get_peft_model`, or those in a folder, with typed errors. The base model is frozen by it.
 
     `adapters` is a peft configuration, or a folder that peft saved; `base` the base model's checkpoint, if its weights
-    are not in memory. Raises `ConfigError`, `CheckpointError`, `UnsupportedModule`, and leaves what it
-    has put on `model` to the caller (`checkpoint.original`).
+    are not in memory. Raises `ConfigError`, `CheckpointError`, `UnsupportedModule`, and leaves what it has put on the
+    model to the caller (`checkpoint.original`).
     """
     try:
         import peft
