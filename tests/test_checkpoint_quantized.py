@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import offload_rt
 from offload_rt.checkpoint.mapping import map_checkpoint
 from offload_rt.checkpoint.safetensors_reader import open_checkpoint
 from offload_rt.checkpoint.sources import materialise
@@ -120,6 +121,49 @@ def test_other_quantized_formats_are_named(tmp_path: Path, suffix: str, kind: st
     save_file(tensors, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=f"is stored as {kind}"):
         map_checkpoint(Plain(), checkpoint)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 2), (1, 4)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_packed_weights_under_their_own_name_are_refused_by_their_dtype(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    tensors = {k: v.clone() for k, v in Plain().state_dict().items() if k != "head.weight"}
+    tensors["layers.0.weight"] = torch.zeros(shape).to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with (
+        open_checkpoint(tmp_path) as checkpoint,
+        pytest.raises(CheckpointError, match=f"{dtype} data for .*weight, .*only bitsandbytes NF4 is read"),
+    ):
+        map_checkpoint(Plain(), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantized by 'hqq', and only bitsandbytes NF4 is read"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "quantized by 'bitsandbytes', and only bitsandbytes NF4 is read",
+        ),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ""),
+        ({"quantization_config": {}}, ""),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_weights_that_are_missing_are_explained_by_the_configuration(
+    tmp_path: Path, config: object, words: str
+) -> None:
+    """HQQ and others have names of their own for all parts of a weight."""
+    tensors = new_model("llama").state_dict()
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file({**tensors, "model.layers.0.mlp.up_proj.W_q": torch.zeros(8)}, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"has nothing for 1 tensors") as caught:
+        offload_rt.engine(lora(meta_model("llama")), checkpoint=tmp_path, device="cpu", device_memory="100MiB")
+    assert words in str(caught.value) and ("config.json" in str(caught.value)) == bool(words)
 
 
 def test_mxfp4_experts_are_named(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _OTHER_QUANTIZATION = {
     "_blocks": ("", "MXFP4"),
 }
 """How keys of formats that are not read end, what the model calls the tensor instead, and the format."""
+_NOT_READ = "only bitsandbytes NF4 is read of the quantized formats"
 _MAX_BNB_STATE_BYTES = 1 << 16
 _COMPARE_BYTES = 1 << 20
 
@@ -113,6 +114,20 @@ def map_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> Mapping:
     return result
 
 
+def declared_quantization(checkpoint: Checkpoint) -> str:
+    """Ends an error about missing tensors: what `config.json` beside the checkpoint says of their format, if that is
+    one that is not read.
+    """
+    try:
+        declared = json.loads((checkpoint.path.parent / "config.json").read_bytes()).get("quantization_config") or {}
+        method, is_read = declared.get("quant_method"), declared.get("load_in_4bit")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    if not isinstance(method, str) or (method == "bitsandbytes" and is_read):
+        return ""
+    return f"; its config.json says that it is quantized by {method!r}, and {_NOT_READ}"
+
+
 def _refuse_other_quantization(result: Mapping, tensors: Iterable[ModelTensor], checkpoint: Checkpoint) -> None:
     """Says what it is when a weight is missing because it is stored in a format that is not read."""
     missing = {item.base_name for item in tensors if item.name in result.missing}
@@ -121,8 +136,8 @@ def _refuse_other_quantization(result: Mapping, tensors: Iterable[ModelTensor], 
             name = key.removesuffix(suffix) + replacement
             if key.endswith(suffix) and name in missing:
                 raise CheckpointError(
-                    f"{checkpoint.tensors[key].file}: {key}: {name} is stored as {kind}; only bitsandbytes NF4 "
-                    "is read of the quantized formats: use the checkpoint that is not quantized"
+                    f"{checkpoint.tensors[key].file}: {key}: {name} is stored as {kind}; {_NOT_READ}: use the "
+                    "checkpoint that is not quantized"
                 )
 
 
@@ -154,17 +169,18 @@ def _add(
         result.keys[item.name] = bnb.keys
         return
     stored, wanted = found.source.dtype, item.tensor.dtype
+    # before the shapes: packed weights have another, and the reason is that they are packed
+    if stored != wanted and (stored not in _FLOATS or wanted not in _FLOATS):
+        raise CheckpointError(
+            f"{where}: {stored} data for {item.name}, which is {wanted} in the model; {_NOT_READ}: use the "
+            "checkpoint that is not quantized"
+        )
     if found.source.shape != tuple(item.tensor.shape):
         raise CheckpointError(
             f"{where}: shape {found.source.shape}, but {item.name} of the model is "
             f"{tuple(item.tensor.shape)}; is it the checkpoint of this model?"
         )
     if stored != wanted:
-        if stored not in _FLOATS or wanted not in _FLOATS:
-            raise CheckpointError(
-                f"{where}: {stored} data for {item.name}, which is {wanted} in the model; only bitsandbytes "
-                "NF4 is read of the quantized formats: use the checkpoint that is not quantized"
-            )
         result.casts[item.name] = (stored, wanted)
     result.sources[item.name] = found.source
     result.keys[item.name] = found.keys

@@ -14,6 +14,7 @@ from torch import nn
 
 from offload_rt.checkpoint import Checkpoint, map_checkpoint
 from offload_rt.checkpoint.ingest import Sources, sources_in_memory, store_key
+from offload_rt.checkpoint.mapping import declared_quantization
 from offload_rt.checkpoint.sources import TensorSource
 from offload_rt.config import EngineConfig
 from offload_rt.errors import CheckpointError, ConfigError
@@ -169,6 +170,7 @@ def _find_sources(
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: has nothing for {len(missing)} tensors of the model, first: {', '.join(missing[:5])}"
+            f"{declared_quantization(checkpoint)}"
         )
     sources = Sources(
         streams=mapping.sources,
