@@ -14,7 +14,9 @@ from torch import nn
 from offload_rt.checkpoint.mapping import Mapping, map_checkpoint
 from offload_rt.checkpoint.safetensors_reader import open_checkpoint
 from offload_rt.checkpoint.sources import TensorSource, materialise
+from offload_rt.config import EngineConfig
 from offload_rt.errors import CheckpointError
+from offload_rt.wiring.workload import find_workload
 from tests.tiny_checkpoints import CONFIGS, Plain, config, lora, meta_model, new_model
 
 transformers = pytest.importorskip("transformers")
@@ -353,3 +355,18 @@ def test_converters_of_every_kind_equal_transformers(
             assert whole == {f"model.layers.{i}.{name}" for i in range(2) for name in wanted}
         else:
             assert whole == set()
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_what_a_checkpoint_holds_for_nothing_is_warned_of(
+    tmp_path: Path, has_bias: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without its biases it would be another model."""
+    tensors = new_model("llama").state_dict()
+    if has_bias:
+        tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        find_workload(lora(meta_model("llama")), checkpoint, EngineConfig())
+    said = "1 tensors are not used, as the model has none of their name, first: model.layers.1.self_attn.q_proj.bias"
+    assert (said in caplog.text) == has_bias and ("not used" in caplog.text) == has_bias

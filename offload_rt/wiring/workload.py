@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_
 from offload_rt.optimizer.rules import UpdateRule, rule_for
 from offload_rt.transfers.device_cuda import cuda_runtime
 from offload_rt.wiring.runtime_options import RuntimeOptions
+
+logger = logging.getLogger("offload_rt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +175,11 @@ def _find_sources(
             f"{checkpoint.path}: has nothing for {len(missing)} tensors of the model, first: {', '.join(missing[:5])}"
             f"{declared_quantization(checkpoint)}"
         )
+    if mapping.unused:  # biases that a model is built without, say: it would be another one
+        logger.warning(
+            "%s: %d tensors are not used, as the model has none of their name, first: %s",
+            checkpoint.path, len(mapping.unused), ", ".join(mapping.unused[:5]),
+        )  # fmt: skip
     sources = Sources(
         streams=mapping.sources,
         prequantized=mapping.prequantized,
