@@ -40,6 +40,18 @@ def parse_bytes(value: int | str, *, field: str) -> int:
     return num_bytes
 
 
+def io_timeout_seconds() -> float:
+    """`OFFLOAD_RT_IO_TIMEOUT` in seconds, 60 where it is not set: how long a wait may be in which nothing arrives."""
+    text = os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:  # nor is NaN
+        raise ConfigError(f"OFFLOAD_RT_IO_TIMEOUT: must be a number of seconds above zero, got {text!r}")
+    return seconds
+
+
 @dataclass(frozen=True, kw_only=True)
 class NvmePath:
     """One drive's folder and how much of it may be used."""

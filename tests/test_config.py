@@ -1,5 +1,7 @@
 """Arguments are read once, strictly, and a mistake names the field, the value and what is allowed."""
 
+import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from offload_rt.config import EngineConfig, NvmePath, parse_adapters, parse_bytes, parse_nvme
 from offload_rt.errors import ConfigError, nearest
+from offload_rt.memory import arena
 
 
 @pytest.mark.parametrize(
@@ -124,3 +127,18 @@ def test_wrong_adapters_name_what_is_wrong(text, word):
 def test_the_nearest_name_is_offered_or_all_of_them():
     assert nearest("batchsize", ["batch_size", "bits"]) == "did you mean 'batch_size'?"
     assert nearest("zzz", ["b", "a"]) == "allowed: a, b"
+
+
+@pytest.mark.parametrize("text", ["abc", "60s", "", "0", "-3", "nan"])
+def test_waiting_for_no_time_is_refused_before_anything_waits(monkeypatch, text):
+    monkeypatch.setenv("OFFLOAD_RT_IO_TIMEOUT", text)
+    with pytest.raises(ConfigError, match=f"OFFLOAD_RT_IO_TIMEOUT: .* above zero, got {text!r}"):
+        runpy.run_path(arena.__file__)
+
+
+@pytest.mark.parametrize("text, seconds", [(None, 60.0), ("0.25", 0.25), ("inf", math.inf)])
+def test_who_waits_takes_its_patience_from_the_environment(monkeypatch, text, seconds):
+    monkeypatch.delenv("OFFLOAD_RT_IO_TIMEOUT", raising=False)
+    if text is not None:
+        monkeypatch.setenv("OFFLOAD_RT_IO_TIMEOUT", text)
+    assert runpy.run_path(arena.__file__)["WAIT_SECONDS"] == seconds

@@ -26,7 +26,6 @@ import contextlib
 import ctypes
 import gc
 import mmap
-import os
 import sys
 import threading
 import time
@@ -39,13 +38,14 @@ from typing import Any
 
 import torch
 
+from offload_rt.config import io_timeout_seconds
 from offload_rt.errors import BudgetExceeded, StorageTimeout
 from offload_rt.memory import mapped
 from offload_rt.patience import Patience
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from planners.errors import format_bytes
 
-WAIT_SECONDS = float(os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60"))
+WAIT_SECONDS = io_timeout_seconds()
 """How long anybody waits for a device, a drive, or what one of them still uses."""
 _GRACE_SECONDS = 1.0
 """A thread that has let go of memory, but for a tensor or a buffer, may be late by several of a scheduler's periods of
