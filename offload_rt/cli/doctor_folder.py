@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offload_rt.native import native_core
-from offload_rt.storage.mounts import file_system_of
+from offload_rt.storage.mounts import doubts_about, file_system_of
 from planners.errors import format_bytes
 
 COMPARED_BYTES = 1 << 20
@@ -33,8 +33,7 @@ def folder_lines(folder: Path) -> list[str]:
     space = os.statvfs(folder)
     free_bytes = space.f_bavail * space.f_frsize
     lines = [f"{folder}: {file_system} on {device}, {format_bytes(free_bytes)} free"]
-    if file_system in ("tmpfs", "ramfs"):
-        lines.append("this folder is in memory, not on a drive: what is stored here takes up RAM")
+    lines += doubts_about(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         return [*lines, "not writable by this user"]
     if free_bytes < 2 * PROBE_BYTES:

@@ -27,6 +27,7 @@ from offload_rt.plans.cuts import check_cuts, products_of, with_products
 from offload_rt.plans.plan_check import check_plan
 from offload_rt.plans.plan_choice import OPTIMISER, Choice, after_rehearsal, choose
 from offload_rt.plans.plan_options import with_options
+from offload_rt.storage.mounts import doubts_about
 from offload_rt.tiering.moving import moves_to, why_not_follow
 from offload_rt.transfers.throttle import Throttle
 from offload_rt.wiring.adapter_draft import planned, question
@@ -63,6 +64,9 @@ def assemble(
     `plan` is None; None takes the fixed rule, or, where it is expected to be faster on `chooses_for`, which was
     calibrated, the optimiser's plan. emulated: the machine whose links are imposed.
     """
+    for drive in config.nvme:
+        for doubt in doubts_about(drive.path):
+            logger.warning("nvme %s: %s", drive.path, doubt)
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
         workload = find_workload(model, opened, config, optimizer, options)
