@@ -6,6 +6,7 @@ import io
 import json
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,11 @@ from rich.console import Console
 
 from offload_rt.cli.main import main
 from offload_rt.cli.report import collect, lines
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, NonFiniteLoss
 from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.training.batches import Batches
 from offload_rt.training.data import Example
-from offload_rt.training.evaluation import FORWARD_SHARE, Evaluation, Evaluations, num_predicted
+from offload_rt.training.evaluation import FORWARD_SHARE, Evaluated, Evaluation, Evaluations, num_predicted
 from offload_rt.training.events import Events
 from offload_rt.training.loop import TrainingResult, train
 from offload_rt.training.options import TrainingOptions
@@ -65,14 +66,18 @@ def held_out(shift: int = 0) -> Batches:
 
 
 def run(
-    out: Path, engine: FakeEvaluatedEngine, data: Batches | None = None, **options: Any
+    out: Path,
+    engine: FakeEvaluatedEngine,
+    data: Batches | None = None,
+    save_best: Callable[[Path], object] | None = None,
+    **options: Any,
 ) -> tuple[TrainingResult, str]:
     text = io.StringIO()
     evaluation = Evaluation(engine, held_out() if data is None else data)
     options = {"steps": 5, "eval_every": 2, **options}
     result = train(
         engine, make_batches(), TrainingOptions(out=out, **options), console=Console(file=text, width=200),
-        evaluation=evaluation,
+        evaluation=evaluation, save_best=save_best,
     )  # fmt: skip
     return result, text.getvalue()
 
@@ -126,6 +131,10 @@ def test_an_evaluation_takes_less_memory_than_a_step(make_engine: Any, disk_fold
     assert 0 < evaluated.peak_bytes < step.peak_bytes / 2
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("what", ["adapters", "packing", "full"])
 def test_a_run_that_is_evaluated_trains_to_the_bits_of_one_that_is_not(
@@ -135,7 +144,7 @@ def test_a_run_that_is_evaluated_trains_to_the_bits_of_one_that_is_not(
     words += ["--packing"] if what == "packing" else []
     held_out_file = tmp_path / "held_out.jsonl"
     held_out_file.write_text("".join(json.dumps({"text": "abcdefgh" * many}) + "\n" for many in (1, 2, 7)))
-    evaluated = [*words, "--eval-data", str(held_out_file), "--eval-every", "1"]
+    evaluated = [*words, "--eval-data", str(held_out_file), "--eval-every", "1", "--keep-best"]
 
     def trained(out: Path) -> bytes:
         return weights(out) if what == "full" else adapter_bytes(out)
@@ -160,7 +169,14 @@ def test_a_run_that_is_evaluated_trains_to_the_bits_of_one_that_is_not(
     ]
     assert taken[0] == taken[1] == taken[2] and len(taken[0]) == 3
     assert trained(plain) == trained(straight) == trained(resumed)
+    best = RunFolder(straight).best
+    assert best is not None and RunFolder(resumed).best == best
+    assert files(straight / "best") == files(resumed / "best")
+    result = files(straight / ("model" if what == "full" else "adapter"))
+    assert files(straight / "best").keys() == result.keys()
+    assert (files(straight / "best") == result) is (best["step"] == 3)
     losses = evaluations(straight)
+    assert best["eval_loss"] == min(losses.values())
     assert losses.keys() == {1, 2, 3} and len({*losses.values()}) == 3
     assert evaluations(resumed) == {step: losses[step] for step in (2, 3)}  # of the step before it was made up for
     assert main(["report", str(straight)]) == 0
@@ -256,6 +272,82 @@ def test_a_report_has_the_newest_and_the_lowest_and_what_is_not_finite(tmp_path:
     folder.close()
     assert said() == "loss not finite at step 8; 9 tokens, 1 evaluation(s); 4 with other data left out"
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"] is None
+
+
+class Best:
+    """Saves the weight; `losses` are those of evaluations in turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: FakeEvaluatedEngine, *losses: float) -> None:
+        self._weight, self._losses, self.saved = engine.weight, list(losses), 0
+        monkeypatch.setattr(Evaluation, "run", lambda *_: Evaluated(loss=self._losses.pop(0), tokens=1, seconds=0.1))
+
+    def __call__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        torch.save(self._weight.data, folder / "weight.pt")
+        self.saved += 1
+
+
+def best_weight(out: Path) -> torch.Tensor:
+    weight: torch.Tensor = torch.load(out / "best" / "weight.pt")
+    return weight
+
+
+def test_the_best_is_kept_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, out = FakeEvaluatedEngine(), tmp_path / "out"
+    weights_then: dict[int, torch.Tensor] = {}
+    for step in range(1, 7):
+        engine.after_step[step] = lambda step=step: weights_then.update({step: engine.weight.data.clone()})  # type: ignore[misc]
+    best = Best(monkeypatch, engine, math.nan, 3.0, 1.0, 1.0, math.inf, 2.0)
+    _, shown = run(out, engine, save_best=best, steps=6, eval_every=1)
+    assert best.saved == 2 and torch.equal(best_weight(out), weights_then[3])
+    assert RunFolder(out).best == {"step": 3, "eval_loss": 1.0, "eval_data": evaluation_data(out)}
+    assert (
+        shown.count("the lowest") == 2 and f"held-out loss 1.0000 over 1 tokens (0:00), the lowest: {out}/best" in shown
+    )
+    with pytest.raises(ConfigError, match="save_best: there is no evaluation"):
+        train(FakeEngine(), make_batches(), TrainingOptions(out=tmp_path, steps=1), save_best=best)
+
+
+def test_a_run_that_goes_on_keeps_the_best_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, engine = tmp_path / "out", FakeEvaluatedEngine()
+    engine.poison_at = 4
+    with pytest.raises(NonFiniteLoss):  # with nothing saved but the best
+        run(out, engine, save_best=Best(monkeypatch, engine, 3.0, 1.0, 2.0), eval_every=1)
+    with pytest.raises(ConfigError, match="best is of step 2 of an unfinished run; continue it with --resume"):
+        run(out, FakeEvaluatedEngine())
+    kept, engine = best_weight(out), FakeEvaluatedEngine()
+    best = Best(monkeypatch, engine, 3.0, 1.0, 2.0, 1.5, 0.5)
+    run(out, engine, save_best=best, eval_every=1, steps=4, resume=True)
+    assert best.saved == 0 and torch.equal(best_weight(out), kept)  # the steps are those from before, to the bit
+    run(out, engine, save_best=best, eval_every=1, resume=True)
+    assert best.saved == 1 and RunFolder(out).best is not None and RunFolder(out).best["step"] == 5  # type: ignore[index]
+    engine = FakeEvaluatedEngine()
+    best = Best(monkeypatch, engine, 9.0)
+    run(out, engine, held_out(shift=1), save_best=best, steps=5, resume=True)  # what other data say is no comparison
+    assert best.saved == 1
+
+
+@pytest.mark.parametrize("cut", ["save", "note"])
+def test_a_best_that_a_kill_cut_off_is_saved_again(cut: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, engine = tmp_path / "out", FakeEvaluatedEngine()
+    best = Best(monkeypatch, engine, 2.0)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if cut == "note":
+            patched.setattr(RunFolder, "note_best", killed)
+        run(out, engine, save_best=killed if cut == "save" else best, eval_every=None)
+    assert evaluations(out) == {} and RunFolder(out).best is None
+    best = Best(monkeypatch, engine, 2.0)
+    run(out, engine, save_best=best, eval_every=None, resume=True)
+    assert best.saved == 1 and evaluations(out) == {5: 2.0} and torch.equal(best_weight(out), engine.weight)
+
+
+def evaluation_data(out: Path) -> str:
+    [data] = {line["eval_data"] for line in RunFolder(out).evaluations()}
+    return str(data)
 
 
 def test_a_loss_that_is_not_finite_ends_no_run(tmp_path: Path) -> None:

@@ -91,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     keep.add_argument("--keep-last", type=int, default=2, help="checkpoints in --out that stay (default: %(default)s)")
     keep.add_argument(
+        "--keep-best", action="store_true", help="with --eval-data: what has the lowest held-out loss, in --out/best"
+    )
+    keep.add_argument(
         "--tbw", metavar="SIZE", help="the drives' rated endurance, such as 600TB: says what share is used"
     )
     keep.add_argument("--max-writes-per-day", metavar="SIZE", help="stop where the run would write more, such as 500GB")
@@ -124,6 +127,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--other-cuts: is for --resume; a new run has no cuts yet")
     if arguments.eval_every is not None and arguments.eval_data is None:
         raise ConfigError("--eval-every: is for --eval-data, which is not given")
+    if arguments.keep_best and arguments.eval_data is None:
+        raise ConfigError("--keep-best: is for --eval-data, which is not given")
     if arguments.max_grad_norm == 0:
         arguments.max_grad_norm = None
     _settle_what_trains(arguments)

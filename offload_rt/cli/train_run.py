@@ -31,7 +31,7 @@ from offload_rt.training.evaluation import Evaluation
 from offload_rt.training.identity import file_digest, model_digest, place_and_content
 from offload_rt.training.loop import TrainingResult, num_steps, train
 from offload_rt.training.options import TrainingOptions
-from offload_rt.training.run_folder import RunFolder
+from offload_rt.training.run_folder import EVAL_LOSS, RunFolder
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.errors import format_bytes
 
@@ -136,6 +136,15 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         engine.model.train()
         if arguments.packing:
             check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
+
+        def save(result_folder: Path) -> None:
+            while_training = _set(model_on_meta.config, **settings_of_model)
+            try:
+                engine.save_pretrained(result_folder)
+            finally:
+                _set(model_on_meta.config, **while_training)
+            tokenizer.save_pretrained(result_folder)
+
         drives = [drive.path for drive in engine.config.nvme]
         result = train(
             engine,
@@ -146,14 +155,13 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
             care=care,
             drives=drives,
             evaluation=None if held_out is None else Evaluation(engine, held_out),
+            save_best=save if arguments.keep_best else None,
         )
         if result.interrupted is not None:
             return 128 + result.interrupted
-        _set(model_on_meta.config, **settings_of_model)
         result_folder = options.out / ("model" if arguments.full else "adapter")
-        engine.save_pretrained(result_folder)
-        tokenizer.save_pretrained(result_folder)
-        _show_result(console, result, engine.report(), result_folder)
+        save(result_folder)
+        _show_result(console, result, engine.report(), result_folder, folder.best)
     return 0
 
 
@@ -331,7 +339,13 @@ def _held_out(arguments: argparse.Namespace, report: DataReport) -> str:
     return f"{', '.join(arguments.eval_data)}: {report}; evaluated {every}at the end"
 
 
-def _show_result(console: Console, result: TrainingResult, report: Mapping[str, Any], folder: Path) -> None:
+def _show_result(
+    console: Console,
+    result: TrainingResult,
+    report: Mapping[str, Any],
+    folder: Path,
+    best: Mapping[str, Any] | None,
+) -> None:
     table = Table(show_header=False)
     rows = {
         "steps": str(result.step),
@@ -343,6 +357,7 @@ def _show_result(console: Console, result: TrainingResult, report: Mapping[str, 
         "prefetch misses": str(report.get("prefetch_misses", 0)),
         **{f"{tier} memory": format_bytes(used) for tier, used in report.get("memory", {}).items()},
         "result": str(folder),
+        **({} if best is None else {"lowest": f"held-out loss {best[EVAL_LOSS]:.4f}, behind step {best['step']}"}),
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -99,12 +100,16 @@ class Evaluations:
         every: int | None,
         total_steps: int,
         is_to_stop: Callable[[], object],
+        save_best: Callable[[Path], object] | None = None,
     ) -> None:
-        """Without `evaluation` none is ever due. One is left out once `is_to_stop` says so."""
+        """Without `evaluation` none is ever due. One is left out once `is_to_stop` says so. `save_best` saves what
+        trains, whole, to a folder that may hold an older one; None where it is not kept.
+        """
         self._evaluation = evaluation
         self._folder, self._events, self._say = folder, events, say
         self._every, self._total_steps = every, total_steps
         self._is_to_stop = is_to_stop
+        self._save_best = save_best
         self.newest: Evaluated | None = None
         self.seconds = 0.0
         """Of all of them."""
@@ -118,8 +123,8 @@ class Evaluations:
             return False
         begin = time.monotonic()
         found = self._evaluation.run(self._is_to_stop)
-        self.seconds += time.monotonic() - begin
         if found is None:
+            self.seconds += time.monotonic() - begin
             self._say(f"step {step}: the evaluation was left out; --resume makes it")
             return True
         self.newest = found
@@ -127,12 +132,27 @@ class Evaluations:
             "step": step, EVAL_LOSS: found.loss if found.is_finite else None, "eval_tokens": found.tokens,
             "eval_seconds": round(found.seconds, 6), "eval_data": self._evaluation.data, "time": round(time.time(), 3),
         }  # fmt: skip
+        is_best = self._keep_best(found, metrics)
+        self.seconds += time.monotonic() - begin
         self._folder.append_metrics(metrics)
         self._events.add(metrics, step)
         self._say(
             f"step {step}/{self._total_steps}  held-out loss {found.loss:.4f} over {found.tokens} tokens "
-            f"({format_seconds(found.seconds)})"
+            f"({format_seconds(found.seconds)})" + (f", the lowest: {self._folder.best_folder}" if is_best else "")
         )
+        return True
+
+    def _keep_best(self, found: Evaluated, metrics: Mapping[str, Any]) -> bool:
+        """Saves what trains where its loss is the lowest of all with the same data; whether it did.
+
+        Saved, then noted, then written to the metrics: a kill between two of them has the evaluation made again.
+        """
+        best = self._folder.best
+        is_same = best is not None and best["eval_data"] == metrics["eval_data"]
+        if self._save_best is None or not found.is_finite or (best and is_same and found.loss >= best[EVAL_LOSS]):
+            return False
+        self._save_best(self._folder.best_folder)
+        self._folder.note_best(metrics)
         return True
 
     def seconds_from(self, step: int, *, seconds_of_batch: float) -> float:

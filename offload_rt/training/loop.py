@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -87,12 +87,14 @@ def train(
     care: DriveCare | None = None,
     drives: Sequence[Path] = (),
     evaluation: Evaluation | None = None,
+    save_best: Callable[[Path], object] | None = None,
 ) -> TrainingResult:
     """Trains until the last step, or until SIGINT or SIGTERM, and saves.
 
     `settings` are further values (plain JSON) that must not change when the run is resumed; `drives` are folders on
     NVMe where commits of a run that is resumed may be besides. `evaluation` is made behind every `options.eval_every`
-    steps and the last one; a signal leaves it out, and a run that is resumed makes up for one that is missing. Raises
+    steps and the last one; a signal leaves it out, and a run that is resumed makes up for one that is missing.
+    `save_best` saves what trains to a folder, whole: it is called where an evaluation has the lowest loss. Raises
     `ConfigError` if `options.out` holds another run, or if `care` allows less than the run writes to the drive (then
     what was done is saved), `NonFiniteLoss` at the first loss that is not finite.
     Signals are watched only when called from the main thread: the first one ends the run after the step it
@@ -116,6 +118,8 @@ def train(
         folder.require_free()
     if evaluation is None and options.eval_every is not None:
         raise ConfigError("eval_every: there is no evaluation; give its data")
+    if evaluation is None and save_best is not None:
+        raise ConfigError("save_best: there is no evaluation; give its data")
     events = Events(options.logdir)
     progress = Progress(folder.run_id, options.out)
     scheduler = _schedule(optimizer, options, total_steps)
@@ -170,7 +174,7 @@ def train(
             display.say(f"writes: {writes}")
         evaluations = Evaluations(
             evaluation, folder, events, display.say, every=options.eval_every, total_steps=total_steps,
-            is_to_stop=lambda: stop.signal is not None,
+            is_to_stop=lambda: stop.signal is not None, save_best=save_best,
         )  # fmt: skip
         if evaluations.behind(progress.step):
             report = engine.report()

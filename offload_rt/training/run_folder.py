@@ -1,12 +1,13 @@
 """What lies in a run's output folder, and which of it can be trusted after a kill. No torch.
 
     out/run.json            the run's id, settings that must not change on resume, where on NVMe its steps were
-                            committed, the cuts of its plan, and the step of the run's end
+                            committed, the cuts of its plan, the evaluation of `best`, and the step of the run's end
     out/metrics.jsonl       one line a logged step, and one an evaluation behind it, appended; a kill loses at most the
                             line it was writing
     out/memory.jsonl        one line each time that memory ran low; none where it never did
     out/report.json         what the engine said of itself when this run was last saved, or ended
     out/checkpoint-<step>/  complete: engines write elsewhere and rename
+    out/best/               what had the lowest held-out loss, where a run keeps it; run.json says of which step
     out/<anything else>     not ours
 
 A checkpoint is removed by renaming it first, so that a folder named checkpoint-<step> is always whole.
@@ -122,6 +123,20 @@ class RunFolder:
         if self.cuts != cuts:
             self._write(self._run_file, json.dumps({**self._read_run(), "cuts": dict(cuts)}, indent=1))
 
+    @property
+    def best_folder(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """`step`, `eval_loss` and `eval_data` of what `best_folder` holds; None where no run has kept it."""
+        return self._read_run().get("best") if self.best_folder.is_dir() else None
+
+    def note_best(self, evaluation: Mapping[str, Any]) -> None:
+        """Says which evaluation `best_folder` is of, once that is written."""
+        best = {name: evaluation[name] for name in ("step", EVAL_LOSS, "eval_data")}
+        self._write(self._run_file, json.dumps({**self._read_run(), "best": best}, indent=1))
+
     def last_step(self) -> int:
         """The step of the last line of metrics; 0 without one."""
         return max((line.get("step", 0) for line in self.metrics()), default=0)
@@ -132,10 +147,17 @@ class RunFolder:
         return finished if isinstance(finished, int) else None
 
     def require_free(self) -> None:
-        """Raises `ConfigError` if a run's checkpoints or its end are here, which a new run would mix with its own."""
+        """Raises `ConfigError` if a run's checkpoints, its best or its end are here, which a new run would mix with its
+        own.
+        """
         checkpoints = self.checkpoints()
         finished = self.finished_at()
         if finished is None and not checkpoints:
+            if self.best is not None:
+                raise ConfigError(
+                    f"out: {self.best_folder} is of step {self.best['step']} of an unfinished run; continue it with "
+                    f"--resume, or give another folder"
+                )
             return
         if finished is None:
             newest = checkpoints[-1][0]
@@ -184,9 +206,9 @@ class RunFolder:
             before = self._read_run()
             here = [] if commits is None else [str(commits.absolute())]
             places = here + [place for place in before.get("commits", []) if place not in here]
-            run = {
+            run: dict[str, Any] = {
                 "id": self._run_id, "commits": places, "settings": {**before.get("settings", {}), **settings},
-                **({"cuts": before["cuts"]} if "cuts" in before else {}),
+                **{name: before[name] for name in ("cuts", "best") if name in before},
             }  # fmt: skip
             self._write(self._run_file, json.dumps(run, indent=1))
             kept = [line for line in _whole_lines(self._metrics_file) if 0 < json.loads(line).get("step", 0) <= at_step]
