@@ -96,6 +96,7 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
         ([*TRAIN, "--optimizer", "lion"], "--optimizer: is for --full"),
         ([*TRAIN, "--full", "--optimizer", "adam"], "--optimizer: invalid choice: 'adam'"),
         ([*TRAIN, "--full", "--copy-every", "5"], "--copy-every: without --nvme every checkpoint is a copy"),
+        ([*TRAIN, "--report-to", "none", "--logdir", "d"], "--report-to none, --logdir: give one of the two"),
         ([*TRAIN, "--keep-best"], "--keep-best: is for --eval-data, which is not given"),
         ([*TRAIN, "--tbw", "600 miles"], "tbw: unknown unit 'miles'"),
     ],

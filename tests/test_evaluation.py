@@ -218,7 +218,7 @@ def test_evaluations_still_to_come_are_a_part_of_the_remaining_time(
     folder = RunFolder(tmp_path)
     folder.begin(at_step=0, settings={})
     evaluations = Evaluations(
-        Evaluation(FakeEvaluatedEngine(), held_out()), folder, Events(None), print, every=every, total_steps=5,
+        Evaluation(FakeEvaluatedEngine(), held_out()), folder, Events(), print, every=every, total_steps=5,
         is_to_stop=lambda: False,
     )  # fmt: skip
 

@@ -538,6 +538,61 @@ def test_a_full_drive_of_events_is_said_once_and_ends_no_run(
     assert f"events {which} cannot be written ([Errno 28] No space left on device)" in said
 
 
+class FakeWandb:
+    """The part of wandb that is used: runs go on by their ids."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.begun: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.finished, self.fails_at = 0, fails_at
+
+    def init(self, **given: Any) -> FakeWandb:
+        if self.fails_at == 0:
+            raise FakeWandb.Error("no API key")
+        self.begun.append(given)
+        return self
+
+    def log(self, numbers: dict[str, Any], *, step: int) -> None:
+        if step == self.fails_at:
+            raise FakeWandb.Error("the service is gone")
+        self.logged.append((step, numbers))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_gets_the_numbers_and_a_run_that_goes_on_is_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    run(tmp_path / "out", wandb=True, steps=2, schedule="constant")
+    run(tmp_path / "out", wandb=True, steps=3, schedule="constant", resume=True)
+    assert [step for step, _ in fake.logged] == [1, 2, 3] and fake.finished == 2
+    assert [numbers["train/loss"] for _, numbers in fake.logged] == [
+        line["loss"] for line in metrics_of(tmp_path / "out")
+    ]
+    assert [begun["id"] for begun in fake.begun] == [RunFolder(tmp_path / "out").run_id] * 2
+    assert fake.begun[0]["resume"] == "allow" and fake.begun[0]["config"]["schedule"] == "constant"
+
+
+def test_wandb_that_is_missing_ends_a_run_before_it_begins_and_one_that_fails_later_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="wandb: is not installed .* pip install wandb"):
+        run(tmp_path / "out", wandb=True)
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails_at=0))
+    with pytest.raises(ConfigError, match=r"wandb: no API key \(or set WANDB_MODE=offline\)"):
+        run(tmp_path / "out", wandb=True)
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(fails_at=3))
+    _, result, _ = run(tmp_path / "out", wandb=True)
+    assert result.step == 6 and [step for step, _ in fake.logged] == [1, 2]
+    assert "wandb: events from step 3 cannot be written (the service is gone)" in caplog.text
+
+
 def test_an_output_on_a_full_drive_is_said_once_and_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

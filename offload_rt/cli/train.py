@@ -99,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keep.add_argument("--max-writes-per-day", metavar="SIZE", help="stop where the run would write more, such as 500GB")
     keep.add_argument("--logdir", metavar="DIR", help="TensorBoard events")
     keep.add_argument(
+        "--report-to",
+        choices=("tensorboard", "wandb", "none"),
+        help="tensorboard: in --logdir, or --out/tensorboard; wandb: as its environment variables say; metrics.jsonl "
+        "has the same numbers (default: what --logdir says)",
+    )
+    keep.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint or commit, under any budgets"
     )
     keep.add_argument(
@@ -129,6 +135,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--eval-every: is for --eval-data, which is not given")
     if arguments.keep_best and arguments.eval_data is None:
         raise ConfigError("--keep-best: is for --eval-data, which is not given")
+    if arguments.report_to == "none" and arguments.logdir is not None:
+        raise ConfigError("--report-to none, --logdir: give one of the two")
+    if arguments.report_to == "tensorboard" and arguments.logdir is None:
+        arguments.logdir = os.path.join(arguments.out, "tensorboard")
     if arguments.max_grad_norm == 0:
         arguments.max_grad_norm = None
     _settle_what_trains(arguments)

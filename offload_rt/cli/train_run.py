@@ -48,7 +48,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         warmup_ratio=arguments.warmup_ratio, schedule=arguments.schedule,
         accumulation_steps=arguments.accumulation_steps, save_every=arguments.save_every,
         copy_every=arguments.copy_every, keep_last=arguments.keep_last, logdir=arguments.logdir,
-        eval_every=arguments.eval_every, resume=arguments.resume,
+        eval_every=arguments.eval_every, wandb=arguments.report_to == "wandb", resume=arguments.resume,
     )  # fmt: skip
     care = DriveCare(
         tbw_bytes=None if arguments.tbw is None else parse_bytes(arguments.tbw, field="tbw"),

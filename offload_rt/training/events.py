@@ -1,15 +1,15 @@
-"""A run's numbers for TensorBoard, beside `metrics.jsonl`, which has the same ones.
+"""A run's numbers for TensorBoard and for Weights & Biases, beside `metrics.jsonl`, which has the same ones.
 
-TensorBoard writes from a thread of its own, and says what failed there when it is called the next time. A folder of
-events that cannot be written any more is no reason to end a run: that is said once, and no more events are written.
+Both write from a thread or a process of their own, and say what failed there when they are called the next time. Events
+that cannot be written any more are no reason to end a run: that is said once, and no more of them are written.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from offload_rt.errors import ConfigError
 
@@ -20,15 +20,24 @@ EVAL = "eval_"
 """What names of an evaluation's numbers begin with."""
 
 
-class Events:
-    """Of one run, in `logdir`. Nothing is written where that is None."""
+class Writer(Protocol):
+    """Where events go."""
 
-    def __init__(self, logdir: Path | None) -> None:
+    failures: tuple[type[Exception], ...]
+    """What its methods raise where it cannot write."""
+
+    def add(self, numbers: Mapping[str, Any], step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """A folder of TensorBoard's."""
+
+    failures: tuple[type[Exception], ...] = (OSError,)
+
+    def __init__(self, logdir: Path) -> None:
         """Raises `ConfigError` where TensorBoard is missing, or the folder cannot be made."""
         self._logdir = logdir
-        self._writer: Any = None
-        if logdir is None:
-            return
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
@@ -36,35 +45,80 @@ class Events:
                 f"logdir: needs TensorBoard ({error}); pip install 'offload-rt[logging]', or leave it out"
             ) from error
         try:
-            self._writer = SummaryWriter(str(logdir))
+            self._writer: Any = SummaryWriter(str(logdir))
         except OSError as error:
             raise ConfigError(f"logdir: {logdir} cannot be written ({error})") from error
 
+    def __str__(self) -> str:
+        return str(self._logdir)
+
+    def add(self, numbers: Mapping[str, Any], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb's, of the same id, so that a run that goes on is one there too. Its project, whether it is offline
+    and all else are what its own environment variables say.
+    """
+
+    def __init__(self, run_id: str, out: Path, settings: Mapping[str, Any]) -> None:
+        """Raises `ConfigError` where wandb is missing, or does not begin."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(f"wandb: is not installed ({error}); pip install wandb, or report elsewhere") from error
+        self.failures: tuple[type[Exception], ...] = (OSError, wandb.Error)
+        try:
+            self._run: Any = wandb.init(
+                id=run_id, resume="allow", name=out.absolute().name, dir=str(out), config=dict(settings)
+            )
+        except self.failures as error:
+            raise ConfigError(f"wandb: {error} (or set WANDB_MODE=offline)") from error
+
+    def __str__(self) -> str:
+        return "wandb"
+
+    def add(self, numbers: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Events:
+    """Of one run."""
+
+    def __init__(self, writers: Sequence[Writer] = ()) -> None:
+        self._writers = list(writers)
+
     def add(self, metrics: Mapping[str, Any], step: int) -> None:
         """The numbers of a step, or of an evaluation behind it. May wait for those before."""
-        if self._writer is None:
-            return
-        try:
-            for name, value in metrics.items():
-                if name.startswith(EVAL) and isinstance(value, (int, float)):
-                    self._writer.add_scalar(f"eval/{name.removeprefix(EVAL)}", value, step)
-                elif name not in LEFT_OUT and not name.startswith(EVAL):
-                    self._writer.add_scalar(f"train/{name}", value, step)
-        except OSError as error:
-            self._end(f"from step {step}", error)
+        numbers = {
+            f"eval/{name.removeprefix(EVAL)}" if name.startswith(EVAL) else f"train/{name}": value
+            for name, value in metrics.items()
+            if name not in LEFT_OUT and isinstance(value, (int, float))
+        }
+        for writer in list(self._writers):
+            try:
+                writer.add(numbers, step)
+            except writer.failures as error:
+                self._end(writer, f"from step {step}", error)
 
     def close(self) -> None:
         """Blocks until all is written."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-        except OSError as error:
-            self._end("of the last steps", error)
+        for writer in list(self._writers):
+            try:
+                writer.close()
+            except writer.failures as error:
+                self._end(writer, "of the last steps", error)
 
-    def _end(self, which: str, error: OSError) -> None:
-        self._writer = None
+    def _end(self, writer: Writer, which: str, error: Exception) -> None:
+        self._writers.remove(writer)
         logger.warning(
             "%s: events %s cannot be written (%s); training goes on without, its numbers are in metrics.jsonl",
-            self._logdir, which, error,
+            writer, which, error,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from offload_rt.errors import ConfigError, NonFiniteLoss
 from offload_rt.training.display import Display, StepNumbers, format_seconds
 from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.evaluation import Evaluated, Evaluation, Evaluations
-from offload_rt.training.events import Events
+from offload_rt.training.events import Events, TensorBoard, WeightsAndBiases, Writer
 from offload_rt.training.memory_watch import MemoryWatch
 from offload_rt.training.options import TrainingOptions, lr_factor
 from offload_rt.training.run_folder import RunFolder, low_memory_text
@@ -120,7 +120,7 @@ def train(
         raise ConfigError("eval_every: there is no evaluation; give its data")
     if evaluation is None and save_best is not None:
         raise ConfigError("save_best: there is no evaluation; give its data")
-    events = Events(options.logdir)
+    writers: list[Writer] = [] if options.logdir is None else [TensorBoard(options.logdir)]
     progress = Progress(folder.run_id, options.out)
     scheduler = _schedule(optimizer, options, total_steps)
     for name, tracked in (("progress", progress), ("batches", batches), ("scheduler", scheduler)):
@@ -149,6 +149,9 @@ def train(
             group["lr"] = lr
     done_before = folder.last_step()
     folder.begin(at_step=progress.step, settings=fixed, commits=engine.commit_folder if saves.commits else None)
+    if options.wandb:
+        writers.append(WeightsAndBiases(folder.run_id, folder.path, fixed))
+    events = Events(writers)
 
     loss: float | None = None
     tokens = 0

@@ -43,6 +43,8 @@ class TrainingOptions:
     """Steps between lines in metrics.jsonl and points in TensorBoard."""
     logdir: Path | None = None
     """TensorBoard's folder; None writes none."""
+    wandb: bool = False
+    """Report to Weights & Biases."""
     resume: bool = False
     """Continue from the newest checkpoint in `out`; without one, start from the beginning and say so."""
 
