@@ -183,8 +183,8 @@ class ActivationsAssembly:
         if self.scratch is None:
             raise ConfigError(f"plan: {name} wait on NVME, but nvme= gives no folder")
         if self._device is not None:
-            window_bytes = staging_bytes // 2 or window_bytes
-            staging = self._tiers.arena(Tier.HOST, f"staging for {name}", 2 * (window_bytes + largest_bytes))
+            passing_bytes = staging_bytes // 2 or window_bytes
+            staging = self._tiers.arena(Tier.HOST, f"staging for {name}", 2 * (passing_bytes + largest_bytes))
             return DeviceStash(staging, self._links, window_bytes=window_bytes, scratch=self.scratch)
         piece_bytes = min(largest_bytes, STAGING_PIECE_BYTES)
         if staging_bytes:  # what goes in smaller pieces needs no more
@@ -210,11 +210,10 @@ class ActivationsAssembly:
         return self._largest_swapped_bytes() if self._device is not None and any(swapped.values()) else 0
 
     def _windows(self, swapped: dict[Tier, int], window_bytes: int) -> dict[Tier, int]:
-        """What each tier has of it: NVME as much as passes the staging, or its share; HOST the rest."""
-        if self._sizes is not None:
-            of_nvme = min(window_bytes, self._sizes.staging_bytes // 2)
-        else:
-            of_nvme = window_bytes * swapped[Tier.NVME] // max(1, sum(swapped.values()))
+        """What each tier has of it: NVME its share, or half, as far as that passes the staging; HOST the rest."""
+        of_nvme = window_bytes * swapped[Tier.NVME] // max(1, sum(swapped.values()))
+        if self._sizes is not None and of_nvme:
+            of_nvme = min(max(of_nvme, window_bytes // 2), self._sizes.staging_bytes // 2)
         return {Tier.NVME: of_nvme, Tier.HOST: window_bytes - of_nvme}
 
     def _policies(self) -> list[ActivationPolicy]:
