@@ -6,17 +6,20 @@ device memory            |....|....|....|
 """
 
 import random
+import threading
 
 import pytest
 import torch
 
 from offload_rt.errors import StorageError, StorageTimeout
 from offload_rt.memory.arena import Arena
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.tiering.tiers import Tiers
+from offload_rt.transfers.device_times import DeviceTimes
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.locked_ring import NUM_PIECES, LockedRing
 from offload_rt.transfers.recording import Recorder
-from offload_rt.transfers.streams import COMPUTE
+from offload_rt.transfers.streams import COMPUTE, Copier
 from planners.placement import Tier
 from planners.schedule import walk
 from tests.fake_device import FakeDevice
@@ -55,12 +58,12 @@ def test_bytes_go_to_the_device_and_come_back_by_pieces(num_bytes, device):
     inward, back = device.rings
     content = torch.frombuffer(bytearray(random.Random(num_bytes).randbytes(num_bytes + 5)), dtype=torch.uint8)
     ends = [(content[:num_bytes], memory(num_bytes)), (content[num_bytes:], memory(5))]
-    inward.send(device.to_device, ends).wait()
+    inward.send(device.to_device, ends, device.to_device.copy).wait()
     assert [torch.equal(*pair) for pair in ends] == [True, True]
     num_copies = -(-num_bytes // PAGE) + 1
     assert (device.to_device.num_copies, inward.num_bytes) == (num_copies, num_bytes + 5)
     returned, given = memory(num_bytes), []
-    back.receive(device.to_host, [(ends[0][1], returned)], given.append)
+    back.receive(device.to_host, [(ends[0][1], returned)], device.to_host.copy, given.append)
     assert torch.equal(returned, content[:num_bytes]) and len(given) == 1
     assert (device.to_host.num_copies, back.num_bytes) == (num_copies - 1, num_bytes)
 
@@ -68,7 +71,7 @@ def test_bytes_go_to_the_device_and_come_back_by_pieces(num_bytes, device):
 def test_a_piece_is_filled_again_when_the_device_has_read_it(device):
     source, there = memory((NUM_PIECES + 1) * PAGE, 7), memory((NUM_PIECES + 1) * PAGE)
     device.to_device.hold()
-    sending = Waiting(lambda: device.rings[0].send(device.to_device, [(source, there)]))
+    sending = Waiting(lambda: device.rings[0].send(device.to_device, [(source, there)], device.to_device.copy))
     assert sending.still() and device.to_device.num_copies == NUM_PIECES
     device.to_device.resume()
     sending.result().wait()
@@ -154,6 +157,46 @@ def test_a_device_that_hangs_is_a_timeout_for_whoever_comes_behind_a_copy(device
     device.to_device.resume()
     host.links.finish(loaded)
     assert copies.place(loaded).operation == loaded.operation
+    host.links.close()
+
+
+def test_what_is_in_host_memory_does_not_wait_for_what_comes_from_a_drive(device):
+    host, read = Pageable(device, 2 * PAGE), threading.Event()
+    copier = host.links.device_copies._copier
+    of_drive, of_host = ([(host.slot.part(n * PAGE, PAGE).tensor(torch.uint8, (PAGE,)), memory(PAGE))] for n in (0, 1))
+    of_drive[0][0].fill_(1), of_host[0][0].fill_(2)
+    try:
+        late = copier.start("late", of_drive, inward=True, reads=[host.slot], after=read.wait)
+        there = copier.start("there", of_host, inward=True, reads=[host.slot])
+        copier.wait(there, 20.0)
+        assert torch.equal(*of_host[0]) and not late.given.done()
+    finally:
+        read.set()
+    copier.wait(late, 20.0)
+    assert torch.equal(*of_drive[0])
+    host.links.close()
+
+
+def test_copies_through_a_ring_and_beside_it_say_what_a_byte_takes(device):
+    """By their first pieces, so that a long one takes no more marks than another."""
+    for stream in (device.to_device, device.to_host):
+        stream.bytes_per_second = 1.0
+    times = DeviceTimes(device, num_layers=1)
+    copier = Copier(device, timed=times.timed)
+    host = Pageable(device, 3 * PAGE)
+    while times._sample is None:
+        times.step_ends()
+    num_marks = len(times._moving)
+    for slots in ([host.slot], []):
+        for inward in (True, False):
+            ends = [(memory(3 * PAGE), memory(3 * PAGE))]
+            which = {"reads" if inward else "writes": slots}
+            copier.wait(copier.start("copy", ends, inward=inward, **which), 20.0)
+    assert len(times._moving) == num_marks - 4
+    for stream in (device.to_device, device.to_host):
+        stream.record().wait()
+    assert times.step_ends().seconds_per_byte == {HOST_TO_DEVICE: 1.0, DEVICE_TO_HOST: 1.0}
+    copier.close()
     host.links.close()
 
 

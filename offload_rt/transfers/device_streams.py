@@ -53,12 +53,16 @@ class Stream(Protocol):
         """Runs the kernels that `launch` launches. The caller keeps alive what they use."""
 
 
+Give = Callable[[Sequence[Ends]], None]
+"""Gives a stream the copies of these ends, as its own `copy`."""
+
+
 class Ring(Protocol):
     """What copies of pageable memory go through: `locked_ring.LockedRing`."""
 
-    def send(self, stream: Stream, ends: Sequence[Ends]) -> Event: ...
+    def send(self, stream: Stream, ends: Sequence[Ends], copy: Give) -> Event: ...
 
-    def receive(self, stream: Stream, ends: Sequence[Ends], given: Callable[[Event], None]) -> None: ...
+    def receive(self, stream: Stream, ends: Sequence[Ends], copy: Give, given: Callable[[Event], None]) -> None: ...
 
 
 class Device(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from offload_rt.memory.arena import Slot
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from offload_rt.transfers.device_streams import Ends, Event, Stream
+from offload_rt.transfers.device_streams import Ends, Event, Give, Stream
 
 NUM_PIECES = 4
 """One is filled or emptied, one is copied by the device, and two keep either from waiting for a late thread."""
@@ -42,20 +42,20 @@ class LockedRing:
         self._under_way: deque[Event] = deque()
         """Behind what the device copies out of the last pieces, oldest first."""
 
-    def send(self, stream: Stream, ends: Sequence[Ends]) -> Event:
-        """Gives `stream` the copies of `ends` from HOST, which has been read when this returns. Blocks while all pieces
-        wait for the device. Raises what the device raised. The event is behind all of it.
+    def send(self, stream: Stream, ends: Sequence[Ends], copy: Give) -> Event:
+        """Gives `stream`, by `copy`, the copies of `ends` from HOST, which has been read when this returns. Blocks
+        while all pieces wait for the device. Raises what the device raised. The event is behind all of it.
         """
         for source, destination in self._parts(ends):
             if len(self._under_way) == NUM_PIECES:
                 self._under_way.popleft().wait()
             piece = self._next(source.numel())
             _copy(source, piece)
-            stream.copy([(piece, destination)])
+            copy([(piece, destination)])
             self._under_way.append(stream.record())
         return stream.record()
 
-    def receive(self, stream: Stream, ends: Sequence[Ends], given: Callable[[Event], None]) -> None:
+    def receive(self, stream: Stream, ends: Sequence[Ends], copy: Give, given: Callable[[Event], None]) -> None:
         """Copies `ends` to HOST. Blocks until they are there; raises as `send`. `given` is called with the event behind
         what the device does of it, which reads no source any more then.
         """
@@ -70,7 +70,7 @@ class LockedRing:
             if len(landing) == NUM_PIECES:
                 land()
             piece = self._next(source.numel())
-            stream.copy([(source, piece)])
+            copy([(source, piece)])
             landing.append((stream.record(), piece, destination))
         given(stream.record())
         while landing:

@@ -26,9 +26,10 @@ neither the host nor the rest of the device. Four rules make every copy safe, an
     host could not be ahead by more than the slots there are. Whoever needs the memory waits for the reaper, which may
     be late: see [Note: lent memory] in arena.
 4.  HOST memory that could not be locked is copied by the CPU, piece by piece, to or from a ring that is
-    (`locked_ring`). The feeder does it inward and another thread of its own back, each as far behind the device as it
-    has to be; the event of the copy is that of the last piece. Back, the bytes are in HOST only when the copy is
-    done: what comes behind it, a load too, waits for that and for no event.
+    (`locked_ring`). A thread for each direction does it, as far behind the device as it has to be: the feeder hands on
+    what has come from a drive, and what was in HOST waits for none. The event of the copy is that of the last piece.
+    Back, the bytes are in HOST only when the copy is done: what comes behind it, a load too, waits for that and for no
+    event.
 
 What is stepped by `updates` passes through slots that no kernel of `compute` sees: it need not be behind all that the
 host has given to `compute`, and is not (rule 1); each copy and kernel names the places that it comes behind instead.
@@ -101,23 +102,39 @@ class Copy:
         self._destinations = [destination for _, destination in ends]
         self._give_back = [slot.lend(name) for slot in slots]
 
-    def give(self, stream: Stream, before: Sequence[Event], timed: Timed, ring: Ring | None = None) -> Event:
-        """Gives the copy to `stream`, behind `before`. Through `ring` it blocks, by rule 4: back, until it is done, and
-        nothing is timed.
+    def give(
+        self,
+        stream: Stream,
+        before: Sequence[Event],
+        alone: AbstractContextManager[object],
+        timed: Timed,
+        ring: Ring | None = None,
+    ) -> Event:
+        """Gives the copy to `stream`, behind `before`. Through `ring` it blocks, by rule 4: back, until it is done; its
+        first piece is timed. Nobody else gives `stream` anything inside of `alone`.
         """
         if not self._sources:
             raise RuntimeError(f"{self.name}: given twice")
-        for event in before:
-            stream.wait(event)
+        with alone:
+            for event in before:
+                stream.wait(event)
+        is_timed = True
+
+        def copy(ends: Sequence[Ends]) -> None:
+            nonlocal is_timed
+            num_bytes = sum(source.numel() for source, _ in ends)
+            kind = HOST_TO_DEVICE if self.inward else DEVICE_TO_HOST
+            with alone, timed(kind, stream, num_bytes) if is_timed else nullcontext():
+                stream.copy(ends)
+            is_timed = False
+
         ends = list(zip(self._sources, self._destinations, strict=True))
         if ring is None:
-            num_bytes = sum(source.numel() for source in self._sources)
-            with timed(HOST_TO_DEVICE if self.inward else DEVICE_TO_HOST, stream, num_bytes):
-                stream.copy(ends)
+            copy(ends)
         elif self.inward:
-            return ring.send(stream, ends)
+            return ring.send(stream, ends, copy)
         else:
-            ring.receive(stream, ends, self.given.set_result)
+            ring.receive(stream, ends, copy, self.given.set_result)
         return stream.record()
 
     def ordered(self) -> None:
@@ -152,12 +169,13 @@ class Copier:
         self.device = device
         self._timed = timed
         self._giving = {True: threading.Lock(), False: threading.Lock()}
-        """Of each direction: what one copy's stream is given is given together."""
+        """Of each direction: a copy is given together with the marks of its time."""
         self._recorder = recorder
         self._pause = pause
         self._feeder = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-feed")
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-send")
         self._receiver = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-receive")
-        """Has no thread until a copy back comes through a ring."""
+        """Like the sender, it has no thread until a copy comes through its ring."""
         self._under_way: dict[int, str] = {}
         self._to_device = _Reaper("offload_rt-to-device", self._returned)
         self._to_host = _Reaper("offload_rt-to-host", self._returned)
@@ -212,7 +230,7 @@ class Copier:
                 raise
         else:
             # Emptied when they are called: a thread that is late to forget its work must hold no memory by it.
-            thread = self._feeder if ring is None or inward else self._receiver
+            thread = self._receiver if not inward and ring is not None else self._feeder if waits else self._sender
             thread.submit(self._feed, waits, copy, stream, before, reaper, ring)
         return copy
 
@@ -270,6 +288,7 @@ class Copier:
     def close(self) -> None:
         """Waits for all copies, then ends the threads."""
         self._feeder.shutdown()
+        self._sender.shutdown()
         self._receiver.shutdown()
         self._to_device.close()
         self._to_host.close()
@@ -283,9 +302,13 @@ class Copier:
         reaper: _Reaper,
         ring: Ring | None,
     ) -> None:
+        is_sent = ring is None or not copy.inward or not waits
         try:
             while waits:
                 waits.pop(0)()
+            if not is_sent:
+                self._sender.submit(self._feed, waits, copy, stream, before, reaper, ring)
+                return
             self._pause()
             self._give(copy, stream, before, reaper, ring)
         except BaseException as error:  # noqa: BLE001 - whoever waits for the copy raises it
@@ -302,11 +325,7 @@ class Copier:
         ring: Ring | None = None,
     ) -> None:
         try:
-            if self.device.rings is not None:
-                event = copy.give(stream, before, _untimed, ring)  # pieces of others come between: nothing to learn
-            else:
-                with self._giving[copy.inward]:
-                    event = copy.give(stream, before, self._timed)
+            event = copy.give(stream, before, self._giving[copy.inward], self._timed, ring)
         except BaseException:
             with suppress(Exception):  # of several tensors the first ones may be under way, and are let go of now
                 stream.record().wait()
