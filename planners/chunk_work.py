@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planners.cost import ClassCost, num_chunks
+from planners.cost import ClassCost, held_up_seconds, num_chunks
 from planners.placement import ClassPlan, Cuts
 from planners.problem import Problem
 
@@ -52,7 +52,7 @@ class ChunkWork:
         sizes = [one.bytes_per_token * self.workload.batch_size for one in saved]
         of_tokens = list(zip(sizes, tokens, strict=True))
         held_up = [
-            sum(s[phase] * (host + nvme) for s, (_, nvme, host, _) in zip(cost.swap_seconds, tokens, strict=True))
+            sum(held_up_seconds(cost, j, phase, nvme, host) for j, (_, nvme, host, _) in enumerate(tokens))
             for phase in (0, 1)
         ]
         again = sum(

@@ -154,6 +154,8 @@ class ClassCost:
     """For each saved tensor, if all of its tokens are computed again."""
     swap_seconds: tuple[tuple[float, float], ...]
     """For each saved tensor, if all of its tokens are swapped: what computes is held up by, in forward and backward."""
+    drive_seconds: tuple[tuple[float, float], ...]
+    """More of it, if all of them are swapped to NVMe."""
     spill_bytes: tuple[float, float]
     """What attention in groups moves each way between DEVICE and HOST, in forward and in backward."""
 
@@ -196,6 +198,7 @@ def _class_cost(problem: Problem, entry: BlockClass, cuts: Cuts, decode_scope: D
             for saved in entry.saved
         ),
         swap_seconds=((0.0, 0.0),) * len(entry.saved),
+        drive_seconds=((0.0, 0.0),) * len(entry.saved),
         spill_bytes=spill,
     )
 
@@ -234,6 +237,7 @@ def _measured_cost(
         backward_attention_seconds=0.0,
         recompute_seconds=(0.0,) * len(again),
         swap_seconds=((0.0, 0.0),) * len(again),
+        drive_seconds=((0.0, 0.0),) * len(again),
         spill_bytes=(0.0, 0.0),
     )
     if kept is None:
@@ -250,7 +254,13 @@ def _measured_cost(
         backward_seconds=backward,
         recompute_seconds=tuple(next(prices) if is_again else 0.0 for is_again in again),
         swap_seconds=tuple((share * kept.put_away, share * kept.taken_back) for share in swaps),
+        drive_seconds=tuple((share * kept.put_on_drive, share * kept.taken_off_drive) for share in swaps),
     )
+
+
+def held_up_seconds(cost: ClassCost, j: int, phase: int, nvme: float, host: float) -> float:
+    """For which swapping keeps a block from computing in forward (0) or backward (1), of shares of saved tensor `j`."""
+    return cost.swap_seconds[j][phase] * (host + nvme) + cost.drive_seconds[j][phase] * nvme
 
 
 def tiles_again_seconds(problem: Problem, entry: BlockClass) -> float:

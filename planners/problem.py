@@ -76,6 +76,10 @@ class KeptPass:
     """Seconds for which swapping out keeps from computing, whatever a link takes besides; in forward."""
     taken_back: float = 0.0
     """The same of swapping in, in backward."""
+    put_on_drive: float = 0.0
+    """More of it where what is swapped out goes on to a drive: staging, asking for writes. Beside the drive's time."""
+    taken_off_drive: float = 0.0
+    """The same of swapping in."""
     groups: tuple[SavedGroup, ...] = ()
     """What is saved where the layer runs by chunks: together `saved_bytes`. Empty: all of it is one."""
 

@@ -15,7 +15,16 @@ from dataclasses import dataclass, replace
 
 from planners.activations import Group
 from planners.arenas import demands
-from planners.cost import EDGE_SLOTS, ClassCost, Knobs, class_costs, fetch_counts, in_a_chunk, num_chunks
+from planners.cost import (
+    EDGE_SLOTS,
+    ClassCost,
+    Knobs,
+    class_costs,
+    fetch_counts,
+    held_up_seconds,
+    in_a_chunk,
+    num_chunks,
+)
 from planners.expand import Fractions, UpdateKey
 from planners.optimizer_state import whole_state_bytes
 from planners.placement import Tier, UpdatePlace
@@ -182,7 +191,7 @@ class _Builder(Rows):
         used = []
         slot: Terms = []
         staged: Terms = []
-        for saved, seconds, held_up in zip(entry.saved, cost.recompute_seconds, cost.swap_seconds, strict=True):
+        for j, (saved, seconds) in enumerate(zip(entry.saved, cost.recompute_seconds, strict=True)):
             size = saved.bytes_per_token * workload.tokens
             free = self.freedoms.swaps and self.problem.capabilities.token_policy
             free |= not saved.recomputable
@@ -202,8 +211,9 @@ class _Builder(Rows):
                 self.work(BACKWARD, "host_to_device", swapped, n * size)
                 if self.knobs.boundary is Tier.HOST and saved.name == "input":
                     self.work(FORWARD, "host_to_device", swapped, n * size)
-                self.work(FORWARD, "compute", swapped, n * held_up[0])
-                self.work(BACKWARD, "compute", swapped, n * held_up[1])
+                on_nvme, in_host = float(swapped == nvme), float(swapped == host)
+                for phase in (FORWARD, BACKWARD):
+                    self.work(phase, "compute", swapped, n * held_up_seconds(cost, j, phase, on_nvme, in_host))
             self.work(FORWARD, "ssd_write", nvme, n * size)
             self.work(BACKWARD, "ssd_read", nvme, n * size)
             used.append(self._used(entry, (redo, nvme, host, kept), saved.recomputable))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planners.cost import class_costs, fetch_counts, knobs_of, tiles_again_seconds
+from planners.cost import class_costs, fetch_counts, held_up_seconds, knobs_of, tiles_again_seconds
 from planners.optimizer_state import update_bytes
 from planners.placement import Tier, UpdatePlace
 from planners.plan import Plan
@@ -43,7 +43,9 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
             each = saved.bytes_per_token * workload.batch_size
             swapped = n * each * (split.host_tokens + split.nvme_tokens)
             compute += n * costs[c].recompute_seconds[j] * split.recompute_tokens / workload.seq_len
-            compute += n * sum(costs[c].swap_seconds[j]) * (split.host_tokens + split.nvme_tokens) / workload.seq_len
+            for phase in (0, 1):
+                held_up = held_up_seconds(costs[c], j, phase, split.nvme_tokens, split.host_tokens)
+                compute += n * held_up / workload.seq_len
             up += swapped
             down += swapped
             if knobs.boundary is Tier.HOST and saved.name == "input":

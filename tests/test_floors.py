@@ -124,6 +124,7 @@ FLOORS = {
     "offload_rt.plans.workload_sizes": 8.52,
     "offload_rt.plans.plan_options": 8.55,
     "offload_rt.profiling.workbench": 8.46,
+    "offload_rt.profiling.drive_profile": 8.47,
     "offload_rt.profiling.block_profile": 8.48,
     "offload_rt.profiling.edge_profile": 8.48,
     "offload_rt.profiling.chunk_profile": 8.5,

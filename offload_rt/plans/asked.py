@@ -230,7 +230,8 @@ def _times(seconds: MeasuredSeconds, factor: float) -> MeasuredSeconds:
     if kept is not None:
         kept = replace(
             kept, forward=kept.forward * factor, backward=kept.backward * factor, put_away=kept.put_away * factor,
-            taken_back=kept.taken_back * factor,
+            taken_back=kept.taken_back * factor, put_on_drive=kept.put_on_drive * factor,
+            taken_off_drive=kept.taken_off_drive * factor,
         )  # fmt: skip
     return replace(
         seconds, forward=seconds.forward * factor, backward=seconds.backward * factor,

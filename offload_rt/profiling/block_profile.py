@@ -37,10 +37,12 @@ from offload_rt.layers.autograd import CHECKED_CALLS, RecomputedLayer
 from offload_rt.layers.block import Binding, Block
 from offload_rt.layers.discover import BlockDraft, find_blocks
 from offload_rt.memory.cuda_memory import REFUSED
+from offload_rt.profiling.drive_profile import NotedStash, drive_pair
 from offload_rt.profiling.workbench import RUNS, Workbench, or_the_cpu
 from offload_rt.quantized import codec
 from offload_rt.quantized.decoder import Decoder
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
+from offload_rt.tiering.stash import Stash
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from planners.activations import Action, whole_batch
@@ -110,6 +112,7 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int,
             )  # fmt: skip
         ways = [again] if saving is None else [again, saving.kept, saving.swapped]
         timed = _timed(ways, call, bench)
+        on_drive = (0.0, 0.0) if saving is None else drive_pair(saving.room, saving.sizes, bench)
     decode = decode_seconds(stand, bench)
     forward, backward = timed[0]
     kept: KeptPass | None = None
@@ -118,6 +121,7 @@ def _profile(model: nn.Module, draft: BlockDraft, batch_size: int, seq_len: int,
         kept = KeptPass(
             forward=max(0.0, timed[1][0] - decode), backward=max(0.0, timed[1][1] - decode),
             saved_bytes=saving.saved_bytes, small_bytes=saving.small_bytes, put_away=out, taken_back=back,
+            put_on_drive=on_drive[0], taken_off_drive=on_drive[1],
         )  # fmt: skip
     # Computed again, each linear was decoded once in forward, and twice in backward.
     return MeasuredSeconds(
@@ -159,6 +163,9 @@ class _Saving:
     swapped: TokenwiseLayer
     saved_bytes: int
     small_bytes: int
+    room: Stash
+    sizes: list[int]
+    """Of what is put away, in bytes."""
 
 
 def _saving(stand: Stand, call: LayerCall, bench: Workbench) -> _Saving:
@@ -179,12 +186,15 @@ def _saving(stand: Stand, call: LayerCall, bench: Workbench) -> _Saving:
     kept, all_kept = layer(Action.KEEP, Places())
     num_bytes = all_kept.counters.kept_bytes // all_kept.counters.num_passes
     room = bench.stash("profile, swapped", ARENA_HELD * num_bytes + IO_ALIGNMENT_BYTES)
-    swapped, put_away = layer(Action.SWAP, Places(swapped={Tier.HOST: room}))
+    noted = NotedStash(room)
+    swapped, put_away = layer(Action.SWAP, Places(swapped={Tier.HOST: noted}))
     if put_away.counters.no_room_bytes:
         raise UnsupportedModule(f"{stand.block.name}: saves more at one time than at another")
     saved_bytes = put_away.counters.swapped_bytes // put_away.counters.num_passes
     # Of what was kept, the layer's input is not the graph's.
-    return _Saving(kept, swapped, saved_bytes, max(0, num_bytes - saved_bytes - call.hidden.nbytes))
+    small_bytes = max(0, num_bytes - saved_bytes - call.hidden.nbytes)
+    sizes = noted.sizes_of_a_pass(put_away.counters.num_passes)
+    return _Saving(kept, swapped, saved_bytes, small_bytes, room, sizes)
 
 
 def made_stand(draft: BlockDraft, bench: Workbench) -> Stand:

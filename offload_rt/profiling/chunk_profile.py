@@ -27,6 +27,7 @@ from offload_rt.errors import ConfigError, UnsupportedModule
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.memory.cuda_memory import REFUSED
 from offload_rt.profiling.block_profile import LayerCall, Stand, call_of, decode_seconds, held_up, made_stand, one_pass
+from offload_rt.profiling.drive_profile import NotedStash, drive_pair
 from offload_rt.profiling.workbench import RUNS, Workbench, or_the_cpu
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
@@ -116,7 +117,9 @@ def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: in
     kept = way(short, Places(), Action.KEEP)
     kept_bytes = kept.tokenwise.counters.kept_bytes // kept.tokenwise.counters.num_passes
     room = bench.stash("profile, put away", kept_bytes + IO_ALIGNMENT_BYTES)
-    put_away = way(short, Places(swapped={Tier.HOST: room}), Action.SWAP, Tier.HOST)
+    noted = NotedStash(room)
+    put_away = way(short, Places(swapped={Tier.HOST: noted}), Action.SWAP, Tier.HOST)
+    sizes = noted.sizes_of_a_pass(put_away.tokenwise.counters.num_passes)
     if put_away.tokenwise.counters.no_room_bytes:
         raise UnsupportedModule("it saves more at one time than at another")
     with_input = kept.stored_bytes(Group.RESULT.value, Tier.DEVICE) + kept.stored_bytes("attention", Tier.DEVICE)
@@ -125,6 +128,7 @@ def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: in
     peak_bytes = bench.peak_bytes(lambda: one_pass(alone.layer, alone.call, bench)) + whole.hidden.nbytes
     timed = _timed([alone, again, after_again, kept, put_away], bench)
     sequence, *ways = timed
+    on_drive = drive_pair(room, sizes, bench)
     decode = decode_seconds(stand, bench)
     out, back = held_up(ways[2], ways[3], bench)
     price = [scale * (one - other) for one, other in zip(ways[0], ways[2], strict=True)]
@@ -153,6 +157,8 @@ def _measured(stand: Stand, whole: LayerCall, short: LayerCall, chunk_tokens: in
             small_bytes=round(scale * small),
             put_away=scale * out,
             taken_back=scale * back,
+            put_on_drive=scale * on_drive[0],
+            taken_off_drive=scale * on_drive[1],
             groups=tuple(group for group in groups if group.num_bytes),
         ),
         chunks=MeasuredChunks(

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 
@@ -24,13 +25,17 @@ from offload_rt.errors import UnsupportedModule
 from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.memory.arena import Arena
 from offload_rt.memory.cuda_memory import give_back_freed
+from offload_rt.storage.scratch import Scratch
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiering.device_stash import DeviceStash
-from offload_rt.tiering.stash import GRANULE_BYTES, HostStash, Stash
+from offload_rt.tiering.stash import GRANULE_BYTES, HostStash, NvmeStash, Stash
 from offload_rt.tiering.tiers import Tiers
 from offload_rt.transfers.device_cuda import CudaDevice
 from offload_rt.transfers.links import Links
+from offload_rt.transfers.transfer import TransferCounters
 from offload_rt.wiring.runtime_options import MemoryMeter, TensorDevice
 from planners.placement import Tier
+from planners.streaming import STAGING_PIECE_BYTES
 
 RUNS = 5
 """Of what is timed by itself, of which the median counts."""
@@ -55,8 +60,14 @@ def median_seconds(work: Callable[[], object], clock: Callable[[], float] = time
 class Workbench:
     """Of one device; a context manager, which gives all memory back. Not thread-safe."""
 
-    def __init__(self, device: TensorDevice | None = None, host_bytes: int | None = None) -> None:
-        """`device`: None is the CPU. `host_bytes`: what may be put away in HOST, which a device locks; None: all."""
+    def __init__(
+        self, device: TensorDevice | None = None, host_bytes: int | None = None, drive: Path | None = None
+    ) -> None:
+        """`device`: None is the CPU. `host_bytes`: what may be put away in HOST, which a device locks; None: all.
+        `drive`: a folder on the drive that a plan may put away to; its own parent, where it is yet to be made.
+        """
+        self._drive = drive if drive is None or drive.is_dir() else drive.parent
+        self._scratches: list[Scratch] = []
         self.device = torch.device("cpu") if device is None else device.device
         """Where tensors are made."""
         self._streams = device
@@ -71,10 +82,17 @@ class Workbench:
 
     def __exit__(self, *exception: object) -> None:
         self._links.close()
+        for scratch in self._scratches:
+            scratch.close()
         if self._tiers is not None:
             self._tiers.give_back()
         if self.device.type == "cuda":
             give_back_freed(self.device)
+
+    @property
+    def counters(self) -> TransferCounters:
+        """Of what was moved here."""
+        return self._links.counters
 
     @property
     def copies_alone(self) -> bool:
@@ -126,6 +144,20 @@ class Workbench:
         arena = self._tiers.arena(Tier.HOST, name, num_bytes, granule_bytes=GRANULE_BYTES)
         return DeviceStash(arena, self._links, window_bytes=num_bytes)
 
+    def drive_stash(self, num_bytes: int, largest_bytes: int) -> Stash | None:
+        """As `stash`, on the drive, for whole pages; None without one. Raises BudgetExceeded and StorageError."""
+        if self._drive is None:
+            return None
+        scratch = Scratch(self._drive, 2 * num_bytes, self._links)
+        self._scratches.append(scratch)
+        if self._tiers is None:
+            piece_bytes = min(align_up(largest_bytes, IO_ALIGNMENT_BYTES), STAGING_PIECE_BYTES)
+            staging = Arena("profile, on its way to a drive", 2 * num_bytes)
+            return NvmeStash(scratch, staging, self._links, piece_bytes=piece_bytes, ahead_bytes=num_bytes)
+        room = 2 * (num_bytes + align_up(largest_bytes, IO_ALIGNMENT_BYTES))
+        staging = self._tiers.arena(Tier.HOST, "profile, on its way to a drive", room)
+        return DeviceStash(staging, self._links, window_bytes=num_bytes, scratch=scratch)
+
     def peak_bytes(self, run: Callable[[], object]) -> int:
         """The most that torch has allocated at once in `run`. UnsupportedModule where that cannot be counted now."""
         meter = self._meter()
@@ -149,11 +181,12 @@ class Workbench:
 
 @contextmanager
 def workbench_of(config: EngineConfig) -> Iterator[Workbench]:
-    """The device that `config` says, and of RAM beside it the budget."""
+    """The device that `config` says, of RAM beside it the budget, and the first drive, where scratch files are."""
     on_cpu = config.device == "cpu"
     with Workbench(
-        None if on_cpu else CudaDevice(config.device), None if on_cpu else config.host_memory_bytes
-    ) as found:
+        None if on_cpu else CudaDevice(config.device), None if on_cpu else config.host_memory_bytes,
+        config.nvme[0].path if config.nvme else None,
+    ) as found:  # fmt: skip
         yield found
 
 
