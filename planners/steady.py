@@ -315,21 +315,24 @@ def solve_steady(
     room: dict[str, float] | None = None,
     elastic: bool = False,
     in_whole_numbers: bool = False,
+    relaxed: Steady | None = None,
 ) -> Steady | None:
     """The best fractions for `knobs`; None if nothing fits. `unit_seconds` scales time, about a step.
 
     `elastic` lets tiers overflow, as little as possible, and says by how much. `in_whole_numbers` rounds what has to be
-    whole (chunks that are treated so, embeddings by rows); bound and duals are those of the relaxation.
+    whole (chunks that are treated so, embeddings by rows); bound and duals are those of the relaxation: of `relaxed`,
+    what this gave before without rounding for the same arguments, or solved here.
 
     `room` replaces the capacities, bytes by tier. Raises what `Program.solve` raises.
     """
     space = room or {tier: float(size) for tier, size in capacities(problem).items()}
     builder = _Builder(problem, knobs, freedoms or Freedoms(), space, unit_seconds, price, elastic)
     columns = builder.build()
-    solution = builder.program.solve()
-    if solution is None:
-        return None
-    relaxed = _read(builder, columns, solution)
+    if relaxed is None:
+        solution = builder.program.solve()
+        if solution is None:
+            return None
+        relaxed = _read(builder, columns, solution)
     if not (in_whole_numbers and builder.program.whole):
         return relaxed
     solution = builder.program.solve(in_whole_numbers=True)

@@ -98,11 +98,13 @@ def treats_whole(problem: Problem) -> bool:
 def in_whole_numbers(
     problem: Problem, steady: Steady, unit: float, freedoms: Freedoms | None, found: Search, price: float = LOW_PRICE
 ) -> Steady | None:
-    """The candidate with what has to be whole in whole numbers; None where that has no solution."""
+    """The candidate, solved at `price`, with what has to be whole in whole numbers; None where that has no solution."""
     if not treats_whole(problem):
         return steady
     found.num_programs += 1
-    return solve_steady(problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_numbers=True)
+    return solve_steady(
+        problem, steady.knobs, unit_seconds=unit, freedoms=freedoms, price=price, in_whole_numbers=True, relaxed=steady
+    )
 
 
 def _in_turn(candidates: list[Steady], rounded: Callable[[Steady], Steady | None]) -> Iterator[Steady]:

@@ -14,6 +14,7 @@ from planners.hardware import Drive, Links
 from planners.mip import search
 from planners.placement import Tier, UpdateMode
 from planners.problem import BlockClass, Capabilities, KeptPass, MeasuredSeconds, Problem, Training, Workload
+from planners.program import Program
 from planners.rows import LOW_PRICE, PRICE_SUM, Freedoms
 from planners.schedule import Phase
 from planners.static_memory import capacities
@@ -116,6 +117,25 @@ def test_whole_numbers_are_the_best_of_all_that_there_are(device, host, cut):
             (entry,), (fractions,) = p.workload.classes, found.fractions
             assert not cut or round(fractions.weights[0] * entry.stored_bytes) in entry.weight_cuts
     assert solved
+
+
+def test_what_was_relaxed_is_rounded_without_being_relaxed_again(monkeypatch):
+    """To the same plan, bound and duals as by itself."""
+    p, solve, asked = problem(device=755 * KIB), Program.solve, []
+
+    def noted(program, **options):
+        asked.append(options.get("in_whole_numbers", False))
+        return solve(program, **options)
+
+    unit, found = floor_seconds(p), Search()
+    relaxed = next(
+        steady for knobs in itertools.chain.from_iterable(combinations(p))
+        if (steady := solve_steady(p, knobs, unit_seconds=unit)) is not None
+    )  # fmt: skip
+    monkeypatch.setattr(Program, "solve", noted)
+    rounded = in_whole_numbers(p, relaxed, unit, None, found)
+    assert asked == [True]
+    assert rounded == solve_steady(p, relaxed.knobs, unit_seconds=unit, in_whole_numbers=True) != relaxed
 
 
 def ladder(seed: int) -> Iterator[Problem]:
