@@ -233,7 +233,10 @@ def smallest_shortage(problem: Problem, freedoms: Freedoms | None = None) -> lis
                 continue
             missing = {tier: size for tier, size in closest.short_bytes.items() if size > PAGE_BYTES}
             missing = missing or {"device": float(PAGE_BYTES)}  # nothing but what rounding takes
-            short = [Shortage(tier, room[tier] + size, room[tier], "backward") for tier, size in missing.items()]
+            short = [
+                Shortage(tier, room[tier] + size, room[tier], "save" if tier in closest.short_in_save else "backward")
+                for tier, size in missing.items()
+            ]
             lack = sum(SHORTAGE_PRICES[tier] * size for tier, size in missing.items())
             if short and (best is None or lack < best[0]):
                 best = (lack, short)

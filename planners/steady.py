@@ -77,10 +77,17 @@ class Steady:
     """That the drives write in a step, at full rate."""
     short_bytes: dict[str, float]
     """By tier: what is missing, where a shortage was allowed at a price (`elastic`)."""
+    short_in_save: frozenset[str] = frozenset()
+    """Those tiers of which more is missing while a model is saved than in a step."""
 
 
 class _Builder(Rows):
     """Lays out the program."""
+
+    @property
+    def slabs_tier(self) -> str:
+        """Through which a model is saved."""
+        return "device" if self.unified else "host"
 
     def build(self) -> list[ClassVariables]:
         found = []
@@ -287,7 +294,7 @@ class _Builder(Rows):
         workload = self.workload
         if workload.pinned and workload.commit_every:
             fixed["nvme"] = 2.0 * workload.trainable_params * workload.weight_bytes_per_param
-        slabs, slabs_tier = slab_bytes(self.problem), "device" if self.unified else "host"
+        slabs = slab_bytes(self.problem)
         for tier, terms in self.held.items():
             room = self.room[tier] * (1 - 1e-6) - fixed[tier]
             short: Terms = []
@@ -296,7 +303,7 @@ class _Builder(Rows):
                 short = [(self.missing[tier], -1.0)]
             if terms or short or room < 0:
                 program.at_most([*terms, *short], room / GB, tier)
-            if slabs and tier == slabs_tier:
+            if slabs and tier == self.slabs_tier:
                 program.at_most([*self.held_in_save[tier], *short], (room - slabs) / GB, IN_SAVE)
         if self.problem.max_written_bytes is not None:
             written = [t for phase in self.phases for t in self.busy[phase, "ssd_write"]]
@@ -357,7 +364,7 @@ def _read(builder: _Builder, columns: list[ClassVariables], solution: Solution) 
     tiers = ("device", "host", "nvme")
     duals: dict[str, float] = {t: -solution.duals[program.names[t]] for t in tiers if t in program.names}
     if IN_SAVE in program.names:  # a GB more is more in a step, and while a model is saved
-        tier = "device" if builder.unified else "host"
+        tier = builder.slabs_tier
         duals[tier] = duals.get(tier, 0.0) - solution.duals[program.names[IN_SAVE]]
     return Steady(
         knobs=builder.knobs,
@@ -371,4 +378,16 @@ def _read(builder: _Builder, columns: list[ClassVariables], solution: Solution) 
             for phase in builder.phases
         ),
         short_bytes={tier: x[v] * GB for tier, v in builder.missing.items() if x[v] * GB > 1},
+        short_in_save=_short_in_save(builder, x),
     )
+
+
+def _short_in_save(builder: _Builder, x: list[float]) -> frozenset[str]:
+    program, tier = builder.program, builder.slabs_tier
+    if tier not in builder.missing or not {tier, IN_SAVE} <= program.names.keys():
+        return frozenset()
+    step, save = (
+        sum(x[v] * value for v, value in program.rows[row].items()) - program.row_high[row]
+        for row in (program.names[tier], program.names[IN_SAVE])
+    )
+    return frozenset({tier} if save > step else ())

@@ -15,7 +15,7 @@ from planners.choices import combinations
 from planners.errors import PlanInfeasible
 from planners.expand import expand
 from planners.greedy import plan_greedy
-from planners.mip import plan_optimal
+from planners.mip import plan_optimal, smallest_shortage
 from planners.model_workload import make_workload
 from planners.placement import Split, Tier
 from planners.plan import Plan
@@ -148,6 +148,14 @@ def test_a_program_leaves_room_for_slabs_and_says_what_more_of_it_saves():
         assert solve_steady(without, knobs, unit_seconds=unit).step_seconds < 0.95 * relaxed.step_seconds
         gained = (relaxed.step_seconds - easier.step_seconds) / 4096
         assert relaxed.seconds_per_gb["host"] == pytest.approx(1e9 * gained, rel=1e-2)
+
+
+def test_what_is_short_while_a_model_is_saved_is_said_to_be_so():
+    """Of the two tiers that are short, HOST is by the slabs; without them, in a step, or not at all."""
+    p = replace(question("HOST"), hardware=machine(device=LOGITS + 20 * MIB, host=2 * MIB))
+    without = replace(p, workload=replace(p.workload, slab_bytes=0))
+    phases = [{short.tier: short.phase for short in smallest_shortage(asked)} for asked in (p, without)]
+    assert phases == [{"device": "backward", "host": "save"}, {"device": "backward", "host": "backward"}]
 
 
 @pytest.mark.parametrize("rest", [Tier.HOST, Tier.NVME])
