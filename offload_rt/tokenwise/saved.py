@@ -22,7 +22,9 @@ from offload_rt.tiering.stash import Stash, Stashed
 from planners.placement import Tier
 
 MIN_SWAPPED_BYTES = 1024
-"""Smaller tensors are not worth a transfer and stay."""
+"""Smaller tensors stay. Up to 16 KiB a tensor's size makes no difference to what putting it away and taking it back
+takes of the processor: 24 to 50 us in HOST, 120 to 300 on NVMe, as long as copying 150 KiB does (64 B to 256 KiB, 32
+tensors each, a busy 2-core Xeon). Above, a plan decides: what a layer's own tensors take is in its measured prices."""
 
 
 @dataclass
