@@ -12,6 +12,19 @@ from collections.abc import Iterable
 
 from planners.errors import PlanInfeasible as PlanInfeasible
 
+_HINTS = {
+    errno_names.EIO: "the drive or its connection is faulty; `dmesg` says more",
+    errno_names.EROFS: "the file system is read-only, which it becomes when its drive fails; `dmesg` says more",
+    errno_names.EACCES: "the folder or file is another user's",
+    errno_names.EMFILE: "too many files are open; `ulimit -n` sets how many may be",
+    errno_names.ENOSPC: "the drive is full; `offload-rt clean --nvme DIR` lists what no run uses",
+    errno_names.EDQUOT: "this user's quota is used up; `offload-rt clean --nvme DIR` lists what no run uses",
+    errno_names.ESTALE: "the network file system has lost the file",
+    errno_names.ENODEV: "the drive is gone",
+    errno_names.ENXIO: "the drive is gone",
+}
+"""What an error number means where weights and state are read and written."""
+
 
 class OffloadError(Exception):
     """Base class of everything this library raises on purpose."""
@@ -36,6 +49,8 @@ class StorageError(OffloadError, OSError):
             text += f" ({done} of {wanted} bytes at offset {offset})"
         if errno:
             text += f" (errno {errno}, {errno_names.errorcode.get(errno, 'unknown')})"
+        if errno in _HINTS:
+            text += f": {_HINTS[errno]}"
         super().__init__(text)
         self.errno = errno
 

@@ -3,6 +3,7 @@
 <drive>/offload_rt-<key>/  OFFLOAD_RT_STORE | lock | weights.bin | manifest.json
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import offload_rt.storage.store as store_module
+from offload_rt.cli.main import main
 from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
 from offload_rt.memory.arena import Arena
@@ -194,6 +196,32 @@ def test_a_tampered_manifest_is_refused(drive, links, disk_folder):
     path.write_text(json.dumps(data))
     with pytest.raises(StoreCorrupt, match="does not match its own checksum"):
         Store([drive], "key", links)
+
+
+@pytest.mark.parametrize("broken", ["manifest.json", "weights.bin"])
+def test_what_an_error_says_to_do_about_a_broken_store_helps(drive, links, disk_folder, broken):
+    store = Store([drive], "0123456789abcdef", links)
+    fill(store)
+    store.close()
+    (disk_folder / "offload_rt-0123456789abcdef" / broken).write_text("{}")
+    with pytest.raises(StoreCorrupt, match="the state of training") as raised:
+        Store([drive], "0123456789abcdef", links)
+    command = str(raised.value).split("`")[1].split()
+    assert command[0] == "offload-rt" and main(command[1:]) == 0
+    store = Store([drive], "0123456789abcdef", links)
+    fill(store)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [(errno.EIO, "dmesg"), (errno.EROFS, "read-only"), (errno.ENOSPC, "offload-rt clean"), (errno.EINTR, "")],
+)
+def test_a_failed_write_says_what_its_number_means(number, words):
+    error = StorageError("write failed", path="/p", offset=4096, wanted=10, done=2, errno=number)
+    name = errno.errorcode[number]
+    assert str(error).startswith(f"/p: write failed (2 of 10 bytes at offset 4096) (errno {number}, {name})")
+    assert error.errno == number and (str(error).endswith(f"{name})") if not words else words in str(error))
 
 
 @pytest.mark.parametrize(

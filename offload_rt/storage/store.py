@@ -164,6 +164,15 @@ class Store:
             del slab
         self._check(block, crc)
 
+    @property
+    def way_out(self) -> str:
+        """Ends an error about a store that is broken."""
+        folders = " ".join(f"--nvme {drive.path}" for drive in self._drives)
+        return (
+            f". The original checkpoint and the state of training are not in it: remove this store with `offload-rt "
+            f"clean {folders} --yes` and start again"
+        )
+
     def _check(self, block: str, found: int) -> None:
         """Holds the checksum of a whole block against the manifest's."""
         _, extent = self._blocks[block]
@@ -172,10 +181,8 @@ class Store:
                 f"{self._files[stripe.drive].path} at offset {stripe.offset_bytes}, {stripe.length_bytes} bytes"
                 for stripe in extent.stripes
             )
-            folders = " ".join(f"--nvme {drive.path}" for drive in self._drives)
             raise StoreCorrupt(
-                f"{places}: block {block}: checksum {found:08x}, expected {extent.crc32c:08x}. The original checkpoint "
-                f"is untouched: remove this store with `offload-rt clean {folders}` and start again"
+                f"{places}: block {block}: checksum {found:08x}, expected {extent.crc32c:08x}{self.way_out}"
             )
         self._verified.add(block)
 
@@ -204,11 +211,12 @@ class Store:
             data: dict[str, Any] = json.loads(path.read_text())
             body = data["body"]
             if data["sha256"] != digest(body):
-                raise StoreCorrupt(f"{path}: the manifest does not match its own checksum")
+                raise StoreCorrupt(f"{path}: the manifest does not match its own checksum{self.way_out}")
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreCorrupt(f"{path}: not readable as a manifest ({type(error).__name__}: {error})") from None
+            what = f"{path}: not readable as a manifest ({type(error).__name__}: {error})"
+            raise StoreCorrupt(what + self.way_out) from None
         if body["version"] != STORE_VERSION or body["num_drives"] != len(self.folders):
             return  # written by another version, or striped over other drives: build again
         blocks = {
@@ -221,7 +229,7 @@ class Store:
             weights = folder / "weights.bin"
             size = weights.stat().st_size if weights.exists() else 0
             if size < max(ends, default=0):
-                raise StoreCorrupt(f"{weights}: {size} bytes, the manifest needs {max(ends)}")
+                raise StoreCorrupt(f"{weights}: {size} bytes, the manifest needs {max(ends)}{self.way_out}")
             self._files.append(self.open_on(drive, weights, writable=False))
         self._blocks = blocks
 

@@ -50,6 +50,6 @@ class StorePart:
             raise StoreCorrupt(
                 f"{self._store.folders[0]}: block {block}, bytes {self._begin_bytes} to "
                 f"{self._begin_bytes + self.num_bytes}: checksum {found:08x}, expected {self._crc32c:08x}, which is "
-                f"what the block held at the start. Remove this store with `offload-rt clean` and start again"
+                f"what the block held at the start{self._store.way_out}"
             )
         self._is_verified = True

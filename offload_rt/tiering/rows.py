@@ -133,7 +133,7 @@ class PageSums:
                 raise StoreCorrupt(
                     f"{self._store.folders[0]}: block {self._block}, bytes {offset_bytes + at} to "
                     f"{offset_bytes + at + IO_ALIGNMENT_BYTES}: checksum {found:08x}, expected {expected:08x}, which "
-                    f"is what the block held at the start. Remove this store with `offload-rt clean` and start again"
+                    f"is what the block held at the start{self._store.way_out}"
                 )
             known[page] = True
         return len(fresh)
