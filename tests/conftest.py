@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # peft imports bitsandbytes, which asks for compiled functions: 1.2 s of compilers in every process that none here uses.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -23,8 +23,12 @@ torch.set_num_threads(1)
 for devices in (torch.cuda, torch.xpu, torch.mtia):
     if not devices.is_available():  # torch notes the caller's stack at every seed, for devices that are not there
         devices.manual_seed_all = lambda seed: None
-settings.register_profile("offload_rt", deadline=None, derandomize=True)  # no test depends on time, or on chance
-settings.register_profile("random", deadline=None)  # other examples each time: make test-all
+ANY_TIME = [HealthCheck.too_slow]
+SHARES_FIXTURES = [*ANY_TIME, HealthCheck.function_scoped_fixture]
+"""Checks to leave out where the examples of a test share what its fixtures made."""
+timeless = settings(deadline=None, suppress_health_check=ANY_TIME)  # no test depends on time, or on chance
+settings.register_profile("offload_rt", timeless, derandomize=True)
+settings.register_profile("random", timeless)  # other examples each time: make test-all
 settings.load_profile("offload_rt")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from offload_rt.checkpoint.sources import (
     materialise,
 )
 from offload_rt.errors import CheckpointError, StorageError
-from tests.conftest import open_descriptors
+from tests.conftest import SHARES_FIXTURES, open_descriptors
 
 #   0       8                     76         84  86
 #   | 68    | {"a":...,"b":...}   | a: 2 F32 | b: 2 U8 |
@@ -241,7 +241,7 @@ def test_any_json_header_parses_or_raises_checkpoint_error(header: dict[str, Any
     st.lists(st.tuples(st.integers(0, len(GOLDEN) - 1), st.integers(0, 255)), min_size=1, max_size=3),
     st.integers(0, len(GOLDEN)),
 )
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=SHARES_FIXTURES)
 def test_damaged_file_is_judged_as_the_safetensors_library_judges_it(
     tmp_path: Path, damage: list[tuple[int, int]], length: int
 ) -> None:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offload_rt.storage.commit_layout as commit_layout_module
@@ -24,6 +24,7 @@ from offload_rt.memory.arena import Arena
 from offload_rt.storage.commit_layout import Layout, MutableExtent, make_log, read_layout
 from offload_rt.storage.commit_log import CommitLog
 from offload_rt.transfers.links import Links
+from tests.conftest import SHARES_FIXTURES
 from tests.power_loss import Killed, PlainIO, RecordingIO, every_outcome, random_outcome
 
 PAGE = 4096
@@ -457,7 +458,7 @@ def any_run(folder, actions, seed):
 
 
 RUNS = given(st.lists(ACTIONS, min_size=3, max_size=25), st.integers(0, 2**32 - 1))
-HEALTH = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+HEALTH = {"deadline": None, "suppress_health_check": SHARES_FIXTURES}
 
 
 @RUNS

@@ -16,8 +16,10 @@ import weakref
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.conftest import SHARES_FIXTURES
 
 native = pytest.importorskip("_offload_rt_native", reason="the native extension is not built")
 
@@ -194,7 +196,7 @@ def batches(draw):
     return operations
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=SHARES_FIXTURES)
 @given(st.lists(batches(), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 6), st.integers(0, 20), st.data())
 def test_it_does_what_pread_and_pwrite_do(backend, tmp_path, rounds, depth, io_pages, registered_pages, data):
     """The same operations, one after the other, by the system calls, on a file and memory of their own."""

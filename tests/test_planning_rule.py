@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from offload_rt._engine import Engine
@@ -26,7 +26,7 @@ from planners.plan import Plan, Tier
 from planners.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
 from planners.streaming_problem import StreamingProblem
 from planners.trial import GOOD_ENOUGH
-from tests.conftest import build_lora
+from tests.conftest import SHARES_FIXTURES, build_lora
 from tests.test_planning import SECONDS, UPDATES_PER_SECOND, machine
 
 PLENTY, PAGE = 1 << 40, 4096
@@ -140,7 +140,7 @@ def test_where_a_quarter_of_the_slack_does_not_fit_as_little_is_granted_as_by_th
 
 @pytest.mark.full
 @settings(
-    max_examples=12, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, phases=[Phase.generate], suppress_health_check=SHARES_FIXTURES
 )  # fmt: skip
 @given(data=st.data())
 def test_where_the_rule_fits_the_optimiser_does_and_is_no_slower(

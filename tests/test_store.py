@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offload_rt.storage.store as store_module
@@ -29,7 +29,7 @@ from offload_rt.storage.store import Store
 from offload_rt.tensor_spec import TensorSpec, layout_block
 from offload_rt.transfers.file_io import AiofilesIO, file_io
 from offload_rt.transfers.links import Links
-from tests.conftest import open_descriptors
+from tests.conftest import SHARES_FIXTURES, open_descriptors
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096
@@ -237,7 +237,7 @@ def test_a_manifest_that_is_none_is_refused(drive, links, disk_folder, text):
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=SHARES_FIXTURES)
 def test_a_damaged_manifest_never_opens(drive, links, disk_folder, data):
     path = disk_folder / "offload_rt-fuzz" / "manifest.json"
     if not path.exists():
