@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,42 @@ def test_a_drive_that_fails_is_an_error_and_no_lease_is_left(benches: Any, threa
     bench.stepper.forget()
     gc.collect()  # of the error's own frames, where the update ran on this thread
     assert bench.arena.held_bytes() == 0
+
+
+class SlowToGoOn(threading.Condition):
+    """Where a thread that has told others something gets no further, until it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go_on = threading.Event()
+        self._has_told = False
+
+    def notify_all(self) -> None:
+        super().notify_all()
+        self._has_told = True
+
+    def __exit__(self, *error: Any) -> None:
+        has_told, self._has_told = self._has_told, False
+        super().__exit__(*error)
+        if has_told:
+            self.may_go_on.wait()
+
+
+def test_a_thread_that_has_said_that_a_block_is_stepped_does_not_see_the_stepper(tmp_path: Path) -> None:
+    """Whoever was told may let go of it, and collect it at once."""
+    bench, changed = Bench(tmp_path, threaded=True), SlowToGoOn()
+    bench.stepper._changed = changed
+    bench.stepper.submit(bench.blocks[0])
+    bench.stepper.finish()
+    seen, thread = weakref.ref(bench.stepper), bench.stepper._thread
+    assert thread is not None
+    del bench.stepper
+    gc.collect()
+    assert seen() is None
+    changed.may_go_on.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    bench.home.log.close()  # type: ignore[union-attr]
 
 
 @threaded

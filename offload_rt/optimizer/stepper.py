@@ -350,10 +350,11 @@ def _work(jobs: queue.SimpleQueue[tuple[Stepper, Callable[[], None]] | None]) ->
                 stepper._failure = error
         finally:
             del job
-            with stepper._changed:
+            changed = stepper._changed
+            with changed:
                 stepper._num_open -= 1
-                stepper._changed.notify_all()
-            del stepper
+                del stepper  # who is told may be the last to see it
+                changed.notify_all()
 
 
 def _num_elements(piece: Piece) -> int:
