@@ -88,5 +88,6 @@ def test_a_large_parameter_is_cut_into_ranges_of_equal_size() -> None:
 
 def test_half_precision_is_refused_by_name() -> None:
     parameter = nn.Parameter(torch.ones(3, dtype=torch.float16))
-    with pytest.raises(ConfigError, match=r"layers\.0\.up is torch.float16: .* takes bfloat16 or float32"):
+    words = r"layers\.0\.up is torch.float16: .* takes bfloat16 or float32 .* with dtype=torch.bfloat16"
+    with pytest.raises(ConfigError, match=words):
         trained_block("b", [TrainedParameter("layers.0.up", parameter, None)], RULES["lion"], accumulates=False)

@@ -129,7 +129,7 @@ def trained_block(
         if trained.parameter.dtype not in (torch.bfloat16, torch.float32):
             raise ConfigError(
                 f"{trained.name} is {trained.parameter.dtype}: full fine-tuning takes bfloat16 or float32 parameters; "
-                f"convert the model, or load it with torch_dtype=torch.bfloat16"
+                f'load the model with dtype=torch.bfloat16 or float32 ("dtype" in its config.json)'
                 if masters is Masters.FLOAT32
                 else f"{trained.name} is {trained.parameter.dtype}: optimizer state rests in a tier for bfloat16 or "
                 f"float32 adapters; convert them, or give more memory"
