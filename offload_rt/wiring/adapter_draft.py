@@ -16,7 +16,7 @@ from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.profiling.measured_sizes import remembered_factor, scaled, sizes_key
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import TrainingDraft, Workload
-from planners.plan import Plan
+from planners.plan import Plan, Tier
 from planners.streaming import plan_streaming
 from planners.streaming_problem import Cuts, StreamingProblem
 
@@ -100,5 +100,11 @@ def planned(
             workload = in_tiers(workload, optimizer, options)
         except ConfigError as reason:
             raise infeasible from reason
+        first = infeasible
     problem = question(workload, options.cuts, problem)
-    return workload, problem, plan_streaming(problem, rest=options.rest)
+    try:
+        return workload, problem, plan_streaming(problem, rest=options.rest)
+    except PlanInfeasible:
+        if first.needs.keys() == {Tier.NVME.value}:  # their state would take more of it
+            raise first from None
+        raise
