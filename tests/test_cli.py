@@ -359,6 +359,11 @@ def test_bad_data_or_model_is_found_before_a_store_is_written(
     code, line = fails(capsys, *arguments, "--model", str(broken))
     assert code == 2 and str(broken) in line
     (broken / "config.json").write_text('{"model_type": "t5"}')
+    code, line = fails(capsys, *arguments, "--model", str(broken))
+    assert code == 2 and f"{broken} has no tokenizer (tokenizer.json, " in line
+    (broken / "tokenizer.json").write_text("{")
+    code, line = fails(capsys, *arguments, "--model", str(broken))
+    assert code == 2 and f"{broken}: its tokenizer cannot be loaded: " in line
     make_tokenizer().save_pretrained(broken)
     code, line = fails(capsys, *arguments, "--model", str(broken))
     assert code == 2 and f"{broken}: Unrecognized configuration class" in line and "Gemma" not in line

@@ -36,6 +36,8 @@ from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.errors import format_bytes
 
 MODEL_FILES = ("config.json",)
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab.*", "*.tiktoken", "tekken.json")
+"""One of them has a tokenizer's vocabulary. Without, transformers makes an empty one for some models, in silence."""
 INGEST_SECONDS = 2.0
 """Between two lines of progress while weights are encoded."""
 
@@ -200,10 +202,15 @@ def _load_transformers(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     except ImportError as error:
         raise ConfigError(f"train needs transformers ({error}); pip install 'offload-rt[hf]'") from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(f"--model: {folder}: {error}") from error
+    if not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        raise ConfigError(f"--model: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files there")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--model: {folder}: its tokenizer cannot be loaded: {error}") from error
     # A key-value cache would keep every layer's keys and values for a generation that does not happen.
     before = _set(config, use_cache=False, output_router_logits=False)
     try:
