@@ -260,12 +260,17 @@ class Engine:
 
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
+        if self._closed:
+            raise OffloadError("step: the engine is closed; nothing was updated")
         self._steps.take()
 
     def train_batch(self, batches: Sequence[dict[str, Any]]) -> float:
         """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
         if not batches:
             raise ConfigError("train_batch: needs at least one micro-batch")
+        if isinstance(batches, Mapping) or not all(isinstance(batch, Mapping) for batch in batches):
+            got = type(batches if isinstance(batches, Mapping) else batches[0]).__name__
+            raise ConfigError(f"train_batch: expected a list of batches, each the model's arguments by name, got {got}")
         try:
             total = self._accumulate(batches)
         except BaseException:

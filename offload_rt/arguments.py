@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offload_rt.config import EngineConfig
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, nearest
 from offload_rt.profiling.calibrate import calibrated
 from planners.hardware import Hardware
 from planners.plan import Plan
@@ -30,10 +30,14 @@ def read_plan(plan: Plan | str | Path) -> Plan | None:
     if plan in (AUTO, OPTIMISE):
         return None
     if not isinstance(plan, (str, Path)):
-        raise ConfigError(f"plan: expected 'auto', a Plan or the path of one, got {plan!r}")
+        raise ConfigError(f"plan: expected {AUTO!r}, {OPTIMISE!r}, a Plan or the path of one, got {plan!r}")
     try:
         return Plan.load(Path(plan))
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        raise ConfigError(f"plan: there is no file {str(plan)!r}; {nearest(str(plan), (AUTO, OPTIMISE))}") from None
+    except OSError as error:
+        raise ConfigError(f"plan: {plan} cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise ConfigError(f"plan: {error}") from None
 
 
@@ -91,7 +95,10 @@ def make_optimizer(
         made: torch.optim.Optimizer = kind(parameters, **arguments)
         return made
     if not callable(spec):
-        raise ConfigError("optimizer: expected a class or a function of the parameters, got an optimizer that is built")
+        raise ConfigError(
+            "optimizer: expected a class or a function of the parameters, got "
+            + ("an optimizer that is built" if isinstance(spec, torch.optim.Optimizer) else repr(spec))
+        )
     if lr is not None:
         raise ConfigError("lr: belongs into the function given as optimizer=, which makes the optimizer")
     factory: Any = spec

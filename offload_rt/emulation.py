@@ -11,7 +11,7 @@ from pathlib import Path
 
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.errors import ConfigError
-from planners.hardware import Hardware, hardware_names, load_hardware, named_hardware
+from planners.hardware import Hardware, load_hardware, named_hardware
 from planners.units import ProblemError
 
 
@@ -26,7 +26,7 @@ def emulated_hardware(emulate: Hardware | str | Path) -> Hardware:
             return load_hardware(emulate)
         return named_hardware(emulate)
     except ProblemError as error:
-        raise ConfigError(f"emulate: {error}; or a file; names are {', '.join(hardware_names())}") from None
+        raise ConfigError(f"emulate: {error} (a profile's file may be given as well)") from None
 
 
 def emulated_config(config: EngineConfig, hardware: Hardware) -> EngineConfig:

@@ -67,15 +67,17 @@ def unchanged(model, before):
         ({"seq_len": 0}, ConfigError, "seq_len"),
         ({"max_grad_norm": -1}, ConfigError, "max_grad_norm"),
         ({"commit_every": 1}, ConfigError, "commit_every"),
-        ({"plan": "/nowhere.json"}, ConfigError, "plan"),
+        ({"plan": "/nowhere.json"}, ConfigError, "plan: there is no file '/nowhere.json'; allowed: auto, optimise"),
+        ({"plan": "optimize"}, ConfigError, "plan: there is no file 'optimize'; did you mean 'optimise'"),
+        ({"plan": "/"}, ConfigError, r"plan: / cannot be read \(Is a directory\)"),
         ({"plan": 5}, ConfigError, "plan"),
         ({"adapters": "lora:r=4"}, ConfigError, "adapters"),
         ({"checkpoint": "/nowhere"}, CheckpointError, "nowhere"),
-        ({"emulate": "rtx4091"}, ConfigError, "emulate: .*did you mean 'rtx4090'"),
+        ({"emulate": "rtx4091"}, ConfigError, "emulate: .*did you mean 'rtx4090'. .a profile's file may be given"),
         ({"emulate": 5}, ConfigError, "emulate: expected a hardware profile"),
         ({"plan": "optimise", "nvme": "/"}, ConfigError, "offload-rt calibrate --device cpu --nvme /"),
         ({"lr": -1.0}, (ConfigError, ValueError), "learning rate|lr"),
-        ({"optimizer": "adamw"}, ConfigError, "optimizer"),
+        ({"optimizer": "adamw"}, ConfigError, "optimizer: expected a class or .*, got 'adamw'"),
         ({"optimizer": lambda parameters: None}, ConfigError, "optimizer"),
         ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1), "lr": 1.0}, ConfigError, "lr"),
         ({"device_memory": 4096}, PlanInfeasible, "short by"),
@@ -278,6 +280,21 @@ def test_an_empty_train_batch_is_refused(make_engine):
         make_engine(build_plain()).train_batch([])
 
 
+@pytest.mark.parametrize("batches", [{"input_ids": torch.ones(1, 4)}, [torch.ones(1, 4)]])
+def test_a_train_batch_that_is_no_list_of_arguments_is_refused(make_engine, batches):
+    with pytest.raises(ConfigError, match="train_batch: expected a list of batches, .* got (dict|Tensor)"):
+        make_engine(build_plain()).train_batch(batches)
+
+
+def test_a_step_of_a_closed_engine_is_refused(make_engine):
+    engine = make_engine(build_lora())
+    engine.backward(engine(**language_batch(0)).loss)
+    engine.close()
+    with pytest.raises(OffloadError, match="step: the engine is closed; nothing was updated"):
+        engine.step()
+    assert engine.step_number == 0
+
+
 def test_a_step_without_backward_is_refused(make_engine):
     engine = make_engine(build_lora())
     with pytest.raises(IntegrityError, match="without backward"):
@@ -345,6 +362,16 @@ def test_a_drive_that_is_too_small_writes_nothing_and_leaves_the_model(disk_fold
         offload_rt.engine(model, nvme=f"{disk_folder}:4KiB", batch_size=2, seq_len=16)
     assert list(disk_folder.glob("*/weights.bin")) == []
     unchanged(model, before)
+
+
+def test_a_drive_that_is_too_small_for_the_weights_of_adapters_is_told_how_large_it_must_be(make_engine, disk_folder):
+    """What is short is told of state that rests in memory: in pieces on the drive it would take more of that."""
+    with pytest.raises(PlanInfeasible) as raised:
+        offload_rt.engine(build_lora(), nvme=f"{disk_folder}:4KiB", batch_size=2, seq_len=16)
+    needs = raised.value.needs
+    assert needs.keys() == {"nvme"}
+    engine = make_engine(build_lora(), nvme=f"{disk_folder}:{needs['nvme']}B")
+    assert engine.report()["memory"]["nvme"] == needs["nvme"]
 
 
 def test_the_limit_of_a_drive_holds_for_weights_and_layer_inputs_together(make_engine, disk_folder):

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--device-memory", metavar="SIZE", help="hard budget, such as 8GiB (default: measured)")
     where.add_argument("--host-memory", metavar="SIZE", help="hard budget of the tier between (default: one tier)")
     where.add_argument("--nvme", action="append", metavar="DIR[:SIZE]", help="folder for weights and state; per drive")
-    where.add_argument("--plan", default="auto", metavar="FILE", help="a plan file (default: auto)")
+    where.add_argument("--plan", default="auto", metavar="PLAN", help='"auto" (default), "optimise" or a plan file')
     how = parser.add_argument_group("how")
     how.add_argument("--seq-len", type=int, help="longest row, in tokens (default: the longest example)")
     how.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (default: %(default)s)")
