@@ -1,13 +1,15 @@
 """The floors of the design, held by a machine: a module imports only strictly lower floors.
 
-    11  cli, integrations        |  5  block, discover, integrity
-    10  training                 |  4  tiers, scratch, stash, profile's inputs
-     9  assembly < engine        |  3  store
-     8  checkpoint, profile      |  2  transfer, recording, decoder
-     7  autograd                 |  1  arena, codec, ...
-     6  executor                 |  0  errors, config, ...
+    11  cli                                     |  5  layers.discover, guards, running.steps
+    10  training                                |  4  tiering
+     9  wiring.assembly < running < _engine     |  3  storage: store, commit_log, scratch
+     8  checkpoint, optimizer, profiling, plans |  2  transfers, quantized.decoder
+     7  layers.autograd, vocabulary, tokenwise  |  1  memory.arena, quantized.codec, adamw
+     6  layers.executor                         |  0  errors, config, ...
 
-Sub-floors (1.5 above 1.0) order what stands on one floor. Inside a folder modules may import each other, in no circle.
+Sub-floors (1.5 above 1.0) order what stands on one floor. A folder is a subject: most of its modules stand on the floor
+said here, others where they must. Where a folder has one floor as a whole, its modules may import each other, in no
+circle.
 """
 
 import ast
