@@ -156,9 +156,12 @@ def summary(runtime: Runtime, config: EngineConfig, step_meter: StepMeter, peaks
     if runtime.made_of.choice is not None:
         lines.append(str(runtime.made_of.choice))
     for ring in plan.rings:
+        splits = [plan.weights_of(name) for name in ring.blocks]
+        in_host = sum(split is not None and split.host_bytes == split.total_bytes for split in splits)
+        also = f" and {in_host} in {Tier.HOST.value}" if in_host and ring.rest is not Tier.HOST else ""
         lines.append(
-            f"{ring.name}: {len(ring.blocks)} blocks rest in {ring.rest.value}, {ring.num_slots} at a time in "
-            f"device memory ({format_bytes(ring.device_bytes)})"
+            f"{ring.name}: {len(ring.blocks) - in_host * bool(also)} blocks rest in {ring.rest.value}{also}, "
+            f"{ring.num_slots} at a time in device memory ({format_bytes(ring.device_bytes)})"
         )
     if plan.lookups is not None:
         lines.append(

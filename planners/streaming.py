@@ -16,26 +16,29 @@ Where layers train, their weights, state and gradients stay in memory if all of 
 otherwise weights and state rest on NVME, gradients in HOST if they fit, and as many pieces of state are on their way at
 a time as there is room for. What room is left then holds state, piece by piece, of the first blocks: their gradients
 arrive last, when no computation is left to hide the drive behind. Activations are kept, and the loss is taken at once,
-where that fits besides. Updates run behind the backward pass where every step is committed. Adapters keep their
-optimizer state beside them; it rests in HOST or on NVME where DEVICE does not hold it (`TrainingSizes.adapters`);
-a device with memory of its own steps it there, piece by piece.
+where that fits besides; where not, those of the last layers, as many as fit. Updates run behind the backward pass where
+every step is committed. Adapters keep their optimizer state beside them; it rests in HOST or on NVME where DEVICE does
+not hold it (`TrainingSizes.adapters`); a device with memory of its own steps it there, piece by piece.
+
+Memory that may be filled and is left holds layers, and what they save (`filling`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, tee
+from itertools import chain, groupby, tee
 
-from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
+from planners.activations import Action, ActivationPolicy, Chunk
 from planners.edges import EdgesBy, edge_choices, head_tiles_of, looked_up_of, lookups_of, tiled_block
 from planners.errors import PlanInfeasible
+from planners.filling import LAYERS, Fill, filled_with_layers, keeping, streamed_bytes, with_kept
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Plan, Ring, Tier
 from planners.shortage import infeasible, shortages
 from planners.streaming_problem import INPUTS_OF_CHUNKS, BlockSize, StreamingProblem
 from planners.training_state import StatePlacement
-from planners.units import PAGE_BYTES, whole_pages
+from planners.units import whole_pages
 
 MAX_SLOTS = 3
 MIN_CHUNK_TOKENS = 64
@@ -45,8 +48,6 @@ CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
 """Of a sequence whose layers do not fit whole, the best first: smaller chunks decode and launch more often."""
 STAGING_PIECE_BYTES = 4 << 20
 """The most that is put away or fetched back at once; a drive is as fast with it as with more."""
-KEPT_TENSORS = 64
-"""Of a layer or chunk, each of which begins at an address of its own; a Llama layer with adapters saves about 50."""
 SAVING = "saving and loading"
 """What a plan says of memory through which state goes between steps, beside what is free then."""
 STEPPED_THERE = "optimizer state stepped there"
@@ -61,11 +62,14 @@ ENOUGH_STATE_SLOTS = 8
 """With so many, kept activations are worth more than further ones."""
 
 
-def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Plan:
+def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None, fill: Fill = Fill.ALL) -> Plan:
     """A plan within the budgets, or `PlanInfeasible` with what is short and what would fit.
 
-    `rest` is where weights and state rest, all of them, in place of the rule's choice.
+    `rest` is where weights and state rest, all of them, in place of the rule's choice. fill: what is put into memory
+    that may be filled (`StreamingProblem.fills`); nothing with `rest`.
     """
+    if rest is not None:
+        fill = Fill.NOTHING
     rests = [Tier.HOST if problem.nvme_capacity_bytes is None else Tier.NVME]
     if problem.training is not None and not problem.training.adapters and rests[0] is Tier.NVME:
         rests.insert(0, Tier.HOST)
@@ -78,22 +82,69 @@ def plan_streaming(problem: StreamingProblem, *, rest: Tier | None = None) -> Pl
         chunks = [problem.cuts.chunk_tokens]
     candidates: list[Plan] = []
     for chunk_tokens in chunks:
-        for plan in (plan for tier in rests for plan in _attempts(problem, tier, chunk_tokens)):
-            if not shortages(problem, plan):
-                return _filled(problem, plan) if rest is None else plan
-            candidates.append(plan)
+        for tier in rests:
+            for _, alike in groupby(_attempts(problem, tier, chunk_tokens), key=_is_lean):
+                found = _best(problem, alike, candidates, fill=fill)
+                if found is not None:
+                    return _filled_with_state(problem, found) if rest is None else found
     raise infeasible(problem, candidates, fits=_fits)
 
 
 def _fits(problem: StreamingProblem) -> bool:
     try:
-        plan_streaming(problem)
+        plan_streaming(problem, fill=Fill.NOTHING)
     except PlanInfeasible:
         return False
     return True
 
 
-def _filled(problem: StreamingProblem, plan: Plan) -> Plan:
+def _is_lean(plan: Plan) -> tuple[bool, bool]:
+    """What no memory for layers is bought with: tiles, which are a cut, and the slot that hides reads."""
+    return plan.head_tiles is not None, any(ring.num_slots == 1 for ring in plan.rings if ring.name == LAYERS)
+
+
+def _best(problem: StreamingProblem, plans: Iterator[Plan], candidates: list[Plan], *, fill: Fill) -> Plan | None:
+    """The first of `plans` that fits; to `fill`, the one that streams least then, of equal ones the first. None where
+    none fits; those that do not are added to `candidates`.
+
+    What would write to a drive in each step is not taken for that. Where layers train it is the one that keeps the
+    activations of most: they save more than weights that stay.
+    """
+    trains = problem.training is not None and not problem.training.adapters
+    keeps = fill is Fill.ALL and (trains or (problem.fills and problem.chunked is not None))
+    best: Plan | None = None
+    least: tuple[bool | int, ...] = ()
+    for plan in plans:
+        if best is not None and trains and not _has_enough_slots(plan):
+            break  # those that follow keep nothing
+        if shortages(problem, plan):
+            candidates.append(plan)
+            continue
+        filled = plan
+        if trains and keeps and _could_keep(plan):
+            filled = with_kept(problem, plan)
+        found: tuple[bool | int, ...] = (-len(filled.activations or ()),)
+        if fill is not Fill.NOTHING and problem.fills:
+            filled = filled_with_layers(problem, filled)
+            if not trains:
+                found = _writes(problem, filled), streamed_bytes(problem, filled)
+        elif not trains:
+            return plan
+        if best is None or found < least:
+            best, least = filled, found
+        if found in ((False, 0), (-len(problem.layers),)):
+            break
+    return with_kept(problem, best) if keeps and not trains and best is not None else best
+
+
+def _writes(problem: StreamingProblem, plan: Plan) -> bool:
+    """Whether each step writes to a drive."""
+    state, sizes = plan.state, problem.training
+    on_nvme = state is not None and sizes is not None and not state.is_all_in_memory(sizes)
+    return plan.layer_inputs is Tier.NVME or on_nvme
+
+
+def _filled_with_state(problem: StreamingProblem, plan: Plan) -> Plan:
     """The plan with pieces of state in the memory that is left."""
     state, sizes = plan.state, problem.training
     tier, capacity = Tier.HOST, problem.host_capacity_bytes
@@ -192,30 +243,24 @@ def _orders(problem: StreamingProblem, *, in_place: bool) -> tuple[bool, ...]:
     return (True, False) if problem.num_micro_batches > 1 and not in_place else (False,)
 
 
+def _has_enough_slots(plan: Plan) -> bool:
+    """Whether as many pieces of state are on their way as serve."""
+    state = plan.state
+    return state is not None and (bool(state.in_memory) or state.state_slots >= ENOUGH_STATE_SLOTS)
+
+
 def _could_keep(plan: Plan) -> bool:
     """Whether memory is better spent on kept activations than on more of what is on its way."""
-    if plan.state is None or plan.layer_inputs is not Tier.DEVICE:
+    if not _has_enough_slots(plan) or plan.layer_inputs is not Tier.DEVICE:
         return False
-    enough = bool(plan.state.in_memory) or plan.state.state_slots >= ENOUGH_STATE_SLOTS
-    return enough and all(ring.num_slots > 1 for ring in plan.rings if ring.name == "layers")
+    return all(ring.num_slots > 1 for ring in plan.rings if ring.name == LAYERS)
 
 
 def _keeping(problem: StreamingProblem, plan: Plan) -> Plan:
     """The plan with all activations kept and the loss taken at once: as fast as plain training, where memory is."""
-    policy = whole_batch(Action.KEEP)
-    num_layers = len(problem.layers)
-    device = {
-        **plan.peak_bytes["device"],
-        "activations": problem.transient_bytes(None),
-        "kept activations": whole_pages(num_layers * (problem.activation_bytes + KEPT_TENSORS * PAGE_BYTES)),
-        "layer inputs": INPUTS_OF_CHUNKS * whole_pages(problem.layer_input_bytes) * num_layers,
-    }
-    return replace(
-        plan,
-        head_chunk_tokens=None,
-        activations={block.name: policy for block in problem.layers},
-        peak_bytes={**plan.peak_bytes, "device": device},
-    )
+    plan = keeping(problem, plan, len(problem.layers))
+    device = {**plan.peak_bytes["device"], "activations": problem.transient_bytes(None)}
+    return replace(plan, head_chunk_tokens=None, peak_bytes={**plan.peak_bytes, "device": device})
 
 
 def _plan(
@@ -245,7 +290,7 @@ def _plan(
     lookups = lookups_of(looked_up, rest)
     rings = []
     if problem.layers and not in_place:
-        rings.append(_ring("layers", problem.layers, slots, rest))
+        rings.append(_ring(LAYERS, problem.layers, slots, rest))
     if streamed_edges and not in_place:
         rings.append(_ring("edges", streamed_edges, 1, rest))
     if in_place:

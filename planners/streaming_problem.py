@@ -130,6 +130,8 @@ class StreamingProblem:
 
     stages_pieces: bool = True
     """What waits on NVMe goes there in pieces; False: whole, as on a GPU."""
+    fills: bool = False
+    """Layers may rest in all memory that is left: it was granted for that, or is a device's own."""
     chunked: ChunkedSize | None = None
     """None where layers cannot run by chunks of tokens."""
     cuts: Cuts | None = None

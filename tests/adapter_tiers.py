@@ -114,7 +114,7 @@ def run_plain(case: Case, steps: int = STEPS) -> list[Trace]:
 def make_engine(case: Case, folder: Path, place: str | None = None, **arguments: Any) -> Engine:
     """An engine for the case, in another place than the case's if one is given; "memory" is the ordinary optimizer."""
     given = {**PLACES.get(place or case.place, {}), **arguments}
-    options = RuntimeOptions(**given.pop("options", {}))
+    options = RuntimeOptions(**{"fill": False, **given.pop("options", {})})
     if given.pop("nvme", False):
         given["nvme"] = folder
     make = OPTIMIZERS[case.optimizer]

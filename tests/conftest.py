@@ -193,7 +193,9 @@ def language_batch(seed, rows=2, tokens=12):
 
 
 class EngineMaker:
-    """Makes engines and closes them at the end of the test."""
+    """Makes engines and closes them at the end of the test. Their layers stream, in whatever memory, but for
+    `fill=True` in their options.
+    """
 
     def __init__(self):
         self.engines = []
@@ -202,7 +204,9 @@ class EngineMaker:
         defaults = {"batch_size": 2, "seq_len": 16, "lr": 1e-2}
         if "optimizer" in arguments:
             defaults.pop("lr")
-        engine = Engine(model, options=RuntimeOptions(**options) if options else None, **{**defaults, **arguments})
+        engine = Engine(
+            model, options=RuntimeOptions(**{"fill": False, **(options or {})}), **{**defaults, **arguments}
+        )
         self.engines.append(engine)
         return engine
 

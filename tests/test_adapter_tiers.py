@@ -156,7 +156,7 @@ def rank_24(folder: Path, *, device: FakeDevice | None = None, **arguments: Any)
     folder.mkdir()
     torch.manual_seed(0)
     model = peft.get_peft_model(FAMILIES["llama"](), peft.LoraConfig(r=24, target_modules="all-linear"))
-    options = RuntimeOptions(piece_elements=4096, device=device)
+    options = RuntimeOptions(piece_elements=4096, device=device, fill=False)
     return Engine(model, bits=4, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, nvme=folder, options=options, **arguments)
 
 

@@ -55,7 +55,7 @@ def run(folder: Path | None = None, **options: Any) -> Run:
     found = {}
     with Engine(
         model, batch_size=1, seq_len=TOKENS, lr=1e-2, device="cpu", device_memory=BUDGET, host_memory="64MiB",
-        nvme=folder, options=RuntimeOptions(**options),
+        nvme=folder, options=RuntimeOptions(fill=False, **options),
     ) as engine:  # fmt: skip
         for step in range(2):
             loss = engine(input_ids=ids, labels=ids).loss

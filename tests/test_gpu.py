@@ -897,7 +897,8 @@ def test_auto_chooses_the_optimisers_plan_on_the_gpu_where_that_is_faster_and_sa
         assert "nothing was predicted" in engine.report()["replanning"]["off"]
         assert "`offload-rt calibrate --device cuda:0` would let the optimiser plan" in choice["why"]
     gpu_planning.calibrated(monkeypatch, tmp_path, asked)
-    with engine_of(case, device="cuda", host_memory="64MiB") as engine:  # a GPU's free memory is there to be used
+    free = {"device": "cuda", "host_memory": "64MiB"}  # a GPU's free memory is there to be used
+    with engine_of(case, **free, options=RuntimeOptions(fill=False)) as engine:
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
         report = engine.report()
         choice = report["plan_choice"]
@@ -1056,7 +1057,7 @@ def test_a_rehearsal_on_the_gpu_goes_back_to_the_rules_plan_where_auto_has_chose
     device_kib, case, expected = more_than_measured(tmp_path, monkeypatch)
     with engine_of(
         case, device="cuda", device_memory="4GiB", host_memory="64MiB",
-        options=RuntimeOptions(poison=True, cuts=Cuts(**NO_CUTS)),
+        options=RuntimeOptions(poison=True, fill=False, cuts=Cuts(**NO_CUTS)),
     ) as engine:  # fmt: skip
         assert engine.plan.planner == "optimiser"
         found = run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)

@@ -23,8 +23,10 @@ from offload_rt.plans.plan_choice import (
 from offload_rt.profiling import calibrate
 from offload_rt.profiling.block_profile import MOST_PASSES
 from offload_rt.running import rehearsal
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.edges import lookups_of
 from planners.errors import PlanInfeasible
+from planners.filling import Fill
 from planners.placement import Tier
 from planners.problem import KeptPass
 from planners.program import SolverMissing
@@ -65,7 +67,7 @@ def calibrated(tmp_path, monkeypatch):
 def engine_of(folder, **options):
     return Engine(
         build(BF16), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=0.05, lr=1e-2, nvme=folder,
-        **{"device_memory": 64 * MIB, **options},
+        **{"device_memory": 64 * MIB, "options": RuntimeOptions(fill=False), **options},
     )  # fmt: skip
 
 
@@ -91,6 +93,12 @@ def test_the_rules_plan_runs_where_the_optimisers_gains_nothing(timed, calibrate
         choice = engine.report()["plan_choice"]
     assert choice["chosen"] == RULE and "no faster" in choice["why"]
     assert choice["rule_step_seconds"] == pytest.approx(choice["optimised_step_seconds"], rel=0.03)
+
+
+def test_the_rules_plan_that_fills_memory_is_as_fast_where_all_fits(timed, calibrated, tmp_path):
+    with engine_of(tmp_path, options=None) as engine:
+        choice = engine.report()["plan_choice"]
+        assert engine.plan.rings == () and choice["chosen"] == RULE and "no faster" in choice["why"]
 
 
 def test_without_a_calibration_the_rules_plan_runs_and_says_what_would_help(timed, tmp_path, caplog):
@@ -154,7 +162,7 @@ def test_profiling_that_would_take_long_is_left_to_who_asks_for_it(timed, tmp_pa
     workload, streaming, _ = question(build(BF16), tmp_path, machine(64 * MIB, 0), None)
     slow = machine(64 * MIB, 0)
     flops = slow.device.matmul_flops_per_second * profile_seconds(workload, slow)
-    rule = plan_streaming(streaming)
+    rule = plan_streaming(streaming, fill=Fill.NOTHING)
     for seconds, name in ((MAX_SECONDS * 0.99, OPTIMISER), (MAX_SECONDS * 1.01, RULE)):
         asked = replace(slow, device=replace(slow.device, matmul_flops_per_second=flops / seconds))
         plan, choice, _ = choose(workload, streaming, rule, asked)
@@ -189,7 +197,7 @@ def test_the_rules_rows_are_priced_as_rows(tmp_path):
     """Read by rows from a slow drive, an embedding is waited for; one that stays is not."""
     model = build_lora("llama", torch.bfloat16, 2, 0.0, vocab_size=8192, hidden_size=64)
     _, streaming, problem = question(model, tmp_path, machine(64 * MIB, 0), None)
-    stays = plan_streaming(streaming)
+    stays = plan_streaming(streaming, fill=Fill.NOTHING)
     (block,) = [block for block in streaming.edges if block.rows is not None]
     resident = tuple(name for name in stays.resident if name != block.name)
     by_rows = replace(stays, lookups=lookups_of((block,), Tier.NVME), resident=resident)
@@ -202,7 +210,7 @@ def test_the_rules_rows_are_priced_as_rows(tmp_path):
 def test_profiling_that_takes_more_memory_than_there_is_is_not_tried(timed, tmp_path):
     hardware = machine(64 * MIB, 0)
     workload, streaming, _ = question(build(BF16), tmp_path, hardware, None)
-    need, rule = profile_bytes(workload, streaming), plan_streaming(streaming)
+    need, rule = profile_bytes(workload, streaming), plan_streaming(streaming, fill=Fill.NOTHING)
     for have, name in ((need, OPTIMISER), (need - 1, RULE)):
         _, choice, _ = choose(workload, replace(streaming, device_capacity_bytes=have), rule, hardware)
         assert ("the budget is" in choice.why) is (name == RULE)
@@ -212,7 +220,7 @@ def test_profiling_that_takes_more_memory_than_there_is_is_not_tried(timed, tmp_
 def test_the_rules_plan_is_priced_as_the_optimisers_are(tmp_path):
     """Layers that stream from a slow drive are waited for; ones that stay do not ask it."""
     _, streaming, problem = question(build(BF16), tmp_path, machine(64 * MIB, 0), None, KEPT)
-    streams = plan_streaming(streaming)
+    streams = plan_streaming(streaming, fill=Fill.NOTHING)
     stays = replace(streams, rings=(), resident=tuple(b.name for b in (*streaming.edges, *streaming.layers)))
     drive = replace(problem.hardware.drives[0], read_bytes_per_second=1e6)
     slow = replace(problem, hardware=replace(problem.hardware, drives=(drive,)))
@@ -220,6 +228,10 @@ def test_the_rules_plan_is_priced_as_the_optimisers_are(tmp_path):
     for asked, plan in ((problem, streams), (problem, stays), (slow, stays)):
         assert rule_seconds(asked, plan) == pytest.approx(computed, rel=0.1)
     assert rule_seconds(slow, streams) > 1.4 * computed
+    filled = plan_streaming(streaming)
+    assert filled.rings == () and len(filled.activations) == 4, "all stays, and nothing is computed again"
+    kept = 4 * (KEPT.kept.forward + KEPT.kept.backward + 2 * KEPT.decode) + SECONDS.forward + SECONDS.backward
+    assert rule_seconds(slow, filled) == pytest.approx(kept, rel=0.1)
     with pytest.raises(ValueError, match="cuts"):
         rule_seconds(problem, replace(streams, layer_major=True))
 

@@ -17,6 +17,7 @@ from offload_rt.plans.planning import by_tiles, lowered
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.cost import tiles_again_seconds
 from planners.errors import PlanInfeasible
+from planners.filling import Fill
 from planners.greedy import plan_greedy
 from planners.mip import plan_optimal
 from planners.placement import Tier
@@ -175,12 +176,12 @@ def test_a_run_that_was_begun_with_other_rows_is_asked_about_with_them(tmp_path)
 
 def by_the_rule(streaming, tile_rows=TILE_ROWS):
     tiled = Cuts(head_chunk_tokens=None, chunk_tokens=None, layer_major=None, head_tile_rows=tile_rows)
-    return plan_streaming(replace(streaming, cuts=tiled))
+    return plan_streaming(replace(streaming, cuts=tiled), fill=Fill.NOTHING)
 
 
 def test_auto_asks_about_the_cuts_of_the_rules_plan(tmp_path):
     workload, streaming, problem, tiled = asked(tmp_path, 64 * MIB)
-    for rule in (plan_streaming(streaming), by_the_rule(streaming)):
+    for rule in (plan_streaming(streaming, fill=Fill.NOTHING), by_the_rule(streaming)):
         plan, choice, question = choose(workload, streaming, rule, machine(64 * MIB, 0))
         assert choice.chosen == OPTIMISER and plan.planner == "optimiser", choice.why
         assert cuts_of(plan, workload) == cuts_of(rule, workload)

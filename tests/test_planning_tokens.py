@@ -25,13 +25,13 @@ from planners.cost import Knobs
 from planners.division import divided, home_of_each
 from planners.errors import PlanInfeasible
 from planners.expand import Fractions, expand, with_prediction
+from planners.filling import KEPT_TENSORS
 from planners.mip import plan_optimal
 from planners.placement import Cuts, DecodeScope, Tier, TokenSplit, UpdateMode, UpdatePlace
 from planners.plan import Plan
 from planners.simulate import simulate
 from planners.steady import solve_steady
 from planners.step_work import floor_seconds
-from planners.streaming import KEPT_TENSORS
 from planners.validate import InvalidPlan, check
 from tests.conftest import language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps

@@ -85,6 +85,7 @@ def make(tmp_path, request):
             arguments["nvme"].mkdir(exist_ok=True)
         if budget is not None:
             arguments["device_memory"] = budget
+        arguments.setdefault("options", RuntimeOptions(fill=False))
         made_by = OPTIMIZERS[optimizer]
         if adapters:
             made_by = lambda groups: torch.optim.AdamW(groups, lr=1e-2)  # noqa: E731

@@ -123,6 +123,7 @@ class Run:
     def __init__(self, folder, factors=lambda step: {}, model=None, **arguments):
         folder.mkdir(exist_ok=True)
         arguments = {"nvme": folder, "plan": "optimise", "lr": 1e-2, "max_grad_norm": 0.05, "bits": 4, **arguments}
+        arguments.setdefault("options", RuntimeOptions(fill=False))
         self.engine = Engine(
             build_lora(dropout=0.1) if model is None else model, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cpu",
             **arguments,

@@ -172,10 +172,12 @@ class Made(Engine):
 
 
 def engine(made: nn.Module, place: str, folder: Path, **arguments: Any) -> Made:
-    """An engine around `made` in one of `PLACES`, or one of the caller's; `options` are added to the place's."""
+    """An engine around `made` in one of `PLACES`, or one of the caller's; `options` are added to the place's. Layers
+    stream, in whatever memory, but for `fill=True` there.
+    """
     of_place = PLACES.get(place, {})
     given = {"optimizer": adamw, "batch_size": ROWS, "seq_len": TOKENS, **of_place, **arguments}
-    options = {"piece_elements": 600, **of_place.get("options", {}), **arguments.get("options", {})}
+    options = {"piece_elements": 600, "fill": False, **of_place.get("options", {}), **arguments.get("options", {})}
     if options.get("state") is not None:
         trains = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
         split = {n: c for n, c in options["state"].in_memory.items() if any(t.startswith(f"{n}.") for t in trains)}

@@ -151,7 +151,7 @@ def first_answer(
 def _rule_fits(streaming: StreamingProblem, options: RuntimeOptions) -> bool:
     """With adapters' state beside them: a plan that steps them where they are is better than one with tiers."""
     try:
-        plan_streaming(streaming, rest=options.rest)
+        plan_streaming(streaming, rest=options.rest, fill=options.fills)
     except PlanInfeasible:
         return False
     return True

@@ -144,26 +144,29 @@ def rule_seconds(problem: Problem, rule: Plan) -> float:
     """
     chunk_tokens = problem.workload.measured_chunk_tokens
     tiled = any(entry.in_tiles for entry in problem.workload.classes)
-    chunked = rule.activations is not None
+    kept_layers, seq_len = rule.activations or {}, problem.workload.seq_len
+    chunked = any(len(policy.spans(seq_len)) > 1 for policy in kept_layers.values())
     if rule.layer_major or chunked != (chunk_tokens is not None) or (rule.head_tiles is not None) != tiled:
         raise ValueError("a plan with other cuts than those of the question is not simulated")
     unified = problem.hardware.unified
     rings = {name: ring.rest for ring in rule.rings for name in ring.blocks}
+    rings |= {name: Tier.HOST for entry in rule.classes if entry.weights.host_bytes for name in entry.blocks}
     if rule.lookups is not None:
         rings |= dict.fromkeys(rule.lookups.blocks, rule.lookups.rest)
     if rule.head_tiles is not None:
         rings[rule.head_tiles.block] = rule.head_tiles.rest
     layers = next((ring for ring in rule.rings if ring.name == "layers"), None)
     inputs = Tier.DEVICE if unified and rule.layer_inputs is Tier.HOST else rule.layer_inputs
-    kept = (0.0, float(inputs is Tier.NVME), float(inputs is Tier.HOST), float(inputs is Tier.DEVICE))
+    put_away = (0.0, float(inputs is Tier.NVME), float(inputs is Tier.HOST), float(inputs is Tier.DEVICE))
     fractions = []
     for entry in problem.workload.classes:
         rests = [rings.get(name, Tier.DEVICE) for name in entry.blocks]
         device, host, nvme = (sum(rest is tier for rest in rests) / len(rests) for tier in Tier)
+        kept = 0.0 if chunked else sum(name in kept_layers for name in entry.blocks) / len(rests)
         fractions.append(
             Fractions(
                 weights=(device + host, 0.0, nvme) if unified else (device, host, nvme),
-                tokens=tuple((1.0, 0.0, 0.0, 0.0) if s.recomputable else kept for s in entry.saved),
+                tokens=tuple((1 - kept, 0.0, 0.0, kept) if s.recomputable else put_away for s in entry.saved),
                 updates=_updates(entry, rule.state, unified=unified),
             )
         )

@@ -142,6 +142,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         unified=unified,
         training=None if workload.training is None else training_sizes(workload),
         stages_pieces=not workload.has_streams,
+        fills=on_gpu or config.device_memory_bytes is not None,
         chunked=chunked_size(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len),
         num_micro_batches=config.accumulation_steps,
         thread_bytes=of_a_thread,

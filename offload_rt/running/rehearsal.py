@@ -196,7 +196,8 @@ class Rehearsal:
             outcome("less freed memory is granted" if from_slack else "within the budget")
             return None
         scales = account.holdings["activations"] + account.holdings.get("kept activations", 0)
-        formula = planned if runtime.plan.classes else scales  # of which a plan with classes says each part
+        says_tokens = any(entry.tokens for entry in runtime.plan.classes)
+        formula = planned if says_tokens else scales  # of which such a plan says each part
         factor = (formula + more) / max(1, formula)
         remember_factor(key, factor)
         short: PlanInfeasible | None = None

@@ -91,7 +91,7 @@ def planned(
     if plan is not None:
         return workload, problem, plan
     try:
-        return workload, problem, plan_streaming(problem, rest=options.rest)
+        return workload, problem, plan_streaming(problem, rest=options.rest, fill=options.fills)
     except PlanInfeasible as infeasible:
         one_tier = problem.unified and problem.nvme_capacity_bytes is None
         if workload.training is not None or optimizer is None or one_tier:
@@ -103,7 +103,7 @@ def planned(
         first = infeasible
     problem = question(workload, options.cuts, problem)
     try:
-        return workload, problem, plan_streaming(problem, rest=options.rest)
+        return workload, problem, plan_streaming(problem, rest=options.rest, fill=options.fills)
     except PlanInfeasible:
         if first.needs.keys() == {Tier.NVME.value}:  # their state would take more of it
             raise first from None

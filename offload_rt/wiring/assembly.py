@@ -25,7 +25,7 @@ from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.plans.asked import Asked, first_answer
 from offload_rt.plans.cuts import check_cuts, products_of, with_products
 from offload_rt.plans.plan_check import check_plan
-from offload_rt.plans.plan_choice import OPTIMISER, Choice, after_rehearsal, choose
+from offload_rt.plans.plan_choice import Choice, after_rehearsal, choose
 from offload_rt.plans.plan_options import with_options
 from offload_rt.storage.mounts import doubts_about
 from offload_rt.tiering.moving import moves_to, why_not_follow
@@ -109,7 +109,7 @@ def assemble(
         made_of = MadeOf(
             workload=workload, problem=problem, options=options, base=base,
             throttle=None if emulated is None else Throttle(emulated),
-            plan_again=None if choice is None else _planning_again(workload, options, choice), asked=asked,
+            plan_again=None if choice is None else _planning_again(workload, options), asked=asked,
             choice=choice,
         )  # fmt: skip
         with RuntimeAssembly(made_of, chosen, progress) as assembly:
@@ -118,15 +118,14 @@ def assemble(
         return runtime
 
 
-def _planning_again(
-    workload: Workload, options: RuntimeOptions, choice: Choice
-) -> Callable[[StreamingProblem], Plan] | None:
-    """The fixed rule for other sizes, where a runtime can change over: on a device, from the optimiser's plan, which
-    was chosen because the rule's can follow it.
-    """
-    if workload.has_streams and choice.chosen != OPTIMISER:
-        return None
-    return lambda problem: with_options(plan_streaming(problem, rest=options.rest), workload, options, problem.training)
+def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[StreamingProblem], Plan]:
+    """The fixed rule for other sizes, to follow a plan of it, or the optimiser's that was chosen because it can."""
+
+    def plan_again(problem: StreamingProblem) -> Plan:
+        plan = plan_streaming(problem, rest=options.rest, fill=options.fills)
+        return with_options(plan, workload, options, problem.training)
+
+    return plan_again
 
 
 def change_over(runtime: Runtime, change: Change) -> Runtime:

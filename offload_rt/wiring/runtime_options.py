@@ -14,6 +14,7 @@ from offload_rt.optimizer.pieces import PIECE_ELEMENTS
 from offload_rt.quantized.nf4_products import Way
 from offload_rt.transfers.device_streams import Device
 from planners.activations import ActivationPolicy
+from planners.filling import Fill
 from planners.placement import UpdateMode
 from planners.plan import DecodeScope, Tier
 from planners.products import PackedProducts
@@ -97,6 +98,8 @@ class RuntimeOptions:
     """In place of the plan's; "measured": the fastest that this device has, see `nf4_products`. A cut."""
     product_ways: Mapping[str, Way] | None = None
     """What these may be, in place of what is installed."""
+    fill: bool = True
+    """Layers, and what they save, rest in memory that the fixed rule's plan leaves."""
     rest: Tier | None = None
     """Where weights and state rest, all of them, in place of the rule's choice."""
     state: StatePlacement | None = None
@@ -118,3 +121,14 @@ class RuntimeOptions:
     """Make the optimiser's plan again where the machine has drifted from it."""
     cuts: Cuts | None = None
     """Those that the plan must have; see `cuts`."""
+
+    @property
+    def fills(self) -> Fill:
+        """What the fixed rule puts into memory that is left: nothing where something here changes what a plan takes."""
+        says = (
+            self.rest, self.num_slots, self.stream_edges, self.weight_shares, self.layer_inputs, self.decode_scope,
+            self.head_chunk_tokens, self.activations, self.state, self.layer_major, self.device_share,
+        )  # fmt: skip
+        if not self.fill or any(each is not None for each in says):
+            return Fill.NOTHING
+        return Fill.LAYERS if self.packed_products else Fill.ALL  # which need layers that are computed again
