@@ -107,12 +107,17 @@ def _best(problem: StreamingProblem, plans: Iterator[Plan], candidates: list[Pla
     """The first of `plans` that fits; to `fill`, the one that streams least then, of equal ones the first. None where
     none fits; those that do not are added to `candidates`.
 
-    What would write to a drive in each step is not taken for that. Where layers train it is the one that keeps the
-    activations of most: they save more than weights that stay.
+    What would write to a drive in each step is not taken for that, but where all else streams more than the first does
+    with nothing filled. Micro-batches go together only where that streams less, for nothing is kept of them then. Where
+    layers train it is the plan that keeps the activations of most, which save more than weights that stay; but layers
+    that stream are fetched for all micro-batches at once where the first has them so.
     """
     trains = problem.training is not None and not problem.training.adapters
-    keeps = fill is Fill.ALL and (trains or (problem.fills and problem.chunked is not None))
+    fills = fill is not Fill.NOTHING and problem.fills
+    keeps = fill is Fill.ALL and (trains or (fills and problem.chunked is not None))
+    first: Plan | None = None
     best: Plan | None = None
+    first_bytes = 0
     least: tuple[bool | int, ...] = ()
     for plan in plans:
         if best is not None and trains and not _has_enough_slots(plan):
@@ -120,19 +125,25 @@ def _best(problem: StreamingProblem, plans: Iterator[Plan], candidates: list[Pla
         if shortages(problem, plan):
             candidates.append(plan)
             continue
-        filled = plan
-        if trains and keeps and _could_keep(plan):
-            filled = with_kept(problem, plan)
-        found: tuple[bool | int, ...] = (-len(filled.activations or ()),)
-        if fill is not Fill.NOTHING and problem.fills:
-            filled = filled_with_layers(problem, filled)
-            if not trains:
-                found = _writes(problem, filled), streamed_bytes(problem, filled)
-        elif not trains:
+        if first is None:
+            first, first_bytes = plan, streamed_bytes(problem, plan)
+        if not (trains or fills):
             return plan
+        fillings = [with_kept] if trains and keeps and _could_keep(plan) else []
+        fillings += [filled_with_layers] if fills else []
+        filled = plan
+        for filling in reversed(fillings) if first.layer_major else fillings:
+            filled = filling(problem, filled)
+        found: tuple[bool | int, ...]
+        if trains:
+            fetched_each = first.layer_major and not filled.layer_major and bool(filled.rings)
+            found = fetched_each, -len(filled.activations or ())
+        else:
+            num_bytes = streamed_bytes(problem, filled)
+            found = num_bytes > first_bytes, _writes(problem, filled), num_bytes, filled.layer_major
         if best is None or found < least:
             best, least = filled, found
-        if found in ((False, 0), (-len(problem.layers),)):
+        if found in ((False, False, 0, False), (False, -len(problem.layers))):
             break
     return with_kept(problem, best) if keeps and not trains and best is not None else best
 

@@ -48,10 +48,12 @@ def roomy(num_layers, **changes):
     return problem(**{**fields, **changes})
 
 
-@given(problems())
+@given(problems(), st.sampled_from([1, 2, 8]))
 @settings(max_examples=100)
-def test_a_filled_plan_fits_every_budget_and_none_is_refused_that_was_not(p):
-    p = replace(p, chunked=ChunkedSize(num_tokens=512, sequence_bytes=10_000))
+def test_a_filled_plan_fits_every_budget_and_none_is_refused_that_was_not(p, num_micro_batches):
+    """Nor does one stream more, of however many micro-batches."""
+    chunked = ChunkedSize(num_tokens=512, sequence_bytes=10_000)
+    p = replace(p, chunked=chunked, num_micro_batches=num_micro_batches)
     filled, before = plan_of(replace(p, fills=True)), plan_of(p)
     assert (filled is None) == (before is None)
     if filled is None:
@@ -164,6 +166,34 @@ def test_layers_that_train_keep_what_as_many_of_the_last_ones_save_as_fits(fills
         assert not shortages(asked, plan) and kept == names[len(names) - len(kept) :]
         seen.append(len(kept))
     assert seen == sorted(seen, reverse=True) and seen[0] == 6 and {1, 2, 3, 4, 5} & set(seen)
+
+
+def test_micro_batches_go_together_where_that_streams_less_alone():
+    """Even where what waits for its backward goes to a drive: one after the other they would stream a fifth more."""
+    p = roomy(
+        12, unified=False, num_micro_batches=8, host_capacity_bytes=500 * KIB, layer_input_bytes=32 * KIB,
+        chunked=ChunkedSize(num_tokens=512, sequence_bytes=10_000),
+    )  # fmt: skip
+    tight = replace(p, device_capacity_bytes=1700 * KIB)
+    streams, plan = plan_streaming(tight, fill=Fill.NOTHING), plan_streaming(tight)
+    assert plan.layer_major and plan.layer_inputs is streams.layer_inputs is Tier.NVME
+    assert 0 < streamed_bytes(tight, plan) < streamed_bytes(tight, streams)
+    plan = plan_streaming(p)
+    assert plan.rings == () and not plan.layer_major and len(plan.activations) == 12, "what they save is kept"
+
+
+@pytest.mark.parametrize("fills", [True, False])
+def test_layers_that_train_and_stream_are_fetched_once_for_all_micro_batches(fills):
+    """What they save is kept where they do not stream."""
+    p = training_problem(unified=False, fills=fills, num_micro_batches=4)
+    seen = set()
+    for device in range(1000 * KIB, 4000 * KIB, 200 * KIB):
+        asked = replace(p, device_capacity_bytes=device)
+        plan, streams = plan_streaming(asked), plan_streaming(asked, fill=Fill.NOTHING)
+        assert streams.layer_major and streamed_bytes(asked, plan) <= streamed_bytes(asked, streams)
+        assert not (plan.activations and plan.rings)
+        seen.add(len(plan.activations or ()))
+    assert seen > {0, 1, 6} if fills else seen == {0}
 
 
 def test_without_leave_nothing_is_filled():
