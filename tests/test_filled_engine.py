@@ -9,7 +9,6 @@ from offload_rt._engine import Engine
 from offload_rt.running import rehearsal
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.activations import Action
-from planners.errors import PlanInfeasible
 from planners.plan import Tier
 from planners.streaming import plan_streaming
 from tests import tiny_training
@@ -52,24 +51,26 @@ def same(one, other):
     return one[0] == other[0] and all(torch.equal(p, other[1][name]) for name, p in one[1].items())
 
 
-def budgets_for(problem, wanted):
-    """Capacities with which the rule has layers in all the tiers of `wanted`."""
-    for device in range(200 * KIB, 6000 * KIB, 20 * KIB):
-        for host in range(0, 1200 * KIB, 60 * KIB):
+def budgets_for_all_tiers(problem, streams):
+    """Capacities with which the rule has layers in each tier, of them two in DEVICE: just above what `streams`, a plan
+    that fills nothing, needs.
+    """
+    layer, slack = problem.layers[0].stored_bytes, streams.peak_bytes["device"][rehearsal.SLACK]
+    least = streams.predicted_bytes(Tier.DEVICE) - slack * 3 // 4
+    for device in range(least, least + 8 * layer, layer // 2):
+        for host in range(3 * layer, 8 * layer, layer):
             asked = replace(problem, device_capacity_bytes=device, host_capacity_bytes=host, fills=True)
-            try:
-                if set(rests(asked, plan_streaming(asked))) == set(wanted):
-                    return device, host
-            except PlanInfeasible:
-                continue
-    raise ValueError(wanted)
+            where = rests(asked, plan_streaming(asked))
+            if set(where) == set("DHN") and where.count("D") > 1:
+                return device, host
+    raise ValueError("none found")
 
 
 def test_layers_in_all_three_tiers_give_the_numbers_of_layers_that_stream(tmp_path):
     with engine_of(tmp_path, PLENTY, PLENTY, fill=False) as streams:
         problem, expected = streams._runtime.made_of.problem, train(streams)
         assert rests(problem, streams.plan) == "N" * NUM_LAYERS
-    device, host = budgets_for(problem, "DHN")
+    device, host = budgets_for_all_tiers(problem, streams.plan)
     with engine_of(tmp_path, device, host, record=True) as engine:
         found = train(engine)
         assert set(rests(problem, engine.plan)) == set("DHN")
@@ -134,3 +135,40 @@ def test_layers_that_train_stay_and_keep_what_they_save_where_there_is_room(two_
         assert run.plan.activations
         assert tiny_training.train(run, range(3)) == expected
         assert run.plan.rings == () and tiny_training.differences(plain.state(), run.state()) == []
+
+
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.full), 2])
+def test_a_run_that_goes_on_in_more_memory_has_the_numbers_of_one_that_streams(accumulation, tmp_path):
+    """Before, its layers lie in all three tiers; after, all are in DEVICE, and what they save is kept there. Losses are
+    evaluated between the steps.
+    """
+
+    def engine(device, host, **options):
+        return Engine(
+            build_lora(num_layers=NUM_LAYERS, dropout=0.0 if accumulation > 1 else 0.1), bits=4, batch_size=2,
+            seq_len=16, lr=1e-2, device="cpu", nvme=tmp_path, device_memory=device, host_memory=host,
+            accumulation_steps=accumulation, options=RuntimeOptions(**options),
+        )  # fmt: skip
+
+    def step(engine, number):
+        torch.manual_seed(number)
+        loss = engine.train_batch([language_batch(10 * number + part) for part in range(accumulation)])
+        engine.model.eval()
+        with torch.no_grad():
+            evaluated = engine(**language_batch(99)).loss
+        engine.model.train()
+        return float(loss), float(evaluated)
+
+    with engine(PLENTY, PLENTY, fill=False) as streams:
+        problem = streams._runtime.made_of.problem
+        expected = [step(streams, number) for number in range(3)]
+        weights = {name: p.detach().clone() for name, p in streams.trainable.items()}
+    with engine(*budgets_for_all_tiers(problem, streams.plan)) as run:
+        found = [step(run, 0)]
+        run.save_checkpoint(tmp_path / "saved")
+    with engine(PLENTY, PLENTY) as run:
+        run.load_checkpoint(tmp_path / "saved")
+        found += [step(run, number) for number in (1, 2)]
+        assert run.plan.rings == () and len(run.plan.activations) == NUM_LAYERS
+        assert found == expected
+        assert all(torch.equal(p, weights[name]) for name, p in run.trainable.items())
