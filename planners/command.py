@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     say(headline(problem) + "\n")
     sys.stdout.flush()
+    _warn(arguments.model)
     plan = make_plan(problem, arguments.policy)
     from planners.explain import advise
     from planners.validate import check
@@ -90,6 +91,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.trace:
         _write(arguments.trace, trace(replay))
     return 0
+
+
+def _warn(model: str) -> None:
+    """Says what training would refuse `model` for."""
+    from planners.models import quantization_warning
+
+    if warning := quantization_warning(model):
+        sys.stderr.write(f"warning: {warning}\n")
 
 
 def make_plan(problem: Problem, policy: str) -> Plan:
@@ -225,6 +234,8 @@ def _sweep(arguments: argparse.Namespace, say: Callable[[str], object]) -> int:
         if not index:
             say(headline(problem) + "\n")
             sys.stdout.flush()
+        if not index or key == "model":
+            _warn(changed.model)
         try:
             rows.append({key: text, **make_plan(problem, changed.policy).predicted})
         except PlanInfeasible as short:

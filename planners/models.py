@@ -7,6 +7,7 @@ beside its configuration, or built by transformers on the meta device; both say 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from planners.architectures import FAMILIES, Config, known_shape, model_type, name_of, shape_from_config, unknown_type
 from planners.headers import read_headers
@@ -15,6 +16,8 @@ from planners.model import ModelShape
 from planners.tensors import Hints, shape_from_tensors
 from planners.units import JsonFile, ProblemError, nearest
 from planners.well_known import NAMED
+
+NOT_READ = "only bitsandbytes NF4 is read of the quantized formats"
 
 
 def find_model(name_or_path: str) -> ModelShape:
@@ -46,6 +49,32 @@ def read_config(path: Path | str) -> ModelShape:
         return shape_from_tensors(model_type(file), parameter_shapes(file.data), _hints(file))
     except NotThere as error:
         raise ProblemError(f"{unknown_type(file)} (and {error})") from error
+
+
+def unread_format(config: Any) -> str | None:
+    """What the weights are quantized by, as the data of a `config.json` say, where that format is not read."""
+    try:
+        inner = config.get("text_config") or {}
+        declared = config.get("quantization_config") or inner.get("quantization_config") or {}
+        method, is_read = declared.get("quant_method"), declared.get("load_in_4bit")
+    except AttributeError:
+        return None
+    return method if isinstance(method, str) and not (method == "bitsandbytes" and is_read) else None
+
+
+def quantization_warning(name_or_path: str) -> str:
+    """That training refuses the weights of what `find_model` has found; empty where it reads them."""
+    path = Path(name_or_path)
+    path = path / "config.json" if path.is_dir() else path
+    if name_or_path.lower() in NAMED or path.suffix != ".json" or not path.is_file():
+        return ""
+    method = unread_format(JsonFile.load(path).data)
+    if method is None:
+        return ""
+    return (
+        f"{path}: says that the weights are quantized by {method!r}, and {NOT_READ}: this plan is for the checkpoint "
+        "that is not quantized, training refuses this one"
+    )
 
 
 def _hints(file: JsonFile) -> Hints:

@@ -168,6 +168,29 @@ def test_a_configuration_and_a_profile_from_files(tmp_path, capsys):
     assert "on laptop" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("declared", "method"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
+        ({"text_config": {"quantization_config": {"quant_method": "gptq", "bits": 4}}}, "'gptq'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, None),
+        ({"quantization_config": "fp8"}, None),
+    ],
+)
+def test_a_checkpoint_that_training_refuses_is_planned_with_a_warning(declared, method, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, **declared}))
+    argv = ["plan", "--model", str(tmp_path), "--policy", "greedy"]
+    for more in ([], ["--sweep", "batch-size=1,2"], ["--sweep", f"model=llama3-8b,{tmp_path}"]):
+        assert main([*argv, *more]) == 0
+        out, err = capsys.readouterr()
+        assert "tokens/s" in out
+        if method is None:
+            assert err == ""
+        else:
+            assert err.count("\n") == err.count(f"quantized by {method}, and only bitsandbytes NF4 is read") == 1
+            assert err.startswith(f"warning: {tmp_path / 'config.json'}: ") and "training refuses this one" in err
+
+
 def test_planning_imports_no_torch_and_the_package_runs_alone():
     root = Path(__file__).resolve().parents[1]
     code = (

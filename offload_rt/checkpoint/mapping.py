@@ -22,6 +22,7 @@ from offload_rt.checkpoint.conversion import Resolved, resolve
 from offload_rt.checkpoint.safetensors_reader import Checkpoint
 from offload_rt.checkpoint.sources import EntrySource, TensorSource, materialise
 from offload_rt.errors import CheckpointError
+from planners.models import NOT_READ, unread_format
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BNB_STATE = re.compile(r"(?P<key>.+)\.quant_state\.bitsandbytes__(?P<kind>\w+)")
@@ -32,7 +33,6 @@ _OTHER_QUANTIZATION = {
     "_blocks": ("", "MXFP4"),
 }
 """How keys of formats that are not read end, what the model calls the tensor instead, and the format."""
-_NOT_READ = "only bitsandbytes NF4 is read of the quantized formats"
 _MAX_BNB_STATE_BYTES = 1 << 16
 _COMPARE_BYTES = 1 << 20
 
@@ -119,13 +119,10 @@ def declared_quantization(checkpoint: Checkpoint) -> str:
     one that is not read.
     """
     try:
-        declared = json.loads((checkpoint.path.parent / "config.json").read_bytes()).get("quantization_config") or {}
-        method, is_read = declared.get("quant_method"), declared.get("load_in_4bit")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        method = unread_format(json.loads((checkpoint.path.parent / "config.json").read_bytes()))
+    except (OSError, ValueError, RecursionError):
         return ""
-    if not isinstance(method, str) or (method == "bitsandbytes" and is_read):
-        return ""
-    return f"; its config.json says that it is quantized by {method!r}, and {_NOT_READ}"
+    return "" if method is None else f"; its config.json says that it is quantized by {method!r}, and {NOT_READ}"
 
 
 def _refuse_other_quantization(result: Mapping, tensors: Iterable[ModelTensor], checkpoint: Checkpoint) -> None:
@@ -136,7 +133,7 @@ def _refuse_other_quantization(result: Mapping, tensors: Iterable[ModelTensor], 
             name = key.removesuffix(suffix) + replacement
             if key.endswith(suffix) and name in missing:
                 raise CheckpointError(
-                    f"{checkpoint.tensors[key].file}: {key}: {name} is stored as {kind}; {_NOT_READ}: use the "
+                    f"{checkpoint.tensors[key].file}: {key}: {name} is stored as {kind}; {NOT_READ}: use the "
                     "checkpoint that is not quantized"
                 )
 
@@ -172,7 +169,7 @@ def _add(
     # before the shapes: packed weights have another, and the reason is that they are packed
     if stored != wanted and (stored not in _FLOATS or wanted not in _FLOATS):
         raise CheckpointError(
-            f"{where}: {stored} data for {item.name}, which is {wanted} in the model; {_NOT_READ}: use the "
+            f"{where}: {stored} data for {item.name}, which is {wanted} in the model; {NOT_READ}: use the "
             "checkpoint that is not quantized"
         )
     if found.source.shape != tuple(item.tensor.shape):
