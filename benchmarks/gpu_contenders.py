@@ -193,6 +193,7 @@ class Ours(Contender):
             num_slots=shape[2] if kind == "resident" else None,
             activations=swapping(settings["tokens"]) if kind == "swap" else None,
             device_share=0.5 if kind == "full_device" and on_gpu else None,
+            fill=False,  # layers stream, and are computed again, however much memory there is
         )
         plan = "optimise" if kind == "optimised" else "auto"
         if kind == "optimised":

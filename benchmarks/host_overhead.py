@@ -101,7 +101,7 @@ class Ours:
 
     def __init__(self, trains: str, shape: list[int], name: str) -> None:
         model = llama(shape)
-        options: dict[str, Any] = {"placed_bytes": 0, "replan": False}
+        options: dict[str, Any] = {"placed_bytes": 0, "replan": False, "fill": False}
         memory: dict[str, Any] = {}
         self._device = None
         if name not in ("resident", "host"):

@@ -38,6 +38,7 @@ from offload_rt.training.batches import Batches
 from offload_rt.training.data import load_examples
 from offload_rt.training.loop import train
 from offload_rt.training.options import TrainingOptions
+from offload_rt.wiring.runtime_options import RuntimeOptions
 
 LORA = {
     "task_type": "CAUSAL_LM",
@@ -127,7 +128,7 @@ def train_with_engine(arguments: argparse.Namespace, model_folder: Path, run: Pa
         config = transformers.AutoConfig.from_pretrained(model_folder)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        engine = offload_rt.engine(
+        engine = offload_rt.Engine(
             model,
             checkpoint=model_folder,
             bits=4,
@@ -139,6 +140,8 @@ def train_with_engine(arguments: argparse.Namespace, model_folder: Path, run: Pa
             seq_len=seq_len,
             max_grad_norm=RECIPE["max_grad_norm"],
             optimizer=functools.partial(torch.optim.AdamW, lr=RECIPE["lr"], weight_decay=RECIPE["weight_decay"]),
+            # All of so small a model would rest in memory; its layers stream as those of a large one have to.
+            options=RuntimeOptions(fill=False),
         )
     with engine:
         console.print(engine.summary(), markup=False, highlight=False, soft_wrap=True)
