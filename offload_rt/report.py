@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from offload_rt.config import EngineConfig
-from offload_rt.memory.process_memory import peak_resident_bytes, resident_bytes
+from offload_rt.memory.process_memory import peak_resident_bytes
 from offload_rt.plans.cuts import cuts_to_json
 from offload_rt.quantized import codec
 from offload_rt.running import comparison
@@ -37,7 +37,8 @@ def report(
 
     Of the process's memory, `base_bytes` were there before the engine; `managed_bytes` are booked against the
     budgets: `arena_bytes` of them lie in our arenas, the rest is left to PyTorch's allocator, whose own entry says
-    what it was planned to take and what it took, by the resident memory seen between layers. `predicted` is the
+    what it was planned to take, and by how much the process has grown beside arenas, as seen between layers: by what
+    Python and libraries took as well, without pages of files. `predicted` is the
     optimiser's expectation of a steady step, `steady_step` what the newest steps took beside it (`comparison`);
     `link_busy_seconds` what emulated links and drives worked; `peaks` the most that there was, by phase (`peaks`).
     """
@@ -45,7 +46,6 @@ def report(
     executors = runtime.counters_of_rings().values()
     memory = [account for tier, account in runtime.tiers.accounts.items() if tier is not Tier.NVME]
     managed, in_arenas = sum(a.used_bytes for a in memory), sum(a.arena_bytes for a in memory)
-    outside = base_bytes + in_arenas
     heap = runtime.heap
     arenas = {
         tier.value: dict(account.holdings) for tier, account in runtime.tiers.accounts.items() if account.holdings
@@ -101,8 +101,8 @@ def report(
         "arena_bytes": in_arenas,
         "allocator": {
             "planned_bytes": managed - in_arenas,
-            "bytes": max(0, resident_bytes() - outside),
-            "peak_bytes": max(0, heap.counters.peak_bytes - outside),
+            "bytes": max(0, heap.above_base_bytes() - in_arenas),
+            "peak_bytes": max(0, heap.counters.peak_bytes - in_arenas),
             "trims": heap.counters.num_trims,
             "trimmed_bytes": heap.counters.returned_bytes,
             "mapped_from_bytes": heap.mapped.least_bytes,

@@ -85,6 +85,7 @@ def test_a_steady_step_is_shown_beside_its_prediction(folder: RunFolder, capsys:
     assert "measured:    a steady step takes 3.500 s in the median of 8, 2.500 s predicted; ssd_read binds" in shown
     assert "ssd_read       3.000 s busy, 1.000 s predicted, 4 KiB" in shown
     assert "rehearsal" not in shown and "at most:" not in shown
+    assert "allocator:   2 B planned; beside arenas the process grew by 1 B at most, with what Python and" in shown
     peak = {"bytes": 4096, "beside": {}, "leased": {}}
     peaks = {
         "device": {"planned_bytes": 2048, "budget_bytes": None, "phases": {"ingest": peak, "step": peak}},
@@ -96,7 +97,8 @@ def test_a_steady_step_is_shown_beside_its_prediction(folder: RunFolder, capsys:
     assert main(["report", str(folder.path)]) == 0
     shown = capsys.readouterr().out
     assert "at most:     device: ingest 4 KiB, step 4 KiB; 2 KiB planned" in shown
-    assert "nvme: save 8 KiB; 9 KiB planned" in shown and "allocator: step 512 B; 1 KiB planned for steps" in shown
+    assert "nvme: save 8 KiB; 9 KiB planned" in shown
+    assert "process, beside arenas: step 512 B; 1 KiB planned for steps" in shown
     assert "over the plan: device by 2 KiB in step" in shown
     rehearsed = {
         "result": "within the budget",

@@ -145,7 +145,7 @@ def test_peaks_are_those_of_every_mapping_and_every_file(kind, make_engine, tmp_
     assert files["save"]["checkpoint"] == sum(lengths(saved).values()) > 0
     assert "at most" not in lines  # there is no steady step yet
     shown = peak_lines(found)
-    assert shown[0].startswith("device: ingest ") and shown[-1].startswith("allocator: ")
+    assert shown[0].startswith("device: ingest ") and shown[-1].startswith("process, beside arenas: ")
 
 
 def test_a_checkpoint_that_is_replaced_counts_with_the_one_before(make_engine, tmp_path):

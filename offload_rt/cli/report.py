@@ -165,8 +165,9 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{memory or 'none'} planned"),
         (
             "allocator",
-            f"{format_bytes(allocator['peak_bytes'])} at most, of {format_bytes(allocator['planned_bytes'])} planned; "
-            f"the process peaked at {format_bytes(engine['peak_resident_bytes'])}",
+            f"{format_bytes(allocator['planned_bytes'])} planned; beside arenas the process grew by "
+            f"{format_bytes(allocator['peak_bytes'])} at most, with what Python and libraries took; it peaked at "
+            f"{format_bytes(engine['peak_resident_bytes'])}",
         ),
         *_rehearsal_line(engine.get("rehearsal")),
         *_under("at most", comparison.peak_lines(engine.get("peaks") or {})),

@@ -115,7 +115,7 @@ class HeapCounters:
     num_trims: int = 0
     returned_bytes: int = 0
     peak_bytes: int = 0
-    """Most resident memory of the process at any `check`."""
+    """Most that the process held above its base at any `check`, arenas included, pages of files left out."""
 
 
 class HeapGuard:
@@ -160,9 +160,10 @@ class HeapGuard:
     def check(self) -> None:
         """Takes a few microseconds, unless the process is near what it may hold: see [Note: room without looking]."""
         resident, files = self._pages()
-        self.counters.peak_bytes = max(self.counters.peak_bytes, resident)
+        above_base = self._above_base(resident - files)
+        self.counters.peak_bytes = max(self.counters.peak_bytes, above_base)
         self.seen_bytes = max(self.seen_bytes, resident)
-        if self._above_base(resident - files) <= self._arena_bytes + self._lasting_bytes + self._holes_allowed // 2:
+        if above_base <= self._arena_bytes + self._lasting_bytes + self._holes_allowed // 2:
             return
         in_use = self._in_use()
         if self._holes(resident - files, in_use) > self._trim_at + self._unfilled(in_use):
@@ -183,6 +184,11 @@ class HeapGuard:
     def resident_bytes(self) -> int:
         """Resident memory of this process now."""
         return self._pages()[0]
+
+    def above_base_bytes(self) -> int:
+        """What the process holds above its base now, arenas included, pages of files left out. May be below 0."""
+        resident, files = self._pages()
+        return self._above_base(resident - files)
 
     def close(self) -> None:
         self.mapped.close()

@@ -105,7 +105,7 @@ def peak_lines(peaks: Mapping[str, Any]) -> list[str]:
         planned = format_bytes(allocator["planned_bytes"])
         rehearsed = allocator.get("rehearsed_bytes")
         counted = "" if rehearsed is None else f", the longest step's tensors {format_bytes(rehearsed)}"
-        found.append(f"allocator: {_most(allocator['phases'])}{counted}; {planned} planned for steps")
+        found.append(f"process, beside arenas: {_most(allocator['phases'])}{counted}; {planned} planned for steps")
     for one in peaks.get("over", ()):
         found.append(f"over the plan: {one['tier']} by {format_bytes(one['bytes'])} in {one['phase']}")
     return found
