@@ -21,17 +21,19 @@ MACHINE = ["--gpu", "rtx4090", "--host-memory", "64GiB", "--nvme", "2TB@7.0r/5.0
 """24 GB of device memory, 64 GB of RAM, one PCIe 4.0 SSD."""
 BUDGETS = ["--device", "cuda", "--device-memory", "22GiB", "--host-memory", "56GiB"]
 """What is left beside the desktop, the CUDA context and the operating system."""
-SMOKE_BUDGETS = ["--device", "cpu", "--device-memory", "50MiB", "--host-memory", "50MiB"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """One demo: `plan` are arguments of `offload-rt plan`, `settings` of `train`, `smoke` those for a tiny model."""
+    """One demo: `plan` are arguments of `offload-rt plan`, `settings` of `train`, `smoke` those for a tiny model, with
+    budgets that cannot hold one of this width: its layers are spread over all tiers.
+    """
 
     doc: str
     plan: list[str]
     settings: list[str]
     smoke: list[str]
+    smoke_width: int = 256
 
 
 def run(demo: Demo, arguments: list[str] | None = None) -> int:
@@ -47,12 +49,13 @@ def run(demo: Demo, arguments: list[str] | None = None) -> int:
         return offload_rt(["plan", *demo.plan, *MACHINE, *html, *rest])
     if options.smoke:
         with tempfile.TemporaryDirectory(prefix="offload_rt-smoke-") as folder:
-            return offload_rt(["train", *tiny_job(Path(folder)), *demo.settings, *SMOKE_BUDGETS, *demo.smoke, *rest])
+            job = tiny_job(Path(folder), demo.smoke_width)
+            return offload_rt(["train", *job, "--device", "cpu", *demo.settings, *demo.smoke, *rest])
     return offload_rt(["train", *BUDGETS, *demo.settings, *rest])
 
 
-def tiny_job(folder: Path) -> list[str]:
-    """A Llama of six narrow layers, its tokenizer (a token a letter), and words to be spelt backwards."""
+def tiny_job(folder: Path, width: int = 64) -> list[str]:
+    """A Llama of twelve layers so wide, its tokenizer (a token a letter), and words to be spelt backwards."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -66,7 +69,7 @@ def tiny_job(folder: Path) -> list[str]:
     model = folder / "model"
     PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>").save_pretrained(model)
     config = LlamaConfig(
-        vocab_size=16, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=16, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12, num_attention_heads=4,
         num_key_value_heads=2, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)

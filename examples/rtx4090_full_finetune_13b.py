@@ -19,8 +19,9 @@ DEMO = Demo(
     settings=["--full", "--seq-len", "4096", "--batch-size", "1", "--accumulation-steps", "8", "--lr", "1e-5"],
     smoke=[
         "--seq-len", "32", "--batch-size", "2", "--accumulation-steps", "2", "--steps", "3",
-        "--device-memory", "12MiB", "--host-memory", "3500KiB",
+        "--device-memory", "12MiB", "--host-memory", "4MiB",
     ],
+    smoke_width=64,
 )  # fmt: skip
 
 if __name__ == "__main__":

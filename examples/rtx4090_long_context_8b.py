@@ -16,7 +16,7 @@ DEMO = Demo(
     doc=__doc__,
     plan=["--model", "llama3-8b", "--bits", "4", "--adapters", "lora:r=16", "--seq-len", "131072"],
     settings=["--bits", "4", "--adapters", "lora:r=16", "--seq-len", "131072", "--packing", "--lr", "1e-4"],
-    smoke=["--seq-len", "128", "--steps", "3"],
+    smoke=["--seq-len", "128", "--steps", "3", "--device-memory", "35MiB", "--host-memory", "4MiB"],
 )
 
 if __name__ == "__main__":

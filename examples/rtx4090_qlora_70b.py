@@ -19,7 +19,10 @@ DEMO = Demo(
         "--bits", "4", "--adapters", "lora:r=16", "--seq-len", "4096", "--batch-size", "1",
         "--accumulation-steps", "8", "--lr", "1e-4", "--save-every", "50",
     ],
-    smoke=["--seq-len", "32", "--batch-size", "2", "--accumulation-steps", "2", "--steps", "3", "--save-every", "3"],
+    smoke=[
+        "--seq-len", "32", "--batch-size", "2", "--accumulation-steps", "2", "--steps", "3", "--save-every", "3",
+        "--device-memory", "30MiB", "--host-memory", "4MiB",
+    ],
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -279,8 +279,6 @@ def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
     assert {path.name for path in (straight / "adapter").iterdir()} >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
     }  # fmt: skip
-    metrics = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["bytes_read"] > 0 for line in metrics)  # the weights came from the drive in every step
 
     assert main([*arguments, "--out", str(out), "--steps", "2"]) == 0
     capsys.readouterr()

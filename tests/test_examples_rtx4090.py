@@ -42,7 +42,8 @@ def test_a_smoke_run_trains_and_leaves_an_adapter(name, tmp_path, monkeypatch, c
     assert import_module("rtx4090").run(demo, ["--smoke", "--out", str(out)]) == 0
     assert "finished at step 3" in capsys.readouterr().out
     assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 0
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 3 and all(line["bytes_read"] > 0 for line in metrics)
 
 
 @pytest.mark.full

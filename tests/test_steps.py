@@ -196,11 +196,11 @@ def steady_step(model, folder, hardware=None, *, num_steps=WARM_STEPS + 3, **arg
 
 
 def test_a_slow_drive_is_busy_for_its_bytes_over_its_rate_and_a_slow_layer_is_computing(tmp_path):
-    hardware = machine(64 * MIB, 64 * MIB)
-    fast, _ = steady_step(build_plain(SlowLayer), tmp_path, hardware)
+    hardware, streams = machine(64 * MIB, 64 * MIB), RuntimeOptions(fill=False)
+    fast, _ = steady_step(build_plain(SlowLayer), tmp_path, hardware, options=streams)
     (drive,) = hardware.drives
     slow_drive = replace(drive, read_bytes_per_second=RATE)
-    slow, plan = steady_step(build_plain(), tmp_path, replace(hardware, drives=(slow_drive,)))
+    slow, plan = steady_step(build_plain(), tmp_path, replace(hardware, drives=(slow_drive,)), options=streams)
     for found in (fast, slow):
         assert found["binding"] == max(found["resources"], key=lambda name: found["resources"][name]["busy_seconds"])
     layers = next(ring for ring in plan.rings if ring.name == "layers")
