@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from offload_rt.errors import CheckpointError, ConfigError, TargetNotMatched, UnsupportedModule
 from tests.test_merge import make
-from tests.tiny_checkpoints import meta_model, peft, transformers
+from tests.tiny_checkpoints import meta_model, new_model, peft, transformers
 
 torch.set_num_threads(1)
 CASES: dict[str, dict[str, Any]] = {
@@ -48,10 +48,23 @@ def configuration(adapter: Path) -> dict[str, Any]:
     return {**found, "target_modules": sorted(found["target_modules"])}
 
 
-def placed(place: str, base: Path) -> tuple[Any, Path | None]:
+def placed(place: str, base: Path, name: str = "llama") -> tuple[Any, Path | None]:
     if place == "on meta":
-        return meta_model("llama", torch.bfloat16), base
+        return meta_model(name, torch.bfloat16), base
     return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), None
+
+
+def goes_on_as_in_peft(place: str, name: str, base: Path, adapter: Path, make_engine: Callable[..., Any]) -> Any:
+    """The engine, behind one step that has the bits of plain peft's."""
+    loss, expected = in_plain_peft(base, adapter)
+    model, checkpoint = placed(place, base, name)
+    engine = make_engine(model, adapters=adapter, checkpoint=checkpoint, device="cpu")
+    engine.model.train()
+    assert engine.train_batch([batch()]) == loss
+    assert expected.keys() == engine.trainable.keys()
+    for parameter, value in expected.items():
+        assert torch.equal(engine.trainable[parameter].detach(), value), parameter
+    return engine
 
 
 @pytest.mark.parametrize("place", ["on meta", "in memory"])
@@ -60,14 +73,7 @@ def test_its_first_step_has_the_bits_of_plain_peft(
     case: str, place: str, make_engine: Callable[..., Any], tmp_path: Path
 ) -> None:
     base, adapter = make(tmp_path, "llama", **CASES[case])
-    loss, expected = in_plain_peft(base, adapter)
-    model, checkpoint = placed(place, base)
-    engine = make_engine(model, adapters=adapter, checkpoint=checkpoint, device="cpu")
-    engine.model.train()
-    assert engine.train_batch([batch()]) == loss
-    assert expected.keys() == engine.trainable.keys()
-    for name, value in expected.items():
-        assert torch.equal(engine.trainable[name].detach(), value), name
+    engine = goes_on_as_in_peft(place, "llama", base, adapter, make_engine)
     engine.save_pretrained(tmp_path / "out")
     before, after = (configuration(folder) for folder in (adapter, tmp_path / "out"))
     assert after == {**before, "base_model_name_or_path": after["base_model_name_or_path"]}
@@ -75,6 +81,39 @@ def test_its_first_step_has_the_bits_of_plain_peft(
     assert again.keys() >= load_file(adapter / "adapter_model.safetensors").keys() - {
         f"base_model.model.{name}.base_layer.weight" for name in ("lm_head", "model.embed_tokens")
     }
+
+
+COMPUTED_BY_PEFT: dict[str, tuple[Any, str]] = {
+    "places from a seed": (peft.FourierFTConfig(n_frequency=10, target_modules=["q_proj"]), ""),
+    "projections": (peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False), "vera_A.default is not in"),
+    "indices": (peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]), "oft_R.default.rows is not in its file"),
+    "ranks": (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "ranknum.default is not in its file"),
+    "a decomposition": (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="mica"), "LORA: peft computes"),
+}
+
+
+@pytest.mark.parametrize("place", ["on meta", "in memory"])
+@pytest.mark.parametrize("case", list(COMPUTED_BY_PEFT))
+def test_what_peft_computes_and_no_file_has_is_there_or_named(
+    case: str, place: str, make_engine: Callable[..., Any], tmp_path: Path
+) -> None:
+    (config, refused), base, adapter = COMPUTED_BY_PEFT[case], tmp_path / "base", tmp_path / "adapter"
+    config.task_type = "CAUSAL_LM"
+    model = new_model("llama", torch.bfloat16)
+    model.save_pretrained(base)
+    peft.get_peft_model(model, config).save_pretrained(adapter)
+    if place == "in memory" or not refused:
+        goes_on_as_in_peft(place, "llama", base, adapter, make_engine)
+        return
+    with pytest.raises(UnsupportedModule, match=f"{refused}.*on the meta device"):
+        make_engine(placed(place, base)[0], adapters=adapter, checkpoint=base, device="cpu")
+
+
+def test_biases_that_train_in_their_place_go_on_in_memory(make_engine: Callable[..., Any], tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, "llama tied", target_modules=["q_proj"], bias="all")
+    goes_on_as_in_peft("in memory", "llama tied", base, adapter, make_engine)
+    with pytest.raises(UnsupportedModule, match=r"q_proj.base_layer.bias trains in a module of the base model's"):
+        make_engine(placed("on meta", base, "llama tied")[0], adapters=adapter, checkpoint=base, device="cpu")
 
 
 def weights_with(adapter: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -133,6 +172,11 @@ def test_a_folder_that_is_none_or_cannot_go_on_is_refused(make_engine: Any, tmp_
     configured(target_modules=["q_proj"], init_lora_weights="pissa")
     refuses(UnsupportedModule, "init_lora_weights='pissa' takes something out")
     configured(init_lora_weights=True)
+    config = (adapter / "adapter_config.json").read_text()
+    for broken, words in (("{", "cannot be read"), ("[]", "has no peft_type"), ('{"peft_type": "NEW"}', "NEW")):
+        (adapter / "adapter_config.json").write_text(broken)
+        refuses(ConfigError, f"adapter_config.json:? .*{words}")
+    (adapter / "adapter_config.json").write_text(config)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     refuses(ConfigError, "has no adapter_model.safetensors; its adapter_model.bin can hold code")
 

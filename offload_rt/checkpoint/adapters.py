@@ -17,7 +17,7 @@ from torch import nn
 
 from offload_rt.checkpoint.saved_adapter import (
     ADAPTER_WEIGHTS,
-    check_adapter_folder,
+    adapter_kind,
     fill,
     put_on,
     read_config,
@@ -62,10 +62,10 @@ def add_adapters(model: nn.Module, adapters: Any, base: Path | None = None) -> n
 
 
 def _saved_adapter(model: nn.Module, folder: Path, base: Path | None) -> nn.Module:
-    check_adapter_folder(folder)
+    kind = adapter_kind(folder)
     config = read_config(folder)
     if config.is_prompt_learning:
-        raise UnsupportedModule(f"{folder}: {config.peft_type.value} cannot go on training, in peft neither")
+        raise UnsupportedModule(f"{folder}: {kind} cannot go on training, in peft neither")
     try:
         tuned = put_on(model, config)
     except ValueError as error:

@@ -7,6 +7,7 @@ not: a conversion; names are those that peft writes today.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -31,10 +32,16 @@ _PICKLED = "adapter_model.bin"
 KEEP_THE_BASE = ("gaussian", "eva", "mica", "orthogonal")
 """Ways in which peft begins a LoRA, besides its own, that leave the base model's weights as they are."""
 _COMPARED_ELEMENTS = 1 << 19
+_NEEDS_VALUES = (
+    "peft computes a part of this adapter where it makes it, and cannot on the meta device; put the adapter on a model "
+    "in memory"
+)
 
 
-def check_adapter_folder(folder: Path) -> None:
-    """Raises `ConfigError` where `folder` is not one that peft saved an adapter to, as safetensors. Imports no peft."""
+def adapter_kind(folder: Path) -> str:
+    """What peft calls the kind of adapter in `folder`, such as "LORA". Imports no peft. Raises `ConfigError` where
+    `folder` is not one that peft saved an adapter to, as safetensors.
+    """
     if not folder.is_dir():
         raise ConfigError(f"adapters: {folder} is not a folder; nothing is downloaded here")
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -44,6 +51,13 @@ def check_adapter_folder(folder: Path) -> None:
         raise ConfigError(
             f"adapters: {folder} has no {ADAPTER_WEIGHTS}{pickled if (folder / _PICKLED).is_file() else ''}"
         )
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"adapters: {folder / ADAPTER_CONFIG} cannot be read ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise ConfigError(f"adapters: {folder / ADAPTER_CONFIG} has no peft_type: it is no configuration of peft's")
+    return str(config["peft_type"])
 
 
 def read_config(folder: Path) -> Any:
@@ -103,14 +117,20 @@ def matched(model: Any, saved: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def put_on(model: nn.Module, config: Any) -> nn.Module:
-    """`model` with an adapter of that configuration, without values where the model has none: peft's own module."""
+    """`model` with an adapter of that configuration, at its first values: peft's own module. Raises `UnsupportedModule`
+    where peft needs values for it that the model, on the meta device, does not have.
+    """
     import peft
 
-    is_absent = any(parameter.is_meta for parameter in model.parameters())
     kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
-    with torch.device("meta" if is_absent else torch.get_default_device()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-        return kind(model, config)  # type: ignore[no-any-return]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            return kind(model, config)  # type: ignore[no-any-return]
+    except (RuntimeError, AttributeError) as error:
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        raise UnsupportedModule(f"{config.peft_type.value}: {_NEEDS_VALUES} ({error})") from error
 
 
 def fill(tuned: nn.Module, folder: Path, base: Path | None) -> None:
@@ -118,18 +138,47 @@ def fill(tuned: nn.Module, folder: Path, base: Path | None) -> None:
 
     `base` is the base model's checkpoint; None where its weights are in memory. Raises `CheckpointError` as `matched`
     does, for values that are not finite or of a dtype that is no float's, and where the file has weights of the base
-    model's that are not equal to those it is put on.
+    model's that do not train and are not equal to those it is put on; `UnsupportedModule` where a part of the adapter,
+    or a weight of the base model's that trains with it, would not have its value.
     """
     with open_checkpoint(folder / ADAPTER_WEIGHTS) as saved:
         found = matched(tuned, saved)
         of_base = {id(item.tensor): item for item in model_tensors(tuned) if item.base_name is not None}
         copies = {id(item.tensor) for item in of_base.values() if item.is_copy}
         beside = {name: tensor for name, tensor in found.items() if id(tensor) in of_base and id(tensor) not in copies}
+        trained = [name for name, tensor in beside.items() if tensor.requires_grad]
+        if trained and base is not None:
+            raise UnsupportedModule(
+                f"{folder}: {trained[0]} trains in a module of the base model's, which gets its weights from {base}; "
+                f"put the adapter on a model in memory, without checkpoint="
+            )
+        beside = {name: tensor for name, tensor in beside.items() if name not in trained}
         if beside:
             _check_base(tuned, {name: of_base[id(tensor)].name for name, tensor in beside.items()}, saved, base)
         for name, tensor in found.items():
             if name not in beside:
                 _put(tuned, tensor, _value(saved, name, tensor.dtype))
+    _check_all_has_values(tuned, folder)
+
+
+def _check_all_has_values(tuned: nn.Module, folder: Path) -> None:
+    """Raises `UnsupportedModule` for a part of the adapter that is on the meta device: peft computes it once, from
+    other weights or a seed, and the engine cannot.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    of_base = {id(item.tensor) for item in model_tensors(tuned) if item.base_name is not None}
+    for path, layer in tuned.named_modules():
+        if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for name, child in layer.named_children():
+            if name in ("base_layer", "original_module", "modules_to_save"):
+                continue
+            tensors = (*child.named_parameters(), *child.named_buffers())
+            absent = [inside for inside, tensor in tensors if tensor.is_meta and id(tensor) not in of_base]
+            if absent:
+                raise UnsupportedModule(f"{folder}: {path}.{name}.{absent[0]} is not in its file: {_NEEDS_VALUES}")
 
 
 def _value(saved: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from offload_rt import optim
 from offload_rt._engine import Engine
-from offload_rt.checkpoint.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
+from offload_rt.checkpoint.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_kind
 from offload_rt.cli.calibrate_first import calibrate_first
 from offload_rt.config import adapter_folder, parse_adapters, parse_bytes
 from offload_rt.errors import ConfigError
@@ -64,7 +64,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     model_folder = _model_folder(arguments.model)
     adapters = None if arguments.full else adapter_folder(arguments.adapters)
     if adapters is not None:
-        check_adapter_folder(adapters)
+        adapter_kind(adapters)
     data = data_files(arguments.data)
     held_out_data = None if arguments.eval_data is None else data_files(arguments.eval_data)
     settings = {
@@ -336,8 +336,7 @@ def _show_settings(
 def _described(adapters: str) -> str:
     folder = adapter_folder(adapters)
     if folder is not None:
-        kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
-        return f"go on from {folder} ({kind}, as configured there)"
+        return f"go on from {folder} ({adapter_kind(folder)}, as configured there)"
     return ", ".join(f"{key}={value}" for key, value in parse_adapters(adapters).items())
 
 
