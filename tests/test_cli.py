@@ -108,6 +108,21 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert code == 2 and message in line
 
 
+@pytest.mark.parametrize(
+    ("module", "words", "message"),
+    [
+        ("wandb", ["--report-to", "wandb"], "wandb: is not installed"),
+        ("torch.utils.tensorboard.writer", ["--logdir", "d"], "logdir: needs TensorBoard"),
+    ],
+)
+def test_what_is_reported_to_is_looked_for_before_the_model_is(
+    module: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    code, line = fails(capsys, *TRAIN, *words)
+    assert code == 2 and message in line
+
+
 def test_the_worlds_failure_is_exit_code_1_and_the_traceback_is_there_when_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

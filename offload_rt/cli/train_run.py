@@ -28,6 +28,7 @@ from offload_rt.training.data import DataReport, load_examples
 from offload_rt.training.data_files import data_files
 from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.evaluation import Evaluation
+from offload_rt.training.events import require_installed
 from offload_rt.training.identity import file_digest, model_digest, place_and_content
 from offload_rt.training.loop import TrainingResult, num_steps, train
 from offload_rt.training.options import TrainingOptions
@@ -59,6 +60,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         else parse_bytes(arguments.max_writes_per_day, field="max_writes_per_day"),
     )
     # Everything that can be wrong with the call is found before a weight is read.
+    require_installed(tensorboard=options.logdir is not None, wandb=options.wandb)
     folder = RunFolder(options.out)
     folder.require_writable()
     model_folder = _model_folder(arguments.model)

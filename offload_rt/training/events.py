@@ -30,6 +30,32 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+def require_installed(*, tensorboard: bool, wandb: bool) -> None:
+    """Raises `ConfigError` where what is to be reported to is missing, before anything slow happens."""
+    if tensorboard:
+        _summary_writer()
+    if wandb:
+        _wandb()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"logdir: needs TensorBoard ({error}); pip install 'offload-rt[logging]', or leave it out"
+        ) from error
+    return SummaryWriter
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(f"wandb: is not installed ({error}); pip install wandb, or report elsewhere") from error
+    return wandb
+
+
 class TensorBoard:
     """A folder of TensorBoard's."""
 
@@ -38,14 +64,9 @@ class TensorBoard:
     def __init__(self, logdir: Path) -> None:
         """Raises `ConfigError` where TensorBoard is missing, or the folder cannot be made."""
         self._logdir = logdir
+        summary_writer = _summary_writer()
         try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                f"logdir: needs TensorBoard ({error}); pip install 'offload-rt[logging]', or leave it out"
-            ) from error
-        try:
-            self._writer: Any = SummaryWriter(str(logdir))
+            self._writer: Any = summary_writer(str(logdir))
         except OSError as error:
             raise ConfigError(f"logdir: {logdir} cannot be written ({error})") from error
 
@@ -67,10 +88,7 @@ class WeightsAndBiases:
 
     def __init__(self, run_id: str, out: Path, settings: Mapping[str, Any]) -> None:
         """Raises `ConfigError` where wandb is missing, or does not begin."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(f"wandb: is not installed ({error}); pip install wandb, or report elsewhere") from error
+        wandb = _wandb()
         self.failures: tuple[type[Exception], ...] = (OSError, wandb.Error)
         try:
             self._run: Any = wandb.init(
