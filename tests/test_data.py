@@ -202,6 +202,8 @@ def test_files_and_folders_of_them_are_read_one_behind_the_other(tokenizer: Any,
         data_files([last, tmp_path / "empty"])
     with pytest.raises(DataError, match="none: cannot be read"):
         data_files([last, tmp_path / "none"])
+    with pytest.raises(DataError, match="the name of a file is empty"):  # not all files of the current folder
+        data_files([str(last), ""])
     (folder / "b.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"b\.jsonl: no examples: the file is empty"):
         load_examples(files, tokenizer, seq_len=6)

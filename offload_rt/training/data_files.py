@@ -20,6 +20,8 @@ def data_files(given: Sequence[str | Path]) -> list[Path]:
 
     One that is given twice comes twice. Raises `DataError` for what is neither file nor folder, and a folder without.
     """
+    if "" in given:  # a shell's variable that is not set; as a path it is the current folder
+        raise DataError("data: the name of a file is empty")
     found: list[Path] = []
     for path in (Path(each).expanduser() for each in given):
         if not path.exists():
