@@ -109,6 +109,13 @@ def test_what_peft_computes_and_no_file_has_is_there_or_named(
         make_engine(placed(place, base)[0], adapters=adapter, checkpoint=base, device="cpu")
 
 
+def test_indices_that_a_new_adapter_lacks_are_named(make_engine: Callable[..., Any], tmp_path: Path) -> None:
+    base, _ = make(tmp_path, "llama", target_modules=["q_proj"])
+    config = peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(UnsupportedModule, match=r"oft_R\.default\.rows: a buffer on the meta device"):
+        make_engine(meta_model("llama", torch.bfloat16), adapters=config, checkpoint=base, device="cpu")
+
+
 def test_biases_that_train_in_their_place_go_on_in_memory(make_engine: Callable[..., Any], tmp_path: Path) -> None:
     base, adapter = make(tmp_path, "llama tied", target_modules=["q_proj"], bias="all")
     goes_on_as_in_peft("in memory", "llama tied", base, adapter, make_engine)

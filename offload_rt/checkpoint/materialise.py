@@ -82,21 +82,32 @@ def _rebuild_buffers(model: nn.Module) -> None:
             meta = module._buffers[name]
             if meta is None:
                 continue
-            real = torch.empty_like(meta, device="cpu")
-            if real.is_floating_point():
-                real.fill_(float("nan"))
-            module._buffers[name] = real
+            module._buffers[name] = torch.full_like(meta, _unset(meta.dtype), device="cpu")
         initialise = getattr(inner, "_init_weights", None)
         if initialise is not None:
             with torch.no_grad():
                 initialise(module)
         for name in missing:
             buffer = module._buffers[name]
-            if initialise is None or (buffer is not None and buffer.is_floating_point() and buffer.isnan().any()):
+            if initialise is None or (buffer is not None and _has_unset(buffer)):
                 raise UnsupportedModule(
                     f"{path}.{name}: a buffer on the meta device that the checkpoint does not hold and that "
                     f"{type(inner).__name__} does not compute again; build the model with real buffers"
                 )
+
+
+def _unset(dtype: torch.dtype) -> float | int:
+    """What no buffer holds once it was computed. Bytes and booleans, all of whose values are used, are zeros."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return torch.iinfo(dtype).min if dtype in (torch.int16, torch.int32, torch.int64) else 0
+
+
+def _has_unset(buffer: torch.Tensor) -> bool:
+    if buffer.is_floating_point():
+        return bool(buffer.isnan().any())
+    value = _unset(buffer.dtype)
+    return value != 0 and bool((buffer == value).any())
 
 
 def _initialise_adapters(model: nn.Module) -> None:
