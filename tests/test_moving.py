@@ -23,6 +23,7 @@ from torch import nn
 
 from offload_rt._engine import Engine
 from offload_rt.errors import ConfigError, OffloadError, StorageError
+from offload_rt.layers.autograd import RecomputedLayer
 from offload_rt.memory import mapped
 from offload_rt.tiering import moving
 from offload_rt.tiering.moving import Move, Mover, Room, in_order, moves_between, places_of, why_not_follow
@@ -319,8 +320,18 @@ def test_what_late_kernels_still_write_moves_whole() -> None:
     device.close()
 
 
+def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
+    """By module, how many hooks it has of each kind, and what stands in place of its `forward`."""
+    found = {}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        inner = getattr(forward, "_forward", None)
+        found[name] = [len(module._forward_pre_hooks), len(module._forward_hooks), type(forward), type(inner)]
+    return found
+
+
 @pytest.mark.parametrize("has_streams", [False, True], ids=["two memories", "a device"])
-@pytest.mark.parametrize("where", ["booking", "the third copy", "attach"])
+@pytest.mark.parametrize("where", ["booking", "the third copy", "attach", "hooks"])
 def test_a_change_that_fails_brings_back_what_had_moved(
     where: str, has_streams: bool, plain: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,11 +339,12 @@ def test_a_change_that_fails_brings_back_what_had_moved(
     of, name, calls = {
         "booking": (Mover, "move", 2), "the third copy": (Mover, "_copy", 3),
         "attach": (runtime_assembly.RuntimeAssembly, "_attach", 1),
+        "hooks": (RecomputedLayer, "attach", 3),
     }[where]  # fmt: skip
     failures = list[str]()
     error = {
         "booking": OSError(12, "Cannot allocate memory"), "attach": torch.cuda.OutOfMemoryError("out of memory"),
-        "the third copy": StorageError("torn", path="/dev/null", errno=5),
+        "the third copy": StorageError("torn", path="/dev/null", errno=5), "hooks": MemoryError("no room for hooks"),
     }[where]  # fmt: skip
 
     def fails(*arguments: Any, **named: Any) -> Any:
@@ -342,7 +354,7 @@ def test_a_change_that_fails_brings_back_what_had_moved(
         return whole(*arguments, **named)
 
     with started(device) as run:
-        first, moved = run.plan, list[str]()
+        first, moved, there = run.plan, list[str](), hooks_of(run.model)
         assert differences(plain[:1], [one(run, 0)]) == []
         move = Mover.move
         monkeypatch.setattr(Mover, "move", lambda mover, each: moved.append(each.block) or move(mover, each))  # type: ignore[func-returns-value]
@@ -352,9 +364,10 @@ def test_a_change_that_fails_brings_back_what_had_moved(
         run._changes.begin_call(begins_step=True)
         assert results(run) == ["kept"] and str(error) in decisions(run)[0]["why"]
         assert run.plan == first and resting(run) == planned(run, first) and run._runtime.moved == []
-        done = {"booking": 1, "the third copy": 2, "attach": 5}[where]
-        there = moved[: len(moved) - done]
-        assert moved[-done:] == there[:done][::-1], "backwards"
+        done = {"booking": 1, "the third copy": 2}.get(where, 5)
+        went = moved[: len(moved) - done]
+        assert moved[-done:] == went[:done][::-1], "backwards"
+        assert hooks_of(run.model) == there
         assert differences(plain[1:2], [one(run, 1)]) == [] and run.report()["peaks"]["over"] == []
         recorder = run._runtime.recorder
         assert recorder is not None and [str(race) for race in recorder.check()] == []
@@ -362,23 +375,33 @@ def test_a_change_that_fails_brings_back_what_had_moved(
         device.close()
 
 
-def test_where_the_way_back_fails_too_the_engine_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("of", "name"), [(Mover, "_copy"), (RecomputedLayer, "attach")])
+def test_where_the_way_back_fails_too_the_engine_ends_and_says_so(
+    of: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is as any is when an engine is closed: without hooks, and without weights that were at rest."""
     with started(None) as run:
         one(run, 0)
-        num_copies = itertools.count(1)
-        copy = Mover._copy
+        num_calls = itertools.count(1)
+        whole = getattr(of, name)
 
         def fails(*arguments: Any) -> None:
-            if next(num_copies) > 2:
+            if next(num_calls) > 2:
                 raise StorageError("torn", path="/dev/null", errno=5)
-            copy(*arguments)
+            whole(*arguments)
 
-        monkeypatch.setattr(Mover, "_copy", fails)
+        monkeypatch.setattr(of, name, fails)
         propose(run, placed(run, (1.0, 1.0, 0.5, 0.0), edges=DEVICE))
         with pytest.raises(StorageError, match="torn"):
             one(run, 1)
         with pytest.raises(OffloadError, match="the engine is closed"):
             one(run, 1)
+    monkeypatch.undo()
+    with started(None) as closed:
+        pass
+    assert hooks_of(run.model) == hooks_of(closed.model)
+    stored = [entry.parameter for draft in run._runtime.made_of.workload.drafts for entry in draft.parameters]
+    assert stored and not any(any(parameter.stride()) for parameter in stored), "one element stands for each"
 
 
 @pytest.mark.parametrize("has_streams", [False, True], ids=["two memories", "a device"])

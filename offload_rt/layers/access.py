@@ -139,11 +139,11 @@ class opened:
 
 
 def put_forward_back(module: nn.Module, forward: Callable[..., Any], *, had_own: bool) -> None:
-    """Undoes `module.forward = ...`: the class's method again, or what a user had put in its place."""
+    """Undoes `module.forward = ...`, if it was done: the class's method again, or what a user had put in its place."""
     if had_own:
         module.forward = forward
     else:
-        del module.forward
+        vars(module).pop("forward", None)
 
 
 class ReplacedForward:

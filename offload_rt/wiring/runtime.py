@@ -244,7 +244,7 @@ class Runtime:
         drains = [executor.drain for executor in self.executors]
         # A commit that is due may fail.
         all_close(
-            self._detach, *drains, self.training.close, self.turns.close, self.links.close, self.heap.close,
+            self.detach, *drains, self.training.close, self.turns.close, self.links.close, self.heap.close,
             self._close_files,
         )  # fmt: skip
 
@@ -252,8 +252,8 @@ class Runtime:
         if not self.links.is_stuck:
             all_close(*(part.close for part in (self.scratch, self.store) if part is not None))
 
-    def _detach(self) -> None:
-        """Takes the hooks out."""
+    def detach(self) -> None:
+        """Takes the hooks out, those that are in."""
         for layer in self.layers:
             layer.detach()
         for module in self.streamed:

@@ -118,6 +118,7 @@ class RuntimeAssembly:
         self.turns = Turns() if self.device is None else Turns(self.device.on_compute)
         self.tiered: TieredTraining | None = None
         self.additions = {} if before is None else before.additions
+        self.runtime: Runtime | None = None
         self.state: StateAssembly | None = None
         if workload.training is not None:
             self.state = StateAssembly(
@@ -134,8 +135,11 @@ class RuntimeAssembly:
         training = self.state if self.tiered is None else self.tiered
         parts = [training, self.links, self.heap]
         closings = [part.close for part in parts if part is not None]
+        hooks, weights = [], []
+        if self.runtime is not None:  # part of it is in the model, which goes on with another, or is a user's again
+            hooks, weights = [self.runtime.detach], [self.runtime.let_go]
         try:
-            all_close(*(each.drain for each in self.executors), *closings, self._close_files)
+            all_close(*hooks, *(each.drain for each in self.executors), *closings, self._close_files, *weights)
         finally:
             if self.before is not None:  # whoever goes back takes as much, and the error still sees this
                 self.tiers.give_back(keep=self.before.only_copies())
@@ -239,7 +243,7 @@ class RuntimeAssembly:
         if self.before is None:
             materialise_rest(workload.model, workload.rest, stored)
         tokenwise = Tokenwise(replace(places, between_chunks=heap.check)) if self.plan.activations else None
-        runtime = Runtime(
+        runtime = self.runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
             executors=self.executors, layers=[], streamed=[], rows=self.rows, loss_head=None, heap=heap,
             layer_counters=LayerCounters(), contiguous_head=None, tokenwise=tokenwise, coverage=covered,
@@ -283,10 +287,8 @@ class RuntimeAssembly:
             module.attach()
         runtime.contiguous_head = keep_head_input_contiguous(workload.model)
         runtime.loss_head = self._loss_head(runtime)
-        if (
-            self.before is not None
-        ):  # of what weights on their way have left; where there was none, they are there still
-            heap.trim()
+        if self.before is not None:
+            heap.trim()  # of what weights on their way have left; of a first runtime they are there still
         return runtime
 
     def _in_pieces(self, module: nn.Module, block: Block) -> LookupModule | TiledLinear:
