@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -52,10 +53,17 @@ def fails(monkeypatch, place):
     monkeypatch.setattr(kind, name, broken)
 
 
+class Archive(UserDict):
+    """Of a user's: what is taken out of it is lost."""
+
+    def clear(self):
+        raise AssertionError("cleared")
+
+
 def adapted(folder):
     model = build_base("llama", torch.float32, num_layers=2)
     model.model.embed_tokens.register_forward_hook(lambda *_: None)
-    model.own = SimpleNamespace()
+    model.own, model.archive = SimpleNamespace(), Archive(first=1)
     lora = peft.LoraConfig(r=2, target_modules="all-linear")
     return model, {"adapters": lora, "bits": 4, "nvme": folder}
 

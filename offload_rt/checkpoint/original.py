@@ -7,12 +7,13 @@ memory, undo all of it, whoever did it, and however far it had come.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-
 import torch
 from torch import nn
 
 from offload_rt.checkpoint.materialise import make_real
+
+_TORCHS_OWN = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, dict))
+"""Dictionaries that a module has by torch: of parameters, modules and hooks. Those of a user's are left alone."""
 
 
 class Original:
@@ -23,8 +24,7 @@ class Original:
         self._entries = [
             (value, dict(value))  # handles of hooks know the dictionary itself
             for _, attributes in self._attributes
-            for value in attributes.values()
-            if isinstance(value, MutableMapping)
+            for value in (attributes[key] for key in _TORCHS_OWN if key in attributes)
         ]
         self._values: list[tuple[nn.Parameter, torch.Tensor, bool]] = [
             (parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()
