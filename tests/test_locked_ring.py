@@ -7,6 +7,7 @@ device memory            |....|....|....|
 
 import random
 import threading
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from offload_rt.transfers.device_times import DeviceTimes
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.locked_ring import NUM_PIECES, LockedRing
 from offload_rt.transfers.recording import Recorder
-from offload_rt.transfers.streams import COMPUTE, Copier
+from offload_rt.transfers.streams import COMPUTE, Copier, Copy
 from planners.placement import Tier
 from planners.schedule import walk
 from tests.fake_device import FakeDevice
@@ -175,6 +176,21 @@ def test_what_is_in_host_memory_does_not_wait_for_what_comes_from_a_drive(device
     copier.wait(late, 20.0)
     assert torch.equal(*of_drive[0])
     host.links.close()
+
+
+def test_a_copy_beside_a_ring_is_behind_nothing_that_its_stream_is_given_later(device):
+    """Whoever waits for it would wait for a long copy of another thread's."""
+    going, copy = threading.Event(), Copy("copy", [(memory(PAGE, 7), memory(PAGE))], inward=True)
+
+    @contextmanager
+    def alone():
+        yield
+        device.to_device.give(going.wait)
+
+    event = copy.give(device.to_device, [], alone(), lambda *_: nullcontext())
+    passed = event.passed.wait(20)
+    going.set()
+    assert passed
 
 
 def test_copies_through_a_ring_and_beside_it_say_what_a_byte_takes(device):

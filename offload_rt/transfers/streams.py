@@ -57,6 +57,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 from offload_rt.errors import StorageTimeout
 from offload_rt.memory.arena import MemoryRange, Slot
@@ -115,26 +116,28 @@ class Copy:
         """
         if not self._sources:
             raise RuntimeError(f"{self.name}: given twice")
+        ends = list(zip(self._sources, self._destinations, strict=True))
+        kind = HOST_TO_DEVICE if self.inward else DEVICE_TO_HOST
+
+        def copy(ends: Sequence[Ends], timed: Timed) -> None:
+            with timed(kind, stream, sum(source.numel() for source, _ in ends)):
+                stream.copy(ends)
+
         with alone:
             for event in before:
                 stream.wait(event)
-        is_timed = True
+            if ring is None:
+                copy(ends, timed)
+                return stream.record()  # before others give the stream more, which this copy need not be behind
+        clocks = chain([timed], repeat(_untimed))
 
-        def copy(ends: Sequence[Ends]) -> None:
-            nonlocal is_timed
-            num_bytes = sum(source.numel() for source, _ in ends)
-            kind = HOST_TO_DEVICE if self.inward else DEVICE_TO_HOST
-            with alone, timed(kind, stream, num_bytes) if is_timed else nullcontext():
-                stream.copy(ends)
-            is_timed = False
+        def copy_piece(ends: Sequence[Ends]) -> None:
+            with alone:
+                copy(ends, next(clocks))
 
-        ends = list(zip(self._sources, self._destinations, strict=True))
-        if ring is None:
-            copy(ends)
-        elif self.inward:
-            return ring.send(stream, ends, copy)
-        else:
-            ring.receive(stream, ends, copy, self.given.set_result)
+        if self.inward:
+            return ring.send(stream, ends, copy_piece)
+        ring.receive(stream, ends, copy_piece, self.given.set_result)
         return stream.record()
 
     def ordered(self) -> None:
