@@ -18,6 +18,7 @@ from offload_rt.profiling.drive_profile import drive_pair, sample
 from offload_rt.profiling.workbench import RUNS, Workbench
 from planners.choices import combinations
 from planners.division import divided
+from planners.errors import format_bytes
 from planners.expand import Fractions, expand
 from planners.mip import plan_optimal
 from planners.placement import Tier, UpdatePlace
@@ -95,8 +96,9 @@ def test_a_machine_that_computes_slower_pays_it_slower():
 
 
 @pytest.mark.parametrize("on_a_device", [False, True])
-def test_a_pair_is_timed_by_tensors_that_really_go_to_the_drive_and_back(on_a_device, tmp_path):
-    """The clock counts the drive's bytes, of which the way in HOST has none."""
+def test_a_pair_is_timed_by_tensors_that_really_go_to_the_drive_and_back(on_a_device, tmp_path, caplog):
+    """The clock counts the drive's bytes, of which the way in HOST has none. The log says how many were written."""
+    caplog.set_level("INFO", "offload_rt")
     device = FakeDevice(kernels_are_late=False) if on_a_device else None
     with Workbench(device, drive=tmp_path) as place:
         room = place.stash("put away", 2 * sum(SIZES))
@@ -104,6 +106,7 @@ def test_a_pair_is_timed_by_tensors_that_really_go_to_the_drive_and_back(on_a_de
         pair = drive_pair(room, SIZES, place, lambda: float(counters.bytes_written + counters.bytes_read))
         pages = sum(-(-size // 4096) * 4096 for size in SIZES)
         assert counters.bytes_written == counters.bytes_read == (1 + RUNS) * pages
+        assert f"{format_bytes(counters.bytes_written)} were written to the drive" in caplog.text
         assert not any(tmp_path.iterdir())
     if device is None:
         assert pair == (pages, pages)
