@@ -11,6 +11,7 @@ import pytest
 
 from offload_rt._engine import Engine
 from offload_rt.errors import StorageError
+from offload_rt.layers.autograd import RecomputedLayer
 from offload_rt.optimizer.stepper import Stepper
 from offload_rt.plans.plan_options import with_options
 from offload_rt.running.replanning import _Answer, _Question
@@ -22,8 +23,14 @@ from tests.tiny_training import PLACES
 
 CHANGE_EVERY = 2
 """Steps."""
-FAILURES = {"attach": (RuntimeAssembly, "_attach", 1), "masters": (Stepper, "rebuild_weights", 2)}
-"""Where a change may fail, and at which call: before anything is in the model, or when half of the weights are made."""
+FAILURES = {
+    "attach": (RuntimeAssembly, "_attach", 1),
+    "masters": (Stepper, "rebuild_weights", 2),
+    "hooks": (RecomputedLayer, "attach", 2),
+}
+"""Where a change may fail, and at which call: before anything is in the model, when half of the weights are made, or
+when half of the hooks are in.
+"""
 
 
 def plan_of(run: Engine, place: str) -> Plan:

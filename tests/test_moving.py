@@ -381,6 +381,8 @@ def test_where_the_way_back_fails_too_the_engine_ends_and_says_so(
 ) -> None:
     """Its model is as any is when an engine is closed: without hooks, and without weights that were at rest."""
     with started(None) as run:
+        first, other = run.plan, placed(run, (1.0, 1.0, 0.5, 0.0), edges=DEVICE)
+    with started(None, plan=other) as run:
         one(run, 0)
         num_calls = itertools.count(1)
         whole = getattr(of, name)
@@ -391,7 +393,7 @@ def test_where_the_way_back_fails_too_the_engine_ends_and_says_so(
             whole(*arguments)
 
         monkeypatch.setattr(of, name, fails)
-        propose(run, placed(run, (1.0, 1.0, 0.5, 0.0), edges=DEVICE))
+        propose(run, first)
         with pytest.raises(StorageError, match="torn"):
             one(run, 1)
         with pytest.raises(OffloadError, match="the engine is closed"):

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from offload_rt.errors import OffloadError, StorageError
+from offload_rt.layers.autograd import RecomputedLayer
 from offload_rt.memory import mapped
 from offload_rt.meter import CPU, SSD_READ, SSD_WRITE
 from offload_rt.plans import planning_training
@@ -202,21 +203,27 @@ def test_steps_left_out_before_a_change_count_after_it(tmp_path: Path) -> None:
             left_out()
 
 
-def test_a_change_that_fails_goes_back_and_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["its state is read", "a hook is in"])
+def test_a_change_that_fails_goes_back_and_loses_no_step(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     twin = Plain(model(dropout=0.2))
     with made("SPECULATIVE, split", tmp_path, max_grad_norm=None) as run:
         first, failures = run.plan, []
         losses = train(run, range(2))
         propose(run, plan_of(run, "in place"))
-        begins = type(run._training).begin_again
+        of, name = {
+            "its state is read": (type(run._training), "begin_again"), "a hook is in": (RecomputedLayer, "attach"),
+        }[where]  # fmt: skip
+        whole = getattr(of, name)
 
         def fails(self: Any, *arguments: Any, **named: Any) -> None:
-            begins(self, *arguments, **named)
+            whole(self, *arguments, **named)
             if not failures:
                 failures.append(self)
                 raise StorageError("the drive fell off", path="/dev/null", errno=5)
 
-        monkeypatch.setattr(type(run._training), "begin_again", fails)
+        monkeypatch.setattr(of, name, fails)
         watch, mapped_now, most = mapped.Watch(), set(), 0
         losses += train(run, range(2, 5))
         for mapping, there in watch.changes:

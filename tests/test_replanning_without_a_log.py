@@ -175,7 +175,7 @@ def test_all_but_what_is_handed_over_is_back_before_the_next_plan_takes_any(tmp_
 def test_a_change_that_fails_goes_back_and_loses_no_step(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is in the model, or when half of the weights are made of their masters."""
+    """Before anything is in the model, when half of the weights are made of their masters, or half of the hooks in."""
     twin = Plain(half_frozen(), max_grad_norm=MAX_NORM)
     with engine(half_frozen(), "from HOST", tmp_path, max_grad_norm=MAX_NORM) as run:
         first, there, losses = run.plan, addresses(run), train(run, range(2))
