@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from offload_rt.memory.cuda_memory import Bound, bytes_beside_allocator, capacit
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import find_workload
+from planners.filling import Fill
 from planners.streaming import plan_streaming
 from tests.conftest import build_lora, build_plain
 from tests.fake_device import FakeDevice
@@ -151,11 +153,12 @@ def test_threads_of_micro_batches_that_go_together_are_booked_with_what_they_tak
     problem = streaming_problem(workload)
     assert problem.thread_bytes == 18 * MIB, "a workspace and a handle"
     assert problem.device_capacity_bytes == (600 - 300 - 128 - 16 - 18) * MIB, "one thread's is there by now"
-    plan = plan_streaming(problem)
+    rule = partial(plan_streaming, fill=Fill.NOTHING)
+    plan = rule(problem)
     assert plan.layer_major and plan.peak_bytes["device"]["workspaces of other micro-batches"] == 3 * 18 * MIB
     assert streaming_problem(workload).thread_bytes == 18 * MIB, "also where a thread finds what another has left"
     tight = replace(problem, device_capacity_bytes=3 * 18 * MIB)
-    assert plan_streaming(replace(tight, thread_bytes=0)).layer_major and not plan_streaming(tight).layer_major
+    assert rule(replace(tight, thread_bytes=0)).layer_major and not rule(tight).layer_major
     alone = find_workload(build_plain(), None, replace(config, accumulation_steps=1))
     assert streaming_problem(alone).thread_bytes == 0
 

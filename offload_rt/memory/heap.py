@@ -187,8 +187,8 @@ class HeapGuard:
 
     def above_base_bytes(self) -> int:
         """What the process holds above its base now, arenas included, pages of files left out. May be below 0."""
-        resident, files = self._pages()
-        return self._above_base(resident - files)
+        now = Base.now()  # reports are asked for when the guard is closed, too
+        return self._above_base(now.resident_bytes - now.file_bytes)
 
     def close(self) -> None:
         self.mapped.close()
