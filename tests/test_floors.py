@@ -171,9 +171,9 @@ FLOORS = {
 
 PLANNERS = [
     "errors", "units", "schedule", "placement", "activations", "layout", "training_state", "products", "vocabulary",
-    "plan", "streaming_problem", "edges", "shortage", "filling", "streaming", "hardware", "model", "architectures",
-    "well_known", "headers", "tensors", "meta_model", "models", "trace", "problem", "model_workload", "cost",
-    "optimizer_state", "static_memory", "step_work", "division", "arenas", "timeline", "updates", "chunk_work",
+    "plan", "streaming_problem", "edges", "shortage", "filling", "attempts", "streaming", "hardware", "model",
+    "architectures", "well_known", "headers", "tensors", "meta_model", "models", "trace", "problem", "model_workload",
+    "cost", "optimizer_state", "static_memory", "step_work", "division", "arenas", "timeline", "updates", "chunk_work",
     "passes", "simulate", "validate", "expand", "greedy", "program", "rows", "vocabulary_rows", "update_rows", "steady",
     "wear", "choices", "trial", "mip", "policies", "explain", "render", "command", "__main__",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from offload_rt.errors import ConfigError
-from planners import streaming
+from planners import attempts
 from planners.errors import PlanInfeasible
 from planners.placement import UpdateMode
 from planners.plan import Plan, StatePlacement, Tier
@@ -34,8 +34,8 @@ def training_problem(**changes: object) -> StreamingProblem:
 @pytest.mark.parametrize("asked", [problem(), training_problem()], ids=["frozen", "trains"])
 def test_no_plan_is_made_behind_the_first_that_fits(asked: StreamingProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Plan] = []
-    plan = streaming._plan
-    monkeypatch.setattr(streaming, "_plan", lambda *given, **named: made.append(plan(*given, **named)) or made[-1])
+    plan = attempts._plan
+    monkeypatch.setattr(attempts, "_plan", lambda *given, **named: made.append(plan(*given, **named)) or made[-1])
     found = plan_streaming(asked)
     assert len(made) == 1
     assert (found.rings, found.layer_inputs, found.head_chunk_tokens) == (made[0].rings, made[0].layer_inputs, None)

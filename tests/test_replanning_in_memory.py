@@ -20,7 +20,7 @@ from offload_rt.tiering.resting import splits_of
 from offload_rt.wiring import runtime_assembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import find_workload
-from planners import streaming
+from planners.attempts import attempts
 from planners.division import divided
 from planners.edges import EdgesBy
 from planners.errors import PlanInfeasible, format_bytes
@@ -164,7 +164,7 @@ def test_links_that_are_slower_move_weights_and_change_no_number(room, tmp_path,
 
 def rule_with(problem, by):
     """The rule's plans that have the blocks outside the layers so."""
-    return [plan for plan in streaming._attempts(problem, Tier.HOST, None) if _edges_of(plan) is by]
+    return [plan for plan in attempts(problem, Tier.HOST, None) if _edges_of(plan) is by]
 
 
 def _edges_of(plan):

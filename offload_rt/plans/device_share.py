@@ -21,13 +21,13 @@ from offload_rt.plans.planning import optimal
 from offload_rt.plans.workload_sizes import training_sizes
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS
 from offload_rt.wiring.workload import Workload
+from planners.attempts import STEPPED_THERE
 from planners.errors import PlanInfeasible
 from planners.hardware import Hardware, Links
 from planners.placement import Tier
 from planners.plan import Plan
 from planners.problem import DeviceSteps, Problem
 from planners.rows import Freedoms
-from planners.streaming import STEPPED_THERE
 from planners.streaming_problem import StreamingProblem
 
 GAIN = 0.03

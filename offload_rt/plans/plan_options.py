@@ -10,10 +10,10 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS, RuntimeOptions
 from offload_rt.wiring.workload import Workload
 from planners.activations import ActivationPolicy
+from planners.attempts import STEPPED_THERE
 from planners.edges import head_tiles_of, lookups_of
 from planners.placement import ClassPlan
 from planners.plan import Plan, Ring, Split
-from planners.streaming import STEPPED_THERE
 from planners.training_state import TrainingSizes
 
 

@@ -26,6 +26,7 @@ from offload_rt.profiling.profile_cost import profiled
 from offload_rt.profiling.workbench import Workbench, workbench_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.workload import Workload
+from planners.attempts import CHUNK_TOKENS, TIGHT_SLACK_BYTES, head_chunk_tokens
 from planners.edges import tiled_block
 from planners.hardware import Hardware
 from planners.mip import plan_optimal
@@ -35,7 +36,6 @@ from planners.problem import Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
 from planners.rows import Freedoms
 from planners.static_memory import capacities
-from planners.streaming import CHUNK_TOKENS, TIGHT_SLACK_BYTES, head_chunk_tokens
 from planners.streaming_problem import StreamingProblem
 
 CAPABILITIES = Capabilities(

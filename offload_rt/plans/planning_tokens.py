@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiering.stash import GRANULE_BYTES
 from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment, whole_batch
+from planners.attempts import STAGING_PIECE_BYTES
 from planners.filling import KEPT_TENSORS
 from planners.placement import ClassPlan, Cuts, Tier, TokenSplit
 from planners.plan import Plan
 from planners.problem import MeasuredSeconds
 from planners.schedule import Phase
-from planners.streaming import STAGING_PIECE_BYTES
 from planners.streaming_problem import StreamingProblem
 from planners.trace import Saved, Transient
 

@@ -35,13 +35,13 @@ from offload_rt.profiling.workbench import Workbench, workbench_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS
 from offload_rt.wiring.workload import TrainingDraft, Workload
+from planners.attempts import PAGED_SLOTS, SAVING, STEPPED_THERE, head_chunk_tokens
 from planners.hardware import Hardware
 from planners.placement import Tier, UpdateMode, UpdatePlace
 from planners.plan import Plan, StatePlacement
 from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problem import Workload as PlannedWorkload
 from planners.rows import Freedoms
-from planners.streaming import PAGED_SLOTS, SAVING, STEPPED_THERE, head_chunk_tokens
 from planners.streaming_problem import StreamingProblem
 from planners.trace import Transient
 from planners.training_state import TrainingSizes

@@ -24,9 +24,9 @@ from offload_rt.transfers.device_streams import Device
 from offload_rt.transfers.links import Links
 from offload_rt.wiring.workload import Workload
 from planners.activations import Action, ActivationPolicy, Treatment
+from planners.attempts import STAGING_PIECE_BYTES
 from planners.filling import KEPT_TENSORS
 from planners.plan import Plan, Tier
-from planners.streaming import STAGING_PIECE_BYTES
 from planners.streaming_problem import INPUTS_OF_CHUNKS, StreamingProblem
 
 ROOM_FOR_GAPS = 4
