@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from offload_rt.cli import doctor_folder
 from offload_rt.cli.main import COMMANDS, main
@@ -386,6 +387,10 @@ def test_bad_data_or_model_is_found_before_a_store_is_written(
     (broken / "tokenizer.json").write_text("{")
     code, line = fails(capsys, *arguments, "--model", str(broken))
     assert code == 2 and f"{broken}: its tokenizer cannot be loaded: " in line
+    (broken / "tokenizer.json").unlink()
+    transformers.ByT5Tokenizer().save_pretrained(broken)  # its words are bytes: no file of a vocabulary
+    code, line = fails(capsys, *arguments, "--model", str(broken))
+    assert code == 2 and f"{broken}: Unrecognized configuration class" in line
     make_tokenizer().save_pretrained(broken)
     code, line = fails(capsys, *arguments, "--model", str(broken))
     assert code == 2 and f"{broken}: Unrecognized configuration class" in line and "Gemma" not in line

@@ -38,7 +38,9 @@ from planners.errors import format_bytes
 
 MODEL_FILES = ("config.json",)
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab.*", "*.tiktoken", "tekken.json")
-"""One of them has a tokenizer's vocabulary. Without, transformers makes an empty one for some models, in silence."""
+"""One of them has a tokenizer's vocabulary, unless its words are bytes."""
+MIN_WORDS = 2
+"""Of a tokenizer that can say anything: what transformers makes of no files has up to one, T5's mark of a space."""
 INGEST_SECONDS = 2.0
 """Between two lines of progress while weights are encoded."""
 
@@ -197,6 +199,27 @@ def _model_folder(text: str) -> Path:
     return folder
 
 
+def _load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer.
+
+    Judged by what is loaded: transformers makes a tokenizer without words of a folder that lacks its files, and one of
+    bytes needs none. Left unsaid, each of the user's texts would become unknown tokens, or none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+        wrong = "it has no words" if len(words) < MIN_WORDS else ""
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        wrong = str(error)
+    if not wrong:
+        return tokenizer
+    if not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        raise ConfigError(f"--model: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files there")
+    raise ConfigError(f"--model: {folder}: its tokenizer cannot be loaded: {wrong}")
+
+
 def _load_transformers(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     """Tokenizer, model on the meta device, and what its configuration says when it does not train. No downloads."""
     try:
@@ -207,12 +230,7 @@ def _load_transformers(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(f"--model: {folder}: {error}") from error
-    if not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
-        raise ConfigError(f"--model: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files there")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--model: {folder}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = _load_tokenizer(folder)
     # A key-value cache would keep every layer's keys and values for a generation that does not happen.
     before = _set(config, use_cache=False, output_router_logits=False)
     try:
