@@ -82,10 +82,10 @@ class Ours:
     def __init__(self, settings: dict[str, Any]) -> None:
         from offload_rt._engine import Engine
         from offload_rt.wiring.runtime_options import RuntimeOptions
-        from planners.activations import Action, ActivationPolicy, Chunk
         from planners.errors import PlanInfeasible
-        from planners.placement import UpdateMode
-        from planners.plan import Tier
+        from planners.plans.activations import Action, ActivationPolicy, Chunk
+        from planners.plans.placement import UpdateMode
+        from planners.plans.plan import Tier
 
         switches = dict(settings["switches"])
         read: dict[str, Any] = {

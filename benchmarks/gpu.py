@@ -62,7 +62,7 @@ from offload_rt.memory.arena import Arena  # noqa: E402
 from offload_rt.quantized import codec, nf4_products  # noqa: E402
 from offload_rt.quantized.nf4_layout import NESTED_BLOCK_SIZE, QUANT_BLOCK_SIZE, nf4_layout  # noqa: E402
 from offload_rt.quantized.nf4_torch import sections_of, tables  # noqa: E402
-from planners.products import shape_key  # noqa: E402
+from planners.plans.products import shape_key  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

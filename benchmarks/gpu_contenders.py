@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from offload_rt._engine import Engine
 from offload_rt.profiling import calibrate
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, ActivationPolicy, Chunk
-from planners.placement import Tier
+from planners.plans.activations import Action, ActivationPolicy, Chunk
+from planners.plans.placement import Tier
 
 LEARNING_RATE = 1e-4
 SIZES = calibrate.Sizes(seconds=0.2, matrix=8192, copy_bytes=256 << 20)

@@ -50,8 +50,8 @@ from gpu_contenders import FullPlain, Plain, llama, with_adapters
 from offload_rt._engine import Engine
 from offload_rt.memory.heap import Base
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, ActivationPolicy, Chunk
-from planners.placement import Tier
+from planners.plans.activations import Action, ActivationPolicy, Chunk
+from planners.plans.placement import Tier
 from tests.fake_device import FakeDevice
 
 HIDDEN, TOKENS, VOCABULARY = 64, 8, 128

@@ -114,8 +114,8 @@ def child(settings: dict[str, Any]) -> dict[str, Any]:
         return {"losses": losses}
 
     import offload_rt
-    from planners.activations import Action, ActivationPolicy, Chunk
-    from planners.plan import Plan, Tier
+    from planners.plans.activations import Action, ActivationPolicy, Chunk
+    from planners.plans.plan import Plan, Tier
 
     config = AutoConfig.from_pretrained(settings["model"])
     with torch.device("meta"):

@@ -24,15 +24,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from planners.errors import PlanInfeasible
-from planners.greedy import plan_greedy
-from planners.hardware import Drive, Hardware, Links, named_hardware
-from planners.mip import plan_optimal
-from planners.model_workload import make_workload
-from planners.models import find_model
-from planners.placement import UpdateMode
-from planners.problem import Capabilities, Problem
-from planners.rows import Freedoms
-from planners.validate import check
+from planners.optimiser.greedy import plan_greedy
+from planners.optimiser.mip import plan_optimal
+from planners.optimiser.rows import Freedoms
+from planners.plans.placement import UpdateMode
+from planners.problems.hardware import Drive, Hardware, Links, named_hardware
+from planners.problems.model_workload import make_workload
+from planners.problems.problem import Capabilities, Problem
+from planners.shapes.models import find_model
+from planners.simulator.validate import check
 
 MODELS = ("llama3-8b", "llama3-70b", "gpt3-175b", "llama3-405b")
 SHAPES = ((8, 4096), (1, 32768), (1, 262144), (1, 1048576))

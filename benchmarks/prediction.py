@@ -30,17 +30,17 @@ from offload_rt.plans.planning import lowered, measured_problem
 from offload_rt.plans.planning_training import lowered_training, measured_seconds, questions
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.wiring.workload import Workload, find_workload
-from planners.cost import Knobs
-from planners.division import divided
-from planners.expand import Fractions, expand, with_prediction
-from planners.greedy import state_slots
-from planners.hardware import Device, Drive, Hardware, Host, Links
-from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
-from planners.plan import Plan
-from planners.problem import Problem
-from planners.simulate import simulate
-from planners.step_work import busy_seconds
-from planners.streaming_problem import StreamingProblem
+from planners.optimiser.expand import Fractions, expand, with_prediction
+from planners.optimiser.greedy import state_slots
+from planners.plans.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plans.plan import Plan
+from planners.problems.cost import Knobs
+from planners.problems.hardware import Device, Drive, Hardware, Host, Links
+from planners.problems.problem import Problem
+from planners.rule.streaming_problem import StreamingProblem
+from planners.simulator.division import divided
+from planners.simulator.simulate import simulate
+from planners.simulator.step_work import busy_seconds
 
 FAST = 0.1
 """Work of what does not bind, over compute."""

@@ -59,8 +59,8 @@ class Ours:
         from offload_rt._engine import Engine
         from offload_rt.quantized import codec
         from offload_rt.wiring.runtime_options import RuntimeOptions
-        from planners.activations import Action, ActivationPolicy, Chunk
-        from planners.plan import DecodeScope, Tier
+        from planners.plans.activations import Action, ActivationPolicy, Chunk
+        from planners.plans.plan import DecodeScope, Tier
 
         def one_chunk(action: str) -> ActivationPolicy:
             tier = Tier.NVME if action == "swap" else None

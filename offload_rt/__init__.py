@@ -20,7 +20,7 @@ __all__ = ["Engine", "Plan", "engine"]
 def __getattr__(name: str) -> Any:
     import importlib
 
-    homes = {"engine": "offload_rt._engine", "Engine": "offload_rt._engine", "Plan": "planners.plan"}
+    homes = {"engine": "offload_rt._engine", "Engine": "offload_rt._engine", "Plan": "planners.plans.plan"}
     if name not in homes:
         raise AttributeError(f"module 'offload_rt' has no attribute {name!r}")
     value = getattr(importlib.import_module(homes[name]), name)

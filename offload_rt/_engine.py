@@ -48,7 +48,7 @@ from offload_rt.wiring.assembly import assemble
 from offload_rt.wiring.runtime import Runtime
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.store_assembly import Progress
-from planners.plan import Plan
+from planners.plans.plan import Plan
 
 logger = logging.getLogger("offload_rt")
 

@@ -13,8 +13,8 @@ from torch import nn
 from offload_rt.config import EngineConfig
 from offload_rt.errors import ConfigError, nearest
 from offload_rt.profiling.calibrate import calibrated
-from planners.hardware import Hardware
-from planners.plan import Plan
+from planners.plans.plan import Plan
+from planners.problems.hardware import Hardware
 
 AUTO = "auto"
 """The fixed rule's plan, or the optimiser's where that is expected to be faster: see `plan_choice`."""

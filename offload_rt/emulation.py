@@ -11,7 +11,7 @@ from pathlib import Path
 
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.errors import ConfigError
-from planners.hardware import Hardware, load_hardware, named_hardware
+from planners.problems.hardware import Hardware, load_hardware, named_hardware
 from planners.units import ProblemError
 
 

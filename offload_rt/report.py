@@ -16,9 +16,9 @@ from offload_rt.running.rehearsal import Rehearsal
 from offload_rt.running.steps import StepMeter
 from offload_rt.tokenwise.layer import TokenwiseLayer
 from offload_rt.wiring.runtime import Runtime
-from planners.activations import Action
 from planners.errors import format_bytes
-from planners.plan import Tier
+from planners.plans.activations import Action
+from planners.plans.plan import Tier
 
 
 def report(

@@ -16,8 +16,8 @@ from planners.errors import PlanInfeasible
 from planners.units import ProblemError, nearest, parse_size
 
 if TYPE_CHECKING:
-    from planners.plan import Plan
-    from planners.problem import Problem
+    from planners.plans.plan import Plan
+    from planners.problems.problem import Problem
 
 REPORT_SCHEMA = "offload-plan-report/1"
 DESCRIPTION = "What would happen, before anything does: where things rest, what a step takes, what would help."
@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     sys.stdout.flush()
     _warn(arguments.model)
     plan = make_plan(problem, arguments.policy)
-    from planners.explain import advise
-    from planners.validate import check
+    from planners.optimiser.explain import advise
+    from planners.simulator.validate import check
 
     replay = check(problem, plan)
     advice = [] if arguments.no_advice or arguments.policy != "optimal" else advise(problem, plan)
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _warn(model: str) -> None:
     """Says what training would refuse `model` for."""
-    from planners.models import quantization_warning
+    from planners.shapes.models import quantization_warning
 
     if warning := quantization_warning(model):
         sys.stderr.write(f"warning: {warning}\n")
@@ -103,9 +103,9 @@ def _warn(model: str) -> None:
 
 def make_plan(problem: Problem, policy: str) -> Plan:
     """Plans by `policy`; greedily, and says so, where there is no solver. `PlanInfeasible` has verified ways out."""
-    from planners.explain import ways_out
-    from planners.policies import plan_by_policy
-    from planners.program import SolverFailed, SolverMissing
+    from planners.optimiser.explain import ways_out
+    from planners.optimiser.policies import plan_by_policy
+    from planners.optimiser.program import SolverFailed, SolverMissing
 
     try:
         return plan_by_policy(problem, policy)
@@ -144,10 +144,10 @@ def _write(path: str, text: str) -> None:
 
 def problem_of(arguments: argparse.Namespace) -> Problem:
     """The question that the options ask."""
-    from planners.hardware import load_hardware, named_hardware, parse_drive, with_budgets
-    from planners.model_workload import make_workload
-    from planners.models import find_model
-    from planners.problem import Problem
+    from planners.problems.hardware import load_hardware, named_hardware, parse_drive, with_budgets
+    from planners.problems.model_workload import make_workload
+    from planners.problems.problem import Problem
+    from planners.shapes.models import find_model
 
     if arguments.gpu and arguments.hardware:
         raise ProblemError("gpu, hardware: give one of the two")

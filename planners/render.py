@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from planners.errors import format_bytes
-from planners.explain import Advice, binding
-from planners.placement import Tier
-from planners.plan import Plan
-from planners.problem import Problem
-from planners.simulate import Simulation
-from planners.static_memory import capacities
-from planners.timeline import RESOURCES
+from planners.optimiser.explain import Advice, binding
+from planners.plans.placement import Tier
+from planners.plans.plan import Plan
+from planners.problems.problem import Problem
+from planners.simulator.simulate import Simulation
+from planners.simulator.static_memory import capacities
+from planners.simulator.timeline import RESOURCES
 
 BAR = 40
 LANES = {

@@ -15,7 +15,7 @@ from offload_rt import optim
 from offload_rt._engine import Engine
 from offload_rt.optimizer.adapters import AdapterTraining
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
 from tests import full_parity, parity
 from tests.full_parity import groups_of, scheduled
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, pairwise, run_steps

@@ -17,8 +17,8 @@ from offload_rt.plans.plan_options import with_options
 from offload_rt.running.replanning import _Answer, _Question
 from offload_rt.wiring.runtime_assembly import RuntimeAssembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import Plan
-from planners.streaming import plan_streaming
+from planners.plans.plan import Plan
+from planners.rule.streaming import plan_streaming
 from tests.tiny_training import PLACES
 
 CHANGE_EVERY = 2

@@ -20,8 +20,8 @@ from offload_rt.optimizer.state import state_tensors
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import find_workload
-from planners.activations import Action, ActivationPolicy, whole_batch
-from planners.plan import StatePlacement, Tier
+from planners.plans.activations import Action, ActivationPolicy, whole_batch
+from planners.plans.plan import StatePlacement, Tier
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, pairwise
 
 STEPS = 5

@@ -19,7 +19,7 @@ import torch
 
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.transfers import links
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
 from tests.changing_plans import CHANGE_EVERY, Changes
 from tests.tiny_training import ROWS, TOKENS, VOCABULARY, Made, Model, Plain, State, adamw, engine, model
 

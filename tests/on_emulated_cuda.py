@@ -27,8 +27,8 @@ from offload_rt.quantized import nf4_products
 from offload_rt.transfers import device_cuda
 from offload_rt.transfers.device_cuda import CudaDevice, find_device
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.placement import Tier
-from planners.plan import DecodeScope
+from planners.plans.placement import Tier
+from planners.plans.plan import DecodeScope
 from tests import full_parity as full
 from tests.changing_plans import propose, results
 from tests.emulated_cuda import contexts, held, lockable, waits

@@ -20,7 +20,7 @@ from offload_rt.layers.discover import find_blocks
 from offload_rt.quantized import codec
 from offload_rt.tensor_spec import Encoding
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import DecodeScope, Tier
+from planners.plans.plan import DecodeScope, Tier
 
 VOCABULARY = 96
 SEQ_LEN = 12

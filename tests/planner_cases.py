@@ -3,13 +3,13 @@
 import itertools
 from dataclasses import replace
 
-from planners.architectures import shape_from_config
-from planners.cost import Knobs
-from planners.expand import Fractions, expand
-from planners.hardware import Drive, named_hardware
-from planners.model_workload import make_workload
-from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
-from planners.problem import Problem
+from planners.optimiser.expand import Fractions, expand
+from planners.plans.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.problems.cost import Knobs
+from planners.problems.hardware import Drive, named_hardware
+from planners.problems.model_workload import make_workload
+from planners.problems.problem import Problem
+from planners.shapes.architectures import shape_from_config
 
 TINY = {
     "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,

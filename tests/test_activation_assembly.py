@@ -17,9 +17,9 @@ from offload_rt.wiring import activation_assembly
 from offload_rt.wiring.activation_assembly import ActivationsAssembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import find_workload
-from planners.activations import Action, ActivationPolicy, Chunk
-from planners.plan import Tier
-from planners.streaming import plan_streaming
+from planners.plans.activations import Action, ActivationPolicy, Chunk
+from planners.plans.plan import Tier
+from planners.rule.streaming import plan_streaming
 from tests.conftest import build_lora
 from tests.fake_device import FakeDevice
 

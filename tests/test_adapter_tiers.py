@@ -30,8 +30,8 @@ from offload_rt.plans import workload_sizes
 from offload_rt.training.loop import train
 from offload_rt.training.options import TrainingOptions
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.placement import UpdateMode
-from planners.plan import Plan, Tier
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import Plan, Tier
 from tests import parity
 from tests.adapter_tiers import (
     IN_HOST,

@@ -16,8 +16,8 @@ from offload_rt.errors import ConfigError, OffloadError, PlanInfeasible
 from offload_rt.optimizer.paged import PagedUpdates, rule_on_device
 from offload_rt.optimizer.rules import TorchRule
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS, RuntimeOptions
-from planners.attempts import PAGED_SLOTS
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
+from planners.rule.attempts import PAGED_SLOTS
 from tests.adapter_tiers import (
     IN_HOST,
     OPTIMIZERS,

@@ -8,7 +8,7 @@ from torch import nn
 
 from offload_rt.errors import OffloadError, UnsupportedModule
 from offload_rt.memory.arena import Slot
-from planners.plan import Tier
+from planners.plans.plan import Tier
 from tests.conftest import PlainLayer, PlainModel, build_plain
 
 STRESS = {"poison": True, "delay_seconds": 0.001, "record": True, "num_slots": 1, "stream_edges": True}

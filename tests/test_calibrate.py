@@ -16,7 +16,7 @@ from offload_rt.profiling import bench, calibrate
 from offload_rt.profiling.bench import Bench, Cpu, Sizes, Spread
 from offload_rt.profiling.calibrate import keep, measure, remembered
 from offload_rt.transfers.links import Links
-from planners.hardware import load_hardware
+from planners.problems.hardware import load_hardware
 
 MIB = 1 << 20
 TINY = Sizes(

@@ -24,7 +24,7 @@ from offload_rt.cli.main import COMMANDS, main
 from offload_rt.cli.train_run import _adapters, check_length
 from offload_rt.errors import ConfigError, StorageError
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.filling import Fill
+from planners.rule.filling import Fill
 from tests.test_data import make_tokenizer
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from offload_rt.errors import ConfigError, OffloadError
-from planners.plan import Tier
+from planners.plans.plan import Tier
 from tests.conftest import build_base, build_lora, build_plain, language_batch
 
 

@@ -26,8 +26,8 @@ from offload_rt.memory.cuda_memory import Bound, bytes_beside_allocator, capacit
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import find_workload
-from planners.filling import Fill
-from planners.streaming import plan_streaming
+from planners.rule.filling import Fill
+from planners.rule.streaming import plan_streaming
 from tests.conftest import build_lora, build_plain
 from tests.fake_device import FakeDevice
 

@@ -15,8 +15,8 @@ from offload_rt.errors import CheckpointError
 from offload_rt.plans.cuts import cuts_of, warn_of_other_cuts
 from offload_rt.running.rehearsal import _by_the_rule
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import StatePlacement, Tier
-from planners.streaming_problem import Cuts
+from planners.plans.plan import StatePlacement, Tier
+from planners.rule.streaming_problem import Cuts
 from tests.conftest import build_base, build_lora, language_batch
 
 IN_TIERS = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=2)

@@ -24,8 +24,8 @@ from offload_rt.tiering.device_stash import DeviceStash
 from offload_rt.transfers.device_copies import DeviceCopies
 from offload_rt.transfers.transfer import Transfer
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import Tier
-from planners.streaming_problem import Cuts
+from planners.plans.plan import Tier
+from planners.rule.streaming_problem import Cuts
 from tests.fake_device import FakeDevice
 from tests.test_tokenwise_engine import same_bits
 from tests.tokenwise import build_with_adapters

@@ -14,7 +14,7 @@ import torch
 from offload_rt._engine import Engine
 from offload_rt.errors import ConfigError
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import DecodeScope, Tier
+from planners.plans.plan import DecodeScope, Tier
 from tests.fake_device import FakeDevice
 from tests.parity import STEPS, Case, build, engine_of, run_plain, run_steps
 from tests.test_parity import differences

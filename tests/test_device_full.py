@@ -21,8 +21,8 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.placement import UpdateMode
-from planners.plan import Plan, StatePlacement, Tier
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import Plan, StatePlacement, Tier
 from tests.fake_device import FakeDevice
 from tests.full_parity import STEPS, Case, check_activations, make_engine, one_loss, run_engine, run_plain, training_of
 from tests.parity import micro_batch

@@ -25,14 +25,14 @@ from offload_rt.plans.planning_training import TrainingSeconds, questions
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import Workload, find_workload
-from planners.expand import _in_pieces
-from planners.hardware import Drive, Hardware, Host, Links, named_hardware
-from planners.placement import Tier, UpdateMode, UpdatePlace
-from planners.problem import DeviceSteps, MeasuredSeconds, Problem
-from planners.simulate import simulate
-from planners.streaming import plan_streaming
-from planners.streaming_problem import StreamingProblem
-from planners.validate import check, check_busy, check_replay
+from planners.optimiser.expand import _in_pieces
+from planners.plans.placement import Tier, UpdateMode, UpdatePlace
+from planners.problems.hardware import Drive, Hardware, Host, Links, named_hardware
+from planners.problems.problem import DeviceSteps, MeasuredSeconds, Problem
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import StreamingProblem
+from planners.simulator.simulate import simulate
+from planners.simulator.validate import check, check_busy, check_replay
 from tests.fake_device import FakeDevice
 from tests.full_parity import NORMS, OPTIMIZERS, Case, build, make_engine, run_engine, run_plain, training_of
 from tests.parity import BATCH_SIZE, SEQ_LEN

@@ -29,7 +29,7 @@ from offload_rt.transfers import device_times
 from offload_rt.transfers.device_times import EVERY_STEPS, DeviceTimes, overlap_seconds
 from offload_rt.transfers.streams import Copier
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.placement import Tier, UpdateMode
+from planners.plans.placement import Tier, UpdateMode
 from tests.fake_device import FakeDevice
 from tests.full_parity import Case, make_engine, one_loss
 from tests.test_device_share import LINK, SLOW, Machine

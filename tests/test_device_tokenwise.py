@@ -10,7 +10,7 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import DecodeScope, Tier
+from planners.plans.plan import DecodeScope, Tier
 from tests.conftest import build_lora
 from tests.fake_device import FakeDevice
 from tests.test_tokenwise_engine import NUM_LAYERS, SEQ_LEN, chunked, plain_steps, same_bits, steps

@@ -26,9 +26,9 @@ from offload_rt.optimizer.pieces import Piece, step_order
 from offload_rt.optimizer.rules import AdamWRule
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS, RuntimeOptions
-from planners.placement import UpdateMode
-from planners.plan import Plan, Tier
-from planners.training_state import TrainedSize, TrainingSizes
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import Plan, Tier
+from planners.plans.training_state import TrainedSize, TrainingSizes
 from tests.fake_device import FakeDevice
 from tests.full_parity import STEPS, Case, make_engine, one_step, run_engine, run_plain, scheduled, training_of
 from tests.interpreter import interpreted

@@ -16,16 +16,16 @@ from offload_rt.profiling.block_profile import profile_layer
 from offload_rt.profiling.chunk_profile import profile_chunked_layer
 from offload_rt.profiling.drive_profile import drive_pair, sample
 from offload_rt.profiling.workbench import RUNS, Workbench
-from planners.choices import combinations
-from planners.division import divided
 from planners.errors import format_bytes
-from planners.expand import Fractions, expand
-from planners.mip import plan_optimal
-from planners.placement import Tier, UpdatePlace
-from planners.rows import BACKWARD, FORWARD
-from planners.simulate import simulate
-from planners.step_work import busy_seconds
-from planners.validate import check
+from planners.optimiser.choices import combinations
+from planners.optimiser.expand import Fractions, expand
+from planners.optimiser.mip import plan_optimal
+from planners.optimiser.rows import BACKWARD, FORWARD
+from planners.plans.placement import Tier, UpdatePlace
+from planners.simulator.division import divided
+from planners.simulator.simulate import simulate
+from planners.simulator.step_work import busy_seconds
+from planners.simulator.validate import check
 from tests.conftest import build_lora
 from tests.fake_device import FakeDevice
 from tests.test_planner_budgets import KIB, LAYERS, builder, problem

@@ -19,8 +19,8 @@ from offload_rt.memory.arena import Arena
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.transfers.links import Links as Connections
 from offload_rt.transfers.throttle import Pipe, Throttle
-from planners.hardware import Drive, Hardware, Links, named_hardware
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
+from planners.problems.hardware import Drive, Hardware, Links, named_hardware
 from tests import adapter_tiers
 from tests.full_parity import training_of
 from tests.tiny_blocks import blocks, gradients_of

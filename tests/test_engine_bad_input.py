@@ -28,7 +28,7 @@ from offload_rt.errors import (
 from offload_rt.guards.additions import Additions
 from offload_rt.wiring.assembly import change_over
 from offload_rt.wiring.runtime import Change
-from planners.plan import Plan, Tier
+from planners.plans.plan import Plan, Tier
 from tests.conftest import PlainLayer, build_base, build_lora, build_plain, language_batch
 
 peft = pytest.importorskip("peft")

@@ -15,8 +15,8 @@ from offload_rt.errors import BudgetExceeded, StorageError
 from offload_rt.layers.executor import Residency, RingExecutor
 from offload_rt.memory.arena import Arena
 from offload_rt.transfers.recording import Recorder
-from planners.plan import Ring, Tier
-from planners.schedule import Phase, walk
+from planners.plans.plan import Ring, Tier
+from planners.plans.schedule import Phase, walk
 
 PAGE = 4096
 FORWARD, BACKWARD = Phase.FORWARD, Phase.BACKWARD

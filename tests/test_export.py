@@ -21,7 +21,7 @@ from offload_rt.checkpoint import safetensors_writer, whole_folder
 from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter
 from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageFull, UnsupportedModule
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import Tier
+from planners.plans.plan import Tier
 from tests.full_parity import PLACES, Case, make_engine, one_loss
 from tests.parity import BATCH_SIZE, SEQ_LEN, micro_batch
 

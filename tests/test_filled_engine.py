@@ -8,9 +8,9 @@ import torch
 from offload_rt._engine import Engine
 from offload_rt.running import rehearsal
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action
-from planners.plan import Tier
-from planners.streaming import plan_streaming
+from planners.plans.activations import Action
+from planners.plans.plan import Tier
+from planners.rule.streaming import plan_streaming
 from tests import tiny_training
 from tests.conftest import build_lora, language_batch
 from tests.test_filling import rests

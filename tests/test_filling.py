@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planners.activations import Action
 from planners.errors import PlanInfeasible
-from planners.filling import SPARE_SHARE, Fill, fetched_bytes, streamed_bytes
-from planners.plan import Plan, Tier
-from planners.schedule import StepKind, ring_schedule, walk
-from planners.shortage import shortages
-from planners.streaming import plan_streaming
-from planners.streaming_problem import ChunkedSize
-from planners.vocabulary import RowsSize
+from planners.plans.activations import Action
+from planners.plans.plan import Plan, Tier
+from planners.plans.schedule import StepKind, ring_schedule, walk
+from planners.plans.vocabulary import RowsSize
+from planners.rule.filling import SPARE_SHARE, Fill, fetched_bytes, streamed_bytes
+from planners.rule.shortage import shortages
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import ChunkedSize
 from tests.test_plan import KIB, block, problem, problems
 from tests.test_plan_state import training_problem
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from offload_rt.errors import ConfigError
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, ActivationPolicy, Chunk
-from planners.plan import Tier
+from planners.plans.activations import Action, ActivationPolicy, Chunk
+from planners.plans.plan import Tier
 from tests import parity
 from tests.full_parity import state_of, training_of
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, micro_batch

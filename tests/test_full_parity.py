@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from planners.placement import UpdateMode
+from planners.plans.placement import UpdateMode
 from tests.full_parity import (
     STEPS,
     Case,

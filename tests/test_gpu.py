@@ -44,13 +44,13 @@ from offload_rt.transfers.links import Links
 from offload_rt.transfers.recording import Recorder
 from offload_rt.transfers.streams import COMPUTE
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, ActivationPolicy, Chunk, whole_batch
 from planners.errors import PlanInfeasible
-from planners.hardware import load_hardware
-from planners.placement import Tier
-from planners.plan import DecodeScope, Ring, StatePlacement
-from planners.schedule import walk
-from planners.streaming_problem import Cuts
+from planners.plans.activations import Action, ActivationPolicy, Chunk, whole_batch
+from planners.plans.placement import Tier
+from planners.plans.plan import DecodeScope, Ring, StatePlacement
+from planners.plans.schedule import walk
+from planners.problems.hardware import load_hardware
+from planners.rule.streaming_problem import Cuts
 from tests import adapter_tiers as tiers_of
 from tests import full_parity as full
 from tests import gpu_planning

@@ -218,7 +218,7 @@ from offload_rt.memory import heap
 from offload_rt.plans import workload_sizes
 from offload_rt._engine import Engine
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, whole_batch
+from planners.plans.activations import Action, whole_batch
 workload_sizes.allocator_slack_bytes = lambda *_, **__: 160 << 20  # holes of 80 MiB with all kept, of 270 with nothing
 if sys.argv[2] == "without":
     heap.HeapGuard._unfilled = lambda guard, in_use: 0

@@ -17,7 +17,7 @@ from offload_rt.storage.store import Store
 from offload_rt.transfers.links import Links
 from offload_rt.wiring.runtime_assembly import RuntimeAssembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import Tier
+from planners.plans.plan import Tier
 from tests.conftest import build_plain
 
 CLOSINGS = [

@@ -17,8 +17,8 @@ import torch
 from offload_rt.errors import IntegrityError
 from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.tokenwise.tiles import Places
-from planners.activations import Action, ActivationPolicy, whole_batch
-from planners.plan import Plan, Tier
+from planners.plans.activations import Action, ActivationPolicy, whole_batch
+from planners.plans.plan import Plan, Tier
 from tests.tiny_training import Made, Plain, accumulated_step, batch, differences, engine, model, train
 
 EACH_WAY: dict[str, ActivationPolicy] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_rt.errors import IntegrityError
-from planners.plan import Tier
+from planners.plans.plan import Tier
 from tests.adapter_tiers import IN_HOST
 from tests.conftest import build_lora, build_plain, language_batch
 from tests.test_tokenwise_engine import LINEAR, SEQ_LEN, chunked

@@ -15,8 +15,8 @@ from offload_rt.layers.executor import RingExecutor
 from offload_rt.layers.turns import Turns, shown
 from offload_rt.plans import workload_sizes
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, whole_batch
-from planners.plan import StatePlacement, Tier
+from planners.plans.activations import Action, whole_batch
+from planners.plans.plan import StatePlacement, Tier
 from tests.fake_device import FakeDevice
 from tests.full_parity import Case, build, state_of, training_of
 from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, micro_batch

@@ -21,8 +21,8 @@ from offload_rt.transfers.links import Links
 from offload_rt.transfers.locked_ring import NUM_PIECES, LockedRing
 from offload_rt.transfers.recording import Recorder
 from offload_rt.transfers.streams import COMPUTE, Copier, Copy
-from planners.placement import Tier
-from planners.schedule import walk
+from planners.plans.placement import Tier
+from planners.plans.schedule import walk
 from tests.fake_device import FakeDevice
 from tests.test_streams import PAGE, Bench
 from tests.waiting import Waiting

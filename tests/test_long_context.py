@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from offload_rt.memory.allocations import AllocationMeter
-from planners.activations import Action, ActivationPolicy, Chunk
 from planners.errors import PlanInfeasible
-from planners.plan import Tier
+from planners.plans.activations import Action, ActivationPolicy, Chunk
+from planners.plans.plan import Tier
 from tests.tokenwise import build_with_adapters
 
 TOKENS, LAYERS, HIDDEN = 2048, 24, 64

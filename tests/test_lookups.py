@@ -21,10 +21,10 @@ from offload_rt.tiering import tiers
 from offload_rt.tiering.rows import PageRange, Piece, pieces_of
 from offload_rt.tiering.tiers import TierAccount
 from planners.errors import PlanInfeasible
-from planners.plan import Plan, Tier
-from planners.schedule import Phase
+from planners.plans.plan import Plan, Tier
+from planners.plans.schedule import Phase
+from planners.plans.vocabulary import Lookups
 from planners.units import PAGE_BYTES
-from planners.vocabulary import Lookups
 from tests.conftest import build_base, build_lora
 from tests.fake_device import FakeDevice
 from tests.parity import PlainModel

@@ -33,8 +33,8 @@ from offload_rt.transfers.links import Links
 from offload_rt.wiring import assembly, runtime_assembly
 from offload_rt.wiring.runtime import Change
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.placement import ClassPlan
-from planners.plan import Plan, Ring, Split, Tier
+from planners.plans.placement import ClassPlan
+from planners.plans.plan import Plan, Ring, Split, Tier
 from tests.changing_plans import decisions, propose, results
 from tests.fake_device import FakeDevice
 from tests.parity import Case, Trace, build, decode_in_place, engine_of, run_steps

@@ -17,7 +17,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.quantized import codec, nf4_products
 from offload_rt.quantized.nf4_layout import nf4_layout
 from offload_rt.quantized.nf4_products import MOST_ERROR, TOKENS, Bitsandbytes, Decoded, Fused, Products, measure
-from planners.products import products_from_json, way_of
+from planners.plans.products import products_from_json, way_of
 from tests.interpreter import interpreted
 from tests.test_triton import same_bits
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
 from tests.conftest import build_lora, language_batch
 
 STEPS = 3

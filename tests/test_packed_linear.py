@@ -18,10 +18,10 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.plans.cuts import cuts_from_json, cuts_to_json
 from offload_rt.profiling.measured_sizes import tensors_digest
 from offload_rt.quantized import codec
-from planners.activations import Action, whole_batch
-from planners.placement import Tier
-from planners.plan import DecodeScope, Plan
-from planners.streaming_problem import Cuts
+from planners.plans.activations import Action, whole_batch
+from planners.plans.placement import Tier
+from planners.plans.plan import DecodeScope, Plan
+from planners.rule.streaming_problem import Cuts
 from tests.conftest import build_lora, decode_in_place, language_batch
 from tests.interpreter import interpreted
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from planners.plan import DecodeScope
-from planners.schedule import num_fetches, ring_schedule, walk
+from planners.plans.plan import DecodeScope
+from planners.plans.schedule import num_fetches, ring_schedule, walk
 from tests.parity import (
     AXES,
     STEPS,

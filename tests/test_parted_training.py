@@ -14,8 +14,8 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.placement import UpdateMode
-from planners.plan import StatePlacement, Tier
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import StatePlacement, Tier
 from tests.fake_device import FakeDevice
 from tests.full_parity import (
     STEPS,

@@ -24,9 +24,9 @@ from offload_rt.storage.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.storage.drives import PROBE_BYTES, drive_profile
 from offload_rt.transfers.links import Links
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.attempts import SAVING
 from planners.errors import PlanInfeasible
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
+from planners.rule.attempts import SAVING
 from tests.conftest import build_base, build_lora, language_batch
 from tests.test_planning import SECONDS, machine
 

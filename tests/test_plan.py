@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_rt.plans.workload_sizes import allocator_slack_bytes
-from planners.attempts import MIN_CHUNK_TOKENS, TIGHT_SLACK_BYTES
 from planners.errors import PlanInfeasible, format_bytes
-from planners.plan import DecodeScope, Plan, Ring, Tier
-from planners.streaming import plan_streaming
-from planners.streaming_problem import BlockSize, ChunkedSize, Cuts, LossHeadSize, StreamingProblem
+from planners.plans.plan import DecodeScope, Plan, Ring, Tier
+from planners.rule.attempts import MIN_CHUNK_TOKENS, TIGHT_SLACK_BYTES
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import BlockSize, ChunkedSize, Cuts, LossHeadSize, StreamingProblem
 
 KIB = 1024
 

@@ -24,13 +24,13 @@ from offload_rt.profiling import calibrate
 from offload_rt.profiling.block_profile import MOST_PASSES
 from offload_rt.running import rehearsal
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.edges import lookups_of
 from planners.errors import PlanInfeasible
-from planners.filling import Fill
-from planners.placement import Tier
-from planners.problem import KeptPass
-from planners.program import SolverMissing
-from planners.streaming import plan_streaming
+from planners.optimiser.program import SolverMissing
+from planners.plans.placement import Tier
+from planners.problems.problem import KeptPass
+from planners.rule.edges import lookups_of
+from planners.rule.filling import Fill
+from planners.rule.streaming import plan_streaming
 from tests.conftest import build_lora, build_plain
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
 from tests.test_parity import differences

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from offload_rt.errors import ConfigError
-from planners import attempts
 from planners.errors import PlanInfeasible
-from planners.placement import UpdateMode
-from planners.plan import Plan, StatePlacement, Tier
-from planners.streaming import plan_streaming
-from planners.streaming_problem import StreamingProblem
-from planners.training_state import TrainedSize, TrainingSizes
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import Plan, StatePlacement, Tier
+from planners.plans.training_state import TrainedSize, TrainingSizes
+from planners.rule import attempts
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import StreamingProblem
 from tests.test_plan import KIB, problem
 from tests.tiny_training import ON_NVME, Plain, differences, engine, model, train
 

@@ -9,19 +9,19 @@ from dataclasses import replace
 
 import pytest
 
-from planners.choices import combinations
-from planners.hardware import Drive, Links
-from planners.mip import search
-from planners.placement import Tier, UpdateMode
-from planners.problem import BlockClass, Capabilities, KeptPass, MeasuredSeconds, Problem, Training, Workload
-from planners.program import Program
-from planners.rows import LOW_PRICE, PRICE_SUM, Freedoms
-from planners.schedule import Phase
-from planners.static_memory import capacities
-from planners.steady import _Builder, _read, solve_steady
-from planners.step_work import floor_seconds
-from planners.trace import Saved, Transient
-from planners.trial import GOOD_ENOUGH, Search, in_whole_numbers, try_candidate
+from planners.optimiser.choices import combinations
+from planners.optimiser.mip import search
+from planners.optimiser.program import Program
+from planners.optimiser.rows import LOW_PRICE, PRICE_SUM, Freedoms
+from planners.optimiser.steady import _Builder, _read, solve_steady
+from planners.optimiser.trial import GOOD_ENOUGH, Search, in_whole_numbers, try_candidate
+from planners.plans.placement import Tier, UpdateMode
+from planners.plans.schedule import Phase
+from planners.problems.hardware import Drive, Links
+from planners.problems.problem import BlockClass, Capabilities, KeptPass, MeasuredSeconds, Problem, Training, Workload
+from planners.shapes.trace import Saved, Transient
+from planners.simulator.static_memory import capacities
+from planners.simulator.step_work import floor_seconds
 from tests.planner_cases import machine
 
 KIB = 1 << 10

@@ -14,13 +14,13 @@ from offload_rt.cli.main import main
 from offload_rt.cli.train import OPTIMIZERS
 from offload_rt.cli.train_run import _optimizer
 from offload_rt.optimizer.rules import rule_for
-from planners.explain import advise, ways_out
-from planners.hardware import named_hardware
-from planners.model_workload import STATE_BYTES
-from planners.plan import Plan
-from planners.policies import NAMES, plan_by_policy
+from planners.optimiser.explain import advise, ways_out
+from planners.optimiser.policies import NAMES, plan_by_policy
+from planners.plans.plan import Plan
+from planners.problems.hardware import named_hardware
+from planners.problems.model_workload import STATE_BYTES
+from planners.simulator.validate import check
 from planners.units import ProblemError
-from planners.validate import check
 from tests.planner_cases import MIB, TINY, machine, problem
 
 QLORA = ["plan", "--model", "llama3-8b", "--gpu", "rtx4060ti", "--bits", "4", "--nvme", "1TB@7.0r/5.0w", "--no-advice"]
@@ -91,7 +91,7 @@ def test_infeasible_says_what_is_short_and_ways_out_that_work(capsys):
 
 def test_every_way_out_was_planned():
     from planners.errors import PlanInfeasible
-    from planners.mip import plan_optimal
+    from planners.optimiser.mip import plan_optimal
 
     p = problem(machine_=machine(device=4 * MIB))
     with pytest.raises(PlanInfeasible) as caught:
@@ -102,7 +102,7 @@ def test_every_way_out_was_planned():
 def test_advice_is_what_planning_again_gives():
     from dataclasses import replace
 
-    from planners.mip import plan_optimal
+    from planners.optimiser.mip import plan_optimal
 
     p = problem(full=True, machine_=machine(device=40 * MIB, host=48 * MIB))
     plan = plan_optimal(p)

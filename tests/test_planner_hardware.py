@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from planners.hardware import Drive, hardware_names, load_hardware, named_hardware, parse_drive, with_budgets
+from planners.problems.hardware import Drive, hardware_names, load_hardware, named_hardware, parse_drive, with_budgets
 from planners.units import ProblemError, parse_size
 
 GIB = 1 << 30

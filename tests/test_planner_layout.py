@@ -6,20 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from planners import layout
-from planners.architectures import shape_from_config
-from planners.arenas import chunk_arena_name, demands, retained_gradients
-from planners.cost import knobs_of, num_chunks
-from planners.layout import ALIGNMENT_BYTES, Buffer, lay_out, live_bytes
-from planners.model_workload import make_workload
-from planners.models import find_model
-from planners.placement import Buffers, Tier, UpdateMode, UpdatePlace
-from planners.plan import Plan
-from planners.problem import Problem
-from planners.schedule import Phase
-from planners.simulate import simulate
-from planners.trace import NUM_OPERATIONS, backward_tick, saved_tensors, transients
-from planners.validate import InvalidPlan, check_arena, check_layout
+from planners.plans import layout
+from planners.plans.layout import ALIGNMENT_BYTES, Buffer, lay_out, live_bytes
+from planners.plans.placement import Buffers, Tier, UpdateMode, UpdatePlace
+from planners.plans.plan import Plan
+from planners.plans.schedule import Phase
+from planners.problems.cost import knobs_of, num_chunks
+from planners.problems.model_workload import make_workload
+from planners.problems.problem import Problem
+from planners.shapes.architectures import shape_from_config
+from planners.shapes.models import find_model
+from planners.shapes.trace import NUM_OPERATIONS, backward_tick, saved_tensors, transients
+from planners.simulator.arenas import chunk_arena_name, demands, retained_gradients
+from planners.simulator.simulate import simulate
+from planners.simulator.validate import InvalidPlan, check_arena, check_layout
 from tests.planner_cases import EVERYWHERE, machine, plan_of, problem
 
 K = ALIGNMENT_BYTES

@@ -9,24 +9,24 @@ from dataclasses import replace
 import pytest
 
 from offload_rt.cli.main import main
-from planners.architectures import shape_from_config
-from planners.arenas import with_arenas
-from planners.choices import combinations
 from planners.errors import PlanInfeasible
-from planners.expand import expand
-from planners.greedy import plan_greedy
-from planners.mip import plan_optimal, smallest_shortage
-from planners.model_workload import make_workload
-from planners.placement import Split, Tier
-from planners.plan import Plan
-from planners.problem import Problem
-from planners.rows import LOW_PRICE, Freedoms
-from planners.simulate import simulate
-from planners.static_memory import capacities, saving_bytes, static_bytes
-from planners.steady import _Builder, _read, solve_steady
-from planners.step_work import busy_seconds, floor_seconds
-from planners.validate import InvalidPlan, check
-from planners.vocabulary import Lookups, RowsSize
+from planners.optimiser.choices import combinations
+from planners.optimiser.expand import expand
+from planners.optimiser.greedy import plan_greedy
+from planners.optimiser.mip import plan_optimal, smallest_shortage
+from planners.optimiser.rows import LOW_PRICE, Freedoms
+from planners.optimiser.steady import _Builder, _read, solve_steady
+from planners.plans.placement import Split, Tier
+from planners.plans.plan import Plan
+from planners.plans.vocabulary import Lookups, RowsSize
+from planners.problems.model_workload import make_workload
+from planners.problems.problem import Problem
+from planners.shapes.architectures import shape_from_config
+from planners.simulator.arenas import with_arenas
+from planners.simulator.simulate import simulate
+from planners.simulator.static_memory import capacities, saving_bytes, static_bytes
+from planners.simulator.step_work import busy_seconds, floor_seconds
+from planners.simulator.validate import InvalidPlan, check
 from tests.planner_cases import MIB, TINY, machine
 
 VOCABULARY, WIDTH, TOKENS = 32768, 256, 512

@@ -6,25 +6,25 @@ from dataclasses import replace
 
 import pytest
 
-from planners.arenas import peak_bytes
-from planners.choices import combinations
 from planners.errors import PlanInfeasible
-from planners.expand import expand
-from planners.greedy import plan_greedy
-from planners.hardware import Drive
-from planners.mip import plan_any, plan_optimal
-from planners.placement import UpdateMode, UpdatePlace
-from planners.plan import Plan
-from planners.problem import Capabilities
-from planners.program import Program, SolverFailed, SolverMissing
+from planners.optimiser.choices import combinations
+from planners.optimiser.expand import expand
+from planners.optimiser.greedy import plan_greedy
+from planners.optimiser.mip import plan_any, plan_optimal
+from planners.optimiser.program import Program, SolverFailed, SolverMissing
+from planners.optimiser.rows import Freedoms
+from planners.optimiser.steady import solve_steady
+from planners.plans.placement import UpdateMode, UpdatePlace
+from planners.plans.plan import Plan
+from planners.problems.hardware import Drive
+from planners.problems.problem import Capabilities
 from planners.render import page
-from planners.rows import Freedoms
-from planners.simulate import simulate
-from planners.static_memory import capacities
-from planners.steady import solve_steady
-from planners.step_work import busy_seconds, floor_seconds
+from planners.simulator.arenas import peak_bytes
+from planners.simulator.simulate import simulate
+from planners.simulator.static_memory import capacities
+from planners.simulator.step_work import busy_seconds, floor_seconds
+from planners.simulator.validate import InvalidPlan, check
 from planners.units import ProblemError
-from planners.validate import InvalidPlan, check
 from tests.planner_cases import MIB, machine, problem
 
 TIGHT = {"device": 24 * MIB, "host": 28 * MIB}
@@ -164,7 +164,7 @@ def test_what_overflows_when_it_is_laid_out_is_tightened(monkeypatch):
         found = peak_bytes(problem_, plan)
         return {**found, "host": found["host"] + 32 * MIB}
 
-    monkeypatch.setattr("planners.greedy.peak_bytes", pessimistic)
+    monkeypatch.setattr("planners.optimiser.greedy.peak_bytes", pessimistic)
     plan = plan_optimal(p)
     assert simulate(p, plan).peak_bytes["host"] <= 64 * MIB
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from planners.architectures import FAMILIES, shape_from_config
-from planners.model import Attention, Linear, stored_bytes
-from planners.models import find_model, read_config
+from planners.shapes.architectures import FAMILIES, shape_from_config
+from planners.shapes.model import Attention, Linear, stored_bytes
+from planners.shapes.models import find_model, read_config
+from planners.shapes.well_known import NAMED
 from planners.units import ProblemError
-from planners.well_known import NAMED
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80, "vocab_size": 97}
 GQA = {**SMALL, "num_key_value_heads": 2}

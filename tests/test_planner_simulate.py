@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from planners.cost import class_costs, steady_ring
-from planners.hardware import named_hardware
-from planners.passes import build_timeline
-from planners.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
-from planners.problem import Capabilities
-from planners.schedule import StepKind, num_fetches
-from planners.simulate import Deadlock, _Run, simulate
-from planners.static_memory import static_bytes
-from planners.step_work import busy_seconds
-from planners.timeline import DEVICE, Resource, Timeline
-from planners.validate import InvalidPlan, check_busy, check_replay
+from planners.plans.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plans.schedule import StepKind, num_fetches
+from planners.problems.cost import class_costs, steady_ring
+from planners.problems.hardware import named_hardware
+from planners.problems.problem import Capabilities
+from planners.simulator.passes import build_timeline
+from planners.simulator.simulate import Deadlock, _Run, simulate
+from planners.simulator.static_memory import static_bytes
+from planners.simulator.step_work import busy_seconds
+from planners.simulator.timeline import DEVICE, Resource, Timeline
+from planners.simulator.validate import InvalidPlan, check_busy, check_replay
 from tests.planner_cases import machine, matrix, plan_of, problem
 
 
@@ -263,7 +263,7 @@ def test_a_step_is_steady_when_it_is_measured(mode, monkeypatch):
     p = problem(full=True)
     plan = plan_of(p, mode=mode, weights=(0, 0, 1))
     measured = simulate(p, plan).step_seconds
-    monkeypatch.setattr("planners.simulate.NUM_STEPS", {False: 7, True: 6})
+    monkeypatch.setattr("planners.simulator.simulate.NUM_STEPS", {False: 7, True: 6})
     assert simulate(p, plan).step_seconds == pytest.approx(measured, rel=1e-9)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from offload_rt.cli.main import main
-from planners import models
-from planners.architectures import shape_from_config
-from planners.headers import read_headers
-from planners.meta_model import NotThere, parameter_shapes
-from planners.model_workload import make_workload
-from planners.models import find_model, read_config
-from planners.tensors import Hints, shape_from_tensors
+from planners.problems.model_workload import make_workload
+from planners.shapes import models
+from planners.shapes.architectures import shape_from_config
+from planners.shapes.headers import read_headers
+from planners.shapes.meta_model import NotThere, parameter_shapes
+from planners.shapes.models import find_model, read_config
+from planners.shapes.tensors import Hints, shape_from_tensors
 from planners.units import ProblemError
 from tests.test_planner_models import CASES, GQA, SMALL, created_params
 

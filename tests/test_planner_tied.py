@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from planners.architectures import shape_from_config
-from planners.arenas import with_arenas
 from planners.errors import PlanInfeasible
-from planners.mip import plan_optimal
-from planners.model_workload import make_workload
-from planners.placement import Split, Tier
-from planners.plan import Plan
-from planners.problem import Problem
-from planners.simulate import simulate
-from planners.static_memory import static_bytes
-from planners.step_work import busy_seconds
-from planners.validate import InvalidPlan, check, check_placement
-from planners.vocabulary import Lookups
+from planners.optimiser.mip import plan_optimal
+from planners.plans.placement import Split, Tier
+from planners.plans.plan import Plan
+from planners.plans.vocabulary import Lookups
+from planners.problems.model_workload import make_workload
+from planners.problems.problem import Problem
+from planners.shapes.architectures import shape_from_config
+from planners.simulator.arenas import with_arenas
+from planners.simulator.simulate import simulate
+from planners.simulator.static_memory import static_bytes
+from planners.simulator.step_work import busy_seconds
+from planners.simulator.validate import InvalidPlan, check, check_placement
 from tests.planner_cases import MIB, TINY, machine
 from tests.test_planner_tiles import NORM_BYTES, PLACES, TABLE_BYTES, TOKENS, VOCABULARY, WIDTH
 

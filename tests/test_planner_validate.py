@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import pytest
 
-from planners.arenas import peak_bytes
 from planners.errors import PlanInfeasible
-from planners.greedy import plan_greedy, shortages
-from planners.placement import Cuts, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
-from planners.plan import Plan
-from planners.problem import Capabilities
-from planners.simulate import simulate
-from planners.static_memory import capacities, saving_bytes
-from planners.step_work import floor_seconds
+from planners.optimiser.greedy import plan_greedy, shortages
+from planners.plans.placement import Cuts, Split, Tier, TokenSplit, Update, UpdateMode, UpdatePlace
+from planners.plans.plan import Plan
+from planners.problems.problem import Capabilities
+from planners.simulator.arenas import peak_bytes
+from planners.simulator.simulate import simulate
+from planners.simulator.static_memory import capacities, saving_bytes
+from planners.simulator.step_work import floor_seconds
+from planners.simulator.validate import InvalidPlan, check
 from planners.units import ProblemError
-from planners.validate import InvalidPlan, check
 from tests.planner_cases import MIB, machine, plan_of, problem
 
 ROOMY = {"device": 1 << 30, "host": 1 << 30}

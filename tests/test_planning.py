@@ -25,14 +25,14 @@ from offload_rt.profiling.block_profile import profile_layer
 from offload_rt.profiling.chunk_profile import profile_chunked_layer
 from offload_rt.profiling.edge_profile import profile_head, updates_per_second
 from offload_rt.wiring.workload import find_workload
-from planners.cost import knobs_of
 from planners.errors import PlanInfeasible
-from planners.hardware import Drive, Links, named_hardware
-from planners.mip import plan_optimal
-from planners.placement import Cuts, Tier, UpdatePlace
-from planners.problem import MeasuredSeconds
-from planners.static_memory import capacities
-from planners.validate import InvalidPlan, check, check_modes
+from planners.optimiser.mip import plan_optimal
+from planners.plans.placement import Cuts, Tier, UpdatePlace
+from planners.problems.cost import knobs_of
+from planners.problems.hardware import Drive, Links, named_hardware
+from planners.problems.problem import MeasuredSeconds
+from planners.simulator.static_memory import capacities
+from planners.simulator.validate import InvalidPlan, check, check_modes
 from tests.conftest import build_lora, build_plain
 from tests.parity import BATCH_SIZE, SEQ_LEN, STEPS, Case, build, run_plain, run_steps
 from tests.test_parity import differences

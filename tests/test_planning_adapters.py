@@ -29,12 +29,12 @@ from offload_rt.wiring.adapter_draft import with_adapter_state
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import find_workload
 from planners.errors import PlanInfeasible
-from planners.hardware import Hardware
-from planners.placement import Tier, UpdateMode
-from planners.plan import Plan
-from planners.streaming import plan_streaming
-from planners.streaming_problem import StreamingProblem
-from planners.vocabulary import TILE_SLOTS
+from planners.plans.placement import Tier, UpdateMode
+from planners.plans.plan import Plan
+from planners.plans.vocabulary import TILE_SLOTS
+from planners.problems.hardware import Hardware
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import StreamingProblem
 from tests import test_planning
 from tests.conftest import build_base, language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN

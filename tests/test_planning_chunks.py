@@ -19,16 +19,16 @@ from offload_rt.plans.planning_tokens import GROUPS, INPUT, policies_of
 from offload_rt.profiling import block_profile, chunk_profile
 from offload_rt.profiling.chunk_profile import passes, profile_chunked_layer
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment
-from planners.cost import class_costs, knobs_of
-from planners.division import deal
 from planners.errors import PlanInfeasible
-from planners.mip import plan_optimal
-from planners.placement import Cuts, DecodeScope, Tier
-from planners.steady import solve_steady
-from planners.streaming import plan_streaming
-from planners.streaming_problem import Cuts as RunsCuts
-from planners.validate import InvalidPlan, check
+from planners.optimiser.mip import plan_optimal
+from planners.optimiser.steady import solve_steady
+from planners.plans.activations import Action, ActivationPolicy, Chunk, Group, Treatment
+from planners.plans.placement import Cuts, DecodeScope, Tier
+from planners.problems.cost import class_costs, knobs_of
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import Cuts as RunsCuts
+from planners.simulator.division import deal
+from planners.simulator.validate import InvalidPlan, check
 from tests.parity import BATCH_SIZE, SEQ_LEN, run_steps
 from tests.test_parity import differences
 from tests.test_plan_choice import calibrated

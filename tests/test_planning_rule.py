@@ -19,13 +19,14 @@ from offload_rt.plans.planning import SLACK_DIVISOR, optimised_adapters
 from offload_rt.plans.planning_tokens import rounding_of
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.wiring.workload import Workload, find_workload
-from planners import streaming as rule
 from planners.errors import PlanInfeasible
-from planners.hardware import Hardware
-from planners.plan import Plan, Tier
-from planners.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
-from planners.streaming_problem import StreamingProblem
-from planners.trial import GOOD_ENOUGH
+from planners.optimiser.trial import GOOD_ENOUGH
+from planners.plans.plan import Plan, Tier
+from planners.problems.hardware import Hardware
+from planners.problems.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
+from planners.rule import attempts
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import StreamingProblem
 from tests.conftest import SHARES_FIXTURES, build_lora
 from tests.test_planning import SECONDS, UPDATES_PER_SECOND, machine
 
@@ -55,7 +56,7 @@ def least_bytes(streaming: StreamingProblem, tier: str) -> int:
     while high - low > PAGE // 8:
         middle = (low + high) // 2
         try:
-            rule.plan_streaming(replace(streaming, **{tier: middle}))
+            plan_streaming(replace(streaming, **{tier: middle}))
             high = middle
         except PlanInfeasible:
             low = middle
@@ -88,7 +89,7 @@ def compare(
         patched.setattr(planning, "profile_chunked_layer", profiled)
         patched.setattr(planning, "profile_head", lambda **_: replace(SECONDS, forward=1e-4, backward=0.0))
         patched.setattr(planning, "updates_per_second", lambda *_: UPDATES_PER_SECOND)
-        patched.setattr(rule, "STAGING_PIECE_BYTES", PIECE_BYTES)
+        patched.setattr(attempts, "STAGING_PIECE_BYTES", PIECE_BYTES)
         patched.setattr(planning_tokens, "STAGING_PIECE_BYTES", PIECE_BYTES)
         pages = (4 * len(workload.drafts) + 4) * PAGE
         least = int(device * least_bytes(streaming, "device_capacity_bytes"))
@@ -97,11 +98,11 @@ def compare(
         if not tight.unified:
             least = int(host * least_bytes(tight, "host_capacity_bytes"))
             tight = replace(tight, host_capacity_bytes=least)
-            shortest = [measured_as_the_rule_estimates(streaming, min(rule.CHUNK_TOKENS))] * len(workload.layers)
+            shortest = [measured_as_the_rule_estimates(streaming, min(attempts.CHUNK_TOKENS))] * len(workload.layers)
             seq_len, each = workload.config.seq_len, streaming.layer_input_bytes
             rounding = rounding_of(shortest, input_bytes=each, seq_len=seq_len, unified=False)
             roomy = replace(roomy, host_capacity_bytes=least + 2 * pages + rounding.host_bytes)
-        ruled = rule.plan_streaming(tight)
+        ruled = plan_streaming(tight)
         hardware: Hardware = machine(PLENTY, 0 if tight.unified else PLENTY)
         if tight.nvme_capacity_bytes is None:
             hardware = replace(hardware, drives=())
@@ -132,8 +133,8 @@ def test_where_a_quarter_of_the_slack_does_not_fit_as_little_is_granted_as_by_th
     workload, streaming = asked(tmp_path, host=False, nvme=True, bits=None, num_layers=2, seq_len=16)
     streaming = replace(streaming, allocator_slack_bytes=1 << 30)
     ruled, plan = compare(monkeypatch, workload, streaming, device=1.0, host=1.0)
-    assert ruled.allocator_slack_bytes == rule.TIGHT_SLACK_BYTES
-    assert rule.TIGHT_SLACK_BYTES <= plan.allocator_slack_bytes < (1 << 30) // SLACK_DIVISOR
+    assert ruled.allocator_slack_bytes == attempts.TIGHT_SLACK_BYTES
+    assert attempts.TIGHT_SLACK_BYTES <= plan.allocator_slack_bytes < (1 << 30) // SLACK_DIVISOR
     _, plan = compare(monkeypatch, workload, streaming, device=8.0, host=1.0)
     assert plan.allocator_slack_bytes >= (1 << 30) // SLACK_DIVISOR
 

@@ -15,17 +15,17 @@ from offload_rt.plans.plan_check import check_plan
 from offload_rt.plans.plan_choice import OPTIMISER, choose, rule_seconds
 from offload_rt.plans.planning import by_tiles, lowered
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.cost import tiles_again_seconds
 from planners.errors import PlanInfeasible
-from planners.filling import Fill
-from planners.greedy import plan_greedy
-from planners.mip import plan_optimal
-from planners.placement import Tier
-from planners.plan import Plan
-from planners.problem import KeptPass, MeasuredSeconds
-from planners.streaming import plan_streaming
-from planners.streaming_problem import Cuts
-from planners.validate import InvalidPlan, check, check_placement
+from planners.optimiser.greedy import plan_greedy
+from planners.optimiser.mip import plan_optimal
+from planners.plans.placement import Tier
+from planners.plans.plan import Plan
+from planners.problems.cost import tiles_again_seconds
+from planners.problems.problem import KeptPass, MeasuredSeconds
+from planners.rule.filling import Fill
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import Cuts
+from planners.simulator.validate import InvalidPlan, check, check_placement
 from tests.conftest import build_lora
 from tests.parity import SEQ_LEN
 from tests.test_planning import MIB, SECONDS, UPDATES_PER_SECOND, machine, question

@@ -19,20 +19,20 @@ from offload_rt.profiling.block_profile import profile_layer
 from offload_rt.tokenwise.saved import MIN_SWAPPED_BYTES
 from offload_rt.tokenwise.slicing import NotTokenLocal
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, ActivationPolicy, Chunk
-from planners.choices import combinations
-from planners.cost import Knobs
-from planners.division import divided, home_of_each
 from planners.errors import PlanInfeasible
-from planners.expand import Fractions, expand, with_prediction
-from planners.filling import KEPT_TENSORS
-from planners.mip import plan_optimal
-from planners.placement import Cuts, DecodeScope, Tier, TokenSplit, UpdateMode, UpdatePlace
-from planners.plan import Plan
-from planners.simulate import simulate
-from planners.steady import solve_steady
-from planners.step_work import floor_seconds
-from planners.validate import InvalidPlan, check
+from planners.optimiser.choices import combinations
+from planners.optimiser.expand import Fractions, expand, with_prediction
+from planners.optimiser.mip import plan_optimal
+from planners.optimiser.steady import solve_steady
+from planners.plans.activations import Action, ActivationPolicy, Chunk
+from planners.plans.placement import Cuts, DecodeScope, Tier, TokenSplit, UpdateMode, UpdatePlace
+from planners.plans.plan import Plan
+from planners.problems.cost import Knobs
+from planners.rule.filling import KEPT_TENSORS
+from planners.simulator.division import divided, home_of_each
+from planners.simulator.simulate import simulate
+from planners.simulator.step_work import floor_seconds
+from planners.simulator.validate import InvalidPlan, check
 from tests.conftest import language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
 from tests.test_parity import differences

@@ -34,18 +34,18 @@ from offload_rt.storage.commit_record import RECORD_BYTES, body_bytes
 from offload_rt.tensor_spec import align_up
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import Workload, find_workload
-from planners import choices
-from planners.activations import Action, whole_batch
-from planners.division import HOMES
 from planners.errors import PlanInfeasible
-from planners.greedy import plan_greedy
-from planners.hardware import Drive, Hardware
-from planners.mip import plan_optimal
-from planners.placement import ClassPlan, Split, Tier, UpdateMode
-from planners.plan import Plan
-from planners.problem import KeptPass, MeasuredSeconds, Problem
-from planners.streaming_problem import StreamingProblem
-from planners.validate import InvalidPlan, check, check_modes
+from planners.optimiser import choices
+from planners.optimiser.greedy import plan_greedy
+from planners.optimiser.mip import plan_optimal
+from planners.plans.activations import Action, whole_batch
+from planners.plans.placement import ClassPlan, Split, Tier, UpdateMode
+from planners.plans.plan import Plan
+from planners.problems.hardware import Drive, Hardware
+from planners.problems.problem import KeptPass, MeasuredSeconds, Problem
+from planners.rule.streaming_problem import StreamingProblem
+from planners.simulator.division import HOMES
+from planners.simulator.validate import InvalidPlan, check, check_modes
 from tests import test_planning
 from tests.conftest import language_batch
 from tests.full_parity import NORMS, OPTIMIZERS, STEPS, Case, build, run_engine, run_plain, training_of

@@ -13,8 +13,8 @@ from offload_rt._engine import Engine
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.plans import planning_training
 from offload_rt.tiering.resting import splits_of
-from planners.hardware import Hardware
-from planners.placement import Tier, UpdateMode
+from planners.plans.placement import Tier, UpdateMode
+from planners.problems.hardware import Hardware
 from tests import test_planning_training, test_replanning
 from tests.full_parity import NORMS, OPTIMIZERS, build, one_loss, run_engine, run_plain, state_of, training_of
 from tests.parity import BATCH_SIZE, SEQ_LEN

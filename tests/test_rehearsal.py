@@ -22,7 +22,7 @@ from offload_rt.running import rehearsal
 from offload_rt.running.longest_step import longest
 from offload_rt.running.rehearsal import MEASURED_BEFORE, SLACK, Rehearsal, planned_bytes
 from planners.errors import PlanInfeasible
-from planners.plan import Tier
+from planners.plans.plan import Tier
 from tests.conftest import VOCABULARY, build_lora
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -23,10 +23,10 @@ from offload_rt.running import rehearsal
 from offload_rt.running.rehearsal import SLACK
 from offload_rt.wiring import runtime_assembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, whole_batch
 from planners.errors import PlanInfeasible
-from planners.placement import UpdateMode
-from planners.plan import StatePlacement, Tier
+from planners.plans.activations import Action, whole_batch
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import StatePlacement, Tier
 from tests.conftest import VOCABULARY, build_base, build_lora
 from tests.fake_device import FakeDevice
 from tests.full_parity import OPTIMIZERS, state_of

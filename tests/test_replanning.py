@@ -29,15 +29,15 @@ from offload_rt.running.steps import WARM_STEPS, StepReading
 from offload_rt.transfers.throttle import Throttle
 from offload_rt.wiring import assembly, runtime_assembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.activations import Action, ActivationPolicy, Chunk
-from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
-from planners.hardware import Drive
-from planners.mip import plan_optimal
-from planners.plan import Tier
-from planners.problem import KeptPass, MeasuredSeconds
-from planners.simulate import simulate
-from planners.vocabulary import HeadTiles
+from planners.optimiser.mip import plan_optimal
+from planners.plans.activations import Action, ActivationPolicy, Chunk
+from planners.plans.plan import Tier
+from planners.plans.vocabulary import HeadTiles
+from planners.problems.hardware import Drive
+from planners.problems.problem import KeptPass, MeasuredSeconds
+from planners.simulator.division import divided
+from planners.simulator.simulate import simulate
 from tests.conftest import build_lora, language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN
 from tests.test_planning import SECONDS as HEAD_SECONDS
@@ -420,7 +420,7 @@ import os, sys
 from pathlib import Path
 import pytest
 from offload_rt.wiring.runtime_assembly import RuntimeAssembly
-from planners.hardware import load_hardware
+from planners.problems.hardware import load_hardware
 from tests import test_replanning as here
 here.without_clocks(pytest.MonkeyPatch())
 folder, hardware = map(Path, sys.argv[1:])

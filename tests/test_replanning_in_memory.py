@@ -20,14 +20,14 @@ from offload_rt.tiering.resting import splits_of
 from offload_rt.wiring import runtime_assembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import find_workload
-from planners.attempts import attempts
-from planners.division import divided
-from planners.edges import EdgesBy
 from planners.errors import PlanInfeasible, format_bytes
-from planners.hardware import Links
-from planners.mip import plan_optimal
-from planners.plan import Tier
-from planners.simulate import simulate
+from planners.optimiser.mip import plan_optimal
+from planners.plans.plan import Tier
+from planners.problems.hardware import Links
+from planners.rule.attempts import attempts
+from planners.rule.edges import EdgesBy
+from planners.simulator.division import divided
+from planners.simulator.simulate import simulate
 from tests.changing_plans import propose, results
 from tests.conftest import build_base, build_lora
 from tests.parity import BATCH_SIZE, SEQ_LEN

@@ -17,7 +17,7 @@ from offload_rt._engine import Engine
 from offload_rt.memory import mapped
 from offload_rt.transfers.device_cuda import CudaArena
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import Plan, StatePlacement, Tier
+from planners.plans.plan import Plan, StatePlacement, Tier
 from tests.changing_plans import FAILURES, decisions, fail_once, propose, results
 from tests.fake_device import FakeDevice
 from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, built, one_step, scheduled

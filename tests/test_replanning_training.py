@@ -28,9 +28,9 @@ from offload_rt.profiling import calibrate
 from offload_rt.running import rehearsal, replanning
 from offload_rt.running.rehearsal import planned_bytes
 from planners.errors import format_bytes
-from planners.mip import plan_optimal
-from planners.placement import UpdateMode
-from planners.plan import Tier
+from planners.optimiser.mip import plan_optimal
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import Tier
 from tests import test_planning_training
 from tests.changing_plans import decisions, plan_of, propose, results, with_pieces_in_memory
 from tests.conftest import build_base

@@ -21,7 +21,7 @@ from offload_rt.optimizer.stepper import Stepper
 from offload_rt.plans.plan_options import with_shares
 from offload_rt.vocabulary.loss_head import LossHead
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import Plan, StatePlacement, Tier
+from planners.plans.plan import Plan, StatePlacement, Tier
 from tests.changing_plans import FAILURES, decisions, fail_once, propose, results
 from tests.conftest import build_base, language_batch
 from tests.killed_training import ADAPTERS, MAX_NORM, Position, Twin, built, one_step, scheduled

@@ -7,8 +7,8 @@ from offload_rt.memory.allocations import AllocationMeter, together
 from offload_rt.running import longest_step, rehearsal
 from offload_rt.running.longest_step import unchanged
 from offload_rt.running.representatives import Unlike, representatives, run_alone, whole_step
-from planners.activations import Action
-from planners.plan import Tier
+from planners.plans.activations import Action
+from planners.plans.plan import Tier
 from tests.conftest import VOCABULARY, build_base, build_lora
 from tests.tokenwise import policy, waiting_in
 

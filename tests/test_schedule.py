@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planners.schedule import Phase, Step, StepKind, Visit, num_fetches, ring_schedule, walk
+from planners.plans.schedule import Phase, Step, StepKind, Visit, num_fetches, ring_schedule, walk
 
 visits_of = st.lists(st.integers(0, 5), max_size=9).map(lambda blocks: tuple(Visit(b, Phase.FORWARD) for b in blocks))
 

@@ -19,8 +19,8 @@ from offload_rt.tiering.tiers import SplitResidence
 from offload_rt.transfers.streams import Copier
 from offload_rt.wiring import weights_assembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.placement import ClassPlan
-from planners.plan import Plan, Split, Tier
+from planners.plans.placement import ClassPlan
+from planners.plans.plan import Plan, Split, Tier
 from tests.fake_device import FakeDevice
 from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, in_pairs, run_plain, run_steps
 from tests.test_parity import differences

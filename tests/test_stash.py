@@ -14,8 +14,8 @@ from offload_rt.transfers.file_io import AiofilesIO
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.recording import Recorder
 from offload_rt.transfers.throttle import Throttle
-from planners.hardware import named_hardware
-from planners.placement import Tier
+from planners.plans.placement import Tier
+from planners.problems.hardware import named_hardware
 
 PAGE = 4096
 

@@ -16,9 +16,9 @@ from offload_rt.transfers.file_io import AiofilesIO, OpenFile
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.throttle import Pipe, Throttle
 from offload_rt.transfers.transfer import Transfer
-from planners.activations import Action, ActivationPolicy, Chunk, Treatment
-from planners.hardware import named_hardware
-from planners.placement import Tier
+from planners.plans.activations import Action, ActivationPolicy, Chunk, Treatment
+from planners.plans.placement import Tier
+from planners.problems.hardware import named_hardware
 from tests.tokenwise import batch, build, cut, policy, step
 
 PAGE = 4096

@@ -13,7 +13,7 @@ from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_T
 from offload_rt.running import comparison
 from offload_rt.running.steps import KEPT_STEPS, SETTLED_STEPS, WARM_STEPS, StepMeter
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import Tier
+from planners.plans.plan import Tier
 from tests import tiny_training
 from tests.conftest import PlainLayer, build_plain
 from tests.test_planning import machine

@@ -30,9 +30,9 @@ from offload_rt.transfers.links import Links
 from offload_rt.transfers.recording import HOST, Recorder
 from offload_rt.transfers.streams import COMPUTE
 from offload_rt.transfers.transfer import Transfer
-from planners.placement import Tier
-from planners.plan import Ring
-from planners.schedule import Phase, walk
+from planners.plans.placement import Tier
+from planners.plans.plan import Ring
+from planners.plans.schedule import Phase, walk
 from tests.fake_device import FakeDevice
 from tests.waiting import Waiting
 

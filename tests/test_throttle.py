@@ -16,7 +16,7 @@ from offload_rt.tiering.paced_stash import PacedStash
 from offload_rt.tiering.stash import HostStash
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.throttle import IN, OUT, Pipe, Throttle
-from planners.hardware import named_hardware
+from planners.problems.hardware import named_hardware
 
 MIB = 1 << 20
 

@@ -18,7 +18,7 @@ from offload_rt.errors import ConfigError, StoreCorrupt
 from offload_rt.plans.cuts import cuts_from_json
 from offload_rt.tiering.rows import pieces_of
 from planners.errors import PlanInfeasible
-from planners.plan import Plan, Ring, Tier
+from planners.plans.plan import Plan, Ring, Tier
 from tests.conftest import build_base, build_lora
 from tests.fake_device import FakeDevice
 from tests.test_tiled_linear import (

@@ -15,8 +15,8 @@ import torch
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.plans.cuts import cuts_from_json
 from planners.errors import PlanInfeasible
-from planners.plan import Plan, Tier
-from planners.vocabulary import HeadTiles, RowsSize
+from planners.plans.plan import Plan, Tier
+from planners.plans.vocabulary import HeadTiles, RowsSize
 from tests.changing_plans import propose, results
 from tests.conftest import build_lora
 from tests.fake_device import FakeDevice

@@ -19,8 +19,8 @@ from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.tokenwise.attention import intercepted
 from offload_rt.tokenwise.graphs import Sums, edge
 from offload_rt.tokenwise.tiles import Places
-from planners.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk, Span
-from planners.placement import Tier
+from planners.plans.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk, Span
+from planners.plans.placement import Tier
 from tests.conftest import PlainLayer, PlainModel
 from tests.parity import in_pairs
 from tests.tokenwise import (

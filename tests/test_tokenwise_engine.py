@@ -10,8 +10,8 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.errors import ConfigError, UnsupportedModule
-from planners.activations import Action, ActivationPolicy, Chunk, Treatment
-from planners.plan import DecodeScope, Plan, Tier
+from planners.plans.activations import Action, ActivationPolicy, Chunk, Treatment
+from planners.plans.plan import DecodeScope, Plan, Tier
 from tests.conftest import build_lora, decode_in_place, language_batch
 from tests.tokenwise import errors, policy, waiting_in
 

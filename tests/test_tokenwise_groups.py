@@ -17,8 +17,8 @@ from offload_rt.tokenwise import first_products
 from offload_rt.tokenwise.saved import MIN_SWAPPED_BYTES
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfers.links import Links
-from planners.activations import Action, ActivationPolicy, Chunk, Group, Span, Treatment
-from planners.placement import Tier
+from planners.plans.activations import Action, ActivationPolicy, Chunk, Group, Span, Treatment
+from planners.plans.placement import Tier
 from tests.parity import pairwise
 from tests.test_tokenwise import counted, run, same_bits
 from tests.tokenwise import ARCHITECTURES, ROWS, TOKENS, batch, build, cut, decoder_layers, errors, num_tensors, step
@@ -150,7 +150,7 @@ def test_a_step_by_groups_leaves_no_tensor_behind(cell, places):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("before, qkv, after", itertools.product((KEEP, RECOMPUTE), repeat=3))
 def test_each_group_costs_what_it_says(architecture, before, qkv, after):
-    """See [Note: what each group costs to compute again] in `planners.activations`; attention runs once."""
+    """See [Note: what each group costs to compute again] in `planners.plans.activations`; attention runs once."""
     if before is RECOMPUTE and after is not RECOMPUTE:
         pytest.skip("refused")
     model, inputs = build(architecture), batch()

@@ -15,8 +15,8 @@ from offload_rt.storage.scratch import Scratch
 from offload_rt.tiering.stash import HostStash, NvmeStash
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfers.links import Links
-from planners.activations import Action
-from planners.placement import Tier
+from planners.plans.activations import Action
+from planners.plans.placement import Tier
 from tests import full_parity
 from tests.full_parity import Case, run_engine, run_plain
 from tests.parity import pairwise

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offload_rt.errors import ConfigError
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
 from tests.conftest import build_lora, language_batch
 from tests.saved_state import is_complete
 

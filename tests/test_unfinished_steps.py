@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offload_rt.closing import Unfinished
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
 from tests.conftest import build_base, build_lora, language_batch
 
 KINDS = {

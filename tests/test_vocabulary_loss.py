@@ -18,7 +18,7 @@ from offload_rt.vocabulary.backbone import find_causal_model
 from offload_rt.vocabulary.loss_head import LossHead
 from offload_rt.vocabulary.tiled_linear import TiledLinear
 from offload_rt.vocabulary.vocabulary_loss import VocabularyLoss
-from planners.schedule import Phase
+from planners.plans.schedule import Phase
 from tests.conftest import VOCABULARY
 from tests.test_loss_head import CHUNK, FAMILIES, FAMILIES_IN_FULL, assert_close, batch, build, gradients, num_learned
 

@@ -11,7 +11,7 @@ import pytest
 from offload_rt.storage import drives
 from offload_rt.transfers import links
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import Tier
+from planners.plans.plan import Tier
 from tests.full_parity import Case, make_engine, one_loss
 
 RECORDS_BYTES = 64 << 10

@@ -14,7 +14,7 @@ from torch import nn
 from offload_rt import optim
 from offload_rt._engine import Engine
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plan import StatePlacement, Tier
+from planners.plans.plan import StatePlacement, Tier
 from tests.full_parity import state_of, training_of
 
 VOCABULARY, WIDTH, ROWS, TOKENS = 32, 16, 2, 8

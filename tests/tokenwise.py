@@ -21,8 +21,8 @@ from offload_rt.tiering.stash import HostStash
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfers.links import Links
-from planners.activations import Action, ActivationPolicy, Chunk
-from planners.placement import Tier
+from planners.plans.activations import Action, ActivationPolicy, Chunk
+from planners.plans.placement import Tier
 
 VOCABULARY = 64
 TOKENS = 20

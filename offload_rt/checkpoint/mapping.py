@@ -22,7 +22,7 @@ from offload_rt.checkpoint.conversion import Resolved, resolve
 from offload_rt.checkpoint.safetensors_reader import Checkpoint
 from offload_rt.checkpoint.sources import EntrySource, TensorSource, materialise
 from offload_rt.errors import CheckpointError
-from planners.models import NOT_READ, unread_format
+from planners.shapes.models import NOT_READ, unread_format
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BNB_STATE = re.compile(r"(?P<key>.+)\.quant_state\.bitsandbytes__(?P<kind>\w+)")

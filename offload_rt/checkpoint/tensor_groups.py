@@ -16,7 +16,7 @@ from offload_rt.errors import UnsupportedModule
 from offload_rt.layers.access import Access
 from offload_rt.layers.block import Block
 from offload_rt.tensor_spec import TensorSpec
-from planners.schedule import Phase
+from planners.plans.schedule import Phase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from offload_rt.layers.executor import RingExecutor
 from offload_rt.memory.arena import Slot
 from offload_rt.memory.parted import BlockBytes, PartedBytes
 from offload_rt.tiering.tiers import Residence, TierAccount
-from planners.schedule import Phase
+from planners.plans.schedule import Phase
 
 
 class Access(Protocol):

@@ -36,7 +36,7 @@ from offload_rt.layers.layer_call import Call
 from offload_rt.memory.heap import places_for, put_into
 from offload_rt.memory.transients import Transients
 from offload_rt.tiering.stash import Stash
-from planners.schedule import Phase
+from planners.plans.schedule import Phase
 
 CHECKED_CALLS = 2
 """Calls of each layer whose output is looked at: its first forward and its first recompute."""

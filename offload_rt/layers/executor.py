@@ -23,8 +23,8 @@ from enum import Enum
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.tiering.tiers import Fetch, Residence
 from offload_rt.transfers.recording import Recorder
-from planners.plan import Ring
-from planners.schedule import Phase, Step, StepKind, Visit, ring_schedule, walk
+from planners.plans.plan import Ring
+from planners.plans.schedule import Phase, Step, StepKind, Visit, ring_schedule, walk
 
 
 class Residency(str, Enum):

@@ -28,7 +28,7 @@ from offload_rt.optimizer.saving import load_commit
 from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.writes import state_report
 from offload_rt.transfers.links import Links
-from planners.placement import UpdateMode
+from planners.plans.placement import UpdateMode
 
 
 class ParameterGradients:

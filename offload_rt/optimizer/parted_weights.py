@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from offload_rt.memory.arena import Slot
-from planners.placement import Split
+from planners.plans.placement import Split
 
 
 class WeightsRoom(Protocol):

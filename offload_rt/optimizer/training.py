@@ -44,7 +44,7 @@ from offload_rt.optimizer.state import Part, laid_weights
 from offload_rt.optimizer.step import Step, StepCounters, check_first
 from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.writes import state_report
-from planners.placement import UpdateMode
+from planners.plans.placement import UpdateMode
 
 logger = logging.getLogger("offload_rt")
 

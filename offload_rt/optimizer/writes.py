@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.state import Part, StateHome
-from planners.placement import UpdateMode
+from planners.plans.placement import UpdateMode
 
 
 def state_report(

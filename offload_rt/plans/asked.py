@@ -27,16 +27,16 @@ from offload_rt.plans.planning_training import lowered_training, questions_of
 from offload_rt.wiring.adapter_draft import in_tiers, question
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import Workload
-from planners.division import divided
 from planners.errors import PlanInfeasible
-from planners.hardware import Hardware
-from planners.mip import WEAR_SLOWDOWN
-from planners.plan import Plan
-from planners.problem import MeasuredSeconds, Problem
-from planners.rows import Freedoms
-from planners.simulate import simulate
-from planners.streaming import plan_streaming
-from planners.streaming_problem import StreamingProblem
+from planners.optimiser.mip import WEAR_SLOWDOWN
+from planners.optimiser.rows import Freedoms
+from planners.plans.plan import Plan
+from planners.problems.hardware import Hardware
+from planners.problems.problem import MeasuredSeconds, Problem
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import StreamingProblem
+from planners.simulator.division import divided
+from planners.simulator.simulate import simulate
 
 
 @dataclass(frozen=True, kw_only=True)

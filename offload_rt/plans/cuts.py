@@ -17,9 +17,9 @@ from offload_rt.quantized.nf4_products import Products, measured_products
 from offload_rt.tensor_spec import Encoding
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import Workload
-from planners.plan import Plan
-from planners.products import products_from_json, shape_key
-from planners.streaming_problem import Cuts
+from planners.plans.plan import Plan
+from planners.plans.products import products_from_json, shape_key
+from planners.rule.streaming_problem import Cuts
 
 logger = logging.getLogger("offload_rt")
 

@@ -21,14 +21,14 @@ from offload_rt.plans.planning import optimal
 from offload_rt.plans.workload_sizes import training_sizes
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS
 from offload_rt.wiring.workload import Workload
-from planners.attempts import STEPPED_THERE
 from planners.errors import PlanInfeasible
-from planners.hardware import Hardware, Links
-from planners.placement import Tier
-from planners.plan import Plan
-from planners.problem import DeviceSteps, Problem
-from planners.rows import Freedoms
-from planners.streaming_problem import StreamingProblem
+from planners.optimiser.rows import Freedoms
+from planners.plans.placement import Tier
+from planners.plans.plan import Plan
+from planners.problems.hardware import Hardware, Links
+from planners.problems.problem import DeviceSteps, Problem
+from planners.rule.attempts import STEPPED_THERE
+from planners.rule.streaming_problem import StreamingProblem
 
 GAIN = 0.03
 """What a plan has to save to be taken: predictions are off by 2.7 % in the median (`benchmarks/prediction.py`)."""

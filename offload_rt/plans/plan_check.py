@@ -14,11 +14,11 @@ from offload_rt.plans.workload_sizes import is_looked_up, is_multiplied, is_tied
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.tiering.resting import all_in
 from offload_rt.wiring.workload import Workload
-from planners.placement import UpdateMode
-from planners.plan import Plan, Ring, Split, Tier
-from planners.streaming_problem import StreamingProblem
-from planners.training_state import StatePlacement
-from planners.vocabulary import HeadTiles, Lookups
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import Plan, Ring, Split, Tier
+from planners.plans.training_state import StatePlacement
+from planners.plans.vocabulary import HeadTiles, Lookups
+from planners.rule.streaming_problem import StreamingProblem
 
 
 def check_plan(plan: Plan, problem: StreamingProblem, workload: Workload) -> None:

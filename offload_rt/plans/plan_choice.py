@@ -30,16 +30,16 @@ from offload_rt.plans.planning_adapters import asked_for
 from offload_rt.profiling.profile_cost import profile_bytes, profile_seconds
 from offload_rt.tiering.moving import why_not_follow
 from offload_rt.wiring.workload import Workload
-from planners.cost import Knobs
-from planners.division import divided
 from planners.errors import PlanInfeasible, format_bytes
-from planners.expand import Fractions, UpdateKey, expand
-from planners.hardware import Hardware
-from planners.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
-from planners.plan import Plan, StatePlacement
-from planners.problem import BlockClass, Problem
-from planners.simulate import simulate
-from planners.streaming_problem import StreamingProblem
+from planners.optimiser.expand import Fractions, UpdateKey, expand
+from planners.plans.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plans.plan import Plan, StatePlacement
+from planners.problems.cost import Knobs
+from planners.problems.hardware import Hardware
+from planners.problems.problem import BlockClass, Problem
+from planners.rule.streaming_problem import StreamingProblem
+from planners.simulator.division import divided
+from planners.simulator.simulate import simulate
 
 RULE, OPTIMISER = "fixed streaming rule", "optimiser"
 MAX_SECONDS = 60.0

@@ -9,12 +9,12 @@ from offload_rt.plans.workload_sizes import block_size, is_looked_up, is_multipl
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS, RuntimeOptions
 from offload_rt.wiring.workload import Workload
-from planners.activations import ActivationPolicy
-from planners.attempts import STEPPED_THERE
-from planners.edges import head_tiles_of, lookups_of
-from planners.placement import ClassPlan
-from planners.plan import Plan, Ring, Split
-from planners.training_state import TrainingSizes
+from planners.plans.activations import ActivationPolicy
+from planners.plans.placement import ClassPlan
+from planners.plans.plan import Plan, Ring, Split
+from planners.plans.training_state import TrainingSizes
+from planners.rule.attempts import STEPPED_THERE
+from planners.rule.edges import head_tiles_of, lookups_of
 
 
 def policy_of(plan: Plan, draft: BlockDraft) -> ActivationPolicy | None:

@@ -4,7 +4,7 @@ Blocks have the bytes that they are stored in and the seconds that one of them w
 budgets. Memory that the runtime needs besides (activations, freed memory held back, rounding to pages) is what the
 fixed rule plans for it, so that a plan that fits the question fits the runtime.
 
-    Workload, StreamingProblem ──► Problem ──► `planners.mip` ──► Plan with classes ──► `lowered` ──► check_plan
+    Workload, StreamingProblem ──► Problem ──► `optimiser.mip` ──► Plan with classes ──► `lowered` ──► check_plan
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from offload_rt.profiling.profile_cost import profiled
 from offload_rt.profiling.workbench import Workbench, workbench_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.workload import Workload
-from planners.attempts import CHUNK_TOKENS, TIGHT_SLACK_BYTES, head_chunk_tokens
-from planners.edges import tiled_block
-from planners.hardware import Hardware
-from planners.mip import plan_optimal
-from planners.placement import Tier, UpdateMode
-from planners.plan import Plan
-from planners.problem import Capabilities, MeasuredSeconds, Problem, Training
-from planners.problem import Workload as PlannedWorkload
-from planners.rows import Freedoms
-from planners.static_memory import capacities
-from planners.streaming_problem import StreamingProblem
+from planners.optimiser.mip import plan_optimal
+from planners.optimiser.rows import Freedoms
+from planners.plans.placement import Tier, UpdateMode
+from planners.plans.plan import Plan
+from planners.problems.hardware import Hardware
+from planners.problems.problem import Capabilities, MeasuredSeconds, Problem, Training
+from planners.problems.problem import Workload as PlannedWorkload
+from planners.rule.attempts import CHUNK_TOKENS, TIGHT_SLACK_BYTES, head_chunk_tokens
+from planners.rule.edges import tiled_block
+from planners.rule.streaming_problem import StreamingProblem
+from planners.simulator.static_memory import capacities
 
 CAPABILITIES = Capabilities(
     update_modes=(UpdateMode.AFTER,),

@@ -28,12 +28,12 @@ from offload_rt.plans.planning import by_head, chunk_lengths, measured_problem
 from offload_rt.plans.planning_training import NOTHING, beside_steps, state_cuts
 from offload_rt.profiling.update_profile import steps_per_second
 from offload_rt.wiring.workload import TrainingDraft, Workload
-from planners.attempts import PAGED_SLOTS
-from planners.hardware import Hardware
-from planners.placement import Tier
-from planners.problem import BlockClass, Problem
-from planners.rows import Freedoms
-from planners.streaming_problem import StreamingProblem
+from planners.optimiser.rows import Freedoms
+from planners.plans.placement import Tier
+from planners.problems.hardware import Hardware
+from planners.problems.problem import BlockClass, Problem
+from planners.rule.attempts import PAGED_SLOTS
+from planners.rule.streaming_problem import StreamingProblem
 
 Questions = tuple[tuple[Problem, Freedoms], ...]
 

@@ -8,11 +8,11 @@ from torch import nn
 
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.plans.planning_tokens import chunked_bytes, transients_of
-from planners.attempts import head_chunk_tokens
-from planners.problem import BlockClass, MeasuredSeconds
-from planners.streaming_problem import StreamingProblem
-from planners.trace import Saved, Transient
-from planners.vocabulary import RowsSize
+from planners.plans.vocabulary import RowsSize
+from planners.problems.problem import BlockClass, MeasuredSeconds
+from planners.rule.attempts import head_chunk_tokens
+from planners.rule.streaming_problem import StreamingProblem
+from planners.shapes.trace import Saved, Transient
 
 
 def class_of(

@@ -8,14 +8,14 @@ from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.plans.planning_tokens import Rounding
 from offload_rt.plans.workload_sizes import largest_saved_bytes
 from offload_rt.wiring.workload import Workload
-from planners.greedy import Shortage
-from planners.greedy import infeasible as refusal
-from planners.hardware import Drive, Hardware
-from planners.placement import Tier
-from planners.problem import Problem
-from planners.static_memory import capacities
-from planners.streaming_problem import StreamingProblem
-from planners.wear import rated_bytes
+from planners.optimiser.greedy import Shortage
+from planners.optimiser.greedy import infeasible as refusal
+from planners.optimiser.wear import rated_bytes
+from planners.plans.placement import Tier
+from planners.problems.hardware import Drive, Hardware
+from planners.problems.problem import Problem
+from planners.rule.streaming_problem import StreamingProblem
+from planners.simulator.static_memory import capacities
 
 
 def in_budgets(infeasible: PlanInfeasible, streaming: StreamingProblem, problem: Problem) -> PlanInfeasible:

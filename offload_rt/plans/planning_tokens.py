@@ -24,15 +24,15 @@ from dataclasses import dataclass
 
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiering.stash import GRANULE_BYTES
-from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment, whole_batch
-from planners.attempts import STAGING_PIECE_BYTES
-from planners.filling import KEPT_TENSORS
-from planners.placement import ClassPlan, Cuts, Tier, TokenSplit
-from planners.plan import Plan
-from planners.problem import MeasuredSeconds
-from planners.schedule import Phase
-from planners.streaming_problem import StreamingProblem
-from planners.trace import Saved, Transient
+from planners.plans.activations import Action, ActivationPolicy, Chunk, Group, Treatment, whole_batch
+from planners.plans.placement import ClassPlan, Cuts, Tier, TokenSplit
+from planners.plans.plan import Plan
+from planners.plans.schedule import Phase
+from planners.problems.problem import MeasuredSeconds
+from planners.rule.attempts import STAGING_PIECE_BYTES
+from planners.rule.filling import KEPT_TENSORS
+from planners.rule.streaming_problem import StreamingProblem
+from planners.shapes.trace import Saved, Transient
 
 LEAST_TRANSIENT_SHARE = 4
 """Of the estimate of all that a layer needs: gradients on their way through it, where it saves as much as that."""
@@ -183,7 +183,7 @@ def _treatment_at(split: TokenSplit, token: int) -> Treatment:
 
 
 def _parts(split: TokenSplit) -> list[tuple[int, Action, Tier | None]]:
-    """Ranges of tokens in the order of `planners.placement`, those that are not empty."""
+    """Ranges of tokens in the order of `planners.plans.placement`, those that are not empty."""
     parts = (
         (split.recompute_tokens, Action.RECOMPUTE, None),
         (split.nvme_tokens, Action.SWAP, Tier.NVME),

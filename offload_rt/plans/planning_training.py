@@ -35,16 +35,16 @@ from offload_rt.profiling.workbench import Workbench, workbench_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS
 from offload_rt.wiring.workload import TrainingDraft, Workload
-from planners.attempts import PAGED_SLOTS, SAVING, STEPPED_THERE, head_chunk_tokens
-from planners.hardware import Hardware
-from planners.placement import Tier, UpdateMode, UpdatePlace
-from planners.plan import Plan, StatePlacement
-from planners.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
-from planners.problem import Workload as PlannedWorkload
-from planners.rows import Freedoms
-from planners.streaming_problem import StreamingProblem
-from planners.trace import Transient
-from planners.training_state import TrainingSizes
+from planners.optimiser.rows import Freedoms
+from planners.plans.placement import Tier, UpdateMode, UpdatePlace
+from planners.plans.plan import Plan, StatePlacement
+from planners.plans.training_state import TrainingSizes
+from planners.problems.hardware import Hardware
+from planners.problems.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
+from planners.problems.problem import Workload as PlannedWorkload
+from planners.rule.attempts import PAGED_SLOTS, SAVING, STEPPED_THERE, head_chunk_tokens
+from planners.rule.streaming_problem import StreamingProblem
+from planners.shapes.trace import Transient
 
 NOTHING = MeasuredSeconds(forward=0.0, backward=0.0)
 MODES = (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE, UpdateMode.AFTER)

@@ -26,9 +26,9 @@ from offload_rt.storage.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.storage.store import store_folders, usable_bytes
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.wiring.workload import Workload
-from planners.streaming_problem import BlockSize, StreamingProblem
-from planners.training_state import TrainedSize, TrainingSizes
-from planners.vocabulary import RowsSize
+from planners.plans.training_state import TrainedSize, TrainingSizes
+from planners.plans.vocabulary import RowsSize
+from planners.rule.streaming_problem import BlockSize, StreamingProblem
 
 OPTIMIZER_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments, which is the most that the usual optimizers keep for an adapter."""

@@ -45,9 +45,9 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiering.stash import Stash
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
-from planners.activations import Action, whole_batch
-from planners.placement import Tier
-from planners.problem import KeptPass, MeasuredSeconds
+from planners.plans.activations import Action, whole_batch
+from planners.plans.placement import Tier
+from planners.problems.problem import KeptPass, MeasuredSeconds
 
 logger = logging.getLogger("offload_rt")
 

@@ -46,8 +46,8 @@ from offload_rt.storage.drives import MAX_AGE_SECONDS, drive_identity, drive_pro
 from offload_rt.transfers.device_cuda import find_device
 from offload_rt.transfers.links import Links
 from planners.errors import format_bytes
-from planners.hardware import Device, Drive, Hardware, Host, read_hardware
-from planners.hardware import Links as LinkRates
+from planners.problems.hardware import Device, Drive, Hardware, Host, read_hardware
+from planners.problems.hardware import Links as LinkRates
 from planners.units import JsonFile
 
 RESERVE = 0.1

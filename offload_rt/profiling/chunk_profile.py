@@ -9,9 +9,9 @@ again takes, and what putting it away does.
     two chunks       all again | again from attention's result on | all kept | all put away
 
 [Note: prices of groups]
-`before` and `qkv` each cost the way up to attention once more, `after` the way from there on (`planners.activations`).
-So the second way of four takes longer than the third by the price of `after`, and the first longer than the second by
-twice that of the others.
+`before` and `qkv` each cost the way up to attention once more, `after` the way from there on
+(`planners.plans.activations`). So the second way of four takes longer than the third by the price of `after`, and the
+first longer than the second by twice that of the others.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from offload_rt.profiling.workbench import RUNS, Workbench, or_the_cpu
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
-from planners.activations import Action, ActivationPolicy, Chunk, Group, Treatment
-from planners.placement import Tier
-from planners.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
+from planners.plans.activations import Action, ActivationPolicy, Chunk, Group, Treatment
+from planners.plans.placement import Tier
+from planners.problems.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
 
 CHUNKS = 2
 """Of a sequence, that run in all ways: with one, a layer would not be cut."""

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from offload_rt.cache import recall, remember
-from planners.plan import Plan
-from planners.streaming_problem import StreamingProblem
+from planners.plans.plan import Plan
+from planners.rule.streaming_problem import StreamingProblem
 
 
 def sizes_key(model: nn.Module, fingerprint: str, *, of_device: bool = False) -> str:

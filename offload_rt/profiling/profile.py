@@ -16,7 +16,7 @@ from torch import nn
 
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.vocabulary.backbone import find_causal_model
-from planners.streaming_problem import ChunkedSize, LossHeadSize
+from planners.rule.streaming_problem import ChunkedSize, LossHeadSize
 
 _LAYER_FACTOR = 2.0
 """Measured: [Note: activation estimate]."""

@@ -13,11 +13,11 @@ from offload_rt.profiling.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRA
 from offload_rt.profiling.profile import attention_width
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.workload import Workload
-from planners.cost import FLASH_BACKWARD
 from planners.errors import PlanInfeasible, format_bytes_up
-from planners.hardware import Hardware
-from planners.placement import Tier
-from planners.streaming_problem import StreamingProblem
+from planners.plans.placement import Tier
+from planners.problems.cost import FLASH_BACKWARD
+from planners.problems.hardware import Hardware
+from planners.rule.streaming_problem import StreamingProblem
 
 T = TypeVar("T")
 logger = logging.getLogger("offload_rt")

@@ -34,8 +34,8 @@ from offload_rt.transfers.device_cuda import CudaDevice
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import TransferCounters
 from offload_rt.wiring.runtime_options import MemoryMeter, TensorDevice
-from planners.attempts import STAGING_PIECE_BYTES
-from planners.placement import Tier
+from planners.plans.placement import Tier
+from planners.rule.attempts import STAGING_PIECE_BYTES
 
 RUNS = 5
 """Of what is timed by itself, of which the median counts."""

@@ -2,7 +2,7 @@
 
 `decoded`, the plain twin, decodes the weight and multiplies. `fused` decodes where it multiplies: our kernel
 (`nf4_product_triton`). `bitsandbytes` is that library's, where it is installed. Both sum in another order: they are
-taken only where a plan's `packed_products` say so (`planners.products`).
+taken only where a plan's `packed_products` say so (`planners.plans.products`).
 
 [Note: a way is measured before it is taken]
 `measure` makes such a table. First each way shows its error: against a product in fp64 with the decoded weights it may
@@ -34,7 +34,7 @@ from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.quantized import codec
 from offload_rt.quantized.nf4_layout import NESTED_BLOCK_SIZE, QUANT_BLOCK_SIZE, nf4_layout
 from offload_rt.quantized.nf4_torch import sections_of, tables
-from planners.products import DECODED, PackedProducts, products_from_json, shape_key, shape_of, way_of
+from planners.plans.products import DECODED, PackedProducts, products_from_json, shape_key, shape_of, way_of
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GAIN = 0.05

@@ -8,7 +8,7 @@ from typing import Any
 
 from offload_rt.meter import RESOURCES, Reading
 from planners.errors import format_bytes
-from planners.plan import Tier
+from planners.plans.plan import Tier
 
 PHASES = ("ingest", "step", "save", "resume")
 """Of an engine's life, see `peaks`."""

@@ -10,7 +10,7 @@ from statistics import median
 
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
 from offload_rt.running.steps import StepReading
-from planners.problem import Problem
+from planners.problems.problem import Problem
 
 MARGIN = 0.25
 """Other work on a machine makes single steps slower by more than that, but not every one of a window."""

@@ -21,7 +21,7 @@ from offload_rt.optimizer.training import FullTraining
 from offload_rt.running.representatives import Unlike, representatives, run_alone, whole_step
 from offload_rt.wiring.runtime import Runtime
 from offload_rt.wiring.runtime_options import MemoryMeter
-from planners.placement import UpdateMode
+from planners.plans.placement import UpdateMode
 
 logger = logging.getLogger("offload_rt")
 

@@ -34,7 +34,7 @@ from offload_rt.storage.store import STAGING_BYTES, store_folders
 from offload_rt.tiering.tiers import TierAccount, Tiers
 from offload_rt.wiring.runtime import Runtime
 from planners.errors import format_bytes
-from planners.plan import Tier
+from planners.plans.plan import Tier
 
 logger = logging.getLogger("offload_rt")
 

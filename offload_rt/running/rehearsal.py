@@ -48,11 +48,11 @@ from offload_rt.profiling.measured_sizes import (
 from offload_rt.running.longest_step import longest, measure, unchanged
 from offload_rt.tiering.moving import why_not_follow
 from offload_rt.wiring.runtime import Change, Runtime
-from planners.attempts import TIGHT_SLACK_BYTES
 from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
-from planners.plan import Plan, Tier
-from planners.shortage import LAYER_INPUTS
-from planners.streaming_problem import StreamingProblem
+from planners.plans.plan import Plan, Tier
+from planners.rule.attempts import TIGHT_SLACK_BYTES
+from planners.rule.shortage import LAYER_INPUTS
+from planners.rule.streaming_problem import StreamingProblem
 
 logger = logging.getLogger("offload_rt")
 

@@ -60,8 +60,8 @@ from offload_rt.tiering.moving import moves_between, seconds_of, why_not_follow
 from offload_rt.wiring.assembly import change_over
 from offload_rt.wiring.runtime import Change, MadeOf, Runtime
 from planners.errors import PlanInfeasible, format_bytes
-from planners.plan import Plan, Tier
-from planners.streaming_problem import StreamingProblem
+from planners.plans.plan import Plan, Tier
+from planners.rule.streaming_problem import StreamingProblem
 
 logger = logging.getLogger("offload_rt")
 

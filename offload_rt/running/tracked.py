@@ -10,7 +10,7 @@ import torch
 
 from offload_rt.errors import ConfigError
 from offload_rt.plans.cuts import cuts_to_json, warn_of_other_cuts
-from planners.streaming_problem import Cuts
+from planners.rule.streaming_problem import Cuts
 
 
 class Tracked:

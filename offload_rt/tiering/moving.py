@@ -30,9 +30,9 @@ from offload_rt.transfers.links import Links
 from offload_rt.wiring.runtime_options import TensorDevice
 from offload_rt.wiring.workload import Workload
 from planners.errors import format_bytes
-from planners.hardware import Hardware
-from planners.plan import Plan, Tier
-from planners.streaming_problem import StreamingProblem
+from planners.plans.plan import Plan, Tier
+from planners.problems.hardware import Hardware
+from planners.rule.streaming_problem import StreamingProblem
 
 Places = Mapping[Tier, int]
 """Bytes of a block by tier: of DEVICE its first ones, of HOST its last ones. They may have less than a page both."""

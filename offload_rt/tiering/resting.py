@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from offload_rt.memory.arena import Slot
 from offload_rt.wiring.workload import Workload
-from planners.plan import Plan, Split, Tier
+from planners.plans.plan import Plan, Split, Tier
 
 Resting = dict[tuple[str, Tier], Slot]
 """By block and tier, what of the block rests there."""

@@ -2,7 +2,7 @@
 
 From NVMe whole pages are read, neighbours with one request. Gaps between rows are read along where another request
 would cost more than their bytes: so rows that lie close together become few large reads, and a batch that needs most of
-a table reads it from end to end. See `planners.vocabulary` for the rooms on the way.
+a table reads it from end to end. See `planners.plans.vocabulary` for the rooms on the way.
 
 [Note: pages are verified]
 A store knows the checksum of a whole block. When an engine is made the block is read and verified once, piece by piece,

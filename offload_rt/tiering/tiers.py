@@ -20,7 +20,7 @@ from offload_rt.transfers.device_streams import Device
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer
 from planners.errors import format_bytes
-from planners.plan import Tier
+from planners.plans.plan import Tier
 
 
 @dataclass

@@ -11,7 +11,7 @@ from offload_rt.tokenwise.graphs import Gradients, edge, enter, share
 from offload_rt.tokenwise.middle import InPlaceOfAttention
 from offload_rt.tokenwise.replays import restore, run_again, run_again_from_attention, run_again_to_attention
 from offload_rt.tokenwise.tiles import PassState, Tile
-from planners.activations import Group
+from planners.plans.activations import Group
 
 
 class Backward:

@@ -16,7 +16,7 @@ from offload_rt.tokenwise.graphs import edge, enter
 from offload_rt.tokenwise.saved import Held, dense
 from offload_rt.tokenwise.slicing import NotTokenLocal
 from offload_rt.tokenwise.tiles import PassState, Tile
-from planners.activations import Group
+from planners.plans.activations import Group
 
 _SPARE_FRAMES = 200
 """Python frames left to the layer below the deepest chunk."""

@@ -28,9 +28,9 @@ from offload_rt.tokenwise.saved import Held
 from offload_rt.tokenwise.slicing import NotTokenLocal, check_gradients, tensor_names, token_dims
 from offload_rt.tokenwise.tiled_pass import TiledPass
 from offload_rt.tokenwise.tiles import PassState, Places, TileCounters
-from planners.activations import ActivationPolicy
 from planners.errors import format_bytes
-from planners.schedule import Phase
+from planners.plans.activations import ActivationPolicy
+from planners.plans.schedule import Phase
 
 logger = logging.getLogger("offload_rt")
 

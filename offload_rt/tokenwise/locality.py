@@ -26,7 +26,7 @@ from offload_rt.tokenwise.graphs import Gradients
 from offload_rt.tokenwise.slicing import NotTokenLocal, first_tokens
 from offload_rt.tokenwise.tiled_pass import TiledPass
 from offload_rt.tokenwise.tiles import PassState, Places, TileCounters
-from planners.activations import Action, Span
+from planners.plans.activations import Action, Span
 
 TRIED_TOKENS = 48
 _SMALL_SHARE = 0.05

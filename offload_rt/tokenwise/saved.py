@@ -19,7 +19,7 @@ import torch
 
 from offload_rt.layers.block import Block, WeightView
 from offload_rt.tiering.stash import Stash, Stashed
-from planners.placement import Tier
+from planners.plans.placement import Tier
 
 MIN_SWAPPED_BYTES = 1024
 """Smaller tensors stay. Up to 16 KiB a tensor's size makes no difference to what putting it away and taking it back

@@ -22,8 +22,8 @@ from offload_rt.tokenwise.graphs import Sums
 from offload_rt.tokenwise.middle import Middle
 from offload_rt.tokenwise.saved import Held, Place, SavedCounters, SavedTensors
 from offload_rt.tokenwise.slicing import cut
-from planners.activations import Action, Group, Span, Treatment
-from planners.placement import Tier
+from planners.plans.activations import Action, Group, Span, Treatment
+from planners.plans.placement import Tier
 
 
 @dataclass

@@ -80,7 +80,7 @@ class DeviceTimes:
 
     def __init__(self, device: Device, *, num_layers: int, duplex: float = 1.0) -> None:
         """num_layers: that a step calls, each as often as there are micro-batches. duplex: see
-        `planners.hardware.Links`.
+        `planners.problems.hardware.Links`.
         """
         num_pairs = min(PAIRS_PER_LAYER * max(1, num_layers), MAX_PAIRS)
         self.newest: Times | None = None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE
-from planners.hardware import Hardware
+from planners.problems.hardware import Hardware
 
 IN, OUT = 0, 1
 """Directions of a link seen from DEVICE memory, of a drive from HOST memory."""

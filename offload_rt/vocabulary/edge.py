@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload_rt.layers.access import Access, GoneAccess, ReplacedForward, opened
 from offload_rt.layers.block import Block, WeightView, weight_in
-from planners.schedule import Phase
+from planners.plans.schedule import Phase
 
 
 @dataclass(frozen=True)

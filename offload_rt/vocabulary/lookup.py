@@ -19,7 +19,7 @@ from offload_rt.errors import UnsupportedModule
 from offload_rt.layers.access import GoneAccess, ReplacedForward
 from offload_rt.layers.block import Block
 from offload_rt.tiering.rows import RowReader, RowSource
-from planners.schedule import Phase
+from planners.plans.schedule import Phase
 
 
 class LookupModule(ReplacedForward):

@@ -25,7 +25,7 @@ from offload_rt.dtypes import torch_dtype
 from offload_rt.layers.access import GoneAccess, ReplacedForward
 from offload_rt.layers.block import Block
 from offload_rt.layers.executor import RingExecutor
-from planners.schedule import Phase
+from planners.plans.schedule import Phase
 
 
 class TiledLinear(ReplacedForward):

@@ -24,7 +24,7 @@ import torch
 
 from offload_rt.memory.transients import Transients
 from offload_rt.vocabulary.tiled_linear import TiledLinear
-from planners.schedule import Phase
+from planners.plans.schedule import Phase
 
 Logits = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """What the model makes of products [C, R] of its head: takes them, what the head got [C, D] and labels; [C, R]."""

@@ -23,11 +23,11 @@ from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfers.device_streams import Device
 from offload_rt.transfers.links import Links
 from offload_rt.wiring.workload import Workload
-from planners.activations import Action, ActivationPolicy, Treatment
-from planners.attempts import STAGING_PIECE_BYTES
-from planners.filling import KEPT_TENSORS
-from planners.plan import Plan, Tier
-from planners.streaming_problem import INPUTS_OF_CHUNKS, StreamingProblem
+from planners.plans.activations import Action, ActivationPolicy, Treatment
+from planners.plans.plan import Plan, Tier
+from planners.rule.attempts import STAGING_PIECE_BYTES
+from planners.rule.filling import KEPT_TENSORS
+from planners.rule.streaming_problem import INPUTS_OF_CHUNKS, StreamingProblem
 
 ROOM_FOR_GAPS = 4
 """Such a part of the activations is added to their arena, for gaps between them and what an estimate lacks. It is taken

@@ -16,9 +16,9 @@ from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.profiling.measured_sizes import remembered_factor, scaled, sizes_key
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import TrainingDraft, Workload
-from planners.plan import Plan, Tier
-from planners.streaming import plan_streaming
-from planners.streaming_problem import Cuts, StreamingProblem
+from planners.plans.plan import Plan, Tier
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import Cuts, StreamingProblem
 
 BLOCK = "adapters"
 """All of them are one block, so that pieces are full however small the parameters are."""

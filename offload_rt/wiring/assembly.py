@@ -36,10 +36,10 @@ from offload_rt.wiring.runtime_assembly import RuntimeAssembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.store_assembly import Progress
 from offload_rt.wiring.workload import Workload, find_workload
-from planners.hardware import Hardware
-from planners.plan import Plan
-from planners.streaming import plan_streaming
-from planners.streaming_problem import StreamingProblem
+from planners.plans.plan import Plan
+from planners.problems.hardware import Hardware
+from planners.rule.streaming import plan_streaming
+from planners.rule.streaming_problem import StreamingProblem
 
 logger = logging.getLogger("offload_rt")
 

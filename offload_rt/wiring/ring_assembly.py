@@ -9,7 +9,7 @@ from offload_rt.memory.pinning import MIN_RING_BYTES, RING_BYTES
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.tiering.tiers import Tiers
 from offload_rt.wiring.runtime_options import TensorDevice
-from planners.plan import Tier
+from planners.plans.plan import Tier
 
 logger = logging.getLogger("offload_rt")
 _NAME = "locked ring"

@@ -48,8 +48,8 @@ from offload_rt.vocabulary.loss_head import LossHead
 from offload_rt.vocabulary.tiled_linear import TiledLinear
 from offload_rt.wiring.runtime_options import RuntimeOptions, TensorDevice
 from offload_rt.wiring.workload import Workload
-from planners.plan import Plan
-from planners.streaming_problem import Cuts, StreamingProblem
+from planners.plans.plan import Plan
+from planners.rule.streaming_problem import Cuts, StreamingProblem
 
 T = TypeVar("T")
 

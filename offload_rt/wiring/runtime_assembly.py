@@ -53,7 +53,7 @@ from offload_rt.wiring.runtime import MadeOf, Runtime
 from offload_rt.wiring.state_assembly import StateAssembly
 from offload_rt.wiring.store_assembly import Progress, build_store
 from offload_rt.wiring.weights_assembly import WeightsAssembly
-from planners.plan import DecodeScope, Plan, Tier
+from planners.plans.plan import DecodeScope, Plan, Tier
 
 
 class RuntimeAssembly:

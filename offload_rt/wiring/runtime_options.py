@@ -13,13 +13,13 @@ from offload_rt.memory.transients import LEAST_BYTES
 from offload_rt.optimizer.pieces import PIECE_ELEMENTS
 from offload_rt.quantized.nf4_products import Way
 from offload_rt.transfers.device_streams import Device
-from planners.activations import ActivationPolicy
-from planners.filling import Fill
-from planners.placement import UpdateMode
-from planners.plan import DecodeScope, Tier
-from planners.products import PackedProducts
-from planners.streaming_problem import Cuts
-from planners.training_state import StatePlacement
+from planners.plans.activations import ActivationPolicy
+from planners.plans.placement import UpdateMode
+from planners.plans.plan import DecodeScope, Tier
+from planners.plans.products import PackedProducts
+from planners.plans.training_state import StatePlacement
+from planners.rule.filling import Fill
+from planners.rule.streaming_problem import Cuts
 
 
 class MemoryMeter(Protocol):

@@ -53,8 +53,8 @@ from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import TrainingDraft, Workload
-from planners.attempts import SAVING, STEPPED_THERE
-from planners.plan import Plan, StatePlacement, Tier
+from planners.plans.plan import Plan, StatePlacement, Tier
+from planners.rule.attempts import SAVING, STEPPED_THERE
 
 AnyTraining = TypeVar("AnyTraining", bound=TieredTraining)
 

@@ -33,8 +33,8 @@ from offload_rt.transfers.links import Links
 from offload_rt.transfers.recording import Recorder
 from offload_rt.wiring.state_assembly import StateAssembly
 from offload_rt.wiring.workload import Workload
-from planners.plan import Plan, Ring, Split, Tier
-from planners.vocabulary import PAGE_SLOTS, HeadTiles, Lookups
+from planners.plans.plan import Plan, Ring, Split, Tier
+from planners.plans.vocabulary import PAGE_SLOTS, HeadTiles, Lookups
 
 
 @dataclass

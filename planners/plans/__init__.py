@@ -1,0 +1,1 @@
+"""What a plan is: data, checked, and written as JSON."""

@@ -1,0 +1,1 @@
+"""The fixed rule behind `plan="auto"`: what it is asked, and how it chooses."""

@@ -1,0 +1,239 @@
+"""The updates of a step: gradients out, state in, the optimizer's step, state and weights back.
+
+[Note: order of credits]
+Whatever is bounded and not held by a dependency is a pool: gradients in HOST, buckets of state in HOST, state in
+DEVICE. They are always acquired in that order, and whoever holds one waits for no earlier one: no circle can close.
+The exception keeps another order. Where every block is updated during its own step's backward, the state of a block is
+read while its backward computes, before its gradients hold their credit. All pools then serve blocks in the order of
+backward, so that the first block that is not done always has what it waits for.
+"""
+
+from __future__ import annotations
+
+from planners.plans.placement import ClassPlan, Tier, Update, UpdateMode, UpdatePlace
+from planners.problems.problem import BlockClass, Problem
+from planners.simulator.optimizer_state import (
+    MAX_BUCKETS,
+    gradients_stay,
+    passing_gradient_bytes,
+    state_bytes,
+    steps_after,
+    update_bytes,
+)
+from planners.simulator.timeline import DEVICE, Operations, Resource
+
+GRADIENTS, STATES, DEVICE_STATES = 0, 1, 2
+
+
+class Updates:
+    """Lays out the update of one block after the other, in the order of backward."""
+
+    def __init__(self, step: Operations) -> None:
+        self.step = step
+        self.problem, self.plan = step.problem, step.plan
+        self.workload, self.hardware, self.knobs = step.workload, step.hardware, step.knobs
+        self.timeline, self.barrier, self.host = step.timeline, step.barrier, step.host
+        self.gradients_gone: list[int] = []
+        """For each block with gradients: the operation after which their slot in DEVICE is free."""
+        self.done: list[int] = []
+        self.done_at: dict[int, int] = {}
+        """By position: the operation after which the block is updated, and all of it is where it rests."""
+        self.retained: list[tuple[int, float]] = []
+        """Tiers and bytes of gradients that stay until the step ends."""
+        self.all_stay = gradients_stay(step.problem, step.plan)
+        self.timeline.pools = self._pools()
+
+    def _pools(self) -> list[float]:
+        """[Note: order of credits]"""
+        buffers = self.knobs.buffers
+        passing = passing_gradient_bytes(self.problem, self.plan)
+        return [
+            float(buffers.host_gradient_slots * passing) + 1.0,
+            float(buffers.state_slots * (self.workload.state_piece_bytes or 1)),
+            2.0 if self.workload.device_steps is None else float(self.workload.device_steps.num_slots),
+        ]
+
+    def _num_buckets(self, num_bytes: int) -> int:
+        """In how many parts the state of an update moves. Pieces are simulated in groups, of half of the slots at most.
+
+        With `Workload.state_piece_bytes` the pool of state is counted in bytes, without in buckets.
+        """
+        piece, buffers = self.workload.state_piece_bytes, self.knobs.buffers
+        if piece is None:
+            return buffers.buckets_per_block
+        return max(1, min(MAX_BUCKETS, -(-num_bytes // piece)), -(-2 * num_bytes // (buffers.state_slots * piece)))
+
+    def add(self, position: int, computed: int, before: int, key: float) -> None:
+        """Gradients out, state in, step, everything back. `before` is the computation before this backward."""
+        c = self.step.class_at[position]
+        entry, placed, workload = self.workload.classes[c], self.step.placed[c], self.workload
+        mode = self.plan.update_mode
+        each = workload.gradient_bytes_per_param
+        in_host = [u for u in placed.updates if workload.in_host(u.tier, u.place)]
+        gradient = None
+        if leaving := each * sum(u.params for u in in_host):
+            staying = each * sum(u.params for u in in_host if self._stays(u))
+            gradient = self.step.link_out(position, 0, leaving, key, [(computed, 0)], 1, at_start=(self.host, staying))
+            if staying < leaving:
+                self.timeline.acquire[gradient] = (GRADIENTS, leaving - staying)
+        parts: list[int] = []
+        on_device: list[int] = []
+        writes: list[int] = []
+        first = 0
+        for update, num_bytes in zip(placed.updates, update_bytes(self.problem, placed), strict=True):
+            if not update.params:
+                continue
+            waits: list[tuple[int, int]] = []
+            if steps_after(self.problem, mode, update.tier) or (mode is UpdateMode.DEFERRED and workload.clips):
+                waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
+            if update not in in_host and self._stays(update) and not workload.pinned:
+                self.timeline.at_finish[computed].append((DEVICE, each * update.params))
+                self.retained.append((DEVICE, each * update.params))
+            pieces = self._num_buckets(num_bytes)
+            for bucket in range(first, first + pieces):
+                share = (update.params / pieces, num_bytes / pieces)
+                done, wrote = self._bucket(position, update, share, bucket, gradient, computed, before, waits, key)
+                parts.append(done)
+                if update not in in_host and not update.deferred:
+                    on_device.append(done)
+                if wrote is not None:
+                    writes.append(wrote)
+            first += pieces
+        self._write_back(position, entry, placed, parts, writes, key)
+        holders = [gradient] if gradient is not None else []
+        if not self.all_stay:
+            holders += on_device
+        if holders:
+            self.gradients_gone.append(self.step.join(holders, key, ("gradient gone", position, 0)))
+
+    def _stays(self, update: Update) -> bool:
+        """Whether its gradients wait for all others, in a place of their own, and pass through no ring."""
+        return update.deferred or self.all_stay
+
+    def _bucket(
+        self, position: int, update: Update, share: tuple[float, float], bucket: int, gradient: int | None,
+        computed: int, before: int, waits: list[tuple[int, int]], key: float,
+    ) -> tuple[int, int | None]:  # fmt: skip
+        """One bucket of a block's update, `share` of parameters and bytes; what makes the new weights, and the write of
+        its state.
+        """
+        workload, hardware, device = self.workload, self.hardware, self.hardware.device
+        params, state = share
+        credit = state if workload.state_piece_bytes else 1.0
+        each = workload.gradient_bytes_per_param * params
+        phase = 0 if update.deferred else (2 if waits else 1)
+        if update.deferred:
+            key = self.timeline.span + position  # its deadline: the next forward
+        key += 0.2 + bucket * 1e-4
+        label = ("update", position, bucket)
+        staged = update.tier is Tier.NVME and state > 0
+        in_host = workload.in_host(update.tier, update.place)
+        holder = gradient if in_host and gradient is not None else computed
+        source: list[tuple[int, int]] = [(holder, 0), *waits]
+        if staged:
+            # See [Note: order of credits]: where updates keep the order of backward, state may come before gradients.
+            ahead = not waits and self.barrier
+            read = self.step.op(
+                Resource.SSD_READ, state, key, [(before, 0)] if ahead else list(source), phase,
+                ("read state", position, bucket), acquire=(STATES, credit),
+            )  # fmt: skip
+            source = [(read, 0), *source]
+        speculative = self.plan.update_mode is UpdateMode.SPECULATIVE
+        at_finish: tuple[tuple[int, float], ...] = ()
+        release: tuple[int, float] | None = None
+        if in_host and not self._stays(update):
+            release = (GRADIENTS, each)
+        elif in_host and speculative:
+            self.retained.append((self.host, each))
+        elif in_host:
+            at_finish = ((self.host, -each),)
+        if update.place is UpdatePlace.CPU:
+            done = self.step.op(
+                Resource.CPU, params / hardware.host.adamw_params_per_second, key, source, phase, label,
+                at_finish=at_finish, release=release,
+            )  # fmt: skip
+        else:
+            moves = update.tier is not Tier.DEVICE and not hardware.unified and state > 0
+            if workload.device_steps is not None and workload.device_steps.cpu_seconds_per_param:
+                beside = workload.device_steps.cpu_seconds_per_param * params
+                arrive = ("arrive", position, bucket)
+                source.append((self.step.op(Resource.CPU, beside, key, list(source), phase, arrive), 0))
+            if moves:
+                back = each if in_host else 0.0
+                source.append((self._state_in(position, bucket, state + back, source, key, phase), 0))
+            done = self.step.op(
+                Resource.DEVICE_UPDATE, params / device.adamw_params_per_second, key - 0.3, source, phase, label,
+                at_finish=at_finish, release=release,
+            )  # fmt: skip
+            if moves:
+                done = self.step.link_out(position, bucket, state, key, [(done, 0)], phase)
+                self.timeline.release[done] = (DEVICE_STATES, 1.0)
+        if not staged:
+            return done, None
+        write = self.step.op(
+            Resource.SSD_WRITE, state, key, [(done, 0)], phase, ("write state", position, bucket),
+            release=(STATES, credit),
+        )  # fmt: skip
+        return done, write
+
+    def _state_in(
+        self, position: int, bucket: int, state: float, source: list[tuple[int, int]], key: float, phase: int
+    ) -> int:
+        moved = self.step.link_in(position, bucket, state, key - 0.1, list(source), phase)
+        self.timeline.acquire[moved] = (DEVICE_STATES, 1.0)
+        return moved
+
+    def _write_back(
+        self, position: int, entry: BlockClass, placed: ClassPlan, parts: list[int], writes: list[int], key: float
+    ) -> None:
+        """New weights to where they rest, the commit's share, and the point where the block is updated."""
+        workload = self.workload
+        deferred = any(u.deferred and u.params for u in placed.updates)
+        if deferred:
+            key = self.timeline.span + position
+        phase = 0 if deferred else (2 if self.plan.update_mode is UpdateMode.AFTER else 1)
+        after = [(part, 0) for part in parts]
+        on_device = sum(u.params for u in placed.updates if u.place is UpdatePlace.DEVICE)
+        new = float(workload.weight_bytes_per_param * on_device)
+        resident = float(
+            workload.weight_bytes_per_param * entry.trainable_params if workload.pinned else placed.weights.device_bytes
+        )
+        ready = list(parts)
+        if not self.hardware.unified:
+            if resident > new:
+                ready.append(self.step.link_in(position, 0, resident - new, key, list(after), phase))
+            elif new > resident:
+                ready.append(self.step.link_out(position, 0, new - resident, key, list(after), phase))
+        back = float(placed.weights.nvme_bytes) if workload.mutable else 0.0
+        back += commit_bytes(self.problem, entry, placed)
+        if back:
+            # State in DEVICE memory reaches the drive through HOST.
+            sources = [(op, 0) for op in ready]
+            through = committed_from_device(self.problem, entry, placed)
+            if through and not self.hardware.unified:
+                sources = [(self.step.link_out(position, 1, through, key, sources, phase), 0)]
+            writes = [
+                *writes,
+                self.step.op(Resource.SSD_WRITE, back, key + 0.3, sources, phase, ("write back", position, 0)),
+            ]
+        self.done_at[position] = self.step.join(ready + writes, key, ("updated", position, 0))
+        self.done.append(self.done_at[position])
+
+
+def commit_bytes(problem: Problem, entry: BlockClass, placed: ClassPlan) -> float:
+    """What a durable commit writes of one block besides what rests on NVME anyway, spread over the steps."""
+    workload = problem.workload
+    if not workload.commit_every or not problem.hardware.drives:
+        return 0.0
+    off_drive = state_bytes(problem, placed, Tier.HOST) + state_bytes(problem, placed, Tier.DEVICE)
+    adapters = workload.weight_bytes_per_param * entry.trainable_params if workload.pinned else 0
+    return (off_drive + adapters) / workload.commit_every
+
+
+def committed_from_device(problem: Problem, entry: BlockClass, placed: ClassPlan) -> float:
+    """The part of `commit_bytes` that comes from DEVICE memory."""
+    workload = problem.workload
+    if not workload.commit_every or not problem.hardware.drives:
+        return 0.0
+    adapters = workload.weight_bytes_per_param * entry.trainable_params if workload.pinned else 0
+    return (state_bytes(problem, placed, Tier.DEVICE) + adapters) / workload.commit_every
