@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from planners.plans.placement import Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
+from planners.plans.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
 from planners.plans.schedule import StepKind, num_fetches
 from planners.problems.cost import class_costs, steady_ring
 from planners.problems.hardware import named_hardware
@@ -285,3 +285,19 @@ def test_a_runtime_that_does_not_read_ahead_reads_when_a_slot_is_free(slots):
         layers = range(1, 1 + 6 - slots)  # positions that backward fetches again, from high to low
         late = [begins[k] >= ends[k + slots] - 1e-9 for k in layers]
         assert all(late) is is_waiting
+
+
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.NVME])
+def test_what_was_swapped_comes_back_in_the_order_of_backward(tier):
+    """What was put away first has left first, and could come back first; a link or a drive would be busy with it."""
+    slow = machine()
+    links = replace(slow.links, device_to_host_bytes_per_second=slow.links.device_to_host_bytes_per_second / 20)
+    drives = tuple(replace(drive, write_bytes_per_second=drive.write_bytes_per_second / 20) for drive in slow.drives)
+    slow = replace(slow, links=links, drives=drives)
+    p = problem(machine_=slow)
+    plan = plan_of(p, tokens=(0, float(tier is Tier.NVME), float(tier is Tier.HOST), 0), buffers=Buffers(swap_slots=6))
+    way = Resource.HOST_TO_DEVICE if tier is Tier.HOST else Resource.SSD_READ
+    events = sorted(simulate(p, plan, keep_events=True).events, key=lambda event: event.start_seconds)
+    back = dict.fromkeys(e.label for e in events if e.label[0] == "load" and e.resource is way)  # gradients come later
+    positions = [position for _, position, _ in back]
+    assert len(set(positions)) > 3 and positions == sorted(positions, reverse=True)

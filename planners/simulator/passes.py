@@ -40,6 +40,8 @@ class _Passes(Operations):
         self.swaps_out: list[int] = []
         self.saves: list[int] = []
         self.swaps_in_use: list[int] = []
+        self.came_back: dict[Tier, int] = {}
+        """By where it waited: the last operation that brings something back. Backward says the order, not the drive."""
         self.staged: dict[str, list[int]] = {}
         """By ring: the operations that empty HOST staging."""
 
@@ -306,15 +308,23 @@ class _Passes(Operations):
                 waits = [(self.swapped[position, k], 0)]
                 if len(self.swaps_in_use) >= 2 * slots:
                     waits.append((self.swaps_in_use[-2 * slots], 0))
+                if Tier.NVME in self.came_back:
+                    waits.append((self.came_back[Tier.NVME], 0))
                 read = self.op(
                     Resource.SSD_READ, nvme, key - 0.45, waits, 1, ("load", position, k),
                 )  # fmt: skip
+                self.came_back[Tier.NVME] = read
                 deps.append((read, 0))
+            if host and Tier.HOST in self.came_back:
+                deps.append((self.came_back[Tier.HOST], 0))
         else:
             deps += [(self.computes[-2], 0)]
-        return self.link_in(
+        back = self.link_in(
             position, k, moved + extra / n, key - 0.35, deps, 1, at_finish=((self.host, -host),),
         )  # fmt: skip
+        if host:
+            self.came_back[Tier.HOST] = back
+        return back
 
     def _finish(self) -> None:
         """Ends the step and resolves what waits for the step before."""
