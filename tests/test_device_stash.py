@@ -109,6 +109,32 @@ def test_what_comes_ahead_waits_until_what_leaves_has_made_room(place: str, tmp_
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_the_last_ones_come_back_before_the_first_is_asked_for_and_nobody_waits(place: str, tmp_path: Path) -> None:
+    bench = Bench(place, tmp_path)
+    bench.device.reports.hold()
+    away = [bench.stash.put(bench.compute(value)) for value in range(2)]
+    bench.stash.start_last()
+    assert [stashed._ahead for stashed in away] == [None, None], "two that leave fill the window"
+    bench.device.reports.resume()
+    for stashed in away:
+        bench.links.finish(stashed._saved)
+    away += [bench.stash.put(bench.compute(value)) for value in (2, 3)]
+    for stashed in away:
+        bench.links.finish(stashed._saved)
+    for _ in range(2):
+        bench.stash.start_last()
+        assert [number for number, stashed in enumerate(away) if stashed._ahead is not None] == [2, 3]
+    for stashed in reversed(away):
+        bench.use(stashed.load())
+        bench.stash.start_last()
+        assert stashed._ahead is None, "it was used, and does not come a second time"
+        stashed.release()
+    bench.close()
+    assert bench.seen == [(float(value),) * 2 for value in reversed(range(4))]
+    assert bench.device.to_device.num_copies == 4
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_no_more_than_the_window_comes_ahead_in_whatever_order_tensors_are_wanted(place: str, tmp_path: Path) -> None:
     bench = Bench(place, tmp_path)
     away = [bench.stash.put(bench.compute(value)) for value in range(8)]

@@ -134,6 +134,20 @@ def test_what_has_left_is_read_ahead_though_nobody_waited_for_it(six):
     assert (links.counters.bytes_read, writes.num_waits) == (6 * PAGE, 0)
 
 
+def test_the_last_ones_are_on_their_way_before_the_first_is_asked_for(six):
+    links, writes, tensors, held, stash = six
+    stash.start_last()
+    assert (links.counters.bytes_read, writes.num_waits) == (0, 0), "they still leave"
+    writes.are_over = True
+    for _ in range(2):
+        stash.start_last()
+        assert links.counters.bytes_read == 3 * PAGE, "what three have room for, once"
+    for number in reversed(range(6)):
+        assert torch.equal(held[number].load(), tensors[number])
+    stash.start_last()
+    assert (links.counters.bytes_read, writes.num_waits) == (6 * PAGE, 0)
+
+
 def test_nobody_waits_to_read_ahead_what_still_leaves_but_for_the_next_one(six):
     links, writes, tensors, held, _ = six
     assert torch.equal(held[5].load(), tensors[5])

@@ -163,6 +163,21 @@ def test_a_window_bounds_what_leaves_and_reaches_as_far_back():
     assert ways.busy_seconds == pytest.approx([5.0, 5.0])  # none took its way twice
 
 
+def test_the_last_ones_come_back_over_a_link_before_the_first_is_asked_for():
+    ways, clock = pipe(rate_in=400.0, rate_out=400.0)
+    stash = PacedStash(HostStash(Arena("stash", 16 * 4096), Links()), ways, Meter(), window_bytes=800)
+    held = [stash.put(torch.full((100,), float(i))) for i in range(4)]  # 400 bytes: a second each
+    at = clock.now
+    stash.start_last()
+    assert ways.moved_bytes == [0, 1600] and clock.now == at, "it still leaves, and nobody waits for that"
+    clock.now += 10.0
+    stash.start_last()
+    assert ways.moved_bytes == [800, 1600]
+    clock.now += 10.0
+    at = clock.now
+    assert float(held[3].load()[0]) == 3.0 and clock.now == at
+
+
 def test_a_full_stash_stays_full_behind_a_link():
     ways, _ = pipe()
     stash = PacedStash(HostStash(Arena("stash", 4096), Links()), ways, Meter())

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.errors import ConfigError, UnsupportedModule
+from offload_rt.tiering.stash import NvmeStash
 from planners.plans.activations import Action, ActivationPolicy, Chunk, Treatment
 from planners.plans.plan import DecodeScope, Plan, Tier
 from tests.conftest import build_lora, decode_in_place, language_batch
@@ -279,6 +281,27 @@ def test_a_plan_with_activations_is_read_back_and_runs(make_engine, disk_folder)
     steps(engine, engine.step)
     assert engine.report()["tokenwise"]["swapped_bytes"] > 0
     assert "chunks of tokens; swapped ones wait in nvme\n" in engine.summary()
+
+
+def test_each_backward_begins_by_starting_what_was_put_away_last(make_engine, disk_folder, monkeypatch):
+    seen = []
+
+    def noting(name, original):
+        def noted(self, *given):
+            seen.append(name)
+            return original(self, *given)
+
+        return noted
+
+    monkeypatch.setattr(NvmeStash, "start_last", noting("start", NvmeStash.start_last))
+    monkeypatch.setattr(NvmeStash, "put", noting("put", NvmeStash.put))
+    monkeypatch.setattr(NvmeStash, "start_previous", noting("loaded", NvmeStash.start_previous))
+    policy = waiting_in(chunked(0.5, 2), Tier.NVME)
+    options = {"activations": {"base_model.model.model.layers.0": policy}}
+    engine = make_engine(build_lora(num_layers=2), options, seq_len=SEQ_LEN, nvme=disk_folder, bits=4)
+    steps(engine, engine.step, num_steps=1)
+    assert [name for name, _ in itertools.groupby(seen)] == ["put", "start", "loaded"]
+    assert seen.count("start") == 2, "of the layer that nothing was put away of, and of the one before"
 
 
 def test_a_plan_of_before_activations_is_read(make_engine, disk_folder):

@@ -42,6 +42,10 @@ class NotedStash:
         self.sizes.append(tensor.numel() * tensor.element_size())
         return self._inner.put(tensor)
 
+    def start_last(self) -> None:
+        """As the stash inside."""
+        self._inner.start_last()
+
     def sizes_of_a_pass(self, num_passes: int) -> list[int]:
         """Of one of several equal ones."""
         return self.sizes[: len(self.sizes) // num_passes]

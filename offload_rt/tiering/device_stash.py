@@ -6,8 +6,8 @@
 A tensor that is put away stays in the device's memory until its copy is done, whoever lets go of it; and the host,
 which is ahead of the device, would put away more and more. So at most a *window* of bytes is on its way: `put` blocks
 until the oldest copies are over. When a tensor is fetched back, those put away before it are asked for too, as far as
-the window goes: backward wants them next, and their copies run under what is computed meanwhile. (`stash` has the same
-where DEVICE is RAM.)
+the window goes: backward wants them next, and their copies run under what is computed meanwhile. The last of all is
+asked for when backward begins, as soon as it has left. (`stash` has the same where DEVICE is RAM.)
 
 [Note: one window for both ways]
 What leaves and what was fetched ahead share the window, so that the two never hold more of the device's memory than a
@@ -83,11 +83,15 @@ class DeviceStash:
         """HOST memory on the way from or to the drive. Blocks until some is free; None if there is never so much."""
         if num_bytes > self._arena.num_bytes:
             return None
-        while (slot := self._arena.try_acquire(num_bytes, "on its way")) is None and self._writing:
+        while (slot := self.room_now(num_bytes)) is None and self._writing:
             self._finish_a_write()
         if slot is None and self._scratch is not None:
             self._scratch.take_back()  # what nobody wants any more may hold slots
         return slot if slot is not None else self._arena.acquire(num_bytes, "on its way")
+
+    def room_now(self, num_bytes: int) -> Slot | None:
+        """As `room`, but None where there is none at this moment."""
+        return self._arena.try_acquire(num_bytes, "on its way")
 
     def look_ahead(self, stashed: _DeviceStashed) -> None:
         """Starts fetching those put away before `stashed`, one at least, as far as the window goes.
@@ -104,6 +108,20 @@ class DeviceStash:
                 before.start()
                 self._fetched_ahead.add(before)
                 ahead_bytes += before.num_bytes
+            before = before.previous()
+
+    def start_last(self) -> None:
+        """As `Stash.start_last`: as far as the window goes, beside what leaves."""
+        before = None if self._last is None else self._last()
+        ahead_bytes = self._ahead_bytes()
+        while before is not None:
+            if before.is_held and not before.was_loaded and before not in self._fetched_ahead:
+                while self._leaving and self._leaving[0].is_over():
+                    self._leaving_bytes -= self._leaving.popleft().num_bytes
+                ahead_bytes += before.num_bytes
+                if ahead_bytes + self._leaving_bytes > self._window_bytes or not before.start_at_once():
+                    return
+                self._fetched_ahead.add(before)
             before = before.previous()
 
     def asked_for(self, stashed: _DeviceStashed) -> None:
@@ -150,6 +168,7 @@ class _DeviceStashed:
         place: ScratchRange | None = None,
     ) -> None:
         self.num_bytes = like.nbytes
+        self.was_loaded = False
         self._stash = stash
         self._saved = saved
         self._slot = slot
@@ -172,7 +191,7 @@ class _DeviceStashed:
         Blocks for a drive, and for what still leaves: see `DeviceStash.look_ahead`.
         """
         tensor, arrival = self.start()
-        self._ahead = None
+        self._ahead, self.was_loaded = None, True
         self._stash.asked_for(self)
         self._stash.links.wait(arrival)
         self._stash.look_ahead(self)
@@ -184,19 +203,36 @@ class _DeviceStashed:
             links = self._stash.links
             if not self.is_held:
                 raise RuntimeError("stash: loaded after its release")
-            tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             if self._slot is not None:
+                tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
                 self._ahead = tensor, links.device_copies.load(self._slot, tensor, saved=self._saved)
             elif self._place is not None:
                 links.wait(self._saved)
                 stage = self._stash.room(self._place.num_bytes)
                 if stage is None:
                     raise RuntimeError(f"stash: no room for {self._place.num_bytes} bytes that were put away")
-                self._read = self._place.read(stage)
-                self._ahead = tensor, links.device_copies.load(stage, tensor, after=self._read)
+                self._read_through(stage, self._place)
         if self._ahead is None:
             raise RuntimeError("stash: loaded after its release")
         return self._ahead
+
+    def start_at_once(self) -> bool:
+        """As `start`, but where something would have to be waited for; whether it is on its way."""
+        if self._ahead is None and self._place is not None:
+            if not self._saved.is_over():
+                return False
+            self._stash.links.wait(self._saved)
+            stage = self._stash.room_now(self._place.num_bytes)
+            if stage is None:
+                return False
+            self._read_through(stage, self._place)
+        self.start()
+        return True
+
+    def _read_through(self, stage: Slot, place: ScratchRange) -> None:
+        tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        self._read = place.read(stage)
+        self._ahead = tensor, self._stash.links.device_copies.load(stage, tensor, after=self._read)
 
     def release(self) -> None:
         """As `Stashed.release`. What is on its way to the device holds its memory there until it has arrived."""

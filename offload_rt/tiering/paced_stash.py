@@ -55,15 +55,23 @@ class PacedStash:
 
     def begin_before(self, stashed: _PacedStashed) -> None:
         """Puts on their way back what was put away before, the latest first."""
-        ahead_bytes, is_first = 0, True
-        reference = stashed.previous
+        self._begin(stashed.previous, at_least_one=True)
+
+    def start_last(self) -> None:
+        """As `Stash.start_last`: as far as the window reaches."""
+        self._inner.start_last()
+        self._begin(self._last, at_least_one=False)
+
+    def _begin(self, reference: weakref.ref[_PacedStashed] | None, *, at_least_one: bool) -> None:
+        ahead_bytes = 0
         while reference is not None and (before := reference()) is not None:
             if before.is_expected:
                 ahead_bytes += before.num_bytes
-                if not is_first and (ahead_bytes > (self.window_bytes or 0) or not before.out.is_through):
+                has_room = ahead_bytes <= (self.window_bytes or 0) and self.link.is_through(before.out)
+                if not (at_least_one or has_room):
                     return
                 before.begin()
-                is_first = False
+                at_least_one = False
             reference = before.previous
 
 

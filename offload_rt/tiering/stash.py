@@ -2,7 +2,8 @@
 
 A stashed input is copied out right after its layer's forward has begun to use it and fetched back before its layer's
 backward; while one layer is recomputed, the input of the one before it is on its way. In HOST it lies in an arena, on
-NVME in the scratch file, through staging slots.
+NVME in the scratch file, through staging slots. Tensors come back in the order in which backward wants them, the last
+one first.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ class Stash(Protocol):
         Room is planned for one micro-batch. A loop that holds the graphs of several keeps the rest in memory.
         """
 
+    def start_last(self) -> None:
+        """Backward has begun: starts fetching what was put away last, and before that, as far as there is room now.
+
+        Nothing where that is under way, or has been used. Does not block.
+        """
+
 
 class HostStash:
     """Tensors in an arena of HOST memory. Copies are made in place: on the CPU device both ends are RAM."""
@@ -63,6 +70,9 @@ class HostStash:
         self._links.meter.moved(DEVICE_TO_HOST, slot.num_bytes)
         self._links.counters.bytes_copied += slot.num_bytes
         return _HostStashed(slot, tensor.shape, tensor.dtype, self._links)
+
+    def start_last(self) -> None:
+        """Nothing to start: a load copies at once."""
 
 
 class _HostStashed:
@@ -169,15 +179,22 @@ class NvmeStash:
 
         Waits for the write of the first one at most; what has left later is read when it is the first.
         """
-        reference, ahead_bytes, is_first = stashed.previous, 0, True
+        self._start(stashed.previous, at_least_one=True)
+
+    def start_last(self) -> None:
+        """As `Stash.start_last`: as far as `ahead_bytes` reach."""
+        self._start(self._last, at_least_one=False)
+
+    def _start(self, reference: weakref.ref[_NvmeStashed] | None, *, at_least_one: bool) -> None:
+        ahead_bytes = 0
         while reference is not None and (before := reference()) is not None:
             if before.pieces and not before.was_loaded:
                 ahead_bytes += before.stored_bytes
-                if is_first:
+                if at_least_one:
                     before.start_read()
                 elif ahead_bytes > self._ahead_bytes or not before.read_ahead():
                     return
-                is_first = False
+                at_least_one = False
             reference = before.previous
 
     def _finish_a_write(self) -> None:

@@ -161,6 +161,7 @@ class _Tokenwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         owner, call, tiled = ctx.owner, ctx.call, ctx.tiled
         call.check_unchanged()
+        owner.start_last()
         inputs = list(ctx.saved_tensors)
         keep_graph = graph_is_kept()
         if ctx.input is not None:

@@ -53,6 +53,12 @@ class Places:
     between_chunks: Callable[[], None] = lambda: None
     """Called when a chunk's memory is free again."""
 
+    def start_last(self) -> None:
+        """As `Stash.start_last`, wherever something waits."""
+        for stash in (self.layer_inputs, *self.swapped.values()):
+            if stash is not None:
+                stash.start_last()
+
     def with_input(self, group: str) -> Place:
         """Where `group` waits that goes with the layer's input."""
         return Place(group, self.layer_inputs, self.layer_inputs_tier)

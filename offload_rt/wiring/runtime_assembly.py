@@ -346,7 +346,7 @@ class RuntimeAssembly:
         shared: dict[str, Any] = {
             "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
             "leave_out_product": self.options.leave_out_products, "between": between, "deliver": deliver,
-            "together": lambda: runtime.turns.active, "transients": runtime.transients,
+            "start_last": places.start_last, "together": lambda: runtime.turns.active, "transients": runtime.transients,
             "additions": self.additions[draft.name],
         }  # fmt: skip
         policy = policy_of(self.plan, draft)
