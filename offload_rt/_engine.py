@@ -41,6 +41,7 @@ from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.loop_steps import LoopSteps
 from offload_rt.report import report, summary
 from offload_rt.running.changes import Changes
+from offload_rt.running.micro_batches import MicroBatches
 from offload_rt.running.peaks import RESUME, SAVE, Peaks
 from offload_rt.running.tracked import Tracked
 from offload_rt.transfers.device_cuda import find_device
@@ -212,6 +213,9 @@ class Engine:
             is_over=self._changes.after_step,
         )
         self._handles.append(self._steps)
+        self._micro_batches = MicroBatches(
+            self, self._changes, self._steps, accumulation_steps=self.config.accumulation_steps
+        )
         self._handles.append(CompileGuard(*models))  # whose hooks come before all others
 
     def _look_after(self, runtime: Runtime) -> None:
@@ -247,11 +251,7 @@ class Engine:
         if not isinstance(loss, torch.Tensor):
             raise ConfigError(f"backward: expected the loss as a tensor, got {type(loss).__name__}")
         check_loss(loss, self.step_number + 1)
-        self._backward(loss)
-
-    def _backward(self, loss: torch.Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._steps.num_backwards += 1
+        self._steps.backward(loss)
 
     @property
     def step_number(self) -> int:
@@ -266,44 +266,8 @@ class Engine:
 
     def train_batch(self, batches: Sequence[dict[str, Any]]) -> float:
         """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
-        if not batches:
-            raise ConfigError("train_batch: needs at least one micro-batch")
-        if isinstance(batches, Mapping) or not all(isinstance(batch, Mapping) for batch in batches):
-            got = type(batches if isinstance(batches, Mapping) else batches[0]).__name__
-            raise ConfigError(f"train_batch: expected a list of batches, each the model's arguments by name, got {got}")
-        try:
-            total = self._accumulate(batches)
-        except BaseException:
-            if self.optimizer is not None:  # half a step's gradients must not leak into the next
-                self.optimizer.zero_grad(set_to_none=True)
-            self._steps.num_backwards = 0
-            raise
-        self._steps.num_backwards = self.config.accumulation_steps
+        total = self._micro_batches.accumulate(batches)
         self.step()
-        return total
-
-    def _accumulate(self, batches: Sequence[dict[str, Any]]) -> float:
-        """Gradients of the mean of the losses, which it returns; layer by layer where the plan says so. A device is
-        waited for once a micro-batch, for its loss.
-        """
-        num = len(batches)
-
-        def loss_of(batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
-            loss: torch.Tensor = self(**batch).loss / num
-            return loss, check_loss(loss, self.step_number + 1)
-
-        self._changes.begin_call(begins_step=not self._steps.num_backwards)
-        if self._changes.rehearsal.is_due:
-            self._changes.rehearse(*self._runtime.on_device((), batches[0]))
-        if self.plan.layer_major and 1 < num <= self.config.accumulation_steps:
-            losses = self._runtime.run_together([partial(loss_of, batch) for batch in batches])
-            self._runtime.run_together([partial(self._backward, loss) for loss, _ in losses])
-            return sum(value for _, value in losses)
-        total = 0.0
-        for batch in batches:
-            loss, value = loss_of(batch)
-            self._backward(loss)
-            total += value
         return total
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from offload_rt._engine import Engine
 from offload_rt.cli import train_run
 from offload_rt.cli.main import main
 from offload_rt.errors import StorageError
+from offload_rt.optimizer.loop_steps import LoopSteps
 from offload_rt.training.run_folder import RunFolder
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from tests.test_cli import adapter_bytes, fails, save_llama
@@ -129,16 +129,16 @@ def test_a_run_that_failed_in_a_step_goes_on_in_memory_from_the_commit_of_the_st
 ) -> None:
     straight, out = tmp_path / "straight", tmp_path / "out"
     goes_on(budgets(full, device=ROOMY), straight, 5, capsys)
-    go_back = Engine._backward
+    go_back = LoopSteps.backward
 
-    def fails_at_the_fourth(engine: Engine, loss: torch.Tensor) -> None:
-        if engine.step_number == 3:
+    def fails_at_the_fourth(steps: LoopSteps, loss: torch.Tensor) -> None:
+        if steps._training().step_number == 3:
             raise StorageError("gone", path="drive", errno=5)
-        go_back(engine, loss)
+        go_back(steps, loss)
 
     words = budgets(full, device=TIGHT_FULL, nvme=[tmp_path / "a"])
     with monkeypatch.context() as patched:
-        patched.setattr(Engine, "_backward", fails_at_the_fourth)
+        patched.setattr(LoopSteps, "backward", fails_at_the_fourth)
         assert main([*words, "--out", str(out), "--steps", "5"]) == 1
     assert list(out.glob("checkpoint-*")) == []
     assert "resuming from the commit of step 3 in" in goes_on(budgets(full, device=ROOMY), out, 5, capsys)

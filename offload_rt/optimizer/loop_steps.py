@@ -49,6 +49,11 @@ class LoopSteps:
         self._others = OtherOptimizers(trainable, lambda: self._training().optimizer, self._follow)
         self._handles = self._watch()
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """`loss.backward()`, counted."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.num_backwards += 1
+
     def take(self) -> None:
         """Makes one step by what trains. Blocks."""
         with self._meter.updating():

@@ -79,13 +79,13 @@ class Changes:
         with self._given_up_unless_done(), torch.inference_mode(False):
             self.go_on_with(
                 self.replanner.before_step(
-                    self.runtime, self.meter, self._step_number, more_bytes=self.rehearsal.more_bytes
+                    self.runtime, self.meter, self.step_number, more_bytes=self.rehearsal.more_bytes
                 )
             )
 
     def after_step(self) -> None:
         """Whether the plan is to be made again, by the step that was taken. Blocks as `Replanner.after_step` does."""
-        self.replanner.after_step(self.runtime, self.meter, self._step_number, more_bytes=self.rehearsal.more_bytes)
+        self.replanner.after_step(self.runtime, self.meter, self.step_number, more_bytes=self.rehearsal.more_bytes)
 
     def go_on_with(self, runtime: Runtime) -> None:
         """From now on `runtime` is in effect."""
@@ -94,7 +94,8 @@ class Changes:
             self._followed_by(runtime)
 
     @property
-    def _step_number(self) -> int:
+    def step_number(self) -> int:
+        """Steps made since the run began."""
         return self.runtime.training.step_number
 
     @contextmanager
