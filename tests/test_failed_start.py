@@ -10,13 +10,13 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.running.steps import StepMeter
-from offload_rt.wiring.runtime_assembly import RuntimeAssembly
+from offload_rt.wiring.model_assembly import ModelAssembly
 from tests.conftest import build_base, build_plain, language_batch
 
 peft = pytest.importorskip("peft")
 
 PLACES = {
-    "while assembling": (RuntimeAssembly, "_loss_head"),
+    "while assembling": (ModelAssembly, "_loss_head"),
     "while the engine is put around it": (StepMeter, "attach"),
 }
 

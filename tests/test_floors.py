@@ -153,6 +153,7 @@ FLOORS = {
     "offload_rt.wiring.ring_assembly": 8.85,
     "offload_rt.wiring.store_assembly": 8.85,
     "offload_rt.wiring.runtime": 8.9,
+    "offload_rt.wiring.model_assembly": 8.92,
     "offload_rt.wiring.runtime_assembly": 8.95,
     "offload_rt.wiring.assembly": 9.0,
     "offload_rt.running.longest_step": 9.0,

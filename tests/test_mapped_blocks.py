@@ -13,7 +13,7 @@ from offload_rt.memory import mapped_blocks
 from offload_rt.memory.heap import Base, HeapGuard, is_tight
 from offload_rt.memory.mapped_blocks import BLOCKS_IN_HOLES, LEAST_MAPPED_BYTES, MOST_MAPPED_BYTES, MappedBlocks
 from offload_rt.plans import workload_sizes
-from offload_rt.wiring import runtime_assembly
+from offload_rt.wiring import model_assembly
 from offload_rt.wiring.activation_assembly import TIGHT_DIVISOR
 from tests.conftest import build_lora, language_batch
 
@@ -190,7 +190,7 @@ def test_an_engine_that_could_not_be_made_asks_for_nothing_any_more(calls, make_
     roomy = make_engine(build_lora(), nvme=disk_folder, batch_size=2, seq_len=64)
     roomy.close()
     with monkeypatch.context() as broken, pytest.raises(OffloadError, match="no such head") as kept:
-        broken.setattr(runtime_assembly, "keep_head_input_contiguous", raises("no such head"))
+        broken.setattr(model_assembly, "keep_head_input_contiguous", raises("no such head"))
         make_engine(build_lora(), nvme=disk_folder, batch_size=2, seq_len=64, device_memory=tight_budget(roomy))
     assert calls[0][1] < MOST_MAPPED_BYTES and calls[-2:] == [(MAP, MOST_MAPPED_BYTES), (TRIM, 2 * MOST_MAPPED_BYTES)]
     assert kept.tb is not None, "whoever has the error sees the engine's parts, and they ask for nothing"

@@ -180,7 +180,7 @@ def largest_saved_bytes(workload: Workload, num_tokens: int) -> int:
 def gradients_under_way_bytes(workload: Workload) -> int:
     """Memory for gradients of all parameters on their way to where they wait: those of the block that needs most."""
     of_layers = [draft.spec.compute_bytes for draft in workload.drafts if draft.trains]
-    stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
+    stored = workload.stored_ids()
     # Of a head, which is summed in fp32 besides, its own, where it is tied that of the embedding, and both together.
     of_others = [
         p.numel() * (3 * p.element_size() + 4)

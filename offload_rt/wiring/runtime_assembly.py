@@ -1,23 +1,18 @@
-"""Wires a model to the runtime: makes the parts that a checked plan asks for, takes weights out, puts the hooks in."""
+"""Makes the parts of a runtime that a checked plan asks for, one after the other, and puts them into the model last."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
 
-from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, materialise_rest, move_rest
+from offload_rt.checkpoint.materialise import materialise_rest
 from offload_rt.closing import all_close
-from offload_rt.errors import ConfigError
-from offload_rt.guards.additions import Additions
-from offload_rt.layers.access import Access, LookupAccess, ResidentAccess
-from offload_rt.layers.autograd import LayerCounters, RecomputedLayer
-from offload_rt.layers.block import Binding, Block
-from offload_rt.layers.discover import BlockDraft, Coverage
+from offload_rt.layers.access import Access
+from offload_rt.layers.autograd import LayerCounters
+from offload_rt.layers.discover import Coverage
 from offload_rt.layers.executor import RingExecutor
 from offload_rt.layers.turns import Turns
 from offload_rt.memory.heap import HeapGuard
@@ -26,28 +21,21 @@ from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.log_commit import open_log
 from offload_rt.optimizer.tiered_training import TieredTraining
-from offload_rt.optimizer.training import FullTraining
 from offload_rt.plans.cuts import cuts_of, products_of
-from offload_rt.plans.plan_options import policy_of
 from offload_rt.quantized.decoder import Decoder
-from offload_rt.quantized.packed_linear import packed_linears
 from offload_rt.storage.store import Store
 from offload_rt.tiering.moving import Move, Mover
 from offload_rt.tiering.resting import Resting
 from offload_rt.tiering.rows import RowReader, RowSource
 from offload_rt.tiering.tiers import Tiers
-from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
+from offload_rt.tokenwise.layer import Tokenwise
 from offload_rt.tokenwise.tiles import Places
 from offload_rt.transfers.device_cuda import CudaDevice
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.recording import Recorder
 from offload_rt.transfers.streams import COMPUTE
-from offload_rt.vocabulary.backbone import find_causal_model
-from offload_rt.vocabulary.edge import StreamedModule, keep_head_input_contiguous
-from offload_rt.vocabulary.lookup import LookupModule
-from offload_rt.vocabulary.loss_head import LossHead
-from offload_rt.vocabulary.tiled_linear import TiledLinear
 from offload_rt.wiring.activation_assembly import ActivationsAssembly
+from offload_rt.wiring.model_assembly import ModelAssembly
 from offload_rt.wiring.ring_assembly import lock_ring
 from offload_rt.wiring.runtime import MadeOf, Runtime
 from offload_rt.wiring.state_assembly import StateAssembly
@@ -211,14 +199,10 @@ class RuntimeAssembly:
             build_store(self.store, workload, self.progress)
         self.tiers.account(Tier.NVME).reserve("weights", self.store.stored_bytes)
 
-    @property
-    def _holds_decoded(self) -> bool:
-        return self.plan.decode_scope is DecodeScope.LAYER
-
     def _decoder(self) -> Decoder:
         """Room for two modules: one in use, one that autograd still holds; or for a layer besides."""
         num_bytes = 2 * max((layer.largest_module_bytes for layer in self.problem.layers), default=0)
-        if self._holds_decoded:
+        if self.plan.decode_scope is DecodeScope.LAYER:
             num_bytes += max((layer.decoded_bytes for layer in self.problem.layers), default=0)
         return Decoder(self.tiers.arena(Tier.DEVICE, "decoded weights", num_bytes), self._tensor_device)
 
@@ -239,9 +223,8 @@ class RuntimeAssembly:
         """Takes the weights out of the model and puts the hooks in. Nothing before this changed the model."""
         heap = self.heap = self._heap()
         workload = self.workload
-        stored = {id(entry.parameter) for draft in workload.drafts for entry in draft.parameters}
         if self.before is None:
-            materialise_rest(workload.model, workload.rest, stored)
+            materialise_rest(workload.model, workload.rest, workload.stored_ids())
         tokenwise = Tokenwise(replace(places, between_chunks=heap.check)) if self.plan.activations else None
         runtime = self.runtime = Runtime(
             plan=self.plan, tiers=self.tiers, links=self.links, decoder=decoder, blocks=[], accesses=accesses,
@@ -256,51 +239,10 @@ class RuntimeAssembly:
         if self.before is not None:
             runtime.go_on_counting(self.before)
             runtime.shown = self.before.shown
-        for draft in workload.drafts:
-            bindings = tuple(
-                Binding(spec, entry.parameter, entry.owners)
-                for spec, entry in zip(draft.spec.tensors, draft.parameters, strict=True)
-            )
-            for binding in bindings:
-                make_absent(binding.parameter, self._tensor_device)
-            block = Block(draft.name, draft.modules, draft.spec, bindings, decoder)
-            runtime.blocks.append(block)
-            access = accesses[draft.name]
-            if isinstance(access, ResidentAccess):
-                block.open(access.slot)
-            if draft.is_layer:
-                runtime.layers.append(self._layer(runtime, draft, block, access, places))
-            elif isinstance(access, LookupAccess):
-                runtime.streamed.extend(self._in_pieces(module, block) for module in draft.modules)
-            elif not isinstance(access, ResidentAccess):
-                runtime.streamed.extend(StreamedModule(module, block, access) for module in draft.modules)
-        check_nothing_on_meta(workload.model, workload.sources.describe)
-        if self.device is not None:
-            move_rest(workload.model, stored, self._tensor_device)
-        for layer in runtime.layers:
-            layer.block.attach()
-            layer.attach()
-            runtime.packed += packed_linears(layer.block, runtime.products)
-        for linear in runtime.packed:
-            linear.attach()
-        for module in runtime.streamed:
-            module.attach()
-        runtime.contiguous_head = keep_head_input_contiguous(workload.model)
-        runtime.loss_head = self._loss_head(runtime)
+        ModelAssembly(runtime, places, self._tensor_device, row_sources=self.row_sources, tiles=self.tiles).put_in()
         if self.before is not None:
             heap.trim()  # of what weights on their way have left; of a first runtime they are there still
         return runtime
-
-    def _in_pieces(self, module: nn.Module, block: Block) -> LookupModule | TiledLinear:
-        """What answers for `module`, of a block that is read by rows or tiles."""
-        if isinstance(module, nn.Embedding) and self.rows is not None:
-            return LookupModule(module, block, self.row_sources[block.name], self.rows, self._ahead_of_lookups())
-        return TiledLinear(module, block, self.executors[-1], self.tiles)
-
-    def _ahead_of_lookups(self) -> Callable[[], None]:
-        """What a lookup, which begins a forward pass, starts: the fetch of the first block that is needed whole."""
-        executors = [executor for executor in self.executors if executor.ring.name in ("edges", "tiles")]
-        return executors[0].foresee if executors else lambda: None
 
     def _training(self, optimizer: torch.optim.Optimizer | None, *, make_room: Callable[[], None]) -> Training:
         """What trains, with the state that it begins with. Parameters that stay in memory have their values."""
@@ -330,32 +272,6 @@ class RuntimeAssembly:
             training.go_on_from(before)
         return training
 
-    def _layer(
-        self, runtime: Runtime, draft: BlockDraft, block: Block, access: Access, places: Places
-    ) -> RecomputedLayer:
-        if draft.name not in self.additions:
-            self.additions[draft.name] = Additions(draft.modules[0])
-        deliver = None
-        if draft.trains and isinstance(runtime.training, FullTraining):
-            deliver = runtime.training.taker(draft.name)
-
-        def between() -> None:
-            runtime.heap.check()
-            runtime.turns.pass_on()
-
-        shared: dict[str, Any] = {
-            "stash": places.layer_inputs, "hold_decoded": self._holds_decoded, "counters": runtime.layer_counters,
-            "leave_out_product": self.options.leave_out_products, "between": between, "deliver": deliver,
-            "start_last": places.start_last, "together": lambda: runtime.turns.active, "transients": runtime.transients,
-            "additions": self.additions[draft.name],
-        }  # fmt: skip
-        policy = policy_of(self.plan, draft)
-        if policy is None or runtime.tokenwise is None:
-            return RecomputedLayer(draft.modules[0], block, access, **shared)
-        return TokenwiseLayer(
-            draft.modules[0], block, access, policy=policy, tokenwise=runtime.tokenwise, **shared
-        )  # fmt: skip
-
     def _heap(self) -> HeapGuard:
         """Guards what the plan leaves to the C library: all of memory on the CPU device, of HOST on a GPU."""
         tiers = (Tier.DEVICE, Tier.HOST) if self.workload.config.device == "cpu" else (Tier.HOST,)
@@ -372,26 +288,6 @@ class RuntimeAssembly:
             lasting_bytes=device.get("adapters, gradients, optimizer", 0),
             kept_bytes=kept + device.get("layer inputs", 0) if kept else 0,
         )  # fmt: skip
-
-    def _loss_head(self, runtime: Runtime) -> LossHead | None:
-        """Puts the loss into tiles, if the plan says so."""
-        chunk_tokens = self.plan.head_chunk_tokens
-        if chunk_tokens is None:
-            return None
-        causal = find_causal_model(self.workload.model)
-        if causal is None:
-            raise ConfigError("plan: takes the loss in tiles, but the model has no loss that can be")
-        output: Any = getattr(causal, "get_output_embeddings", lambda: None)()
-        within = [] if output is None else list(output.modules())
-        streamed = [module for module in runtime.streamed if module.module in within]
-        held = [module.held for module in streamed if isinstance(module, StreamedModule)]
-        tiled = next((module for module in streamed if isinstance(module, TiledLinear)), None)
-        head = LossHead(
-            causal, chunk_tokens, *held[:1], linear=tiled, between=runtime.heap.check, transients=runtime.transients
-        )
-        head.counters = runtime.counted.get("loss_head", head.counters)
-        head.attach()
-        return head
 
 
 def _drain(executors: list[RingExecutor]) -> None:

@@ -76,9 +76,13 @@ class Workload:
     def layers(self) -> list[BlockDraft]:
         return [draft for draft in self.drafts if draft.is_layer]
 
+    def stored_ids(self) -> set[int]:
+        """The ids of parameters that a block stores."""
+        return {id(stored.parameter) for draft in self.drafts for stored in draft.parameters}
+
     def kept_elsewhere(self) -> frozenset[int]:
         """The ids of parameters whose values are a block's, or rounded from a master."""
-        kept = {id(stored.parameter) for draft in self.drafts for stored in draft.parameters}
+        kept = self.stored_ids()
         if self.training is not None and not self.training.adapters:
             kept |= {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         return frozenset(kept)
