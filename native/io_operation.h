@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <map>
 #include <string>
 
 #include "io_devices.h"
@@ -51,7 +52,6 @@ inline Status evidence(const IoOperation& operation) {
   return status;
 }
 
-// A line of the dump that a timeout gives.
 inline std::string describe(Ticket ticket, const Progress& progress) {
   const IoOperation& operation = progress.operation;
   char age[32];
@@ -61,6 +61,17 @@ inline std::string describe(Ticket ticket, const Progress& progress) {
          std::string(name_of(operation.kind)) + " " + std::to_string(progress.done) + " of " +
          std::to_string(operation.length) + " bytes at offset " + std::to_string(operation.offset) + ", " +
          std::to_string(progress.in_flight) + " requests in flight, " + age + " s old";
+}
+
+// The dump that a timeout gives: a line for each, the oldest first.
+inline std::string describe_unfinished(const std::map<Ticket, Progress>& operations) {
+  std::string text;
+  for (const auto& [ticket, progress] : operations) {
+    if (progress.finished) continue;
+    if (!text.empty()) text += '\n';
+    text += describe(ticket, progress);
+  }
+  return text;
 }
 
 }  // namespace offload_rt

@@ -1,5 +1,5 @@
 // The bookkeeping of asynchronous I/O over any kernel: cutting operations into requests, keeping every device
-// busy, judging results, waking waiters. It makes no I/O system call of its own.
+// busy, submitting the rests of short ones, waking waiters. It makes no I/O system call of its own.
 //
 // [Note: who touches what]
 //   completion thread alone   the kernel's submit and reap, `batch_`, `slots_`
@@ -38,6 +38,7 @@
 #include "io_registry.h"
 #include "io_ring.h"
 #include "io_thread.h"
+#include "io_verdict.h"
 
 namespace offload_rt {
 
@@ -151,7 +152,7 @@ class IoRingOf final : public IoRing {
 
   std::string outstanding() const override {
     const std::lock_guard lock(mutex_);
-    return describe_outstanding();
+    return describe_unfinished(operations_);
   }
 
   IoCounters counters() const override {
@@ -184,11 +185,6 @@ class IoRingOf final : public IoRing {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-
-  // A drive or kernel that keeps saying "not now" is given about a second.
-  static constexpr std::uint32_t kMaxRefusals = 1000;
-  static constexpr std::uint32_t kPatientRefusals = 8;  // at once; from then on with a pause
   static constexpr auto kPause = std::chrono::milliseconds(1);
 
   // ---- completion thread ----
@@ -273,62 +269,27 @@ class IoRingOf final : public IoRing {
     const std::lock_guard lock(mutex_);
     bool pause = false;
     for (const IoCompletion& completion : completions) {
-      judge(completion);
+      carry_on(completion);
       pause |= slots_[completion.slot].refusals > kPatientRefusals;
     }
     return pause;
   }
 
-  // The one place that looks at a result.
-  void judge(const IoCompletion& completion) {
+  void carry_on(const IoCompletion& completion) {
     Slot& slot = slots_[completion.slot];
-    bool over = false;  // this request needs no further try
-    if (completion.result < 0) {
-      const int error_number = -completion.result;
-      const bool for_now = error_number == EINTR || error_number == EAGAIN;
-      over = !for_now || ++slot.refusals > kMaxRefusals;
-      if (over) fail(slot, StatusCode::os_error, error_number);
-    } else if (slot.owner->operation.kind == IoKind::sync) {
-      over = true;
-    } else if (const std::uint32_t reached = slot.resume_from + static_cast<std::uint32_t>(completion.result);
-               reached > slot.arrived) {
-      count_bytes(slot, reached - slot.arrived);
-      slot.arrived = reached;
-      slot.refusals = 0;
-      over = slot.arrived == slot.length;
-    } else {
-      // It repeated, at most, what had arrived before, since O_DIRECT went back to an aligned start. That is
-      // the end of a file that is not aligned, if it stays so; a drive that is short twice gets on.
-      const bool read = slot.owner->operation.kind == IoKind::read;
-      over = completion.result == 0 || ++slot.refusals > kPatientRefusals;
-      if (over) fail(slot, read ? StatusCode::end_of_file : StatusCode::no_progress, 0);
-    }
-    if (over) {
+    const Verdict verdict = judge(slot, completion.result);
+    slot.arrived += verdict.num_new_bytes;
+    slot.owner->done += verdict.num_new_bytes;
+    const bool read = slot.owner->operation.kind == IoKind::read;
+    (read ? counters_.bytes_read : counters_.bytes_written) += verdict.num_new_bytes;
+    if (verdict.code != StatusCode::ok) tell_failure(slot, verdict.code, verdict.error_number);
+    if (verdict.over) {
       retire(completion.slot);
     } else {
       slot.resume_from = slot.arrived - slot.arrived % slot.owner->resume_alignment;
       counters_.resubmitted++;
       again_.push_back(completion.slot);
     }
-  }
-
-  void count_bytes(const Slot& slot, std::uint32_t num_bytes) {
-    slot.owner->done += num_bytes;
-    const bool read = slot.owner->operation.kind == IoKind::read;
-    (read ? counters_.bytes_read : counters_.bytes_written) += num_bytes;
-  }
-
-  // Requests fail in any order. The lowest place is the one that is told, so that the same fault gives the
-  // same message: requests are cut in order, and those in flight are seen to their ends although others have
-  // failed.
-  void fail(const Slot& slot, StatusCode code, int error_number) {
-    Status& told = slot.owner->status;
-    const std::uint64_t here = slot.owner->operation.offset + slot.begin + slot.arrived;
-    if (!told.ok() && told.failed_at <= here) return;
-    told = evidence(slot.owner->operation);
-    told.code = code;
-    told.error_number = error_number;
-    told.failed_at = here;
   }
 
   void retire(std::uint32_t index) {
@@ -397,18 +358,8 @@ class IoRingOf final : public IoRing {
     Status status = evidence(progress.operation);
     status.code = StatusCode::timed_out;
     status.done = progress.done;
-    status.detail = describe_outstanding();
+    status.detail = describe_unfinished(operations_);
     return status;
-  }
-
-  [[nodiscard]] std::string describe_outstanding() const {
-    std::string text;
-    for (const auto& [ticket, progress] : operations_) {
-      if (progress.finished) continue;
-      if (!text.empty()) text += '\n';
-      text += describe(ticket, progress);
-    }
-    return text;
   }
 
   std::unique_ptr<Kernel> kernel_;
