@@ -20,7 +20,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from offload_rt.errors import UnsupportedModule
 from offload_rt.guards.additions import Additions
 from offload_rt.layers.access import Access, GoneAccess, graph_is_kept, opened, put_forward_back, without_hooks
 from offload_rt.layers.block import Block
+from offload_rt.layers.caches import has_cache, without_cache
 from offload_rt.layers.last_product import ResultWanted, is_product, left_out
 from offload_rt.layers.layer_call import Call
 from offload_rt.memory.heap import places_for, put_into
@@ -43,9 +43,6 @@ CHECKED_CALLS = 2
 
 _WRITTEN_TO_ONE_ELEMENT = "more than one element of the written-to tensor"
 """What torch says of a write to a placeholder; see `block.placeholder`."""
-
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-"""Keyword arguments that a layer would update: a second time in the recompute."""
 
 
 @dataclass
@@ -209,8 +206,8 @@ class RecomputedLayer:
         wants_grad = bool(trainable or streamed) or any(
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
         )
-        if torch.is_grad_enabled() and (wants_grad or self.layer.training) and _has_cache(args, kwargs):
-            args, kwargs = _without_cache(args, kwargs)
+        if torch.is_grad_enabled() and (wants_grad or self.layer.training) and has_cache(args, kwargs):
+            args, kwargs = without_cache(args, kwargs)
             leaves, structure = pytree.tree_flatten((args, kwargs))
         if not (torch.is_grad_enabled() and wants_grad):
             with opened(self.block, self.access, Phase.FORWARD, training=torch.is_grad_enabled()):
@@ -285,48 +282,6 @@ class RecomputedLayer:
 def _has_nan(values: Any) -> bool:
     leaves = pytree.tree_leaves(values)
     return any(isinstance(t, torch.Tensor) and t.is_floating_point() and bool(t.isnan().any()) for t in leaves)
-
-
-def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """As transformers' own checkpointing does: a cache serves generation, and a recompute would fill it again.
-
-    Of a layer that is not gone back through it would only take memory until the step's loss is there.
-    """
-    named = {id(value): value for name, value in kwargs.items() if name in _CACHE_ARGUMENTS and value is not None}
-    caches = named | {id(value): value for value in (*args, *kwargs.values()) if _is_cache(value)}
-    if any(_holds_keys(cache) for cache in caches.values()):
-        raise UnsupportedModule(
-            "past_key_values: a layer is called with keys and values of earlier tokens, which are not kept for its "
-            "recompute. Prefix tuning is not supported; generate under torch.no_grad()"
-        )
-    kwargs = {name: None if id(value) in caches else value for name, value in kwargs.items()}
-    if kwargs.get("use_cache"):
-        kwargs["use_cache"] = False
-    return tuple(None if id(value) in caches else value for value in args), kwargs
-
-
-def _holds_keys(cache: Any) -> bool:
-    """Whether something is in it: a layer with an empty one computes what it does without."""
-    layers, parts = getattr(cache, "layers", ()), ("keys", "conv_states", "recurrent_states")
-    held = [getattr(layer, part, None) for layer in layers for part in parts] or cache
-    return any(isinstance(leaf, torch.Tensor) and leaf.numel() for leaf in pytree.tree_leaves(held))
-
-
-def _has_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `_without_cache` would change anything."""
-    if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in _CACHE_ARGUMENTS):
-        return True
-    return any(map(_is_cache, args)) or any(map(_is_cache, kwargs.values()))
-
-
-def _is_cache(value: Any) -> bool:
-    kind: Any = type(value)
-    return _is_cache_type(kind)
-
-
-@lru_cache(maxsize=256)  # asked for each argument of each layer
-def _is_cache_type(of: Any) -> bool:
-    return any(kind.__module__ == "transformers.cache_utils" and kind.__name__ == "Cache" for kind in of.__mro__)
 
 
 class _Recompute(torch.autograd.Function):

@@ -13,7 +13,6 @@ is an unfinished one and is built again. Nothing outside this module opens these
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -27,7 +26,7 @@ import torch
 
 from offload_rt.checksum import crc32c
 from offload_rt.config import NvmePath
-from offload_rt.errors import ConfigError, OffloadError, StorageFull, StoreCorrupt
+from offload_rt.errors import ConfigError, StorageFull, StoreCorrupt
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.storage.drive_files import (
     FolderLock,
@@ -39,6 +38,7 @@ from offload_rt.storage.drive_files import (
     write_atomically,
 )
 from offload_rt.storage.drives import drive_profile, weights
+from offload_rt.storage.sequential_writer import SequentialWriter
 from offload_rt.storage.stripes import Stripe, parts, stripe_all
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
 from offload_rt.transfers.file_io import OpenFile
@@ -288,7 +288,7 @@ class StoreBuilder:
     def write(self, spec: BlockSpec, pieces: Iterable[tuple[int, torch.Tensor]]) -> None:
         """Writes one block. `pieces` yields (offset in the block, contiguous tensor), offsets ascending."""
         stripes = self._places[spec.name]
-        writer = _SequentialWriter(self._store._links, self._staging, self._piece_bytes, self._files, stripes)
+        writer = SequentialWriter(self._store._links, self._staging, self._piece_bytes, self._files, stripes)
         try:
             for position, tensor in pieces:
                 writer.append(position, tensor)
@@ -313,80 +313,6 @@ class StoreBuilder:
         for file in self._files:
             file.close()
         self._files = []
-
-
-class _SequentialWriter:
-    """Collects bytes into aligned staging slots, writes each when full, and runs the checksum over them."""
-
-    def __init__(
-        self, links: Links, staging: Arena, piece_bytes: int, files: Sequence[OpenFile], stripes: Sequence[Stripe]
-    ) -> None:
-        """staging: room for two pieces of `piece_bytes`."""
-        self._links = links
-        self._staging = staging
-        self._piece_bytes = piece_bytes
-        self._files = files
-        self._stripes = stripes
-        self._flushed = 0
-        self._position = 0
-        self._crc = 0
-        self._slot = staging.acquire(piece_bytes, "ingest")
-        self._filled = 0
-        self._in_flight: Transfer | None = None
-
-    def append(self, position: int, tensor: torch.Tensor) -> None:
-        if position < self._position:
-            raise ValueError(f"store: piece at {position} behind {self._position}")
-        self._zeros(position - self._position)
-        self._bytes(tensor.detach().reshape(-1).view(torch.uint8))
-
-    def finish(self, length_bytes: int) -> int:
-        self._zeros(length_bytes - self._position)
-        if self._filled:
-            self._flush()
-        if self._in_flight is not None:
-            self._links.wait(self._in_flight)
-        return self._crc
-
-    def abort(self) -> None:
-        """Waits for the write under way, whose descriptor may be closed next, whatever came of it."""
-        if self._in_flight is not None:
-            with contextlib.suppress(OffloadError):
-                self._in_flight.wait()
-
-    def _zeros(self, num_bytes: int) -> None:
-        while num_bytes:
-            step = min(num_bytes, 1 << 20)
-            self._bytes(torch.zeros(step, dtype=torch.uint8))
-            num_bytes -= step
-
-    def _bytes(self, data: torch.Tensor) -> None:
-        done = 0
-        while done < data.numel():
-            take = min(data.numel() - done, self._piece_bytes - self._filled)
-            self._slot.tensor(torch.uint8, (take,), self._filled).copy_(data[done : done + take])
-            self._filled += take
-            done += take
-            self._position += take
-            if self._filled == self._piece_bytes:
-                self._flush()
-
-    def _flush(self) -> None:
-        piece = self._slot.part(0, align_up(self._filled, IO_ALIGNMENT_BYTES))
-        self._crc = crc32c(piece.buffer(), self._crc)
-        if self._in_flight is not None:
-            self._links.wait(self._in_flight)
-        writes = [
-            self._links.write(
-                self._files[part.drive], part.offset_bytes, piece.part(part.begin_bytes, part.length_bytes)
-            )
-            for part in parts(self._stripes, self._flushed, piece.num_bytes)
-        ]
-        self._in_flight = self._links.join("write of a piece", writes)
-        self._flushed += piece.num_bytes
-        self._filled = 0
-        del piece
-        self._slot = self._staging.acquire(self._piece_bytes, "ingest")
 
 
 def usable_bytes(folder: Path, drive: NvmePath) -> int:
