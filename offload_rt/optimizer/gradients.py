@@ -15,7 +15,7 @@ an emulated link it is the same: they are there at once, and have come when the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -229,6 +229,13 @@ class Gradients:
                 found[block.parameters[index].name] = waiting.norms[index]
             self.release(block)
         return found
+
+    def copies(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of every parameter that has one, a copy that is the caller's. Blocks as `load` does."""
+        for block in self.blocks:
+            for index in sorted(self.present(block)):
+                yield block.parameters[index].name, self.of(block, self.load(block), index).clone()
+            self.release(block)
 
     def clear(self) -> None:
         """Forgets all. Writes under way are waited for, whatever comes of them."""

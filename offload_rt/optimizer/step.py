@@ -1,4 +1,4 @@
-"""What has been done of one step, and what was done of all."""
+"""What has been done of one step, what was done of all, and when they train nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from offload_rt.errors import IntegrityError
 from offload_rt.guards.integrity import Reached, check_present
 from offload_rt.optimizer.param_groups import Options
 from offload_rt.optimizer.pieces import TrainedBlock
+
+MAX_SKIPPED_IN_A_ROW = 5
+"""Steps whose gradients are not finite, after which something is broken."""
 
 
 @dataclass(kw_only=True)
@@ -51,3 +54,12 @@ def check_first(names: Sequence[str], present: Collection[str], norm: float, rea
     check_present(present, names, 1, reached)
     if norm == 0:
         raise IntegrityError(f"step 1: all {len(names)} gradients are zero; the loss does not reach them")
+
+
+def check_skipped(num_skipped: int, step: int) -> None:
+    """Raises IntegrityError where too many steps in a row, the last ones behind `step`, were left out."""
+    if num_skipped >= MAX_SKIPPED_IN_A_ROW:
+        raise IntegrityError(
+            f"{num_skipped} steps in a row had gradients that are not finite; the state is that of step {step}. Usual "
+            f"causes: a learning rate that is too high, broken data, fp16 overflow"
+        )

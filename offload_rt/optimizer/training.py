@@ -41,15 +41,12 @@ from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.saving import load_commit, load_training, save_training
 from offload_rt.optimizer.stand_ins import StandIns
 from offload_rt.optimizer.state import Part, laid_weights
-from offload_rt.optimizer.step import Step, StepCounters, check_first
+from offload_rt.optimizer.step import Step, StepCounters, check_first, check_skipped
 from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.writes import state_report
 from planners.plans.placement import UpdateMode
 
 logger = logging.getLogger("offload_rt")
-
-MAX_SKIPPED_IN_A_ROW = 5
-"""Steps whose gradients are not finite, after which something is broken."""
 
 
 class FullTraining(TieredTraining):
@@ -167,13 +164,7 @@ class FullTraining(TieredTraining):
         """Name and gradient of every parameter that has one, a copy that is the caller's."""
         if any(self.gradients.is_gone(block) for block in self.gradients.blocks):
             self._undo_because("gradients were looked at between backward and step")
-        for block in self.gradients.blocks:
-            for index in sorted(self.gradients.present(block)):
-                yield (
-                    block.parameters[index].name,
-                    self.gradients.of(block, self.gradients.load(block), index).clone(),
-                )
-            self.gradients.release(block)
+        yield from self.gradients.copies()
 
     def step(self) -> None:
         """Updates everything that has gradients, and commits if it is time. Blocks."""
@@ -347,11 +338,7 @@ class FullTraining(TieredTraining):
         self._forget_all(then=replace(self._now.again(), num_skipped_before=num_skipped))
         self.counters.num_skipped += 1
         logger.warning("step %d was left out: a gradient is not finite", self.step_number + 1)
-        if num_skipped >= MAX_SKIPPED_IN_A_ROW:
-            raise IntegrityError(
-                f"{num_skipped} steps in a row had gradients that are not finite; the state is that of step "
-                f"{self.step_number}. Usual causes: a learning rate that is too high, broken data, fp16 overflow"
-            )
+        check_skipped(num_skipped, self.step_number)
 
     def _undo_because(self, why: str) -> None:
         """Takes back what was stepped ahead, and steps nothing ahead from now on. ConfigError where it is too late."""
