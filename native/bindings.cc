@@ -20,6 +20,15 @@ PYBIND11_MODULE(_offload_rt_native, m) {
         return names;
       },
       "The instruction sets that kernels can use on this processor, slowest first; 'auto' is the last.");
+  m.def(
+      "isa",
+      [] {
+        pybind11::dict dict;
+        for (const auto& [name, present] : offload_rt::detect_isa())
+          dict[pybind11::str(std::string(name))] = present;
+        return dict;
+      },
+      "Instruction sets that fast paths are chosen by, and whether this machine has them.");
   bind_cpu_adam(m);
   bind_io(m);
   bind_nf4(m);

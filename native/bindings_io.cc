@@ -17,7 +17,6 @@
 
 #include "crc32c.h"
 #include "io_ring.h"
-#include "isa.h"
 #include "status.h"
 
 namespace py = pybind11;
@@ -365,12 +364,4 @@ void bind_io(py::module_& m) {
   m.def("crc32c", &checksum, arg("buffer"), arg("seed") = 0,
         "CRC32C of a contiguous buffer; the result is the seed of the next chunk. Drops the GIL for large "
         "buffers.");
-  m.def(
-      "isa",
-      [] {
-        py::dict dict;
-        for (const auto& [name, present] : detect_isa()) dict[py::str(std::string(name))] = present;
-        return dict;
-      },
-      "Instruction sets that fast paths are chosen by, and whether this machine has them.");
 }
