@@ -66,9 +66,9 @@ def pin(
 
 
 def known_ceiling(runtime: CudaRuntime, gpu: int) -> Ceiling | None:
-    """Beyond what nobody should ask, where a refusal was met since the system was started, as by `doctor`; None where
-    none is known of. On WSL2 it is looked for, which blocks for seconds, once per boot, with a
-    context of `gpu`, its number.
+    """The ceiling that is known, where a lock beyond it was refused since the system was started (`doctor` tries that);
+    None where none is. On WSL2 it is searched for: blocks for seconds, once per boot, with a context of `gpu`, its
+    number.
     """
     ceiling = pin_ceiling(runtime, TRIED_BYTES, gpu=gpu) if is_wsl() else _remembered(runtime, 0)
     return ceiling if ceiling is not None and ceiling.reason else None
