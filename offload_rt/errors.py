@@ -59,6 +59,14 @@ class StorageFull(StorageError):
     """There is not enough free space, found before the first byte where it can be."""
 
 
+def storage_error(
+    message: str, *, path: str, offset: int = 0, wanted: int = 0, done: int = 0, errno: int | None = 0
+) -> StorageError:
+    """A `StorageError`, or `StorageFull` where `errno` says that the drive or a quota is."""
+    kind = StorageFull if errno in (errno_names.ENOSPC, errno_names.EDQUOT) else StorageError
+    return kind(message, path=path, offset=offset, wanted=wanted, done=done, errno=errno or 0)
+
+
 class StorageTimeout(OffloadError, TimeoutError):
     """An operation did not finish in time; the message lists what was outstanding."""
 

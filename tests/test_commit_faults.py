@@ -8,10 +8,9 @@ import shutil
 import pytest
 
 from offload_rt.checksum import crc32c
-from offload_rt.errors import StorageError, StorageFull, StoreCorrupt
+from offload_rt.errors import StorageError, StorageFull, StoreCorrupt, storage_error
 from offload_rt.storage.commit_log import CommitLog
 from offload_rt.storage.commit_record import Record, Version, pack_body
-from offload_rt.transfers.file_io import storage_error
 from offload_rt.transfers.links import Links
 from tests.conftest import open_descriptors
 from tests.power_loss import PlainIO

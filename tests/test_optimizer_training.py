@@ -14,8 +14,15 @@ import pytest
 import torch
 
 from offload_rt import optim
-from offload_rt.errors import ConfigError, IntegrityError, OffloadError, StorageError, StoreCorrupt, UnsupportedModule
-from offload_rt.transfers.file_io import storage_error
+from offload_rt.errors import (
+    ConfigError,
+    IntegrityError,
+    OffloadError,
+    StorageError,
+    StoreCorrupt,
+    UnsupportedModule,
+    storage_error,
+)
 from tests.conftest import decode_in_place
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt.errors import StorageError, StorageFull, StorageTimeout
+from offload_rt.errors import StorageError, StorageFull, StorageTimeout, storage_error
 from offload_rt.memory.arena import Arena
 from offload_rt.native import native_core
-from offload_rt.transfers.file_io import AiofilesIO, OpenFile, file_io, storage_error
+from offload_rt.transfers.file_io import AiofilesIO, OpenFile, file_io
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.recording import Recorder
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from offload_rt.config import NvmePath
+from offload_rt.errors import storage_error
 from offload_rt.optimizer.pieces import TrainedBlock, TrainedParameter, trained_block
 from offload_rt.optimizer.rules import Scalars, StateTensor, Update
 from offload_rt.optimizer.state import log_extents
 from offload_rt.storage.commit_layout import make_log
 from offload_rt.storage.commit_log import CommitLog
-from offload_rt.transfers.file_io import storage_error
 from offload_rt.transfers.links import Links
 from tests.power_loss import PlainIO
 

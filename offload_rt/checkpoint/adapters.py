@@ -27,10 +27,9 @@ from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.errors import (
     CheckpointVerifyError,
     ConfigError,
-    StorageError,
-    StorageFull,
     TargetNotMatched,
     UnsupportedModule,
+    storage_error,
 )
 from offload_rt.storage.drive_files import sync_folder
 
@@ -146,9 +145,9 @@ def save_adapters(model: Any, folder: Path, at_rest: Callable[[Mapping[str, nn.P
             model.save_pretrained(partial, **what)
         except (OSError, SafetensorError) as error:
             code = error.errno if isinstance(error, OSError) else None
-            is_full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-            kind = StorageFull if is_full else StorageError
-            raise kind(f"the adapter could not be written: {error}", path=str(folder), errno=code or 0) from None
+            if code is None and "No space left" in str(error):
+                code = errno.ENOSPC
+            raise storage_error(f"the adapter could not be written: {error}", path=str(folder), errno=code) from None
         for place, adapter in expected.items():
             _verify(partial / place / ADAPTER_WEIGHTS, folder / place / ADAPTER_WEIGHTS, adapter)
         for path in partial.rglob("*"):

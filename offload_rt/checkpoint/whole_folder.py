@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull
+from offload_rt.errors import ConfigError, OffloadError, StorageFull, storage_error
 from offload_rt.storage.drive_files import sync_folder
 from planners.errors import format_bytes
 
@@ -68,8 +68,7 @@ def replaced_whole(
         if isinstance(error, OffloadError) or not isinstance(error, (OSError, RuntimeError, SafetensorError)):
             raise
         code = error.errno if isinstance(error, OSError) else None
-        kind = StorageFull if code in (errno.ENOSPC, errno.EDQUOT) else StorageError
-        raise kind(f"{what} could not be written: {error}", path=str(folder), errno=code or 0) from None
+        raise storage_error(f"{what} could not be written: {error}", path=str(folder), errno=code) from None
 
 
 def _has_to_stay(folder: Path) -> bool:

@@ -12,11 +12,11 @@ import tempfile
 from collections import deque
 from pathlib import Path
 
-from offload_rt.errors import OffloadError, StorageError, StorageFull, StorageTimeout
+from offload_rt.errors import OffloadError, StorageError, StorageFull, StorageTimeout, storage_error
 from offload_rt.memory.arena import Slot
 from offload_rt.storage.drives import tune
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfers.file_io import open_file, storage_error
+from offload_rt.transfers.file_io import open_file
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer
 from planners.errors import format_bytes
@@ -72,20 +72,13 @@ class Scratch:
             try:
                 self.file = open_file(path, writable=True)
             except OSError as error:
-                raise storage_error(
-                    "cannot be opened", path=path, offset=0, wanted=0, done=0, errno=error.errno or 0
-                ) from None
+                raise storage_error("cannot be opened", path=path, errno=error.errno) from None
             try:
                 os.posix_fallocate(self.file.fd, 0, self.capacity_bytes)
             except OSError as error:
                 self.file.close()
-                if error.errno == errno.ENOSPC:
-                    raise StorageFull(
-                        f"the plan puts {format_bytes(self.capacity_bytes)} there for less than a step",
-                        path=path,
-                        errno=errno.ENOSPC,
-                    ) from None
-                raise StorageError("cannot preallocate", path=path, errno=error.errno or 0) from None
+                why = f"the plan puts {format_bytes(self.capacity_bytes)} there for less than a step"
+                raise storage_error(f"cannot preallocate: {why}", path=path, errno=error.errno) from None
             tune(self.file, links.io)
         finally:
             os.unlink(path)

@@ -15,7 +15,6 @@ A checkpoint is removed by renaming it first, so that a folder named checkpoint-
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from offload_rt.errors import CheckpointError, ConfigError, StorageError, StorageFull
+from offload_rt.errors import CheckpointError, ConfigError, StorageError, storage_error
 from planners.errors import format_bytes
 
 logger = logging.getLogger("offload_rt")
@@ -306,5 +305,4 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _cannot_be_written(path: Path, error: OSError) -> StorageError:
-    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-    return kind(f"cannot be written: {error.strerror}", path=str(path), errno=error.errno or 0)
+    return storage_error(f"cannot be written: {error.strerror}", path=str(path), errno=error.errno)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from offload_rt.errors import StorageError, StorageFull, StorageTimeout
+from offload_rt.errors import StorageError, StorageTimeout, storage_error
 from offload_rt.memory.arena import WAIT_SECONDS, Region
 from offload_rt.meter import SSD_READ, SSD_WRITE, Meter
 from offload_rt.native import native_core
@@ -316,12 +316,6 @@ def _forget(ring: weakref.ref[Any], address: int) -> None:
 def _drop_cached(fd: int, offset_bytes: int, num_bytes: int) -> None:
     """Drops what the page cache holds of a range; what is not yet written begins to be."""
     os.posix_fadvise(fd, offset_bytes, num_bytes, os.POSIX_FADV_DONTNEED)
-
-
-def storage_error(message: str, *, path: str, offset: int, wanted: int, done: int, errno: int) -> StorageError:
-    """A `StorageError`, or `StorageFull` where the drive or a quota is."""
-    kind = StorageFull if errno in (errno_names.ENOSPC, errno_names.EDQUOT) else StorageError
-    return kind(message, path=path, offset=offset, wanted=wanted, done=done, errno=errno)
 
 
 def wait_future(future: Future[Result], timeout_seconds: float, outstanding: Callable[[], str]) -> Result:
