@@ -12,7 +12,15 @@ import pytest
 from offload_rt.errors import StorageError
 from offload_rt.native import native_core
 from offload_rt.storage import drives
-from offload_rt.storage.drives import CANDIDATES, MIB, DriveProfile, choose, drive_identity, drive_profile, weights
+from offload_rt.storage.drives import (
+    CANDIDATES,
+    MIB,
+    DriveProfile,
+    choose,
+    drive_identity,
+    drive_profile,
+    drive_weights,
+)
 from offload_rt.transfers.file_io import AiofilesIO, OpenFile, RingIO
 from tests.conftest import open_descriptors
 
@@ -229,8 +237,8 @@ def test_the_choice_is_deep_where_that_is_quick_and_shallow_where_it_is_not():
 
 def test_unknown_speeds_weigh_the_same():
     slow = DriveProfile(read_bytes_per_second=1e9)
-    assert weights([FAST, slow]) == [2e9, 1e9]
-    assert weights([FAST, DriveProfile()]) == [1.0, 1.0]
+    assert drive_weights([FAST, slow]) == [2e9, 1e9]
+    assert drive_weights([FAST, DriveProfile()]) == [1.0, 1.0]
 
 
 def test_the_identity_tells_drives_and_back_ends_apart(disk_folder):

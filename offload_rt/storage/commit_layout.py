@@ -15,20 +15,17 @@ commit is to hold is written once by that: whoever makes the log names it.
 from __future__ import annotations
 
 import ctypes
-import errno
-import json
-import os
 import secrets
+import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from offload_rt.checksum import crc32c
 from offload_rt.config import NvmePath
-from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreCorrupt
+from offload_rt.errors import ConfigError, StorageError, StoreCorrupt
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.storage.commit_record import (
     RECORD_BYTES,
@@ -41,13 +38,16 @@ from offload_rt.storage.commit_record import (
 )
 from offload_rt.storage.drive_files import (
     FolderLock,
+    SealBroken,
+    check_space,
     close_fenced,
-    digest,
     make_folder,
     open_fenced,
     os_error,
     preallocate,
+    sealed,
     sync_folder,
+    unsealed,
     write_atomically,
 )
 from offload_rt.storage.drives import tune
@@ -55,7 +55,6 @@ from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfers.file_io import OpenFile
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer
-from planners.errors import format_bytes
 
 LOG_VERSION = 1
 PAYLOAD_BYTES = 1 << 20
@@ -168,7 +167,10 @@ def make_log(
             sync_folder(folder)
         for drive, need_bytes in zip(drives, layout.file_bytes(), strict=True):
             (drive.path / "state.bin").unlink(missing_ok=True)  # a file that nothing in flight can reach, then
-            _check_space(drive, need_bytes)
+            free_bytes = shutil.disk_usage(drive.path).free
+            check_space(
+                "training state", drive.path, need_bytes, free_bytes=free_bytes, capacity_bytes=drive.capacity_bytes
+            )
         for folder, file_bytes in zip(folders, layout.file_bytes(), strict=True):
             files.append(open_fenced(folder / "state.bin", 0.0))
             if file_bytes:
@@ -263,16 +265,15 @@ def _read_part(folder: Path) -> tuple[int, Layout] | None:
     """Which drive of which log a folder is; None where it has no `log.json`."""
     path = folder / "log.json"
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
-        body = data["body"]
-        if data["sha256"] != digest(body):
-            raise StoreCorrupt(f"{path}: does not match its own checksum")
+        body = unsealed(path.read_text())
         if body["version"] != LOG_VERSION:
             raise StoreCorrupt(f"{path}: written by another version of offload_rt ({body['version']})")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise os_error("cannot be read", path, error) from None
+    except SealBroken as error:
+        raise StoreCorrupt(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise StoreCorrupt(f"{path}: not readable as a layout ({type(error).__name__}: {error})") from None
     extents = tuple(MutableExtent(**extent) for extent in body["layout"]["extents"])
@@ -381,16 +382,4 @@ def _zeros_crc32c(num_bytes: int, zeros: memoryview) -> int:
 
 def _write_layout(layout: Layout, drive: int, folder: Path) -> None:
     body = {"version": LOG_VERSION, "drive": drive, "layout": asdict(layout)}
-    write_atomically(folder / "log.json", json.dumps({"body": body, "sha256": digest(body)}, indent=1).encode())
-
-
-def _check_space(drive: NvmePath, need_bytes: int) -> None:
-    stat = os.statvfs(drive.path)
-    free = stat.f_bavail * stat.f_frsize
-    allowed = free if drive.capacity_bytes is None else min(free, drive.capacity_bytes)
-    if need_bytes > allowed:
-        raise StorageFull(
-            f"training state needs {format_bytes(need_bytes)}, {format_bytes(allowed)} are "
-            f"{'free' if allowed == free else 'allowed by nvme='}; nothing was written",
-            path=str(drive.path), errno=errno.ENOSPC,
-        )  # fmt: skip
+    write_atomically(folder / "log.json", sealed(body))

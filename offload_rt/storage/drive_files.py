@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreInUse
+from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreInUse, storage_error
 from offload_rt.transfers import file_io
 from offload_rt.transfers.file_io import Descriptor, OpenFile
 from planners.errors import format_bytes
@@ -165,12 +165,41 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def digest(body: dict[str, Any]) -> str:
-    """SHA-256 of plain values, the same for the same values."""
+def sealed(body: dict[str, Any]) -> bytes:
+    """Plain values as JSON, with a checksum of them beside: what `unsealed` reads."""
+    return json.dumps({"body": body, "sha256": _digest(body)}, indent=1).encode()
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The values again. Raises `SealBroken`; ValueError, KeyError or TypeError for what `sealed` never made."""
+    data: dict[str, Any] = json.loads(text)
+    body: dict[str, Any] = data["body"]
+    if data["sha256"] != _digest(body):
+        raise SealBroken("does not match its own checksum")
+    return body
+
+
+class SealBroken(ValueError):
+    """Sealed values are not those that were written."""
+
+
+def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def check_space(
+    what: str, folder: Path, need_bytes: int, *, free_bytes: int, capacity_bytes: int | None = None
+) -> None:
+    """Raises `StorageFull` where `what` needs more than is free in `folder`, or than nvme= allows."""
+    allowed_bytes = free_bytes if capacity_bytes is None else min(free_bytes, capacity_bytes)
+    if need_bytes > allowed_bytes:
+        raise StorageFull(
+            f"{what} needs {format_bytes(need_bytes)}, {format_bytes(allowed_bytes)} are "
+            f"{'free' if allowed_bytes == free_bytes else 'allowed by nvme='}; nothing was written",
+            path=str(folder), errno=errno.ENOSPC,
+        )  # fmt: skip
 
 
 def os_error(message: str, path: Path, error: OSError) -> StorageError:
     """`error` as one of ours: `StorageFull` where the drive or a quota is."""
-    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-    return kind(message, path=str(path), errno=error.errno or 0)
+    return storage_error(message, path=str(path), errno=error.errno)

@@ -201,7 +201,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def weights(profiles: Sequence[DriveProfile]) -> list[float]:
+def drive_weights(profiles: Sequence[DriveProfile]) -> list[float]:
     """By how much each drive should hold more than another; equal where any speed is unknown."""
     speeds = [profile.read_bytes_per_second for profile in profiles]
     return speeds if all(speeds) else [1.0] * len(speeds)

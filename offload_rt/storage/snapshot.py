@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
-import json
 import os
 import shutil
 import struct
@@ -26,16 +25,24 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from offload_rt.checksum import crc32c
-from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageError, StorageFull
+from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, StorageError
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.storage.commit_layout import barrier, finish, settle
 from offload_rt.storage.commit_log import Commit, CommitLog
 from offload_rt.storage.commit_record import Version
-from offload_rt.storage.drive_files import digest, open_file, os_error, sync_folder, write_atomically
+from offload_rt.storage.drive_files import (
+    SealBroken,
+    check_space,
+    open_file,
+    os_error,
+    sealed,
+    sync_folder,
+    unsealed,
+    write_atomically,
+)
 from offload_rt.transfers.file_io import OpenFile
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer
-from planners.errors import format_bytes
 
 SNAPSHOT_VERSION = 1
 _MARGIN_BYTES = 1 << 20
@@ -190,7 +197,8 @@ def _save(log: SnapshotLog, folder: Path, links: Links, names: list[str]) -> int
     try:
         copied = [extent for extent in extents if not _clone(log, extent, file)]
         copied_bytes = sum(int(extent["length_bytes"]) for extent in copied)
-        _check_space(folder, copied_bytes + len(log.committed.payload) + _MARGIN_BYTES)
+        need_bytes = copied_bytes + len(log.committed.payload) + _MARGIN_BYTES
+        check_space("a snapshot", folder, need_bytes, free_bytes=shutil.disk_usage(folder).free)
         _copy(log, copied, file, links, in_flight)
         barrier(links, [file], in_flight)
     finally:
@@ -201,7 +209,7 @@ def _save(log: SnapshotLog, folder: Path, links: Links, names: list[str]) -> int
         "payload_crc32c": crc32c(memoryview(log.committed.payload)),
     }  # fmt: skip
     write_atomically(folder / "payload.bin", log.committed.payload)
-    write_atomically(folder / "manifest.json", json.dumps({"body": body, "sha256": digest(body)}, indent=1).encode())
+    write_atomically(folder / "manifest.json", sealed(body))
     return copied_bytes
 
 
@@ -236,27 +244,17 @@ def _copy(
     finish(links, in_flight)
 
 
-def _check_space(folder: Path, need_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
-        raise StorageFull(
-            f"a snapshot needs {format_bytes(need_bytes)}, {format_bytes(free)} are free; nothing was written",
-            path=str(folder), errno=errno.ENOSPC,
-        )  # fmt: skip
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The checked body of the snapshot's manifest: `step`, `extents`, `payload_crc32c`. Raises as `load_snapshot`."""
     path = folder / "manifest.json"
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
-        body: dict[str, Any] = data["body"]
-        if data["sha256"] != digest(body):
-            raise CheckpointVerifyError(f"{path}: does not match its own checksum")
+        body = unsealed(path.read_text())
         if body["version"] != SNAPSHOT_VERSION:
             raise CheckpointError(f"{path}: written by another version of offload_rt ({body['version']})")
     except OSError as error:
         raise CheckpointError(f"{folder}: there is no snapshot ({error})") from None
+    except SealBroken as error:
+        raise CheckpointVerifyError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not readable as a manifest ({type(error).__name__}: {error})") from None
     return body

@@ -13,9 +13,8 @@ is an unfinished one and is built again. Nothing outside this module opens these
 
 from __future__ import annotations
 
-import errno
-import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,25 +25,27 @@ import torch
 
 from offload_rt.checksum import crc32c
 from offload_rt.config import NvmePath
-from offload_rt.errors import ConfigError, StorageFull, StoreCorrupt
+from offload_rt.errors import ConfigError, StoreCorrupt
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.storage.drive_files import (
     FolderLock,
-    digest,
+    SealBroken,
+    check_space,
     make_folder,
     open_file,
     preallocate,
+    sealed,
     sync_folder,
+    unsealed,
     write_atomically,
 )
-from offload_rt.storage.drives import drive_profile, weights
+from offload_rt.storage.drives import drive_profile, drive_weights
 from offload_rt.storage.sequential_writer import SequentialWriter
 from offload_rt.storage.stripes import Stripe, parts, stripe_all
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
 from offload_rt.transfers.file_io import OpenFile
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer
-from planners.errors import format_bytes
 
 STORE_VERSION = 2
 STAGING_BYTES = 4 << 20
@@ -164,6 +165,10 @@ class Store:
             del slab
         self._check(block, crc)
 
+    def build(self, specs: Sequence[BlockSpec]) -> StoreBuilder:
+        """Starts building: checks the free space first, then preallocates. Raises `StorageFull`."""
+        return StoreBuilder(self, specs)
+
     @property
     def way_out(self) -> str:
         """Ends an error about a store that is broken."""
@@ -173,22 +178,12 @@ class Store:
             f"clean {folders} --yes` and start again"
         )
 
-    def _check(self, block: str, found: int) -> None:
-        """Holds the checksum of a whole block against the manifest's."""
-        _, extent = self._blocks[block]
-        if found != extent.crc32c:
-            places = " and ".join(
-                f"{self._files[stripe.drive].path} at offset {stripe.offset_bytes}, {stripe.length_bytes} bytes"
-                for stripe in extent.stripes
-            )
-            raise StoreCorrupt(
-                f"{places}: block {block}: checksum {found:08x}, expected {extent.crc32c:08x}{self.way_out}"
-            )
-        self._verified.add(block)
-
-    def build(self, specs: Sequence[BlockSpec]) -> StoreBuilder:
-        """Starts building: checks the free space first, then preallocates. Raises `StorageFull`."""
-        return StoreBuilder(self, specs)
+    def other_bytes(self, block: str, begin_bytes: int, end_bytes: int, *, found: int, expected: int) -> StoreCorrupt:
+        """The error where [begin_bytes, end_bytes) of a block are others than when the whole of it was verified."""
+        return StoreCorrupt(
+            f"{self.folders[0]}: block {block}, bytes {begin_bytes} to {end_bytes}: checksum {found:08x}, expected "
+            f"{expected:08x}, which is what the block held at the start{self.way_out}"
+        )
 
     def close(self) -> None:
         """Closes descriptors and gives the lock back. The files stay."""
@@ -205,15 +200,27 @@ class Store:
         self._links.io.tune(file, self.profiles[drive].depth, self.profiles[drive].io_bytes)
         return file
 
+    def _check(self, block: str, found: int) -> None:
+        """Holds the checksum of a whole block against the manifest's."""
+        _, extent = self._blocks[block]
+        if found != extent.crc32c:
+            places = " and ".join(
+                f"{self._files[stripe.drive].path} at offset {stripe.offset_bytes}, {stripe.length_bytes} bytes"
+                for stripe in extent.stripes
+            )
+            raise StoreCorrupt(
+                f"{places}: block {block}: checksum {found:08x}, expected {extent.crc32c:08x}{self.way_out}"
+            )
+        self._verified.add(block)
+
     def _read_manifest(self) -> None:
         path = self.folders[0] / "manifest.json"
         try:
-            data: dict[str, Any] = json.loads(path.read_text())
-            body = data["body"]
-            if data["sha256"] != digest(body):
-                raise StoreCorrupt(f"{path}: the manifest does not match its own checksum{self.way_out}")
+            body = unsealed(path.read_text())
         except FileNotFoundError:
             return
+        except SealBroken as error:
+            raise StoreCorrupt(f"{path}: the manifest {error}{self.way_out}") from None
         except (ValueError, KeyError, TypeError) as error:
             what = f"{path}: not readable as a manifest ({type(error).__name__}: {error})"
             raise StoreCorrupt(what + self.way_out) from None
@@ -241,10 +248,7 @@ class Store:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "blocks": [{"spec": spec.to_json(), "extent": extent.to_json()} for spec, extent in blocks.values()],
         }
-        write_atomically(
-            self.folders[0] / "manifest.json",
-            json.dumps({"body": body, "sha256": digest(body)}, indent=1).encode(),
-        )
+        write_atomically(self.folders[0] / "manifest.json", sealed(body))
         self._read_manifest()
 
 
@@ -261,15 +265,16 @@ class StoreBuilder:
         self._staging = Arena("ingest staging", 2 * self._piece_bytes)
         places = stripe_all(
             [spec.stored_bytes for spec in self._specs],
-            weights(store.profiles),
+            drive_weights(store.profiles),
             [usable_bytes(folder, drive) for folder, drive in zip(store.folders, store._drives, strict=True)],
         )
         self._places = {spec.name: stripes for spec, stripes in zip(self._specs, places, strict=True)}
         ends = [0] * len(store.folders)
         for stripe in (stripe for stripes in places for stripe in stripes):
             ends[stripe.drive] += stripe.length_bytes
-        for folder, drive_path, end in zip(store.folders, store._drives, ends, strict=True):
-            _check_space(folder, drive_path, end)
+        for folder, drive, end in zip(store.folders, store._drives, ends, strict=True):
+            free_bytes = _free_bytes(folder, drive)
+            check_space("the store", folder, end, free_bytes=free_bytes, capacity_bytes=drive.capacity_bytes)
         try:
             for folder in store.folders:  # a manifest must not outlive the bytes it speaks of
                 (folder / "manifest.json").unlink(missing_ok=True)
@@ -317,17 +322,10 @@ class StoreBuilder:
 
 def usable_bytes(folder: Path, drive: NvmePath) -> int:
     """What a store in `folder` may take: free space, its own old bytes, and no more than `nvme=` allows."""
-    stat = os.statvfs(drive.path)
-    old = folder / "weights.bin"
-    free = stat.f_bavail * stat.f_frsize + (old.stat().st_blocks * 512 if old.exists() else 0)
+    free = _free_bytes(folder, drive)
     return free if drive.capacity_bytes is None else min(free, drive.capacity_bytes)
 
 
-def _check_space(folder: Path, drive: NvmePath, need_bytes: int) -> None:
-    allowed = usable_bytes(folder, drive)
-    if need_bytes > allowed:
-        raise StorageFull(
-            f"the store needs {format_bytes(need_bytes)}, {format_bytes(allowed)} are "
-            f"{'allowed by nvme=' if allowed == drive.capacity_bytes else 'free'}; nothing was written",
-            path=str(folder), errno=errno.ENOSPC,
-        )  # fmt: skip
+def _free_bytes(folder: Path, drive: NvmePath) -> int:
+    old = folder / "weights.bin"
+    return shutil.disk_usage(drive.path).free + (old.stat().st_blocks * 512 if old.exists() else 0)

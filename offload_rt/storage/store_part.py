@@ -7,7 +7,6 @@ verified once, piece by piece, at the start.
 from __future__ import annotations
 
 from offload_rt.checksum import crc32c
-from offload_rt.errors import StoreCorrupt
 from offload_rt.memory.arena import Slot
 from offload_rt.storage.store import Store
 from offload_rt.transfers.transfer import Transfer
@@ -47,9 +46,6 @@ class StorePart:
             return
         found = crc32c(slot.part(0, self.num_bytes).buffer())
         if found != self._crc32c:
-            raise StoreCorrupt(
-                f"{self._store.folders[0]}: block {block}, bytes {self._begin_bytes} to "
-                f"{self._begin_bytes + self.num_bytes}: checksum {found:08x}, expected {self._crc32c:08x}, which is "
-                f"what the block held at the start{self._store.way_out}"
-            )
+            end_bytes = self._begin_bytes + self.num_bytes
+            raise self._store.other_bytes(block, self._begin_bytes, end_bytes, found=found, expected=self._crc32c)
         self._is_verified = True

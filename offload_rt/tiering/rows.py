@@ -23,7 +23,7 @@ import torch
 
 from offload_rt.checksum import crc32c
 from offload_rt.dtypes import torch_dtype
-from offload_rt.errors import OffloadError, StoreCorrupt
+from offload_rt.errors import OffloadError
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.storage.store import Store
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, TensorSpec, align_up
@@ -130,10 +130,9 @@ class PageSums:
             at = page * IO_ALIGNMENT_BYTES
             found, expected = crc32c(buffer[at : at + IO_ALIGNMENT_BYTES]), int(self._crc32c[first + page])
             if found != expected:
-                raise StoreCorrupt(
-                    f"{self._store.folders[0]}: block {self._block}, bytes {offset_bytes + at} to "
-                    f"{offset_bytes + at + IO_ALIGNMENT_BYTES}: checksum {found:08x}, expected {expected:08x}, which "
-                    f"is what the block held at the start{self._store.way_out}"
+                begin = offset_bytes + at
+                raise self._store.other_bytes(
+                    self._block, begin, begin + IO_ALIGNMENT_BYTES, found=found, expected=expected
                 )
             known[page] = True
         return len(fresh)

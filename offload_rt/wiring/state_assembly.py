@@ -44,7 +44,7 @@ from offload_rt.plans.workload_sizes import training_sizes
 from offload_rt.storage.commit_layout import PAYLOAD_BYTES, MutableExtent, make_log, read_layout
 from offload_rt.storage.commit_log import CommitLog
 from offload_rt.storage.drive_files import write_atomically
-from offload_rt.storage.drives import drive_profile, weights
+from offload_rt.storage.drives import drive_profile, drive_weights
 from offload_rt.storage.scratch import Scratch
 from offload_rt.storage.store import store_folders
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
@@ -282,7 +282,7 @@ class StateAssembly:
     def _open_log(self) -> None:
         drives = self._workload.config.nvme
         self.folders = store_folders(drives, self._draft.key)
-        shares = weights([drive_profile(drive.path, self._links.io) for drive in drives])
+        shares = drive_weights([drive_profile(drive.path, self._links.io) for drive in drives])
         extents = log_extents(self._draft.blocks, shares)
         total = sum(2 * extent.length_bytes for extent in extents)
         buffer = self._arena("commit log", self._sizes.log_bytes, copied=False)
