@@ -28,7 +28,7 @@ from offload_rt.errors import OffloadError, StorageFull
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.storage.scratch import Scratch, ScratchRange
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.tiering.stash import Stashed
+from offload_rt.tiering.stash import Stashed, put_away_up_to
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer
 
@@ -99,30 +99,28 @@ class DeviceStash:
         Blocks until what leaves makes room: [Note: one window for both ways].
         """
         ahead_bytes = self._ahead_bytes()
-        before = stashed.previous()
-        while before is not None:
-            if before.is_held and before not in self._fetched_ahead:
-                if self._fetched_ahead and ahead_bytes + before.num_bytes > self._window_bytes:
-                    return
-                self._wait_for_window(before.num_bytes, ahead_bytes)
-                before.start()
-                self._fetched_ahead.add(before)
-                ahead_bytes += before.num_bytes
-            before = before.previous()
+        for before in put_away_up_to(stashed.previous):
+            if not before.is_held or before in self._fetched_ahead:
+                continue
+            if self._fetched_ahead and ahead_bytes + before.num_bytes > self._window_bytes:
+                return
+            self._wait_for_window(before.num_bytes, ahead_bytes)
+            before.start()
+            self._fetched_ahead.add(before)
+            ahead_bytes += before.num_bytes
 
     def start_last(self) -> None:
         """As `Stash.start_last`: as far as the window goes, beside what leaves."""
-        before = None if self._last is None else self._last()
         ahead_bytes = self._ahead_bytes()
-        while before is not None:
-            if before.is_held and not before.was_loaded and before not in self._fetched_ahead:
-                while self._leaving and self._leaving[0].is_over():
-                    self._leaving_bytes -= self._leaving.popleft().num_bytes
-                ahead_bytes += before.num_bytes
-                if ahead_bytes + self._leaving_bytes > self._window_bytes or not before.start_at_once():
-                    return
-                self._fetched_ahead.add(before)
-            before = before.previous()
+        for before in put_away_up_to(self._last):
+            if not before.is_held or before.was_loaded or before in self._fetched_ahead:
+                continue
+            while self._leaving and self._leaving[0].is_over():
+                self._leaving_bytes -= self._leaving.popleft().num_bytes
+            ahead_bytes += before.num_bytes
+            if ahead_bytes + self._leaving_bytes > self._window_bytes or not before.start_at_once():
+                return
+            self._fetched_ahead.add(before)
 
     def asked_for(self, stashed: _DeviceStashed) -> None:
         """`stashed` is its user's from now on."""
@@ -174,16 +172,13 @@ class _DeviceStashed:
         self._slot = slot
         self._place = place
         self._shape, self._dtype, self._device = like.shape, like.dtype, like.device
-        self._previous = previous
+        self.previous = previous
         self._read: Transfer | None = None
         self._ahead: tuple[torch.Tensor, Transfer] | None = None
 
     @property
     def is_held(self) -> bool:
         return self._slot is not None or self._place is not None
-
-    def previous(self) -> _DeviceStashed | None:
-        return None if self._previous is None else self._previous()
 
     def load(self) -> torch.Tensor:
         """The tensor again; kernels given from now on are ordered after its arrival.

@@ -14,7 +14,7 @@ from collections import deque
 import torch
 
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, Meter
-from offload_rt.tiering.stash import Stash, Stashed
+from offload_rt.tiering.stash import Stash, Stashed, put_away_up_to
 from offload_rt.transfers.throttle import IN, OUT, Pipe, Ticket
 
 
@@ -62,17 +62,17 @@ class PacedStash:
         self._inner.start_last()
         self._begin(self._last, at_least_one=False)
 
-    def _begin(self, reference: weakref.ref[_PacedStashed] | None, *, at_least_one: bool) -> None:
+    def _begin(self, latest: weakref.ref[_PacedStashed] | None, *, at_least_one: bool) -> None:
         ahead_bytes = 0
-        while reference is not None and (before := reference()) is not None:
-            if before.is_expected:
-                ahead_bytes += before.num_bytes
-                has_room = ahead_bytes <= (self.window_bytes or 0) and self.link.is_through(before.out)
-                if not (at_least_one or has_room):
-                    return
-                before.begin()
-                at_least_one = False
-            reference = before.previous
+        for before in put_away_up_to(latest):
+            if not before.is_expected:
+                continue
+            ahead_bytes += before.num_bytes
+            has_room = ahead_bytes <= (self.window_bytes or 0) and self.link.is_through(before.out)
+            if not (at_least_one or has_room):
+                return
+            before.begin()
+            at_least_one = False
 
 
 class _PacedStashed:

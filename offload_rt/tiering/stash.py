@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -52,6 +53,24 @@ class Stash(Protocol):
 
         Nothing where that is under way, or has been used. Does not block.
         """
+
+
+class _Chained(Protocol):
+    @property
+    def previous(self) -> weakref.ref[Any] | None:
+        """What its stash took before it; None where it is the first."""
+
+
+ChainedT = TypeVar("ChainedT", bound=_Chained)
+
+
+def put_away_up_to(latest: weakref.ref[ChainedT] | None) -> Iterator[ChainedT]:
+    """What the stash took up to `latest`, which is first: backward wants them in this order. Ends where somebody has
+    let go of one.
+    """
+    while latest is not None and (stashed := latest()) is not None:
+        yield stashed
+        latest = stashed.previous
 
 
 class HostStash:
@@ -185,17 +204,17 @@ class NvmeStash:
         """As `Stash.start_last`: as far as `ahead_bytes` reach."""
         self._start(self._last, at_least_one=False)
 
-    def _start(self, reference: weakref.ref[_NvmeStashed] | None, *, at_least_one: bool) -> None:
+    def _start(self, latest: weakref.ref[_NvmeStashed] | None, *, at_least_one: bool) -> None:
         ahead_bytes = 0
-        while reference is not None and (before := reference()) is not None:
-            if before.pieces and not before.was_loaded:
-                ahead_bytes += before.stored_bytes
-                if at_least_one:
-                    before.start_read()
-                elif ahead_bytes > self._ahead_bytes or not before.read_ahead():
-                    return
-                at_least_one = False
-            reference = before.previous
+        for before in put_away_up_to(latest):
+            if not before.pieces or before.was_loaded:
+                continue
+            ahead_bytes += before.stored_bytes
+            if at_least_one:
+                before.start_read()
+            elif ahead_bytes > self._ahead_bytes or not before.read_ahead():
+                return
+            at_least_one = False
 
     def _finish_a_write(self) -> None:
         piece = self._writing.popleft()

@@ -111,7 +111,7 @@ class ModelAssembly:
         shared: dict[str, Any] = {
             "stash": self._places.layer_inputs, "hold_decoded": self._plan.decode_scope is DecodeScope.LAYER,
             "counters": runtime.layer_counters, "leave_out_product": runtime.made_of.options.leave_out_products,
-            "between": between, "start_last": places.start_last, "deliver": deliver,
+            "between": between, "start_last": self._places.start_last, "deliver": deliver,
             "together": lambda: runtime.turns.active,
             "transients": runtime.transients, "additions": runtime.additions[draft.name],
         }  # fmt: skip
