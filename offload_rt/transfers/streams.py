@@ -157,6 +157,19 @@ class Copy:
             self.done.set_result(None)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A copy that was asked for, and how the device is to be given it."""
+
+    copy: Copy
+    stream: Stream
+    before: Sequence[Event]
+    """It comes behind these."""
+    reaper: _Reaper
+    ring: Ring | None
+    """What pageable memory goes through; None where it is locked."""
+
+
 class Copier:
     """Starts copies and orders them, by the rules of [Note: streams]. One per engine."""
 
@@ -225,16 +238,17 @@ class Copier:
                 also=None if inward else RETURNED,  # the HOST memory that it fills came back, as for a drive
             )  # fmt: skip
         self._under_way[id(copy)] = name
+        asked = _Asked(copy, stream, before, reaper, ring)
         if ring is None and not waits:
             try:
-                self._give(copy, stream, before, reaper)
+                self._give(asked)
             except BaseException as error:
                 self._drop(copy, error)
                 raise
         else:
             # Emptied when they are called: a thread that is late to forget its work must hold no memory by it.
             thread = self._receiver if not inward and ring is not None else self._feeder if waits else self._sender
-            thread.submit(self._feed, waits, copy, stream, before, reaper, ring)
+            thread.submit(self._feed, waits, asked)
         return copy
 
     def here(self) -> Place:
@@ -296,46 +310,34 @@ class Copier:
         self._to_device.close()
         self._to_host.close()
 
-    def _feed(
-        self,
-        waits: list[Callable[[], None]],
-        copy: Copy,
-        stream: Stream,
-        before: Sequence[Event],
-        reaper: _Reaper,
-        ring: Ring | None,
-    ) -> None:
-        is_sent = ring is None or not copy.inward or not waits
+    def _feed(self, waits: list[Callable[[], None]], asked: _Asked) -> None:
+        """Gives a copy behind `waits`, which it empties; one into a ring is sent by a thread that waits for nothing."""
+        copy = asked.copy
+        is_sent = asked.ring is None or not copy.inward or not waits
         try:
             while waits:
                 waits.pop(0)()
             if not is_sent:
-                self._sender.submit(self._feed, waits, copy, stream, before, reaper, ring)
+                self._sender.submit(self._feed, waits, asked)
                 return
             self._pause()
-            self._give(copy, stream, before, reaper, ring)
+            self._give(asked)
         except BaseException as error:  # noqa: BLE001 - whoever waits for the copy raises it
             if self._recorder is not None and copy.operation is not None and not isinstance(error, StorageTimeout):
                 self._recorder.join(copy.operation, lane=HOST)  # what came before is over, and it never began
             self._drop(copy, error)
 
-    def _give(
-        self,
-        copy: Copy,
-        stream: Stream,
-        before: Sequence[Event],
-        reaper: _Reaper,
-        ring: Ring | None = None,
-    ) -> None:
+    def _give(self, asked: _Asked) -> None:
+        copy, stream = asked.copy, asked.stream
         try:
-            event = copy.give(stream, before, self._giving[copy.inward], self._timed, ring)
+            event = copy.give(stream, asked.before, self._giving[copy.inward], self._timed, asked.ring)
         except BaseException:
             with suppress(Exception):  # of several tensors the first ones may be under way, and are let go of now
                 stream.record().wait()
             raise
         if not copy.given.done():
             copy.given.set_result(event)
-        reaper.watch(copy, event)
+        asked.reaper.watch(copy, event)
 
     def _drop(self, copy: Copy, error: BaseException) -> None:
         """The device was never given `copy`."""
