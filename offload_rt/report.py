@@ -133,10 +133,10 @@ def _bytes_written_per_step(
     }
 
 
-def drift(runtime: Runtime, step_meter: StepMeter) -> str:
+def in_short(runtime: Runtime, step_meter: StepMeter) -> str:
     """What a steady step takes, what binds and how far that is from the plan; empty while there is none."""
     steady = _steady_step(runtime, step_meter)
-    return "" if steady is None else comparison.drift(steady)
+    return "" if steady is None else comparison.in_short(steady)
 
 
 def _steady_step(runtime: Runtime, step_meter: StepMeter) -> dict[str, Any] | None:

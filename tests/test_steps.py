@@ -255,14 +255,14 @@ def test_a_prediction_stands_beside_what_was_measured():
         "  ssd_read       3.000 s busy, 1.000 s predicted, 4 MiB, computing waited 1.250 s for it",
         "  compute        2.000 s busy, 2.400 s predicted",
     ]
-    assert comparison.drift(found) == (
+    assert comparison.in_short(found) == (
         "a step takes 3.500 s (+40% of the 2.500 s predicted); ssd_read binds, 3.000 s busy (+200% of the 1.000 s "
         "predicted); furthest off besides: compute, 2.000 s (-17% of the 2.400 s predicted)"
     )
     alone = comparison.compared(3.5, 0.1, resources, 8, {})
     assert alone["predicted_seconds"] is None and alone["predicted_binding"] is None
     assert "predicted" not in " ".join(comparison.lines(alone))
-    assert comparison.drift(alone) == "a step takes 3.500 s; ssd_read binds, 3.000 s busy"
+    assert comparison.in_short(alone) == "a step takes 3.500 s; ssd_read binds, 3.000 s busy"
     untimed = comparison.compared(3.5, 0.1, Reading(moved_bytes={HOST_TO_DEVICE: 1}), 8, {})
     assert untimed["binding"] is None and "not timed" in comparison.lines(untimed)[1]
 
@@ -272,4 +272,4 @@ def test_drives_that_were_idle_do_not_bind_where_nothing_else_was_timed():
     idle = Reading(busy_seconds={SSD_READ: 0.0, SSD_WRITE: 0.0}, moved_bytes={HOST_TO_DEVICE: 1})
     found = comparison.compared(3.5, 0.1, idle, 8, {"busy_seconds": {SSD_READ: 0.0}})
     assert (found["binding"], found["predicted_binding"]) == (None, None)
-    assert comparison.drift(found) == "a step takes 3.500 s"
+    assert comparison.in_short(found) == "a step takes 3.500 s"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from offload_rt.config import EngineConfig
-from offload_rt.report import drift
+from offload_rt.report import in_short
 from offload_rt.running.rehearsal import Rehearsal
 from offload_rt.running.replanning import Replanner
 from offload_rt.running.steps import StepMeter
@@ -49,7 +49,7 @@ class Changes:
         self.meter = StepMeter(
             lambda: self.runtime.links.reading(),
             times=runtime.links.times,
-            on_settled=lambda: logger.info("%s", drift(self.runtime, self.meter)),
+            on_settled=lambda: logger.info("%s", in_short(self.runtime, self.meter)),
         )
         """Of steps under the plan in effect; for hooks of the model."""
         self._config, self._model = config, model

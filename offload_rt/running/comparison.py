@@ -66,7 +66,7 @@ def lines(steady: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def drift(steady: Mapping[str, Any]) -> str:
+def in_short(steady: Mapping[str, Any]) -> str:
     """`compared` in a sentence: what binds, and how far reality is from the prediction, where there is one."""
     name, resources = steady["binding"], steady["resources"]
     text = f"a step takes {_seconds(steady['seconds'])}{_off(steady['seconds'], steady['predicted_seconds'])}"
