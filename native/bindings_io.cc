@@ -176,8 +176,6 @@ class PyRing {
   void forget_memory(std::uintptr_t address) {
     raise_unless_ok(without_gil([&] { return ring_->forget_memory(reinterpret_cast<std::byte*>(address)); }));
   }
-  void register_file(int fd) { raise_unless_ok(ring_->register_file(fd)); }
-  void forget_file(int fd) { raise_unless_ok(ring_->forget_file(fd)); }
   void tune(int fd, unsigned depth, std::uint32_t io_bytes) {
     raise_unless_ok(ring_->tune(fd, depth, io_bytes));
   }
@@ -237,7 +235,6 @@ py::dict counters_dict(const PyRing& ring) {
   dict["resubmitted"] = counters.resubmitted;
   dict["max_in_flight"] = counters.max_in_flight;
   dict["fixed_memory_requests"] = counters.fixed_memory_requests;
-  dict["fixed_file_requests"] = counters.fixed_file_requests;
   dict["read_seconds"] = counters.read_seconds;
   dict["write_seconds"] = counters.write_seconds;
   return dict;
@@ -342,9 +339,6 @@ void bind_io(py::module_& m) {
            "does\n"
            "not hold the buffer: forget it before it goes, when no operation on it is unfinished.")
       .def("forget_memory", &PyRing::forget_memory, arg("address"), "Undoes register_memory.")
-      .def("register_file", &PyRing::register_file, arg("fd"),
-           "Spares the kernel looking up an open file with every request. Forget it before closing `fd`.")
-      .def("forget_file", &PyRing::forget_file, arg("fd"), "Undoes register_file.")
       .def("outstanding", [](const PyRing& ring) { return ring.core().outstanding(); })
       .def("counters", &counters_dict)
       .def(

@@ -7,6 +7,10 @@
 // keeps a drive busy differs from drive to drive, so that depth and request length are the device's.
 #pragma once
 
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -29,6 +33,21 @@ inline Status check_length(const char* name, std::uint32_t num_bytes) {
   if (num_bytes != 0 && num_bytes % kDirectAlignment == 0 && num_bytes <= 1U << 30) return {};
   return Status::invalid(std::string(name) + " must be a multiple of 4096, at most 1 GiB, not " +
                          std::to_string(num_bytes));
+}
+
+// Where an open file lies, and how it was opened.
+struct FilePlace {
+  dev_t device = 0;
+  bool direct = false;  // past the page cache
+};
+
+inline Status find_place(int fd, FilePlace& place) {
+  struct stat found;
+  const int flags = ::fcntl(fd, F_GETFL);
+  if (flags < 0 || ::fstat(fd, &found) != 0)
+    return Status::from_errno(errno, "descriptor " + std::to_string(fd));
+  place = {.device = found.st_dev, .direct = (flags & O_DIRECT) != 0};
+  return {};
 }
 
 template <class Operation>

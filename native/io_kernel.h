@@ -22,7 +22,6 @@ struct IoRequest {
   std::byte* address = nullptr;
   std::uint32_t length = 0;
   FixedIndex buffer = kNotFixed;  // all of [address, address + length) lies in this registered piece
-  FixedIndex file = kNotFixed;    // `fd` is this registered file
 };
 
 struct IoCompletion {
@@ -35,18 +34,16 @@ struct IoCompletion {
 //         the ring offers the rest again. A lasting failure comes back as a completion of each request taken.
 // reap:   blocks until a completion or a wake() is there, then moves completions out, perhaps none.
 // wake:   makes the current or the next reap return.
-// set_buffer, set_file: put memory or a descriptor into a place of the kernel's tables; empty memory and -1
-//         clear it.
-// Submit and reap belong to one thread. Any thread may call wake, and one at a time the other two.
+// set_buffer: puts memory into a place of the kernel's table; empty memory clears it.
+// Submit and reap belong to one thread. Any thread may call wake, and one at a time set_buffer.
 template <class Kernel>
 concept IoKernel =
     requires(Kernel kernel, std::span<const IoRequest> requests, std::span<IoCompletion> completions,
-             FixedIndex index, std::span<std::byte> memory, int fd) {
+             FixedIndex index, std::span<std::byte> memory) {
       { kernel.submit(requests) } -> std::same_as<std::size_t>;
       { kernel.reap(completions) } -> std::same_as<std::size_t>;
       { kernel.wake() } -> std::same_as<void>;
       { kernel.set_buffer(index, memory) } -> std::same_as<Status>;
-      { kernel.set_file(index, fd) } -> std::same_as<Status>;
     };
 
 }  // namespace offload_rt

@@ -95,10 +95,6 @@ Status ThreadKernel::set_buffer(FixedIndex, std::span<std::byte>) {
   return Status::from_errno(EOPNOTSUPP, "memory is registered with io_uring only");
 }
 
-Status ThreadKernel::set_file(FixedIndex, int) {
-  return Status::from_errno(EOPNOTSUPP, "files are registered with io_uring only");
-}
-
 void ThreadKernel::wake() {
   {
     const std::lock_guard lock(mutex_);

@@ -31,7 +31,6 @@ class ThreadKernel {
   std::size_t reap(std::span<IoCompletion> completions);
   void wake();
   Status set_buffer(FixedIndex index, std::span<std::byte> memory);  // refused: pread pins nothing
-  Status set_file(FixedIndex index, int fd);                         // refused
 
  private:
   ThreadKernel() = default;

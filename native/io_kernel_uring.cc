@@ -106,44 +106,31 @@ Status UringKernel::set_up(unsigned depth) {
   if (::syscall(abi::kSysRegister, ring_.get(), abi::kRegisterEventFd, &event_fd, 1) != 0)
     return Status::from_errno(errno, "io_uring_register(eventfd)");
 
-  // Places to be filled later. A kernel without them serves all the same.
-  std::array<iovec, kMaxFixedBuffers> no_memory{};
-  no_buffers_ = make_table(abi::kRegisterBuffers, no_memory.data(), kMaxFixedBuffers);
-  std::array<std::int32_t, kMaxFixedFiles> no_file;
-  no_file.fill(-1);
-  no_files_ = make_table(abi::kRegisterFiles, no_file.data(), kMaxFixedFiles);
+  no_buffers_ = make_table();  // a kernel without one serves all the same
   return {};
 }
 
-Status UringKernel::make_table(unsigned what, const void* entries, FixedIndex num_entries) {
+// Places to be filled later.
+Status UringKernel::make_table() {
+  std::array<iovec, kMaxFixedBuffers> no_memory{};
   abi::TableRegister table{};
-  table.num_entries = static_cast<std::uint32_t>(num_entries);
-  table.entries = reinterpret_cast<std::uint64_t>(entries);
-  if (::syscall(abi::kSysRegister, ring_.get(), what, &table, sizeof table) == 0) return {};
+  table.num_entries = kMaxFixedBuffers;
+  table.entries = reinterpret_cast<std::uint64_t>(no_memory.data());
+  if (::syscall(abi::kSysRegister, ring_.get(), abi::kRegisterBuffers, &table, sizeof table) == 0) return {};
   return Status::from_errno(errno, "io_uring_register(table)");
-}
-
-Status UringKernel::set_entry(unsigned what, FixedIndex index, const void* entry) {
-  abi::TableUpdate update{};
-  update.first = static_cast<std::uint32_t>(index);
-  update.entries = reinterpret_cast<std::uint64_t>(entry);
-  update.num_entries = 1;
-  long done;
-  do done = ::syscall(abi::kSysRegister, ring_.get(), what, &update, sizeof update);
-  while (done < 0 && errno == EINTR);
-  return done == 1 ? Status() : Status::from_errno(done < 0 ? errno : EINVAL, "io_uring_register");
 }
 
 Status UringKernel::set_buffer(FixedIndex index, std::span<std::byte> memory) {
   if (!no_buffers_.ok()) return no_buffers_;
   const iovec entry{memory.data(), memory.size()};
-  return set_entry(abi::kUpdateBuffers, index, &entry);
-}
-
-Status UringKernel::set_file(FixedIndex index, int fd) {
-  if (!no_files_.ok()) return no_files_;
-  const std::int32_t entry = fd;
-  return set_entry(abi::kUpdateFiles, index, &entry);
+  abi::TableUpdate update{};
+  update.first = static_cast<std::uint32_t>(index);
+  update.entries = reinterpret_cast<std::uint64_t>(&entry);
+  update.num_entries = 1;
+  long done;
+  do done = ::syscall(abi::kSysRegister, ring_.get(), abi::kUpdateBuffers, &update, sizeof update);
+  while (done < 0 && errno == EINTR);
+  return done == 1 ? Status() : Status::from_errno(done < 0 ? errno : EINVAL, "io_uring_register");
 }
 
 std::size_t UringKernel::submit(std::span<const IoRequest> requests) {
@@ -158,10 +145,6 @@ std::size_t UringKernel::submit(std::span<const IoRequest> requests) {
     sqe.opcode = opcode_of(request.kind, fixed);
     if (fixed) sqe.buf_index = static_cast<std::uint16_t>(request.buffer);
     sqe.fd = request.fd;
-    if (request.file != kNotFixed) {
-      sqe.fd = request.file;
-      sqe.flags = abi::kSqeFixedFile;
-    }
     if (request.kind == IoKind::sync) {
       sqe.rw_flags = abi::kFsyncDatasync;  // of the whole file: an address is refused, a range not needed
     } else {

@@ -58,13 +58,11 @@ class UringKernel {
   std::size_t reap(std::span<IoCompletion> completions);
   void wake();
   Status set_buffer(FixedIndex index, std::span<std::byte> memory);
-  Status set_file(FixedIndex index, int fd);
 
  private:
   UringKernel() = default;
   Status set_up(unsigned depth);
-  Status make_table(unsigned what, const void* entries, FixedIndex num_entries);
-  Status set_entry(unsigned what, FixedIndex index, const void* entry);
+  Status make_table();
   std::size_t take_completions(std::span<IoCompletion> completions);
 
   // [Note: ring indices] Head and tail run freely and are masked on use. The side that owns an index stores
@@ -86,7 +84,7 @@ class UringKernel {
   std::uint32_t cq_mask_ = 0;
   io_uring_abi::Sqe* sqes_ = nullptr;
   io_uring_abi::Cqe* cqes_ = nullptr;
-  Status no_buffers_, no_files_;  // why there is no such table: kernels before Linux 5.13
+  Status no_buffers_;  // why there is no table of registered memory: kernels before Linux 5.13
   // Requests that io_uring_enter refused for good, as completions waiting for the next reap().
   std::unique_ptr<IoCompletion[]> refused_;
   std::size_t num_refused_ = 0;

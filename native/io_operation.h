@@ -18,7 +18,6 @@ using Clock = std::chrono::steady_clock;
 struct Progress {
   IoOperation operation;
   IoDevice<Progress>* device = nullptr;
-  FixedIndex file = kNotFixed;
   std::uint64_t cut = 0;   // bytes that have been cut into requests
   std::uint64_t done = 0;  // bytes that have arrived
   std::uint32_t resume_alignment = 1;

@@ -1,4 +1,5 @@
-// What the kernel was told of in advance: memory whose pages it keeps pinned and described, and open files.
+// What the kernel was told of in advance: memory whose pages it keeps pinned and described. (Telling it of
+// files gained nothing: docs/log.md.)
 //
 // Memory is registered in pieces, because the kernel takes at most 1 GiB at a time. The ring ends a request
 // where a piece ends, so that every request lies in one:
@@ -6,9 +7,6 @@
 //     memory   |-------- piece 7 --------|-------- piece 8 --------|--- piece 2 ---|
 //                       request [====]   |[====] request
 #pragma once
-
-#include <fcntl.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -28,34 +26,15 @@ namespace offload_rt {
 
 inline constexpr std::uint32_t kDirectAlignment = 4096;  // at least the sector of any drive
 
-// A number in one of the kernel's tables; kNotFixed where the kernel was not told.
+// A number in the kernel's table; kNotFixed where the kernel was not told.
 using FixedIndex = std::int32_t;
 inline constexpr FixedIndex kNotFixed = -1;
-inline constexpr FixedIndex kMaxFixedBuffers = 1024, kMaxFixedFiles = 64;
+inline constexpr FixedIndex kMaxFixedBuffers = 1024;
 
 struct MemoryPiece {
   std::span<std::byte> bytes;
   FixedIndex index = kNotFixed;
 };
-
-// An open file as its descriptor shows it. A descriptor that was closed and then given to another file,
-// although the kernel's table still holds the first one, is noticed by this.
-struct FileIdentity {
-  dev_t device = 0;
-  ino_t inode = 0;
-  int flags = 0;
-  bool operator==(const FileIdentity&) const = default;
-};
-
-inline Status identify(int fd, FileIdentity& file) {
-  struct stat found;
-  file.flags = ::fcntl(fd, F_GETFL);
-  if (file.flags < 0 || ::fstat(fd, &found) != 0)
-    return Status::from_errno(errno, "descriptor " + std::to_string(fd));
-  file.device = found.st_dev;
-  file.inode = found.st_ino;
-  return {};
-}
 
 // Thread-safe. A change may block while the kernel pins pages; looking something up never waits for that.
 template <class Kernel>
@@ -63,7 +42,6 @@ class IoRegistry {
  public:
   IoRegistry(Kernel& kernel, std::size_t piece_bytes) : kernel_(kernel), piece_bytes_(piece_bytes) {
     for (FixedIndex index = kMaxFixedBuffers; index > 0;) free_buffers_.push_back(--index);
-    for (FixedIndex index = kMaxFixedFiles; index > 0;) free_files_.push_back(--index);
   }
 
   Status add_memory(std::span<std::byte> memory) {
@@ -104,27 +82,6 @@ class IoRegistry {
     return {};
   }
 
-  // A descriptor that was registered for another file is registered anew.
-  Status add_file(int fd) {
-    FileIdentity identity;
-    if (Status status = identify(fd, identity); !status.ok()) return status;
-    const std::lock_guard changing(change_mutex_);
-    if (files_.contains(fd))
-      if (Status status = remove(fd); !status.ok()) return status;
-    if (free_files_.empty()) return Status::from_errno(ENOSPC, "the table of registered files is full");
-    const FixedIndex index = free_files_.back();
-    if (Status status = kernel_.set_file(index, fd); !status.ok()) return status;
-    free_files_.pop_back();
-    const std::lock_guard lock(table_mutex_);
-    files_[fd] = {identity, index};
-    return {};
-  }
-
-  Status drop_file(int fd) {
-    const std::lock_guard changing(change_mutex_);
-    return files_.contains(fd) ? remove(fd) : Status::invalid("this file is not registered");
-  }
-
   // The piece that `address` lies in; its index is kNotFixed where there is none.
   [[nodiscard]] MemoryPiece find_memory(std::byte* address) const {
     const std::lock_guard lock(table_mutex_);
@@ -137,33 +94,11 @@ class IoRegistry {
     return address < piece.bytes.data() + piece.bytes.size() ? piece : MemoryPiece{};
   }
 
-  [[nodiscard]] FixedIndex find_file(int fd, const FileIdentity& identity) const {
-    const std::lock_guard lock(table_mutex_);
-    const auto found = files_.find(fd);
-    return found != files_.end() && found->second.identity == identity ? found->second.index : kNotFixed;
-  }
-
  private:
-  struct File {
-    FileIdentity identity;
-    FixedIndex index = kNotFixed;
-  };
-
   void release(const std::vector<MemoryPiece>& pieces) {
     for (const MemoryPiece& piece : pieces)
       if (kernel_.set_buffer(piece.index, {}).ok()) free_buffers_.push_back(piece.index);
     // A place that cannot be cleared is not used again; its pages stay pinned until the ring is gone.
-  }
-
-  Status remove(int fd) {
-    const FixedIndex index = files_.at(fd).index;
-    {
-      const std::lock_guard lock(table_mutex_);
-      files_.erase(fd);
-    }
-    if (Status status = kernel_.set_file(index, -1); !status.ok()) return status;
-    free_files_.push_back(index);
-    return {};
   }
 
   Kernel& kernel_;
@@ -171,8 +106,7 @@ class IoRegistry {
   std::mutex change_mutex_;         // one change at a time; guards the free numbers
   mutable std::mutex table_mutex_;  // taken to change the tables, and to read them without change_mutex_
   std::map<std::byte*, std::vector<MemoryPiece>> regions_;  // by start; all pieces but the last are full
-  std::map<int, File> files_;                               // by descriptor
-  std::vector<FixedIndex> free_buffers_, free_files_;
+  std::vector<FixedIndex> free_buffers_;
 };
 
 }  // namespace offload_rt

@@ -49,7 +49,6 @@ struct IoCounters {
   std::uint64_t resubmitted = 0;            // rests of short ones, and ones the kernel refused for the moment
   std::uint64_t max_in_flight = 0;          // requests at once
   std::uint64_t fixed_memory_requests = 0;  // of `requests`, those into registered memory
-  std::uint64_t fixed_file_requests = 0;    // of `requests`, those of registered files
   double read_seconds = 0;                  // with a read submitted and not finished
   double write_seconds = 0;                 // with a write or a sync submitted and not finished
 };
@@ -94,11 +93,6 @@ class IoRing {
   // on it is unfinished.
   virtual Status register_memory(std::span<std::byte> memory) = 0;
   virtual Status forget_memory(std::byte* start) = 0;
-
-  // Tells the kernel of an open file, which it then need not look up with every request. To be forgotten
-  // before `fd` is closed: the kernel keeps the file open until then.
-  virtual Status register_file(int fd) = 0;
-  virtual Status forget_file(int fd) = 0;
 
   // One line per unfinished operation: ticket, kind, path, offset, bytes, requests in flight, age.
   [[nodiscard]] virtual std::string outstanding() const = 0;

@@ -4,7 +4,7 @@
 // [Note: who touches what]
 //   completion thread alone   the kernel's submit and reap, `batch_`, `slots_`
 //   under `mutex_`            operations, the queues, counters
-//   registry_, any thread     the kernel's set_buffer and set_file
+//   registry_, any thread     the kernel's set_buffer
 //   any thread                kernel's wake
 // The lock is not held while the kernel is submitted to: a buffered read that hits the page cache is copied
 // inside that call, and would make submit() block for as long.
@@ -12,8 +12,6 @@
 // [Note: operation lifetime] An operation is finished only when no request of it is in flight, also when it
 // failed: until then the kernel may still write into its memory, which the waiter is about to reuse.
 #pragma once
-
-#include <fcntl.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -69,8 +67,8 @@ class IoRingOf final : public IoRing {
     if (operation.offset > kLastOffset || operation.length > kLastOffset - operation.offset)
       return Status::invalid(operation.path + ": offset plus length is past the largest file");
     // A descriptor that is not open is found out by the request itself, so that there is one way to fail.
-    FileIdentity file;
-    const bool direct = identify(operation.fd, file).ok() && (file.flags & O_DIRECT) != 0;
+    FilePlace place;
+    static_cast<void>(find_place(operation.fd, place));
     {
       const std::lock_guard lock(mutex_);
       if (closing_) {
@@ -81,9 +79,8 @@ class IoRingOf final : public IoRing {
       ticket = next_ticket_++;
       Progress& progress = operations_[ticket];
       progress.operation = operation;
-      progress.device = &devices_.of(file.device);
-      progress.file = registry_.find_file(operation.fd, file);
-      progress.resume_alignment = direct ? kDirectAlignment : 1;
+      progress.device = &devices_.of(place.device);
+      progress.resume_alignment = place.direct ? kDirectAlignment : 1;
       progress.submitted = Clock::now();
       counters_.operations++;
       if (operation.length == 0 && operation.kind != IoKind::sync) {
@@ -100,10 +97,10 @@ class IoRingOf final : public IoRing {
   Status tune(int fd, unsigned depth, std::uint32_t io_bytes) override {
     if (Status status = check_depth(depth, devices_.depth()); !status.ok()) return status;
     if (Status status = check_length("io_bytes", io_bytes); !status.ok()) return status;
-    FileIdentity file;
-    if (Status status = identify(fd, file); !status.ok()) return status;
+    FilePlace place;
+    if (Status status = find_place(fd, place); !status.ok()) return status;
     const std::lock_guard lock(mutex_);
-    IoDevice<Progress>& device = devices_.of(file.device);
+    IoDevice<Progress>& device = devices_.of(place.device);
     device.depth = depth;
     device.io_bytes = io_bytes;
     return {};
@@ -116,11 +113,6 @@ class IoRingOf final : public IoRing {
   Status forget_memory(std::byte* start) override {
     return forked() ? Status() : registry_.drop_memory(start);  // in a child: the parent's to drop
   }
-  Status register_file(int fd) override {
-    if (forked()) return Status::invalid("a ring does not survive fork; register with one of the child's");
-    return registry_.add_file(fd);
-  }
-  Status forget_file(int fd) override { return forked() ? Status() : registry_.drop_file(fd); }
 
   Status wait(Ticket ticket, double timeout_seconds) override {
     if (forked()) return Status::invalid("a ring does not survive fork; its operations are the parent's");
@@ -257,11 +249,9 @@ class IoRingOf final : public IoRing {
                       .offset = operation.offset + skip,
                       .address = operation.address + skip,
                       .length = slot.length - slot.resume_from,
-                      .buffer = slot.buffer,
-                      .file = slot.owner->file});
+                      .buffer = slot.buffer});
     counters_.requests++;
     if (slot.buffer != kNotFixed) counters_.fixed_memory_requests++;
-    if (slot.owner->file != kNotFixed) counters_.fixed_file_requests++;
   }
 
   // True if the kernel keeps refusing and wants a pause.

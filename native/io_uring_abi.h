@@ -21,13 +21,10 @@ inline constexpr std::uint8_t kOpWriteFixed = 5;
 inline constexpr std::uint8_t kOpRead = 22;
 inline constexpr std::uint8_t kOpWrite = 23;
 
-inline constexpr std::uint8_t kSqeFixedFile = 1U << 0;
 inline constexpr std::uint32_t kFsyncDatasync = 1U << 0;  // of an Sqe's rw_flags
 
 inline constexpr unsigned kRegisterEventFd = 4;
-// Tables whose places can be filled one at a time, without waiting for the ring to be idle (Linux 5.13).
-inline constexpr unsigned kRegisterFiles = 13;    // "FILES2"
-inline constexpr unsigned kUpdateFiles = 14;      // "FILES_UPDATE2"
+// A table whose places can be filled one at a time, without waiting for the ring to be idle (Linux 5.13).
 inline constexpr unsigned kRegisterBuffers = 15;  // "BUFFERS2"
 inline constexpr unsigned kUpdateBuffers = 16;    // "BUFFERS_UPDATE"
 

@@ -44,7 +44,7 @@ class PlainIO:
             assert os.pwritev(file.fd, [buffer], offset_bytes) == len(buffer)
         return lambda timeout_seconds: None
 
-    def adopt(self, file, region):
+    def adopt(self, region):
         pass
 
     def tune(self, file, depth, io_bytes):

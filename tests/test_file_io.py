@@ -325,7 +325,7 @@ def test_a_region_is_private_and_page_aligned():
 
 def test_aiofiles_takes_what_only_the_ring_uses(file):
     io = AiofilesIO()
-    io.adopt(file, Region(PAGE))
+    io.adopt(Region(PAGE))
     io.tune(file, 1, PAGE)
     io.close()
 

@@ -207,7 +207,6 @@ def test_it_does_what_pread_and_pwrite_do(backend, tmp_path, rounds, depth, io_p
     with native.Ring(depth, io_pages * PAGE, backend, piece_bytes=2 * PAGE) as ring:
         if backend == "io_uring" and registered_pages:
             ring.register_memory(memory[: registered_pages * PAGE])
-            ring.register_file(fd)
         for seed, operations in enumerate(rounds, start=1):
             memory[:] = pattern(len(memory), seed)
             expected[:] = memory.tobytes()

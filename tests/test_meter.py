@@ -96,7 +96,7 @@ class LateIO:
 
         return wait
 
-    def adopt(self, file, region):
+    def adopt(self, region):
         pass
 
     def busy_seconds(self):

@@ -72,7 +72,7 @@ class StuckIO:
 
         return wait
 
-    def adopt(self, file, region):
+    def adopt(self, region):
         pass
 
     def outstanding(self):

@@ -77,7 +77,6 @@ class FaultyKernel {
   Status set_buffer(FixedIndex index, std::span<std::byte> memory) {
     return inner_->set_buffer(index, memory);
   }
-  Status set_file(FixedIndex index, int fd) { return inner_->set_file(index, fd); }
 
   // From the test's thread, which keeps the ring alive until this has returned.
   void let_go() {

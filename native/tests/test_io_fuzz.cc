@@ -73,7 +73,6 @@ class Scenario {
     auto faulty = std::make_unique<FaultyKernel<Inner>>(
         std::move(inner), [this](const IoRequest& request, std::uint64_t) { return fault(request); });
     ring_ = faulty_ring(std::move(faulty), options);
-    if (may_register && random_.chance(0.5)) CHECK(ring_->register_file(file_.fd()).ok());
     if (may_register && random_.chance(0.7)) {
       const std::size_t begin = kAlignment * random_.between(0, 20),
                         end = kAlignment * random_.between(40, 64);

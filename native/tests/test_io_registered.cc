@@ -1,4 +1,4 @@
-// Registered memory and files: the same bytes by other requests, and proof that those were used.
+// Registered memory: the same bytes by other requests, and proof that those were used.
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -50,13 +50,12 @@ void transfer(IoRing& ring, IoKind kind, int fd, std::uint64_t offset, std::span
 
 //     memory   [   0   ][   1   ][   2   ][3]     pieces of 40 KiB, the last one short
 //               ^ begins and ends anywhere, also across pieces
-void fixed_requests_move_the_same_bytes(bool memory, bool file) {
+void fixed_requests_move_the_same_bytes(bool memory) {
   const IoRingPtr ring = open_ring();
   const Buffer out(3 * kPieceBytes + 4096, 1), in(3 * kPieceBytes + 4096, 2);
   const ScratchFile scratch(O_DIRECT);
   if (memory) expect_ok(ring->register_memory(out.span()));
   if (memory) expect_ok(ring->register_memory(in.span()));
-  if (file) expect_ok(ring->register_file(scratch.fd()));
   std::uint64_t num_requests = 0, num_bytes = 0;
   for (std::size_t begin = 0; begin < out.size(); begin += 3 * kAlignment)
     for (std::size_t length = kAlignment; begin + length <= out.size(); length += 5 * kAlignment) {
@@ -73,7 +72,6 @@ void fixed_requests_move_the_same_bytes(bool memory, bool file) {
   CHECK_EQUAL(counters.bytes_read, num_bytes);
   CHECK_EQUAL(counters.requests, num_requests);
   CHECK_EQUAL(counters.fixed_memory_requests, memory ? num_requests : 0);
-  CHECK_EQUAL(counters.fixed_file_requests, file ? num_requests : 0);
 }
 
 void memory_around_a_region_is_plain() {
@@ -89,19 +87,15 @@ void memory_around_a_region_is_plain() {
 void what_is_forgotten_is_plain_again_and_can_be_registered_anew() {
   const IoRingPtr ring = open_ring();
   const ScratchFile file;
-  for (int i = 0; i < kMaxFixedFiles + kMaxFixedBuffers; ++i) {  // no place of the tables is lost
+  for (int i = 0; i < 2 * kMaxFixedBuffers; ++i) {  // no place of the table is lost
     const Buffer buffer(kAlignment);
     expect_ok(ring->register_memory(buffer.span()));
-    expect_ok(ring->register_file(file.fd()));
     expect_ok(ring->forget_memory(buffer.data()));
-    expect_ok(ring->forget_file(file.fd()));
   }
   const Buffer buffer(kAlignment);
   transfer(*ring, IoKind::write, file.fd(), 0, buffer.span());
   CHECK_EQUAL(ring->counters().fixed_memory_requests, 0U);
-  CHECK_EQUAL(ring->counters().fixed_file_requests, 0U);
   CHECK(ring->forget_memory(buffer.data()).code == StatusCode::invalid);
-  CHECK(ring->forget_file(file.fd()).code == StatusCode::invalid);
 }
 
 void what_cannot_be_registered_is_refused_and_changes_nothing() {
@@ -116,7 +110,6 @@ void what_cannot_be_registered_is_refused_and_changes_nothing() {
           StatusCode::invalid);
   expect_ok(ring->register_memory(span.subspan(0, 2 * kAlignment)));
   expect_ok(ring->register_memory(span.subspan(4 * kAlignment)));
-  CHECK_EQUAL(ring->register_file(987'654).error_number, EBADF);
 }
 
 // The second piece cannot be pinned, and the first is let go: its memory can be registered afterwards.
@@ -130,26 +123,6 @@ void a_region_is_registered_whole_or_not_at_all() {
     CHECK_EQUAL(ring->register_memory(memory).error_number, EFAULT);
   expect_ok(ring->register_memory(memory.first(kPieceBytes)));
   ::munmap(mapped, kLength);
-}
-
-void a_descriptor_given_to_another_file_reaches_that_file() {
-  const IoRingPtr ring = open_ring();
-  const ScratchFile first, second;
-  const Buffer ones(kAlignment, 1), twos(kAlignment, 2), in(kAlignment, 3);
-  CHECK_EQUAL(::pwrite(second.fd(), twos.data(), twos.size(), 0), static_cast<ssize_t>(twos.size()));
-  const int fd = ::dup(first.fd());
-  expect_ok(ring->register_file(fd));
-  transfer(*ring, IoKind::write, fd, 0, ones.span());
-  CHECK_EQUAL(ring->counters().fixed_file_requests, 1U);
-  CHECK_EQUAL(::dup2(second.fd(), fd), fd);  // what a close and an open elsewhere do
-  transfer(*ring, IoKind::read, fd, 0, in.span());
-  CHECK(in == twos);
-  CHECK_EQUAL(ring->counters().fixed_file_requests, 1U);
-  expect_ok(ring->register_file(fd));
-  transfer(*ring, IoKind::read, fd, 0, in.span());
-  CHECK(in == twos);
-  CHECK_EQUAL(ring->counters().fixed_file_requests, 2U);
-  ::close(fd);
 }
 
 void short_requests_go_on_with_fixed_ones() {
@@ -178,7 +151,6 @@ void threads_refuse_and_serve_as_before() {
   const Buffer out(kPieceBytes, 1), in(kPieceBytes, 2);
   const ScratchFile file;
   CHECK_EQUAL(ring->register_memory(in.span()).error_number, EOPNOTSUPP);
-  CHECK_EQUAL(ring->register_file(file.fd()).error_number, EOPNOTSUPP);
   transfer(*ring, IoKind::write, file.fd(), 0, out.span());
   transfer(*ring, IoKind::read, file.fd(), 0, in.span());
   CHECK(in == out);
@@ -275,15 +247,12 @@ int main() {
   RUN(devices_take_turns());
   RUN(a_turn_is_one_request());
   if (const Status status = probe_io_uring(); status.ok()) {
-    RUN(fixed_requests_move_the_same_bytes(true, false));
-    RUN(fixed_requests_move_the_same_bytes(false, true));
-    RUN(fixed_requests_move_the_same_bytes(true, true));
-    RUN(fixed_requests_move_the_same_bytes(false, false));
+    RUN(fixed_requests_move_the_same_bytes(true));
+    RUN(fixed_requests_move_the_same_bytes(false));
     RUN(memory_around_a_region_is_plain());
     RUN(what_is_forgotten_is_plain_again_and_can_be_registered_anew());
     RUN(what_cannot_be_registered_is_refused_and_changes_nothing());
     RUN(a_region_is_registered_whole_or_not_at_all());
-    RUN(a_descriptor_given_to_another_file_reaches_that_file());
     RUN(short_requests_go_on_with_fixed_ones());
     if (kForkAllowed) RUN(beyond_the_limit_an_ordinary_user_is_refused_and_reads_all_the_same());
   } else {

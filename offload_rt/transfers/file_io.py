@@ -108,8 +108,8 @@ class FileIO(Protocol):
         A "sync" is fdatasync; it covers what was waited for before it was started, and its buffer is empty.
         """
 
-    def adopt(self, file: OpenFile, region: Region) -> None:
-        """Prepares for operations between the two, where that saves work. Blocks the first time; never fails."""
+    def adopt(self, region: Region) -> None:
+        """Prepares for operations on memory, where that saves work. Blocks the first time; never fails."""
 
     def tune(self, file: OpenFile, depth: int, io_bytes: int) -> None:
         """Requests in flight, at most `RING_DEPTH`, and the length of one, for the drive that `file` lies on."""
@@ -133,7 +133,7 @@ class RingIO:
     With `register`, the kernel is told of an arena on its first use: it then pins the pages once instead of with every
     request, which took a third off the processor time of large direct reads (docs/log.md). Where it refuses (`refusal`
     says why: no io_uring, or `RLIMIT_MEMLOCK`, which counts for ordinary users), the same requests go unregistered. The
-    memory is forgotten before it is unmapped. Registered files gained nothing measurable, so files are not.
+    memory is forgotten before it is unmapped.
     """
 
     direct = True
@@ -151,7 +151,7 @@ class RingIO:
         self._adopted: weakref.WeakSet[Region] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def adopt(self, file: OpenFile, region: Region) -> None:
+    def adopt(self, region: Region) -> None:
         if not self._register or region in self._adopted:
             return
         with self._lock:
@@ -237,7 +237,7 @@ class AiofilesIO:
         future.add_done_callback(over)
         return lambda timeout_seconds: wait_future(future, timeout_seconds, self.outstanding)
 
-    def adopt(self, file: OpenFile, region: Region) -> None:
+    def adopt(self, region: Region) -> None:
         pass  # threads of Python read with what memory they are given
 
     def tune(self, file: OpenFile, depth: int, io_bytes: int) -> None:

@@ -251,7 +251,7 @@ class Links:
             raise
 
     def _file(self, kind: str, file: OpenFile, offset_bytes: int, slot: Slot) -> Transfer:
-        self.io.adopt(file, slot.region)
+        self.io.adopt(slot.region)
         buffer = slot.buffer()
         resource = SSD_READ if kind == "read" else SSD_WRITE
         arrived = self._paced_wait(kind, slot.num_bytes, self._start(kind, file, offset_bytes, buffer))
