@@ -1,8 +1,7 @@
 """One full fine-tuning step of offload_rt along time: what each thread does, and what is on its way to or from drives.
 
-Nothing here is in the product: its functions are wrapped for one step and put back, and the ring is asked every
-millisecond what has arrived, since a transfer is often waited for long after that. A part's time is its own: while a
-part inside it runs, its clock stands.
+Finer than `Engine.trace`, thread by thread: functions of the product are wrapped for one step and put back. Reads and
+writes are those that the engine's I/O records. A part's time is its own: while a part inside it runs, its clock stands.
 
     thread that trains    forward 0 | forward 1 | ... | backward 11 | gradients kept | backward 10 | ... | commit
     offload_rt-updates                                              | AdamW | checksum | AdamW | ...
@@ -21,7 +20,7 @@ from typing import Any
 
 from qlora_trace import replaced
 
-POLL_SECONDS = 0.001
+MOST_OPERATIONS = 1 << 16
 IN_FLIGHT = ("read", "write")
 WAIT = "waiting"
 FORWARD, BACKWARD = "forward, outside layers", "backward, outside layers"
@@ -62,63 +61,6 @@ class Spans:
             return wrapped
 
         return make
-
-
-class WatchedRing:
-    """The native ring, with a span for every read and write from its start to its arrival."""
-
-    def __init__(self, ring: Any, spans: Spans) -> None:
-        self._ring = ring
-        self._spans = spans
-        self._under_way: dict[int, tuple[str, float]] = {}
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="watch", daemon=True)
-        self._thread.start()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ring, name)
-
-    def read(self, *args: Any, **options: Any) -> int:
-        return self._start("read", *args, **options)
-
-    def write(self, *args: Any, **options: Any) -> int:
-        return self._start("write", *args, **options)
-
-    def wait(self, ticket: int, timeout_seconds: float, again: bool = False) -> None:
-        try:
-            self._ring.wait(ticket, timeout_seconds, again)
-        finally:
-            self._arrived(ticket)
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join()
-        for ticket in list(self._under_way):
-            self._arrived(ticket)
-
-    def _start(self, kind: str, *args: Any, **options: Any) -> int:
-        begin = time.perf_counter()
-        with self._lock:  # the poller must not meet a ticket that is not noted yet
-            ticket = int(getattr(self._ring, kind)(*args, **options))
-            self._under_way[ticket] = (kind, begin)
-        return ticket
-
-    def _arrived(self, ticket: int) -> None:
-        with self._lock:
-            kind, begin = self._under_way.pop(ticket, ("", 0.0))
-        if kind:
-            self._spans.found.append(Span(kind, kind, begin, time.perf_counter()))
-
-    def _poll(self) -> None:
-        while not self._ended.wait(POLL_SECONDS):
-            for ticket in list(self._under_way):
-                try:
-                    done = self._ring.done(ticket)
-                except ValueError:  # waited for meanwhile
-                    continue
-                if done:
-                    self._arrived(ticket)
 
 
 @contextlib.contextmanager
@@ -174,11 +116,13 @@ def watched(engine: Any, spans: Spans) -> Iterator[None]:
         ):
             stack.enter_context(replaced(owner, name, make))
         io = engine._runtime.links.io
-        if hasattr(io, "_ring"):
-            ring = WatchedRing(io._ring, spans)
-            stack.enter_context(replaced(io, "_ring", lambda _: ring))
-            stack.callback(ring.stop)
+        io.record(MOST_OPERATIONS)
+        stack.callback(io.record, 0)
         yield
+        now = time.perf_counter()
+        for each in io.records()[0]:
+            if each.kind in IN_FLIGHT:
+                spans.found.append(Span(each.kind, each.kind, each.begin_seconds, each.end_seconds or now))
 
 
 def traced_step(engine: Any, step: Callable[[], float]) -> dict[str, Any]:

@@ -180,6 +180,8 @@ class PyRing {
     raise_unless_ok(ring_->tune(fd, depth, io_bytes));
   }
 
+  void record(std::size_t most) { ring_->record(most); }
+
   [[nodiscard]] const IoRing& core() const { return *ring_; }
 
  private:
@@ -238,6 +240,16 @@ py::dict counters_dict(const PyRing& ring) {
   dict["read_seconds"] = counters.read_seconds;
   dict["write_seconds"] = counters.write_seconds;
   return dict;
+}
+
+// A tuple for each operation, and how many were left out.
+py::tuple records_of(const PyRing& ring) {
+  const IoRecords records = ring.core().records();
+  py::list operations;
+  for (const IoRecord& each : records.operations)
+    operations.append(py::make_tuple(std::string(name_of(each.kind)), each.path, each.offset, each.length,
+                                     each.submitted_seconds, each.begun_seconds, each.finished_seconds));
+  return py::make_tuple(operations, records.left_out);
 }
 
 py::tuple io_uring_available() {
@@ -341,6 +353,14 @@ void bind_io(py::module_& m) {
       .def("forget_memory", &PyRing::forget_memory, arg("address"), "Undoes register_memory.")
       .def("outstanding", [](const PyRing& ring) { return ring.core().outstanding(); })
       .def("counters", &counters_dict)
+      .def("record", &PyRing::record, arg("most"),
+           "Forgets what was recorded; records of the operations submitted from now on the first `most` that "
+           "finish,\n"
+           "and those that have not. 0: none.")
+      .def("records", &records_of,
+           "((kind, path, offset, length, submitted, begun, finished), ...) and how many there was no room "
+           "for. Bytes,\n"
+           "and seconds of a steady clock; negative: not yet.")
       .def(
           "close", &PyRing::close,
           "Waits for all operations, gives their buffers back, and raises the first failure that nobody has\n"

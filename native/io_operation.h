@@ -23,8 +23,10 @@ struct Progress {
   std::uint32_t resume_alignment = 1;
   std::uint32_t in_flight = 0;  // requests, those that wait to be submitted included
   bool finished = false;
+  std::uint64_t recording = 0;  // which one it was submitted in; 0: none
   Status status;
   Clock::time_point submitted;
+  Clock::time_point begun{};  // of what is recorded: when its first request was cut
 };
 
 // One request's worth of an operation, from its cutting until its last byte has arrived.
@@ -51,6 +53,22 @@ inline Status evidence(const IoOperation& operation) {
   return status;
 }
 
+inline double seconds_of(Clock::time_point time) {
+  return std::chrono::duration<double>(time.time_since_epoch()).count();
+}
+
+inline IoRecord record_of(const Progress& progress) {
+  const IoOperation& operation = progress.operation;
+  IoRecord record{.kind = operation.kind,
+                  .path = operation.path,
+                  .offset = operation.offset,
+                  .length = operation.length,
+                  .submitted_seconds = seconds_of(progress.submitted)};
+  if (progress.begun != Clock::time_point{}) record.begun_seconds = seconds_of(progress.begun);
+  return record;
+}
+
+// A line of the dump that a timeout gives.
 inline std::string describe(Ticket ticket, const Progress& progress) {
   const IoOperation& operation = progress.operation;
   char age[32];

@@ -25,6 +25,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "status.h"
 
@@ -51,6 +52,22 @@ struct IoCounters {
   std::uint64_t fixed_memory_requests = 0;  // of `requests`, those into registered memory
   double read_seconds = 0;                  // with a read submitted and not finished
   double write_seconds = 0;                 // with a write or a sync submitted and not finished
+};
+
+// An operation that was submitted while the ring recorded. Times are std::chrono::steady_clock's.
+struct IoRecord {
+  IoKind kind = IoKind::read;
+  std::string path;
+  std::uint64_t offset = 0;  // bytes
+  std::uint64_t length = 0;  // bytes
+  double submitted_seconds = 0;
+  double begun_seconds = -1;     // its first request was cut; negative: not yet
+  double finished_seconds = -1;  // negative: not yet
+};
+
+struct IoRecords {
+  std::vector<IoRecord> operations{};  // those that finished first, in that order, then the unfinished
+  std::uint64_t left_out = 0;          // finished when there were as many as was said
 };
 
 enum class IoBackend : std::uint8_t { automatic, io_uring, threads };
@@ -97,6 +114,11 @@ class IoRing {
   // One line per unfinished operation: ticket, kind, path, offset, bytes, requests in flight, age.
   [[nodiscard]] virtual std::string outstanding() const = 0;
   [[nodiscard]] virtual IoCounters counters() const = 0;
+
+  // Forgets what was recorded. Of operations submitted from now on it records when each began and finished,
+  // of the first `most` that do; 0: of none. What was under way before is not recorded.
+  virtual void record(std::size_t most) = 0;
+  [[nodiscard]] virtual IoRecords records() const = 0;
 
   // Accepts nothing more, waits for all that was submitted, and gives the first failure that nobody has
   // waited for. Tickets stay waitable. A second call gives ok. `timed_out`, as in wait(), leaves it to be

@@ -82,6 +82,7 @@ class IoRingOf final : public IoRing {
       progress.device = &devices_.of(place.device);
       progress.resume_alignment = place.direct ? kDirectAlignment : 1;
       progress.submitted = Clock::now();
+      if (most_records_ > 0) progress.recording = recording_;
       counters_.operations++;
       if (operation.length == 0 && operation.kind != IoKind::sync) {
         progress.finished = true;
@@ -155,6 +156,22 @@ class IoRingOf final : public IoRing {
     return counters;
   }
 
+  void record(std::size_t most) override {
+    const std::lock_guard lock(mutex_);
+    records_ = {};
+    most_records_ = most;
+    ++recording_;
+  }
+
+  IoRecords records() const override {
+    const std::lock_guard lock(mutex_);
+    IoRecords found = records_;
+    for (const auto& [ticket, progress] : operations_)
+      if (progress.recording == recording_ && !progress.finished)
+        found.operations.push_back(record_of(progress));
+    return found;
+  }
+
   Status close(double timeout_seconds, bool and_forget_queued) override {
     if (forked()) return Status::invalid("a ring does not survive fork; the parent closes it");
     if (Status status = check_timeout(timeout_seconds); !status.ok()) return status;
@@ -220,6 +237,7 @@ class IoRingOf final : public IoRing {
   }
 
   void cut_next(Progress& progress) {
+    if (progress.recording != 0 && progress.cut == 0) progress.begun = Clock::now();
     const std::uint32_t slot = free_slots_.back();
     free_slots_.pop_back();
     std::uint64_t length =
@@ -299,8 +317,19 @@ class IoRingOf final : public IoRing {
       std::erase(progress.device->queue, &progress);  // it may not have been cut to its end
     }
     progress.finished = true;
-    busy(progress).end(Clock::now());
+    const Clock::time_point now = Clock::now();
+    busy(progress).end(now);
+    if (progress.recording == recording_) add_record(progress, now);
     finished_.notify_all();
+  }
+
+  void add_record(const Progress& progress, Clock::time_point now) {
+    if (records_.operations.size() >= most_records_) {
+      ++records_.left_out;
+      return;
+    }
+    records_.operations.push_back(record_of(progress));
+    records_.operations.back().finished_seconds = seconds_of(now);
   }
 
   BusyTime& busy(const Progress& progress) {
@@ -366,6 +395,9 @@ class IoRingOf final : public IoRing {
   IoCounters counters_;
   BusyTime reading_;
   BusyTime writing_;
+  IoRecords records_;
+  std::size_t most_records_ = 0;
+  std::uint64_t recording_ = 1;  // counts how often it began anew
   bool closing_ = false;
   bool forget_queued_ = false;
   std::mutex close_mutex_;

@@ -522,3 +522,26 @@ def test_a_forked_child_can_drop_the_ring_but_not_use_it(backend, fd):
     _, how = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(how) == 7
     ring.wait(ticket, PATIENCE_SECONDS)
+
+
+def test_operations_are_recorded_up_to_a_number_and_forgotten(ring, fd):
+    data = pattern(3 * PAGE)
+    os.pwrite(fd, data.tobytes(), 0)
+    ring.wait(ring.read(fd, "before", 0, bytearray(PAGE)), PATIENCE_SECONDS)
+    assert ring.records() == ([], 0)
+    ring.record(2)
+    begin = time.perf_counter()
+    for number in range(3):
+        ring.wait(ring.read(fd, f"file {number}", number * PAGE, bytearray(PAGE)), PATIENCE_SECONDS)
+    found, num_left_out = ring.records()
+    assert [each[:4] for each in found] == [("read", f"file {n}", n * PAGE, PAGE) for n in range(2)]
+    assert num_left_out == 1
+    for *_, submitted, begun, finished in found:
+        assert begin <= submitted <= begun <= finished <= time.perf_counter(), "one clock"
+    ring.record(2)
+    ring.wait(ring.sync(fd, "file"), PATIENCE_SECONDS)
+    ((found,), num_left_out) = ring.records()
+    assert found[:4] == ("fdatasync", "file", 0, 0) and not num_left_out
+    ring.record(0)
+    ring.wait(ring.read(fd, "after", 0, bytearray(PAGE)), PATIENCE_SECONDS)
+    assert ring.records() == ([], 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno as errno_names
+import itertools
 import mmap
 import os
 import threading
@@ -16,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -93,6 +94,21 @@ def open_file(path: str | Path, *, writable: bool) -> OpenFile:
     return OpenFile(str(path), fd, False, Descriptor(fd))
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """When an operation that was started while operations were recorded was under way, by a steady clock."""
+
+    kind: str
+    """"read", "write" or "fdatasync"."""
+    path: str
+    offset_bytes: int
+    num_bytes: int
+    begin_seconds: float
+    """Its first request was made; before that, it stood in line behind others, as it may still do."""
+    end_seconds: float | None
+    """None: not yet over."""
+
+
 class FileIO(Protocol):
     """Asynchronous file I/O: the native ring, or its plain twin."""
 
@@ -116,6 +132,12 @@ class FileIO(Protocol):
 
     def busy_seconds(self) -> tuple[float, float]:
         """How long reads, and writes with syncs, were under way since the start: what overlaps counts once."""
+
+    def record(self, most: int) -> None:
+        """Forgets what was recorded, and records those of the operations started from now on, the first `most`."""
+
+    def records(self) -> tuple[list[Recorded], int]:
+        """What was recorded, and how many there was no room for."""
 
     def outstanding(self) -> str:
         """What is under way, for the message of a timeout."""
@@ -200,6 +222,18 @@ class RingIO:
         counters = self._ring.counters()
         return float(counters["read_seconds"]), float(counters["write_seconds"])
 
+    def record(self, most: int) -> None:
+        self._ring.record(most)
+
+    def records(self) -> tuple[list[Recorded], int]:
+        operations, num_left_out = self._ring.records()
+        return [
+            Recorded(
+                kind, path, offset, length, begun if begun >= 0 else submitted, finished if finished >= 0 else None
+            )
+            for kind, path, offset, length, submitted, begun, finished in operations
+        ], num_left_out  # fmt: skip
+
     def outstanding(self) -> str:
         return str(self._ring.outstanding())
 
@@ -221,6 +255,10 @@ class AiofilesIO:
         self._loop = asyncio.new_event_loop()
         self._names: dict[int, str] = {}
         self._meter = Meter()
+        self._most = self._recording = 0
+        self._numbers = itertools.count()
+        self._recorded: dict[int, Recorded] = {}
+        self._num_left_out = 0
         self._thread = threading.Thread(target=self._loop.run_forever, name="offload_rt-aiofiles", daemon=True)
         self._thread.start()
 
@@ -229,10 +267,12 @@ class AiofilesIO:
         self._meter.begin(resource)
         future = asyncio.run_coroutine_threadsafe(self._run(kind, file, offset_bytes, buffer[:]), self._loop)
         self._names[id(future)] = f"{kind} {file.path} at {offset_bytes}, {len(buffer)} bytes"
+        note = self._noting(kind, file.path, offset_bytes, len(buffer))
 
         def over(done: Future[None]) -> None:
             self._names.pop(id(done), None)
             self._meter.end(resource)
+            note()
 
         future.add_done_callback(over)
         return lambda timeout_seconds: wait_future(future, timeout_seconds, self.outstanding)
@@ -242,6 +282,32 @@ class AiofilesIO:
 
     def tune(self, file: OpenFile, depth: int, io_bytes: int) -> None:
         pass  # an operation is one request, and the event loop's threads are the depth
+
+    def record(self, most: int) -> None:
+        self._most, self._recording = most, self._recording + 1
+        self._recorded, self._num_left_out, self._numbers = {}, 0, itertools.count()
+
+    def records(self) -> tuple[list[Recorded], int]:
+        return list(self._recorded.values()), self._num_left_out
+
+    def _noting(self, kind: str, path: str, offset_bytes: int, num_bytes: int) -> Callable[[], None]:
+        """Notes that an operation begins, if that is recorded; returns what notes that it is over."""
+        if not self._most:
+            return lambda: None
+        number, recording = next(self._numbers), self._recording
+        if number >= self._most:
+            self._num_left_out += 1
+            return lambda: None
+        begun = Recorded(
+            "fdatasync" if kind == "sync" else kind, path, offset_bytes, num_bytes, self._meter.clock(), None
+        )
+        self._recorded[number] = begun
+
+        def over() -> None:
+            if recording == self._recording:
+                self._recorded[number] = replace(begun, end_seconds=self._meter.clock())
+
+        return over
 
     async def _run(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> None:
         """Owns `buffer` and releases it, and each part of it: a thread of the loop's may hold on to what it was called
