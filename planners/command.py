@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planners.errors import PlanInfeasible
-from planners.units import ProblemError, nearest, parse_size
+from planners.units import ProblemError, nearest, parse_size, seconds
 
 if TYPE_CHECKING:
     from planners.plans.plan import Plan
@@ -212,7 +212,7 @@ SWEEPABLE = ("batch-size", "seq-len", "host-memory", "device-memory", "gpu", "mo
 
 def _sweep(arguments: argparse.Namespace, say: Callable[[str], object]) -> int:
     """A table over the values of one option."""
-    from planners.render import BAR, bar, headline, seconds
+    from planners.render import BAR, bar, headline
 
     key, equals, values = arguments.sweep.partition("=")
     if key not in SWEEPABLE or not equals or not values:

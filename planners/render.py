@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from planners.errors import format_bytes
 from planners.optimiser.explain import Advice, binding
+from planners.perfetto import ROWS, Slice, chrome_trace
 from planners.plans.placement import Tier
 from planners.plans.plan import Plan
 from planners.problems.problem import Problem
 from planners.simulator.simulate import Simulation
 from planners.simulator.static_memory import capacities
 from planners.simulator.timeline import RESOURCES
+from planners.units import seconds
 
 BAR = 40
-LANES = {
-    "compute": "compute", "device_update": "update (device)", "host_to_device": "host → device",
-    "device_to_host": "device → host", "ssd_read": "SSD read", "ssd_write": "SSD write", "cpu": "CPU",
-}  # fmt: skip
-
-
-def seconds(value: float) -> str:
-    """A duration with three digits."""
-    if value < 1:
-        return f"{value * 1e3:.3g} ms"
-    return f"{value:.3g} s" if value < 600 else f"{value / 60:.4g} min"
 
 
 def bar(parts: Sequence[float], whole: float) -> str:
@@ -71,7 +60,7 @@ def page(problem: Problem, plan: Plan, advice: Sequence[Advice] = ()) -> str:
         lines.append(f"  {name:<22} {bar(shares, sum(shares))}")
     lines += ["", "busy in a step"]
     for resource, busy in p["busy_seconds"].items():
-        lines.append(f"  {LANES[resource]:<16} {bar([busy], step)} {seconds(busy):>10}  {busy / step:.0%}")
+        lines.append(f"  {ROWS[resource]:<16} {bar([busy], step)} {seconds(busy):>10}  {busy / step:.0%}")
     lines += ["", f"how: {choices(plan)}"]
     if p["expected_redo_seconds"]:
         lines.append(
@@ -150,31 +139,18 @@ def choices(plan: Plan) -> str:
 
 
 def trace(simulation: Simulation) -> str:
-    """The measured step in Chrome's trace format, which Perfetto reads; one track for each resource."""
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": 1, "tid": int(r), "name": "thread_name", "args": {"name": LANES[r.name.lower()]}}
-        for r in RESOURCES
-    ]
-    for event in simulation.events:
-        kind, position, part = event.label
-        events.append(
-            {
-                "ph": "X",
-                "pid": 1,
-                "tid": int(event.resource),
-                "name": f"{kind} {position}",
-                "cat": kind,
-                "ts": event.start_seconds * 1e6,
-                "dur": (event.finish_seconds - event.start_seconds) * 1e6,
-                "args": {"block": position, "part": part},
-            }  # fmt: skip
+    """The planned step in Chrome's trace format, which Perfetto reads; one row for each resource."""
+    slices = [
+        Slice(
+            event.resource.name.lower(), f"{kind} {position}", kind, event.start_seconds, event.finish_seconds,
+            {"block": position, "part": part},
         )
-    for tier, points in simulation.memory.items():
-        events += [
-            {"ph": "C", "pid": 1, "name": f"{tier} memory", "ts": at * 1e6, "args": {"bytes": size}}
-            for at, size in points
-        ]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+        for event in simulation.events
+        if event.resource in RESOURCES
+        for kind, position, part in [event.label]
+    ]  # fmt: skip
+    memory = {f"{tier} memory": points for tier, points in simulation.memory.items()}
+    return chrome_trace("planned step", 1, ROWS, slices, memory)
 
 
 _COLOURS = {
@@ -192,7 +168,7 @@ def html_page(problem: Problem, plan: Plan, simulation: Simulation, advice: Sequ
     rows = []
     for lane, resource in enumerate(RESOURCES):
         y = lane * LANE
-        rows.append(f'<text x="0" y="{y + 17}">{LANES[resource.name.lower()]}</text>')
+        rows.append(f'<text x="0" y="{y + 17}">{ROWS[resource.name.lower()]}</text>')
         for event in simulation.events:
             if event.resource is not resource or event.finish_seconds < 0:
                 continue

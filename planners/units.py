@@ -32,6 +32,13 @@ def whole_pages(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
+def seconds(value: float) -> str:
+    """A duration with three digits."""
+    if value < 1:
+        return f"{value * 1e3:.3g} ms"
+    return f"{value:.3g} s" if value < 600 else f"{value / 60:.4g} min"
+
+
 class ProblemError(ValueError):
     """The question is malformed: an unknown name, a bad number, a file that does not say what it should."""
 

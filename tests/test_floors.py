@@ -174,7 +174,7 @@ FLOORS = {
 """A folder's floor holds for all modules in it. Where a folder has none, each of its modules does."""
 
 PLANNERS = [
-    "errors", "units",
+    "errors", "units", "perfetto",
     "plans.schedule", "plans.placement", "plans.activations", "plans.layout", "plans.training_state",
     "plans.products", "plans.vocabulary", "plans.plan",
     "rule.streaming_problem", "rule.edges", "rule.shortage", "rule.filling", "rule.attempts", "rule.streaming",

@@ -1,0 +1,88 @@
+"""A timeline in Chrome's trace format, which Perfetto reads: the same rows for a planned step and a measured one.
+
+Slices of one row that overlap without one lying in the other are drawn in lanes below each other: so many reads are
+under way at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ROWS = {
+    "compute": "compute", "host_to_device": "host → device", "device_to_host": "device → host",
+    "ssd_read": "SSD read", "ssd_write": "SSD write", "cpu": "CPU", "device_update": "update (device)",
+}  # fmt: skip
+"""By resource, as it is shown, in this order."""
+_LANES = 1000
+"""Of a row, at most: numbers of the next row's begin there."""
+_SAME_SECONDS = 1e-9
+"""What sums of seconds may be off by: less than Perfetto draws."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Something that took its time on a row."""
+
+    row: str
+    name: str
+    category: str
+    """What slices of one colour share."""
+    begin_seconds: float
+    end_seconds: float
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """What is shown of it when it is clicked on."""
+
+
+def chrome_trace(
+    process: str,
+    process_number: int,
+    rows: Mapping[str, str],
+    slices: Iterable[Slice],
+    counters: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> str:
+    """The JSON of one timeline. `rows` by name, as they are shown, in their order; `counters` by their name, of (time,
+    bytes). Times in seconds. Events of two timelines with different numbers may be put into one file.
+    """
+    numbers = {row: index * _LANES for index, row in enumerate(rows)}
+    events: list[dict[str, Any]] = [_meta(process_number, 0, "process_name", name=process)]
+    lanes: dict[str, list[list[float]]] = {row: [[]] for row in rows}
+    drawn = []
+    for each in sorted(slices, key=lambda each: (each.begin_seconds, -each.end_seconds)):
+        event: dict[str, Any] = {
+            "ph": "X", "pid": process_number, "tid": numbers[each.row] + _lane(lanes[each.row], each),
+            "name": each.name, "cat": each.category, "ts": each.begin_seconds * 1e6,
+            "dur": (each.end_seconds - each.begin_seconds) * 1e6, "args": dict(each.args),
+        }  # fmt: skip
+        drawn.append(event)
+    for row, shown in rows.items():
+        for lane in range(len(lanes[row])):
+            number = numbers[row] + lane
+            events.append(_meta(process_number, number, "thread_name", name=f"{shown} {lane + 1}" if lane else shown))
+            events.append(_meta(process_number, number, "thread_sort_index", sort_index=number))
+    for counter, points in (counters or {}).items():
+        events += [
+            {"ph": "C", "pid": process_number, "name": counter, "ts": at * 1e6, "args": {"bytes": size}}
+            for at, size in points
+        ]
+    return json.dumps({"traceEvents": events + drawn, "displayTimeUnit": "ms"})
+
+
+def _lane(lanes: list[list[float]], new: Slice) -> int:
+    """The first lane in which nothing is open, or in which `new` lies in what is; lanes are the ends of what is open.
+    The last one takes what is left.
+    """
+    for lane, open_ends in enumerate(lanes):
+        while open_ends and open_ends[-1] <= new.begin_seconds + _SAME_SECONDS:
+            open_ends.pop()
+        if not open_ends or new.end_seconds <= open_ends[-1] + _SAME_SECONDS or lane == _LANES - 1:
+            open_ends.append(new.end_seconds)
+            return lane
+    lanes.append([new.end_seconds])
+    return len(lanes) - 1
+
+
+def _meta(process_number: int, thread_number: int, what: str, **args: Any) -> dict[str, Any]:
+    return {"ph": "M", "pid": process_number, "tid": thread_number, "name": what, "args": args}
