@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 COMPUTE = "compute"
 HOST_TO_DEVICE = "host_to_device"
@@ -28,6 +29,8 @@ CPU = "cpu"
 """Optimizer steps on the processor, behind the computation."""
 DEVICE_UPDATE = "device_update"
 """Optimizer steps between backward and the next forward, where parameters lie."""
+WAIT, UPDATES_WAIT = "wait", "updates_wait"
+"""Rows beside the resources, of a trace: computing waits; the thread that steps blocks does."""
 RESOURCES = (COMPUTE, HOST_TO_DEVICE, DEVICE_TO_HOST, SSD_READ, SSD_WRITE, CPU, DEVICE_UPDATE)
 
 
@@ -49,6 +52,22 @@ class Reading:
         )
 
 
+class Traced(Protocol):
+    """Who is told what was done when, while a step is traced: `spans.Spans`."""
+
+    def add(
+        self,
+        row: str,
+        name: str,
+        begin_seconds: float,
+        end_seconds: float,
+        num_bytes: int = 0,
+        *,
+        of: str = "",
+        is_emulated: bool = False,
+    ) -> None: ...
+
+
 class Meter:
     """Thread-safe. `clock` is in seconds."""
 
@@ -60,6 +79,8 @@ class Meter:
         self._busy: dict[str, float] = {}
         self._moved: Counter[str] = Counter()
         self._stalls: dict[str, float] = {}
+        self.traced: Traced | None = None
+        """Who is told of `busy` and `inline`, too; None: nobody."""
 
     def begin(self, resource: str) -> None:
         """Something is under way on `resource` from now on. Each needs an `end`, from any thread."""
@@ -76,23 +97,30 @@ class Meter:
                 self._busy[resource] = self._busy.get(resource, 0.0) + passed
 
     @contextmanager
-    def busy(self, resource: str) -> Iterator[None]:
-        """What is done inside keeps `resource` busy."""
+    def busy(self, resource: str, name: str = "", num_bytes: int = 0) -> Iterator[None]:
+        """What is done inside keeps `resource` busy: with `name`, of so many bytes, as a trace says."""
+        traced = self.traced
+        start = 0.0 if traced is None else self.clock()
         self.begin(resource)
         try:
             yield
         finally:
             self.end(resource)
+            if traced is not None:
+                traced.add(resource, name or resource, start, self.clock(), num_bytes)
 
     @contextmanager
-    def inline(self, resource: str) -> Iterator[None]:
+    def inline(self, resource: str, name: str = "", num_bytes: int = 0) -> Iterator[None]:
         """The thread that computes does the work of `resource` itself. See [Note: busy seconds]."""
         start = self.clock()
         try:
-            with self.busy(resource):
+            with self.busy(resource, name, num_bytes):
                 yield
         finally:
-            self.stalled(resource, self.clock() - start)
+            end = self.clock()
+            self.stalled(resource, end - start)
+            if self.traced is not None:
+                self.traced.add(WAIT, name or resource, start, end, of=resource)
 
     def moved(self, resource: str, num_bytes: int) -> None:
         with self._lock:

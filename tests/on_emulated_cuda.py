@@ -153,17 +153,20 @@ def test_who_waits_is_told():
 
 
 @pytest.mark.parametrize("layer_major", [False, True])
-def test_a_steady_step_waits_for_the_device_once_a_micro_batch(layer_major):
-    """For its loss. Who else waits are threads that the device's copies are behind."""
+def test_a_steady_step_waits_for_the_device_once_a_micro_batch(layer_major, tmp_path):
+    """For its loss. Who else waits are threads that the device's copies are behind. A traced one, too."""
     case = Case("llama", "bf16", 2, False, False, "from HOST")
     with Engine(
         build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, accumulation_steps=2, lr=1e-2, host_memory="256MiB",
         options=RuntimeOptions(num_slots=2, layer_inputs=Tier.HOST, stream_edges=True, layer_major=layer_major),
     ) as engine:  # fmt: skip
+        if layer_major:
+            engine.trace(tmp_path / "t.json", steps=2, wait=CHECKED_STEPS)  # the last of these does not come
         for step in range(CHECKED_STEPS + 1):
             with waits() as found:
                 engine.train_batch([micro_batch(step, index) for index in range(2)])
         assert engine.report()["passed_on"] > 0 or not layer_major
+    assert (tmp_path / "t.json").exists() == layer_major
     ours = [(what, stack) for what, _, stack in found if "transformers" not in stack[-1]]  # which looks at masks
     assert {what for what, _ in ours} == {"number", "event"}
     numbers = [stack[-1] for what, stack in ours if what == "number"]

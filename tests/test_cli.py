@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import logging
 import os
@@ -100,6 +101,9 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
         ([*TRAIN, "--full", "--optimizer", "adam"], "--optimizer: invalid choice: 'adam'"),
         ([*TRAIN, "--full", "--copy-every", "5"], "--copy-every: without --nvme every checkpoint is a copy"),
         ([*TRAIN, "--report-to", "none", "--logdir", "d"], "--report-to none, --logdir: give one of the two"),
+        ([*TRAIN, "--trace-steps", "2"], "--trace-steps: is for --trace, which is not given"),
+        ([*TRAIN, "--trace", "t", "--trace-steps", "0"], "--trace-steps: must be at least 1, got 0"),
+        ([*TRAIN, "--trace", "/nonexistent/t.json"], "trace: /nonexistent/t.json cannot be written: No such file"),
         ([*TRAIN, "--keep-best"], "--keep-best: is for --eval-data, which is not given"),
         ([*TRAIN, "--tbw", "600 miles"], "tbw: unknown unit 'miles'"),
     ],
@@ -296,8 +300,13 @@ def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
     monkeypatch.setattr(RuntimeOptions, "fills", Fill.NOTHING)  # any budget for so small a model would hold its layers
     straight, out = tmp_path / "straight", tmp_path / "out"
     arguments += packing
-    assert main([*arguments, "--out", str(straight), "--steps", "4"]) == 0
+    trace = ["--trace", str(tmp_path / "trace.json.gz"), "--trace-steps"]
+    code, line = fails(capsys, *arguments, "--out", str(straight), "--steps", "4", *trace, "5")
+    assert code == 2 and "--trace-steps: 5 are to be traced, the run has 4" in line
+    assert main([*arguments, "--out", str(straight), "--steps", "4", *trace, "2"]) == 0
     shown = capsys.readouterr().out
+    assert re.findall(r"^step (\d): .* busy: compute \d+%", shown, re.M) == ["3", "4"]
+    assert "longest waits: " in shown and gzip.decompress((tmp_path / "trace.json.gz").read_bytes())
     assert "40 examples" in shown and "NF4" in shown and "finished at step 4" in shown
     assert {path.name for path in (straight / "adapter").iterdir()} >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",

@@ -25,6 +25,7 @@ from offload_rt.layers.discover import find_blocks
 from offload_rt.layers.executor import RingExecutor
 from offload_rt.memory.arena import Arena
 from offload_rt.memory.cuda_memory import beside_plan_bytes, settle
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.optimizer.arrivals import Arrivals
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedParameter, trained_block
@@ -77,6 +78,7 @@ from tests.test_streams import FakeStore
 from tests.test_tied_edges import tied
 from tests.test_tiled_linear import NUM_TILES, TILE_ROWS, TOKENS, batch
 from tests.test_tiled_linear import model as untied
+from tests.test_tracing import num_bytes, overlap, slices
 from tests.test_triton import DTYPES, adam_state, same_bits, weights_of
 from tests.tokenwise import errors, policy, waiting_in
 
@@ -1066,3 +1068,26 @@ def test_a_rehearsal_on_the_gpu_goes_back_to_the_rules_plan_where_auto_has_chose
         assert engine.plan.planner == report["plan_choice"]["chosen"] == "fixed streaming rule"
         assert report["memory"]["device"] <= device_kib * KIB
         assert differences(expected, found) == []
+
+
+def test_a_traced_step_has_the_times_of_the_gpus_own_clock(tmp_path: Path, exact_attention: None) -> None:
+    case = Case("llama", "bf16", 1, False, False, "from HOST")
+    options = RuntimeOptions(num_slots=2, layer_inputs=Tier.HOST, stream_edges=True)
+    readings = []
+    with engine_of(case, device="cuda", device_memory="4GiB", host_memory="256MiB", options=options) as engine:
+        engine.trace(tmp_path / "t.json", wait=WARM_STEPS)
+        for number in range(WARM_STEPS + 1):
+            readings.append(engine._runtime.links.reading())
+            engine.train_batch([micro_batch(number, 0)])
+        moved = engine._runtime.links.reading().since(readings[-1]).moved_bytes
+        layers = [block.name for block in engine._runtime.made_of.workload.layers]
+    traced = slices(tmp_path / "t.json")
+    for row in (HOST_TO_DEVICE, DEVICE_TO_HOST):
+        assert num_bytes(traced, row) == moved[row] > 0 and overlap(traced[row]) == []
+    passes = [f"forward {name}" for name in layers] + [f"backward {name}" for name in reversed(layers)]
+    in_order = [event for event in traced["compute"] if event["name"] in passes]
+    assert [event["name"] for event in in_order] == passes and overlap(in_order) == []
+    (step,) = traced["step"]
+    assert all(0 <= event["ts"] <= step["dur"] for event in in_order) and set(layers) <= {
+        event["name"] for event in traced["wait"]
+    }

@@ -422,6 +422,7 @@ def test_a_failed_part_is_told_when_no_other_is_under_way(io, arena, file):
 class Part:
     """A transfer that has arrived, and how long it was allowed to take."""
 
+    moves = "a part"
     num_bytes = 1
     operation = None
     legs = ()

@@ -105,6 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "has the same numbers (default: what --logdir says)",
     )
     keep.add_argument(
+        "--trace", metavar="FILE", help="what was under way when in a measured step, for ui.perfetto.dev; also .gz"
+    )
+    keep.add_argument("--trace-steps", type=int, metavar="N", help="with --trace: steps in it (default: 1)")
+    keep.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint or commit, under any budgets"
     )
     keep.add_argument(
@@ -135,6 +139,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--eval-every: is for --eval-data, which is not given")
     if arguments.keep_best and arguments.eval_data is None:
         raise ConfigError("--keep-best: is for --eval-data, which is not given")
+    if arguments.trace is None and arguments.trace_steps is not None:
+        raise ConfigError("--trace-steps: is for --trace, which is not given")
+    arguments.trace_steps = 1 if arguments.trace_steps is None else arguments.trace_steps
+    if arguments.trace_steps < 1:
+        raise ConfigError(f"--trace-steps: must be at least 1, got {arguments.trace_steps}")
     if arguments.report_to == "none" and arguments.logdir is not None:
         raise ConfigError("--report-to none, --logdir: give one of the two")
     if arguments.report_to == "tensorboard" and arguments.logdir is None:

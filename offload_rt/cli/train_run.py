@@ -23,6 +23,8 @@ from offload_rt.cli.calibrate_first import calibrate_first
 from offload_rt.config import adapter_folder, parse_adapters, parse_bytes
 from offload_rt.errors import ConfigError
 from offload_rt.plans.cuts import cuts_from_json
+from offload_rt.running.steps import WARM_STEPS
+from offload_rt.running.tracing import require_writable
 from offload_rt.training.batches import Batches, check_packing
 from offload_rt.training.data import DataReport, load_examples
 from offload_rt.training.data_files import data_files
@@ -48,6 +50,7 @@ INGEST_SECONDS = 2.0
 def train_from_arguments(arguments: argparse.Namespace) -> int:
     """Runs a parsed command line; returns the exit code."""
     console = Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     options = TrainingOptions(
         out=Path(arguments.out), steps=arguments.steps, epochs=arguments.epochs, lr=arguments.lr,
         warmup_ratio=arguments.warmup_ratio, schedule=arguments.schedule,
@@ -63,6 +66,8 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     )
     # Everything that can be wrong with the call is found before a weight is read.
     require_installed(tensorboard=options.logdir is not None, wandb=options.wandb)
+    if arguments.trace is not None:
+        require_writable(Path(arguments.trace))
     folder = RunFolder(options.out)
     folder.require_writable()
     model_folder = _model_folder(arguments.model)
@@ -83,7 +88,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         folder.require_free()
     tokenizer, model_on_meta, settings_of_model = _load_transformers(model_folder)
     if arguments.seq_len is not None and (warning := check_length(model_on_meta, arguments.seq_len)):
-        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        say(f"warning: {warning}")
     load = partial(
         load_examples,
         tokenizer=tokenizer,
@@ -107,13 +112,11 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     if held_out_data is not None:
         held_out_examples, held_out_report = load(held_out_data, seq_len=arguments.seq_len)
         held_out = batches_of(held_out_examples)
-    _show_settings(console, arguments, data_report, held_out_report, num_steps(options, batches))
-    calibrate_first(
-        arguments.device,
-        arguments.nvme,
-        arguments.plan,
-        partial(console.print, markup=False, highlight=False, soft_wrap=True),
-    )
+    total_steps = num_steps(options, batches)
+    if arguments.trace is not None and arguments.trace_steps > total_steps:
+        raise ConfigError(f"--trace-steps: {arguments.trace_steps} are to be traced, the run has {total_steps}")
+    _show_settings(console, arguments, data_report, held_out_report, total_steps)
+    calibrate_first(arguments.device, arguments.nvme, arguments.plan, say)
     torch.manual_seed(arguments.seed)
     keeps_cuts = options.resume and not arguments.other_cuts and folder.cuts is not None
     with Engine(
@@ -138,8 +141,11 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
             packed_products="measured" if arguments.packed_products else None,
         ),
     ) as engine:
-        console.print(engine.summary(), markup=False, highlight=False, soft_wrap=True)
+        say(engine.summary())
         engine.model.train()
+        if arguments.trace is not None:
+            wait = min(WARM_STEPS, total_steps - arguments.trace_steps)
+            engine.trace(arguments.trace, steps=arguments.trace_steps, wait=wait, on_ready=say)
         if arguments.packing:
             check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
 

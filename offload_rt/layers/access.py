@@ -117,7 +117,7 @@ class opened:
     No generator: it is entered twice a layer and step, and a class takes a third of the time.
     """
 
-    __slots__ = ("_access", "_block", "_phase", "_training")
+    __slots__ = ("_access", "_block", "_end", "_phase", "_training")
 
     def __init__(self, block: Block, access: Access, phase: Phase, *, training: bool) -> None:
         self._block, self._access, self._phase, self._training = block, access, phase, training
@@ -130,8 +130,12 @@ class opened:
             del slot
             self._access.release()
             raise
+        spans = self._block.spans
+        self._end = None if spans is None else spans.computing(f"{self._phase.value} {self._block.name}")
 
     def __exit__(self, *exception: object) -> None:
+        if self._end is not None:
+            self._end()
         try:
             self._block.close()
         finally:

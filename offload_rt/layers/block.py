@@ -27,6 +27,7 @@ from offload_rt.errors import UnsupportedModule
 from offload_rt.memory.arena import Slot
 from offload_rt.memory.parted import BlockBytes
 from offload_rt.quantized.decoder import Decoder, PackedWeight
+from offload_rt.spans import Spans
 from offload_rt.tensor_spec import BlockSpec, TensorSpec
 
 
@@ -100,6 +101,8 @@ class Block:
     """Of the modules that own its weights, the one that was called last, besides the block's own."""
     shows_itself: set[nn.Module] = field(default_factory=set)
     """Modules whose own forward calls `shown`, if it wants a weight decoded at all."""
+    spans: Spans | None = None
+    """Who is told when it is open, while a step is traced."""
     _num_open: int = 0
     _in_slot: dict[int, torch.Tensor] = field(default_factory=dict)
     """While it is open, the tensors in their own dtype, by where they begin."""

@@ -153,6 +153,11 @@ class Slot:
         return ctypes.addressof(self._memory) + self._offset_bytes
 
     @property
+    def owner(self) -> str:
+        """What it was leased for."""
+        return self._lease.owner
+
+    @property
     def range(self) -> MemoryRange:
         """Which bytes of which arena: what a recorder sees."""
         begin = self._lease.start + self._offset_bytes

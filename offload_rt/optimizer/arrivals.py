@@ -24,7 +24,7 @@ from torch import Tensor
 
 from offload_rt.errors import OffloadError
 from offload_rt.memory.arena import Arena, Slot
-from offload_rt.meter import CPU
+from offload_rt.meter import CPU, DEVICE_TO_HOST
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfers.links import Links
@@ -88,7 +88,7 @@ class Arrivals:
         are over, and while there is no room.
         """
         if self._last is not None:
-            with self._links.stalled():
+            with self._links.stalled(f"gradients before {block.name}", DEVICE_TO_HOST):
                 self._last.wait()
         if self._staging is not None:
             places = self._stage(block, gradients, self._staging)
@@ -100,7 +100,7 @@ class Arrivals:
             arrived[index] = place.tensor(source.dtype, source.shape)
 
         def taken() -> None:
-            with self._links.meter.busy(CPU):  # which a plan counts
+            with self._links.meter.busy(CPU, f"gradients of {block.name}"):  # which a plan counts
                 take(arrived)
 
         # One copy for the block: each has its event, and wakes the thread that reports it and the one that waits.

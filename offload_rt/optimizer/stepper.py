@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from offload_rt.memory.arena import Arena, Slot
-from offload_rt.meter import CPU
+from offload_rt.meter import CPU, UPDATES_WAIT, WAIT
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.job import GradientSource, Job
 from offload_rt.optimizer.on_device import DeviceCounters, PiecesOnDevice
@@ -265,7 +265,8 @@ class Stepper:
                 gradient = self._gradients.of(job.block, job.gradients, segment.parameter, segment.begin, segment.end)
                 updates.append(self._update_of(job, segment, state_tensors(slot, segment), gradient, new))
             meter = self._links.meter
-            with meter.inline(CPU) if self._thread is None else meter.busy(CPU):
+            name = job.block.name
+            with meter.inline(CPU, name) if self._thread is None else meter.busy(CPU, name):
                 found = self._rule.update_all(updates)
             for segment, scalars in zip(segments, found, strict=True):
                 self.new_scalars[job.block.parameters[segment.parameter].name] = scalars
@@ -309,10 +310,14 @@ class Stepper:
         if self._thread is None:
             self._links.wait(transfer)
             return
-        begin = self._links.meter.clock()
+        meter = self._links.meter
+        begin = meter.clock()
         transfer.wait()
-        for resource, seconds in transfer.stalls(begin, self._links.meter.clock()):
+        end = meter.clock()
+        for resource, seconds in transfer.stalls(begin, end):
             self._waited[resource] += seconds
+        if meter.traced is not None:
+            meter.traced.add(UPDATES_WAIT, transfer.moves, begin, end, of=transfer.waits_for)
 
     @contextmanager
     def _computing_waits(self) -> Iterator[None]:
@@ -320,7 +325,10 @@ class Stepper:
         meter = self._links.meter
         begin, before = meter.clock(), self._waited.copy()
         yield
-        left = meter.clock() - begin
+        end = meter.clock()
+        if meter.traced is not None:
+            meter.traced.add(WAIT, "updates", begin, end, of=CPU)
+        left = end - begin
         for resource, seconds in self._waited.copy().items():  # its thread goes on
             seconds = min(left, seconds - before[resource])
             meter.stalled(resource, seconds)

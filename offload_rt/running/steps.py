@@ -31,6 +31,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, Reading
+from offload_rt.spans import Spans
 from offload_rt.transfers.device_times import DeviceTimes, Times
 
 WARM_STEPS = 2
@@ -68,6 +69,9 @@ class StepMeter:
         """
         self.steps: deque[StepReading] = deque(maxlen=KEPT_STEPS)
         self.num_steps = 0
+        self.spans: Spans | None = None
+        """Who is told of forward, backward and update, while a step is traced."""
+        self._end_phase: Callable[[], None] | None = None
         self._read, self._clock = read, clock
         self._times = times
         self._on_settled = on_settled
@@ -117,6 +121,9 @@ class StepMeter:
         with self._lock:
             self._give_up_open()
             self._update = self._clock(), self._stalls()
+            if self.spans is not None:
+                self._end_span()
+                self._end_phase = self.spans.updating()
 
     def end_update(self) -> bool:
         """It was made, which is the end of a step. False where none had begun."""
@@ -124,6 +131,7 @@ class StepMeter:
             if self._update is None:
                 return False
             (begin, stalls), self._update = self._update, None
+            self._end_span()
             self._finish(self._clock() - begin, self._stalls() - stalls)
             return True
 
@@ -157,10 +165,18 @@ class StepMeter:
     def _stalls(self) -> float:
         return sum(self._read().stall_seconds.values())
 
-    def _enter(self) -> None:
+    def _end_span(self) -> None:
+        if self._end_phase is not None:
+            self._end_phase()
+            self._end_phase = None
+
+    def _enter(self, phase: str) -> None:
         with self._lock:
             if not self._num_open:
                 self._entered = self._clock(), self._stalls()
+                if self.spans is not None:
+                    self._end_span()
+                    self._end_phase = self.spans.computing(phase)
             if self._times is not None and not self._is_aside:
                 self._times.enter()
             self._num_open += 1
@@ -174,6 +190,7 @@ class StepMeter:
                 if self._times is not None:
                     self._times.leave()
                 begin, stalls = self._entered
+                self._end_span()
                 now = self._clock(), self._stalls()
                 self._model_seconds += now[0] - begin
                 self._model_stalls += now[1] - stalls
@@ -188,6 +205,7 @@ class StepMeter:
         if self._num_open:
             self._num_open = 0
             self._is_clean = False
+            self._end_span()
             if self._times is not None:
                 self._times.leave()
 
@@ -201,7 +219,7 @@ class StepMeter:
                 self._is_clean = False  # an evaluation is no part of a step: what it moved cannot be told from the rest
             else:
                 self._is_aside = True  # between two steps: the next one begins when it is over
-        self._enter()
+        self._enter("forward" if torch.is_grad_enabled() else "forward, no gradients")
 
     def _forward_is_over(self, module: nn.Module, args: Any, output: Any) -> None:
         self._leave()
@@ -215,7 +233,7 @@ class StepMeter:
             if number in self._backwards:
                 return
             self._backwards.add(number)
-        self._enter()
+        self._enter("backward")
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._backward_is_over, number))
 
     def _backward_is_over(self, number: int) -> None:

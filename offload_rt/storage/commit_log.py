@@ -184,6 +184,7 @@ class CommitLog:
             self._verify(extent, version, unverified.pop())
 
         transfer = Transfer(arriving.name, arriving.num_bytes, wait, ())
+        transfer.moves = arriving.moves
         transfer.operation, transfer.legs = arriving.operation, arriving.legs
         return transfer
 

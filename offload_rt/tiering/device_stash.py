@@ -26,6 +26,7 @@ import torch
 
 from offload_rt.errors import OffloadError, StorageFull
 from offload_rt.memory.arena import Arena, Slot
+from offload_rt.meter import DEVICE_TO_HOST
 from offload_rt.storage.scratch import Scratch, ScratchRange
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.tiering.stash import Stashed, put_away_up_to
@@ -145,7 +146,7 @@ class DeviceStash:
         while self._leaving and num_bytes + ahead_bytes + self._leaving_bytes > self._window_bytes:
             oldest = self._leaving.popleft()
             self._leaving_bytes -= oldest.num_bytes
-            with self.links.stalled():
+            with self.links.stalled(oldest.moves, DEVICE_TO_HOST):
                 oldest.wait()
 
     def _ahead_bytes(self) -> int:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from functools import partial
 
 import torch
 
-from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, Meter
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, WAIT, Meter, Traced
 from offload_rt.tiering.stash import Stash, Stashed, put_away_up_to
 from offload_rt.transfers.throttle import IN, OUT, Pipe, Ticket
+
+ACTIVATIONS = "activations"
+"""As a trace calls them."""
 
 
 class PacedStash:
@@ -38,7 +42,7 @@ class PacedStash:
         if stashed is None:
             return None
         num_bytes = tensor.numel() * tensor.element_size()
-        out = self.link.submit(OUT, num_bytes)
+        out = self.submit(OUT, num_bytes)
         if self.window_bytes is not None:
             self._leaving.append((out, num_bytes))
             while sum(size for _, size in self._leaving) > max(self.window_bytes, num_bytes):
@@ -47,11 +51,21 @@ class PacedStash:
         self._last = weakref.ref(paced)
         return paced
 
+    def submit(self, way: int, num_bytes: int) -> Ticket:
+        """Puts a tensor on its way."""
+        told = None
+        if (traced := self._meter.traced) is not None:
+            told = partial(_tell, traced, _row(way), num_bytes)
+        return self.link.submit(way, num_bytes, told)
+
     def wait(self, ticket: Ticket) -> None:
         """Blocks until `ticket` is through."""
         start = self._meter.clock()
         self.link.wait(ticket)
-        self._meter.stalled(HOST_TO_DEVICE if ticket.way == IN else DEVICE_TO_HOST, self._meter.clock() - start)
+        end, row = self._meter.clock(), _row(ticket.way)
+        self._meter.stalled(row, end - start)
+        if self._meter.traced is not None:
+            self._meter.traced.add(WAIT, ACTIVATIONS, start, end, of=row)
 
     def begin_before(self, stashed: _PacedStashed) -> None:
         """Puts on their way back what was put away before, the latest first."""
@@ -97,7 +111,7 @@ class _PacedStashed:
         """Puts it on its way back, if it is not. Blocks until it has left."""
         if self._back is None:
             self._stash.wait(self.out)
-            self._back = self._stash.link.submit(IN, self.num_bytes)
+            self._back = self._stash.submit(IN, self.num_bytes)
 
     def load(self) -> torch.Tensor:
         """The tensor again; blocks until the link has brought it. A second one takes the way once more."""
@@ -112,3 +126,11 @@ class _PacedStashed:
     def release(self) -> None:
         self.is_expected = False
         self._inner.release()
+
+
+def _row(way: int) -> str:
+    return HOST_TO_DEVICE if way == IN else DEVICE_TO_HOST
+
+
+def _tell(traced: Traced, row: str, num_bytes: int, begin_seconds: float, end_seconds: float) -> None:
+    traced.add(row, ACTIVATIONS, begin_seconds, end_seconds, num_bytes, is_emulated=True)

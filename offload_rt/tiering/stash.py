@@ -84,7 +84,7 @@ class HostStash:
         slot = self._arena.try_acquire(tensor.numel() * tensor.element_size(), "layer input")
         if slot is None:
             return None
-        with self._links.meter.inline(DEVICE_TO_HOST):
+        with self._links.meter.inline(DEVICE_TO_HOST, slot.owner, slot.num_bytes):
             slot.tensor(tensor.dtype, tensor.shape).copy_(tensor)
         self._links.meter.moved(DEVICE_TO_HOST, slot.num_bytes)
         self._links.counters.bytes_copied += slot.num_bytes
@@ -106,7 +106,7 @@ class _HostStashed:
             raise RuntimeError("stash: loaded after its release")
         self._links.counters.bytes_copied += self._slot.num_bytes
         self._links.meter.moved(HOST_TO_DEVICE, self._slot.num_bytes)
-        with self._links.meter.inline(HOST_TO_DEVICE):
+        with self._links.meter.inline(HOST_TO_DEVICE, self._slot.owner, self._slot.num_bytes):
             return self._slot.tensor(self._dtype, self._shape).clone()
 
     def release(self) -> None:

@@ -134,6 +134,7 @@ class DeviceCopies:
             started.wait(timeout_seconds)
 
         transfer = Transfer(f"what follows {saved.name}", saved.num_bytes, wait, ())
+        transfer.moves = saved.moves
         saved.copy.done.add_done_callback(begin)
         return transfer
 
@@ -141,7 +142,7 @@ class DeviceCopies:
         copier = self._copier
         self._counters.num_transfers += 1
         transfer = Transfer(copy.name, num_bytes, lambda seconds: copier.wait(copy, seconds), (copy,))
-        transfer.copy, transfer.operation = copy, copy.operation
+        transfer.copy, transfer.operation, transfer.moves = copy, copy.operation, copy.moves
         return transfer
 
 

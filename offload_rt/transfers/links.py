@@ -9,18 +9,19 @@ from __future__ import annotations
 import ctypes
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
 from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.memory.arena import WAIT_SECONDS, Slot
-from offload_rt.meter import HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter, Reading
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter, Reading
+from offload_rt.spans import Spans
 from offload_rt.transfers.device_copies import DeviceCopies
-from offload_rt.transfers.device_streams import Device
+from offload_rt.transfers.device_streams import Device, Stream
 from offload_rt.transfers.device_times import DeviceTimes
 from offload_rt.transfers.file_io import FileIO, OpenFile, file_io, wait_future
 from offload_rt.transfers.recording import RETURNED, Recorder
@@ -60,10 +61,11 @@ class Links:
         self._delay_seconds = delay_seconds
         self._random = random.Random(seed)
         self.times = times
+        self.spans: Spans | None = None
+        """What was under way when, while a step is traced."""
         self.device = None
         if device is not None:
-            timed = {} if times is None else {"timed": times.timed}
-            self.device = Copier(device, recorder, pause=self._sleep, **timed)
+            self.device = Copier(device, recorder, pause=self._sleep, timed=self._timed)
         self._device_copies = None if self.device is None else DeviceCopies(self.device, self.meter, self.counters)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="offload_rt-copy")
         self._delayer = ThreadPoolExecutor(8, thread_name_prefix="offload_rt-delay") if delay_seconds else None
@@ -86,7 +88,7 @@ class Links:
         """Starts fdatasync: when it has been waited for, every write that was waited for before it is durable."""
         wait, legs = self._arriving(SSD_WRITE, self._start("sync", file, 0, memoryview(b"")))
         transfer = Transfer(f"sync {file.path}", 0, wait, ())
-        transfer.legs = legs
+        transfer.legs, transfer.moves = legs, "sync"
         return transfer
 
     def copy(
@@ -113,6 +115,8 @@ class Links:
 
         self.counters.bytes_copied += source.num_bytes
         link = self.throttle.link if self.throttle is not None and inward else None
+        moves = source.owner
+        told = self._told(HOST_TO_DEVICE, moves, source.num_bytes) if link is not None else None
         ends = [(source.buffer(), destination.buffer(), check)]
 
         def run() -> None:
@@ -127,7 +131,7 @@ class Links:
                 if look is not None:
                     look()
                 num_bytes = len(origin)
-                with self.meter.busy(HOST_TO_DEVICE) if inward else nullcontext():
+                with self.meter.busy(HOST_TO_DEVICE, moves, num_bytes) if inward else nullcontext():
                     ctypes.memmove(
                         (ctypes.c_char * num_bytes).from_buffer(target),
                         (ctypes.c_char * num_bytes).from_buffer(origin),
@@ -136,7 +140,7 @@ class Links:
             finally:
                 del origin, target, look  # so that neither this thread nor an error holds a lease afterwards
             if link is not None:
-                link.wait(link.submit(IN, num_bytes))
+                link.wait(link.submit(IN, num_bytes, told))
 
         # What waits for its link must not keep other copies waiting.
         future = (self._copier if link is None or self._paced is None else self._paced).submit(run)
@@ -148,6 +152,7 @@ class Links:
             wait, legs = self._arriving(HOST_TO_DEVICE, wait)
         transfer = Transfer("copy", source.num_bytes, wait, (source, destination))
         transfer.legs = legs if after is None else after.legs + legs
+        transfer.moves = moves
         return self._recorded(transfer, reads=source, writes=destination, after=after)
 
     @property
@@ -177,6 +182,7 @@ class Links:
 
         joined = Transfer(name, sum(transfer.num_bytes for transfer in transfers), wait, tuple(transfers))
         joined.legs = tuple(leg for transfer in transfers for leg in transfer.legs)
+        joined.moves = transfers[0].moves if transfers else name
         if self.recorder is not None:
             before = [transfer.operation for transfer in transfers if transfer.operation is not None]
             joined.operation = self.recorder.submit(name, after=before)
@@ -190,7 +196,8 @@ class Links:
         link = None if self.throttle is None else self.throttle.link
         if link is None:
             return None
-        ticket = link.submit(IN if inward else OUT, num_bytes)
+        row = HOST_TO_DEVICE if inward else DEVICE_TO_HOST
+        ticket = link.submit(IN if inward else OUT, num_bytes, self._told(row, name, num_bytes))
         self.counters.num_transfers += 1
         return Transfer(name, num_bytes, lambda seconds: link.wait(ticket), ())
 
@@ -201,7 +208,7 @@ class Links:
         """
         start = self.meter.clock()
         copy = transfer.copy
-        with self.stalled():
+        with self.stalled(transfer.moves, transfer.waits_for):
             if self.device is not None and copy is not None and copy.inward:
                 self.device.order(copy, WAIT_SECONDS)  # and the recorder's compute lane
             else:
@@ -211,9 +218,18 @@ class Links:
         for resource, seconds in transfer.stalls(start, end):
             self.meter.stalled(resource, seconds)
 
-    def stalled(self) -> AbstractContextManager[None]:
-        """Inside, the caller waits for what is no computing of its own: a device that is timed is told."""
-        return nullcontext() if self.times is None else self.times.stalled()
+    def stalled(self, name: str, of: str) -> AbstractContextManager[None]:
+        """Inside, the caller waits for `name`, on the resource `of`, which is no computing of its own: a device that is
+        timed is told, and a trace.
+        """
+        if self.spans is None:
+            return nullcontext() if self.times is None else self.times.stalled()
+        return self._traced_stall(name, of, self.spans)
+
+    @contextmanager
+    def _traced_stall(self, name: str, of: str, spans: Spans) -> Iterator[None]:
+        with nullcontext() if self.times is None else self.times.stalled(), spans.waiting(name, of):
+            yield
 
     def reading(self) -> Reading:
         """What drives and links did since the start; of an emulated machine's, what those did.
@@ -254,9 +270,13 @@ class Links:
         self.io.adopt(slot.region)
         buffer = slot.buffer()
         resource = SSD_READ if kind == "read" else SSD_WRITE
-        arrived = self._paced_wait(kind, slot.num_bytes, self._start(kind, file, offset_bytes, buffer))
+        told = self._told(resource, slot.owner, slot.num_bytes)
+        if self.spans is not None:
+            self.spans.note_place(file.path, offset_bytes, slot.owner)
+        arrived = self._paced_wait(kind, slot.num_bytes, self._start(kind, file, offset_bytes, buffer), told)
         wait, legs = self._arriving(resource, arrived)
         transfer = Transfer(f"{kind} {file.path}", slot.num_bytes, wait, (slot, buffer))
+        transfer.moves = slot.owner
         transfer.legs = legs
         if kind == "read":
             return self._recorded(transfer, writes=slot)
@@ -274,7 +294,25 @@ class Links:
 
         return noting, (leg,)
 
-    def _paced_wait(self, kind: str, num_bytes: int, wait: Callable[[float], None]) -> Callable[[float], None]:
+    def _told(self, row: str, name: str, num_bytes: int) -> Callable[[float, float], None] | None:
+        """What an emulated link tells when it moved `name`; None where nobody wants to know."""
+        spans = self.spans
+        if spans is None:
+            return None
+        return lambda begin, end: spans.add(row, name, begin, end, num_bytes, is_emulated=True)
+
+    def _timed(self, kind: str, stream: Stream, num_bytes: int, name: str) -> AbstractContextManager[object]:
+        """What a copier has the device note: for `times`, and for a trace."""
+        times = nullcontext() if self.times is None else self.times.timed(kind, stream, num_bytes)
+        return times if self.spans is None else _both(times, self.spans.copying(kind, stream, name, num_bytes))
+
+    def _paced_wait(
+        self,
+        kind: str,
+        num_bytes: int,
+        wait: Callable[[float], None],
+        told: Callable[[float, float], None] | None,
+    ) -> Callable[[float], None]:
         """What waits for the transfer, and for the emulated drives, which begin with it now.
 
         A slow machine is no stuck one: no timeout ends the emulated wait, but one of 0, which asks and does not wait.
@@ -282,7 +320,7 @@ class Links:
         drives = None if self.throttle is None else self.throttle.drives
         if drives is None:
             return wait
-        ticket = drives.submit(IN if kind == "read" else OUT, num_bytes)
+        ticket = drives.submit(IN if kind == "read" else OUT, num_bytes, told)
         arriving = [wait]  # what can be waited for once
 
         def both(timeout_seconds: float) -> None:
@@ -339,3 +377,9 @@ class Links:
                 lane=RETURNED,
             )
         return transfer
+
+
+@contextmanager
+def _both(one: AbstractContextManager[object], other: AbstractContextManager[object]) -> Iterator[None]:
+    with one, other:
+        yield

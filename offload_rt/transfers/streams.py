@@ -78,8 +78,8 @@ class Place:
     operation: int | None
 
 
-Timed = Callable[[str, Stream, int], AbstractContextManager[object]]
-"""Has the device note how long a resource is busy with what a stream is given inside, and with how many bytes."""
+Timed = Callable[[str, Stream, int, str], AbstractContextManager[object]]
+"""Has the device note how long a resource is busy with what a stream is given inside, with how many bytes, of what."""
 
 
 def _untimed(*_: object) -> AbstractContextManager[None]:
@@ -92,8 +92,10 @@ class Copy:
     """
 
     def __init__(self, name: str, ends: Sequence[Ends], *, inward: bool, slots: Sequence[Slot] = ()) -> None:
-        """`slots`: what of the ends is leased."""
+        """`slots`: what of the ends is leased, in HOST first."""
         self.name = name
+        self.moves = slots[0].owner if slots else name
+        """What it moves: whose memory the HOST end is."""
         self.inward = inward
         self.operation: int | None = None
         """Its number in the recorder, if there is one."""
@@ -120,7 +122,7 @@ class Copy:
         kind = HOST_TO_DEVICE if self.inward else DEVICE_TO_HOST
 
         def copy(ends: Sequence[Ends], timed: Timed) -> None:
-            with timed(kind, stream, sum(source.numel() for source, _ in ends)):
+            with timed(kind, stream, sum(source.numel() for source, _ in ends), self.moves):
                 stream.copy(ends)
 
         with alone:
@@ -227,7 +229,7 @@ class Copier:
             before.append(behind.given.result())
         elif behind is not None:
             waits.append(behind.done.result)
-        copy = Copy(name, ends, inward=inward, slots=[*reads, *writes])
+        copy = Copy(name, ends, inward=inward, slots=[*reads, *writes] if inward else [*writes, *reads])
         if self._recorder is not None:
             if behind is not None and behind.operation is not None:
                 after_operations = [*after_operations, behind.operation]
@@ -276,7 +278,7 @@ class Copier:
             operation = self._recorder.submit(name, reads=reads, writes=writes, after=_operations(places))
         for place in places:
             self.device.updates.wait(place.event)
-        with self._timed(DEVICE_UPDATE, self.device.updates, 0):
+        with self._timed(DEVICE_UPDATE, self.device.updates, 0, name):
             self.device.updates.run(launch)
         return Place(self.device.updates.record(), operation)
 

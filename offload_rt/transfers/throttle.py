@@ -31,6 +31,10 @@ class Ticket:
 
     way: int
     left_bytes: float
+    told: Callable[[float, float], None] | None = None
+    """Is told when it began and when it was through."""
+    begin_seconds: float | None = None
+    """When its turn came."""
 
     @property
     def is_through(self) -> bool:
@@ -58,11 +62,11 @@ class Pipe:
         self.moved_bytes = [0, 0]
         """By direction: what was given to it."""
 
-    def submit(self, way: int, num_bytes: int) -> Ticket:
-        """Puts a transfer behind those of its direction. Does not block."""
+    def submit(self, way: int, num_bytes: int, told: Callable[[float, float], None] | None = None) -> Ticket:
+        """Puts a transfer behind those of its direction. Does not block. `told`: see `Ticket`; not of no bytes."""
         with self._lock:
             self._advance()
-            ticket = Ticket(way, float(num_bytes))
+            ticket = Ticket(way, float(num_bytes), told)
             self.moved_bytes[way] += num_bytes
             if num_bytes:
                 self._queues[way].append(ticket)
@@ -109,9 +113,13 @@ class Pipe:
             for way in active:
                 self._busy[way] += passed * share
                 head = self._queues[way][0]
+                if head.begin_seconds is None:
+                    head.begin_seconds = self._now
                 if ends[way] <= passed:
                     head.left_bytes = 0.0
                     self._queues[way].popleft()
+                    if head.told is not None:
+                        head.told(head.begin_seconds, self._now + passed)
                 else:
                     head.left_bytes -= passed * self._rates[way] * share
             self._now += passed
@@ -138,6 +146,10 @@ class Throttle:
         if hardware.drives:
             rates = (hardware.read_bytes_per_second, hardware.write_bytes_per_second)
             self.drives = Pipe(rates, hardware.drive_mix, clock=clock, sleep=sleep)
+
+    def rows(self) -> tuple[str, ...]:
+        """Resources that are emulated."""
+        return tuple(name for names, _ in self._pipes() for name in names)
 
     def busy_seconds(self) -> dict[str, float]:
         """What each direction worked since the start, by resource."""

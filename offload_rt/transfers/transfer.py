@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.memory.arena import WAIT_SECONDS
+from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.transfers.streams import Copy
 
 
@@ -49,6 +50,8 @@ class Transfer:
         """Its number in the recorder, if there is one."""
         self.copy: Copy | None = None
         """The device's own copy that this is, if it is one."""
+        self.moves = name
+        """What it moves, by the owner of its memory where that is known."""
         self.legs: tuple[Leg, ...] = ()
         """What it waits for, one after the other; empty where nobody measures that."""
         self._wait = wait
@@ -71,6 +74,13 @@ class Transfer:
                 self._owned = None
                 raise
             self._owned = None
+
+    @property
+    def waits_for(self) -> str:
+        """The resource that whoever waits for it waits for, in the end; empty where that is not known."""
+        if self.copy is not None:
+            return HOST_TO_DEVICE if self.copy.inward else DEVICE_TO_HOST
+        return self.legs[-1].resource if self.legs else ""
 
     @property
     def was_waited_for(self) -> bool:
