@@ -30,6 +30,7 @@ from offload_rt.tensor_spec import TensorSpec, layout_block
 from offload_rt.transfers.file_io import AiofilesIO, file_io
 from offload_rt.transfers.links import Links
 from tests.conftest import SHARES_FIXTURES, open_descriptors
+from tests.durable import Durable
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096
@@ -301,6 +302,21 @@ def test_a_store_built_again_over_other_drives_and_killed_is_not_taken_for_whole
         fill(again)
     check_content(again, links)
     again.close()
+
+
+def test_a_manifest_is_off_the_drive_before_the_bytes_that_it_speaks_of_are(drive, links, monkeypatch):
+    store = Store([drive], "key", links)
+    fill(store)
+    durable, found = Durable(monkeypatch), []
+
+    def preallocate(file, num_bytes, real=store_module.preallocate):
+        found.append("manifest.json" in durable.names_in(store.folders[0]))
+        real(file, num_bytes)
+
+    monkeypatch.setattr(store_module, "preallocate", preallocate)
+    store.build(specs()).close()
+    assert found == [False]
+    store.close()
 
 
 def test_the_same_drives_in_another_order_are_no_corruption(disk_folder, links):
@@ -682,6 +698,40 @@ def test_a_file_is_replaced_whole_or_not_at_all(disk_folder, monkeypatch):
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert files_below(disk_folder) == ["f"]
+
+
+def test_a_file_is_on_the_drive_before_it_gets_its_name(disk_folder, monkeypatch):
+    path, durable, found = disk_folder / "f", Durable(monkeypatch), []
+
+    def replace(partial, *arguments, real=os.replace):
+        found.append(durable.missing(partial))
+        real(partial, *arguments)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_atomically(path, b"new")
+    assert found == [[]]
+    assert durable.has_name(path)
+
+
+def test_blocks_are_on_their_drives_before_a_manifest_speaks_of_them(disk_folder, links, monkeypatch):
+    drives = [NvmePath(path=disk_folder / name) for name in ("one", "two")]
+    for drive in drives:
+        drive.path.mkdir()
+    durable, found = Durable(monkeypatch), []
+
+    def write(path, content, real=store_module.write_atomically):
+        for folder in store.folders:
+            assert (folder / "weights.bin").stat().st_size > 0
+            found.extend(durable.missing(folder / "weights.bin"))
+            found.extend(str(each) for each in (folder, folder / "weights.bin") if not durable.has_name(each))
+        real(path, content)
+
+    monkeypatch.setattr(store_module, "write_atomically", write)
+    store = Store(drives, "key", links)
+    fill(store)
+    assert found == []
+    assert durable.has_name(store.folders[0] / "manifest.json")
+    store.close()
 
 
 def test_every_store_error_is_one_of_ours():

@@ -310,6 +310,9 @@ class StoreBuilder:
             raise ValueError(f"store: blocks never written: {missing}")
         for file in self._files:
             os.fdatasync(file.fd)
+        for folder in self._store.folders:  # the manifest is one folder's, and the names are each one's own
+            sync_folder(folder)
+            sync_folder(folder.parent)
         self.close()
         self._store._finish(self._done)
 
