@@ -27,6 +27,7 @@ from offload_rt.errors import (
     StorageFull,
 )
 from tests.conftest import build_lora, build_plain, language_batch
+from tests.durable import Durable
 from tests.saved_state import is_complete
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,6 +273,24 @@ def test_killed_anywhere_in_a_save_a_whole_checkpoint_is_under_its_name(tmp_path
             outcomes.append(f"cut at {cut}: {error}")
     assert set(outcomes) <= {2, 4}, [o for o in outcomes if isinstance(o, str)]
     assert outcomes == sorted(outcomes)
+
+
+@pytest.mark.parametrize("place", ["first", "again", "names that cannot be exchanged"])
+def test_a_checkpoint_is_on_the_drive_before_it_gets_its_name_and_that_is_when_a_save_returns(
+    place, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run" / "new" / "c"
+    if place != "first":
+        save_state(folder, *some_training(steps=2), extra(2))
+    durable = Durable(monkeypatch)
+    found = durable.at_rename(monkeypatch)
+    if place != "again":
+        monkeypatch.setattr(whole_folder, "_exchange", lambda one, other: False)
+    save_state(folder, *some_training(steps=4), extra(4))
+    assert found == [[]]
+    assert durable.has_name(folder)
+    if place == "first":
+        assert [durable.has_name(each) for each in (folder.parent, folder.parent.parent)] == [True, True]
 
 
 @pytest.mark.parametrize("cut", range(1, 5))

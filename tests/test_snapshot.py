@@ -19,6 +19,7 @@ from offload_rt.storage.commit_log import CommitLog
 from offload_rt.storage.snapshot import load_snapshot, save_snapshot
 from offload_rt.transfers.file_io import file_io
 from offload_rt.transfers.links import Links
+from tests.durable import Durable
 from tests.power_loss import PlainIO
 
 PAGE = 4096
@@ -268,3 +269,10 @@ def test_nothing_is_saved_before_it_is_synced(log, disk_folder, monkeypatch):
     )
     save_snapshot(log, disk_folder / "snapshot", Links(io=Watch()))
     assert events == ["write"] * 4 + ["sync", "payload.bin", "manifest.json"]
+
+
+def test_a_snapshot_has_its_name_on_the_drive_when_it_is_saved(log, disk_folder, monkeypatch):
+    durable, folder = Durable(monkeypatch), disk_folder / "new" / "snapshot"
+    save_snapshot(log, folder, Links(io=PlainIO()))
+    assert durable.has_name(folder) and durable.has_name(folder.parent)
+    assert set(durable.missing(folder)) <= {"state.bin"}, "which is synced by the links"

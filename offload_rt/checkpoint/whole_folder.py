@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from offload_rt.errors import ConfigError, OffloadError, StorageFull, storage_error
-from offload_rt.storage.drive_files import sync_folder
+from offload_rt.storage.drive_files import make_folders, sync_folder
 from planners.errors import format_bytes
 
 
@@ -41,7 +41,7 @@ def replaced_whole(
     place = folder if one_by_one and _has_to_stay(folder) else folder.parent
     partial = place / f".{folder.name}.partial-{os.getpid()}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(folder.parent)
         _tidy(folder)
         free = shutil.disk_usage(place).free
         if free < need_bytes:

@@ -156,6 +156,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise os_error("cannot be written", path, error) from None
 
 
+def make_folders(folder: Path) -> None:
+    """Makes `folder` and those that it is in, as far as they are missing, so that their names are durable."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes names created in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -33,6 +33,7 @@ from offload_rt.storage.commit_record import Version
 from offload_rt.storage.drive_files import (
     SealBroken,
     check_space,
+    make_folders,
     open_file,
     os_error,
     sealed,
@@ -87,7 +88,8 @@ def save_snapshot(
         shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
+        make_folders(folder.parent)
+        partial.mkdir()
         for name, content in beside.items():
             write_atomically(partial / name, content)
         copied_bytes = _save(log, partial, links, [name for name in log.names if names(name)])
