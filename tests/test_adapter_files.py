@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.errors import CheckpointVerifyError, ConfigError, OffloadError
 from tests.conftest import build_base, build_lora, language_batch
+from tests.durable import Durable
 
 
 @pytest.fixture
@@ -52,6 +53,16 @@ def test_a_save_that_is_cut_off_leaves_the_adapter_before_it(failure, engine, tm
     engine.save_pretrained(out)
     assert contents(out).keys() == before.keys()
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}, "nothing is left beside it"
+
+
+def test_adapters_are_on_the_drive_before_their_folder_gets_its_name(make_engine, tmp_path, monkeypatch):
+    model = build_lora(num_layers=1)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))  # in a folder of its own
+    engine, durable = make_engine(model), Durable(monkeypatch)
+    found = durable.at_rename(monkeypatch)
+    engine.save_pretrained(tmp_path / "adapter")
+    assert found == [[]]
+    assert durable.has_name(tmp_path / "adapter")
 
 
 def test_what_does_not_read_back_is_no_adapter(engine, tmp_path, monkeypatch):

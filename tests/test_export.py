@@ -22,6 +22,7 @@ from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter
 from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageFull, UnsupportedModule
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plans.plan import Tier
+from tests.durable import Durable
 from tests.full_parity import PLACES, Case, make_engine, one_loss
 from tests.parity import BATCH_SIZE, SEQ_LEN, micro_batch
 
@@ -125,10 +126,25 @@ def test_a_shard_is_never_larger_than_asked_but_for_a_tensor_that_is(tmp_path: P
         assert sum(sizes) <= 40_000 or len(sizes) == 1
 
 
-def test_a_module_of_ones_own_is_saved_under_its_names(tmp_path: Path) -> None:
+def test_a_file_that_is_finished_is_on_the_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    durable = Durable(monkeypatch)
+    writer = SafetensorsWriter(tmp_path / "f", {"a": torch.empty(3, device="meta")})
+    writer.write("a", torch.ones(3))
+    writer.finish()
+    assert durable.missing(tmp_path / "f") == []
+    writer.close()
+
+
+def test_a_module_of_ones_own_is_saved_under_its_names_and_on_the_drive_before_the_folder_gets_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with trained(case("plain"), tmp_path / "drive", steps=1) as engine:
         names = set(dict(engine.model.named_parameters()))
+        durable = Durable(monkeypatch)
+        found = durable.at_rename(monkeypatch)
         engine.save_pretrained(tmp_path / "out")
+        assert found == [[]]
+        assert durable.has_name(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert set(tensors_in(tmp_path / "out")) == names
 
