@@ -45,7 +45,8 @@ class Position:
         self.number = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"number": self.number}
+        """What it goes on changing: whoever wants it as it is now takes a copy."""
+        return vars(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.number = state["number"]

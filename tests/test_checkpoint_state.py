@@ -16,7 +16,7 @@ import torch
 
 from offload_rt.checkpoint import state as state_module
 from offload_rt.checkpoint import whole_folder
-from offload_rt.checkpoint.state import load_state, save_state
+from offload_rt.checkpoint.state import FolderCommits, load_state, save_state
 from offload_rt.checkpoint.values import restore_rng, rng_state
 from offload_rt.errors import (
     CheckpointError,
@@ -526,6 +526,22 @@ def test_a_commit_has_the_scheduler_that_was_stepped_after_its_step(make_engine,
     resumed_losses, resumed = run(make_engine, disk_folder, steps=6, load=commit)
     assert resumed_losses == losses[4:]
     assert equal(resumed, parameters)
+
+
+def test_a_commit_has_what_was_tracked_and_the_random_numbers_as_they_were_when_its_step_returned(tmp_path):
+    trainable, optimizer = some_training()
+    position, drawn = {"number": 1}, torch.get_rng_state()
+    commits = FolderCommits(
+        trainable, optimizer, lambda: {"step": 1, "tracked": {"position": position}}, lambda values: values,
+        every=1, folder=tmp_path / "commit",
+    )  # fmt: skip
+    commits.step_taken(1)
+    position["number"] = 2  # the next batch is drawn before the next forward makes the commit
+    torch.rand(1)
+    commits.finish()
+    found = load_state(tmp_path / "commit", *some_training(steps=0))
+    assert found["tracked"] == {"position": {"number": 1}}
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_a_commit_that_cannot_be_made_is_told_by_the_forward_and_made_by_the_next(
