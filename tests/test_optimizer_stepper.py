@@ -18,6 +18,7 @@ from offload_rt.memory import arena as arena_module
 from offload_rt.memory.arena import Arena
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.pieces import TrainedBlock
+from offload_rt.optimizer.rules import Scalars, Update
 from offload_rt.optimizer.state import Part, StateHome, begin_state, state_tensors
 from offload_rt.optimizer.stepper import Progress, Stepper
 from offload_rt.transfers.links import Links
@@ -159,6 +160,34 @@ def test_an_update_that_fails_is_raised_to_whoever_waits_and_nothing_behind_it_i
         bench.stepper.submit(block)
     bench.stepper.finish()
     assert [bench.masters(block)[0] for block in bench.blocks] == [1.0, 11.0, 21.0]
+
+
+class FailsOnce(CountingRule):
+    """Begins when it may, and fails in one update alone."""
+
+    def __init__(self, fails_at: int) -> None:
+        super().__init__()
+        self.fails_at = fails_at
+        self.may_begin = threading.Event()
+
+    def update(self, of: Update) -> Scalars:
+        self.may_begin.wait()
+        try:
+            return super().update(of)
+        except ArithmeticError:
+            self.fails_at = None
+            raise
+
+
+def test_blocks_that_were_submitted_when_one_before_them_failed_are_not_stepped(benches: Any) -> None:
+    bench, rule = benches(threaded=True), FailsOnce(3)  # the first update of the second block
+    bench.stepper._rule = rule
+    for block in bench.blocks:
+        bench.stepper.submit(block)
+    rule.may_begin.set()
+    with pytest.raises(ArithmeticError, match="this update fails"):
+        bench.stepper.finish()
+    assert [number for number, _, _ in rule.seen] == [0, 0, 0]
 
 
 @threaded
