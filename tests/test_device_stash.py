@@ -223,3 +223,21 @@ def test_a_write_that_fails_is_told_to_whoever_wants_the_tensor(tmp_path: Path, 
     stashed.release()
     monkeypatch.undo()
     bench.close()
+
+
+def test_what_the_device_did_not_copy_is_not_written_and_told_to_whoever_wants_it(tmp_path: Path) -> None:
+    bench = Bench("NVME", tmp_path)
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    bench.device.to_host.give(fail)
+    stashed = bench.stash.put(torch.ones(SIZE, dtype=torch.bfloat16))
+    assert stashed is not None
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="unspecified launch failure"):
+            stashed.load()
+    assert bench.links.counters.bytes_written == 0
+    stashed.release()
+    bench.links.close()
+    bench.device.close()
