@@ -135,16 +135,22 @@ def test_a_file_that_is_finished_is_on_the_drive(tmp_path: Path, monkeypatch: py
     writer.close()
 
 
-def test_a_module_of_ones_own_is_saved_under_its_names_and_on_the_drive_before_the_folder_gets_its_own(
+def test_a_model_is_on_the_drive_before_its_folder_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with trained(case("plain"), tmp_path / "drive", steps=1) as engine:
-        names = set(dict(engine.model.named_parameters()))
+    with trained(case("qwen", place="in place"), tmp_path / "drive", steps=0) as engine:
         durable = Durable(monkeypatch)
         found = durable.at_rename(monkeypatch)
-        engine.save_pretrained(tmp_path / "out")
+        engine.save_pretrained(tmp_path / "out", max_shard_bytes=150_000)
         assert found == [[]]
         assert durable.has_name(tmp_path / "out")
+        assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_module_of_ones_own_is_saved_under_its_names(tmp_path: Path) -> None:
+    with trained(case("plain"), tmp_path / "drive", steps=1) as engine:
+        names = set(dict(engine.model.named_parameters()))
+        engine.save_pretrained(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert set(tensors_in(tmp_path / "out")) == names
 
