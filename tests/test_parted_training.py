@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from offload_rt._engine import Engine
+from offload_rt.memory.arena import Arena
+from offload_rt.optimizer.parted_weights import PartedWeights
+from offload_rt.optimizer.state import StateHome
+from offload_rt.transfers.links import Links
 from offload_rt.wiring.runtime_options import RuntimeOptions
-from planners.plans.placement import UpdateMode
+from planners.plans.placement import Split, UpdateMode
 from planners.plans.plan import StatePlacement, Tier
 from tests.fake_device import FakeDevice
 from tests.full_parity import (
@@ -31,7 +36,9 @@ from tests.full_parity import (
     training_of,
 )
 from tests.parity import micro_batch
+from tests.power_loss import PlainIO
 from tests.test_full_parity import ieee_square_root  # noqa: F401 - a fixture of this module too
+from tests.tiny_blocks import blocks
 
 SHARES = {
     "all three": (0.3, 0.3), "DEVICE and NVME": (0.5, 0.0), "DEVICE and HOST": (0.4, 0.6), "HOST and NVME": (0.0, 0.4),
@@ -197,3 +204,22 @@ def test_parts_that_an_evaluation_reads_between_backward_and_step_change_behind_
         recorder = engine._runtime.recorder
         assert recorder is not None and [str(race) for race in recorder.check()] == []
     device.close()
+
+
+def test_what_rests_in_host_changes_when_nothing_reads_it_any_more() -> None:
+    """A device may be behind with its copy of the old weights while the new ones go to the log and to HOST."""
+    (block,) = blocks(1)
+    arena = Arena("weights of one block", 3 * 4096)
+    host, room = arena.acquire(4096, "host"), arena.acquire(8192, "room")
+    host.tensor(torch.uint8, (4096,)).fill_(1)
+    room.tensor(torch.uint8, (8192,)).fill_(2)
+    found, written = [], []
+    parts = PartedWeights(
+        split=Split(device_bytes=0, host_bytes=4096, nvme_bytes=4096), resident=None, host=host,
+        settle=lambda: found.append(int(host.tensor(torch.uint8, (4096,))[0])),
+    )  # fmt: skip
+    log: Any = SimpleNamespace(write=lambda name, slot, begin_bytes: written.append((slot.num_bytes, begin_bytes)))
+    home = StateHome(log=log, links=Links(io=PlainIO()), parted={block.name: parts})
+    home.write_weights(block, parts.room(room))
+    assert found == [1] and int(host.tensor(torch.uint8, (4096,))[0]) == 2
+    assert written == [(4096, 4096)]
