@@ -13,9 +13,11 @@ from offload_rt.adamw.cpu_adam import gradient_norm
 from offload_rt.errors import BudgetExceeded, ConfigError, StorageError
 from offload_rt.memory import arena as arena_module
 from offload_rt.memory.arena import Arena, Slot
+from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.storage.scratch import Scratch
 from offload_rt.transfers.links import Links
+from offload_rt.transfers.transfer import Transfer
 from tests.tiny_blocks import FailingIO, blocks, gradients_of
 from tests.waiting import Waiting
 
@@ -151,6 +153,17 @@ def test_a_write_that_failed_is_an_error_when_the_gradients_are_wanted_and_none_
     gradients.clear()
     gc.collect()  # of the error's own frames
     assert gradients.blocks == [] and arena.held_bytes() == 0
+
+
+def test_what_is_forgotten_while_it_arrives_is_not_put_away_in_the_next_step(tmp_path: Path) -> None:
+    gradients, arena, io = waiting(2, 2, tmp_path)
+    first, second = made_of(gradients)
+    gradients.add(first, gradients_of(first, 1.0), with_norms=True)
+    gradients._waiting[first.name].arrivals.append(Arrival(Transfer("late", 0, lambda seconds: None, ()), lambda: None))
+    gradients.put_away(first)
+    gradients.clear()
+    gradients.add(second, gradients_of(second, 1.0), with_norms=True)
+    assert gradients.blocks == [second] and io.started == []
 
 
 def test_of_gradients_that_are_gone_the_norms_are_left() -> None:
