@@ -16,6 +16,7 @@ from offload_rt.transfers.recording import Recorder
 from offload_rt.transfers.throttle import Throttle
 from planners.plans.placement import Tier
 from planners.problems.hardware import named_hardware
+from tests.power_loss import PlainIO
 
 PAGE = 4096
 
@@ -83,6 +84,21 @@ def test_as_many_are_read_ahead_as_the_plan_has_room_for(disk_folder):
             assert links.counters.bytes_read == (8 - number + ahead) * PAGE
         held[number].release()
     assert links.counters.bytes_read == 8 * PAGE, "none is read twice"
+    links.close()
+    scratch.close()
+
+
+def test_what_was_read_ahead_gives_way_to_what_is_wanted_instead(disk_folder):
+    links = Links(io=PlainIO())
+    scratch, staging = Scratch(disk_folder, 9 * PAGE, links), Arena("staging", 4 * PAGE, poison=True)
+    stash = NvmeStash(scratch, staging, links, piece_bytes=PAGE, ahead_bytes=2 * PAGE)
+    held = [stash.put(tensor(i)) for i in range(9)]
+    for number in (8, 5):  # and those before each fill the staging
+        assert torch.equal(held[number].load(), tensor(number))
+    assert staging.held_bytes() == 4 * PAGE and stash.num_given_up == 0
+    for number in (1, 7, 4):
+        assert torch.equal(held[number].load(), tensor(number))
+    assert stash.num_given_up == 1
     links.close()
     scratch.close()
 
