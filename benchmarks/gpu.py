@@ -16,10 +16,12 @@ The sections, in this order:
     steps    a step of Llamas, 4096 tokens (gpu_steps.py). Ours are held to --device-memory of the GPU, or to what
              stands behind an @, by torch's allocator itself; others have all of it:
                  plain      bf16 in device memory, transformers + peft, every layer recomputed
+                 unoffloaded  ours, bf16, all layers in device memory: the same work as plain's, and no budget
                  resident   ours, NF4, all layers in device memory after the first step
                  host       ours, NF4, layers stream from HOST; with 24, 12 and 8 GiB
                  swap       the same, of whose activations half are swapped to HOST, by chunks of tokens
-                 optimised  the same as the optimiser plans it, for rates that are measured before; with 24 and 8 GiB
+                 optimised  the same as the optimiser plans it, for rates that are measured before; with 24 and 8 GiB;
+                            where highspy is installed
                  fsdp2      FSDP2 with `CPUOffloadPolicy`, adapters on bf16
                  full       ours, bf16, all parameters train; masters, moments and weights rest in HOST
                  full_device  the same, half of whose updates are the GPU's (on a CPU: none)
@@ -54,7 +56,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import gpu_steps  # noqa: E402
-from gpu_gate import missing, tested  # noqa: E402
+from gpu_gate import missing, missing_parts, tested  # noqa: E402
 
 from offload_rt.adamw import cpu_adam  # noqa: E402
 from offload_rt.adamw.cpu_adam import AdamW  # noqa: E402
@@ -67,10 +69,12 @@ from planners.plans.products import shape_key  # noqa: E402
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SECTIONS = ("parity", "links", "decode", "products", "adam", "steps")
-LIMITS = {"parity": 200.0, "links": 40.0, "decode": 80.0, "products": 80.0, "adam": 40.0}
+LIMITS = {"parity": 500.0, "links": 40.0, "decode": 80.0, "products": 80.0, "adam": 40.0}
 """Seconds; a section that is not done by then is ended."""
 FOR_STEPS = 0.4
 """Of all the time: what the other sections leave to the steps, however long they take."""
+FOR_PARITY = 0.45
+"""Of all the time: what it may take of it at most, where others come behind."""
 RATE = "bytes_per_second"
 SETTINGS = (
     "CUDA_MODULE_LOADING", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG",
@@ -342,8 +346,11 @@ def adam(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def seconds_for(limit: float, later: Sequence[str], seconds: float, left: float) -> float:
-    """How long a section may take, at most `limit`: of all `seconds`, `left` are."""
+def seconds_for(section: str, later: Sequence[str], seconds: float, left: float, *, patience: float = 1.0) -> float:
+    """How long a section may take, `patience` times its limit at most: of all `seconds`, `left` are."""
+    limit = patience * LIMITS.get(section, 0.0)
+    if section == "parity" and later:
+        limit = min(limit, FOR_PARITY * seconds)
     return min(limit, left - FOR_STEPS * seconds * ("steps" in later))
 
 
@@ -367,7 +374,7 @@ RUN = {"links": links, "decode": decode, "products": products, "adam": adam}
 def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--trace", help="where a profiled step of the last shape goes (Perfetto, .json.gz)")
+    parser.add_argument("--trace", help="where a profiled step of the first shape goes (Perfetto, .json.gz)")
     parser.add_argument("--traced", choices=gpu_steps.PROFILED, default="host", help="whose step that is")
     parser.add_argument("--minutes", type=float, default=7.5, help="what is not done by then is left out or ended")
     parser.add_argument("--rounds", type=int, default=5)
@@ -393,7 +400,7 @@ def main() -> int:
         parser.error(f"missing here: {'; '.join(needed)}. --anyway measures without")
     if (wrong := gpu_steps.check_names(options.contenders)) is not None:
         parser.error(wrong)
-    options.shapes = options.shapes or (["tiny"] if options.smoke else ["1b", "8b"])
+    options.shapes = options.shapes or (["tiny"] if options.smoke else ["8b", "1b"])
     options.tokens = options.tokens or (64 if options.smoke else 4096)
     if options.smoke:
         options.rounds = 2
@@ -405,7 +412,7 @@ def main() -> int:
     deadline = begun + seconds
     result: dict[str, Any] = {
         "machine": machine(), "smoke": options.smoke, "circumstances": rounds.circumstances(),
-        "installed": gpu_steps.installed(),
+        "installed": gpu_steps.installed(), "missing": missing_parts(),
     }  # fmt: skip
 
     def save() -> None:
@@ -426,8 +433,8 @@ def main() -> int:
 
     for index, section in enumerate(options.sections):
         start = time.monotonic()
-        limit = LIMITS.get(section, 0.0) * (5 if options.smoke else 1)
-        limit = seconds_for(limit, options.sections[index + 1 :], seconds, deadline - start)
+        later, patience = options.sections[index + 1 :], 5.0 if options.smoke else 1.0
+        limit = seconds_for(section, later, seconds, deadline - start, patience=patience)
         try:
             if section == "steps":
                 result[section] = steps()
@@ -444,9 +451,7 @@ def main() -> int:
     failed = [name for name in options.sections if "error" in result[name] or result[name].get("ok") is False]
     for shape in options.shapes:
         found = result.get("steps", {}).get(shape, {})
-        failed += [
-            f"{shape} {name}: {of['error'][-1]}" for name, of in found.get("contenders", {}).items() if "error" in of
-        ]
+        failed += [f"{shape} {name}" for name, of in found.get("contenders", {}).items() if "error" in of]
         failed += [f"{shape} {name}: more than its budget" for name in found.get("beyond_their_budget", [])]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -456,10 +461,11 @@ def main() -> int:
 def summary_of(result: dict[str, Any]) -> str:
     """A few lines for whoever watches."""
     lines = [f"{result['machine']['name']}, {result['seconds']:.0f} s" + (" (smoke)" if result["smoke"] else "")]
+    lines += [f"{name} is missing: {why}" for name, why in result["missing"].items()]
     if "summary" in result.get("parity", {}):
         lines.append(f"parity: {result['parity']['summary']}")
-        lines += result["parity"].get("failed", [])
-    for name in ("links", "decode", "adam"):
+        lines += [line[:200] for line in result["parity"].get("failed", [])[:12]]
+    for name in ("links", "decode", "products", "adam"):
         if "error" in result.get(name, {}):
             lines.append(f"{name}: {result[name]['error']}")
     for name, speed in result.get("links", {}).get(RATE, {}).items():
@@ -480,18 +486,26 @@ def summary_of(result: dict[str, Any]) -> str:
     for shape, found in result.get("steps", {}).items():
         if not isinstance(found, dict):
             continue
-        for kind, row in found["contenders"].items():
-            lines.append(
-                f"{shape} {kind}: {row['seconds']['median']:.3f} s, peak {row['peak_bytes'] / 2**30:.1f} GiB"
-                if "peak_bytes" in row
-                else f"{shape} {kind}: {row}"
-            )
-        lines += [
-            f"{shape}: {name} {value:.3f}"
-            for name, value in found.items()
-            if isinstance(value, float) and name != "section_seconds"
-        ]
+        lines += [f"{shape} {kind}: {told(row)}" for kind, row in found["contenders"].items()]
+        for name, value in found.items():
+            each = value.items() if isinstance(value, dict) and name != "contenders" else [("", value)]
+            lines += [f"{shape}: {name} {of} {ratio:.3f}" for of, ratio in each if isinstance(ratio, float)]
     return "\n".join(lines)
+
+
+def told(row: dict[str, Any]) -> str:
+    """A contender, in a line: its numbers as far as it came, and why it came no further. All of that is in the JSON."""
+    words = []
+    if "seconds" in row:
+        words.append(f"{row['seconds']['median']:.3f} s")
+    if "peak_bytes" in row:
+        words.append(f"peak {row['peak_bytes'] / 2**30:.1f} GiB")
+    if (hidden := row.get("profile", {}).get("hidden")) is not None:
+        words.append(f"{hidden:.0%} of its copies hidden")
+    words += [f"{name}: {row[name]}" for name in ("skipped", "out_of_memory") if name in row]
+    if row.get("error"):
+        words.append(f"failed: {row['error'][-1]}")
+    return ", ".join(words)[:400] or "nothing"
 
 
 if __name__ == "__main__":

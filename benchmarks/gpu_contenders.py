@@ -181,7 +181,8 @@ class Fsdp2(Contender):
 
 
 class Ours(Contender):
-    """The engine: all layers in slots (`resident`), or streamed through the plan's; adapters train, or all parameters
+    """The engine: all layers in slots (`resident`, in 4 bits, and `unoffloaded`, in bf16 as plain has them), or
+    streamed through the plan's; adapters train, or all parameters
     (`full`), half of whose updates are the GPU's (`full_device`). By the fixed rule, or the optimiser (`optimised`) for
     this GPU's rates, which are measured before.
     """
@@ -190,7 +191,7 @@ class Ours(Contender):
         kind, shape = settings["kind"], settings["shape"]
         on_gpu, full = settings["device"] == "cuda", kind.startswith("full")
         options = RuntimeOptions(
-            num_slots=shape[2] if kind == "resident" else None,
+            num_slots=shape[2] if kind in ("resident", "unoffloaded") else None,
             activations=swapping(settings["tokens"]) if kind == "swap" else None,
             device_share=0.5 if kind == "full_device" and on_gpu else None,
             fill=False,  # layers stream, and are computed again, however much memory there is
@@ -201,7 +202,7 @@ class Ours(Contender):
         model = llama(shape)
         self.engine = Engine(
             model if full else with_adapters(model),
-            bits=None if full else 4,
+            bits=None if full or kind == "unoffloaded" else 4,
             batch_size=1,
             seq_len=settings["tokens"],
             lr=LEARNING_RATE,

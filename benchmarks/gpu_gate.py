@@ -17,10 +17,14 @@ STUCK_SECONDS = 60
 """A test that takes longer has all its threads' stacks printed."""
 WHY_CHARACTERS = 2000
 """Of what a test has said at its end."""
-MODULES = (
-    "pytest", "hypothesis", "transformers", "peft", "accelerate", "triton", "safetensors", "aiofiles", "highspy",
-    "psutil", "rich",
-)  # fmt: skip
+MODULES = ("transformers", "peft", "accelerate", "triton", "safetensors", "psutil")
+"""Without one of these nothing of use is measured."""
+PARTS = {
+    "highspy": "contenders that are planned by the optimiser are left out, and tests of its plans",
+    "pytest": "no test runs", "hypothesis": "no test runs", "aiofiles": "tests without the native core fail",
+    "rich": "tests of the command line fail",
+}  # fmt: skip
+"""Modules without which the rest is measured, and what is not then."""
 
 
 def missing(modules: Sequence[str] = MODULES) -> list[str]:
@@ -29,6 +33,11 @@ def missing(modules: Sequence[str] = MODULES) -> list[str]:
     if reason := why_not():
         found.append(f"the native core ({reason}): python setup.py build_ext --inplace")
     return found
+
+
+def missing_parts() -> dict[str, str]:
+    """Of `PARTS`, what is not installed."""
+    return {name: why for name, why in PARTS.items() if importlib.util.find_spec(name) is None}
 
 
 def tested(path: Path, seconds: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A contender is named by its kind and, joined by "@", its budget of device memory
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -31,11 +32,12 @@ STEP_SECONDS = {"tiny": 20.0, "1b": 25.0, "3b": 40.0, "8b": 60.0, "13b": 90.0}
 PATIENCE = 2.0
 """So many times that, and a contender is ended: one that hangs must not take the time of all others."""
 KINDS = (
-    "plain", "resident", "host", "full", "fsdp2", "full_plain", "full_fsdp2", "swap", "full_device", "bnb", "optimised",
+    "plain", "unoffloaded", "resident", "host", "full", "fsdp2", "full_plain", "full_fsdp2", "swap", "full_device",
+    "bnb", "optimised",
 )  # fmt: skip
-OURS = ("resident", "host", "swap", "full", "full_device", "nvme", "optimised")
-DEFAULT = ("plain", "resident", "host", "full", "fsdp2", "host@8GiB", "optimised@8GiB", "full_plain", "full_fsdp2",
-           "full_device", "swap", "optimised", "host@12GiB", "bnb")  # fmt: skip
+OURS = ("unoffloaded", "resident", "host", "swap", "full", "full_device", "nvme", "optimised")
+DEFAULT = ("plain", "host", "resident", "unoffloaded", "optimised@8GiB", "host@8GiB", "full", "full_plain", "fsdp2",
+           "full_fsdp2", "full_device", "swap", "optimised", "host@12GiB", "bnb")  # fmt: skip
 """In the order in which they are wanted, should time be short."""
 PROFILED = ("host", "full", "full_device")
 BYTES_PER_PARAMETER = 24
@@ -96,11 +98,14 @@ def row(options: Namespace, device: str, shape: str, name: str, deadline: float)
         return {"skipped": f"{needed / 2**30:.0f} GiB of RAM are needed"}
     if left < STEP_SECONDS[shape]:
         return {"skipped": f"{left:.0f} s were left"}
+    if kind == "optimised" and importlib.util.find_spec("highspy") is None:
+        return {"skipped": "highspy is not installed"}
+    budget = budget or (options.device_memory if kind in OURS and kind != "unoffloaded" else "")
     settings = {
         "kind": kind, "shape": SHAPES[shape], "tokens": options.tokens, "steps": 2 if options.smoke else 5,
-        "device": device, "device_memory": (budget or options.device_memory) if kind in OURS else None,
+        "device": device, "device_memory": budget or None,
         "nvme": options.nvme, "profiled": name in PROFILED,
-        "trace": options.trace if (name, shape) == (options.traced, options.shapes[-1]) else None,
+        "trace": options.trace if (name, shape) == (options.traced, options.shapes[0]) else None,
     }  # fmt: skip
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
     patience = 10.0 if options.smoke else PATIENCE
@@ -143,6 +148,8 @@ def verdict(rows: dict[str, Any], link: Any) -> dict[str, Any]:
             found.setdefault("optimised_over_predicted", {})[name] = took[name] / predicted
         if (rule := name.replace("optimised", "host")) in took:
             found.setdefault("optimised_over_rule", {})[name] = took[name] / took[rule]
+    if {"plain", "unoffloaded"} <= took.keys():
+        found |= {"unoffloaded_over_plain": took["unoffloaded"] / took["plain"], "aim_over_plain": 1.02}
     if {"full", "full_device"} <= took.keys():
         found["full_device_over_full"] = took["full_device"] / took["full"]
     if {"host", "fsdp2"} <= took.keys():

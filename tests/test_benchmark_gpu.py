@@ -1,6 +1,7 @@
 """benchmarks/gpu.py runs to its end without a GPU, on small shapes, and writes what a reader needs."""
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ def benchmarks(monkeypatch):
 @pytest.mark.parametrize(
     "sections, kinds",
     [
-        (["links"], ["resident", "host", "optimised"]),
+        (["links"], ["resident", "host", "optimised", "unoffloaded", "plain"]),
         (
             ["decode", "products", "adam"],
             ["plain", "full", "fsdp2", "full_plain", "full_fsdp2", "full_device", "swap", "host@8GiB", "bnb"],
@@ -59,6 +60,9 @@ def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, sections
         assert found["steps"]["tiny"]["optimised_over_rule"]["optimised"] > 0
         assert rows["resident"]["a_step"]["fetches"] == 0 < rows["host"]["a_step"]["fetches"]
         assert found["steps"]["tiny"]["predicted_seconds"] > 0
+        assert rows["unoffloaded"]["losses"] == pytest.approx(rows["plain"]["losses"], rel=1e-2)
+        assert f"tiny: unoffloaded_over_plain  {found['steps']['tiny']['unoffloaded_over_plain']:.3f}" in done.stdout
+        assert "tiny: optimised_over_predicted optimised " in done.stdout
     else:
         assert found["decode"]["shapes"]["96x128"]["over_copy"]["decode"]["median"] > 0
         product = found["products"]["shapes"]["32x64"]
@@ -134,11 +138,31 @@ def test_a_run_on_a_gpu_ends_at_once_where_something_is_missing_that_it_measures
     assert "missing here: peft. --anyway measures without" in capsys.readouterr().err
 
 
+def test_without_a_solver_all_but_the_optimisers_plans_is_measured(benchmarks, monkeypatch):
+    steps, gate, gpu = benchmarks("gpu_steps"), benchmarks("gpu_gate"), benchmarks("gpu")
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "highspy" else there(name))
+    assert list(gate.missing_parts()) == ["highspy"] and "highspy" not in gate.MODULES
+    options = SimpleNamespace(device_memory="24GiB")
+    row = steps.row(options, "cuda", "tiny", "optimised@8GiB", time.monotonic() + 1000)
+    assert row == {"skipped": "highspy is not installed"}
+    assert gpu.told(row) == "skipped: highspy is not installed"
+
+
+def test_a_contender_that_failed_is_told_in_a_line(benchmarks):
+    done = {"seconds": {"median": 1.5}, "peak_bytes": 3 << 30, "profile": {"hidden": 0.97}}
+    assert benchmarks("gpu").told(done) == "1.500 s, peak 3.0 GiB, 97% of its copies hidden"
+    failed = {"making_seconds": 3.0, "error": ["Traceback", *["x" * 500] * 40, "RuntimeError: no kernel"]}
+    assert benchmarks("gpu").told(failed) == "failed: RuntimeError: no kernel"
+
+
 def test_the_other_sections_leave_time_for_the_steps(benchmarks):
     gpu = benchmarks("gpu")
-    assert gpu.seconds_for(80.0, ["adam", "steps"], 450.0, 450.0) == 80.0
-    assert gpu.seconds_for(80.0, ["adam", "steps"], 450.0, 200.0) == 20.0
-    assert gpu.seconds_for(80.0, ["adam"], 450.0, 50.0) == 50.0
+    assert gpu.seconds_for("decode", ["adam", "steps"], 450.0, 450.0) == 80.0
+    assert gpu.seconds_for("decode", ["adam", "steps"], 450.0, 200.0) == 20.0
+    assert gpu.seconds_for("decode", ["adam"], 450.0, 50.0) == 50.0
+    assert gpu.seconds_for("parity", ["adam"], 400.0, 400.0) == 180.0
+    assert gpu.seconds_for("parity", [], 400.0, 400.0) == 400.0, "alone it may take all of the time"
 
 
 def test_a_contender_that_was_cut_off_tells_what_it_did_and_takes_part_in_no_ratio(benchmarks):
