@@ -498,6 +498,8 @@ def told(row: dict[str, Any]) -> str:
     words = []
     if "seconds" in row:
         words.append(f"{row['seconds']['median']:.3f} s")
+    if "host_seconds" in row:
+        words.append(f"given in {row['host_seconds']['median']:.3f} s")
     if "peak_bytes" in row:
         words.append(f"peak {row['peak_bytes'] / 2**30:.1f} GiB")
     if (hidden := row.get("profile", {}).get("hidden")) is not None:
