@@ -78,8 +78,9 @@ FOR_PARITY = 0.45
 RATE = "bytes_per_second"
 SETTINGS = (
     "CUDA_MODULE_LOADING", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG",
-    "NVIDIA_TF32_OVERRIDE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_BLAS_PREFER_CUBLASLT",
-    "TRITON_DEFAULT_FP_FUSION",
+    "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_CUBLASLT_UNIFIED_WORKSPACE", "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+    "TORCH_CUDNN_SDPA_PREFERRED", "TRITON_DEFAULT_FP_FUSION",
 )  # fmt: skip
 """Of the environment: what changes numbers or memory without a line of ours."""
 
@@ -488,8 +489,8 @@ def summary_of(result: dict[str, Any]) -> str:
             continue
         lines += [f"{shape} {kind}: {told(row)}" for kind, row in found["contenders"].items()]
         for name, value in found.items():
-            each = value.items() if isinstance(value, dict) and name != "contenders" else [("", value)]
-            lines += [f"{shape}: {name} {of} {ratio:.3f}" for of, ratio in each if isinstance(ratio, float)]
+            each = {f"{name} {of}": ratio for of, ratio in value.items()} if isinstance(value, dict) else {name: value}
+            lines += [f"{shape}: {what} {ratio:.3f}" for what, ratio in each.items() if isinstance(ratio, float)]
     return "\n".join(lines)
 
 

@@ -61,7 +61,7 @@ def test_the_gpu_benchmark_runs_end_to_end_and_writes_json(disk_folder, sections
         assert rows["resident"]["a_step"]["fetches"] == 0 < rows["host"]["a_step"]["fetches"]
         assert found["steps"]["tiny"]["predicted_seconds"] > 0
         assert rows["unoffloaded"]["losses"] == pytest.approx(rows["plain"]["losses"], rel=1e-2)
-        assert f"tiny: unoffloaded_over_plain  {found['steps']['tiny']['unoffloaded_over_plain']:.3f}" in done.stdout
+        assert "tiny: unoffloaded_over_plain " in done.stdout
         assert "tiny: optimised_over_predicted optimised " in done.stdout
     else:
         assert found["decode"]["shapes"]["96x128"]["over_copy"]["decode"]["median"] > 0
@@ -155,6 +155,14 @@ def test_a_contender_that_failed_is_told_in_a_line(benchmarks):
     assert told == "1.500 s, given in 0.200 s, peak 3.0 GiB, 97% of its copies hidden"
     failed = {"making_seconds": 3.0, "error": ["Traceback", *["x" * 500] * 40, "RuntimeError: no kernel"]}
     assert benchmarks("gpu").told(failed) == "failed: RuntimeError: no kernel"
+    ratios = {"unoffloaded_over_plain": 1.0123, "optimised_over_predicted": {"optimised@8GiB": 0.9871}}
+    result = {"machine": {"name": "a GPU"}, "seconds": 2.0, "smoke": False, "missing": {"highspy": "no plans"}}
+    result["steps"] = {"8b": {"contenders": {"plain": done, "host": failed}} | ratios, "section_seconds": 9.0}
+    assert benchmarks("gpu").summary_of(result).splitlines() == [
+        "a GPU, 2 s", "highspy is missing: no plans", f"8b plain: {benchmarks('gpu').told(done)}",
+        "8b host: failed: RuntimeError: no kernel", "8b: unoffloaded_over_plain 1.012",
+        "8b: optimised_over_predicted optimised@8GiB 0.987",
+    ]  # fmt: skip
 
 
 def test_the_other_sections_leave_time_for_the_steps(benchmarks):
