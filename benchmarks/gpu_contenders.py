@@ -198,7 +198,7 @@ class Ours(Contender):
         )
         plan = "optimise" if kind == "optimised" else "auto"
         if kind == "optimised":
-            measure_rates(settings["device"], SIZES if on_gpu else SMALL)
+            measure_rates(settings["device"], SMALL if settings["smoke"] else SIZES)
         model = llama(shape)
         self.engine = Engine(
             model if full else with_adapters(model),

@@ -104,7 +104,7 @@ def row(options: Namespace, device: str, shape: str, name: str, deadline: float)
     settings = {
         "kind": kind, "shape": SHAPES[shape], "tokens": options.tokens, "steps": 2 if options.smoke else 5,
         "device": device, "device_memory": budget or None,
-        "nvme": options.nvme, "profiled": name in PROFILED,
+        "nvme": options.nvme, "profiled": name in PROFILED, "smoke": options.smoke,
         "trace": options.trace if (name, shape) == (options.traced, options.shapes[0]) else None,
     }  # fmt: skip
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
