@@ -512,12 +512,26 @@ def test_tensorboard_gets_its_numbers(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_tensorboard_shows_steps_that_are_taken_again_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    engine = FakeEngine()
+    engine.poison_at = 6
+    with pytest.raises(NonFiniteLoss):
+        run(tmp_path / "out", engine, logdir=tmp_path / "events", save_every=3)
+    (file,) = (tmp_path / "events").iterdir()
+    file.rename(file.with_name("events.out.tfevents.0000000000"))  # read first, also where a second has both runs
+    run(tmp_path / "out", logdir=tmp_path / "events", resume=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("fails_in", ["add_scalar", "close"])
 def test_a_full_drive_of_events_is_said_once_and_ends_no_run(
     fails_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Writer:
-        def __init__(self, logdir: str) -> None:
+        def __init__(self, logdir: str, purge_step: int) -> None:
             self.steps: list[int] = []
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
@@ -547,7 +561,8 @@ class FakeWandb:
     def __init__(self, fails_at: int | None = None) -> None:
         self.begun: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, Any]]] = []
-        self.finished, self.fails_at = 0, fails_at
+        self.exit_codes: list[int] = []
+        self.fails_at = fails_at
 
     def init(self, **given: Any) -> FakeWandb:
         if self.fails_at == 0:
@@ -560,8 +575,8 @@ class FakeWandb:
             raise FakeWandb.Error("the service is gone")
         self.logged.append((step, numbers))
 
-    def finish(self) -> None:
-        self.finished += 1
+    def finish(self, *, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
 
 
 def test_wandb_gets_the_numbers_and_a_run_that_goes_on_is_one_there(
@@ -570,12 +585,23 @@ def test_wandb_gets_the_numbers_and_a_run_that_goes_on_is_one_there(
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     run(tmp_path / "out", wandb=True, steps=2, schedule="constant")
     run(tmp_path / "out", wandb=True, steps=3, schedule="constant", resume=True)
-    assert [step for step, _ in fake.logged] == [1, 2, 3] and fake.finished == 2
+    assert [step for step, _ in fake.logged] == [1, 2, 3] and fake.exit_codes == [0, 0]
     assert [numbers["train/loss"] for _, numbers in fake.logged] == [
         line["loss"] for line in metrics_of(tmp_path / "out")
     ]
     assert [begun["id"] for begun in fake.begun] == [RunFolder(tmp_path / "out").run_id] * 2
     assert fake.begun[0]["resume"] == "allow" and fake.begun[0]["config"]["schedule"] == "constant"
+
+
+def test_wandb_is_told_of_a_run_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    poisoned, stopped = FakeEngine(), FakeEngine()
+    poisoned.poison_at = 2
+    with pytest.raises(NonFiniteLoss):
+        run(tmp_path / "poisoned", poisoned, wandb=True)
+    stopped.after_step[2] = lambda: interrupt(signal.SIGTERM)
+    run(tmp_path / "stopped", stopped, wandb=True)
+    assert fake.exit_codes == [1, 128 + signal.SIGTERM]
 
 
 def test_wandb_that_is_missing_ends_a_run_before_it_begins_and_one_that_fails_later_none(

@@ -27,7 +27,7 @@ class Writer(Protocol):
     """What its methods raise where it cannot write."""
 
     def add(self, numbers: Mapping[str, Any], step: int) -> None: ...
-    def close(self) -> None: ...
+    def close(self, *, exit_code: int) -> None: ...
 
 
 def require_installed(*, tensorboard: bool, wandb: bool) -> None:
@@ -61,12 +61,15 @@ class TensorBoard:
 
     failures: tuple[type[Exception], ...] = (OSError,)
 
-    def __init__(self, logdir: Path) -> None:
-        """Raises `ConfigError` where TensorBoard is missing, or the folder cannot be made."""
+    def __init__(self, logdir: Path, *, at_step: int) -> None:
+        """What the folder has of steps after `at_step`, which will be taken again, is shown no more; its files stay.
+
+        Raises `ConfigError` where TensorBoard is missing, or the folder cannot be made.
+        """
         self._logdir = logdir
         summary_writer = _summary_writer()
         try:
-            self._writer: Any = summary_writer(str(logdir))
+            self._writer: Any = summary_writer(str(logdir), purge_step=at_step + 1)
         except OSError as error:
             raise ConfigError(f"logdir: {logdir} cannot be written ({error})") from error
 
@@ -77,7 +80,7 @@ class TensorBoard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, *, exit_code: int) -> None:
         self._writer.close()
 
 
@@ -103,12 +106,12 @@ class WeightsAndBiases:
     def add(self, numbers: Mapping[str, Any], step: int) -> None:
         self._run.log(dict(numbers), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
 
 
 class Events:
-    """Of one run."""
+    """Of one run. Leaving its scope closes it: by an error, as a run that failed."""
 
     def __init__(self, writers: Sequence[Writer] = ()) -> None:
         self._writers = list(writers)
@@ -126,13 +129,22 @@ class Events:
             except writer.failures as error:
                 self._end(writer, f"from step {step}", error)
 
-    def close(self) -> None:
-        """Blocks until all is written."""
+    def close(self, *, exit_code: int = 0) -> None:
+        """Blocks until all is written. With another `exit_code` than 0 wandb shows the run as one that failed. Closed
+        again, it does nothing.
+        """
         for writer in list(self._writers):
             try:
-                writer.close()
+                writer.close(exit_code=exit_code)
             except writer.failures as error:
                 self._end(writer, "of the last steps", error)
+        self._writers.clear()
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(exit_code=0 if error is None else 1)
 
     def _end(self, writer: Writer, which: str, error: Exception) -> None:
         self._writers.remove(writer)

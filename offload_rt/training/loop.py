@@ -120,7 +120,6 @@ def train(
         raise ConfigError("eval_every: there is no evaluation; give its data")
     if evaluation is None and save_best is not None:
         raise ConfigError("save_best: there is no evaluation; give its data")
-    writers: list[Writer] = [] if options.logdir is None else [TensorBoard(options.logdir)]
     progress = Progress(folder.run_id, options.out)
     scheduler = _schedule(optimizer, options, total_steps)
     for name, tracked in (("progress", progress), ("batches", batches), ("scheduler", scheduler)):
@@ -148,17 +147,18 @@ def train(
         for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
     done_before = folder.last_step()
+    writers: list[Writer] = []
+    if options.logdir is not None:
+        writers.append(TensorBoard(options.logdir, at_step=progress.step))
     folder.begin(at_step=progress.step, settings=fixed, commits=engine.commit_folder if saves.commits else None)
     if options.wandb:
         writers.append(WeightsAndBiases(folder.run_id, folder.path, fixed))
-    events = Events(writers)
-
     loss: float | None = None
     tokens = 0
     begin = time.monotonic()
     with (
         contextlib.closing(folder),
-        contextlib.closing(events),
+        Events(writers) as events,
         Display(
             console or Console(), total_steps=total_steps, first_step=progress.step
         ) as display,
@@ -247,6 +247,7 @@ def train(
             evaluations.behind(progress.step)
         if stop.signal is not None and progress.step < total_steps:
             place = newest.describe if newest is not None else "nothing"
+            events.close(exit_code=128 + stop.signal)
             display.say(
                 f"{stop.signal.name}: stopped after step {progress.step} of {total_steps}, saved in {place}; continue "
                 f"with --resume"
