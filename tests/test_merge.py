@@ -190,6 +190,16 @@ def test_a_base_model_that_only_its_configuration_calls_quantized_is_refused(tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_word_on_quantization_is_none(tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, "llama", target_modules=["q_proj"])
+    file = base / "config.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({**before, "quantization_config": {}}))
+    merge_adapter(base, adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == before
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # which refuses an entry that is empty
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     base, adapter = make(tmp_path, "llama")
     out, file = tmp_path / "out", adapter / "adapter_model.safetensors"

@@ -12,6 +12,7 @@ the dtype that it has in the base model's files; a base in 4 bits is refused.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -52,6 +53,7 @@ NOT_COPIED = (
     ".onnx",
 )
 """How names of weights end, and of a card that is the base model's; what else lies beside it is copied."""
+QUANTIZATION = "quantization_config"
 EPILOG = """
 A model that was trained with --bits 4 is merged into the 16-bit base model, whose weights differ from the 4-bit ones by
 what quantizing changed: the adapter was trained to go with those, so that the merged model's outputs are close to those
@@ -236,11 +238,11 @@ def _on_meta(base: Path) -> Any:
 
 def _check_configuration(base: Path, config: Any) -> None:
     """Raises `CheckpointError` where it says that the weights are quantized: they are not, as their files say, but
-    whoever loads the merged model, which has this configuration, would take them for that.
+    whoever loads the merged model, which has this configuration, would take them for that. An empty entry says nothing.
     """
     for part in (config, config.get_text_config()):
-        said = getattr(part, "quantization_config", None)
-        if said is not None:
+        said = getattr(part, QUANTIZATION, None)
+        if said:
             method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
             raise CheckpointError(
                 f"{base / 'config.json'}: quantization_config says that the weights are quantized ({method}), the "
@@ -282,10 +284,19 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 
 def _copy_what_is_beside(base: Path, folder: Path) -> None:
-    """Configuration, tokenizer and whatever else is no weights."""
+    """Configuration, without empty entries on quantization (`_check_configuration`), tokenizer and whatever else is no
+    weights.
+    """
     for path in sorted(base.iterdir()):
         if path.is_file() and not path.name.endswith(NOT_COPIED) and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
+    said: dict[str, Any] = json.loads((base / "config.json").read_bytes())
+    parts = [part for part in (said, said.get("text_config")) if isinstance(part, dict)]
+    empty = [part for part in parts if QUANTIZATION in part and not part[QUANTIZATION]]
+    if empty:  # transformers loads no model whose configuration has an entry without a method
+        for part in empty:
+            del part[QUANTIZATION]
+        (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
