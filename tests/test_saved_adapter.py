@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offload_rt.errors import CheckpointError, ConfigError, TargetNotMatched, UnsupportedModule
+from planners.plans.activations import Action, whole_batch
 from tests.test_merge import make
 from tests.tiny_checkpoints import meta_model, new_model, peft, transformers
 
@@ -54,11 +55,13 @@ def placed(place: str, base: Path, name: str = "llama") -> tuple[Any, Path | Non
     return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), None
 
 
-def goes_on_as_in_peft(place: str, name: str, base: Path, adapter: Path, make_engine: Callable[..., Any]) -> Any:
+def goes_on_as_in_peft(
+    place: str, name: str, base: Path, adapter: Path, make_engine: Callable[..., Any], **options: Any
+) -> Any:
     """The engine, behind one step that has the bits of plain peft's."""
     loss, expected = in_plain_peft(base, adapter)
     model, checkpoint = placed(place, base, name)
-    engine = make_engine(model, adapters=adapter, checkpoint=checkpoint, device="cpu")
+    engine = make_engine(model, adapters=adapter, checkpoint=checkpoint, device="cpu", **options)
     engine.model.train()
     assert engine.train_batch([batch()]) == loss
     assert expected.keys() == engine.trainable.keys()
@@ -107,6 +110,18 @@ def test_what_peft_computes_and_no_file_has_is_there_or_named(
         return
     with pytest.raises(UnsupportedModule, match=f"{refused}.*on the meta device"):
         make_engine(placed(place, base)[0], adapters=adapter, checkpoint=base, device="cpu")
+
+
+@pytest.mark.parametrize("action", [Action.RECOMPUTE, Action.KEEP])
+def test_a_sparse_adapter_trains(action: Action, make_engine: Callable[..., Any], tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = new_model("llama", torch.bfloat16)
+    model.save_pretrained(base)
+    config = peft.ShiraConfig(r=2, target_modules=["q_proj"], random_seed=3, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(adapter)
+    options = {"activations": whole_batch(action)} if action is Action.KEEP else {}
+    engine = goes_on_as_in_peft("in memory", "llama", base, adapter, make_engine, options=options)
+    assert ("activations kept" in engine.summary()) == (action is Action.KEEP)
 
 
 def test_indices_that_a_new_adapter_lacks_are_named(make_engine: Callable[..., Any], tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ class Decoder:
         self._live.pop(tensor.untyped_storage().data_ptr(), None)
 
     def find(self, tensor: torch.Tensor) -> PackedWeight | None:
-        """The published weight whose memory `tensor` is a view of."""
+        """The published weight whose memory `tensor` is a view of; a sparse one, as some adapters have, is of none."""
+        if tensor.layout is not torch.strided:
+            return None
         return self._live.get(tensor.untyped_storage().data_ptr())
 
     def saved_packed(self) -> AbstractContextManager[Any]:

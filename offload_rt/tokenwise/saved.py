@@ -182,6 +182,8 @@ class SavedTensors:
     def _pack(self, tensor: torch.Tensor) -> Any:
         if not tensor.numel():
             return tensor
+        if tensor.layout is not torch.strided:
+            return tensor.detach()  # a sparse one, which some adapters have, is not one storage
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         offset = int(tensor.storage_offset())
