@@ -124,6 +124,36 @@ def test_a_sparse_adapter_trains(action: Action, make_engine: Callable[..., Any]
     assert ("activations kept" in engine.summary()) == (action is Action.KEEP)
 
 
+@pytest.mark.parametrize("is_cast", [True, False], ids=["float32", "bfloat16"])
+def test_replicated_layers_have_the_losses_of_peft_or_are_refused(
+    is_cast: bool, make_engine: Callable[..., Any]
+) -> None:
+    """Their weights are those of other layers, and adapters are all that they have of their own."""
+
+    def made() -> Any:
+        config = peft.LoraConfig(
+            target_modules=["q_proj"], task_type="CAUSAL_LM", layer_replication=[[0, 2], [0, 2]],
+            init_lora_weights=False,
+        )  # fmt: skip
+        model = new_model("llama", torch.bfloat16)
+        torch.manual_seed(5)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=is_cast).train()
+
+    if not is_cast:
+        with pytest.raises(UnsupportedModule, match=r"lora_A.*bfloat16.*layer_replication.*autocast_adapter_dtype"):
+            make_engine(made(), device="cpu")
+        return
+    plain = made()
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2)
+    engine = make_engine(made(), device="cpu")
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = plain(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        assert engine.train_batch([batch()]) == float(loss.detach())
+
+
 def test_indices_that_a_new_adapter_lacks_are_named(make_engine: Callable[..., Any], tmp_path: Path) -> None:
     base, _ = make(tmp_path, "llama", target_modules=["q_proj"])
     config = peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM")

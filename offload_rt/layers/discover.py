@@ -88,6 +88,7 @@ def find_blocks(model: nn.Module, *, bits: int | None, prequantized: frozenset[s
         trained = [entry for entry in own if entry.parameter.requires_grad]
         frozen = [entry for entry in own if not entry.parameter.requires_grad]
         if _num_elements(trained) > _num_elements(frozen):
+            _check_replicated(trained)
             drafts.append(
                 _draft(name, (layer,), trained, bits=None, prequantized=frozenset(), is_layer=True, trains=True)
             )
@@ -101,6 +102,19 @@ def find_blocks(model: nn.Module, *, bits: int | None, prequantized: frozenset[s
     if bits is not None and all(draft.trains for draft in drafts):
         raise ConfigError(f"bits={bits}: quantizes frozen weights, and all layers train; give adapters=, or bits=None")
     return drafts + _edges(model, layers, owners)
+
+
+def _check_replicated(trained: list[StoredParameter]) -> None:
+    """Raises `UnsupportedModule` where all that trains in a layer are adapters that fp32 masters would change: with
+    peft's layer_replication, weights belong to several layers, so that a layer may have nothing else of its own.
+    """
+    rounded = [entry for entry in trained if entry.parameter.dtype != torch.float32]
+    if rounded and all(entry.is_adapters for entry in trained):
+        raise UnsupportedModule(
+            f"{rounded[0].name}: adapters in {rounded[0].parameter.dtype} would have float32 masters, unlike in "
+            f"peft: they are most of what the layer has of its own (peft's layer_replication shares the rest); make "
+            f"them in float32 (autocast_adapter_dtype=True)"
+        )
 
 
 def coverage(drafts: list[BlockDraft]) -> Coverage:
