@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from offload_rt.checkpoint.saved_adapter import (
     put_on,
     read_config,
     warn_of_another_base,
+    without_peft_warning,
 )
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.errors import (
@@ -78,9 +78,7 @@ def _new_adapter(model: nn.Module, config: Any) -> nn.Module:
     import peft
 
     try:
-        with warnings.catch_warnings():
-            # peft asks transformers 5.23 for a name that is on its way out; nothing a user could do about it.
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        with without_peft_warning():
             return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
     except ValueError as error:
         targets = getattr(config, "target_modules", None)

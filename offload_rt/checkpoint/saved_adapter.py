@@ -7,10 +7,11 @@ not: a conversion; names are those that peft writes today.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,14 @@ def matched(model: Any, saved: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if name in saved.tensors}
 
 
+@contextlib.contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """peft asks transformers 5.23 for a name that is on its way out; nothing a user could do about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 def put_on(model: nn.Module, config: Any) -> nn.Module:
     """`model` with an adapter of that configuration, at its first values: peft's own module. Raises `UnsupportedModule`
     where peft needs values for it that the model, on the meta device, does not have.
@@ -124,8 +133,7 @@ def put_on(model: nn.Module, config: Any) -> nn.Module:
 
     kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        with without_peft_warning():
             return kind(model, config)  # type: ignore[no-any-return]
     except (RuntimeError, AttributeError) as error:
         if not any(parameter.is_meta for parameter in model.parameters()):

@@ -71,13 +71,13 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     folder = RunFolder(options.out)
     folder.require_writable()
     model_folder = _model_folder(arguments.model)
-    adapters = None if arguments.full else adapter_folder(arguments.adapters)
-    if adapters is not None:
-        adapter_kind(adapters)
+    saved = None if arguments.full else adapter_folder(arguments.adapters)
+    if saved is not None:
+        adapter_kind(saved)
     data = data_files(arguments.data)
     held_out_data = None if arguments.eval_data is None else data_files(arguments.eval_data)
     settings = {
-        **_begun_with(folder, arguments, model_folder, data),
+        **_begun_with(folder, arguments, model_folder, data, saved),
         "bits": arguments.bits, "max_grad_norm": arguments.max_grad_norm,
         "seed": arguments.seed, "full": arguments.full, "optimizer": arguments.optimizer,
         "batch_size": arguments.batch_size, "packing": arguments.packing,
@@ -115,7 +115,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     total_steps = num_steps(options, batches)
     if arguments.trace is not None and arguments.trace_steps > total_steps:
         raise ConfigError(f"--trace-steps: {arguments.trace_steps} are to be traced, the run has {total_steps}")
-    _show_settings(console, arguments, data_report, held_out_report, total_steps)
+    _show_settings(console, arguments, saved, data_report, held_out_report, total_steps)
     calibrate_first(arguments.device, arguments.nvme, arguments.plan, say)
     torch.manual_seed(arguments.seed)
     keeps_cuts = options.resume and not arguments.other_cuts and folder.cuts is not None
@@ -123,7 +123,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         model_on_meta,
         checkpoint=model_folder,
         bits=arguments.bits,
-        adapters=None if arguments.full else _adapters(arguments.adapters),
+        adapters=None if arguments.full else _adapters(saved or arguments.adapters),
         device=arguments.device,
         device_memory=arguments.device_memory,
         host_memory=arguments.host_memory,
@@ -178,9 +178,9 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
 
 
 def _begun_with(
-    folder: RunFolder, arguments: argparse.Namespace, model_folder: Path, data: Sequence[Path]
+    folder: RunFolder, arguments: argparse.Namespace, model_folder: Path, data: Sequence[Path], saved: Path | None
 ) -> dict[str, Any]:
-    """Model, data and adapters, by place and content: the same content in another place is the same."""
+    """Model, data and the adapter in `saved`, by place and content: the same content in another place is the same."""
     before = folder.settings()
     settings: dict[str, Any] = place_and_content(
         "model", os.path.realpath(model_folder), model_digest(model_folder), before
@@ -188,11 +188,10 @@ def _begun_with(
     if all(path.is_file() for path in data):  # a pipe is read once; its examples are compared when a run goes on
         places, contents = ", ".join(map(os.path.realpath, data)), "-".join(map(file_digest, data))
         settings |= place_and_content("data", places, contents, before)
-    adapters = None if arguments.full else adapter_folder(arguments.adapters)
-    if adapters is None:
+    if saved is None:
         return settings | {"adapters": arguments.adapters}
-    content = "-".join(file_digest(adapters / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-    return settings | place_and_content("adapters", os.path.realpath(adapters), content, before)
+    content = "-".join(file_digest(saved / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return settings | place_and_content("adapters", os.path.realpath(saved), content, before)
 
 
 def _model_folder(text: str) -> Path:
@@ -256,15 +255,15 @@ def _set(config: Any, **values: Any) -> dict[str, Any]:
     return before
 
 
-def _adapters(text: str) -> Any:
-    """What the engine takes: a configuration, or a folder."""
+def _adapters(given: Path | str) -> Any:
+    """What the engine takes: the folder of a saved adapter, or the configuration that the text describes."""
     # peft imports it where it is installed, and it would warn of kernels that it lacks and nobody here calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:
         raise ConfigError(f"--adapters needs peft ({error}); pip install 'offload-rt[hf]'") from error
-    return adapter_folder(text) or peft.LoraConfig(task_type="CAUSAL_LM", **parse_adapters(text))
+    return given if isinstance(given, Path) else peft.LoraConfig(task_type="CAUSAL_LM", **parse_adapters(given))
 
 
 def _optimizer(name: str, lr: float) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
@@ -331,6 +330,7 @@ class _IngestProgress:
 def _show_settings(
     console: Console,
     arguments: argparse.Namespace,
+    saved: Path | None,
     data_report: DataReport,
     held_out_report: DataReport | None,
     total_steps: int,
@@ -343,7 +343,7 @@ def _show_settings(
         "weights": "NF4, double quantization" if arguments.bits == 4 else "as in the checkpoint",
         "trains": f"all parameters, by {arguments.optimizer}"
         if arguments.full
-        else f"adapters: {_described(arguments.adapters)}",
+        else f"adapters: {_described(arguments.adapters, saved)}",
         "budgets": f"device {arguments.device_memory or 'measured'}, host {arguments.host_memory or 'one tier'}",
         "nvme": ", ".join(arguments.nvme) if arguments.nvme else "none",
         "batch": f"{arguments.batch_size} x {arguments.seq_len} tokens"
@@ -359,10 +359,9 @@ def _show_settings(
         console.print(f"{name + ':':<15} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _described(adapters: str) -> str:
-    folder = adapter_folder(adapters)
-    if folder is not None:
-        return f"go on from {folder} ({adapter_kind(folder)}, as configured there)"
+def _described(adapters: str, saved: Path | None) -> str:
+    if saved is not None:
+        return f"go on from {saved} ({adapter_kind(saved)}, as configured there)"
     return ", ".join(f"{key}={value}" for key, value in parse_adapters(adapters).items())
 
 
