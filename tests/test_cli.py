@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 
-from offload_rt.cli import doctor_folder
+from offload_rt.cli import doctor_folder, doctor_machine
 from offload_rt.cli.main import COMMANDS, main
 from offload_rt.cli.train_run import _adapters, check_length
 from offload_rt.errors import ConfigError, StorageError
@@ -153,6 +153,16 @@ def test_doctor_reports_every_path_and_probes_a_folder(tmp_path: Path, capsys: p
     assert re.search(r"1 MiB written, read back and equal", shown) and "GB/s" in shown
     assert "nothing:" not in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_says_where_others_keep_the_cores_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    for average, said in ((3.9, False), (4.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda average=average: (average, 0.0, 0.0))
+        text = doctor_machine.load(4)
+        assert text.startswith(f"{average} on 4 cores") and ("try OMP_NUM_THREADS=2" in text) == said
+    for num_threads in (1, None):
+        assert "others compute too" in (text := doctor_machine.load(num_threads)) and "OMP" not in text
 
 
 def test_doctor_works_without_native_core_transformers_and_even_torch(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def full_lines() -> list[str]:
         *_section("system", [doctor_machine.system()]),
         *_section("packages", [doctor_machine.packages()]),
         *_section("cpu", [doctor_machine.cpu()]),
+        *_section("load", [doctor_machine.load(torch_threads())]),
         *_section("memory", [doctor_machine.memory()]),
         *_section("ulimit -l", [doctor_machine.locked_memory()]),
         *_section("gpu", doctor_machine.gpus()),
@@ -154,6 +155,15 @@ def nf4_in_use() -> str:
         return codec.backend() if wrong < 0.2 else f"nothing: decoding is off by {wrong:.2g}"
     except (OffloadError, RuntimeError, ValueError) as error:
         return f"nothing: {error}"
+
+
+def torch_threads() -> int | None:
+    """As many as it computes with; None where it cannot be imported."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.get_num_threads()
 
 
 def torch_in_use() -> str:

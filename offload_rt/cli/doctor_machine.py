@@ -68,6 +68,22 @@ def cpu() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable, {isa}"
 
 
+def load(num_threads: int | None) -> str:
+    """What others leave of the cores; `num_threads` are torch's, None where it cannot be imported."""
+    try:
+        average = os.getloadavg()[0]
+    except OSError:
+        return "not known"
+    num_cores = len(os.sched_getaffinity(0))
+    text = f"{average:.1f} on {num_cores} cores in the last minute"
+    if average < num_cores:
+        return text
+    text += ": others compute too, and steps take longer than measured on a quiet machine"
+    if num_threads is not None and num_threads > 1:
+        text += f"; torch's {num_threads} threads wait for each other then, try OMP_NUM_THREADS={num_threads // 2}"
+    return text
+
+
 def memory() -> str:
     """RAM and the smallest limit that a control group sets below it."""
     sizes = {}
