@@ -258,6 +258,31 @@ def test_an_adapter_on_the_embedding_trains_and_is_saved_as_without_rows(make_en
     assert found[0] == expected[0] and all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
 
 
+@pytest.mark.parametrize(
+    ("tied", "settings"),
+    [
+        (False, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4, 5]}),
+        (True, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4, 5]}),
+        (False, {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
+    ],
+    ids=["rows that train", "rows of a tied pair", "DoRA"],
+)
+def test_an_edge_whose_weight_an_adapter_reads_stays_in_memory(tied, settings, make_engine, disk_folder):
+    peft = pytest.importorskip("peft")
+
+    def built():
+        torch.manual_seed(1)
+        base = build_base("llama", torch.bfloat16, 2, vocab_size=SMALL, hidden_size=WIDTH, tie_word_embeddings=tied)
+        return peft.get_peft_model(base, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+
+    expected = losses_of(make_engine(built(), batch_size=2, seq_len=TOKENS))
+    engine = made(make_engine, disk_folder, "NVME", built())
+    found = losses_of(engine)
+    assert engine.plan.lookups is None
+    assert not any("embed_tokens" in name for ring in engine.plan.rings for name in ring.blocks)
+    assert found[0] == expected[0] and all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+
+
 def test_an_embedding_that_trains_is_saved_and_a_frozen_head_is_not_wherever_it_rests(
     make_engine, disk_folder, tmp_path
 ):

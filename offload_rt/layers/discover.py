@@ -2,6 +2,7 @@
 
 Layers are the elements of every `ModuleList` that is not itself inside another one's element. Outside the layers, an
 embedding or a linear (the head) is a block of its own, a tied pair one block; all else is small and stays in memory.
+So does an embedding or head whose weight an adapter around it reads, instead of calling it (`_read_from_outside`).
 A block is frozen or trains. A layer most of which is frozen stores its frozen parameters, and what trains (adapters)
 stays where it is; a layer most of which trains stores that, in its own dtype, and the rest stays. Outside the layers
 only frozen blocks are stored.
@@ -190,6 +191,7 @@ def _edges(
     drafts: list[BlockDraft] = []
     taken: set[int] = set()
     outside = {id(module) for module in _outside(model, layers)}
+    read = _read_from_outside(model)
     for module in _outside(model, layers):
         own = list(module.parameters(recurse=False))
         if any(id(p) in taken for p in own):
@@ -198,13 +200,25 @@ def _edges(
         if not streams or not own or any(p.requires_grad or not p.numel() for p in own):
             continue
         users = {id(owner): owner for p in own for owner in owners[id(p)]}
-        if any(user not in outside for user in users):
+        if any(user not in outside or user in read for user in users):
             continue
         stored = [StoredParameter(names[id(p)], p, owners[id(p)]) for p in own]
         taken.update(id(p) for p in own)
         name = stored[0].name.rpartition(".")[0]
         drafts.append(_draft(name, tuple(users.values()), stored, bits=None, prequantized=frozenset(), is_layer=False))
     return drafts
+
+
+def _read_from_outside(model: nn.Module) -> set[int]:
+    """The ids of modules whose weights peft's layers around them take, for DoRA's norms or to put trained rows into it:
+    they are not called, so that nobody would fetch what rests. Plain LoRA is what is known to call.
+    """
+    return {
+        id(around._modules["base_layer"])
+        for around in model.modules()
+        if around._modules.get("base_layer") is not None
+        and (not type(around).__module__.startswith("peft.tuners.lora.") or getattr(around, "lora_variant", None))
+    }
 
 
 def _draft(
