@@ -346,6 +346,21 @@ def test_a_model_of_which_nothing_trains_evaluates_and_says_so_when_it_should_st
             action()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_stepped_in_sixteen_bits_without_masters_is_named(make_engine, caplog, dtype):
+    model = build_plain().requires_grad_(False).to(dtype)
+    model.leave.weight.requires_grad_(True)
+    make_engine(model)
+    said = [record.message for record in caplog.records if "no fp32 masters" in record.message]
+    assert len(said) == (1 if dtype is torch.bfloat16 else 0)
+    assert all("1 tensors" in message and "leave.weight" in message for message in said)
+
+
+def test_layers_that_train_have_masters_and_nothing_is_said(make_engine, caplog):
+    make_engine(build_plain().requires_grad_(True).to(torch.bfloat16))
+    assert "masters" not in caplog.text
+
+
 def test_two_engines_on_one_store_exclude_each_other_and_the_second_model_survives(make_engine, disk_folder):
     make_engine(build_plain(), nvme=disk_folder)
     model = build_plain()

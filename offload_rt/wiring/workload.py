@@ -106,6 +106,8 @@ def find_workload(
         if optimizer is None:
             raise ConfigError("optimizer: layers train, but there is none")
         training = _find_training(model, drafts, sources, config, optimizer, options)
+    if training is None or training.adapters:
+        _warn_of_small_steps(model)
     frozen = [draft for draft in drafts if not draft.trains]
     runtime = None if config.device == "cpu" else cuda_runtime()
     ceiling = None if runtime is None else known_ceiling(runtime, torch.device(config.device).index)
@@ -115,6 +117,17 @@ def find_workload(
         placed_bytes=options.placed_bytes,
         ring_bytes=0 if ceiling is None else ring_bytes(config.host_memory_bytes or free_memory_bytes(), ceiling),
     )  # fmt: skip
+
+
+def _warn_of_small_steps(model: nn.Module) -> None:
+    """Says what is stepped in 16 bits, without masters: torch's own optimizer does so, and rounds small steps away."""
+    short = [name for name, p in model.named_parameters() if p.requires_grad and p.element_size() < 4]
+    if short:
+        logger.warning(
+            "%d tensors that train are in 16 bits and have no fp32 masters, as no layer trains as a whole: steps below "
+            "1/512 of a weight are lost, as in plain PyTorch (first: %s). Where that matters, make them, or the model, "
+            "float32 before engine(...)", len(short), ", ".join(short[:3]),
+        )  # fmt: skip
 
 
 def _find_training(
