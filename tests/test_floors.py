@@ -150,6 +150,7 @@ FLOORS = {
     "offload_rt.tiering.resting": 8.6,
     "offload_rt.tiering.moving": 8.65,
     "offload_rt.plans.cuts": 8.8,
+    "offload_rt.plans.rule_price": 8.8,
     "offload_rt.plans.plan_choice": 8.85,
     "offload_rt.wiring.state_assembly": 8.8,
     "offload_rt.wiring.weights_assembly": 8.85,

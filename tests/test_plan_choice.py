@@ -18,8 +18,8 @@ from offload_rt.plans.plan_choice import (
     choose,
     profile_bytes,
     profile_seconds,
-    rule_seconds,
 )
+from offload_rt.plans.rule_price import rule_seconds
 from offload_rt.profiling import calibrate
 from offload_rt.profiling.block_profile import MOST_PASSES
 from offload_rt.running import rehearsal

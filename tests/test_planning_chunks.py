@@ -13,9 +13,10 @@ from offload_rt.errors import ConfigError, OutOfDeviceMemory
 from offload_rt.layers.discover import find_blocks
 from offload_rt.plans import planning
 from offload_rt.plans.cuts import check_cuts, cuts_of
-from offload_rt.plans.plan_choice import OPTIMISER, choose, profile_bytes, rule_seconds
+from offload_rt.plans.plan_choice import OPTIMISER, choose, profile_bytes
 from offload_rt.plans.planning import lowered, optimised_adapters
 from offload_rt.plans.planning_tokens import GROUPS, INPUT, policies_of
+from offload_rt.plans.rule_price import rule_seconds
 from offload_rt.profiling import block_profile, chunk_profile
 from offload_rt.profiling.chunk_profile import passes, profile_chunked_layer
 from offload_rt.wiring.runtime_options import RuntimeOptions

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from offload_rt._engine import Engine
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.plans import planning, planning_tokens
-from offload_rt.plans.plan_choice import RULE, rule_seconds
+from offload_rt.plans.plan_choice import RULE
 from offload_rt.plans.planning import SLACK_DIVISOR, optimised_adapters
 from offload_rt.plans.planning_tokens import rounding_of
+from offload_rt.plans.rule_price import rule_seconds
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.wiring.workload import Workload, find_workload
 from planners.errors import PlanInfeasible

@@ -12,8 +12,9 @@ from offload_rt.errors import ConfigError
 from offload_rt.plans import planning
 from offload_rt.plans.cuts import check_cuts, cuts_of
 from offload_rt.plans.plan_check import check_plan
-from offload_rt.plans.plan_choice import OPTIMISER, choose, rule_seconds
+from offload_rt.plans.plan_choice import OPTIMISER, choose
 from offload_rt.plans.planning import by_tiles, lowered
+from offload_rt.plans.rule_price import rule_seconds
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.errors import PlanInfeasible
 from planners.optimiser.greedy import plan_greedy

@@ -27,19 +27,14 @@ from offload_rt.plans.plan_check import check_plan
 from offload_rt.plans.plan_options import chunk_tokens_of
 from offload_rt.plans.planning import by_tiles, lowered, measured_problem, optimal
 from offload_rt.plans.planning_adapters import asked_for
+from offload_rt.plans.rule_price import rule_seconds
 from offload_rt.profiling.profile_cost import profile_bytes, profile_seconds
 from offload_rt.tiering.moving import why_not_follow
 from offload_rt.wiring.workload import Workload
 from planners.errors import PlanInfeasible, format_bytes
-from planners.optimiser.expand import Fractions, UpdateKey, expand
-from planners.plans.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode, UpdatePlace
-from planners.plans.plan import Plan, StatePlacement
-from planners.problems.cost import Knobs
+from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
-from planners.problems.problem import BlockClass, Problem
 from planners.rule.streaming_problem import StreamingProblem
-from planners.simulator.division import divided
-from planners.simulator.simulate import simulate
 
 RULE, OPTIMISER = "fixed streaming rule", "optimiser"
 MAX_SECONDS = 60.0
@@ -137,62 +132,10 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
     return ""
 
 
-def rule_seconds(problem: Problem, rule: Plan) -> float:
-    """What a step of the rule's plan takes at the prices of `problem`, which was measured by the same chunks.
-
-    ValueError for a plan with other cuts.
-    """
-    chunk_tokens = problem.workload.measured_chunk_tokens
-    tiled = any(entry.in_tiles for entry in problem.workload.classes)
-    kept_layers, seq_len = rule.activations or {}, problem.workload.seq_len
-    chunked = any(len(policy.spans(seq_len)) > 1 for policy in kept_layers.values())
-    if rule.layer_major or chunked != (chunk_tokens is not None) or (rule.head_tiles is not None) != tiled:
-        raise ValueError("a plan with other cuts than those of the question is not simulated")
-    unified = problem.hardware.unified
-    rings = {name: ring.rest for ring in rule.rings for name in ring.blocks}
-    rings |= {name: Tier.HOST for entry in rule.classes if entry.weights.host_bytes for name in entry.blocks}
-    if rule.lookups is not None:
-        rings |= dict.fromkeys(rule.lookups.blocks, rule.lookups.rest)
-    if rule.head_tiles is not None:
-        rings[rule.head_tiles.block] = rule.head_tiles.rest
-    layers = next((ring for ring in rule.rings if ring.name == "layers"), None)
-    inputs = Tier.DEVICE if unified and rule.layer_inputs is Tier.HOST else rule.layer_inputs
-    put_away = (0.0, float(inputs is Tier.NVME), float(inputs is Tier.HOST), float(inputs is Tier.DEVICE))
-    fractions = []
-    for entry in problem.workload.classes:
-        rests = [rings.get(name, Tier.DEVICE) for name in entry.blocks]
-        device, host, nvme = (sum(rest is tier for rest in rests) / len(rests) for tier in Tier)
-        kept = 0.0 if chunked else sum(name in kept_layers for name in entry.blocks) / len(rests)
-        fractions.append(
-            Fractions(
-                weights=(device + host, 0.0, nvme) if unified else (device, host, nvme),
-                tokens=tuple((1 - kept, 0.0, 0.0, kept) if s.recomputable else put_away for s in entry.saved),
-                updates=_updates(entry, rule.state, unified=unified),
-            )
-        )
-    knobs = Knobs(
-        update_mode=UpdateMode.AFTER, slots=layers.num_slots if layers else 2,
-        cuts=Cuts(chunk_tokens=chunk_tokens or problem.workload.tokens),
-        decode_scope=rule.decode_scope or DecodeScope.LINEAR, inputs=inputs,
-        buffers=Buffers() if rule.state is None else Buffers(state_slots=max(1, rule.state.state_slots)),
-    )  # fmt: skip
-    plan = expand(problem, knobs, fractions, planner=RULE)
-    return float(simulate(divided(problem, plan), plan).step_seconds)
-
-
 def _is_all_in_memory(rule: Plan, streaming: StreamingProblem) -> bool:
     """Whether the rule has no adapters' state on NVMe."""
     sizes = streaming.training
     return rule.state is not None and sizes is not None and rule.state.is_all_in_memory(sizes)
-
-
-def _updates(entry: BlockClass, state: StatePlacement | None, *, unified: bool) -> dict[UpdateKey, float]:
-    """Shares of a class's parameters by where their state rests, and who steps them."""
-    if state is None or not entry.state_cuts:
-        return {(Tier.DEVICE, UpdatePlace.DEVICE, False): 1.0}
-    memory, place = (Tier.DEVICE, UpdatePlace.DEVICE) if unified else (Tier.HOST, UpdatePlace.CPU)
-    share = entry.state_cuts[state.in_memory.get(entry.name, 0)][0] / entry.trainable_params
-    return {(tier, place, False): part for tier, part in ((memory, share), (Tier.NVME, 1 - share)) if part}
 
 
 def after_rehearsal(choice: Choice | None) -> Choice | None:

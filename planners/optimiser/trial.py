@@ -91,7 +91,7 @@ def _with_fewer_slots(problem: Problem, knobs: Knobs) -> Knobs:
 def treats_whole(problem: Problem) -> bool:
     """Whether there is anything that a program has to round."""
     workload = problem.workload
-    apart = any(entry.stored_bytes and not workload.in_ring(entry) for entry in workload.classes)
+    apart = any(entry.streamed_bytes and not workload.in_ring(entry) for entry in workload.classes)
     return apart or not problem.capabilities.token_shares
 
 

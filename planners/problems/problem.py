@@ -299,7 +299,7 @@ class Workload:
 
     def in_ring(self, entry: BlockClass) -> bool:
         """Whether the blocks of a class go through slots of their whole size where they do not stay."""
-        return entry.stored_bytes > 0 and self.rows_of(entry) is None and self.tiles_of(entry) is None
+        return entry.streamed_bytes > 0 and self.rows_of(entry) is None and self.tiles_of(entry) is None
 
     @property
     def useful_flops(self) -> float:

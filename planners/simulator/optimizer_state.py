@@ -47,6 +47,11 @@ def steps_after(problem: Problem, mode: UpdateMode, tier: Tier) -> bool:
     return mode is UpdateMode.AFTER or (problem.capabilities.memory_steps_after and tier is not Tier.NVME)
 
 
+def steps_in_parts(problem: Problem, mode: UpdateMode, placed: ClassPlan) -> bool:
+    """Whether a block is stepped behind its backward, and what of it is in memory after the last one."""
+    return len({steps_after(problem, mode, update.tier) for update in placed.updates if update.params}) > 1
+
+
 def state_copies(problem: Problem, mode: UpdateMode) -> int:
     """Of state in memory: a second one where it is stepped before the norm is known."""
     return 2 if mode is UpdateMode.SPECULATIVE and not problem.capabilities.memory_steps_after else 1

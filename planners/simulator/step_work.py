@@ -6,7 +6,7 @@ from planners.plans.placement import Tier, UpdatePlace
 from planners.plans.plan import Plan
 from planners.problems.cost import class_costs, fetch_counts, held_up_seconds, knobs_of, tiles_again_seconds
 from planners.problems.problem import MeasuredSeconds, Problem
-from planners.simulator.optimizer_state import update_bytes
+from planners.simulator.optimizer_state import steps_in_parts, update_bytes
 from planners.simulator.static_memory import capacities
 
 
@@ -83,6 +83,9 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
         up += n * max(0, new - resident)
         if workload.mutable and entry.trainable_params:
             write += n * weights.nvme_bytes
+            if steps_in_parts(problem, plan.update_mode, placed):  # each part is rounded into what was there
+                read += 2 * n * weights.nvme_bytes
+                write += n * weights.nvme_bytes
         if workload.commit_every and hardware.drives and entry.trainable_params:
             adapters = all_new if workload.pinned else 0
             write += n * (resting + adapters) / workload.commit_every

@@ -18,6 +18,7 @@ from planners.simulator.optimizer_state import (
     passing_gradient_bytes,
     state_bytes,
     steps_after,
+    steps_in_parts,
     update_bytes,
 )
 from planners.simulator.timeline import DEVICE, Operations, Resource
@@ -77,6 +78,7 @@ class Updates:
             if staying < leaving:
                 self.timeline.acquire[gradient] = (GRADIENTS, leaving - staying)
         parts: list[int] = []
+        ahead: list[int] = []
         on_device: list[int] = []
         writes: list[int] = []
         first = 0
@@ -94,11 +96,16 @@ class Updates:
                 share = (update.params / pieces, num_bytes / pieces)
                 done, wrote = self._bucket(position, update, share, bucket, gradient, computed, before, waits, key)
                 parts.append(done)
+                if not waits:
+                    ahead.append(done)
                 if update not in in_host and not update.deferred:
                     on_device.append(done)
                 if wrote is not None:
                     writes.append(wrote)
             first += pieces
+        if workload.mutable and placed.weights.nvme_bytes and steps_in_parts(self.problem, mode, placed):
+            source = computed if gradient is None else gradient
+            parts.append(self._write_first_part(position, placed, source, ahead, key))
         self._write_back(position, entry, placed, parts, writes, key)
         holders = [gradient] if gradient is not None else []
         if not self.all_stay:
@@ -182,6 +189,19 @@ class Updates:
         moved = self.step.link_in(position, bucket, state, key - 0.1, list(source), phase)
         self.timeline.acquire[moved] = (DEVICE_STATES, 1.0)
         return moved
+
+    def _write_first_part(self, position: int, placed: ClassPlan, source: int, ahead: list[int], key: float) -> int:
+        """New weights on the drive of what was stepped before the norm was known. Each part is rounded into weights
+        that are there: they are read for it. Returns the read for the second part.
+        """
+        size = float(placed.weights.nvme_bytes)
+        label = ("read weights", position, 0)
+        first = self.step.op(Resource.SSD_READ, size, key + 0.2, [(source, 0)], 1, label)
+        deps = [(first, 0), *((part, 0) for part in ahead)]
+        written = self.step.op(Resource.SSD_WRITE, size, key + 0.3, deps, 1, ("write back", position, 1))
+        return self.step.op(
+            Resource.SSD_READ, size, key + 0.3, [(written, 0), (-1, 0)], 2, ("read weights", position, 1)
+        )
 
     def _write_back(
         self, position: int, entry: BlockClass, placed: ClassPlan, parts: list[int], writes: list[int], key: float
