@@ -75,9 +75,9 @@ def engine(model: nn.Module, **arguments: Any) -> Engine:
     optimizer: None is AdamW; a torch.optim class, or a function of the list of parameters. lr: for the first two.
     commit_every: steps between commits beside the store; each is made when the next forward begins, so that schedulers
         stepped after `step` are part of it. None leaves saving to the caller (every step, where state rests on NVMe).
-    plan: "auto" (the fixed streaming rule; on a machine that `offload-rt calibrate` measured, for adapters, the faster
-        of its plan and the optimiser's, which times one layer for that: some seconds), "optimise" (what the optimiser
-        makes of the model's blocks and this machine's calibrated rates), a Plan, or the path of one.
+    plan: "auto" (the fixed streaming rule; on a machine that `offload-rt calibrate` measured, the faster of its plan
+        and the optimiser's, which times one layer for that: some seconds), "optimise" (what the optimiser makes of the
+        model's blocks and this machine's calibrated rates), a Plan, or the path of one.
     emulate: a hardware profile, its name or a file, on the CPU device: its tier sizes are budgets, and transfers take
         the time of its links and drives.
     progress: called with (phase, bytes done, bytes in all) while the store is built.

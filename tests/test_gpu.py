@@ -1004,6 +1004,28 @@ def test_all_parameters_train_by_the_optimisers_plan_on_the_gpu_to_the_bits_of_p
         assert report["rehearsal"]["result"] in RESULTS and "predicted" in engine.summary()
 
 
+def test_auto_asks_the_optimiser_on_the_gpu_where_all_parameters_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
+) -> None:
+    """Without filling the rule streams layers that there is room for; the device has its share of updates in both."""
+    case = full.Case("llama", "bfloat16", "adamw", 1, "rarely", False, "in place")
+    expected = full.run_plain(case, device="cuda")
+    gpu_planning.calibrated(monkeypatch, tmp_path)
+    gpu_planning.room_for_plans(monkeypatch, 1160 * KIB)
+    gpu_planning.unmeasured(monkeypatch)
+    with full.make_engine(
+        case, tmp_path, device="cuda", device_memory="4GiB", host_memory="2500KiB", nvme=True,
+        options=RuntimeOptions(poison=True, piece_elements=8192, fill=False),
+    ) as engine:  # fmt: skip
+        for step, (want, got) in enumerate(zip(expected, full.run_engine(case, engine), strict=True), 1):
+            assert [f"step {step}: {name}" for name in got if not torch.equal(want[name], got[name])] == []
+        report = engine.report()
+        choice = report["plan_choice"]
+        assert engine.plan.planner == choice["chosen"] == "optimiser", choice["why"]
+        assert choice["optimised_step_seconds"] < 0.97 * choice["rule_step_seconds"]
+        assert report["training"]["num_commits"] > full.STEPS - 1 and report["replanning"]["off"] is None
+
+
 def test_drives_that_drift_from_their_calibration_are_seen_on_the_gpu_and_no_number_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_attention: None
 ) -> None:

@@ -8,22 +8,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from offload_rt import arguments
+from offload_rt._engine import Engine
+from offload_rt.config import EngineConfig, NvmePath
+from offload_rt.emulation import emulated_config
+from offload_rt.plans import plan_choice, planning_training
 from offload_rt.plans.asked import Asked
+from offload_rt.plans.cuts import cuts_of
+from offload_rt.plans.plan_choice import MAX_SECONDS, OPTIMISER, RULE, choose
 from offload_rt.plans.planning_training import lowered_training, questions
 from offload_rt.plans.rule_price import in_classes, rule_seconds, rule_simulation, why_no_question_says
+from offload_rt.plans.workload_sizes import streaming_problem
+from offload_rt.profiling.drive_profile import MOST_BYTES
+from offload_rt.profiling.profile_cost import profile_drive_bytes, profile_drive_seconds
+from offload_rt.profiling.workbench import RUNS
+from offload_rt.wiring.workload import Workload, find_workload
 from planners.optimiser.mip import plan_optimal
 from planners.plans.activations import Action, ActivationPolicy, Chunk
 from planners.plans.placement import Tier, UpdateMode
 from planners.plans.plan import Plan
-from planners.problems.problem import Problem
+from planners.problems.hardware import Hardware
+from planners.problems.problem import MeasuredSeconds, Problem
+from planners.rule.attempts import head_chunk_tokens
 from planners.rule.streaming import plan_streaming
 from planners.rule.streaming_problem import StreamingProblem
 from planners.simulator.simulate import simulate
 from planners.simulator.step_work import busy_seconds
-from tests.parity import SEQ_LEN
+from tests.full_parity import NORMS, OPTIMIZERS, build, run_engine, run_plain
+from tests.parity import BATCH_SIZE, SEQ_LEN
 from tests.test_device_share import MACHINES, asked_about
 from tests.test_full_parity import ieee_square_root as ieee_square_root
 from tests.test_planning_training import (
@@ -31,12 +48,16 @@ from tests.test_planning_training import (
     BUDGETS,
     DRIVE,
     LAYER,
+    OPTIONS,
     Budget,
     asked,
+    case_of,
     engine,
     kept_pass,
+    machine,
     moved,
     of_one_commit,
+    seconds_of,
     train,
 )
 
@@ -220,3 +241,144 @@ def test_what_no_question_can_say_has_no_price(tmp_path: Path) -> None:
         assert why in why_no_question_says(changed, SEQ_LEN)
         with pytest.raises(ValueError, match=why):
             rule_seconds(problem, changed)
+
+
+FAST = replace(DRIVE, read_bytes_per_second=1e12, write_bytes_per_second=1e12)
+LONG = MeasuredSeconds(forward=0.1, backward=0.3)
+STREAMS = Ruled(860, 1740, "rarely", SPECULATIVE, N)
+"""The rule has weights and state on NVMe there; the optimiser has room for the weights in HOST."""
+
+
+def calibrated(monkeypatch: pytest.MonkeyPatch, *, drives_bind: bool, layer: MeasuredSeconds | None = None) -> Hardware:
+    """This machine, with layers that take so long, which nobody measures."""
+    hardware = replace(machine(STREAMS.device, STREAMS.host), drives=(DRIVE if drives_bind else FAST,))
+    monkeypatch.setattr(arguments, "calibrated", lambda *_: hardware)
+    layer = layer or (LAYER if drives_bind else LONG)
+
+    def measured(workload: Workload, *_: Any) -> Any:
+        return replace(seconds_of(workload), layers={draft.name: layer for draft in workload.layers})
+
+    monkeypatch.setattr(planning_training, "measured_seconds", measured)
+    return hardware
+
+
+@pytest.mark.parametrize("every", [None, pytest.param(3, marks=pytest.mark.full)])
+def test_auto_runs_the_optimisers_plan_where_drives_bind_with_the_rules_bits_and_commits(
+    every: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_of(STREAMS.budget)
+    expected, commits = run_plain(case), []
+    given: dict[str, Any] = {
+        "device_memory": STREAMS.device << 10, "host_memory": STREAMS.host << 10, "commit_every": every,
+        "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "max_grad_norm": NORMS[STREAMS.clipping], "options": OPTIONS,
+        "optimizer": OPTIMIZERS[case.optimizer],
+    }  # fmt: skip
+    for chosen in (OPTIMISER, RULE):
+        (tmp_path / chosen).mkdir()
+        calibrated(monkeypatch, drives_bind=chosen == OPTIMISER)
+        with Engine(build(case), nvme=tmp_path / chosen, **given) as run:
+            choice = run.report()["plan_choice"]
+            assert (run.plan.planner, choice["chosen"]) == (chosen, chosen), choice["why"]
+            assert ("no faster" in choice["why"]) is (chosen == RULE)
+            assert (N in {ring.rest for ring in run.plan.rings}) is (chosen == RULE)
+            for step, (want, got) in enumerate(zip(expected, run_engine(case, run), strict=True), 1):
+                wrong = [key for key in got if not key.startswith("gradient") and not want[key].equal(got[key])]
+                assert wrong == [], f"{chosen}, step {step}"
+            report = run.report()
+        commits.append(report["training"]["num_commits"])
+        if chosen == OPTIMISER:
+            assert choice["optimised_step_seconds"] == report["predicted"]["step_seconds"]
+            assert choice["optimised_step_seconds"] < 0.9 * choice["rule_step_seconds"]
+            assert report["replanning"]["off"] is None, "it is held against what is measured"
+    assert commits[0] == commits[1] > 1
+
+
+def choice_of(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, ruled: Ruled, *, layer: MeasuredSeconds = LAYER, **changes: Any
+) -> tuple[Plan, Plan, plan_choice.Choice]:
+    """The rule's plan, the one that is chosen, and why. changes: to the configuration."""
+    hardware = calibrated(monkeypatch, drives_bind=True, layer=layer)
+    workload, streaming, _ = asked(replace(ruled.budget, homes=frozenset()), folder)
+    workload = replace(workload, config=replace(workload.config, **changes))
+    rule = plan_streaming(streaming)
+    optimizer = OPTIMIZERS["adamw"](list(workload.model.parameters()))
+    plan, choice, found = choose(workload, streaming, rule, hardware, optimizer)
+    assert (found is None) is (choice.chosen == RULE) is (plan is rule)
+    return rule, plan, choice
+
+
+@pytest.mark.parametrize(
+    ("ruled", "changes", "why"),
+    [
+        (STREAMS, {"accumulation_steps": 2}, "one micro-batch where layers train"),
+        (replace(STREAMS, device=1024, host=640), {}, "gradients that wait on NVMe"),
+        (STREAMS, {"device_memory_bytes": None}, "no device_memory="),
+    ],
+)
+def test_what_cannot_be_asked_about_layers_that_train_leaves_the_rules_plan(
+    ruled: Ruled, changes: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, choice = choice_of(monkeypatch, tmp_path, ruled, **changes)
+    assert choice.chosen == RULE and why in choice.why and not choice.seconds
+
+
+def test_without_rates_the_optimiser_is_not_asked_about_layers_that_train(tmp_path: Path) -> None:
+    workload, streaming, _ = asked(STREAMS.budget, tmp_path)
+    rule = plan_streaming(streaming)
+    plan, choice, _ = choose(workload, streaming, rule, None)
+    assert plan is rule and "this machine's rates are not known; `offload-rt calibrate" in choice.why
+
+
+@pytest.mark.parametrize("every", [None, pytest.param(1, marks=pytest.mark.full)])
+def test_a_plan_that_would_commit_otherwise_is_not_taken(
+    every: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser has room for all of the state, the rule has not. Taken where it is said how often."""
+    ruled = replace(STREAMS, device=1024, host=2500, commit_every=every)
+    can_keep = replace(LAYER, kept=replace(kept_pass(), forward=1e-4, backward=2e-4))
+    rule, plan, choice = choice_of(monkeypatch, tmp_path, ruled, layer=can_keep)
+    assert rule.state is not None and sum(rule.state.in_memory.values()) < 43
+    if every is None:
+        assert choice.chosen == RULE and "would commit no step" in choice.why
+    else:
+        assert plan.state is not None and sum(plan.state.in_memory.values()) == 43
+        assert choice.chosen == OPTIMISER, choice.why
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_optimiser_takes_the_loss_as_the_rule_does(
+    keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once where the rule keeps all that layers save, by tiles where it does not: else the bits would differ."""
+    monkeypatch.setattr(plan_choice, "GAIN", -10.0)
+    hardware = calibrated(monkeypatch, drives_bind=False, layer=replace(LONG, kept=kept_pass()))
+    hardware = replace(hardware, device=replace(hardware.device, memory_bytes=(64 if keeps else 20) << 20))
+    hardware = replace(hardware, host=replace(hardware.host, memory_bytes=64 << 20))
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, tie_word_embeddings=False, **size))
+    config = EngineConfig(batch_size=1, seq_len=1024, nvme=(NvmePath(path=tmp_path),))
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    workload = find_workload(model, None, emulated_config(config, hardware), optimizer, OPTIONS)
+    streaming = streaming_problem(workload)
+    rule = plan_streaming(streaming)
+    tile = head_chunk_tokens(streaming)
+    assert tile is not None and rule.head_chunk_tokens == (None if keeps else tile)
+    plan, choice, _ = choose(workload, streaming, rule, hardware, optimizer)
+    assert choice.chosen == OPTIMISER, choice.why
+    assert cuts_of(plan, workload) == cuts_of(rule, workload)
+
+
+def test_what_timing_writes_to_a_drive_is_in_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = calibrated(monkeypatch, drives_bind=True)
+    workload, streaming, _ = asked(STREAMS.budget, tmp_path)
+    num_bytes = profile_drive_bytes(workload, streaming)
+    assert num_bytes == (1 + RUNS) * streaming.activation_bytes
+    large = replace(streaming, activation_bytes=1 << 40)
+    assert profile_drive_bytes(workload, large) == (1 + RUNS) * MOST_BYTES
+    assert profile_drive_seconds(workload, streaming, hardware) == pytest.approx(2 * num_bytes / 1e8)
+    without = replace(workload, config=replace(workload.config, nvme=()))
+    assert profile_drive_bytes(without, streaming) == 0 == profile_drive_seconds(without, streaming, hardware)
+    crawling = replace(hardware, drives=(replace(DRIVE, write_bytes_per_second=num_bytes / MAX_SECONDS),))
+    rule = plan_streaming(streaming)
+    _, choice, _ = choose(workload, streaming, rule, crawling)
+    assert choice.chosen == RULE and "profiling a layer would take about 60 s" in choice.why

@@ -3,10 +3,11 @@
 The rule needs nothing but sizes. The optimiser needs this machine's rates (`offload-rt calibrate`, remembered) and a
 layer's seconds, measured now; at these prices both plans are simulated, and the optimiser's runs if it is faster by
 more than what predictions are off. Whatever stands in the way, the rule's plan runs, and the `Choice` says why. Where
-all parameters train it is not asked; a device then makes its part of the updates of the rule's plan, at these rates.
+layers train, a device makes its part of the updates of the rule's plan, at these rates, before the two are compared.
 Both keep to the budgets, and the rule's can follow the optimiser's, since a rehearsal that does not fit goes back to
 it. Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and where it does not,
-of whole layers; where the rule takes the head by tiles, so does the optimiser: so the bits are the same.
+of whole layers; where the rule takes the head by tiles, so does the optimiser, and the loss at once or by the same
+tiles: so the bits are the same. Where layers train, the optimiser's plan commits as often as the rule's, too.
 
     rule ──► can it be asked, and for how much? ──► profile, solve, simulate both ──► the faster one, and the reason
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from offload_rt.arguments import calibration
-from offload_rt.errors import OffloadError
+from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.plans.asked import Asked, asked
 from offload_rt.plans.cuts import cuts_of
 from offload_rt.plans.device_share import GAIN, with_balanced_share
@@ -27,8 +28,9 @@ from offload_rt.plans.plan_check import check_plan
 from offload_rt.plans.plan_options import chunk_tokens_of
 from offload_rt.plans.planning import by_tiles, lowered, measured_problem, optimal
 from offload_rt.plans.planning_adapters import asked_for
-from offload_rt.plans.rule_price import rule_seconds
-from offload_rt.profiling.profile_cost import profile_bytes, profile_seconds
+from offload_rt.plans.planning_training import questions_of, why_not_asked
+from offload_rt.plans.rule_price import rule_seconds, why_no_question_says
+from offload_rt.profiling.profile_cost import profile_bytes, profile_drive_seconds, profile_seconds
 from offload_rt.tiering.moving import why_not_follow
 from offload_rt.wiring.workload import Workload
 from planners.errors import PlanInfeasible, format_bytes
@@ -68,14 +70,13 @@ def choose(
 ) -> tuple[Plan, Choice, Asked | None]:
     """The plan to run, of `rule` and what the optimiser finds, and if that is the optimiser's what it was asked.
 
-    Blocks for a few seconds where it is asked. machine: as calibrated; None where it was not. optimizer: of adapters
-    whose state rests in tiers. why_not: what the caller knows against asking.
+    Blocks for a few seconds where it is asked. machine: as calibrated; None where it was not. optimizer: of what trains
+    in layers, or of adapters whose state rests in tiers. why_not: what the caller knows against asking.
     """
-    keeps_rule = bool(why_not)
+    if machine is not None and not why_not:
+        rule = with_balanced_share(rule, workload, streaming, machine)
     why_not = why_not or _why_not(workload, streaming, rule, machine)
     if why_not or machine is None:
-        if machine is not None and not keeps_rule:
-            rule = with_balanced_share(rule, workload, streaming, machine)
         return rule, Choice(chosen=RULE, why=why_not), None
     begin = time.perf_counter()
 
@@ -83,23 +84,17 @@ def choose(
         return Choice(chosen=name, why=why, seconds=round(time.perf_counter() - begin, 3), **seconds)
 
     try:
-        problem = measured_problem(workload, streaming, machine, chunk_tokens=chunk_tokens_of(rule, workload))
-        if rule.head_tiles is not None:
-            problem = by_tiles(problem, streaming)
-        if workload.training is None or optimizer is None:
-            plan, problem = optimal(problem, streaming)
-            plan, found = lowered(plan, streaming, problem), asked(problem)
-        else:
-            questions = asked_for(workload, streaming, problem, optimizer)
-            plan, found = Asked(questions=questions).best(workload, streaming)
-            problem = questions[0 if _is_all_in_memory(rule, streaming) else -1][0]  # one that commits as often
-        ruled = rule_seconds(problem, rule)
+        answer = _for_layers if _layers_train(workload) else _for_adapters
+        plan, found, ruled = answer(workload, streaming, rule, machine, optimizer)
         check_plan(plan, streaming, workload)
     except (OffloadError, PlanInfeasible, MemoryError, RuntimeError, ValueError) as error:
         return rule, chosen(RULE, f"the optimiser cannot plan this: {error}"), None
     if cuts_of(plan, workload) != cuts_of(rule, workload):
         cuts = cuts_of(plan, workload).describe()
         return rule, chosen(RULE, f"the optimiser's plan cuts otherwise, which changes numbers: {cuts}"), None
+    if _layers_train(workload) and _commits(workload, streaming, plan) != _commits(workload, streaming, rule):
+        why = "the optimiser's plan has all state in memory and would commit no step, the rule's commits each one"
+        return rule, chosen(RULE, f"{why}: commit_every= says how often"), None
     if why := why_not_follow(workload, streaming, plan, rule):
         return rule, chosen(RULE, f"the rule's plan could not follow the optimiser's: {why}"), None
     optimised = float(plan.predicted["step_seconds"])
@@ -115,8 +110,11 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
     config = workload.config
     if config.device == "cpu" and workload.has_streams:
         return "there is no profile of a device that stands for another one"
-    if workload.training is not None and not workload.training.adapters:
-        return 'layers train: plan="optimise" would ask the optimiser'
+    if _layers_train(workload):
+        if why := why_not_asked(workload):
+            return why
+        if why := why_no_question_says(rule, config.seq_len):
+            return f"the rule's plan has {why}, about which the optimiser cannot be asked where layers train"
     if rule.layer_major:
         return "several micro-batches to a fetch are not the optimiser's yet"
     chunk_tokens = chunk_tokens_of(rule, workload)
@@ -127,15 +125,61 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
     need, have = profile_bytes(workload, streaming, chunk_tokens), streaming.device_capacity_bytes
     if have is not None and need > have:
         return f"profiling a layer takes about {format_bytes(need)}, the budget is {format_bytes(have)}"
-    if (seconds := profile_seconds(workload, machine, chunk_tokens)) > MAX_SECONDS:
+    seconds = profile_seconds(workload, machine, chunk_tokens) + profile_drive_seconds(workload, streaming, machine)
+    if seconds > MAX_SECONDS:
         return f'profiling a layer would take about {seconds:.0f} s: plan="optimise" does it'
     return ""
 
 
-def _is_all_in_memory(rule: Plan, streaming: StreamingProblem) -> bool:
-    """Whether the rule has no adapters' state on NVMe."""
+Answer = tuple[Plan, Asked, float]
+"""The optimiser's plan, what it was asked, and what a step of the rule's plan takes at these prices."""
+
+
+def _for_adapters(
+    workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware,
+    optimizer: torch.optim.Optimizer | None,
+) -> Answer:  # fmt: skip
+    """Asks with the rule's chunks and tiles, and where the rule has adapters' state in tiers, about state in tiers."""
+    problem = measured_problem(workload, streaming, machine, chunk_tokens=chunk_tokens_of(rule, workload))
+    if rule.head_tiles is not None:
+        problem = by_tiles(problem, streaming)
+    if workload.training is None or optimizer is None:
+        plan, problem = optimal(problem, streaming)
+        return lowered(plan, streaming, problem), asked(problem), rule_seconds(problem, rule)
+    questions = asked_for(workload, streaming, problem, optimizer)
+    plan, found = Asked(questions=questions).best(workload, streaming)
+    as_often, _ = questions[0 if _is_all_in_memory(rule, streaming) else -1]  # committed as the rule's plan is
+    return plan, found, rule_seconds(as_often, rule)
+
+
+def _for_layers(
+    workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware,
+    optimizer: torch.optim.Optimizer | None,
+) -> Answer:  # fmt: skip
+    """Asks with the loss as the rule takes it, and of the two questions the one that commits as often."""
+    if optimizer is None:
+        raise ConfigError("plan: layers train, but there is no optimizer")
+    streaming = replace(streaming, cuts=cuts_of(rule, workload))
+    questions = questions_of(workload, streaming, machine, optimizer)
+    question = questions[0 if _is_all_in_memory(rule, streaming) else -1]
+    ruled = rule_seconds(question[0], rule)  # before the search, which is for nothing where this has no answer
+    plan, found = Asked(questions=(question,)).best(workload, streaming)
+    return plan, found, ruled
+
+
+def _layers_train(workload: Workload) -> bool:
+    return workload.training is not None and not workload.training.adapters
+
+
+def _is_all_in_memory(plan: Plan, streaming: StreamingProblem) -> bool:
+    """Whether a plan has no state of what trains on NVMe."""
     sizes = streaming.training
-    return rule.state is not None and sizes is not None and rule.state.is_all_in_memory(sizes)
+    return plan.state is not None and sizes is not None and plan.state.is_all_in_memory(sizes)
+
+
+def _commits(workload: Workload, streaming: StreamingProblem, plan: Plan) -> bool:
+    """Whether steps are committed where layers train: as declared, else each one if state rests on NVMe."""
+    return workload.config.commit_every is not None or not _is_all_in_memory(plan, streaming)
 
 
 def after_rehearsal(choice: Choice | None) -> Choice | None:

@@ -84,13 +84,19 @@ def questions_of(
 
 def check_can_be_asked(workload: Workload) -> None:
     """Raises ConfigError for what the planner has no words for."""
-    training = _training(workload)
+    if why := why_not_asked(workload):
+        raise ConfigError(f"plan: {why}; give plan='auto'")
+
+
+def why_not_asked(workload: Workload) -> str:
+    """What of layers that train the planner has no words for; empty where it can be asked about them."""
     if workload.config.accumulation_steps > 1:
-        raise ConfigError("plan: the optimiser plans steps of one micro-batch where layers train; give plan='auto'")
+        return "the optimiser plans steps of one micro-batch where layers train"
     layers = tuple(f"{draft.name}." for draft in workload.layers)
-    for block in training.blocks:
+    for block in _training(workload).blocks:
         if block.weights is None and block.name.startswith(layers):
-            raise ConfigError(f"plan: {block.name} trains inside a layer, whose weights stay; give plan='auto'")
+            return f"{block.name} trains inside a layer, whose weights stay"
+    return ""
 
 
 def measured_seconds(

@@ -10,10 +10,12 @@ from offload_rt.memory.cuda_memory import REFUSED
 from offload_rt.profiling.block_profile import ACTIVATIONS_HELD, MOST_PASSES
 from offload_rt.profiling.block_profile import ARENA_HELD as LAYER_ARENA_HELD
 from offload_rt.profiling.chunk_profile import ARENA_HELD, CHUNKS, SAVED_AND_GRADIENTS, passes
+from offload_rt.profiling.drive_profile import MOST_BYTES
 from offload_rt.profiling.profile import attention_width
+from offload_rt.profiling.workbench import RUNS
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.workload import Workload
-from planners.errors import PlanInfeasible, format_bytes_up
+from planners.errors import PlanInfeasible, format_bytes, format_bytes_up
 from planners.plans.placement import Tier
 from planners.problems.cost import FLASH_BACKWARD
 from planners.problems.hardware import Hardware
@@ -70,10 +72,12 @@ def profiled(
     Raises PlanInfeasible where a GPU has no room for it, be it that the estimate was too low: as `check_profile_fits`.
     """
     check_profile_fits(workload, streaming, chunk_tokens)
+    written = profile_drive_bytes(workload, streaming)
     logger.info(
-        "plan: timing a layer of each kind%s, about %.0f s at the rates of %s",
+        "plan: timing a layer of each kind%s, about %.0f s at the rates of %s%s",
         "" if chunk_tokens is None else f" by chunks of {chunk_tokens} tokens",
-        profile_seconds(workload, machine, chunk_tokens), machine.name,
+        profile_seconds(workload, machine, chunk_tokens) + profile_drive_seconds(workload, streaming, machine),
+        machine.name, f", writing up to {format_bytes(written)} to the drive" if written else "",
     )  # fmt: skip
     try:
         return profile()
@@ -91,11 +95,7 @@ def profiled(
 
 def profile_seconds(workload: Workload, machine: Hardware, chunk_tokens: int | None = None) -> float:
     """About what profiling takes: products and causal attention of one layer of each kind, at the calibrated rates."""
-    config = workload.config
-    of_kind = {
-        (type(draft.modules[0]), draft.spec.compute_bytes): sum(t.num_elements for t in draft.spec.tensors)
-        for draft in workload.layers
-    }
+    config, of_kind = workload.config, _kinds(workload)
     flops = 2.0 * config.batch_size * config.seq_len * sum(of_kind.values())
     of_tokens = of_pairs = float(MOST_PASSES)
     if chunk_tokens is not None:
@@ -106,3 +106,28 @@ def profile_seconds(workload: Workload, machine: Hardware, chunk_tokens: int | N
         ATTENTIONS / device.attention_forward_efficiency + FLASH_BACKWARD / device.attention_backward_efficiency
     )
     return (of_tokens * PRODUCTS * flops + of_pairs * attentions * attention) / device.matmul_flops_per_second
+
+
+def profile_drive_bytes(workload: Workload, streaming: StreamingProblem) -> int:
+    """About the most that profiling writes to the drive, and reads from it: what layers save, a few times. Timing
+    updates writes nothing: the state that is stepped then is in memory.
+    """
+    if not workload.config.nvme:
+        return 0
+    return (1 + RUNS) * min(MOST_BYTES, streaming.activation_bytes) * len(_kinds(workload))
+
+
+def profile_drive_seconds(workload: Workload, streaming: StreamingProblem, machine: Hardware) -> float:
+    """About what that takes, there and back."""
+    if not machine.drives:
+        return 0.0
+    num_bytes = profile_drive_bytes(workload, streaming)
+    return num_bytes / machine.write_bytes_per_second + num_bytes / machine.read_bytes_per_second
+
+
+def _kinds(workload: Workload) -> dict[tuple[type, int], int]:
+    """Parameters of a layer of each kind."""
+    return {
+        (type(draft.modules[0]), draft.spec.compute_bytes): sum(t.num_elements for t in draft.spec.tensors)
+        for draft in workload.layers
+    }
