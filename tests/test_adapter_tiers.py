@@ -41,9 +41,9 @@ from tests.adapter_tiers import (
     STEPS,
     Case,
     Running,
-    all_cases,
     build,
     make_engine,
+    more_cases,
     pairwise_cases,
     run_plain,
     training_of,
@@ -89,8 +89,8 @@ def test_tiered_adapters_are_bit_equal_to_adapters_in_memory(case: Case, tmp_pat
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [case for case in all_cases()[::7] if case not in SELECTED], ids=str)
-def test_tiered_adapters_are_bit_equal_in_more_cells(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [case for case in more_cases() if case not in SELECTED], ids=str)
+def test_tiered_adapters_are_bit_equal_for_every_three_choices(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
 
 
