@@ -22,7 +22,7 @@ from offload_rt.tokenwise.tiles import Places
 from planners.plans.activations import MAX_CHUNKS, Action, ActivationPolicy, Chunk, Span
 from planners.plans.placement import Tier
 from tests.conftest import PlainLayer, PlainModel
-from tests.parity import in_pairs
+from tests.parity import in_pairs, in_turns
 from tests.tokenwise import (
     ARCHITECTURES,
     REFUSED,
@@ -79,7 +79,7 @@ def test_an_architecture_by_chunks_agrees_with_plain_autograd(architecture):
     assert tokenwise.counters.num_attentions == len(decoder_layers(model))
 
 
-@pytest.mark.parametrize("share, chunks, dtype", in_pairs(SHARES, CHUNKS, (torch.float32, torch.bfloat16)))
+@pytest.mark.parametrize("share, chunks, dtype", in_turns(SHARES, CHUNKS, (torch.float32, torch.bfloat16)))
 def test_every_share_and_number_of_chunks(share, chunks, dtype):
     model, inputs = build(dtype=dtype), batch()
     plain = step(copy.deepcopy(model), inputs)

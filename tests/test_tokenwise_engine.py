@@ -15,6 +15,7 @@ from offload_rt.tiering.stash import NvmeStash
 from planners.plans.activations import Action, ActivationPolicy, Chunk, Treatment
 from planners.plans.plan import DecodeScope, Plan, Tier
 from tests.conftest import build_lora, decode_in_place, language_batch
+from tests.parity import in_turns
 from tests.tokenwise import errors, policy, waiting_in
 
 SEQ_LEN = 16
@@ -91,7 +92,6 @@ def same_bits(found, expected):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "family, bits",
     [
@@ -100,7 +100,7 @@ def same_bits(found, expected):
         pytest.param("gpt2", 4, marks=pytest.mark.full),
     ],
 )
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("place, share", in_turns(PLACES, (0.0, 1.0)))
 def test_one_chunk_is_bit_equal_to_plain(run, place, family, bits, share):
     found, engine = run(chunked(share, 1), place, family, bits)
     same_bits(found, plain_steps(family, bits, 0.1))
@@ -110,26 +110,30 @@ def test_one_chunk_is_bit_equal_to_plain(run, place, family, bits, share):
     assert (report["tokenwise"]["swapped_bytes"] > 0) is (share > 0 or engine.plan.layer_inputs is not Tier.DEVICE)
 
 
+SHARES = (0.0, 0.5, 1.0)
+
+
 @pytest.mark.parametrize(
-    "family, bits, chunks",
+    "family, bits, chunks, cells",
     [
-        ("llama", 4, 2),
-        pytest.param("moe", 4, 3, marks=pytest.mark.full),
-        pytest.param("qwen", None, 5, marks=pytest.mark.full),
+        ("llama", 4, 2, list(zip(PLACES, itertools.cycle(SHARES), strict=False))),
+        pytest.param("llama", 4, 2, list(itertools.product(PLACES, SHARES)), marks=pytest.mark.full),
+        pytest.param("moe", 4, 3, list(itertools.product(PLACES, (0.0, 1.0))), marks=pytest.mark.full),
+        pytest.param("qwen", None, 5, list(itertools.product(PLACES, (0.0, 1.0))), marks=pytest.mark.full),
     ],
+    ids=["llama", "llama, every cell", "moe", "qwen"],
 )
-def test_several_chunks_agree_with_plain_and_to_the_bit_wherever_they_wait(run, family, bits, chunks):
+def test_several_chunks_agree_with_plain_and_to_the_bit_wherever_they_wait(run, family, bits, chunks, cells):
+    """Half of an odd number of chunks would be a cut more."""
     plain = plain_steps(family, bits, 0.0)
     results = []
-    for place in PLACES:
-        for share in (0.0, 0.5, 1.0):
-            if share == 0.5 and chunks % 2:
-                continue  # a cut more
-            found, engine = run(chunked(share, chunks), place, family, bits, dropout=0.0)
-            assert engine.report()["tokenwise"]["refused"] == {}
-            assert engine.report()["tokenwise"]["no_room_bytes"] == 0
-            assert engine.report()["prefetch_misses"] == 0
-            results.append(found)
+    for place, share in cells:
+        found, engine = run(chunked(share, chunks), place, family, bits, dropout=0.0)
+        assert engine.report()["tokenwise"]["refused"] == {}
+        assert engine.report()["tokenwise"]["no_room_bytes"] == 0
+        assert engine.report()["prefetch_misses"] == 0
+        results.append(found)
+    assert len(results) >= len(PLACES)
     for found in results[1:]:
         same_bits(found, results[0])
     first = {n: t for n, t in results[0].items() if n.endswith(" 0")}
@@ -173,8 +177,7 @@ def decodes_of_a_step(engine, seed=7):
     return engine.report()["decodes"] - before
 
 
-@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.full), 1.0])
-@pytest.mark.parametrize("chunks", [1, pytest.param(2, marks=pytest.mark.full), 4])
+@pytest.mark.parametrize("share, chunks", in_turns(SHARES, (1, 2, 4)))
 def test_a_layer_that_is_held_decoded_is_decoded_once_a_pass(run, chunks, share):
     """Once in forward and once in backward, whatever the number of chunks: never more than plain recomputing does."""
     _, engine = run(chunked(share, chunks), "layers decoded whole", dropout=0.0)
