@@ -19,14 +19,13 @@ from planners.plans.activations import Action, ActivationPolicy, Chunk
 from planners.plans.plan import Tier
 from tests import parity
 from tests.full_parity import state_of, training_of
-from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, micro_batch
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, in_pairs, in_turns, micro_batch
 from tests.tiny_training import ON_NVME, Made, Plain, adamw, differences
 
 IN_PLACE: dict[str, Any] = {}
 NVME: dict[str, Any] = {"rest": Tier.NVME, "state": ON_NVME, "piece_elements": 8192}
 PLACES = {"in place": IN_PLACE, "on NVME": NVME, "on NVME, recorded": {**NVME, "record": True, "poison": True}}
-everywhere = pytest.mark.parametrize("place", PLACES)
-in_two = pytest.mark.parametrize("place", ["in place", "on NVME"])
+IN_TWO = ("in place", "on NVME")
 
 
 def build(family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -71,8 +70,7 @@ def chunk(num_tokens: int, action: Action) -> Chunk:
     return Chunk(num_tokens=num_tokens, action=action, tier=Tier.NVME if action is Action.SWAP else None)
 
 
-@everywhere
-@pytest.mark.parametrize("action", [Action.RECOMPUTE, Action.SWAP, Action.KEEP])
+@pytest.mark.parametrize("place, action", in_turns(reversed(PLACES), [Action.RECOMPUTE, Action.SWAP, Action.KEEP]))
 def test_one_chunk_of_tokens_is_bit_equal_to_plain(place: str, action: Action, tmp_path: Path) -> None:
     if place == "in place" and action is Action.SWAP:
         pytest.skip("in place there is no other tier")
@@ -104,8 +102,7 @@ def test_several_chunks_of_tokens_have_the_same_bits_wherever_state_and_activati
     assert steps(plain, range(2)) == pytest.approx(found[0][0], rel=1e-4)
 
 
-@in_two
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("place, reentrant", in_turns(IN_TWO, (False, True)))
 def test_a_model_whose_gradient_checkpointing_is_on(place: str, reentrant: bool, tmp_path: Path) -> None:
     def built() -> nn.Module:
         model: Any = build()
@@ -117,8 +114,7 @@ def test_a_model_whose_gradient_checkpointing_is_on(place: str, reentrant: bool,
     check(built, make(built(), tmp_path, place))
 
 
-@everywhere
-@pytest.mark.parametrize("family", ["llama", "qwen"])
+@pytest.mark.parametrize("place, family", in_turns(reversed(PLACES), ("llama", "qwen")))
 def test_frozen_edges_that_stream_tied_or_not_below_and_above_layers_that_train(
     place: str, family: str, tmp_path: Path
 ) -> None:
@@ -142,9 +138,7 @@ def test_frozen_edges_that_stream_tied_or_not_below_and_above_layers_that_train(
     check(built, make(built(), tmp_path / "whole", place, {"stream_edges": streamed}))
 
 
-@in_two
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("place, lora, bits", in_pairs(IN_TWO, (False, True), (4, None)))
 def test_layers_that_train_among_frozen_ones_with_and_without_adapters(
     place: str, bits: int | None, lora: bool, tmp_path: Path
 ) -> None:
@@ -169,7 +163,7 @@ def test_layers_that_train_among_frozen_ones_with_and_without_adapters(
     assert (run.report()["decodes"] > 0) is (bits == 4)
 
 
-@in_two
+@pytest.mark.parametrize("place", IN_TWO)
 def test_evaluation_and_generation_between_steps_see_the_last_step_and_change_nothing(
     place: str, tmp_path: Path
 ) -> None:
@@ -198,8 +192,7 @@ def test_evaluation_and_generation_between_steps_see_the_last_step_and_change_no
         assert differences(plain.state(), run.state()) == []
 
 
-@in_two
-@pytest.mark.parametrize("zeroed", [True, False])
+@pytest.mark.parametrize("place, zeroed", in_turns(IN_TWO, (False, True)))
 def test_a_backward_pass_that_is_cut_off_is_dropped_or_told_and_training_goes_on(
     place: str, zeroed: bool, tmp_path: Path
 ) -> None:

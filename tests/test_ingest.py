@@ -20,7 +20,7 @@ from torch import nn
 from offload_rt._engine import Engine
 from offload_rt.checkpoint import ingest
 from offload_rt.errors import CheckpointError, QuantCoverageError
-from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, TARGETS, decode_in_place, micro_batch
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, TARGETS, decode_in_place, in_turns, micro_batch
 
 
 def saved_model(family: str, folder: Path) -> nn.Module:
@@ -48,8 +48,7 @@ def losses(forward: Any) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("family", ["llama", "qwen", "gpt2", "moe"])
+@pytest.mark.parametrize("family, bits", in_turns(["llama", "qwen", "gpt2", "moe"], [4, None]))
 def test_a_meta_model_with_a_checkpoint_equals_the_model_in_memory(
     family: str, bits: int | None, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from planners.plans.activations import Action, whole_batch
 from planners.plans.plan import StatePlacement, Tier
 from tests.fake_device import FakeDevice
 from tests.full_parity import Case, build, state_of, training_of
-from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, micro_batch
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, in_turns, micro_batch
 from tests.parity import Case as AdapterCase
 from tests.parity import build as build_adapters
 
@@ -53,8 +53,7 @@ def options(**changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "plain"])
-@pytest.mark.parametrize("same_length", [True, False])
+@pytest.mark.parametrize("family, same_length", in_turns([name for name in FAMILIES if name != "plain"], (True, False)))
 def test_full_fine_tuning_layer_by_layer_has_the_bits_of_one_after_the_other(family, same_length, tmp_path):
     found = {}
     case = Case(family, "bfloat16", "adamw", MICRO_BATCHES, "not", False, "in place")
@@ -173,8 +172,7 @@ def test_on_a_device_backward_passes_take_turns_too(autograd_has_threads, misses
         assert torch.equal(weight, found[True][1][name][1]), name
 
 
-@pytest.mark.parametrize("weights", ["nf4", "bf16"])
-@pytest.mark.parametrize("stream_edges", [False, True])
+@pytest.mark.parametrize("weights, stream_edges", in_turns(("nf4", "bf16"), (False, True)))
 def test_adapters_layer_by_layer_have_the_bits_of_one_after_the_other(weights, stream_edges, tmp_path):
     found = {}
     case = AdapterCase("llama", weights, MICRO_BATCHES, False, False, "from NVME")

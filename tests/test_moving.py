@@ -37,7 +37,7 @@ from planners.plans.placement import ClassPlan
 from planners.plans.plan import Plan, Ring, Split, Tier
 from tests.changing_plans import decisions, propose, results
 from tests.fake_device import FakeDevice
-from tests.parity import Case, Trace, build, decode_in_place, engine_of, run_steps
+from tests.parity import Case, Trace, build, decode_in_place, engine_of, in_turns, run_steps
 from tests.test_parity import differences
 from tests.test_replanning_without_a_log import elsewhere, half_frozen
 from tests.tiny_training import Plain, engine, train
@@ -330,8 +330,9 @@ def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
     return found
 
 
-@pytest.mark.parametrize("has_streams", [False, True], ids=["two memories", "a device"])
-@pytest.mark.parametrize("where", ["booking", "the third copy", "attach", "hooks"])
+@pytest.mark.parametrize(
+    "where, has_streams", in_turns(["booking", "the third copy", "attach", "hooks"], [False, True])
+)
 def test_a_change_that_fails_brings_back_what_had_moved(
     where: str, has_streams: bool, plain: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
