@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from tests.limited_training import STEPS, Shape, adamw, model, train
 from tests.tiny_training import Plain
 
-LIMIT_BYTES = 640 << 20
-WIDTH, INNER, LAYERS = 2048, 8192, 12
-"""12 layers of 64 MiB in bf16: 768 MiB of frozen weights."""
+LIMIT_BYTES = 448 << 20
+WIDTH, INNER, LAYERS = 1024, 8192, 15
+"""15 layers of 32 MiB in bf16: 480 MiB of frozen weights."""
 
 CHILD = """
 import json, os, sys
@@ -58,7 +58,7 @@ for layer in model.layers:  # what trains is real
     layer.gain = nn.Parameter(torch.ones({width}))
 if sys.argv[4] == "offload_rt":
     engine = offload_rt.engine(
-        model, checkpoint=sys.argv[2], nvme=sys.argv[3], device_memory="320MiB", batch_size=1, seq_len=8, lr=1e-2)
+        model, checkpoint=sys.argv[2], nvme=sys.argv[3], device_memory="160MiB", batch_size=1, seq_len=8, lr=1e-2)
     losses = []
     for step in range(2):
         torch.manual_seed(step)
