@@ -40,6 +40,7 @@ PROBLEMS = {
     "small drive": lambda: problem(full=True, machine_=machine(device=40 * MIB, host=64 * MIB, nvme=12 * MIB)),
     "cpu": lambda: problem(machine_=machine(device=64 * MIB, name="cpu")),
 }
+SOLVED_TWICE = ("adapters in 4 bit", "full, clipped", "small drive")
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -53,18 +54,20 @@ def test_an_optimal_plan_passes_every_check_and_beats_greedy(name):
     assert predicted["lower_bound_seconds"] <= predicted["step_seconds"]
     assert predicted["step_seconds"] <= plan_greedy(p).predicted["step_seconds"] * 1.02
     assert Plan.from_json(plan.to_json()) == plan
-    assert plan_optimal(p) == plan, "the same problem, another plan"
+    if name in SOLVED_TWICE:
+        assert plan_optimal(p) == plan, "the same problem, another plan"
 
 
+@pytest.mark.parametrize("stride", [11, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_programs_simulator_and_checker_agree(name):
-    """What a program thinks a plan needs and takes is what the simulator finds, for every combination.
+def test_programs_simulator_and_checker_agree(name, stride):
+    """What a program thinks a plan needs and takes is what the simulator finds, for combinations of every kind.
 
     Time: never less than the program's. Work: the checker's sum by hand is the simulator's.
     """
     p = PROBLEMS[name]()
     solved = 0
-    for knobs in list(itertools.chain.from_iterable(combinations(p)))[::5]:
+    for knobs in list(itertools.chain.from_iterable(combinations(p)))[::stride]:
         steady = solve_steady(p, knobs, unit_seconds=floor_seconds(p))
         if steady is None:
             continue
