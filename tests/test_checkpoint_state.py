@@ -413,7 +413,7 @@ except StorageError as error:
 """
 
 
-@pytest.mark.parametrize("sizes", [(100_000, 1), (1, 100_000)])
+@pytest.mark.parametrize("sizes", [(100_000, 1), pytest.param((1, 100_000), marks=pytest.mark.full)])
 def test_a_drive_that_is_full_in_the_middle_is_typed_and_leaves_the_old_one(saved, sizes):
     """A limit on file sizes stands for the full drive: it fails in the middle of a write."""
     command = [sys.executable, "-c", LIMITED, str(saved), *map(str, sizes)]

@@ -110,6 +110,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.full  # three whole runs of the command; `test_full_kill` kills runs in every mode
 def test_killed_at_any_moment_the_command_goes_on_from_its_last_commit(
     full: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -346,7 +346,9 @@ def test_a_power_loss_in_a_first_start_leaves_a_committed_state_or_none(folder, 
     assert num_opened > 500
 
 
-@pytest.mark.parametrize("kill_at", range(NUM_OPERATIONS_OF_A_START))
+@pytest.mark.parametrize(
+    "kill_at", [pytest.param(at, marks=pytest.mark.full if at % 2 else ()) for at in range(NUM_OPERATIONS_OF_A_START)]
+)
 def test_killed_in_a_first_start_and_then_a_power_loss(folder, kill_at):
     complaints, num_opened = first_start(folder, SOME_FIRST, kill_at)
     assert complaints == []

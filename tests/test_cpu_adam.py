@@ -184,6 +184,7 @@ def test_against_torch_as_it_is_moments_are_equal_and_the_master_is_near() -> No
     assert distance <= 1
 
 
+@pytest.mark.full  # processes of their own
 @pytest.mark.skipif(CAPABILITY != "AVX512", reason="needs a processor that can be told to be a lesser one")
 @pytest.mark.parametrize(
     "torch_isa, mkl_isa, fma, ieee",

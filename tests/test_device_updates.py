@@ -103,7 +103,7 @@ CASES = [
     (Case("llama", "bfloat16", "adamw", 1, "rarely", False, "on NVME"), {"record": True}),
     (Case("gpt2", "float32", "adamw", 2, "rarely", True, "on NVME"), {"device_share": 0.3}),
     (Case("llama", "bfloat16", "adamw bf16", 1, "not", False, "on NVME"), {"device_share": 1.0}),
-    (Case("llama", "bfloat16", "adamw", 4, "rarely", False, SPLIT), {"device_share": 0.8}),
+    (Case("llama", "bfloat16", "adamw", 3, "rarely", False, SPLIT), {"device_share": 0.8}),
     (Case("llama", "float32", "adamw", 1, "not", True, SPLIT), {"update_mode": UpdateMode.AFTER, "record": True}),
     (Case("moe", "bfloat16", "adamw", 1, "rarely", True, "weights in HOST, state on NVME"), {"device_share": 1.0}),
     (Case("qwen", "bfloat16", "adamw", 2, "not", False, "gradients on NVME"), {"record": True}),

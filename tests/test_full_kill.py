@@ -99,7 +99,9 @@ PLACES = ("BACKWARD, tight", "SPECULATIVE, split", "AFTER", CHANGING)
 """In the last one, plans take turns: a change is behind a commit."""
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=pytest.mark.full if place in PLACES[1:3] else ()) for place in PLACES]
+)
 def test_killed_seven_times_it_trains_as_if_it_had_not_been(
     runs: subprocess.Popen[str], twin: Twin, disk_folder: Path, place: str
 ) -> None:

@@ -242,9 +242,10 @@ print(trims[-1] - trims[1])
 """
 
 
+@pytest.mark.full  # processes that import everything; the guard alone: ..._will_fill_stay_until_these_are_there
 @needs_trim
 @needs_mallinfo2
-@pytest.mark.parametrize("how", ["with", pytest.param("without", marks=pytest.mark.full)])
+@pytest.mark.parametrize("how", ["with", "without"])
 def test_steady_steps_that_keep_activations_give_no_memory_back(how, tmp_path):
     """And do without what knows of kept activations."""
     ran = subprocess.run(

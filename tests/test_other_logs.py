@@ -38,8 +38,8 @@ def committed(case: Case, folder: Path, **arguments: Any) -> Path:
 @pytest.mark.parametrize(
     ("optimizer", "place"),
     [
-        ("default", "memory"), ("default", "in HOST"), ("default", ELSEWHERE[2]), ("adamw 8bit", "memory"),
-        ("adafactor", "memory"), ("sgd", "in HOST"),
+        ("default", "in HOST"), ("default", ELSEWHERE[2]), ("adamw 8bit", "memory"), ("sgd", "in HOST"),
+        *[pytest.param(name, "memory", marks=pytest.mark.full) for name in ("default", "adafactor")],
         *[pytest.param(name, place, marks=pytest.mark.full) for name in ("lion", "adamw bf16") for place in ELSEWHERE],
     ],
 )  # fmt: skip
@@ -158,7 +158,9 @@ def test_a_log_of_adapters_that_cannot_be_taken_over_changes_nothing(tmp_path: P
         assert unequal(expected, before + running.steps(range(1, STEPS))) == []
 
 
-@pytest.mark.parametrize("place", ["in place", "from HOST", "BACKWARD, tight", "AFTER"])
+@pytest.mark.parametrize(
+    "place", ["in place", pytest.param("from HOST", marks=pytest.mark.full), "BACKWARD, tight", "AFTER"]
+)
 def test_a_commit_of_all_parameters_goes_on_in_another_place(place: str, tmp_path: Path) -> None:
     twin = Plain(tiny_training.model(dropout=0.2))
     expected = train(twin, range(5))

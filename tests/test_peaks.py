@@ -41,6 +41,8 @@ KINDS = {
     "all parameters in memory": (lambda: build_base("llama", torch.bfloat16), {}, None),
     "all parameters on NVMe": (lambda: build_base("llama", torch.bfloat16), {}, {"rest": Tier.NVME}),
 }
+SELDOM = ("adapters", "all parameters in memory")
+"""What the others map, too."""
 
 
 class Spy:
@@ -93,7 +95,9 @@ def in_memory(found, phase):
     return sum(found[tier]["phases"][phase]["bytes"] for tier in ("device", "host") if tier in found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=pytest.mark.full) if name in SELDOM else name for name in KINDS]
+)
 def test_peaks_are_those_of_every_mapping_and_every_file(kind, make_engine, tmp_path, spy):
     build, arguments, options = KINDS[kind]
     nvme, saved = tmp_path / "nvme", tmp_path / "saved"

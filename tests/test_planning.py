@@ -153,7 +153,9 @@ def test_what_a_refusal_says_would_fit_does(case, host, tmp_path):
         assert (again := refusal(device - missing, host)) is None or again.needs["device"] <= device + PAGE
 
 
-@pytest.mark.parametrize(("case", "host"), [(BF16, 0), (NF4, 0), (NF4, 120 * KIB)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "host"), [(BF16, 0), pytest.param(NF4, 0, marks=pytest.mark.full), (NF4, 120 * KIB)], ids=str
+)
 def test_an_optimised_plan_runs_with_the_bits_of_plain_pytorch_and_the_bytes_it_predicts(
     case, host, tmp_path, monkeypatch
 ):

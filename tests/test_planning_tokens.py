@@ -51,6 +51,7 @@ CASES = {
     "decoded whole, half in HOST": (NF4, 64 * MIB, (0, 0, 0.5, 0.5), {"scope": DecodeScope.LAYER}),
 }
 """A model, bytes of HOST, shares (computed again, NVMe, HOST, kept), and what else the plan says."""
+QUICK = ("each way, all from HOST", "one tier, half on NVMe", "decoded whole, half in HOST")
 
 
 def model_of(case):
@@ -267,7 +268,9 @@ def test_what_the_runtime_cannot_do_with_tokens_is_no_plan(tmp_path):
 # what is run
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in CASES]
+)
 def test_a_plan_of_whole_layers_gives_plain_bits_and_moves_what_it_says(name, tmp_path):
     case, host, shares, more = CASES[name]
     hardware = machine(64 * MIB, host)

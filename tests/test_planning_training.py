@@ -100,9 +100,7 @@ BUDGETS = {
     "some layers kept": Budget(1580, 0, "rarely", (N,), (N,), SPECULATIVE, homes=frozenset({AGAIN, KEPT})),
     "put away and kept": Budget(755, 1740, "rarely", (H,), (N,), SPECULATIVE, homes=frozenset({IN_HOST, KEPT})),
 }  # fmt: skip
-QUICK = (
-    "all in memory, committed", "split, clipped", "split, one tier", "state on NVME", "all on NVME", "put away and kept"
-)  # fmt: skip
+QUICK = ("split, clipped", "split, one tier", "all on NVME", "put away and kept")
 
 
 def case_of(budget: Budget) -> Case:

@@ -55,6 +55,8 @@ KINDS = {
         ),
     },
 }  # fmt: skip
+SELDOM = ("in memory, committed", "behind backward")
+"""What others have, too: commits of state in memory, and updates behind a backward pass."""
 
 
 def batch(seed, rows=1, tokens=24):
@@ -149,7 +151,9 @@ STEPS = ("num_steps", "num_ahead_of_norm", "num_pieces", "num_elements", "num_co
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=pytest.mark.full) if name in SELDOM else name for name in KINDS]
+)
 def test_it_changes_nothing(make, kind, dtype, monkeypatch):
     """At once: weights, state, files, generators. In the steps that follow: losses, state, counts."""
     found = {}
@@ -181,9 +185,12 @@ ON_DEVICE = {
     "behind backward": {"options": RuntimeOptions(**ON_NVME)},
     "gradients on NVMe, summed": KINDS["gradients on NVMe"],
 }  # fmt: skip
+ON_DEVICE_QUICK = ("adapters", "gradients on NVMe, summed")
 
 
-@pytest.mark.parametrize("kind", ON_DEVICE)
+@pytest.mark.parametrize(
+    "kind", [name if name in ON_DEVICE_QUICK else pytest.param(name, marks=pytest.mark.full) for name in ON_DEVICE]
+)
 def test_a_device_counts_for_itself_and_nothing_changes(make, kind, monkeypatch):
     """A late one, whose kernels torch runs in the calling thread."""
     found = {}
@@ -353,9 +360,12 @@ AGAIN = {
     "adapters in tiers": (1600 * KIB, KINDS["adapters in tiers"]),
 }  # fmt: skip
 """Budgets in which the plan of a formula that is ten times too small does not fit, and another one does."""
+AGAIN_QUICK = ("from memory to NVMe", "behind backward", "adapters in tiers")
 
 
-@pytest.mark.parametrize("kind", AGAIN)
+@pytest.mark.parametrize(
+    "kind", [name if name in AGAIN_QUICK else pytest.param(name, marks=pytest.mark.full) for name in AGAIN]
+)
 def test_a_plan_is_made_again_and_goes_on_with_the_same_bits(make, kind, tmp_path, monkeypatch):
     budget, arguments = AGAIN[kind]
     roomy = make(**arguments)
