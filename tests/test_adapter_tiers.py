@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ from tests.adapter_tiers import (
     unequal,
 )
 from tests.fake_device import FakeDevice
-from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, micro_batch, run_steps
+from tests.parity import BATCH_SIZE, FAMILIES, SEQ_LEN, Trace, in_turns, micro_batch, run_steps
 from tests.test_optimizer_training import FailingIO
 from tests.test_training_loop import make_batches
 from tests.tiny_checkpoints import meta_model, new_model
@@ -271,32 +272,25 @@ def test_weights_that_somebody_changes_between_steps_are_the_ones_that_are_stepp
         assert all(torch.equal(plain[name], saved[name]) for name in saved)
 
 
-@pytest.mark.parametrize("kind", ["read", "write", "sync"])
-def test_a_failing_drive_is_told_and_leaves_a_committed_step(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind, countdown", in_turns(["read", "write", "sync"], [0, 3]))
+def test_a_failing_drive_is_told_and_leaves_a_committed_step(kind: str, countdown: int, tmp_path: Path) -> None:
+    """`countdown`: operations of a kind before the one that fails."""
     expected = run_plain(ONE, steps=5)
-    failed = 0
-    for countdown in (0, 3):
-        folder = tmp_path / str(countdown)
-        folder.mkdir()
-        with contextlib.suppress(StorageError), make_engine(ONE, folder) as engine:
-            running = Running(ONE, engine)
-            running.steps(range(2))
-            FailingIO(engine, kind, countdown, errno.EIO)
-            try:
-                running.steps(range(2, 4))
-            except StorageError as error:
-                assert str(folder) in str(error)
-                failed += 1
-                engine.optimizer.zero_grad()  # type: ignore[union-attr]
-                with contextlib.suppress(OffloadError):  # refused, or done again: never wrong
-                    done = engine.step_number
-                    assert unequal(expected[done:], running.steps(range(done, 5))) == []
-        with make_engine(ONE, folder) as engine:
-            running = Running(ONE, engine)
-            engine.load_checkpoint(engine.commit_folder)
-            assert engine.step_number >= 1
-            assert unequal(expected[engine.step_number :], running.steps(range(engine.step_number, 5))) == []
-    assert failed
+    with contextlib.suppress(StorageError), make_engine(ONE, tmp_path) as engine:
+        running = Running(ONE, engine)
+        running.steps(range(2))
+        FailingIO(engine, kind, countdown, errno.EIO)
+        with pytest.raises(StorageError, match=re.escape(str(tmp_path))):
+            running.steps(range(2, 4))
+        engine.optimizer.zero_grad()  # type: ignore[union-attr]
+        with contextlib.suppress(OffloadError):  # refused, or done again: never wrong
+            done = engine.step_number
+            assert unequal(expected[done:], running.steps(range(done, 5))) == []
+    with make_engine(ONE, tmp_path) as engine:
+        running = Running(ONE, engine)
+        engine.load_checkpoint(engine.commit_folder)
+        assert engine.step_number >= 1
+        assert unequal(expected[engine.step_number :], running.steps(range(engine.step_number, 5))) == []
 
 
 def test_a_checkpoint_of_another_optimizer_changes_nothing(tmp_path: Path) -> None:
