@@ -73,7 +73,7 @@ def test_memory_is_filled_until_the_next_piece_would_not_fit_and_never_beyond() 
     sizes = training_problem().training
     assert sizes is not None
     lean, split = leanest_bytes(), 0
-    for more in range(0, 400 * KIB, 13 * KIB):
+    for more in range(0, 400 * KIB, 29 * KIB):
         asked = training_problem(unified=False, host_capacity_bytes=lean + more)
         plan = plan_streaming(asked)
         state = plan.state
@@ -89,7 +89,7 @@ def test_memory_is_filled_until_the_next_piece_would_not_fit_and_never_beyond() 
         assert all(pieces[0] > left for pieces in waiting if pieces)
         split += any(0 < state.in_memory.get(block.name, 0) < len(block.pieces) for block in sizes.blocks)
         assert Plan.from_json(plan.to_json()) == plan
-    assert split > 3
+    assert split > 2
 
 
 @pytest.mark.parametrize("in_memory", [["layers.0"], {"layers.0": 0}, {"layers.0": True}, {"layers.0": "1"}, 5, None])
