@@ -21,7 +21,7 @@ pytestmark = [
 
 HERE = Path(__file__).parent
 SOME = (
-    "on_emulated_cuda or leased or locked or streams or land or arrive or refused or chunks_of_tokens or reserved"
+    "on_emulated_cuda or leased or locked or streams or land or arrive or refused or reserved"
     " or traced or goes_through or changes_over or plan_on_the_gpu_is or (llama-bf16-x2 and None)"
 )
 """Of `test_gpu` what is over in seconds, and the device's own tests."""

@@ -67,7 +67,10 @@ print("given back")
 
 
 @needs_trim
-@pytest.mark.parametrize("how", [pytest.param("by mallinfo2", marks=needs_mallinfo2), "without mallinfo2"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("by mallinfo2", marks=needs_mallinfo2), pytest.param("without mallinfo2", marks=pytest.mark.full)],
+)
 def test_holes_are_given_back_once_there_are_more_than_planned(how):
     ran = subprocess.run(  # a process of its own, whose heap has no room yet
         [sys.executable, "-c", HOLES, how],
@@ -95,7 +98,7 @@ print(guard.counters.num_trims)
 
 @needs_trim
 @needs_mallinfo2
-@pytest.mark.parametrize("kept", [0, 96])
+@pytest.mark.parametrize("kept", [pytest.param(0, marks=pytest.mark.full), 96])
 def test_holes_that_kept_activations_will_fill_stay_until_these_are_there(kept):
     """64 MiB of holes where 16 are granted, and 96 besides that are kept from forward to backward."""
     ran = subprocess.run(
