@@ -49,6 +49,8 @@ class FakeEngine:
         self.events: list[str] = []
         self.after_step: dict[int, Any] = {}
         self.poison_at = -1
+        self.left_out: set[int] = set()
+        self.step_number = 0
 
     def train_batch(self, batches: list[dict[str, Any]]) -> float:
         assert self.optimizer is not None
@@ -56,7 +58,9 @@ class FakeEngine:
         loss = torch.stack(losses).mean()
         loss.backward()
         self.lrs.append(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
+        if len(self.seen) + 1 not in self.left_out:
+            self.optimizer.step()
+            self.step_number += 1
         self.optimizer.zero_grad()
         self.seen.append([int(batch["input_ids"].sum()) for batch in batches])
         self.events.append("step")
@@ -350,6 +354,20 @@ def test_a_nan_loss_stops_the_run_and_the_good_state_stays(tmp_path: Path) -> No
     with pytest.raises(NonFiniteLoss, match=r"step 5: the loss is nan; the last good state is .*checkpoint-4"):
         run(tmp_path / "out", engine, save_every=2)
     assert [step for step, _ in RunFolder(tmp_path / "out").checkpoints()] == [2, 4]
+
+
+def test_a_step_that_is_left_out_is_not_counted_and_is_taken_with_the_next_batches(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.left_out = {2, 3, 5}
+    engine, result, lines = run(tmp_path / "out", engine, save_every=2)
+    assert result.step == engine.step_number == 6 and len(engine.seen) == 9
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert engine.lrs[1] == engine.lrs[2] == engine.lrs[3] and lines[-1].startswith("finished at step 6")
+    assert [event for event in engine.events if event != "step"] == [f"save checkpoint-{step}" for step in (2, 4, 6)]
+    again = FakeEngine()
+    RunFolder(tmp_path / "out").checkpoint_path(6).rename(tmp_path / "moved")
+    assert run(tmp_path / "out", again, resume=True)[1].step == 6
+    assert again.seen == engine.seen[7:] and torch.equal(again.weight, engine.weight)
 
 
 def test_a_commit_that_was_made_before_its_schedule_went_on_is_gone_on_from_with_the_next_rate(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.saving import load_commit, load_training, save_training
 from offload_rt.optimizer.stand_ins import StandIns
 from offload_rt.optimizer.state import Part, laid_weights
-from offload_rt.optimizer.step import Step, StepCounters, check_first, check_skipped
+from offload_rt.optimizer.step import MAX_SKIPPED_IN_A_ROW, Step, StepCounters, check_first, check_skipped
 from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.writes import state_report
 from planners.plans.placement import UpdateMode
@@ -337,7 +337,10 @@ class FullTraining(TieredTraining):
         num_skipped = self._now.num_skipped_before + 1
         self._forget_all(then=replace(self._now.again(), num_skipped_before=num_skipped))
         self.counters.num_skipped += 1
-        logger.warning("step %d was left out: a gradient is not finite", self.step_number + 1)
+        logger.warning(
+            "step %d was left out: a gradient is not finite (%d in a row, of %d that end the run)",
+            self.step_number + 1, num_skipped, MAX_SKIPPED_IN_A_ROW,
+        )  # fmt: skip
         check_skipped(num_skipped, self.step_number)
 
     def _undo_because(self, why: str) -> None:

@@ -40,6 +40,8 @@ class TrainingEngine(SavingEngine, Protocol):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None: ...
+    @property
+    def step_number(self) -> int: ...
     def train_batch(self, batches: list[dict[str, Any]], /) -> float: ...
     def track(self, name: str, tracked: Any, /) -> None: ...
     def load_checkpoint(self, folder: Any, /) -> object: ...
@@ -188,6 +190,7 @@ def train(
             micro_batches = [next(batches) for _ in range(options.accumulation_steps)]
             lr = scheduler.get_last_lr()[0]
             progress.in_step = True
+            steps_before = engine.step_number
             loss = engine.train_batch(micro_batches)
             progress.in_step = False
             if not math.isfinite(loss):
@@ -196,6 +199,8 @@ def train(
                     f"step {progress.step + 1}: the loss is {loss}; "
                     + (f"the last good state is {newest.folder}" if newest else "no checkpoint was saved yet")
                 )
+            if engine.step_number == steps_before:  # left out, as the engine has said: the next batches take this step
+                continue
             _advance(scheduler)
             progress.step += 1
             report = engine.report()
