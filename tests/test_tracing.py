@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import time
@@ -249,8 +250,17 @@ def test_an_engine_that_closes_early_writes_what_there_is_and_says_so(
 def test_what_cannot_be_written_is_refused_before_and_ends_no_run_behind(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write, told = tracing.write_atomically, []
+
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     def full(path: Path, content: bytes) -> None:
-        raise StorageFull("cannot be written", path=str(path), errno=28)
+        with monkeypatch.context() as patched, pytest.raises(StorageFull) as caught:
+            patched.setattr("offload_rt.storage.drive_files.os.fsync", no_room)
+            write(path, content)
+        told.append(path)
+        raise caught.value
 
     with tiny.engine(tiny.model(), "in place", tmp_path) as run:
         for path, wrong in ((tmp_path, "is a folder"), (tmp_path / "not" / "there", "No such file")):
@@ -263,7 +273,7 @@ def test_what_cannot_be_written_is_refused_before_and_ends_no_run_behind(
         run.trace(tmp_path / "t.json", wait=0)
         tiny.train(run, range(2))
     assert "t.json: cannot be written (errno 28, ENOSPC)" in caplog.text.replace("\n", " ")
-    assert list(tmp_path.glob("*.json*")) == []
+    assert told == [tmp_path / "t.json"] and list(tmp_path.glob("*.json*")) == [], "it would keep the drive full"
 
 
 class Clock:

@@ -442,6 +442,7 @@ def test_a_full_drive_is_typed_wherever_the_runs_folder_is_written(
         with pytest.raises(StorageFull, match=r"(run|report)\.json: cannot be written: No space left"):
             write()
     assert (tmp_path / "out" / "run.json").read_bytes() == before
+    assert list(tmp_path.rglob("*.tmp")) == [], "they take up what is left of the drive"
     folder.close()
 
 

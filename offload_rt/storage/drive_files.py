@@ -12,6 +12,7 @@ collected without having been closed lets go of both by closing them, the file w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -143,7 +144,9 @@ def close_fenced(file: OpenFile) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` so that a crash leaves the old or the new content, whole and durable."""
+    """Replaces `path` so that a crash leaves the old or the new content, whole and durable. Raises `StorageError`, with
+    nothing of the new content left where it could not be written: it would take up what is left of a full drive.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -153,6 +156,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise os_error("cannot be written", path, error) from None
 
 

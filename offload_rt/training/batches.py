@@ -109,7 +109,10 @@ class Batches:
             if state["data"].get(key) != value
         ]
         if changed:
-            raise DataError(f"the run cannot be resumed in the same order, its data changed: {'; '.join(changed)}")
+            raise DataError(
+                "the run cannot be resumed in the same order, its data, or what the tokenizer makes of it, changed: "
+                f"{'; '.join(changed)}"
+            )
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _order(self, epoch: int) -> list[list[list[int]]]:

@@ -15,6 +15,7 @@ A checkpoint is removed by renaming it first, so that a folder named checkpoint-
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -271,6 +272,8 @@ class RunFolder:
                 os.fsync(file.fileno())
             temporary.rename(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise _cannot_be_written(path, error) from error
 
 
