@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <thread>
+#include <vector>
 
 #include "check.h"
 #include "io_ring.h"
@@ -123,6 +124,33 @@ void many_threads_with_many_operations_each(IoBackend backend) {
   }
   for (const bool all : right) CHECK(all);
   CHECK_EQUAL(ring->counters().operations, 2 * kThreads * kOperations);
+}
+
+void what_is_under_way_is_recorded_while_others_submit_and_ask(IoBackend backend) {
+  constexpr std::size_t kLength = 4096, kThreads = 3, kRounds = 40;
+  const IoRingPtr ring = open_ring(backend);
+  const ScratchFile file;
+  std::vector<std::thread> threads;
+  for (std::size_t t = 0; t < kThreads; ++t)
+    threads.emplace_back([&] {
+      const Buffer buffer(kLength, 1);
+      for (std::size_t i = 0; i < kRounds; ++i)
+        static_cast<void>(
+            ring->wait(submit(*ring, IoKind::write, file.fd(), 0, buffer.span()), kPatience));
+    });
+  bool right = true;
+  for (std::size_t i = 0; i < kRounds; ++i) {
+    if (i % 8 == 0) ring->record(i);
+    for (const IoRecord& each : ring->records().operations) {
+      const bool begun = each.begun_seconds >= 0, finished = each.finished_seconds >= 0;
+      right &= each.length == kLength && (!begun || each.submitted_seconds <= each.begun_seconds);
+      right &= !finished || (begun && each.begun_seconds <= each.finished_seconds);
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(right);
+  ring->record(kThreads * kRounds);
+  CHECK(ring->records().operations.empty());
 }
 
 void a_sync_is_a_request_of_its_own_and_moves_nothing(IoBackend backend) {
@@ -275,6 +303,7 @@ void run_all(Suite& suite, const std::string& name, IoBackend backend) {
   RUN(end_of_a_direct_file_is_an_error_also_when_it_is_not_aligned);
   RUN(depth_bounds_the_requests_in_flight_and_is_reached);
   RUN(many_threads_with_many_operations_each);
+  RUN(what_is_under_way_is_recorded_while_others_submit_and_ask);
   RUN(a_sync_is_a_request_of_its_own_and_moves_nothing);
   RUN(a_sync_reports_what_the_kernel_says);
   RUN(a_closed_descriptor_is_an_error_with_evidence);
