@@ -313,3 +313,22 @@ def test_slices_that_overlap_are_drawn_in_lanes_and_those_inside_others_are_not(
     assert lanes["forward"] == lanes["layer"] == 0
     assert [names[lanes[name]] for name in "abc"] == ["SSD read", "SSD read 2", "SSD read"]
     assert {event["pid"] for event in events} == {7}
+
+
+def test_no_reader_rounds_slices_into_one_another() -> None:
+    """Perfetto leaves out a slice that begins in another and ends behind it, if by a nanosecond."""
+    at, found = 0.0, []
+    for number in range(200):
+        end = at + 0.00012345678 * (1 + number % 7)
+        found += [Slice(COMPUTE, "layer", "", at, end), Slice(COMPUTE, "in it", "", at + 1e-5, end)]
+        at = end * (1 - 1e-15)  # as sums differ
+    events = json.loads(chrome_trace("a step", 1, ROWS, found))["traceEvents"]
+    drawn = [event for event in events if event["ph"] == "X"]
+    assert {event["tid"] for event in drawn} == {0} and len(drawn) == len(found)
+    ends: list[int] = []
+    for event in drawn:
+        begin, length = (int(event[key] * 1000) for key in ("ts", "dur"))  # as it reads them
+        while ends and ends[-1] <= begin:
+            ends.pop()
+        assert length > 0 and (not ends or begin + length <= ends[-1])
+        ends.append(begin + length)
