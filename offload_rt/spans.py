@@ -28,7 +28,11 @@ STEP = "step"
 HOST_WAIT = "host_wait"
 """Beside an asynchronous device, whose own waits are `WAIT`: the host's, which gives it work."""
 MOST_SPANS = 1 << 15
-"""They take 8 MiB, and some 40 MiB more while the file is written."""
+"""They take 8 MiB, what the drives' records say of them as much at most, and the file 40 MiB while it is written."""
+
+
+Resource = str | Callable[[float, float], str]
+"""That was waited for: known before, or by begin and end of the wait, when it is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +104,14 @@ class Spans:
         return self._begun(DEVICE_UPDATE, "update")
 
     @contextmanager
-    def waiting(self, name: str, of: str = "") -> Iterator[None]:
+    def waiting(self, name: str, of: Resource = "") -> Iterator[None]:
         """The thread that computes waits inside for `name`, on the resource `of`."""
         begin = self.clock()
         try:
             yield
         finally:
-            self.add(WAIT, name, begin, self.clock(), of=of)
+            end = self.clock()
+            self.add(WAIT, name, begin, end, of=of if isinstance(of, str) else of(begin, end))
 
     def copying(self, row: str, stream: object, name: str, num_bytes: int) -> AbstractContextManager[None]:
         """`stream`, of an asynchronous device, is given a copy or a kernel inside."""

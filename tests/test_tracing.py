@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import json
@@ -16,12 +17,16 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.errors import ConfigError, OffloadError, StorageFull
+from offload_rt.memory.arena import Arena
 from offload_rt.meter import COMPUTE, CPU, DEVICE_TO_HOST, DEVICE_UPDATE, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, WAIT
 from offload_rt.running import tracing
 from offload_rt.spans import STEP, Spans
 from offload_rt.transfers import links
 from offload_rt.transfers.device_spans import DeviceSpans
-from offload_rt.transfers.file_io import file_io
+from offload_rt.transfers.file_io import file_io, open_file
+from offload_rt.transfers.links import Links
+from offload_rt.transfers.streams import Copy
+from offload_rt.transfers.transfer import Leg, Transfer
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.perfetto import ROWS, Slice, chrome_trace
 from planners.plans.placement import Tier
@@ -159,6 +164,66 @@ def test_a_late_read_is_a_wait_for_its_block(tmp_path: Path) -> None:
     assert {event["args"]["waits for"] for event in late if event["name"] == "layers.1"} == {SSD_READ}
 
 
+def test_a_wait_is_for_what_took_most_of_it() -> None:
+    """Not for what it ended with: a copy to where it is used takes little of a read that is late."""
+    legs = (Leg(SSD_READ, 5.0), Leg(HOST_TO_DEVICE, 6.0))
+    read_and_copied = Transfer("copy", 1, lambda seconds: None, ())
+    read_and_copied.legs = legs
+    devices = Transfer("copy", 1, lambda seconds: None, ())
+    devices.copy, devices.legs_before = Copy("copy", [], inward=True), legs[:1]
+    for transfer in (read_and_copied, devices):
+        assert transfer.waited_for(1.0, 6.0) == SSD_READ
+        assert transfer.waited_for(4.5, 6.0) == HOST_TO_DEVICE == transfer.waited_for(5.5, 6.0)
+    parts = [Transfer("part", 1, lambda seconds: None, ()) for _ in range(4)]
+    with contextlib.closing(Links()) as joining:
+        for part, (resource, arrived) in zip(parts, zip("abab", (2.0, 4.5, 7.0, 9.0), strict=True), strict=True):
+            part.legs = (Leg(resource, arrived),)
+        assert joining.join("all", parts).waited_for(0.0, 9.0) == "a"  # 2 and 2.5 s, 2.5 and 2 s of "b"
+
+
+@pytest.mark.parametrize("late", [SSD_READ, CPU])
+def test_waits_for_updates_are_for_what_these_wait_for(
+    late: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tiny.engine(tiny.model(), "BACKWARD", tmp_path) as run:
+        stepper = run._training.stepper  # type: ignore[attr-defined]
+        meter, traced = stepper._links.meter, Spans(Clock())
+        meter.traced, clock = traced, traced.clock
+        monkeypatch.setattr(meter, "clock", clock)
+        with stepper._computing_waits():
+            clock.now += 3.0  # type: ignore[attr-defined]
+            stepper._waited[SSD_READ] += 2.0 if late == SSD_READ else 1.0
+        meter.traced = None
+    assert [(span.name, span.of) for span in traced.found] == [("updates", late)]
+
+
+def test_a_trace_that_ends_while_threads_look_at_it_disturbs_none(tmp_path: Path) -> None:
+    spans = Spans(Clock())
+
+    class Ends(Links):
+        is_seen = False
+
+        @property
+        def spans(self) -> Spans | None:  # type: ignore[override]
+            self.is_seen = not self.is_seen
+            return spans if self.is_seen else None
+
+        @spans.setter
+        def spans(self, value: Spans | None) -> None:
+            pass
+
+    (tmp_path / "file").write_bytes(bytes(4096))
+    device, arena = FakeDevice(), Arena("a", 4096)
+    with contextlib.closing(device), contextlib.closing(Ends()) as ending:
+        for look in (
+            lambda: ending._timed(HOST_TO_DEVICE, device.to_device, 1, "layer"),
+            lambda: ending.stalled("layer", SSD_READ),
+            lambda: ending.read(open_file(tmp_path / "file", writable=False), 0, arena.acquire(4096, "layer")).wait(),
+        ):
+            ending.is_seen = False
+            look()
+
+
 def test_emulated_links_are_on_the_rows_as_they_work_one_after_the_other(tmp_path: Path) -> None:
     with tiny.engine(tiny.model(), "", tmp_path, nvme=tmp_path, options={"rest": Tier.NVME}, emulate=machine()) as run:
         run.trace(tmp_path / "t.json", wait=1)
@@ -263,7 +328,10 @@ def test_what_cannot_be_written_is_refused_before_and_ends_no_run_behind(
         raise caught.value
 
     with tiny.engine(tiny.model(), "in place", tmp_path) as run:
-        for path, wrong in ((tmp_path, "is a folder"), (tmp_path / "not" / "there", "No such file")):
+        for path, wrong in (
+            (tmp_path, "is a folder"),
+            (tmp_path / "not" / "there", "No such file"),
+        ):
             with pytest.raises(ConfigError, match=f"trace: .* cannot be written: {wrong}"):
                 run.trace(path)
         for given in ({"steps": 0}, {"wait": -1}, {"steps": True}):
@@ -297,7 +365,7 @@ def test_a_summary_says_what_was_busy_and_the_longest_waits() -> None:
     spans.step_is_over(5)
     spans.add(CPU, "no room", 0.0, 1.0)
     assert tracing.summary(spans) == [
-        "step 5: 10 s; busy: compute 64%, ssd_read 40%; computing waited 2.6 s",
+        "step 5: 10 s; busy: compute 64%, ssd_read 40%; computing waited 2.6 s: 2.6 s for ssd_read",
         "longest waits: 2 s for layers.1 (ssd_read) in step 5, backward, 500 ms for layers.0 (ssd_read) in step 5, "
         "forward, 100 ms for layers.0 (ssd_read) in step 5, backward",
         "1 span(s) had no room: at most 8 are kept; trace fewer steps",

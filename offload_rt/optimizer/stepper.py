@@ -311,13 +311,14 @@ class Stepper:
             self._links.wait(transfer)
             return
         meter = self._links.meter
+        traced = meter.traced  # once: the thread that steps may begin or end it meanwhile
         begin = meter.clock()
         transfer.wait()
         end = meter.clock()
         for resource, seconds in transfer.stalls(begin, end):
             self._waited[resource] += seconds
-        if meter.traced is not None:
-            meter.traced.add(UPDATES_WAIT, transfer.moves, begin, end, of=transfer.waits_for)
+        if traced is not None:
+            traced.add(UPDATES_WAIT, transfer.moves, begin, end, of=transfer.waited_for(begin, end))
 
     @contextmanager
     def _computing_waits(self) -> Iterator[None]:
@@ -326,14 +327,16 @@ class Stepper:
         begin, before = meter.clock(), self._waited.copy()
         yield
         end = meter.clock()
-        if meter.traced is not None:
-            meter.traced.add(WAIT, "updates", begin, end, of=CPU)
         left = end - begin
+        most, longest = 0.0, CPU
         for resource, seconds in self._waited.copy().items():  # its thread goes on
             seconds = min(left, seconds - before[resource])
             meter.stalled(resource, seconds)
             left -= seconds
+            most, longest = max((most, longest), (seconds, resource))
         meter.stalled(CPU, left)
+        if meter.traced is not None:
+            meter.traced.add(WAIT, "updates", begin, end, of=CPU if left >= most else longest)
 
     def _order_weights(self) -> None:
         while self._landing:

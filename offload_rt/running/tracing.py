@@ -4,8 +4,11 @@
                                 |== recorded ===| written
 
 It begins and ends between two steps, so that what a step moves by its trace is what `report` counts of it. Rows are
-those of a planned step (`offload-rt plan --trace`), and waits besides. What was under way before is not in it; what is
-still under way at its end reaches to it. The bits are the same.
+those of a planned step (`offload-rt plan --trace`), and waits besides. What was under way before is not in it; reads
+and writes that are still under way at its end reach to it. The bits are the same.
+
+The first steps of an engine check what later ones trust, so that they are waited for. At most 32768 spans are kept, in
+20 MiB with the drives' records of them, and some 40 MiB more while they are written.
 """
 
 from __future__ import annotations
@@ -199,7 +202,9 @@ def trace_json(spans: Spans) -> str:
 
 
 def summary(spans: Spans) -> list[str]:
-    """A line for each step: how long each resource was busy and computing waited; and one of the longest waits."""
+    """A line for each step: how long each resource was busy, how long computing waited and for which of them; and one
+    of the longest waits.
+    """
     lines = []
     waits = [span for span in spans.found if span.row == WAIT]
     for number, begin, end in spans.steps:
@@ -213,9 +218,15 @@ def summary(spans: Spans) -> list[str]:
                 length -= overlap_seconds(intervals, waiting)
             if length >= LEAST_SHARE * seconds:
                 shares.append(f"{row} {length / seconds:.0%}")
+        by = {of: _length(_union((s for s in waits if s.of == of), begin, end)) for of in {s.of for s in waits if s.of}}
+        parts = [
+            f"{in_words(length)} for {of}"
+            for of, length in sorted(by.items(), key=lambda item: -item[1])
+            if length >= LEAST_SHARE * seconds
+        ]
         lines.append(
             f"step {number}: {in_words(seconds)}; busy: {', '.join(shares) or 'nothing'}; computing waited "
-            f"{in_words(_length(waiting))}"
+            f"{in_words(_length(waiting))}{': ' if parts else ''}{', '.join(parts)}"
         )
     longest = sorted(waits, key=lambda span: span.begin_seconds - span.end_seconds)[:NUM_LONGEST]
     if longest:

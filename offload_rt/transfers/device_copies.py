@@ -57,7 +57,7 @@ class DeviceCopies:
             after_operations=[] if after is None or after.operation is None else [after.operation],
             places=places,
         )
-        return self._transfer(copy, source.num_bytes)
+        return self._transfer(copy, source.num_bytes, after)
 
     def save(self, *saved: tuple[torch.Tensor, Slot]) -> Transfer:
         """Starts copying tensors, contiguous, that `compute` was given to make, each to its slot in HOST, all of them
@@ -99,7 +99,7 @@ class DeviceCopies:
             after=None if after is None else after.wait,
             after_operations=[] if after is None or after.operation is None else [after.operation],
         )
-        return self._transfer(copy, flat.numel())
+        return self._transfer(copy, flat.numel(), after)
 
     def place(self, copied: Transfer) -> Place:
         """Behind `copied`, a device's own copy. Blocks until that has been given: at once, but for pageable memory.
@@ -138,11 +138,12 @@ class DeviceCopies:
         saved.copy.done.add_done_callback(begin)
         return transfer
 
-    def _transfer(self, copy: Copy, num_bytes: int) -> Transfer:
+    def _transfer(self, copy: Copy, num_bytes: int, after: Transfer | None = None) -> Transfer:
         copier = self._copier
         self._counters.num_transfers += 1
         transfer = Transfer(copy.name, num_bytes, lambda seconds: copier.wait(copy, seconds), (copy,))
         transfer.copy, transfer.operation, transfer.moves = copy, copy.operation, copy.moves
+        transfer.legs_before = () if after is None else after.legs
         return transfer
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from offload_rt.meter import COMPUTE, WAIT
-from offload_rt.spans import HOST_WAIT, MOST_SPANS, Spans
+from offload_rt.spans import HOST_WAIT, MOST_SPANS, Resource, Spans
 from offload_rt.transfers.device_streams import Device, Mark, Stream
 
 MAX_PAIRS = 1 << 13
@@ -30,9 +30,9 @@ class _Noted:
     row: str
     name: str
     num_bytes: int
-    of: str
     begin: Mark
     end: Mark
+    of: str = ""
     has_ended: bool = False
 
 
@@ -61,14 +61,16 @@ class DeviceSpans(Spans):
         return self.computing("update")
 
     @contextmanager
-    def waiting(self, name: str, of: str = "") -> Iterator[None]:
+    def waiting(self, name: str, of: Resource = "") -> Iterator[None]:
         """The host waits inside, or `compute` is made to: what that takes is the device's to note."""
-        begin, end = self.clock(), self._note(WAIT, self._device.compute, name, of=of)
+        begin, end = self.clock(), self._note(WAIT, self._device.compute, name)
         try:
             yield
         finally:
-            end()
-            self.add(HOST_WAIT, name, begin, self.clock(), of=of)
+            now = self.clock()
+            resource = of if isinstance(of, str) else of(begin, now)
+            end(resource)
+            self.add(HOST_WAIT, name, begin, now, of=resource)
 
     @contextmanager
     def copying(self, row: str, stream: object, name: str, num_bytes: int) -> Iterator[None]:
@@ -100,18 +102,19 @@ class DeviceSpans(Spans):
         self._noted.clear()
         self._pool.clear()
 
-    def _note(self, row: str, stream: Stream, name: str, num_bytes: int = 0, *, of: str = "") -> Callable[[], None]:
+    def _note(self, row: str, stream: Stream, name: str, num_bytes: int = 0) -> Callable[..., None]:
+        """Begins a span, which ends when what is returned is called: with the resource that was waited for, if any."""
         with self._lock:
             if not self._pool:
                 self.num_left_out += 1
-                return lambda: None
-            noted = _Noted(row, name, num_bytes, of, *self._pool.pop())
+                return lambda of="": None
+            noted = _Noted(row, name, num_bytes, *self._pool.pop())
             self._noted.append(noted)
         noted.begin.record(stream)
 
-        def end() -> None:
+        def end(of: str = "") -> None:
             noted.end.record(stream)
-            noted.has_ended = True
+            noted.of, noted.has_ended = of, True
 
         return end
 

@@ -19,7 +19,7 @@ from functools import partial
 from offload_rt.errors import OffloadError, StorageTimeout
 from offload_rt.memory.arena import WAIT_SECONDS, Slot
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE, SSD_READ, SSD_WRITE, Meter, Reading
-from offload_rt.spans import Spans
+from offload_rt.spans import Resource, Spans
 from offload_rt.transfers.device_copies import DeviceCopies
 from offload_rt.transfers.device_streams import Device, Stream
 from offload_rt.transfers.device_times import DeviceTimes
@@ -62,7 +62,7 @@ class Links:
         self._random = random.Random(seed)
         self.times = times
         self.spans: Spans | None = None
-        """What was under way when, while a step is traced."""
+        """Who is told what was under way when, while a step is traced. A thread looks once: it may end at any time."""
         self.device = None
         if device is not None:
             self.device = Copier(device, recorder, pause=self._sleep, timed=self._timed)
@@ -208,7 +208,7 @@ class Links:
         """
         start = self.meter.clock()
         copy = transfer.copy
-        with self.stalled(transfer.moves, transfer.waits_for):
+        with self.stalled(transfer.moves, transfer.waited_for):
             if self.device is not None and copy is not None and copy.inward:
                 self.device.order(copy, WAIT_SECONDS)  # and the recorder's compute lane
             else:
@@ -218,18 +218,13 @@ class Links:
         for resource, seconds in transfer.stalls(start, end):
             self.meter.stalled(resource, seconds)
 
-    def stalled(self, name: str, of: str) -> AbstractContextManager[None]:
+    def stalled(self, name: str, of: Resource) -> AbstractContextManager[None]:
         """Inside, the caller waits for `name`, on the resource `of`, which is no computing of its own: a device that is
         timed is told, and a trace.
         """
-        if self.spans is None:
-            return nullcontext() if self.times is None else self.times.stalled()
-        return self._traced_stall(name, of, self.spans)
-
-    @contextmanager
-    def _traced_stall(self, name: str, of: str, spans: Spans) -> Iterator[None]:
-        with nullcontext() if self.times is None else self.times.stalled(), spans.waiting(name, of):
-            yield
+        times = nullcontext() if self.times is None else self.times.stalled()
+        spans = self.spans
+        return times if spans is None else _both(times, spans.waiting(name, of))
 
     def reading(self) -> Reading:
         """What drives and links did since the start; of an emulated machine's, what those did.
@@ -271,8 +266,8 @@ class Links:
         buffer = slot.buffer()
         resource = SSD_READ if kind == "read" else SSD_WRITE
         told = self._told(resource, slot.owner, slot.num_bytes)
-        if self.spans is not None:
-            self.spans.note_place(file.path, offset_bytes, slot.owner)
+        if (spans := self.spans) is not None:
+            spans.note_place(file.path, offset_bytes, slot.owner)
         arrived = self._paced_wait(kind, slot.num_bytes, self._start(kind, file, offset_bytes, buffer), told)
         wait, legs = self._arriving(resource, arrived)
         transfer = Transfer(f"{kind} {file.path}", slot.num_bytes, wait, (slot, buffer))
@@ -304,7 +299,8 @@ class Links:
     def _timed(self, kind: str, stream: Stream, num_bytes: int, name: str) -> AbstractContextManager[object]:
         """What a copier has the device note: for `times`, and for a trace."""
         times = nullcontext() if self.times is None else self.times.timed(kind, stream, num_bytes)
-        return times if self.spans is None else _both(times, self.spans.copying(kind, stream, name, num_bytes))
+        spans = self.spans
+        return times if spans is None else _both(times, spans.copying(kind, stream, name, num_bytes))
 
     def _paced_wait(
         self,

@@ -6,7 +6,7 @@ Whoever starts one is `links`; a device's own copies are begun by `device_copies
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from offload_rt.errors import OffloadError, StorageTimeout
@@ -54,6 +54,8 @@ class Transfer:
         """What it moves, by the owner of its memory where that is known."""
         self.legs: tuple[Leg, ...] = ()
         """What it waits for, one after the other; empty where nobody measures that."""
+        self.legs_before: tuple[Leg, ...] = ()
+        """Of a device's own copy: what it is given to the device behind."""
         self._wait = wait
         self._owned: tuple[object, ...] | None = owned
         self._error: Exception | None = None
@@ -75,12 +77,15 @@ class Transfer:
                 raise
             self._owned = None
 
-    @property
-    def waits_for(self) -> str:
-        """The resource that whoever waits for it waits for, in the end; empty where that is not known."""
+    def waited_for(self, begin_seconds: float, end_seconds: float) -> str:
+        """The resource that took most of a wait for it, that has returned; empty where nobody measures that."""
+        legs = self.legs
         if self.copy is not None:
-            return HOST_TO_DEVICE if self.copy.inward else DEVICE_TO_HOST
-        return self.legs[-1].resource if self.legs else ""
+            legs = (*self.legs_before, Leg(HOST_TO_DEVICE if self.copy.inward else DEVICE_TO_HOST))
+        seconds: dict[str, float] = {}
+        for resource, part in _parts(legs, begin_seconds, end_seconds):
+            seconds[resource] = seconds.get(resource, 0.0) + part
+        return max(seconds, key=lambda resource: seconds[resource], default="")
 
     @property
     def was_waited_for(self) -> bool:
@@ -103,9 +108,14 @@ class Transfer:
 
     def stalls(self, begin_seconds: float, end_seconds: float) -> Iterator[tuple[str, float]]:
         """How a wait for it, that has returned, divides into waits for its legs: resource and seconds."""
-        at = begin_seconds
-        for number, leg in enumerate(self.legs):
-            is_last = number + 1 == len(self.legs)
-            until = end_seconds if is_last or leg.arrived_at is None else min(max(at, leg.arrived_at), end_seconds)
-            yield leg.resource, until - at
-            at = until
+        return _parts(self.legs, begin_seconds, end_seconds)
+
+
+def _parts(legs: Sequence[Leg], begin_seconds: float, end_seconds: float) -> Iterator[tuple[str, float]]:
+    """How a wait for `legs`, that has returned, divides into them: resource and seconds."""
+    at = begin_seconds
+    for number, leg in enumerate(legs):
+        is_last = number + 1 == len(legs)
+        until = end_seconds if is_last or leg.arrived_at is None else min(max(at, leg.arrived_at), end_seconds)
+        yield leg.resource, until - at
+        at = until
