@@ -43,7 +43,6 @@ from offload_rt.report import report, summary
 from offload_rt.running.changes import Changes
 from offload_rt.running.micro_batches import MicroBatches
 from offload_rt.running.peaks import RESUME, SAVE, Peaks
-from offload_rt.running.tracing import Tracing
 from offload_rt.running.tracked import Tracked
 from offload_rt.transfers.device_cuda import find_device
 from offload_rt.wiring.assembly import assemble
@@ -198,7 +197,6 @@ class Engine:
             give_up=self.close,
         )
         self.step_meter = self._changes.meter
-        self._tracing = Tracing(lambda: self._runtime, self.step_meter)
         self._wear_from = (0, runtime.links.counters.bytes_written)
         """The step and the bytes written when steps of this process began."""
         models, kept = {self.model, model}, runtime.made_of.workload.kept_elsewhere()
@@ -208,12 +206,9 @@ class Engine:
         self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles += self.step_meter.attach(self.model)
         self._steps = LoopSteps(
-            lambda: self._training,
-            self.trainable.values(),
-            self.step_meter,
-            accumulation_steps=self.config.accumulation_steps,
-            is_over=self._step_is_over,
-        )
+            lambda: self._training, self.trainable.values(), self.step_meter,
+            accumulation_steps=self.config.accumulation_steps, is_over=self._changes.after_step,
+        )  # fmt: skip
         self._handles.append(self._steps)
         self._micro_batches = MicroBatches(
             self, self._changes, self._steps, accumulation_steps=self.config.accumulation_steps
@@ -224,11 +219,6 @@ class Engine:
         """What the engine sees of the runtime in effect."""
         runtime.training.check_by(self._reached)
         self._peaks.follow(runtime, self._base.resident_bytes)
-        self._tracing.plan_has_changed()
-
-    def _step_is_over(self) -> None:
-        self._tracing.step_is_over(self.step_number)
-        self._changes.after_step()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -360,25 +350,16 @@ class Engine:
         )
 
     def trace(
-        self,
-        path: str | Path,
-        *,
-        steps: int = 1,
-        wait: int = 2,
-        on_ready: Callable[[str], object] | None = None,
+        self, path: str | Path, *, steps: int = 1, wait: int = 2, on_ready: Callable[[str], object] | None = None
     ) -> None:
         """Records what is under way when in `steps` steps, after `wait` others, and writes it to `path`, for Perfetto.
 
-        Call it between two steps, and go on stepping: the first steps of an engine check what later ones trust. The
-        file has Chrome's trace format (compressed where its name ends in .gz), with the rows of a planned step and the
-        waits of what computes. `on_ready` is called behind the last step with some lines about it; None logs them.
-        Does not block; a GPU is waited for before the first of these steps and behind the last one. At most 32768 spans
-        are kept, in 8 MiB, and some 40 MiB more while they are written. The bits stay the same. Raises `ConfigError`
-        where `path` cannot be written, or a trace is under way.
+        Call it between two steps, and go on stepping. The file has Chrome's trace format, compressed where its name
+        ends in .gz: see `running.tracing`. `on_ready` is called behind the last step with some lines about it; None
+        logs them. Does not block; a GPU is waited for before the first of these steps and behind the last one. The bits
+        stay the same. Raises `ConfigError` where `path` cannot be written, or a trace is under way.
         """
-        if self._closed:
-            raise OffloadError("trace: the engine is closed; no step will come")
-        self._tracing.ask(Path(path), steps=steps, wait=wait, on_ready=on_ready)
+        self._changes.tracing.ask(Path(path), steps=steps, wait=wait, on_ready=on_ready)
 
     def summary(self) -> str:
         """What is in effect, in a few lines."""
@@ -399,7 +380,7 @@ class Engine:
         self._training.abandon()
         # Guards look at which weights are absent from now on.
         handles = [handle.remove for handle in self._handles]
-        all_close(self._tracing.close, self._changes.replanner.close, self._runtime.close, *handles, self._peaks.close)
+        all_close(self._changes.close, self._runtime.close, *handles, self._peaks.close)
 
     def __enter__(self) -> Engine:
         return self

@@ -60,6 +60,7 @@ FLOORS = {
     "offload_rt.adamw.cpu_adam": 1.5,
     "offload_rt.memory.pinning": 1.5,
     "offload_rt.quantized.prequantized": 1.5,
+    "offload_rt.transfers.io_records": 1.9,
     "offload_rt.transfers.recording": 2.0,
     "offload_rt.quantized.decoder": 2.0,
     "offload_rt.transfers.file_io": 2.0,

@@ -103,7 +103,7 @@ def test_nothing_is_made_for_a_trace_where_none_is_asked_for(tmp_path: Path, mon
         run.trace(tmp_path / "t.json", wait=1)
         with pytest.raises(NameError):
             tiny.train(run, range(1))
-        run._tracing._asked = None
+        run._changes.tracing._asked = None
 
 
 @pytest.mark.parametrize("io", ["auto", "threads", "aiofiles"])

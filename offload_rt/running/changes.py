@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig
 from offload_rt.report import in_short
 from offload_rt.running.rehearsal import Rehearsal
 from offload_rt.running.replanning import Replanner
 from offload_rt.running.steps import StepMeter
+from offload_rt.running.tracing import Tracing
 from offload_rt.wiring.assembly import change_over
 from offload_rt.wiring.runtime import Runtime
 
@@ -52,6 +54,7 @@ class Changes:
             on_settled=lambda: logger.info("%s", in_short(self.runtime, self.meter)),
         )
         """Of steps under the plan in effect; for hooks of the model."""
+        self.tracing = Tracing(lambda: self.runtime, self.meter)
         self._config, self._model = config, model
         self._base_bytes = base_bytes
         self._followed_by, self._give_up = followed_by, give_up
@@ -84,14 +87,22 @@ class Changes:
             )
 
     def after_step(self) -> None:
-        """Whether the plan is to be made again, by the step that was taken. Blocks as `Replanner.after_step` does."""
+        """Whether the plan is to be made again, by the step that was taken. Blocks as `Replanner.after_step` does, and
+        where a trace ends.
+        """
+        self.tracing.step_is_over(self.step_number)
         self.replanner.after_step(self.runtime, self.meter, self.step_number, more_bytes=self.rehearsal.more_bytes)
 
     def go_on_with(self, runtime: Runtime) -> None:
         """From now on `runtime` is in effect."""
         if runtime is not self.runtime:
             self.runtime = runtime
+            self.tracing.plan_has_changed()
             self._followed_by(runtime)
+
+    def close(self) -> None:
+        """Ends the trace that is under way, and planning. The runtime stays."""
+        all_close(self.tracing.close, self.replanner.close)
 
     @property
     def step_number(self) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_rt.errors import ConfigError, StorageError
+from offload_rt.errors import ConfigError, OffloadError, StorageError
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, RESOURCES, SSD_READ, SSD_WRITE, UPDATES_WAIT, WAIT
 from offload_rt.running.steps import StepMeter
 from offload_rt.spans import HOST_WAIT, STEP, Span, Spans
@@ -62,9 +62,12 @@ class Tracing:
         self._spans: Spans | None = None
         self._traced: Runtime | None = None
         """Whose spans these are."""
+        self._is_closed = False
 
     def ask(self, path: Path, *, steps: int, wait: int, on_ready: Callable[[str], object] | None) -> None:
         """See `Engine.trace`."""
+        if self._is_closed:
+            raise OffloadError("trace: the engine is closed; no step will come")
         for name, value, least in (("steps", steps, 1), ("wait", wait, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"trace: {name}: must be a whole number of at least {least}, got {value!r}")
@@ -102,6 +105,7 @@ class Tracing:
 
     def close(self) -> None:
         """Writes what there is of a trace whose last step did not come, and says so."""
+        self._is_closed = True
         asked, spans = self._asked, self._spans
         if asked is None:
             return

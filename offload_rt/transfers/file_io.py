@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno as errno_names
-import itertools
 import mmap
 import os
 import threading
@@ -17,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +25,7 @@ from offload_rt.memory.arena import WAIT_SECONDS, Region
 from offload_rt.meter import SSD_READ, SSD_WRITE, Meter
 from offload_rt.native import native_core
 from offload_rt.patience import Patience
+from offload_rt.transfers.io_records import Recorded, Records
 
 Result = TypeVar("Result")
 
@@ -92,21 +92,6 @@ def open_file(path: str | Path, *, writable: bool) -> OpenFile:
             raise
     fd = os.open(path, flags, 0o644)
     return OpenFile(str(path), fd, False, Descriptor(fd))
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """When an operation that was started while operations were recorded was under way, by a steady clock."""
-
-    kind: str
-    """"read", "write" or "fdatasync"."""
-    path: str
-    offset_bytes: int
-    num_bytes: int
-    begin_seconds: float
-    """Its first request was made; before that, it stood in line behind others, as it may still do."""
-    end_seconds: float | None
-    """None: not yet over."""
 
 
 class FileIO(Protocol):
@@ -255,10 +240,7 @@ class AiofilesIO:
         self._loop = asyncio.new_event_loop()
         self._names: dict[int, str] = {}
         self._meter = Meter()
-        self._most = self._recording = 0
-        self._numbers = itertools.count()
-        self._recorded: dict[int, Recorded] = {}
-        self._num_left_out = 0
+        self._records = Records(self._meter.clock)
         self._thread = threading.Thread(target=self._loop.run_forever, name="offload_rt-aiofiles", daemon=True)
         self._thread.start()
 
@@ -267,7 +249,7 @@ class AiofilesIO:
         self._meter.begin(resource)
         future = asyncio.run_coroutine_threadsafe(self._run(kind, file, offset_bytes, buffer[:]), self._loop)
         self._names[id(future)] = f"{kind} {file.path} at {offset_bytes}, {len(buffer)} bytes"
-        note = self._noting(kind, file.path, offset_bytes, len(buffer))
+        note = self._records.noting(kind, file.path, offset_bytes, len(buffer))
 
         def over(done: Future[None]) -> None:
             self._names.pop(id(done), None)
@@ -284,30 +266,10 @@ class AiofilesIO:
         pass  # an operation is one request, and the event loop's threads are the depth
 
     def record(self, most: int) -> None:
-        self._most, self._recording = most, self._recording + 1
-        self._recorded, self._num_left_out, self._numbers = {}, 0, itertools.count()
+        self._records.begin_anew(most)
 
     def records(self) -> tuple[list[Recorded], int]:
-        return list(self._recorded.values()), self._num_left_out
-
-    def _noting(self, kind: str, path: str, offset_bytes: int, num_bytes: int) -> Callable[[], None]:
-        """Notes that an operation begins, if that is recorded; returns what notes that it is over."""
-        if not self._most:
-            return lambda: None
-        number, recording = next(self._numbers), self._recording
-        if number >= self._most:
-            self._num_left_out += 1
-            return lambda: None
-        begun = Recorded(
-            "fdatasync" if kind == "sync" else kind, path, offset_bytes, num_bytes, self._meter.clock(), None
-        )
-        self._recorded[number] = begun
-
-        def over() -> None:
-            if recording == self._recording:
-                self._recorded[number] = replace(begun, end_seconds=self._meter.clock())
-
-        return over
+        return self._records.all()
 
     async def _run(self, kind: str, file: OpenFile, offset_bytes: int, buffer: memoryview) -> None:
         """Owns `buffer` and releases it, and each part of it: a thread of the loop's may hold on to what it was called
