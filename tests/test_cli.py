@@ -310,13 +310,13 @@ def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
     monkeypatch.setattr(RuntimeOptions, "fills", Fill.NOTHING)  # any budget for so small a model would hold its layers
     straight, out = tmp_path / "straight", tmp_path / "out"
     arguments += packing
-    trace = ["--trace", str(tmp_path / "trace.json.gz"), "--trace-steps"]
+    trace = ["--trace", str(straight / "trace.json.gz"), "--trace-steps"]  # in a folder that the run makes
     code, line = fails(capsys, *arguments, "--out", str(straight), "--steps", "4", *trace, "5")
-    assert code == 2 and "--trace-steps: 5 are to be traced, the run has 4" in line
+    assert code == 2 and "--trace-steps: 5 are to be traced, the run has 4" in line and not straight.exists()
     assert main([*arguments, "--out", str(straight), "--steps", "4", *trace, "2"]) == 0
     shown = capsys.readouterr().out
     assert re.findall(r"^step (\d): .* busy: compute \d+%", shown, re.M) == ["3", "4"]
-    assert "longest waits: " in shown and gzip.decompress((tmp_path / "trace.json.gz").read_bytes())
+    assert "longest waits: " in shown and gzip.decompress((straight / "trace.json.gz").read_bytes())
     assert "40 examples" in shown and "NF4" in shown and "finished at step 4" in shown
     assert {path.name for path in (straight / "adapter").iterdir()} >= {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
@@ -330,8 +330,9 @@ def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
     assert code == 2 and "finished at step 2" in line
     code, line = fails(capsys, *arguments, "--out", str(out), "--steps", "4", "--resume", "--lr", "0.02")
     assert code == 2 and "lr was 0.01, is 0.02" in line
-    assert main([*arguments, "--out", str(out), "--steps", "4", "--resume"]) == 0
-    assert "resuming from checkpoint-2" in capsys.readouterr().out
+    assert main([*arguments, "--out", str(out), "--steps", "4", "--resume", "--trace", str(tmp_path / "t.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "resuming from checkpoint-2" in shown and "step 4: " in shown, "the last of those that are left is traced"
     assert adapter_bytes(out) == adapter_bytes(straight)
     capsys.readouterr()
     assert main(["report", str(out)]) == 0

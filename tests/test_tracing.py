@@ -330,6 +330,7 @@ def test_what_cannot_be_written_is_refused_before_and_ends_no_run_behind(
     with tiny.engine(tiny.model(), "in place", tmp_path) as run:
         for path, wrong in (
             (tmp_path, "is a folder"),
+            (Path(), "is a folder"),
             (tmp_path / "not" / "there", "No such file"),
         ):
             with pytest.raises(ConfigError, match=f"trace: .* cannot be written: {wrong}"):

@@ -25,6 +25,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.plans.cuts import cuts_from_json
 from offload_rt.running.steps import WARM_STEPS
 from offload_rt.running.tracing import require_writable
+from offload_rt.storage.drive_files import make_folders
 from offload_rt.training.batches import Batches, check_packing
 from offload_rt.training.data import DataReport, load_examples
 from offload_rt.training.data_files import data_files
@@ -66,8 +67,9 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     )
     # Everything that can be wrong with the call is found before a weight is read.
     require_installed(tensorboard=options.logdir is not None, wandb=options.wandb)
-    if arguments.trace is not None:
-        require_writable(Path(arguments.trace))
+    trace = None if arguments.trace is None else Path(arguments.trace)
+    if trace is not None and (trace.parent.exists() or options.out not in trace.parents):
+        require_writable(trace)  # the run's folder is made when the run begins
     folder = RunFolder(options.out)
     folder.require_writable()
     model_folder = _model_folder(arguments.model)
@@ -113,7 +115,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         held_out_examples, held_out_report = load(held_out_data, seq_len=arguments.seq_len)
         held_out = batches_of(held_out_examples)
     total_steps = num_steps(options, batches)
-    if arguments.trace is not None and arguments.trace_steps > total_steps:
+    if trace is not None and arguments.trace_steps > total_steps:
         raise ConfigError(f"--trace-steps: {arguments.trace_steps} are to be traced, the run has {total_steps}")
     _show_settings(console, arguments, saved, data_report, held_out_report, total_steps)
     calibrate_first(arguments.device, arguments.nvme, arguments.plan, say)
@@ -143,9 +145,11 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     ) as engine:
         say(engine.summary())
         engine.model.train()
-        if arguments.trace is not None:
-            wait = min(WARM_STEPS, total_steps - arguments.trace_steps)
-            engine.trace(arguments.trace, steps=arguments.trace_steps, wait=wait, on_ready=say)
+        if trace is not None:
+            num_left = total_steps - (folder.last_step() if options.resume else 0)
+            wait = max(0, min(WARM_STEPS, num_left - arguments.trace_steps))
+            make_folders(trace.parent)
+            engine.trace(trace, steps=arguments.trace_steps, wait=wait, on_ready=say)
         if arguments.packing:
             check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
 

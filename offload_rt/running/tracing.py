@@ -165,10 +165,10 @@ class Tracing:
 
 def require_writable(path: Path) -> None:
     """Raises `ConfigError` where no file can be written at `path`. What is there stays until it is replaced."""
-    beside = path.with_name(path.name + ".partial")
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "is a folder")
+        beside = path.with_name(path.name + ".partial")
         beside.open("wb").close()
         beside.unlink()
     except OSError as error:
