@@ -364,9 +364,11 @@ def test_a_summary_says_what_was_busy_and_the_longest_waits() -> None:
     spans.add(SSD_READ, "layers.0", 3.0, 6.0, 4096)
     clock.now = 10.0
     spans.step_is_over(5)
+    spans.step_is_over(6)
     spans.add(CPU, "no room", 0.0, 1.0)
     assert tracing.summary(spans) == [
         "step 5: 10 s; busy: compute 64%, ssd_read 40%; computing waited 2.6 s: 2.6 s for ssd_read",
+        "step 6: 0 ms; busy: nothing; computing waited 0 ms",
         "longest waits: 2 s for layers.1 (ssd_read) in step 5, backward, 500 ms for layers.0 (ssd_read) in step 5, "
         "forward, 100 ms for layers.0 (ssd_read) in step 5, backward",
         "1 span(s) had no room: at most 8 are kept; trace fewer steps",

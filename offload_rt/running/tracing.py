@@ -210,23 +210,24 @@ def summary(spans: Spans) -> list[str]:
     of the longest waits.
     """
     lines = []
-    waits = [span for span in spans.found if span.row == WAIT]
+    of_row = {row: [span for span in spans.found if span.row == row] for row in (*RESOURCES, WAIT)}
+    waits = of_row[WAIT]
     for number, begin, end in spans.steps:
         seconds = end - begin
         waiting = _union(waits, begin, end)
-        busy = {row: _union((s for s in spans.found if s.row == row), begin, end) for row in RESOURCES}
+        busy = {row: _union(of_row[row], begin, end) for row in RESOURCES}
         shares = []
         for row, intervals in busy.items():
             length = _length(intervals)
             if row in (COMPUTE, DEVICE_UPDATE):  # these wait, too
                 length -= overlap_seconds(intervals, waiting)
-            if length >= LEAST_SHARE * seconds:
+            if length > LEAST_SHARE * seconds:
                 shares.append(f"{row} {length / seconds:.0%}")
         by = {of: _length(_union((s for s in waits if s.of == of), begin, end)) for of in {s.of for s in waits if s.of}}
         parts = [
             f"{in_words(length)} for {of}"
             for of, length in sorted(by.items(), key=lambda item: -item[1])
-            if length >= LEAST_SHARE * seconds
+            if length > LEAST_SHARE * seconds
         ]
         lines.append(
             f"step {number}: {in_words(seconds)}; busy: {', '.join(shares) or 'nothing'}; computing waited "
