@@ -125,7 +125,11 @@ class AdapterTraining(TieredTraining):
         self.commits.finish()
         if self.is_commit_folder(folder):
             values = load_commit(self, check)
-            self.begin_again((), from_log=True)
+            for block in self.blocks:
+                self.stepper.load_what_rests_in_memory(block)
+                self.stepper.rebuild_weights(block)
+                self.have_changed(trained.parameter for trained in block.parameters)
+            self.begin_again((), from_log=False)
             restore_rng(values["rng"])
             return values
         trainable, state = self._steps.trainable, TieredState(self)
@@ -149,10 +153,8 @@ class AdapterTraining(TieredTraining):
         }  # fmt: skip
 
     def begin_again(self, weights: Sequence[str], *, from_log: bool) -> None:
-        for block in self.blocks if from_log else ():
+        for block in self.blocks if from_log else ():  # weights are where they were, whatever was written into them
             self.stepper.load_what_rests_in_memory(block)
-            self.stepper.rebuild_weights(block)
-            self.have_changed(trained.parameter for trained in block.parameters)
         self.commits.begin_again(self.step_number)
         self._expect_next()
 
