@@ -26,7 +26,7 @@ from offload_rt.dtypes import torch_dtype
 from offload_rt.memory.arena import Slot
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.parted_weights import PartedRoom, PartedWeights, WeightsRoom
-from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock, step_order
+from offload_rt.optimizer.pieces import Piece, Segment, TrainedBlock, TrainedParameter, step_order
 from offload_rt.storage.commit_layout import MutableExtent
 from offload_rt.storage.commit_log import CommitLog
 from offload_rt.tensor_spec import TensorSpec
@@ -138,6 +138,10 @@ class StateHome:
             return self.parted[block.name].split.device_bytes
         stays = block.weights is None or (block.name in self.weights and block.name not in self.before_change)
         return block.weights_bytes if stays else 0
+
+    def shows(self, block: TrainedBlock, trained: TrainedParameter) -> bool:
+        """Whether the parameter shows its weights between passes; it is a placeholder otherwise."""
+        return trained.streamed is None or (block.name in self.weights and block.name not in self.before_change)
 
     def new_weights(
         self, block: TrainedBlock, segment: Segment, weights: Slot | PartedRoom | None

@@ -157,8 +157,7 @@ class TieredTraining(ABC):
         self.before_forward()
         return self.home.log is None or self.commits.can_go_back
 
-    @staticmethod
-    def have_changed(parameters: Iterable[Tensor]) -> None:
+    def have_changed(self, parameters: Iterable[Tensor]) -> None:
         """Tells autograd, which does not see what the stepper writes: graphs that have saved these are of no use now,
         nor calls of layers that would run again with them.
         """

@@ -21,7 +21,7 @@ step without having declared it; such a loop goes on waiting, and the report say
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from offload_rt.optimizer.state import Part, laid_weights
 from offload_rt.optimizer.step import MAX_SKIPPED_IN_A_ROW, Step, StepCounters, check_first, check_skipped
 from offload_rt.optimizer.tiered_training import TieredParts, TieredTraining
 from offload_rt.optimizer.writes import state_report
+from offload_rt.optimizer.written_weights import WrittenWeights
 from planners.plans.placement import UpdateMode
 
 logger = logging.getLogger("offload_rt")
@@ -89,6 +90,7 @@ class FullTraining(TieredTraining):
         self._now = Step(order=tuple(reversed(self.blocks)))
         self._reached: Reached | None = None
         self._stand_ins = StandIns(self.blocks, self.deliver)
+        self._written = WrittenWeights(self.blocks, self.home, self.stepper)
         gradients.wait_for_room = self.stepper.wait_for_one
         gradients.in_background = self.stepper.settle
 
@@ -132,12 +134,25 @@ class FullTraining(TieredTraining):
     def before_forward(self) -> None:
         """Undoes what was stepped ahead of a step that has not come: a forward in between sees the old weights."""
         self._between_steps("the model was called between backward and step")
+        if torch.is_grad_enabled():  # an evaluation may be one of other weights
+            self.check_written("forward")
 
     def check_by(self, reached: Reached) -> None:
         self._reached = reached
 
     def settled(self) -> bool:
-        return not self.gradients.blocks and super().settled()
+        return not self.gradients.blocks and super().settled() and not self._written
+
+    def have_changed(self, parameters: Iterable[Tensor]) -> None:
+        changed = list(parameters)
+        super().have_changed(changed)
+        self._written.are_known(changed)
+
+    def check_written(self, asked: str) -> None:
+        """Raises `ConfigError` where somebody has written into weights; see `written_weights`."""
+        if self._written:
+            self.stepper.finish()
+            self._written.check(asked, self._now.ahead)
 
     def before_weights_are_read(self) -> None:
         self._between_steps("the model was saved between backward and step")
@@ -203,6 +218,7 @@ class FullTraining(TieredTraining):
     def save(self, folder: Path) -> None:
         """A copy of the state, a clone where the file system can; of the commit folder, none."""
         self._between_steps("state was saved between backward and step")
+        self.check_written("save_checkpoint")
         save_training(self, folder)
 
     def load(self, folder: Path, check: Check) -> Values:
@@ -224,6 +240,7 @@ class FullTraining(TieredTraining):
             if laid_weights(block) not in weights or not self.home.streams_weights(block):
                 self.stepper.rebuild_weights(block)
             self.have_changed(trained.parameter for trained in block.parameters)
+        self._written.forget()
         self.commits.begin_again(self.step_number)
         self._now = Step(order=self._now.order)
         self._expect_next()
@@ -282,6 +299,7 @@ class FullTraining(TieredTraining):
         now = self._now
         self._before_weights_change()
         self.stepper.finish()
+        self.check_written("step")
         total, scale = self._norm(self._max_grad_norm)
         if now.grad_scale is not None:
             scale = now.grad_scale
@@ -365,6 +383,7 @@ class FullTraining(TieredTraining):
         with self.commits.broken_unless_done("a step could not be taken back"):
             if log is not None:
                 log.drop()
+            self._written.are_overwritten(self._now.ahead)
             for block in self._now.ahead:
                 if not self.home.streams_weights(block):
                     self.stepper.rebuild_weights(block)

@@ -118,8 +118,10 @@ class Rehearsal:
             raise self._refusal
         if isinstance(runtime.training, TieredTraining):
             runtime.training.commits.check_usable()
-        if isinstance(runtime.training, FullTraining) and runtime.training.gradients.blocks:
-            return None  # a step has begun behind the engine's back: before the next one
+        if isinstance(runtime.training, FullTraining):
+            runtime.training.check_written("forward")
+            if runtime.training.gradients.blocks:
+                return None  # a step has begun behind the engine's back: before the next one
         self._is_of_another_plan = False
         key = sizes_key(model, runtime.made_of.problem.fingerprint, of_device=runtime.device is not None)
         why = _left_out(runtime)
