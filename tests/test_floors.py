@@ -75,6 +75,7 @@ FLOORS = {
     "offload_rt.transfers.transfer": 2.4,
     "offload_rt.transfers.device_copies": 2.5,
     "offload_rt.transfers.links": 2.6,
+    "offload_rt.storage.durable": 1.0,
     "offload_rt.storage.drives": 2.7,
     "offload_rt.storage.stripes": 2.7,
     "offload_rt.storage.drive_files": 2.7,
@@ -375,6 +376,7 @@ def test_planners_and_the_front_door_load_without_torch():
         "offload_rt.config",
         "offload_rt.tensor_spec",
         "offload_rt.native",
+        "offload_rt.training.run_folder",
     ]
     code = (
         f"import sys\nfor name in {names!r}: __import__(name)\n"

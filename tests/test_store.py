@@ -23,8 +23,9 @@ from offload_rt.config import NvmePath
 from offload_rt.errors import ConfigError, OffloadError, StorageError, StorageFull, StoreCorrupt, StoreInUse
 from offload_rt.memory.arena import Arena
 from offload_rt.native import native_core
-from offload_rt.storage.drive_files import MARKER, write_atomically
+from offload_rt.storage.drive_files import MARKER
 from offload_rt.storage.drives import DriveProfile
+from offload_rt.storage.durable import write_atomically
 from offload_rt.storage.store import Store
 from offload_rt.tensor_spec import TensorSpec, layout_block
 from offload_rt.transfers.file_io import AiofilesIO, file_io

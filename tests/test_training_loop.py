@@ -28,6 +28,7 @@ from offload_rt.training.display import Display, StepNumbers
 from offload_rt.training.loop import TrainingResult, num_tokens, train
 from offload_rt.training.options import TrainingOptions, lr_factor
 from offload_rt.training.run_folder import RunFolder
+from tests.durable import Durable
 
 torch.set_num_threads(1)
 
@@ -432,17 +433,34 @@ def test_a_full_drive_is_typed_wherever_the_runs_folder_is_written(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("offload_rt.training.run_folder.os.fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     for write in (
         lambda: folder.note_cuts({"tiles": 1}),
         lambda: folder.write_report({}),
         lambda: folder.finish(at_step=1),
         lambda: RunFolder(tmp_path / "other").begin(at_step=0, settings={}),
     ):
-        with pytest.raises(StorageFull, match=r"(run|report)\.json: cannot be written: No space left"):
+        with pytest.raises(StorageFull, match=r"(run\.json|report\.json|other): cannot be written .*the drive is full"):
             write()
     assert (tmp_path / "out" / "run.json").read_bytes() == before
     assert list(tmp_path.rglob("*.tmp")) == [], "they take up what is left of the drive"
+    folder.close()
+
+
+def test_what_is_said_of_a_run_is_on_the_drive_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    durable, folder = Durable(monkeypatch), RunFolder(tmp_path / "new" / "out")
+    folder.begin(at_step=0, settings={"lr": 0.1})
+    begun = {folder.path.parent, folder.path, folder.path / "run.json", folder.path / "metrics.jsonl"}
+    for write in (
+        lambda: None,
+        lambda: folder.note_cuts({"tiles": 1}),
+        lambda: folder.write_report({}),
+        lambda: folder.finish(at_step=1),
+    ):
+        write()
+        begun |= set(folder.path.iterdir())
+        assert [path.name for path in begun if not durable.has_name(path)] == []
+    assert durable.missing(folder.path) == []
     folder.close()
 
 

@@ -31,7 +31,7 @@ from offload_rt.errors import (
     UnsupportedModule,
     storage_error,
 )
-from offload_rt.storage.drive_files import sync_folder
+from offload_rt.storage.durable import sync_folder
 
 _CARD = "README.md"
 _MARGIN_BYTES = 1 << 20

@@ -25,7 +25,7 @@ from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter, all_writ
 from offload_rt.checkpoint.tensor_groups import TensorGroup, saved_tensors
 from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.errors import ConfigError, UnsupportedModule
-from offload_rt.storage.drive_files import write_atomically
+from offload_rt.storage.durable import write_atomically
 
 MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"

@@ -28,7 +28,7 @@ from offload_rt.checkpoint.whole_folder import replaced_whole
 from offload_rt.checksum import crc32c
 from offload_rt.closing import Unfinished
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError
-from offload_rt.storage.drive_files import write_atomically
+from offload_rt.storage.durable import write_atomically
 
 STATE_VERSION = 1
 _FILES = ("trainable.safetensors", "optimizer.safetensors", "state.pt")

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from offload_rt.errors import ConfigError, OffloadError, StorageFull, storage_error
-from offload_rt.storage.drive_files import make_folders, sync_folder
+from offload_rt.storage.durable import make_folders, sync_folder
 from planners.errors import format_bytes
 
 

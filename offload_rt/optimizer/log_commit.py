@@ -30,7 +30,7 @@ from offload_rt.optimizer.pieces import MASTER, TrainedBlock
 from offload_rt.optimizer.state import STATE_PREFIX
 from offload_rt.storage.commit_layout import folders_of_log
 from offload_rt.storage.commit_log import CommitLog
-from offload_rt.storage.drive_files import write_atomically
+from offload_rt.storage.durable import write_atomically
 from offload_rt.storage.snapshot import SnapshotLog, copy_commit
 from offload_rt.transfers.links import Links
 

@@ -23,7 +23,7 @@ from offload_rt.errors import ConfigError, OffloadError, StorageError
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, RESOURCES, SSD_READ, SSD_WRITE, UPDATES_WAIT, WAIT
 from offload_rt.running.steps import StepMeter
 from offload_rt.spans import HOST_WAIT, STEP, Span, Spans
-from offload_rt.storage.drive_files import write_atomically
+from offload_rt.storage.durable import write_atomically
 from offload_rt.transfers.device_spans import MAX_PAIRS, DeviceSpans
 from offload_rt.transfers.device_times import PAIRS_PER_LAYER, overlap_seconds
 from offload_rt.wiring.runtime import Runtime

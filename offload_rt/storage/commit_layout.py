@@ -43,14 +43,12 @@ from offload_rt.storage.drive_files import (
     close_fenced,
     make_folder,
     open_fenced,
-    os_error,
     preallocate,
     sealed,
-    sync_folder,
     unsealed,
-    write_atomically,
 )
 from offload_rt.storage.drives import tune
+from offload_rt.storage.durable import os_error, sync_folder, write_atomically
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfers.file_io import OpenFile
 from offload_rt.transfers.links import Links

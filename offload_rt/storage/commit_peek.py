@@ -14,7 +14,7 @@ from pathlib import Path
 from offload_rt.errors import StoreCorrupt
 from offload_rt.storage.commit_layout import home_layout, read_record
 from offload_rt.storage.commit_record import Record, RecordInvalid
-from offload_rt.storage.drive_files import os_error
+from offload_rt.storage.durable import os_error
 
 
 @dataclass(frozen=True, kw_only=True)

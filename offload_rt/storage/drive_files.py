@@ -1,4 +1,4 @@
-"""Files and folders on a drive: made, opened, locked and replaced, for the store and for the commit log.
+"""Files and folders on a drive: made, opened, locked and sealed, for the store and for the commit log.
 
 Nothing here reads or writes a tensor; that goes through `Links`.
 
@@ -12,7 +12,6 @@ collected without having been closed lets go of both by closing them, the file w
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import gc
@@ -24,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreInUse, storage_error
+from offload_rt.errors import ConfigError, StorageError, StorageFull, StoreInUse
+from offload_rt.storage.durable import os_error
 from offload_rt.transfers import file_io
 from offload_rt.transfers.file_io import Descriptor, OpenFile
 from planners.errors import format_bytes
@@ -143,41 +143,6 @@ def close_fenced(file: OpenFile) -> None:
     file.close()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` so that a crash leaves the old or the new content, whole and durable. Raises `StorageError`, with
-    nothing of the new content left where it could not be written: it would take up what is left of a full drive.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise os_error("cannot be written", path, error) from None
-
-
-def make_folders(folder: Path) -> None:
-    """Makes `folder` and those that it is in, as far as they are missing, so that their names are durable."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in missing:
-        sync_folder(each.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names created in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def sealed(body: dict[str, Any]) -> bytes:
     """Plain values as JSON, with a checksum of them beside: what `unsealed` reads."""
     return json.dumps({"body": body, "sha256": _digest(body)}, indent=1).encode()
@@ -211,8 +176,3 @@ def check_space(
             f"{'free' if allowed_bytes == free_bytes else 'allowed by nvme='}; nothing was written",
             path=str(folder), errno=errno.ENOSPC,
         )  # fmt: skip
-
-
-def os_error(message: str, path: Path, error: OSError) -> StorageError:
-    """`error` as one of ours: `StorageFull` where the drive or a quota is."""
-    return storage_error(message, path=str(path), errno=error.errno)

@@ -30,17 +30,8 @@ from offload_rt.memory.arena import Arena, Slot
 from offload_rt.storage.commit_layout import barrier, finish, settle
 from offload_rt.storage.commit_log import Commit, CommitLog
 from offload_rt.storage.commit_record import Version
-from offload_rt.storage.drive_files import (
-    SealBroken,
-    check_space,
-    make_folders,
-    open_file,
-    os_error,
-    sealed,
-    sync_folder,
-    unsealed,
-    write_atomically,
-)
+from offload_rt.storage.drive_files import SealBroken, check_space, open_file, sealed, unsealed
+from offload_rt.storage.durable import make_folders, os_error, sync_folder, write_atomically
 from offload_rt.transfers.file_io import OpenFile
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer

@@ -35,11 +35,10 @@ from offload_rt.storage.drive_files import (
     open_file,
     preallocate,
     sealed,
-    sync_folder,
     unsealed,
-    write_atomically,
 )
 from offload_rt.storage.drives import drive_profile, drive_weights
+from offload_rt.storage.durable import sync_folder, write_atomically
 from offload_rt.storage.sequential_writer import SequentialWriter
 from offload_rt.storage.stripes import Stripe, parts, stripe_all
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offload_rt.storage.drive_files import os_error
+from offload_rt.storage.durable import os_error
 
 _HEAD_BYTES = 1 << 20
 _SAMPLE_BYTES = 4096

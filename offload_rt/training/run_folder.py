@@ -15,7 +15,6 @@ A checkpoint is removed by renaming it first, so that a folder named checkpoint-
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -26,7 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from offload_rt.errors import CheckpointError, ConfigError, StorageError, storage_error
+from offload_rt.errors import CheckpointError, ConfigError, StorageError
+from offload_rt.storage.durable import make_folders, os_error, write_atomically
 from planners.errors import format_bytes
 
 logger = logging.getLogger("offload_rt")
@@ -106,7 +106,7 @@ class RunFolder:
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Replaces the engine's report, whole."""
-        self._write(self._report_file, json.dumps(report, indent=1))
+        write_atomically(self._report_file, json.dumps(report, indent=1).encode())
 
     @property
     def commit_folders(self) -> list[Path]:
@@ -121,7 +121,7 @@ class RunFolder:
     def note_cuts(self, cuts: Mapping[str, Any]) -> None:
         """Keeps the cuts with which the run takes its steps (plain JSON, see `offload_rt.plans.cuts`)."""
         if self.cuts != cuts:
-            self._write(self._run_file, json.dumps({**self._read_run(), "cuts": dict(cuts)}, indent=1))
+            self._note(cuts=dict(cuts))
 
     @property
     def best_folder(self) -> Path:
@@ -135,7 +135,7 @@ class RunFolder:
     def note_best(self, evaluation: Mapping[str, Any]) -> None:
         """Says which evaluation `best_folder` is of, once that is written."""
         best = {name: evaluation[name] for name in ("step", EVAL_LOSS, "eval_data")}
-        self._write(self._run_file, json.dumps({**self._read_run(), "best": best}, indent=1))
+        self._note(best=best)
 
     def last_step(self) -> int:
         """The step of the last line of metrics; 0 without one."""
@@ -196,7 +196,7 @@ class RunFolder:
         `commits`: where on NVMe the run's steps are committed from now on; None where they are checkpoints here.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folders(self.path)
             for entry in self.path.glob("checkpoint-*.removing"):
                 shutil.rmtree(entry)
             if self._is_new:
@@ -210,14 +210,14 @@ class RunFolder:
                 "id": self._run_id, "commits": places, "settings": {**before.get("settings", {}), **settings},
                 **{name: before[name] for name in ("cuts", "best") if name in before},
             }  # fmt: skip
-            self._write(self._run_file, json.dumps(run, indent=1))
+            write_atomically(self._run_file, json.dumps(run, indent=1).encode())
             kept = [line for line in _whole_lines(self._metrics_file) if 0 < json.loads(line).get("step", 0) <= at_step]
-            self._write(self._metrics_file, "".join(f"{line}\n" for line in kept))
+            write_atomically(self._metrics_file, "".join(f"{line}\n" for line in kept).encode())
             self._metrics = open(self._metrics_file, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         except StorageError:
             raise
         except OSError as error:
-            raise _cannot_be_written(self.path, error) from error
+            raise os_error("cannot be written", self.path, error) from error
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line, handed to the kernel at once: it survives this process. Raises `StorageError`."""
@@ -228,7 +228,7 @@ class RunFolder:
             while left:  # a drive that is almost full takes a part
                 left = left[self._metrics.write(left) or 0 :]
         except OSError as error:
-            raise _cannot_be_written(self._metrics_file, error) from error
+            raise os_error("cannot be written", self._metrics_file, error) from error
 
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
@@ -241,12 +241,15 @@ class RunFolder:
             shutil.rmtree(removing)
 
     def finish(self, *, at_step: int) -> None:
-        self._write(self._run_file, json.dumps({**self._read_run(), "finished": at_step}, indent=1))
+        self._note(finished=at_step)
 
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+    def _note(self, **entries: Any) -> None:
+        write_atomically(self._run_file, json.dumps({**self._read_run(), **entries}, indent=1).encode())
 
     def _read_run(self) -> dict[str, Any]:
         return self._read_json(self._run_file)
@@ -260,21 +263,6 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         return data if isinstance(data, dict) else {}
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        """All of it or nothing, and durable. Raises `StorageError`."""
-        temporary = path.with_name(f"{path.name}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise _cannot_be_written(path, error) from error
 
 
 def low_memory_text(line: Mapping[str, Any]) -> str:
@@ -305,7 +293,3 @@ def _whole_lines(path: Path) -> list[str]:
         except ValueError:
             continue
     return whole
-
-
-def _cannot_be_written(path: Path, error: OSError) -> StorageError:
-    return storage_error(f"cannot be written: {error.strerror}", path=str(path), errno=error.errno)

@@ -43,8 +43,8 @@ from offload_rt.optimizer.training import FullTraining
 from offload_rt.plans.workload_sizes import training_sizes
 from offload_rt.storage.commit_layout import PAYLOAD_BYTES, MutableExtent, make_log, read_layout
 from offload_rt.storage.commit_log import CommitLog
-from offload_rt.storage.drive_files import write_atomically
 from offload_rt.storage.drives import drive_profile, drive_weights
+from offload_rt.storage.durable import write_atomically
 from offload_rt.storage.scratch import Scratch
 from offload_rt.storage.store import store_folders
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
