@@ -132,6 +132,18 @@ def test_a_full_drive_is_reported_and_leaves_nothing(disk_folder, links, monkeyp
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_file_system_that_preallocates_nothing_has_room_all_the_same(disk_folder, links, monkeypatch):
+    import errno
+
+    def cannot(fd, offset, length):
+        raise OSError(errno.EINVAL, "glibc writes instead, which a direct descriptor refuses")
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    scratch = Scratch(disk_folder, 3 * PAGE, links)
+    assert os.fstat(scratch.file.fd).st_size == 3 * PAGE
+    assert scratch.acquire(3 * PAGE).num_bytes == 3 * PAGE
+
+
 def test_a_folder_that_is_gone_is_a_storage_error(disk_folder, links):
     with pytest.raises(StorageError):
         Scratch(disk_folder / "nowhere", PAGE, links)

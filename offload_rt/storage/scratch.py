@@ -12,11 +12,11 @@ import tempfile
 from collections import deque
 from pathlib import Path
 
-from offload_rt.errors import OffloadError, StorageError, StorageFull, StorageTimeout, storage_error
+from offload_rt.errors import OffloadError, StorageError, StorageFull, StorageTimeout
 from offload_rt.memory.arena import Slot
+from offload_rt.storage.drive_files import open_file, preallocate
 from offload_rt.storage.drives import tune
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
-from offload_rt.transfers.file_io import open_file
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.transfer import Transfer
 from planners.errors import format_bytes
@@ -69,16 +69,12 @@ class Scratch:
             raise StorageError("no scratch file can be made", path=str(folder), errno=error.errno or 0) from None
         os.close(fd)
         try:
+            self.file = open_file(Path(path), writable=True)
             try:
-                self.file = open_file(path, writable=True)
-            except OSError as error:
-                raise storage_error("cannot be opened", path=path, errno=error.errno) from None
-            try:
-                os.posix_fallocate(self.file.fd, 0, self.capacity_bytes)
-            except OSError as error:
+                preallocate(self.file, self.capacity_bytes)
+            except StorageError:
                 self.file.close()
-                why = f"the plan puts {format_bytes(self.capacity_bytes)} there for less than a step"
-                raise storage_error(f"cannot preallocate: {why}", path=path, errno=error.errno) from None
+                raise
             tune(self.file, links.io)
         finally:
             os.unlink(path)
