@@ -106,7 +106,7 @@ def find_workload(
         if optimizer is None:
             raise ConfigError("optimizer: layers train, but there is none")
         training = _find_training(model, drafts, sources, config, optimizer, options)
-    if training is None or training.adapters:
+    else:
         _warn_of_small_steps(model)
     frozen = [draft for draft in drafts if not draft.trains]
     runtime = None if config.device == "cpu" else cuda_runtime()
@@ -125,8 +125,8 @@ def _warn_of_small_steps(model: nn.Module) -> None:
     if short:
         logger.warning(
             "%d tensors that train are in 16 bits and have no fp32 masters, as no layer trains as a whole: steps below "
-            "1/512 of a weight are lost, as in plain PyTorch (first: %s). Where that matters, make them, or the model, "
-            "float32 before engine(...)", len(short), ", ".join(short[:3]),
+            "1/512 of a weight are lost (in float16 1/4096), as in plain PyTorch (first: %s). Where that matters, have "
+            "the model in float32, or adapters alone (peft's autocast_adapter_dtype)", len(short), ", ".join(short[:3]),
         )  # fmt: skip
 
 
