@@ -74,7 +74,7 @@ def load(num_threads: int | None) -> str:
         average = os.getloadavg()[0]
     except OSError:
         return "not known"
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = os.cpu_count() or 1  # of the machine, whose load it is, also where this process may use a few
     text = f"{average:.1f} on {num_cores} cores in the last minute"
     if average < num_cores:
         return text
