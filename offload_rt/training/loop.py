@@ -252,11 +252,11 @@ def train(
             evaluations.behind(progress.step)
         if stop.signal is not None and progress.step < total_steps:
             place = newest.describe if newest is not None else "nothing"
-            events.close(exit_code=128 + stop.signal)
             display.say(
                 f"{stop.signal.name}: stopped after step {progress.step} of {total_steps}, saved in {place}; continue "
                 f"with --resume"
             )
+            events.close(exit_code=128 + stop.signal)  # which may wait for a service
         else:
             folder.finish(at_step=progress.step)
             display.say(f"finished at step {progress.step} after {format_seconds(seconds)}")
