@@ -264,15 +264,20 @@ def test_a_nan_loss_updates_nothing(make_engine):
     assert all(torch.equal(before[name], p) for name, p in engine.trainable.items())
 
 
-def test_a_train_batch_that_breaks_off_leaves_no_half_gradient_for_the_next(make_engine):
+def test_a_train_batch_that_breaks_off_leaves_no_half_gradient_for_the_next(make_engine, caplog):
     good, bad = language_batch(0), language_batch(1)
-    twin, engine = make_engine(build_lora(dropout=0.0)), make_engine(build_lora(dropout=0.0))
+    twin, engine = make_engine(build_lora(dropout=0.0), accumulation_steps=2), make_engine(build_lora(dropout=0.0))
     bad["labels"] = torch.full_like(bad["labels"], -100)  # all ignored: the loss is NaN
     with pytest.raises(NonFiniteLoss):
         engine.train_batch([good, bad])
-    assert twin.train_batch([good]) == engine.train_batch([good])
+    loss = engine(**good).loss
+    engine.backward(loss)
+    engine.step()
+    assert twin.train_batch([good]) == float(loss)
     for name, parameter in twin.trainable.items():
         assert torch.equal(parameter, engine.trainable[name]), name
+    said = "neither of one that was taken back, nor of a whole batch of fewer than were declared"
+    assert "step() came after" not in caplog.text, said
 
 
 def test_an_empty_train_batch_is_refused(make_engine):
