@@ -735,5 +735,22 @@ def test_blocks_are_on_their_drives_before_a_manifest_speaks_of_them(disk_folder
     store.close()
 
 
+@pytest.mark.parametrize("fails", ["fdatasync", "fsync"])
+def test_a_drive_that_cannot_sync_is_named_and_its_store_is_none(fails, drive, links, monkeypatch):
+    def broken(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    store = Store([drive], "key", links)
+    builder = store.build(specs([PAGE]))
+    builder.write(specs([PAGE])[0], [(0, content(0, PAGE))])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, fails, broken)
+        with pytest.raises(StorageError, match=f"{drive.path}.*cannot be made durable .*EIO"):
+            builder.finish()
+    builder.close()
+    assert not (store.folders[0] / "manifest.json").exists()
+    store.close()
+
+
 def test_every_store_error_is_one_of_ours():
     assert all(issubclass(kind, OffloadError) for kind in (StoreCorrupt, StoreInUse, StorageError, StorageFull))

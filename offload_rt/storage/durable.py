@@ -28,7 +28,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Makes `folder` and those that it is in, as far as they are missing, so that their names are durable."""
+    """Makes `folder` and those that it is in, as far as they are missing, so that their names are durable. Raises
+    `OSError`, of which `StorageError` is one.
+    """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
@@ -36,12 +38,15 @@ def make_folders(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names created in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Makes names created in `folder` durable. Raises `StorageError`."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise os_error("the names in it cannot be made durable", folder, error) from None
 
 
 def os_error(message: str, path: Path, error: OSError) -> StorageError:

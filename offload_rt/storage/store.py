@@ -38,7 +38,7 @@ from offload_rt.storage.drive_files import (
     unsealed,
 )
 from offload_rt.storage.drives import drive_profile, drive_weights
-from offload_rt.storage.durable import sync_folder, write_atomically
+from offload_rt.storage.durable import os_error, sync_folder, write_atomically
 from offload_rt.storage.sequential_writer import SequentialWriter
 from offload_rt.storage.stripes import Stripe, parts, stripe_all
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, BlockSpec, align_up
@@ -303,12 +303,15 @@ class StoreBuilder:
         self._done[spec.name] = (spec, Extent(stripes=stripes, crc32c=checksum))
 
     def finish(self) -> None:
-        """Makes the store durable and complete."""
+        """Makes the store durable and complete. Raises `StorageError`."""
         missing = [spec.name for spec in self._specs if spec.name not in self._done]
         if missing:
             raise ValueError(f"store: blocks never written: {missing}")
         for file in self._files:
-            os.fdatasync(file.fd)
+            try:
+                os.fdatasync(file.fd)
+            except OSError as error:
+                raise os_error("cannot be made durable", Path(file.path), error) from None
         for folder in self._store.folders:  # the manifest is one folder's, and the names are each one's own
             sync_folder(folder)
             sync_folder(folder.parent)
