@@ -296,6 +296,20 @@ def test_auto_weighs_the_optimisers_tiers_against_the_rules(
     assert unequal(*found.values()) == []
 
 
+def test_auto_commits_adapters_as_often_as_by_the_rules_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With layers on the drive there would be room for all state, no commit, and a step in a third of the time."""
+    monkeypatch.setattr(adapter_draft, "plan_streaming", not_beside)
+    monkeypatch.setattr(plan_choice, "GAIN", -10.0)
+    slow = replace(test_planning.DRIVES[0], write_bytes_per_second=1e6)
+    monkeypatch.setattr(test_planning, "DRIVES", (slow,))
+    with engine(replace(BUDGETS["split"], host=620), tmp_path, plan="auto") as chooses:
+        choice, state = chooses.report()["plan_choice"], chooses.plan.state
+        assert choice["chosen"] == plan_choice.OPTIMISER, choice["why"]
+        assert state is not None and 0 < state.in_memory["adapters"] < 16
+        run(chooses)
+        assert chooses.report()["training"]["num_commits"] >= STEPS
+
+
 @pytest.mark.parametrize("with_a_drive", [False, True])
 def test_timing_how_fast_adapters_are_stepped_leaves_them_as_they_are(with_a_drive: bool, tmp_path: Path) -> None:
     """Without masters of their own they are what is stepped, with masters what these are rounded to."""

@@ -201,6 +201,17 @@ def _check_state(plan: Plan, problem: StreamingProblem) -> None:
         raise ConfigError("plan: weights that train rest on NVME and need weight_slots of at least 1")
 
 
+def ends_commits(plan: Plan, other: Plan, problem: StreamingProblem, workload: Workload) -> bool:
+    """Whether each step is committed only because `plan` has state on NVMe, and `other`, in its place, has none there.
+
+    How often is then the plan's to say, and nobody has asked for less safety.
+    """
+    sizes = problem.training
+    if workload.config.commit_every is not None or sizes is None or plan.state is None or other.state is None:
+        return False
+    return other.state.is_all_in_memory(sizes) and not plan.state.is_all_in_memory(sizes)
+
+
 def _check_tokens(plan: Plan, seq_len: int) -> None:
     """Whether `activations` are what `classes` say, where these speak of tokens."""
     for entry in plan.classes:

@@ -7,7 +7,7 @@ layers train, a device makes its part of the updates of the rule's plan, at thes
 Both keep to the budgets, and the rule's can follow the optimiser's, since a rehearsal that does not fit goes back to
 it. Where the rule cuts layers into chunks, the optimiser decides what becomes of each of these, and where it does not,
 of whole layers; where the rule takes the head by tiles, so does the optimiser, and the loss at once or by the same
-tiles: so the bits are the same. Where layers train, the optimiser's plan commits as often as the rule's, too.
+tiles: so the bits are the same. Where state may rest on NVMe, the optimiser's plan commits as often as the rule's.
 
     rule ──► can it be asked, and for how much? ──► profile, solve, simulate both ──► the faster one, and the reason
 """
@@ -15,6 +15,7 @@ tiles: so the bits are the same. Where layers train, the optimiser's plan commit
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.plans.asked import Asked, asked
 from offload_rt.plans.cuts import cuts_of
 from offload_rt.plans.device_share import GAIN, with_balanced_share
-from offload_rt.plans.plan_check import check_plan
+from offload_rt.plans.plan_check import check_plan, ends_commits
 from offload_rt.plans.plan_options import chunk_tokens_of
 from offload_rt.plans.planning import by_tiles, lowered, measured_problem, optimal
 from offload_rt.plans.planning_adapters import asked_for
@@ -34,8 +35,10 @@ from offload_rt.profiling.profile_cost import profile_bytes, profile_drive_secon
 from offload_rt.tiering.moving import why_not_follow
 from offload_rt.wiring.workload import Workload
 from planners.errors import PlanInfeasible, format_bytes
+from planners.optimiser.rows import Freedoms
 from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
+from planners.problems.problem import Problem
 from planners.rule.streaming_problem import StreamingProblem
 
 RULE, OPTIMISER = "fixed streaming rule", "optimiser"
@@ -92,7 +95,7 @@ def choose(
     if cuts_of(plan, workload) != cuts_of(rule, workload):
         cuts = cuts_of(plan, workload).describe()
         return rule, chosen(RULE, f"the optimiser's plan cuts otherwise, which changes numbers: {cuts}"), None
-    if _layers_train(workload) and _commits(workload, streaming, plan) != _commits(workload, streaming, rule):
+    if ends_commits(rule, plan, streaming, workload):
         why = "the optimiser's plan has all state in memory and would commit no step, the rule's commits each one"
         return rule, chosen(RULE, f"{why}: commit_every= says how often"), None
     if why := why_not_follow(workload, streaming, plan, rule):
@@ -146,21 +149,24 @@ def _for_adapters(
     if workload.training is None or optimizer is None:
         plan, problem = optimal(problem, streaming)
         return lowered(plan, streaming, problem), asked(problem), rule_seconds(problem, rule)
-    questions = asked_for(workload, streaming, problem, optimizer)
-    plan, found = Asked(questions=questions).best(workload, streaming)
-    as_often, _ = questions[0 if _is_all_in_memory(rule, streaming) else -1]  # committed as the rule's plan is
-    return plan, found, rule_seconds(as_often, rule)
+    return _as_often(asked_for(workload, streaming, problem, optimizer), workload, streaming, rule)
 
 
 def _for_layers(
     workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware,
     optimizer: torch.optim.Optimizer | None,
 ) -> Answer:  # fmt: skip
-    """Asks with the loss as the rule takes it, and of the two questions the one that commits as often."""
+    """Asks with the loss as the rule takes it."""
     if optimizer is None:
         raise ConfigError("plan: layers train, but there is no optimizer")
     streaming = replace(streaming, cuts=cuts_of(rule, workload))
-    questions = questions_of(workload, streaming, machine, optimizer)
+    return _as_often(questions_of(workload, streaming, machine, optimizer), workload, streaming, rule)
+
+
+def _as_often(
+    questions: Sequence[tuple[Problem, Freedoms]], workload: Workload, streaming: StreamingProblem, rule: Plan
+) -> Answer:
+    """The answer to that of the questions which commits as often as the rule's plan does."""
     question = questions[0 if _is_all_in_memory(rule, streaming) else -1]
     ruled = rule_seconds(question[0], rule)  # before the search, which is for nothing where this has no answer
     plan, found = Asked(questions=(question,)).best(workload, streaming)
@@ -175,11 +181,6 @@ def _is_all_in_memory(plan: Plan, streaming: StreamingProblem) -> bool:
     """Whether a plan has no state of what trains on NVMe."""
     sizes = streaming.training
     return plan.state is not None and sizes is not None and plan.state.is_all_in_memory(sizes)
-
-
-def _commits(workload: Workload, streaming: StreamingProblem, plan: Plan) -> bool:
-    """Whether steps are committed where layers train: as declared, else each one if state rests on NVMe."""
-    return workload.config.commit_every is not None or not _is_all_in_memory(plan, streaming)
 
 
 def after_rehearsal(choice: Choice | None) -> Choice | None:
