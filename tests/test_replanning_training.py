@@ -431,3 +431,16 @@ def test_a_loop_that_steps_by_the_optimizer_has_the_step_committed_that_a_change
             run.optimizer.zero_grad()
             assert differences(run.state(), twin.state()) == [], number
         assert run.plan == other and [each["step"] for each in decisions(run)] == [2]
+
+
+@pytest.mark.parametrize(("before", "after", "every"), [(True, False, None), (False, True, None), (True, False, 1)])
+def test_no_plan_made_again_ends_commits_that_nobody_asked_for(
+    before: bool, after: bool, every: int | None, tmp_path: Path
+) -> None:
+    """before, after: whether state is on NVMe. Each step is committed for that, where nothing is declared."""
+    with made("BACKWARD" if before else "in place", tmp_path, commit_every=every) as run:
+        other = plan_of(run, "BACKWARD" if after else "in place")
+        made_of = replace(run._runtime.made_of, plan_again=lambda _: other)
+        answer = replanning._answer(made_of, None, made_of.problem, run.plan, 0)
+        ends = before and every is None
+        assert (answer.plan is None) is ends and ("would commit no step" in answer.why) is ends, answer.why

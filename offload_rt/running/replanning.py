@@ -53,7 +53,7 @@ from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.memory.process_memory import free_memory_bytes, resident_bytes
 from offload_rt.plans.asked import Asked
 from offload_rt.plans.cuts import same_cuts
-from offload_rt.plans.plan_check import check_plan
+from offload_rt.plans.plan_check import check_plan, ends_commits
 from offload_rt.running import drift
 from offload_rt.running.steps import WARM_STEPS, StepMeter
 from offload_rt.tiering.moving import moves_between, seconds_of, why_not_follow
@@ -363,6 +363,9 @@ def _answer(made_of: MadeOf, asked: Asked | None, streaming: StreamingProblem, p
         return _Answer(None, f"the optimiser failed: {error!r}")
     if not same_cuts(plan, other, made_of.workload):
         return _Answer(None, "the other plan cuts otherwise, which changes numbers")
+    if ends_commits(plan, other, streaming, made_of.workload):
+        why = "the other plan has all state in memory and would commit no step, where each is committed now"
+        return _Answer(None, f"{why}: commit_every= says how often")
     why = why_not_follow(made_of.workload, streaming, plan, other)
     return _Answer(None, why) if why else found
 
