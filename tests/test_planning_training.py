@@ -96,6 +96,7 @@ BUDGETS = {
     "weights on NVME, state split": Budget(1024, 1740, "not", (N,), (H, N), AFTER, only=N),
     "all on NVME, one tier": Budget(1740, 0, "rarely", (N,), (N,), SPECULATIVE, only=N),
     "weights on NVME, state not": Budget(1024, 4096, "not", (N,), (H,), AFTER, only=N, commit_every=1),
+    "weights on NVME, never committed": Budget(700, 2680, "not", (N,), (H,), AFTER),
     "committed now and then": Budget(1024, 1740, "not", (D,), (H, N), AFTER, commit_every=3),
     "some layers kept": Budget(1580, 0, "rarely", (N,), (N,), SPECULATIVE, homes=frozenset({AGAIN, KEPT})),
     "put away and kept": Budget(755, 1740, "rarely", (H,), (N,), SPECULATIVE, homes=frozenset({IN_HOST, KEPT})),
@@ -309,6 +310,7 @@ def test_the_question_has_the_pieces_gradients_and_weights_that_there_are(tmp_pa
     in_memory, with_drive = (problem for problem, _ in found)
     assert in_memory.workload.commit_every is None and with_drive.workload.commit_every == 1
     assert N not in in_memory.capabilities.state_tiers
+    assert all(freedoms.weights[list(Tier).index(N)] for _, freedoms in found), "weights may rest on it in either"
 
 
 @pytest.mark.parametrize("name", ["split", "split, one tier", "all on NVME", "committed now and then"])

@@ -141,7 +141,7 @@ def questions(
     if not config.nvme or config.commit_every is None:
         asked = training_problem(workload, streaming, hardware, seconds)
         can = replace(_capabilities(asked, (memory,)), update_modes=(UpdateMode.AFTER,))
-        yield replace(asked, capabilities=can), Freedoms(weights=(True, True, False))
+        yield replace(asked, capabilities=can), Freedoms(weights=(True, True, bool(config.nvme)))
     if config.nvme:
         every = config.commit_every or 1
         asked = training_problem(workload, streaming, hardware, seconds, commit_every=every)
