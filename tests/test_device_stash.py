@@ -113,7 +113,7 @@ def test_the_last_ones_come_back_before_the_first_is_asked_for_and_nobody_waits(
     bench = Bench(place, tmp_path)
     bench.device.reports.hold()
     away = [bench.stash.put(bench.compute(value)) for value in range(2)]
-    bench.stash.start_last()
+    bench.stash.start_from(bench.stash.latest)
     assert [stashed._ahead for stashed in away] == [None, None], "two that leave fill the window"
     bench.device.reports.resume()
     for stashed in away:
@@ -122,16 +122,34 @@ def test_the_last_ones_come_back_before_the_first_is_asked_for_and_nobody_waits(
     for stashed in away:
         bench.links.finish(stashed._saved)
     for _ in range(2):
-        bench.stash.start_last()
+        bench.stash.start_from(bench.stash.latest)
         assert [number for number, stashed in enumerate(away) if stashed._ahead is not None] == [2, 3]
     for stashed in reversed(away):
         bench.use(stashed.load())
-        bench.stash.start_last()
+        bench.stash.start_from(bench.stash.latest)
         assert stashed._ahead is None, "it was used, and does not come a second time"
         stashed.release()
     bench.close()
     assert bench.seen == [(float(value),) * 2 for value in reversed(range(4))]
     assert bench.device.to_device.num_copies == 4
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_backward_begins_with_what_its_own_forward_had_put_away(place: str, tmp_path: Path) -> None:
+    """Two forwards, whose backwards come in their order: what the second one put away would fill the window."""
+    bench = Bench(place, tmp_path)
+    first = [bench.stash.put(bench.compute(value)) for value in range(3)]
+    latest = bench.stash.latest
+    second = [bench.stash.put(bench.compute(value)) for value in (3, 4)]
+    for stashed in (*first, *second):
+        bench.links.finish(stashed._saved)
+    bench.stash.start_from(latest)
+    assert [stashed._ahead is not None for stashed in (*first, *second)] == [False, True, True, False, False]
+    for stashed in (*reversed(first), *reversed(second)):
+        bench.use(stashed.load())
+        stashed.release()
+    bench.close()
+    assert bench.seen == [(float(value),) * 2 for value in (2, 1, 0, 4, 3)]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -136,15 +136,15 @@ def test_what_has_left_is_read_ahead_though_nobody_waited_for_it(six):
 
 def test_the_last_ones_are_on_their_way_before_the_first_is_asked_for(six):
     links, writes, tensors, held, stash = six
-    stash.start_last()
+    stash.start_from(stash.latest)
     assert (links.counters.bytes_read, writes.num_waits) == (0, 0), "they still leave"
     writes.are_over = True
     for _ in range(2):
-        stash.start_last()
+        stash.start_from(stash.latest)
         assert links.counters.bytes_read == 3 * PAGE, "what three have room for, once"
     for number in reversed(range(6)):
         assert torch.equal(held[number].load(), tensors[number])
-    stash.start_last()
+    stash.start_from(stash.latest)
     assert (links.counters.bytes_read, writes.num_waits) == (6 * PAGE, 0)
 
 

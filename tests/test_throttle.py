@@ -168,10 +168,10 @@ def test_the_last_ones_come_back_over_a_link_before_the_first_is_asked_for():
     stash = PacedStash(HostStash(Arena("stash", 16 * 4096), Links()), ways, Meter(), window_bytes=800)
     held = [stash.put(torch.full((100,), float(i))) for i in range(4)]  # 400 bytes: a second each
     at = clock.now
-    stash.start_last()
+    stash.start_from(stash.latest)
     assert ways.moved_bytes == [0, 1600] and clock.now == at, "it still leaves, and nobody waits for that"
     clock.now += 10.0
-    stash.start_last()
+    stash.start_from(stash.latest)
     assert ways.moved_bytes == [800, 1600]
     clock.now += 10.0
     at = clock.now

@@ -296,7 +296,7 @@ def test_each_backward_begins_by_starting_what_was_put_away_last(make_engine, di
 
         return noted
 
-    monkeypatch.setattr(NvmeStash, "start_last", noting("start", NvmeStash.start_last))
+    monkeypatch.setattr(NvmeStash, "start_from", noting("start", NvmeStash.start_from))
     monkeypatch.setattr(NvmeStash, "put", noting("put", NvmeStash.put))
     monkeypatch.setattr(NvmeStash, "start_previous", noting("loaded", NvmeStash.start_previous))
     policy = waiting_in(chunked(0.5, 2), Tier.NVME)
@@ -305,6 +305,17 @@ def test_each_backward_begins_by_starting_what_was_put_away_last(make_engine, di
     steps(engine, engine.step, num_steps=1)
     assert [name for name, _ in itertools.groupby(seen)] == ["put", "start", "loaded"]
     assert seen.count("start") == 2, "of the layer that nothing was put away of, and of the one before"
+    monkeypatch.undo()
+    away, started, put, start = [], [], NvmeStash.put, NvmeStash.start_from
+    monkeypatch.setattr(NvmeStash, "put", lambda stash, tensor: away.append(put(stash, tensor)) or away[-1])
+    monkeypatch.setattr(NvmeStash, "start_from", lambda _, latest: started.append(latest()) or start(_, latest))
+    first = engine(**language_batch(0, 1, SEQ_LEN)).loss
+    own = list(away)
+    second = engine(**language_batch(1, 1, SEQ_LEN)).loss
+    assert away[-1] not in (None, *own), "there is room for both"
+    engine.backward(first)
+    assert own[-1] is not None and started == [own[-1]] * 2, "not what the other forward put away"
+    engine.backward(second)
 
 
 def test_a_plan_of_before_activations_is_read(make_engine, disk_folder):

@@ -71,7 +71,8 @@ class RecomputedLayer:
         leave_out_product: bool = True,
         counters: LayerCounters | None = None,
         between: Callable[[], None] = lambda: None,
-        start_last: Callable[[], None] = lambda: None,
+        latest: Callable[[], Any] = lambda: None,
+        start_from: Callable[[Any], None] = lambda latest: None,
         deliver: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
         together: Callable[[], bool] = lambda: False,
         transients: Transients | None = None,
@@ -89,8 +90,10 @@ class RecomputedLayer:
         self.transients = transients if transients is not None else Transients()
         self.between = between
         """Called when the layer has run and its memory is free again: after each forward and each backward."""
-        self.start_last = start_last
-        """Called when a backward begins: of all that layers have put away, the last is wanted next (`Stash`)."""
+        self.latest, self.start_from = latest, start_from
+        """Called when a forward ends, and with what that returned, when its backward begins: of all that layers had put
+        away by then, the last is wanted next (`Stash.start_from`).
+        """
         self._deliver = deliver
         self._open_calls: weakref.WeakSet[Call] = weakref.WeakSet()
         """Those whose backward may come."""
@@ -130,7 +133,7 @@ class RecomputedLayer:
     def let_go(self) -> None:
         """Has no memory of its runtime's any more, whoever still holds it: a graph lives as long as its loss."""
         self.access = GoneAccess()
-        self.stash, self.transients, self.start_last = None, Transients(), lambda: None
+        self.stash, self.transients, self.start_from = None, Transients(), lambda latest: None
 
     def trainable(self) -> list[nn.Parameter]:
         """The layer's parameters that train now and stay in memory; a user may switch adapters on and off.
@@ -312,6 +315,7 @@ class _Recompute(torch.autograd.Function):
                 else:
                     ctx.stashed, ctx.stashed_index = stashed, index
                     del kept[index]
+        ctx.latest = owner.latest()
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         # The inputs are the context's now: a stashed one must not live on in the call.
@@ -325,7 +329,7 @@ class _Recompute(torch.autograd.Function):
         owner: RecomputedLayer = ctx.owner
         call: Call = ctx.call
         call.check_unchanged()
-        owner.start_last()
+        owner.start_from(ctx.latest)
         inputs = list(ctx.saved_tensors)
         if ctx.stashed is not None:
             inputs.insert(ctx.stashed_index, ctx.stashed.load())

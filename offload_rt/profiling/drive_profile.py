@@ -13,7 +13,9 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -42,9 +44,14 @@ class NotedStash:
         self.sizes.append(tensor.numel() * tensor.element_size())
         return self._inner.put(tensor)
 
-    def start_last(self) -> None:
+    @property
+    def latest(self) -> weakref.ref[Any] | None:
         """As the stash inside."""
-        self._inner.start_last()
+        return self._inner.latest
+
+    def start_from(self, latest: weakref.ref[Any] | None) -> None:
+        """As the stash inside."""
+        self._inner.start_from(latest)
 
     def sizes_of_a_pass(self, num_passes: int) -> list[int]:
         """Of one of several equal ones."""

@@ -6,8 +6,8 @@
 A tensor that is put away stays in the device's memory until its copy is done, whoever lets go of it; and the host,
 which is ahead of the device, would put away more and more. So at most a *window* of bytes is on its way: `put` blocks
 until the oldest copies are over. When a tensor is fetched back, those put away before it are asked for too, as far as
-the window goes: backward wants them next, and their copies run under what is computed meanwhile. The last of all is
-asked for when backward begins, as soon as it has left. (`stash` has the same where DEVICE is RAM.)
+the window goes: backward wants them next, and their copies run under what is computed meanwhile. What a forward put
+away last is asked for when its backward begins, as soon as it has left. (`stash` has the same where DEVICE is RAM.)
 
 [Note: one window for both ways]
 What leaves and what was fetched ahead share the window, so that the two never hold more of the device's memory than a
@@ -52,7 +52,7 @@ class DeviceStash:
         """Those that nobody may have waited for. Ranges are not leased again before their write has begun."""
         self._fetched_ahead: weakref.WeakSet[_DeviceStashed] = weakref.WeakSet()
         """Those fetched back that nobody has asked for yet."""
-        self._last: weakref.ref[_DeviceStashed] | None = None
+        self.latest: weakref.ref[_DeviceStashed] | None = None
 
     def put(self, tensor: torch.Tensor) -> Stashed | None:
         """As `Stash.put`; the copy runs behind what computes `tensor`. Blocks while the window is full."""
@@ -70,14 +70,14 @@ class DeviceStash:
         self._leaving.append(saved)
         self._leaving_bytes += saved.num_bytes
         if place is None:
-            stashed = _DeviceStashed(self, tensor, self._last, saved=saved, slot=slot)
+            stashed = _DeviceStashed(self, tensor, self.latest, saved=saved, slot=slot)
         else:
             written = self.links.device_copies.behind(saved, partial(place.write, slot))
             while self._writing and self._writing[0][0].was_waited_for:
                 self._writing.popleft()
             self._writing.append((written, place))
-            stashed = _DeviceStashed(self, tensor, self._last, saved=written, place=place)
-        self._last = weakref.ref(stashed)
+            stashed = _DeviceStashed(self, tensor, self.latest, saved=written, place=place)
+        self.latest = weakref.ref(stashed)
         return stashed
 
     def room(self, num_bytes: int) -> Slot | None:
@@ -110,10 +110,10 @@ class DeviceStash:
             self._fetched_ahead.add(before)
             ahead_bytes += before.num_bytes
 
-    def start_last(self) -> None:
-        """As `Stash.start_last`: as far as the window goes, beside what leaves."""
+    def start_from(self, latest: weakref.ref[_DeviceStashed] | None) -> None:
+        """As `Stash.start_from`: as far as the window goes, beside what leaves."""
         ahead_bytes = self._ahead_bytes()
-        for before in put_away_up_to(self._last):
+        for before in put_away_up_to(latest):
             if not before.is_held or before.was_loaded or before in self._fetched_ahead:
                 continue
             while self._leaving and self._leaving[0].is_over():

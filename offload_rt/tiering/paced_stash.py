@@ -34,7 +34,7 @@ class PacedStash:
         self.window_bytes = window_bytes
         self._meter = meter
         self._leaving: deque[tuple[Ticket, int]] = deque()
-        self._last: weakref.ref[_PacedStashed] | None = None
+        self.latest: weakref.ref[_PacedStashed] | None = None
 
     def put(self, tensor: torch.Tensor) -> Stashed | None:
         """As the stash inside; the way out is begun. Blocks while more leaves than has room."""
@@ -47,8 +47,8 @@ class PacedStash:
             self._leaving.append((out, num_bytes))
             while sum(size for _, size in self._leaving) > max(self.window_bytes, num_bytes):
                 self.wait(self._leaving.popleft()[0])
-        paced = _PacedStashed(self, stashed, out, num_bytes, self._last)
-        self._last = weakref.ref(paced)
+        paced = _PacedStashed(self, stashed, out, num_bytes, self.latest)
+        self.latest = weakref.ref(paced)
         return paced
 
     def submit(self, way: int, num_bytes: int) -> Ticket:
@@ -71,10 +71,11 @@ class PacedStash:
         """Puts on their way back what was put away before, the latest first."""
         self._begin(stashed.previous, at_least_one=True)
 
-    def start_last(self) -> None:
-        """As `Stash.start_last`: as far as the window reaches."""
-        self._inner.start_last()
-        self._begin(self._last, at_least_one=False)
+    def start_from(self, latest: weakref.ref[_PacedStashed] | None) -> None:
+        """As `Stash.start_from`: as far as the window reaches."""
+        if latest is not None and (stashed := latest()) is not None:
+            self._inner.start_from(weakref.ref(stashed.inner))
+        self._begin(latest, at_least_one=False)
 
     def _begin(self, latest: weakref.ref[_PacedStashed] | None, *, at_least_one: bool) -> None:
         ahead_bytes = 0
@@ -99,7 +100,7 @@ class _PacedStashed:
         previous: weakref.ref[_PacedStashed] | None,
     ) -> None:
         self._stash = stash
-        self._inner = inner
+        self.inner = inner
         self.out = out
         self.num_bytes = num_bytes
         self.previous = previous
@@ -116,7 +117,7 @@ class _PacedStashed:
     def load(self) -> torch.Tensor:
         """The tensor again; blocks until the link has brought it. A second one takes the way once more."""
         self.begin()
-        tensor = self._inner.load()
+        tensor = self.inner.load()
         if self._back is not None:
             self._stash.wait(self._back)
         self._back, self.is_expected = None, False
@@ -125,7 +126,7 @@ class _PacedStashed:
 
     def release(self) -> None:
         self.is_expected = False
-        self._inner.release()
+        self.inner.release()
 
 
 def _row(way: int) -> str:

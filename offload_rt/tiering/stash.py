@@ -48,8 +48,13 @@ class Stash(Protocol):
         Room is planned for one micro-batch. A loop that holds the graphs of several keeps the rest in memory.
         """
 
-    def start_last(self) -> None:
-        """Backward has begun: starts fetching what was put away last, and before that, as far as there is room now.
+    @property
+    def latest(self) -> weakref.ref[Any] | None:
+        """What was put away last, for `start_from`; None where nothing was, or nothing needs to be started."""
+
+    def start_from(self, latest: weakref.ref[Any] | None) -> None:
+        """A backward has begun: starts fetching what was `latest` in its forward, and before that, as far as there is
+        room now.
 
         Nothing where that is under way, or has been used. Does not block.
         """
@@ -90,8 +95,12 @@ class HostStash:
         self._links.counters.bytes_copied += slot.num_bytes
         return _HostStashed(slot, tensor.shape, tensor.dtype, self._links)
 
-    def start_last(self) -> None:
+    @property
+    def latest(self) -> None:
         """Nothing to start: a load copies at once."""
+
+    def start_from(self, latest: weakref.ref[Any] | None) -> None:
+        """As `latest`."""
 
 
 class _HostStashed:
@@ -130,7 +139,7 @@ class NvmeStash:
         self._piece_bytes = max(most // IO_ALIGNMENT_BYTES, 1) * IO_ALIGNMENT_BYTES
         self._ahead_bytes = min(ahead_bytes, staging.num_bytes // 2)
         self._links = links
-        self._last: weakref.ref[_NvmeStashed] | None = None
+        self.latest: weakref.ref[_NvmeStashed] | None = None
         self._reading: weakref.WeakSet[_Piece] = weakref.WeakSet()
         self._writing: deque[_Piece] = deque()
         self._writing_bytes = 0
@@ -147,8 +156,8 @@ class NvmeStash:
                 return None
             stashed.pieces.append(piece)
             stashed.stored_bytes += piece.stored_bytes
-        stashed.previous = self._last
-        self._last = weakref.ref(stashed)
+        stashed.previous = self.latest
+        self.latest = weakref.ref(stashed)
         return stashed
 
     def _write(self, part: torch.Tensor) -> _Piece | None:
@@ -200,9 +209,9 @@ class NvmeStash:
         """
         self._start(stashed.previous, at_least_one=True)
 
-    def start_last(self) -> None:
-        """As `Stash.start_last`: as far as `ahead_bytes` reach."""
-        self._start(self._last, at_least_one=False)
+    def start_from(self, latest: weakref.ref[_NvmeStashed] | None) -> None:
+        """As `Stash.start_from`: as far as `ahead_bytes` reach."""
+        self._start(latest, at_least_one=False)
 
     def _start(self, latest: weakref.ref[_NvmeStashed] | None, *, at_least_one: bool) -> None:
         ahead_bytes = 0

@@ -147,6 +147,7 @@ class _Tokenwise(torch.autograd.Function):
         ctx.needs = [needs_input and index == hidden for index in range(len(inputs))]
         held = Held(inputs[hidden], owner.tokenwise.places.with_input("input"), owner.tokenwise.counters)
         ctx.input = held if held.is_stashed else None
+        ctx.latest = owner.latest()
         kept = list(inputs)
         if ctx.input is not None:
             del kept[hidden]
@@ -161,7 +162,7 @@ class _Tokenwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         owner, call, tiled = ctx.owner, ctx.call, ctx.tiled
         call.check_unchanged()
-        owner.start_last()
+        owner.start_from(ctx.latest)
         inputs = list(ctx.saved_tensors)
         keep_graph = graph_is_kept()
         if ctx.input is not None:

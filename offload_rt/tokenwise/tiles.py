@@ -5,7 +5,8 @@ See `tiled_pass` for the order in which they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,11 +54,17 @@ class Places:
     between_chunks: Callable[[], None] = lambda: None
     """Called when a chunk's memory is free again."""
 
-    def start_last(self) -> None:
-        """As `Stash.start_last`, wherever something waits."""
-        for stash in (self.layer_inputs, *self.swapped.values()):
-            if stash is not None:
-                stash.start_last()
+    def latest(self) -> list[weakref.ref[Any] | None]:
+        """As `Stash.latest`, of each stash."""
+        return [stash.latest for stash in self._stashes()]
+
+    def start_from(self, latest: Sequence[weakref.ref[Any] | None]) -> None:
+        """As `Stash.start_from`, of each stash."""
+        for stash, last in zip(self._stashes(), latest, strict=True):
+            stash.start_from(last)
+
+    def _stashes(self) -> list[Stash]:
+        return [stash for stash in (self.layer_inputs, *self.swapped.values()) if stash is not None]
 
     def with_input(self, group: str) -> Place:
         """Where `group` waits that goes with the layer's input."""

@@ -111,8 +111,8 @@ class ModelAssembly:
         shared: dict[str, Any] = {
             "stash": self._places.layer_inputs, "hold_decoded": self._plan.decode_scope is DecodeScope.LAYER,
             "counters": runtime.layer_counters, "leave_out_product": runtime.made_of.options.leave_out_products,
-            "between": between, "start_last": self._places.start_last, "deliver": deliver,
-            "together": lambda: runtime.turns.active,
+            "between": between, "latest": self._places.latest, "start_from": self._places.start_from,
+            "deliver": deliver, "together": lambda: runtime.turns.active,
             "transients": runtime.transients, "additions": runtime.additions[draft.name],
         }  # fmt: skip
         policy = policy_of(self._plan, draft)
