@@ -25,7 +25,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.plans.cuts import cuts_from_json
 from offload_rt.running.steps import WARM_STEPS
 from offload_rt.running.tracing import require_writable
-from offload_rt.storage.drive_files import make_folders
+from offload_rt.storage.durable import make_folders
 from offload_rt.training.batches import Batches, check_packing
 from offload_rt.training.data import DataReport, load_examples
 from offload_rt.training.data_files import data_files
