@@ -135,8 +135,7 @@ void what_is_under_way_is_recorded_while_others_submit_and_ask(IoBackend backend
     threads.emplace_back([&] {
       const Buffer buffer(kLength, 1);
       for (std::size_t i = 0; i < kRounds; ++i)
-        static_cast<void>(
-            ring->wait(submit(*ring, IoKind::write, file.fd(), 0, buffer.span()), kPatience));
+        static_cast<void>(ring->wait(submit(*ring, IoKind::write, file.fd(), 0, buffer.span()), kPatience));
     });
   bool right = true;
   for (std::size_t i = 0; i < kRounds; ++i) {
