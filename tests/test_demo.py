@@ -7,15 +7,13 @@ import os
 import string
 import subprocess
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+pytest.importorskip("reasoning_gym")
 pytest.importorskip("peft")
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,6 +24,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 SOURCE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(SOURCE / "examples"))
 
+from aiw_task import best_fixed_rule, is_held_out, is_right, make_examples, mcnemar_exact, puzzle  # noqa: E402
 from demo_table import checks  # noqa: E402
 
 TAGS = ["<pad>", "<end>", "<system>", "<user>", "<assistant>"]
@@ -34,13 +33,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 NUM_LAYERS = 5
-pytestmark = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning_gym is not installed")
-
-
-@pytest.fixture(scope="module")
-def task() -> ModuleType:
-    """Imported here alone: reasoning_gym and what it imports take a second, of every process that collects tests."""
-    return import_module("aiw_task")
 
 
 @pytest.fixture(scope="module")
@@ -104,38 +96,34 @@ def test_the_quick_demo_streams_trains_and_leaves_an_adapter_that_plain_peft_agr
     assert sum(not holds for holds in checks(broken).values()) >= 5
 
 
-def test_no_held_out_puzzle_is_trained_on_under_any_seed(task: ModuleType) -> None:
-    held_out = {task.puzzle(example["prompt"]) for example in task.make_examples("test", 160, 0)}
+def test_no_held_out_puzzle_is_trained_on_under_any_seed() -> None:
+    held_out = {puzzle(example["prompt"]) for example in make_examples("test", 160, 0)}
     assert len(held_out) == 160
     for seed in (1, 2, 3):
-        trained = task.make_examples("train", 400, seed)
+        trained = make_examples("train", 400, seed)
         assert len({example["prompt"] for example in trained}) == 400
-        assert not held_out & {task.puzzle(example["prompt"]) for example in trained}
-        assert not any(task.is_held_out(example["prompt"]) for example in trained)
+        assert not held_out & {puzzle(example["prompt"]) for example in trained}
+        assert not any(is_held_out(example["prompt"]) for example in trained)
 
 
-def test_names_are_left_out_of_a_puzzle_and_numbers_are_not(task: ModuleType) -> None:
+def test_names_are_left_out_of_a_puzzle_and_numbers_are_not() -> None:
     question = "Mary has 18 brothers and she also has 6 sisters. How many sisters does Mary's brother have?"
-    assert task.puzzle(question) == task.puzzle(question.replace("Mary", "Susan"))
-    assert task.puzzle(question) != task.puzzle(question.replace("18", "17"))
+    assert puzzle(question) == puzzle(question.replace("Mary", "Susan"))
+    assert puzzle(question) != puzzle(question.replace("18", "17"))
 
 
-def test_the_scorer_takes_the_answer_and_nothing_else(task: ModuleType) -> None:
-    [example] = task.make_examples("test", 1, 0)
+def test_the_scorer_takes_the_answer_and_nothing_else() -> None:
+    [example] = make_examples("test", 1, 0)
     answer = example["completion"]
-    assert task.is_right(example, answer) and task.is_right(example, f" {answer}\n")
-    assert (
-        not task.is_right(example, f"{answer}{answer}")
-        and not task.is_right(example, "")
-        and not task.is_right(example, "many")
-    )
-    name, right = task.best_fixed_rule(task.make_examples("test", 40, 0))
+    assert is_right(example, answer) and is_right(example, f" {answer}\n")
+    assert not is_right(example, f"{answer}{answer}") and not is_right(example, "") and not is_right(example, "many")
+    name, right = best_fixed_rule(make_examples("test", 40, 0))
     assert name == "second number + 1" and 0.5 < sum(right) / 40 < 0.95
 
 
-def test_mcnemar_counts_discordant_pairs_only(task: ModuleType) -> None:
-    assert task.mcnemar_exact([False] * 5, [False] * 5) == 1.0
-    assert task.mcnemar_exact([False] * 10 + [True] * 90, [True] * 100) == pytest.approx(2 / 2**10)
-    assert task.mcnemar_exact([True, False, True], [False, True, True]) == 1.0
+def test_mcnemar_counts_discordant_pairs_only() -> None:
+    assert mcnemar_exact([False] * 5, [False] * 5) == 1.0
+    assert mcnemar_exact([False] * 10 + [True] * 90, [True] * 100) == pytest.approx(2 / 2**10)
+    assert mcnemar_exact([True, False, True], [False, True, True]) == 1.0
     with pytest.raises(ValueError):
-        task.mcnemar_exact([True], [])
+        mcnemar_exact([True], [])
