@@ -148,6 +148,10 @@ class FullTraining(TieredTraining):
         super().have_changed(changed)
         self._written.are_known(changed)
 
+    def weights_are_in_place(self) -> None:
+        """The engine has made the parameters of the model: what is written into them from now on is somebody else's."""
+        self._written.all_are_known()
+
     def check_written(self, asked: str) -> None:
         """Raises `ConfigError` where somebody has written into weights; see `written_weights`."""
         if self._written:

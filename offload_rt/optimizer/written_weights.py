@@ -27,14 +27,18 @@ class WrittenWeights:
     """Of one training. Used by one thread."""
 
     def __init__(self, blocks: Sequence[TrainedBlock], home: StateHome, stepper: Stepper) -> None:
-        """Weights are as the engine has made them."""
+        """`all_are_known` says when the engine has made them."""
         self._blocks = tuple(blocks)
         self._home = home
         self._stepper = stepper
         self._versions: dict[int, int] = {}
         self._lost: list[str] = []
         """Weights whose new values were overwritten before anybody was told."""
-        self.are_known(trained.parameter for block in blocks for trained in block.parameters)
+        self.all_are_known()
+
+    def all_are_known(self) -> None:
+        """All are as the engine has made them."""
+        self.are_known(trained.parameter for block in self._blocks for trained in block.parameters)
 
     def are_known(self, parameters: Iterable[Tensor]) -> None:
         """These are as the engine has made them."""

@@ -74,6 +74,8 @@ class ModelAssembly:
             module.attach()
         runtime.contiguous_head = keep_head_input_contiguous(model)
         runtime.loss_head = self._loss_head()
+        if isinstance(runtime.training, FullTraining):
+            runtime.training.weights_are_in_place()
 
     def _add(self, draft: BlockDraft) -> None:
         """Makes the block of `draft`, takes its weights out of the model, and makes what answers for its modules."""
