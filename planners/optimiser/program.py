@@ -18,6 +18,11 @@ from dataclasses import dataclass, field
 
 Terms = list[tuple[int, float]]
 
+AGAIN = (("presolve", "off"), ("simplex_scale_strategy", 4))
+"""Options of HiGHS with which a program is solved again, one after the other, where it ended without a status: what
+presolve stumbled over is solved without it, and what is feasible in its own scaling alone with another one.
+"""
+
 
 class SolverMissing(RuntimeError):
     """HiGHS is not installed; the greedy planner needs no solver."""
@@ -118,8 +123,10 @@ class Program:
         highs.passModel(lp)
         highs.run()
         status = highs.getModelStatus()
-        if status in (highspy.HighsModelStatus.kNotset, highspy.HighsModelStatus.kUnknown):
-            highs.setOptionValue("presolve", "off")  # what presolve stumbled over is solved without it
+        for option, value in AGAIN:
+            if status not in (highspy.HighsModelStatus.kNotset, highspy.HighsModelStatus.kUnknown):
+                break
+            highs.setOptionValue(option, value)
             highs.clearSolver()
             highs.run()
             status = highs.getModelStatus()
