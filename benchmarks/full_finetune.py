@@ -33,7 +33,6 @@ needs libaio with its header (libaio-dev); its first start compiles for minutes.
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 from argparse import Namespace
@@ -402,7 +401,7 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.nvme.mkdir(parents=True, exist_ok=True)
     results = rounds.circumstances()
-    hidden = {str(arguments.nvme): "DIR", str(arguments.json): "FILE", str(arguments.trace): "TRACE"}
+    hidden = rounds.words_for(DIR=arguments.nvme, FILE=arguments.json, TRACE=arguments.trace)
     results["command"] = rounds.command(hidden)
     results["configuration"] = {
         key: value for key, value in vars(arguments).items() if key not in ("nvme", "json", "trace", "breakdown")
@@ -417,7 +416,8 @@ def main() -> None:
     for path, what in ((arguments.json, results), (arguments.trace, {"traceEvents": events})):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(what, indent=1 if path == arguments.json else None) + "\n", encoding="utf-8")
+            indent = 1 if path == arguments.json else None
+            path.write_text(rounds.as_json(what, hidden, indent=indent), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ NAME=VALUE in capitals is set in the environment of that process: `bf16+MALLOC_T
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from statistics import median
@@ -163,7 +162,8 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.nvme.mkdir(parents=True, exist_ok=True)
     results = rounds.circumstances()
-    results["command"] = rounds.command({str(arguments.nvme): "DIR", str(arguments.json): "FILE"})
+    hidden = rounds.words_for(DIR=arguments.nvme, FILE=arguments.json)
+    results["command"] = rounds.command(hidden)
     results["configuration"] = {
         key: value for key, value in vars(arguments).items() if key not in ("nvme", "json", "breakdown")
     }
@@ -176,7 +176,7 @@ def main() -> None:
             show(found)
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                arguments.json.write_text(rounds.as_json(results, hidden), encoding="utf-8")
     except ContenderFailed as error:
         raise SystemExit(f"qlora.py: {error}") from None
 

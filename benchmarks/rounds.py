@@ -43,9 +43,22 @@ def ratio(results: Speeds, name: str, reference: str) -> dict[str, Any]:
     return summary([a / b for a, b in zip(results[name], results[reference], strict=True)])
 
 
+def words_for(**paths: Path | None) -> dict[str, str]:
+    """By path, as it was given and as it is, the word that stands for it in what is published."""
+    return {str(path): word for word, given in paths.items() if given is not None for path in (given, given.resolve())}
+
+
 def command(hidden: dict[str, str]) -> str:
     """This process's command line, with words put in place of folders, which are this machine's own business."""
     return " ".join(["python benchmarks/" + Path(sys.argv[0]).name, *(hidden.get(word, word) for word in sys.argv[1:])])
+
+
+def as_json(results: dict[str, Any], hidden: dict[str, str], *, indent: int | None = 1) -> str:
+    """`results` as the text of a file, with words put in place of folders wherever they stand: in a report's, too."""
+    text = json.dumps(results, indent=indent)
+    for folder in sorted(hidden, key=len, reverse=True):
+        text = text.replace(json.dumps(folder)[1:-1], hidden[folder])
+    return text + "\n"
 
 
 def circumstances() -> dict[str, Any]:
