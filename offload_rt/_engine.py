@@ -39,6 +39,7 @@ from offload_rt.guards.wrappers import WrapperGuard
 from offload_rt.memory.heap import Base
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.loop_steps import LoopSteps
+from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.report import report, summary
 from offload_rt.running.changes import Changes
 from offload_rt.running.micro_batches import MicroBatches
@@ -179,7 +180,7 @@ class Engine:
             logger.info("%s", self.summary())
         except BaseException:  # the same call with other arguments works
             handles = [handle.remove for handle in self._handles]
-            made = [] if runtime is None else [runtime.close]
+            made = () if runtime is None else (runtime.close, partial(runtime.give_back, resident=True))
             all_close(*made, *handles, original.restore, self._peaks.close)
             raise
 
@@ -257,22 +258,28 @@ class Engine:
 
     def step(self) -> None:
         """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
-        if self._closed:
-            raise OffloadError("step: the engine is closed; nothing was updated")
+        self._check_open("step")
         self._steps.take()
+
+    def _check_open(self, asked: str) -> None:
+        if self._closed:
+            raise OffloadError(f"{asked}: the engine is closed; nothing was done")
 
     def train_batch(self, batches: Sequence[dict[str, Any]]) -> float:
         """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
+        self._check_open("train_batch")
         total = self._micro_batches.accumulate(batches)
         self.step()
         return total
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales the gradients so that their global norm is at most `max_norm`; returns the norm before. Exact."""
+        self._check_open("clip_grad_norm_")
         return self._training.clip_grad_norm_(max_norm)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradients that there are, by parameter name. Those of layers that train are in memory one by one."""
+        self._check_open("gradients")
         return self._training.gradient_items()
 
     def track(self, name: str, tracked: Any) -> None:
@@ -299,6 +306,8 @@ class Engine:
         Blocks. Where state rests in tiers, the commit folder stands for a commit of what is there now, which copies
         nothing.
         """
+        if isinstance(self._training, TieredTraining):
+            self._check_open("save_checkpoint")
         with self._peaks.phase(SAVE, Path(folder)):
             self._training.save(Path(folder))
 
@@ -309,6 +318,7 @@ class Engine:
         Raises `CheckpointError` where what is saved does not fit, and is unchanged then. Warns where the plan takes
         sums in another order than that of the run: then the bits are others, within what such an order changes.
         """
+        self._check_open("load_checkpoint")
 
         def check(values: Mapping[str, Any]) -> None:
             self._tracked.check(folder, values, self._runtime.cuts)
@@ -373,6 +383,9 @@ class Engine:
     def close(self) -> None:
         """Waits for what is under way; gives memory, files and hooks back. May be called twice.
 
+        Weights that never leave DEVICE, and are not in 4 bits, stay in the model; others are not in memory. Adapters
+        can be saved as ever; masters and moments are where they were committed, or saved, last.
+
         Makes the commit that is due; but where it is called because the loop has failed (while an exception is handled)
         before the next forward began, the last step stays uncommitted, and a run that goes on takes it again.
         """
@@ -380,7 +393,7 @@ class Engine:
         self._training.abandon()
         # Guards look at which weights are absent from now on.
         handles = [handle.remove for handle in self._handles]
-        all_close(self._changes.close, self._runtime.close, *handles, self._peaks.close)
+        all_close(self._changes.close, self._runtime.close, self._runtime.give_back, *handles, self._peaks.close)
 
     def __enter__(self) -> Engine:
         return self

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -180,8 +181,17 @@ RING = 64 << 10
 """Locked, of twice as much that can be: no arena of the runs below is as small as what is left."""
 
 
-def full_run(folder: Path) -> tuple[list[dict[str, torch.Tensor]], Engine]:
-    """Weights come from HOST; gradients, layer inputs and half of the state go there and back. The engine is closed."""
+class FullRun(NamedTuple):
+    found: list[dict[str, torch.Tensor]]
+    engine: Engine
+    """Closed."""
+    report: dict[str, Any]
+    """As it was before."""
+    summary: str
+
+
+def full_run(folder: Path) -> FullRun:
+    """Weights come from HOST; gradients, layer inputs and half of the state go there and back."""
     case = full.Case("llama", "bfloat16", "adamw", 1, "not", False, "in place")
     options = RuntimeOptions(
         num_slots=2, layer_inputs=Tier.HOST, poison=True, record=True, piece_elements=1 << 15, device_share=0.5
@@ -189,15 +199,15 @@ def full_run(folder: Path) -> tuple[list[dict[str, torch.Tensor]], Engine]:
     with full.make_engine(
         case, folder, device="cuda", device_memory="1GiB", host_memory="256MiB", nvme=False, options=options
     ) as engine:
-        return full.run_engine(case, engine, steps=2), engine
+        return FullRun(full.run_engine(case, engine, steps=2), engine, engine.report(), engine.summary())
 
 
 @pytest.fixture(scope="module")
 def all_locked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
-    found, engine = full_run(tmp_path_factory.mktemp("locked"))
-    gpu = engine.report()["gpu"]
+    ran = full_run(tmp_path_factory.mktemp("locked"))
+    gpu = ran.report["gpu"]
     assert gpu["pageable_bytes"] == gpu["through_ring_bytes"] == 0 < gpu["locked_bytes"]
-    return found
+    return ran.found
 
 
 def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> bool:
@@ -211,26 +221,26 @@ def test_where_locking_has_a_ceiling_copies_go_through_a_ring_below_it(all_locke
     monkeypatch.setattr("offload_rt.transfers.device_cuda.known_ceiling", lambda runtime, gpu: ceiling)
     monkeypatch.setattr("offload_rt.wiring.workload.known_ceiling", device_cuda.known_ceiling)
     with lockable(2 * RING):
-        found, engine = full_run(tmp_path / "ring")
-    report, runtime = engine.report(), engine._runtime
-    assert same(all_locked, found) and [str(race) for race in runtime.recorder.check()] == []
+        ran = full_run(tmp_path / "ring")
+    report, runtime = ran.report, ran.engine._runtime
+    assert same(all_locked, ran.found) and [str(race) for race in runtime.recorder.check()] == []
     assert "CUDA error" not in caplog.text, "more was asked for than can be had"
     assert "stays pageable" in caplog.text and "only 128 KiB can be locked (tried)" in caplog.text
     assert report["gpu"]["through_ring_bytes"] > 0.9 * report["bytes_copied"] > 0
     host = runtime.tiers.account(Tier.HOST)
     assert host.holdings["locked ring"] == RING and host.capacity_bytes == 256 << 20
     assert runtime.made_of.problem.host_capacity_bytes == (256 << 20) - RING, "charged before there was a plan"
-    assert "copies of it go through a locked ring" in engine.summary()
+    assert "copies of it go through a locked ring" in ran.summary
 
 
 def test_where_nothing_can_be_locked_copies_wait_and_it_is_said(all_locked, tmp_path, caplog):
     with lockable(0):
-        found, engine = full_run(tmp_path / "none")
-    assert same(all_locked, found)
+        ran = full_run(tmp_path / "none")
+    assert same(all_locked, ran.found)
     assert "stays pageable" in caplog.text and "for want of a locked ring: locking" in caplog.text
     assert "`offload-rt doctor` has found" in caplog.text
-    assert "locked ring" not in engine._runtime.tiers.account(Tier.HOST).holdings
-    assert engine.report()["gpu"]["locked_bytes"] == 0 and "copies of it hold up the computation" in engine.summary()
+    assert "locked ring" not in ran.engine._runtime.tiers.account(Tier.HOST).holdings
+    assert ran.report["gpu"]["locked_bytes"] == 0 and "copies of it hold up the computation" in ran.summary
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="OFFLOAD_EMULATED_DEVICES is below 2")

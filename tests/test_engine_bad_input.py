@@ -295,7 +295,7 @@ def test_a_step_of_a_closed_engine_is_refused(make_engine):
     engine = make_engine(build_lora())
     engine.backward(engine(**language_batch(0)).loss)
     engine.close()
-    with pytest.raises(OffloadError, match="step: the engine is closed; nothing was updated"):
+    with pytest.raises(OffloadError, match="step: the engine is closed; nothing was done"):
         engine.step()
     assert engine.step_number == 0
 

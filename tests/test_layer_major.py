@@ -129,7 +129,7 @@ def misses(monkeypatch):
     demand, noted = RingExecutor._demand, []
 
     def note(executor):
-        leases = ", ".join(map(str, executor._arena._leases.values()))
+        leases = ", ".join(map(str, executor.arena._leases.values()))
         noted.append(f"{executor._visit} missed; waiting: {list(executor._pending)}; leased: {leases}")
         seen = [one for one in gc.get_objects() if isinstance(one, ctypes.Array)]
         noted.extend(f"  {type(one).__name__} <- {type(by)}" for one in seen for by in gc.get_referrers(one))

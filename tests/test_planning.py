@@ -247,11 +247,11 @@ def test_a_profile_runs_a_layer_as_the_runtime_does(monkeypatch):
     (first, *_) = [draft for draft in find_blocks(model, bits=4) if draft.is_layer]
     profile_layer(model, first, batch_size=2, seq_len=16)
     (layer,) = made
-    assert layer.counters.num_recomputes == CHECKED_CALLS + 1 + block_profile.RUNS
-    assert layer.counters.num_products_left_out >= block_profile.RUNS
+    assert layer.around.counters.num_recomputes == CHECKED_CALLS + 1 + block_profile.RUNS
+    assert layer.around.counters.num_products_left_out >= block_profile.RUNS
     quantized = [spec for spec in first.spec.tensors if spec.is_quantized]
     # Three times where it is computed again; twice where it is kept, and where it is put away.
-    each_way = layer.counters.num_recomputes
+    each_way = layer.around.counters.num_recomputes
     assert layer.block.decoder.counters.num_decodes == (3 + 2 + 2) * len(quantized) * each_way
     assert layer.block.decoder.counters.overflow_bytes == 0
 

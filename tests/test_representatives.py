@@ -1,5 +1,7 @@
 """One layer of a kind for all of them: the bytes of the whole step, from few of its layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -84,10 +86,10 @@ def test_layers_are_alike_by_what_they_are(make_engine, tmp_path):
         layers[3].layer.self_attn.sliding_window = 7
         layers[5].layer.mlp.gate_proj.lora_dropout["default"].p = 0.25
         layers[7].layer.mlp.down_proj.lora_A["default"].weight.requires_grad_(False)
-        layers[9].hold_decoded = not layers[9].hold_decoded
+        layers[9].around = replace(layers[9].around, hold_decoded=not layers[9].around.hold_decoded)
         assert representatives(layers) == [0, 1, 1, 3, 1, 5, 1, 7, 1, 9, 1, 1]
         layers[11].layer.mlp.extra = True
-        layers[10].stash = object()
+        layers[10].around = replace(layers[10].around, stash=object())
         assert representatives(layers) is None, "more than half of them would run"
 
 

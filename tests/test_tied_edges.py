@@ -92,7 +92,7 @@ def test_the_matrix_rests_once_and_only_rows_and_tiles_of_it_are_read(place, mak
     train(engine, 1)
     assert tiles.counters.num_fetches - fetched == 2 * (NUM_TILES - 2)
     assert engine.report()["prefetch_misses"] == misses
-    assert tiles._arena.peak_bytes == tiles._arena.num_bytes == 2 * TILE_ROWS * ROW_BYTES
+    assert tiles.arena.peak_bytes == tiles.arena.num_bytes == 2 * TILE_ROWS * ROW_BYTES
     assert races(engine) == []
 
 

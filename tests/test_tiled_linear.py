@@ -120,7 +120,7 @@ def test_tiles_are_fetched_ahead_and_those_that_are_there_are_used(make_engine, 
         fetches = reads * 2 * (NUM_TILES - 2)
         assert [b - a for a, b in zip(before, after, strict=True)] == [2 * fetches, 2 * 6, 2 * visits]
     assert engine.report()["prefetch_misses"] == 0
-    assert executor._arena.peak_bytes == executor._arena.num_bytes == 2 * TILE_ROWS * WIDTH * 2
+    assert executor.arena.peak_bytes == executor.arena.num_bytes == 2 * TILE_ROWS * WIDTH * 2
     assert [str(race) for race in engine._runtime.recorder.check()] == []
 
 

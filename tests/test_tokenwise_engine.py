@@ -204,9 +204,9 @@ def test_what_waits_for_backward_holds_no_slot_and_no_decoded_weight(run):
     found, engine = run(kept, "NVME", dropout=0.0)
     same_bits(found, swapped)
     loss = engine(**language_batch(3, tokens=SEQ_LEN)).loss
-    assert engine._runtime.decoder._arena.held_bytes() == 0
+    assert engine._runtime.decoder.arena.held_bytes() == 0
     ring = engine._runtime.executors[0]
-    assert ring.ring.num_slots == 1 and ring._arena.held_bytes() <= ring.ring.slot_bytes
+    assert ring.ring.num_slots == 1 and ring.arena.held_bytes() <= ring.ring.slot_bytes
     loss.backward()
     assert engine.report()["decode_overflow_bytes"] == 0
 

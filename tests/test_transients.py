@@ -174,7 +174,7 @@ def train(make_engine, model, placed_bytes, folder, **arguments):
 
 
 def held(engine):
-    arena = engine._runtime.transients._arena
+    arena = engine._runtime.transients.arena
     return 0 if arena is None else arena.held_bytes()
 
 
@@ -204,11 +204,11 @@ def test_training_is_the_same_with_activations_in_the_arena(make_engine, disk_fo
 def test_activations_are_an_arena_where_frozen_layers_run_whole_and_are_large(make_engine, disk_folder, monkeypatch):
     monkeypatch.setattr(workload_sizes, "PLACED_RESULTS", 1)
     small = make_engine(build_lora(), bits=4)
-    assert small._runtime.transients._arena is None, "a layer of some KiB has no result of 1 MiB"
+    assert small._runtime.transients.arena is None, "a layer of some KiB has no result of 1 MiB"
     large = make_engine(build_lora(), bits=4, options={"placed_bytes": 4096})
-    assert large._runtime.transients._arena.num_bytes == large.report()["holdings"]["device"]["activations"]
+    assert large._runtime.transients.arena.num_bytes == large.report()["holdings"]["device"]["activations"]
     trained = make_engine(build_lora().get_base_model().requires_grad_(True), options={"placed_bytes": 4096})
-    assert trained._runtime.transients._arena is None
+    assert trained._runtime.transients.arena is None
     assert workload_sizes.allocator_slack_bytes(1000 * MIB, 280 * MIB, placed=True) == 384 * MIB
     assert workload_sizes.allocator_slack_bytes(1000 * MIB, 280 * MIB) == 816 * MIB
 
@@ -220,7 +220,7 @@ def test_freed_memory_is_planned_for_results_that_get_no_place(make_engine, monk
     slack = {}
     for placed_bytes in (0, 4096):
         engine = make_engine(build_lora(), bits=4, options={"placed_bytes": placed_bytes})
-        assert (engine._runtime.transients._arena is None) is (placed_bytes == 0)
+        assert (engine._runtime.transients.arena is None) is (placed_bytes == 0)
         slack[placed_bytes] = engine.plan.allocator_slack_bytes
     assert slack[0] > slack[4096] == 0
 
@@ -232,5 +232,5 @@ def test_the_arena_takes_no_byte_more_than_is_planned(tokens, make_engine, disk_
     engine = make_engine(build_lora(), bits=4, seq_len=tokens, nvme=disk_folder, options={"placed_bytes": 4096})
     holdings, planned = engine.report()["holdings"]["device"], engine.plan.peak_bytes["device"]
     both = ("activations", "freed, held back by the allocator")
-    assert engine._runtime.transients._arena.num_bytes == holdings["activations"] > planned["activations"]
+    assert engine._runtime.transients.arena.num_bytes == holdings["activations"] > planned["activations"]
     assert sum(holdings[item] for item in both) == sum(planned[item] for item in both)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -58,10 +58,16 @@ class PartedAccess:
 
 
 class GoneAccess:
-    """Access to a block of a runtime that another one has followed; graphs of it may still be around."""
+    """Access to a block of a runtime that is closed; graphs of it may still be around."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
 
     def acquire(self, phase: Phase, *, training: bool) -> BlockBytes:
-        raise OffloadError("backward: its forward ran before a change of plans; call the model again")
+        self.refuse()
+
+    def refuse(self, *_: object) -> NoReturn:
+        raise OffloadError(f"backward: its forward ran before {self._why}")
 
     def release(self) -> None:
         """Nothing was acquired."""

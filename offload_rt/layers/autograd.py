@@ -19,7 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,6 +57,30 @@ class LayerCounters:
     """Layer inputs that stayed in DEVICE memory because the place that the plan gave them was full."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the layers of one runtime have in common."""
+
+    stash: Stash | None = None
+    """Where a layer's input waits for its backward; None: in DEVICE memory."""
+    hold_decoded: bool = False
+    """Whether a recompute's graph keeps decoded weights, as the plan has room for a decoded layer."""
+    leave_out_product: bool = True
+    """Whether a recompute may go without the layer's last product; see `last_product`."""
+    counters: LayerCounters = field(default_factory=LayerCounters)
+    transients: Transients = field(default_factory=Transients)
+    between: Callable[[], None] = lambda: None
+    """Called when a layer has run and its memory is free again: after each forward and each backward."""
+    latest: Callable[[], Any] = lambda: None
+    """Called when a forward ends."""
+    start_from: Callable[[Any], None] = lambda latest: None
+    """Called with what `latest` returned when the backward of that forward begins: of all that layers had put away by
+    then, the last is wanted next (`Stash.start_from`).
+    """
+    together: Callable[[], bool] = lambda: False
+    """Whether several backward passes go through the model together."""
+
+
 class RecomputedLayer:
     """Replaces the `forward` of one layer of the user's model while the engine lives."""
 
@@ -65,41 +89,21 @@ class RecomputedLayer:
         layer: nn.Module,
         block: Block,
         access: Access,
+        around: Surroundings | None = None,
         *,
-        stash: Stash | None = None,
-        hold_decoded: bool = False,
-        leave_out_product: bool = True,
-        counters: LayerCounters | None = None,
-        between: Callable[[], None] = lambda: None,
-        latest: Callable[[], Any] = lambda: None,
-        start_from: Callable[[Any], None] = lambda latest: None,
         deliver: Callable[[Mapping[int, torch.Tensor]], None] | None = None,
-        together: Callable[[], bool] = lambda: False,
-        transients: Transients | None = None,
         additions: Additions | None = None,
     ) -> None:
-        """`deliver` takes the gradients of the block's own parameters, by index, where these train; None: frozen.
-        `together` is whether several backward passes go through the model together.
-        """
+        """`deliver` takes the gradients of the block's own parameters, by index, where these train; None: frozen."""
         self.layer = layer
         self.block = block
         self.access = access
-        self.stash = stash
-        self.hold_decoded = hold_decoded
-        self.counters = counters if counters is not None else LayerCounters()
-        self.transients = transients if transients is not None else Transients()
-        self.between = between
-        """Called when the layer has run and its memory is free again: after each forward and each backward."""
-        self.latest, self.start_from = latest, start_from
-        """Called when a forward ends, and with what that returned, when its backward begins: of all that layers had put
-        away by then, the last is wanted next (`Stash.start_from`).
-        """
+        self.around = Surroundings() if around is None else around
         self._deliver = deliver
         self._open_calls: weakref.WeakSet[Call] = weakref.WeakSet()
         """Those whose backward may come."""
         self._sums: dict[int, dict[int, torch.Tensor]] = {}
         """Gradients for `deliver` by backward pass: those of a layer that it calls more than once are summed."""
-        self._together = together
         stored = {id(binding.parameter) for binding in block.bindings}
         self.additions = Additions(layer) if additions is None else additions
         """Of the engine's start, whatever runtime this is."""
@@ -110,7 +114,7 @@ class RecomputedLayer:
         self._had_own_forward = "forward" in layer.__dict__
         self._was_checkpointed = False
         self._num_checks = 0
-        self._leave_out_product = leave_out_product
+        self._leave_out_product = self.around.leave_out_product
 
     def attach(self) -> None:
         self.layer.forward = self
@@ -130,10 +134,12 @@ class RecomputedLayer:
             self.layer.gradient_checkpointing = True  # type: ignore[assignment]
             self._was_checkpointed = False
 
-    def let_go(self) -> None:
+    def let_go(self, gone: GoneAccess) -> None:
         """Has no memory of its runtime's any more, whoever still holds it: a graph lives as long as its loss."""
-        self.access = GoneAccess()
-        self.stash, self.transients, self.start_from = None, Transients(), lambda latest: None
+        self.access = gone
+        self.around = Surroundings(start_from=gone.refuse)
+        if self._deliver is not None:
+            self._deliver = gone.refuse
 
     def trainable(self) -> list[nn.Parameter]:
         """The layer's parameters that train now and stay in memory; a user may switch adapters on and off.
@@ -189,7 +195,7 @@ class RecomputedLayer:
         if self._deliver is None:
             return
         this_pass = torch._C._current_graph_task_id()
-        if not self._together():  # what another pass has left was cut off by an exception
+        if not self.around.together():  # what another pass has left was cut off by an exception
             self._sums = {number: sums for number, sums in self._sums.items() if number == this_pass}
         index_of = {id(binding.parameter): index for index, binding in enumerate(self._bindings)}
         sums = self._sums.setdefault(this_pass, {})
@@ -203,7 +209,7 @@ class RecomputedLayer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.without_checkpointing()
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        self.counters.num_forwards += 1
+        self.around.counters.num_forwards += 1
         # Without gradients anything goes: a reference adapter is switched on by requiring some of its own.
         trainable, streamed = (self.trainable(), self.streamed()) if torch.is_grad_enabled() else ([], [])
         wants_grad = bool(trainable or streamed) or any(
@@ -215,13 +221,13 @@ class RecomputedLayer:
         if not (torch.is_grad_enabled() and wants_grad):
             with opened(self.block, self.access, Phase.FORWARD, training=torch.is_grad_enabled()):
                 output = self.run(args, kwargs)
-            self.between()
+            self.around.between()
             return output
         call = Call(self, leaves, structure, trainable, streamed)
         self._open_calls.add(call)
         outputs = self.apply(call)
         call.node = next((weakref.ref(out.grad_fn) for out in outputs if out.grad_fn is not None), None)
-        self.between()
+        self.around.between()
         return call.rebuild_output(outputs)
 
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
@@ -268,7 +274,7 @@ class RecomputedLayer:
             try:
                 with torch.enable_grad(), self.saving(), left_out(last):
                     outputs = call.run(tensors)
-                self.counters.num_products_left_out += 1
+                self.around.counters.num_products_left_out += 1
                 return outputs
             except ResultWanted:
                 self._leave_out_product = False
@@ -279,7 +285,7 @@ class RecomputedLayer:
     def saving(self) -> AbstractContextManager[Any]:
         """Inside, the recompute's graph keeps packed weights, or decoded ones where the plan holds those."""
         decoder = self.block.decoder
-        return decoder.saved_decoded() if self.hold_decoded else decoder.saved_packed()
+        return decoder.saved_decoded() if self.around.hold_decoded else decoder.saved_packed()
 
 
 def _has_nan(values: Any) -> bool:
@@ -292,11 +298,12 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, owner: RecomputedLayer, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        around = owner.around
         inputs = list(tensors[: len(call.tensors)])
         versions = [tensor._version for tensor in inputs]
-        with opened(owner.block, owner.access, Phase.FORWARD, training=True), owner.transients.placed():
+        with opened(owner.block, owner.access, Phase.FORWARD, training=True), around.transients.placed():
             outputs = call.run(inputs)
-        outputs = [owner.transients.kept(output) for output in outputs]
+        outputs = [around.transients.kept(output) for output in outputs]
         if [tensor._version for tensor in inputs] != versions:
             raise UnsupportedModule(
                 f"{owner.block.name}: the layer changed its input in place, so that it cannot be run again in backward"
@@ -306,16 +313,16 @@ class _Recompute(torch.autograd.Function):
         ctx.stashed = None
         ctx.stashed_index = None
         kept = list(inputs)
-        if owner.stash is not None:
+        if around.stash is not None:
             index = call.which_to_stash()
             if index is not None:
-                stashed = owner.stash.put(inputs[index].detach())
+                stashed = around.stash.put(inputs[index].detach())
                 if stashed is None:
-                    owner.counters.num_not_stashed += 1
+                    around.counters.num_not_stashed += 1
                 else:
                     ctx.stashed, ctx.stashed_index = stashed, index
                     del kept[index]
-        ctx.latest = owner.latest()
+        ctx.latest = around.latest()
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         # The inputs are the context's now: a stashed one must not live on in the call.
@@ -329,7 +336,8 @@ class _Recompute(torch.autograd.Function):
         owner: RecomputedLayer = ctx.owner
         call: Call = ctx.call
         call.check_unchanged()
-        owner.start_from(ctx.latest)
+        around = owner.around
+        around.start_from(ctx.latest)
         inputs = list(ctx.saved_tensors)
         if ctx.stashed is not None:
             inputs.insert(ctx.stashed_index, ctx.stashed.load())
@@ -337,7 +345,7 @@ class _Recompute(torch.autograd.Function):
                 ctx.stashed.release()
         detached = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(inputs, ctx.needs, strict=True)]
         del inputs
-        owner.counters.num_recomputes += 1
+        around.counters.num_recomputes += 1
         wanted = [tensor for tensor in detached if tensor.requires_grad]
         sources = wanted + call.trainable
         places = places_for(sources[: len(sources) - len(call.streamed)])  # [Note: pins] in heap
@@ -345,7 +353,7 @@ class _Recompute(torch.autograd.Function):
             opened(owner.block, owner.access, Phase.BACKWARD, training=True),
             without_hooks(call.trainable),
             call.as_in_forward(),
-            owner.transients.placed(),
+            around.transients.placed(),
         ):
             outputs = owner.run_again(call, detached)
             pairs = [
@@ -363,9 +371,9 @@ class _Recompute(torch.autograd.Function):
                 gradients = (None,) * len(sources)
             del pairs  # and with it the recompute's graph, before the weights go
         placed = [*map(put_into, gradients, places), *gradients[len(places) :]]
-        supply = iter([None if gradient is None else owner.transients.kept(gradient) for gradient in placed])
+        supply = iter([None if gradient is None else around.transients.kept(gradient) for gradient in placed])
         del gradients, places, placed
         of_inputs = [next(supply) if tensor.requires_grad else None for tensor in detached]
         of_parameters = call.of_graph(list(supply))
-        owner.between()
+        around.between()
         return (None, None, *of_inputs, *of_parameters)

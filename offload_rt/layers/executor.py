@@ -69,7 +69,7 @@ class RingExecutor:
         self.ring = ring
         self.counters = ExecutorCounters()
         self._residences = tuple(residences)
-        self._arena = arena
+        self.arena = arena
         self._backward = backward
         self._recorder = recorder
         self._slots: dict[int, Slot] = {}
@@ -120,7 +120,7 @@ class RingExecutor:
         with self._lock:
             if 0 in self._slots:
                 return
-            slot = self._arena.try_acquire(self.ring.slot_bytes, self.ring.blocks[0])
+            slot = self.arena.try_acquire(self.ring.slot_bytes, self.ring.blocks[0])
             if slot is not None:
                 self.counters.scheduled_fetches += 1
                 self._start(0, slot)
@@ -190,7 +190,7 @@ class RingExecutor:
                     return
                 self._evict(step.block)
             elif step.block not in self._slots:
-                slot = self._arena.try_acquire(self.ring.slot_bytes, self.ring.blocks[step.block])
+                slot = self.arena.try_acquire(self.ring.slot_bytes, self.ring.blocks[step.block])
                 if slot is None:
                     return
                 self._start(step.block, slot)
@@ -226,12 +226,12 @@ class RingExecutor:
     def _demand(self, index: int) -> None:
         """Fetches a block that nobody foresaw."""
         name = self.ring.blocks[index]
-        slot = self._arena.try_acquire(self.ring.slot_bytes, name)
+        slot = self.arena.try_acquire(self.ring.slot_bytes, name)
         for other in [other for other in self._slots if not self._users[other]]:
             if slot is not None:
                 break
             self._evict(other)
-            slot = self._arena.try_acquire(self.ring.slot_bytes, name)
+            slot = self.arena.try_acquire(self.ring.slot_bytes, name)
         if slot is None:
-            slot = self._arena.acquire(self.ring.slot_bytes, name)
+            slot = self.arena.acquire(self.ring.slot_bytes, name)
         self._start(index, slot)

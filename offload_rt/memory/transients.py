@@ -49,24 +49,24 @@ class Transients:
 
     def __init__(self, arena: Arena | None = None, least_bytes: int = LEAST_BYTES) -> None:
         self.counters = TransientCounters()
-        self._arena = arena
+        self.arena = arena
         self._least_bytes = least_bytes
 
     @property
     def peak_bytes(self) -> int:
         """The most that results took of the arena at once."""
-        return 0 if self._arena is None else self._arena.peak_bytes
+        return 0 if self.arena is None else self.arena.peak_bytes
 
     def placed(self) -> AbstractContextManager[Any]:
         """Inside, on this thread, operations put their large results into the arena; a backward's do, too."""
-        return nullcontext() if self._arena is None else _Placing(self)
+        return nullcontext() if self.arena is None else _Placing(self)
 
     def kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`, copied out if it lies in the arena: what outlives a layer would take the next one's room."""
-        if self._arena is None or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        if self.arena is None or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return tensor
-        begin = self._arena.region.address
-        return tensor.clone() if begin <= tensor.data_ptr() < begin + self._arena.num_bytes else tensor
+        begin = self.arena.region.address
+        return tensor.clone() if begin <= tensor.data_ptr() < begin + self.arena.num_bytes else tensor
 
     def take(self, output: Output) -> torch.Tensor | None:
         """Memory for a result; None if it is small, or there is no room."""
@@ -74,9 +74,9 @@ class Transients:
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size
-        if self._arena is None or num_bytes < max(self._least_bytes, 1):
+        if self.arena is None or num_bytes < max(self._least_bytes, 1):
             return None
-        slot = self._arena.try_acquire(num_bytes, "activation")
+        slot = self.arena.try_acquire(num_bytes, "activation")
         if slot is None:
             self.counters.short_bytes += num_bytes
             return None

@@ -56,14 +56,14 @@ class Decoder:
     def __init__(self, arena: Arena, device: torch.device | None = None) -> None:
         self._device = torch.device("cpu") if device is None else device
         self.counters = DecodeCounters()
-        self._arena = arena
+        self.arena = arena
         self._live: dict[int, PackedWeight] = {}
 
     def decode(self, weight: PackedWeight) -> torch.Tensor:
         """The decoded weight in its module's own layout, in leased memory that lives as long as the tensor."""
         spec = weight.spec
         dtype = torch_dtype(spec.dtype)
-        lease = self._arena.try_acquire(spec.compute_bytes, spec.name)
+        lease = self.arena.try_acquire(spec.compute_bytes, spec.name)
         if lease is None:
             self.counters.overflow_bytes += spec.compute_bytes
             out = torch.empty(spec.shape, dtype=dtype, device=self._device)
@@ -76,7 +76,7 @@ class Decoder:
 
     def let_go(self) -> None:
         """Has no arena any more. Nothing may be decoded now."""
-        self._arena = Arena("none", 0)
+        self.arena = Arena("none", 0)
         self._live.clear()
 
     def publish(self, tensor: torch.Tensor, weight: PackedWeight) -> None:

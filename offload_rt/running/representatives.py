@@ -60,7 +60,8 @@ def _kind(layer: RecomputedLayer) -> tuple[Any, ...]:
     parameters = [(name, p.shape, p.dtype, p.requires_grad) for name, p in layer.layer.named_parameters()]
     stored = [(spec.shape, spec.dtype, spec.encoding) for spec in layer.block.spec.tensors]
     return (
-        type(layer), repr(getattr(layer, "policy", None)), layer.stash is None, layer.hold_decoded, repr(modules),
+        type(layer), repr(getattr(layer, "policy", None)), layer.around.stash is None, layer.around.hold_decoded,
+        repr(modules),
         repr(parameters), repr(stored),
     )  # fmt: skip
 

@@ -173,6 +173,7 @@ class Tiers:
         kept = {id(slot.region) for slot in keep} | set(map(id, seen))
         for region in list(self._regions):
             if id(region) not in kept:
+                self._regions.discard(region)
                 region.give_back()
 
     def _lock(self, name: str, region: Region) -> None:

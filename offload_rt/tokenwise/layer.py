@@ -101,7 +101,7 @@ class TokenwiseLayer(RecomputedLayer):
 
     def decoding(self) -> AbstractContextManager[None]:
         """Inside, weights are decoded once for all chunks, where the plan has room for a decoded layer."""
-        return self.block.holding_decoded() if self.hold_decoded else contextlib.nullcontext()
+        return self.block.holding_decoded() if self.around.hold_decoded else contextlib.nullcontext()
 
     def prepare(self, call: Call) -> tuple[TiledPass, list[torch.Tensor], int]:
         """A pass for `call`, its tensors, and which of them is the layer's input. The block is open."""
@@ -147,7 +147,7 @@ class _Tokenwise(torch.autograd.Function):
         ctx.needs = [needs_input and index == hidden for index in range(len(inputs))]
         held = Held(inputs[hidden], owner.tokenwise.places.with_input("input"), owner.tokenwise.counters)
         ctx.input = held if held.is_stashed else None
-        ctx.latest = owner.latest()
+        ctx.latest = owner.around.latest()
         kept = list(inputs)
         if ctx.input is not None:
             del kept[hidden]
@@ -162,7 +162,7 @@ class _Tokenwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         owner, call, tiled = ctx.owner, ctx.call, ctx.tiled
         call.check_unchanged()
-        owner.start_from(ctx.latest)
+        owner.around.start_from(ctx.latest)
         inputs = list(ctx.saved_tensors)
         keep_graph = graph_is_kept()
         if ctx.input is not None:
@@ -178,7 +178,7 @@ class _Tokenwise(torch.autograd.Function):
             of_input, of_parameters = tiled.backward(inputs, list(grads), keep_graph=keep_graph)
         del inputs
         of_parameters = call.of_graph(of_parameters)
-        owner.between()
+        owner.around.between()
         return (None, *[of_input if needs else None for needs in ctx.needs], *of_parameters)
 
 

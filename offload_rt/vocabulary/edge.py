@@ -36,9 +36,9 @@ class StreamedModule(ReplacedForward):
         self.block = block
         self._access = access
 
-    def let_go(self) -> None:
+    def let_go(self, gone: GoneAccess) -> None:
         """Has no memory of its runtime's any more, whoever still holds it."""
-        self._access = GoneAccess()
+        self._access = gone
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

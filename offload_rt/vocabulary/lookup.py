@@ -19,7 +19,6 @@ from offload_rt.errors import UnsupportedModule
 from offload_rt.layers.access import GoneAccess, ReplacedForward
 from offload_rt.layers.block import Block
 from offload_rt.tiering.rows import RowReader, RowSource
-from planners.plans.schedule import Phase
 
 
 class LookupModule(ReplacedForward):
@@ -36,13 +35,13 @@ class LookupModule(ReplacedForward):
         super().__init__(module)
         self.block = block
         self._weight = block.bindings[0].parameter
-        self._source: RowSource | None = source
+        self._source: RowSource | GoneAccess = source
         self._reader = reader
         self._ahead = ahead
 
-    def let_go(self) -> None:
+    def let_go(self, gone: GoneAccess) -> None:
         """Has no memory of its runtime's any more, whoever still holds it."""
-        self._source = None
+        self._source = gone
         self._ahead = lambda: None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,9 +57,9 @@ class LookupModule(ReplacedForward):
 
         Raises torch's `IndexError` for an id that is no row, and what `RowReader.tables` raises.
         """
-        if self._source is None:
-            GoneAccess().acquire(Phase.FORWARD, training=False)
-        source: Any = self._source
+        source = self._source
+        if isinstance(source, GoneAccess):
+            source.refuse()
         num_rows, width = source.spec.shape
         if ids.dtype not in (torch.int64, torch.int32):
             return nn.functional.embedding(ids, self._weight.new_empty(1, width))  # torch's own words for it

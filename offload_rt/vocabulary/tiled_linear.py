@@ -38,12 +38,12 @@ class TiledLinear(ReplacedForward):
         self.block = block
         self.tiles = tuple(tiles)
         self._spec = block.spec.tensors[0]
-        self._executor: RingExecutor | None = executor
+        self._executor: RingExecutor | GoneAccess = executor
         self._answer: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def let_go(self) -> None:
+    def let_go(self, gone: GoneAccess) -> None:
         """Has no memory of its runtime's any more, whoever still holds it."""
-        self._executor = None
+        self._executor = gone
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """As `torch.nn.functional.linear`, autocast included. Inputs that do not go with the weight are its error."""
@@ -104,9 +104,8 @@ class Tile:
 
     def __enter__(self) -> Tile:
         executor, spec = self._linear._executor, self._linear._spec
-        if executor is None:
-            GoneAccess().acquire(self._phase, training=self._training)
-            raise RuntimeError("not reached")
+        if isinstance(executor, GoneAccess):
+            executor.refuse()
         slot = executor.acquire(self._index, self._phase, training=self._training)
         begin, end = self._linear.tiles[self._index]
         dtype = torch_dtype(spec.dtype)
@@ -115,7 +114,7 @@ class Tile:
 
     def __exit__(self, *exception: object) -> None:
         self._rows_RD.clear()
-        if self._linear._executor is not None:
+        if isinstance(self._linear._executor, RingExecutor):
             self._linear._executor.release(self._index)
 
 

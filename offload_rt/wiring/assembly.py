@@ -151,6 +151,7 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
     if moves and not runtime.is_closed:
         runtime.heap.trim()  # what the plan granted to holes may be wanted for the copies
     runtime.close()
+    used = runtime.used_elsewhere()
     runtime.let_go()
     if runtime.device is not None:  # whose kernels may be behind; copies are over
         runtime.device.compute.record().wait()
@@ -161,7 +162,7 @@ def change_over(runtime: Runtime, change: Change) -> Runtime:
             "weights of %d blocks stay in memory beside the plan that follows, for somebody sees them (first: %s). Let "
             "go of the state_dict, or clone what is wanted of it", len({each.block for each in seen}), seen[0].block,
         )  # fmt: skip
-    runtime.tiers.give_back(keep=runtime.only_copies(), seen=[each.region() for each in seen])
+    runtime.tiers.give_back(keep=runtime.only_copies(), seen=[*used, *(each.region() for each in seen)])
     with RuntimeAssembly(
         made_of, change.plan, None, before=runtime, moves=moves, more_bytes=change.more_bytes
     ) as assembly:

@@ -7,6 +7,7 @@ knows what is in, and its `detach` takes that out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent
 from offload_rt.errors import ConfigError
 from offload_rt.guards.additions import Additions
 from offload_rt.layers.access import Access, LookupAccess, ResidentAccess
-from offload_rt.layers.autograd import RecomputedLayer
+from offload_rt.layers.autograd import RecomputedLayer, Surroundings
 from offload_rt.layers.block import Binding, Block
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.optimizer.training import FullTraining
@@ -106,21 +107,33 @@ class ModelAssembly:
         if draft.trains and isinstance(runtime.training, FullTraining):
             deliver = runtime.training.taker(draft.name)
 
+        given = (draft.modules[0], block, access, self._around)
+        policy, additions = policy_of(self._plan, draft), runtime.additions[draft.name]
+        if policy is None or runtime.tokenwise is None:
+            return RecomputedLayer(*given, deliver=deliver, additions=additions)
+        tokenwise = runtime.tokenwise
+        return TokenwiseLayer(*given, policy=policy, tokenwise=tokenwise, deliver=deliver, additions=additions)
+
+    @cached_property
+    def _around(self) -> Surroundings:
+        """Of all layers."""
+        runtime, places = self._runtime, self._places
+
         def between() -> None:
             runtime.heap.check()
             runtime.turns.pass_on()
 
-        shared: dict[str, Any] = {
-            "stash": self._places.layer_inputs, "hold_decoded": self._plan.decode_scope is DecodeScope.LAYER,
-            "counters": runtime.layer_counters, "leave_out_product": runtime.made_of.options.leave_out_products,
-            "between": between, "latest": self._places.latest, "start_from": self._places.start_from,
-            "deliver": deliver, "together": lambda: runtime.turns.active,
-            "transients": runtime.transients, "additions": runtime.additions[draft.name],
-        }  # fmt: skip
-        policy = policy_of(self._plan, draft)
-        if policy is None or runtime.tokenwise is None:
-            return RecomputedLayer(draft.modules[0], block, access, **shared)
-        return TokenwiseLayer(draft.modules[0], block, access, policy=policy, tokenwise=runtime.tokenwise, **shared)
+        return Surroundings(
+            stash=places.layer_inputs,
+            hold_decoded=self._plan.decode_scope is DecodeScope.LAYER,
+            leave_out_product=runtime.made_of.options.leave_out_products,
+            counters=runtime.layer_counters,
+            transients=runtime.transients,
+            between=between,
+            latest=places.latest,
+            start_from=places.start_from,
+            together=lambda: runtime.turns.active,
+        )
 
     def _in_pieces(self, module: nn.Module, block: Block) -> LookupModule | TiledLinear:
         """What answers for `module`, of a block that is read by rows or tiles."""

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload_rt.closing import all_close
 from offload_rt.guards.additions import Additions
-from offload_rt.layers.access import Access
+from offload_rt.layers.access import Access, GoneAccess, ResidentAccess
 from offload_rt.layers.autograd import LayerCounters, RecomputedLayer
 from offload_rt.layers.block import Block, Shown
 from offload_rt.layers.discover import Coverage
@@ -248,6 +248,38 @@ class Runtime:
             self._close_files,
         )  # fmt: skip
 
+    def give_back(self, *, resident: bool = False) -> None:
+        """Gives the memory of its arenas back, after `close`, when nobody follows. What somebody still sees of a layer
+        stays his; a graph that is still around can go back no more. Counters stay.
+
+        resident: weights that never leave DEVICE go, too; else they stay the model's.
+        """
+        if self.links.is_stuck:
+            return
+        seen = self.used_elsewhere()
+        self._refuse_from_now_on("the engine was closed; weights that it needs are not in memory any more")
+        if self.device is not None:  # whose kernels may be behind; copies are over
+            self.device.compute.record().wait()
+        stays = [access.slot for access in self.accesses.values() if isinstance(access, ResidentAccess)]
+        if resident:
+            self.let_go()
+        self.tiers.give_back(keep=[] if resident else stays, seen=seen)
+
+    def used_elsewhere(self) -> list[Any]:
+        """Regions of memory that layers compute with, where somebody else has kept something of it: a hook, say."""
+        arenas = [executor.arena for executor in self.executors] + [self.decoder.arena, self.transients.arena]
+        return [arena.region for arena in arenas if arena is not None and arena.held_bytes()]
+
+    def _refuse_from_now_on(self, why: str) -> None:
+        """Graphs that are still around hold no memory, and cannot go back any more."""
+        gone = GoneAccess(why)
+        for layer in self.layers:
+            layer.let_go(gone)
+        for module in self.streamed:
+            module.let_go(gone)
+        if self.tokenwise is not None:
+            self.tokenwise.places = Places()
+
     def _close_files(self) -> None:
         if not self.links.is_stuck:
             all_close(*(part.close for part in (self.scratch, self.store) if part is not None))
@@ -272,10 +304,7 @@ class Runtime:
         self.ring_counters = self.counters_of_rings()
         for name, part in self._parts_with_counters():
             self.counted.setdefault(name, part.counters)
-        for layer in self.layers:
-            layer.let_go()
-        for module in self.streamed:
-            module.let_go()
+        self._refuse_from_now_on("a change of plans; call the model again")
         for block in self.blocks:
             self.shown += block.shown_for_good()
             while block.is_open:
@@ -284,6 +313,4 @@ class Runtime:
             parts.clear()
         self.accesses.clear()
         self.decoder.let_go()
-        if self.tokenwise is not None:
-            self.tokenwise.places = Places()
         self.transients, self.tokenwise, self.loss_head, self.rows = Transients(), None, None, None
