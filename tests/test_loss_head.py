@@ -40,9 +40,6 @@ EXPERTS = {
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1,
 }  # fmt: skip
-WITHOUT_DROPOUT = dict.fromkeys(
-    ["dropout", "attention_dropout", "activation_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"], 0.0
-)
 
 
 def build(family="llama", dtype=torch.float32, **changes):

@@ -184,7 +184,7 @@ class PieceEncoder(StreamEncoder):
     but for the gap of zeros before the scales. Memory: the codes of one slab, and 5 bytes for each quant block.
     """
 
-    def __init__(self, num_elements: int, *, backend: Backend = "auto", num_threads: int | None = None) -> None:
+    def __init__(self, num_elements: int) -> None:
         self._layout = layout = nf4_layout(num_elements)
         self.scales_offset_bytes = layout.absmax.begin_bytes
         """Where the scales begin in the blob."""
@@ -196,8 +196,8 @@ class PieceEncoder(StreamEncoder):
             for part in layout.sections[1:]
         ]
         self._sections = Sections(self.scales[:0], parts[0], *(part.view(torch.float32) for part in parts[1:]))
-        self._native = _native(backend, self.scales)
-        self._num_threads = thread_count(num_threads)
+        self._native = _native("auto", self.scales)
+        self._num_threads = thread_count(None)
         self._absmax = torch.empty(layout.num_quant_blocks, dtype=torch.float32)
         self._num_encoded = 0
         self._carry = None

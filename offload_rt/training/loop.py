@@ -220,10 +220,9 @@ def train(
                 ),
             )
             tokens += numbers.tokens
-            if progress.step % options.log_every == 0 or progress.step == total_steps:
-                metrics = _metrics(numbers, report, lr=float(lr), epoch=batches.epoch)
-                folder.append_metrics(metrics)
-                events.add(metrics, progress.step)
+            metrics = _metrics(numbers, report, lr=float(lr), epoch=batches.epoch)
+            folder.append_metrics(metrics)
+            events.add(metrics, progress.step)
             display.step(numbers)
             if options.save_every is not None and progress.step % options.save_every == 0:
                 saves.save()

@@ -39,8 +39,6 @@ class TrainingOptions:
     """Checkpoints that stay; older ones are removed after a newer one is complete."""
     eval_every: int | None = None
     """Steps between evaluations, where there is one; None makes one at the end only."""
-    log_every: int = 1
-    """Steps between lines in metrics.jsonl and points in TensorBoard."""
     logdir: Path | None = None
     """TensorBoard's folder; None writes none."""
     wandb: bool = False
@@ -55,7 +53,7 @@ class TrainingOptions:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(f"steps, epochs: give one of the two, got {self.steps!r} and {self.epochs!r}")
         optional = ("steps", "epochs", "save_every", "copy_every", "eval_every")
-        for field in (*optional, "accumulation_steps", "keep_last", "log_every"):
+        for field in (*optional, "accumulation_steps", "keep_last"):
             value = getattr(self, field)
             if value is None and field in optional:
                 continue

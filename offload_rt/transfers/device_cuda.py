@@ -211,7 +211,7 @@ class CudaStream:
 class CudaDevice:
     """One GPU. Its compute stream is the one that is current now; the model must run on that."""
 
-    def __init__(self, name: str, runtime: CudaRuntime | None = None, *, ring_bytes: int = 0) -> None:
+    def __init__(self, name: str, *, ring_bytes: int = 0) -> None:
         """`name` is "cuda:N", from `find_device`. `ring_bytes`, below a ceiling, are left for `pass_through`."""
         self.device = torch.device(name)
         self.compute = CudaStream(torch.cuda.current_stream(self.device))
@@ -225,7 +225,7 @@ class CudaDevice:
         """Of torch's allocator until a meter began anew."""
         self._reserved_peak_bytes = 0
         self._bound = Bound(self.device)
-        self._runtime = runtime
+        self._runtime: CudaRuntime | None = None
         self._ceiling: Ceiling | None = None
         """Of what can be locked, if one is known; more is never asked for."""
         self._ring_bytes = ring_bytes

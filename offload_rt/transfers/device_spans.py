@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from offload_rt.meter import COMPUTE, WAIT
-from offload_rt.spans import HOST_WAIT, MOST_SPANS, Resource, Spans
+from offload_rt.spans import HOST_WAIT, Resource, Spans
 from offload_rt.transfers.device_streams import Device, Mark, Stream
 
 MAX_PAIRS = 1 << 13
@@ -39,9 +39,7 @@ class _Noted:
 class DeviceSpans(Spans):
     """Spans of one device, and of the host beside it."""
 
-    def __init__(
-        self, clock: Callable[[], float], device: Device, *, most: int = MOST_SPANS, num_pairs: int = MAX_PAIRS
-    ) -> None:
+    def __init__(self, clock: Callable[[], float], device: Device, *, num_pairs: int = MAX_PAIRS) -> None:
         """Blocks until the device is through with what it was given."""
         self._device = device
         self._pool = [(device.mark(), device.mark()) for _ in range(num_pairs)]
@@ -51,7 +49,7 @@ class DeviceSpans(Spans):
         self._wait_for_device()
         self._base.record(device.compute)
         device.compute.record().wait()
-        super().__init__(clock, most=most)
+        super().__init__(clock)
         self._base_seconds = self._begin
 
     def computing(self, name: str) -> Callable[[], None]:

@@ -47,9 +47,8 @@ class Solution:
 
 @dataclass
 class Program:
-    """Minimise cost * x, subject to low <= row * x <= high and bounds."""
+    """Minimise cost * x, subject to low <= row * x <= high and 0 <= x <= high."""
 
-    low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     cost: list[float] = field(default_factory=list)
     rows: list[dict[int, float]] = field(default_factory=list)
@@ -60,17 +59,17 @@ class Program:
     whole: list[int] = field(default_factory=list)
     """Variables that take whole numbers, where that is asked for."""
 
-    def variable(self, low: float, high: float, cost: float = 0.0) -> int:
-        if not (math.isfinite(low) and math.isfinite(high)):
+    def variable(self, high: float, cost: float = 0.0) -> int:
+        """A variable between 0 and `high`. Raises `ValueError` for a bound that is not finite."""
+        if not math.isfinite(high):
             raise ValueError("program: every variable needs finite bounds, or its dual bound is worthless")
-        self.low.append(low)
         self.high.append(high)
         self.cost.append(cost)
-        return len(self.low) - 1
+        return len(self.high) - 1
 
     def whole_number(self, high: int) -> int:
         """A variable between 0 and `high` that a solution may have to round (`solve`)."""
-        self.whole.append(self.variable(0.0, float(high)))
+        self.whole.append(self.variable(float(high)))
         return self.whole[-1]
 
     def row(self, terms: Terms, low: float, high: float, name: str | None = None) -> None:
@@ -100,9 +99,9 @@ class Program:
 
         scales = [1.0 / max((abs(v) for v in row.values()), default=1.0) for row in self.rows]
         lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = len(self.low), len(self.rows)
+        lp.num_col_, lp.num_row_ = len(self.high), len(self.rows)
         lp.col_cost_ = np.array(self.cost)
-        lp.col_lower_, lp.col_upper_ = np.array(self.low), np.array(self.high)
+        lp.col_lower_, lp.col_upper_ = np.zeros(len(self.high)), np.array(self.high)
         lp.row_lower_ = np.array([v * s for v, s in zip(self.row_low, scales, strict=True)])
         lp.row_upper_ = np.array([v * s for v, s in zip(self.row_high, scales, strict=True)])
         lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
@@ -112,7 +111,7 @@ class Program:
         highs = highspy.Highs()
         highs.setOptionValue("output_flag", False)
         if in_whole_numbers and self.whole:
-            kinds = [highspy.HighsVarType.kContinuous] * len(self.low)
+            kinds = [highspy.HighsVarType.kContinuous] * len(self.high)
             for variable in self.whole:
                 kinds[variable] = highspy.HighsVarType.kInteger
             lp.integrality_ = kinds
@@ -151,6 +150,4 @@ class Program:
             bound += dual * side
             for variable, value in row.items():
                 reduced[variable] -= dual * value
-        return bound + sum(
-            value * (low if value > 0 else high) for value, low, high in zip(reduced, self.low, self.high, strict=True)
-        )
+        return bound + sum(min(value, 0.0) * high for value, high in zip(reduced, self.high, strict=True))

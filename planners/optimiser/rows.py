@@ -55,7 +55,7 @@ class Rows:
         self.program = Program()
         after = knobs.update_mode is UpdateMode.AFTER or self.memory_steps_after
         self.phases = (FORWARD, BACKWARD, UPDATE) if after else (FORWARD, BACKWARD)
-        self.times = [self.program.variable(0.0, 1e6, 1.0) for _ in self.phases]
+        self.times = [self.program.variable(1e6, 1.0) for _ in self.phases]
         self.busy: dict[tuple[int, str], Terms] = {key: [] for key in itertools.product(self.phases, RESOURCES)}
         self.fixed: dict[tuple[int, str], float] = dict.fromkeys(self.busy, 0.0)
         self.held: dict[str, Terms] = {"device": [], "host": [], "nvme": []}
@@ -110,7 +110,7 @@ class Rows:
         """`count` buffers, each of which must hold the largest of several needs, in bytes. `passes`: see `hold`."""
         tier = "device" if self.unified and tier == "host" else tier
         if (tier, name) not in self.most:
-            self.most[tier, name] = self.program.variable(0.0, 1e7)
+            self.most[tier, name] = self.program.variable(1e7)
             self.hold(tier, self.most[tier, name], count * GB, passes=passes)
         least = [(self.most[tier, name], -1.0), *((v, a / GB) for v, a in terms)]
         self.program.at_most(least, -constant / GB)

@@ -158,7 +158,7 @@ class _Builder(Rows):
             return self.vocabulary.add(entry, size_of_rows, allowed)
         if self.workload.tiles_of(entry) is not None:
             return self.vocabulary.add_tiles(entry, allowed)
-        device, host, nvme = (self.program.variable(0.0, float(ok)) for ok in allowed)
+        device, host, nvme = (self.program.variable(float(ok)) for ok in allowed)
         self.program.row([(device, 1.0), (host, 1.0), (nvme, 1.0)], 1.0, 1.0)
         self._cut(entry, device)
         for phase, count in zip((FORWARD, BACKWARD), fetches, strict=True):
@@ -207,8 +207,8 @@ class _Builder(Rows):
             allowed = {Tier.NVME: drive, Tier.HOST: free and not self.unified, Tier.DEVICE: free}
             if saved.name == "input" and self.knobs.inputs is not None:
                 allowed = {tier: ok and tier is self.knobs.inputs for tier, ok in allowed.items()}
-            redo = self.program.variable(0.0, float(saved.recomputable))
-            nvme, host, kept = (self.program.variable(0.0, float(ok)) for ok in allowed.values())
+            redo = self.program.variable(float(saved.recomputable))
+            nvme, host, kept = (self.program.variable(float(ok)) for ok in allowed.values())
             self.program.row([(redo, 1.0), (nvme, 1.0), (host, 1.0), (kept, 1.0)], 1.0, 1.0)
             n = entry.count
             self.work(BACKWARD, "compute", redo, n * seconds)
@@ -299,7 +299,7 @@ class _Builder(Rows):
             room = self.room[tier] * (1 - 1e-6) - fixed[tier]
             short: Terms = []
             if self.elastic:
-                self.missing[tier] = program.variable(0.0, 1e6, SHORTAGE_PRICES[tier])
+                self.missing[tier] = program.variable(1e6, SHORTAGE_PRICES[tier])
                 short = [(self.missing[tier], -1.0)]
             if terms or short or room < 0:
                 program.at_most([*terms, *short], room / GB, tier)

@@ -33,7 +33,7 @@ class UpdateRows:
         found: dict[UpdateKey, int] = {}
         for key in self._update_keys():
             tier, place, deferred = key
-            x = found[key] = program.variable(0.0, 1.0)
+            x = found[key] = program.variable(1.0)
             phase = UPDATE if steps_after(self.problem, mode, tier) else (FORWARD if deferred else BACKWARD)
             stays = waiting or deferred
             in_host = workload.in_host(tier, place)
@@ -132,7 +132,7 @@ class UpdateRows:
         """What is updated on one side of the link and rests on the other; what goes back to the drive."""
         program, n, last = self.program, entry.count, self.rows.phases[-1]
         on_device = [(x, 1.0) for (_, place, _), x in found.items() if place is UpdatePlace.DEVICE]
-        down, up = program.variable(0.0, 1.0), program.variable(0.0, 1.0)
+        down, up = program.variable(1.0), program.variable(1.0)
         if self.workload.pinned:  # all of it is in DEVICE memory
             program.row([(down, 1.0), *on_device], 1.0, 2.0)
         else:
@@ -154,7 +154,7 @@ class UpdateRows:
         ):  # fmt: skip
             if resource == "ssd_write" and not self.workload.mutable:
                 continue
-            early, late = program.variable(0.0, 1.0), program.variable(0.0, 1.0)
+            early, late = program.variable(1.0), program.variable(1.0)
             program.row([(early, 1.0), (late, 1.0), (whole, -1.0)], 0.0, 2.0)
             self.rows.work(either[0], resource, early, n * float(size))
             self.rows.work(either[1], resource, late, n * float(size))

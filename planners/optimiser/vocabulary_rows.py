@@ -29,7 +29,7 @@ class VocabularyRows:
     def add(self, entry: BlockClass, size: RowsSize, allowed: list[bool]) -> tuple[int, int, int]:
         """Columns of the shares in DEVICE, where it is resident, in HOST and on NVMe; `allowed` of each."""
         rows, program = self._rows, self._rows.program
-        device = program.variable(0.0, float(allowed[0]))
+        device = program.variable(float(allowed[0]))
         columns = {tier: program.whole_number(int(ok)) for tier, ok in zip(RESTS, allowed[1:], strict=True)}
         program.row([(device, 1.0), *((column, 1.0) for column in columns.values())], 1.0, 1.0)
         rows.hold("device", device, entry.count * entry.stored_bytes)
@@ -43,7 +43,7 @@ class VocabularyRows:
         """What reading a class by rows from `tier` takes, as far as `column` says that it is."""
         rows, program = self._rows, self._rows.program
         if not self._rest:
-            self._rest = {rest: program.variable(0.0, 1.0) for rest in RESTS}
+            self._rest = {rest: program.variable(1.0) for rest in RESTS}
             program.at_most([(rest, 1.0) for rest in self._rest.values()], 1.0)
         program.at_most([(column, 1.0), (self._rest[tier], -1.0)], 0.0)
         rows.work(FORWARD, "host_to_device", column, entry.count * size.looked_up_bytes)
@@ -70,7 +70,7 @@ class VocabularyRows:
             allowed = [False, *allowed[1:]]
         elif not rows.freedoms.tiles:
             allowed = [True, False, False]
-        device = program.variable(0.0, float(allowed[0]))
+        device = program.variable(float(allowed[0]))
         places = zip(RESTS, allowed[1:], strict=True)
         found = [rows.workload.tiles_of(entry, tier) if ok else None for tier, ok in places]
         columns = [program.whole_number(int(tiles is not None)) for tiles in found]
