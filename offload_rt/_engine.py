@@ -1,11 +1,12 @@
-"""The public class: a model that trains in less memory than it has. Wiring only; see `assembly` and the modules below.
+"""The public class: a model that trains in less memory than its weights and state take. Wiring only: what it wires is
+made in `wiring.assembly`.
 
 [Note: what an engine does to a model]
-`engine.model` is the user's module. Its frozen parameters keep their identity and are absent between uses; its layers'
-`forward` goes through the engine, and what would convert it or merge adapters into it is refused (`conversions`);
-copies, loads and saves that would miss weights, too (`copies`), and calls from compiled code (`compiling`); nothing
-else changes. `close` takes all of this out again, except that weights that were at rest stay absent, and that nobody
-saves what stands for them.
+`engine.model` is the user's module. Its parameters keep their identity; those that do not stay in memory are absent
+between uses. Its layers' `forward` goes through the engine. Refused are conversions of the model and merging adapters
+into it (`guards.conversions`), copies, loads and saves that would miss weights (`guards.copies`), wrappers that spread
+it over processes or GPUs (`guards.wrappers`), and calls from compiled code (`guards.compiling`). Nothing else changes.
+`close` takes all of this out again; but weights that were absent stay so, and saving their placeholders stays refused.
 """
 
 from __future__ import annotations
@@ -56,36 +57,41 @@ logger = logging.getLogger("offload_rt")
 
 
 def engine(model: nn.Module, **arguments: Any) -> Engine:
-    """Wraps `model` so that it trains with its frozen weights resting in HOST memory or on NVME.
+    """Wraps `model` so that it trains with its weights, and the state of what trains, in HOST memory or on NVMe.
 
-    model: nn.Module, materialised or on the meta device; a transformers or peft model works as it is, and so does any
-        module whose layers sit in a ModuleList.
+    model: nn.Module, materialised or on the meta device. A transformers or peft model works as it is, and so does any
+        module whose layers sit in a ModuleList. What requires grad trains.
     checkpoint: safetensors file or folder in Hugging Face layout; streamed, never held whole. None takes the model's
         own values.
-    bits: 4 stores frozen linears as NF4 with double quantization; None keeps their dtype.
-    adapters: for a model that has none yet: a peft configuration, or a folder that peft saved an adapter to, of
-        whatever origin, which then goes on training with the configuration that lies there.
+    bits: 4 stores the frozen weights of linears and experts as NF4 with double quantization; None keeps their dtype.
+    adapters: for a model that has none yet: a peft configuration, or a folder that peft saved an adapter to. That
+        adapter goes on training, with the configuration in its folder.
     device: "cuda", "cuda:N" or "cpu"; "auto" is the current GPU where there is one. The engine orders its copies with
         the stream that is current now; batches may come from the CPU.
     device_memory, host_memory: hard budgets, "22GiB" or bytes; None is what is free. On the CPU device,
         host_memory=None makes DEVICE and HOST one tier.
     nvme: a folder, "folder:500GiB", or a list with one per drive; None keeps everything in memory.
-    batch_size, seq_len: the largest batch that will come; larger ones are refused.
-    accumulation_steps, max_grad_norm: as the loop will do them; `step` clips to max_grad_norm.
-    optimizer: None is AdamW; a torch.optim class, or a function of the list of parameters. lr: for the first two.
-    commit_every: steps between commits beside the store; each is made when the next forward begins, so that schedulers
-        stepped after `step` are part of it. None leaves saving to the caller (every step, where state rests on NVMe).
-    plan: "auto" (the fixed streaming rule; on a machine that `offload-rt calibrate` measured, the faster of its plan
-        and the optimiser's, which times one layer for that: some seconds), "optimise" (what the optimiser makes of the
-        model's blocks and this machine's calibrated rates), a Plan, or the path of one.
-    emulate: a hardware profile, its name or a file, on the CPU device: its tier sizes are budgets, and transfers take
-        the time of its links and drives.
+    batch_size, seq_len: rows and tokens of the largest batch that will come; larger ones are refused.
+    accumulation_steps: backward passes per step, as the loop will make them.
+    max_grad_norm: the global norm that `step` clips to; None does not clip.
+    optimizer: None is AdamW; a torch.optim class, or a function of the list of parameters that returns an optimizer.
+    lr: learning rate, unless `optimizer` is a function; None is the optimizer's own default.
+    commit_every: steps between commits, which are written beside the store. A step's commit is made when the next
+        forward begins, so that schedulers stepped after `step` are part of it. None commits every step where state
+        rests on NVMe, and otherwise leaves saving to the caller.
+    plan: "auto" takes the fixed rule's plan; on a machine that `offload-rt calibrate` has measured, the faster of that
+        and the optimiser's, for which it times one layer (some seconds). "optimise" takes the optimiser's, by this
+        machine's calibrated rates. Or a Plan, or the path of one.
+    emulate: on the CPU device: the name or the file of a hardware profile, whose tier sizes are budgets, and whose
+        links and drives say how long transfers take.
     progress: called with (phase, bytes done, bytes in all) while the store is built.
 
     Outputs of a call with labels have no `logits`: the loss is taken in tiles of tokens. Call without labels for them.
 
-    Blocks until the store is built, or found. Raises ConfigError for a wrong argument, PlanInfeasible where no plan
-    fits the budgets, CheckpointError for files that are bad or do not fit the model, StoreInUse, StorageFull.
+    Blocks until the store is built, or found. A call that fails leaves the model as it was. Raises ConfigError for a
+    wrong argument, PlanInfeasible where no plan fits the budgets, UnsupportedModule for a model that cannot be
+    streamed, QuantCoverageError where `bits=4` would quantize too little of it, CheckpointError for files that are bad
+    or do not fit the model, StoreInUse, StoreCorrupt, StorageError (StorageFull where there is no room).
     """
     allowed = set(inspect.signature(Engine.__init__).parameters) - {"self", "model", "options"}
     for name in arguments:
@@ -245,7 +251,10 @@ class Engine:
         return self.model(*args, **kwargs)  # `_before_forward` does the rest, as for a loop that calls the model itself
 
     def backward(self, loss: torch.Tensor) -> None:
-        """As `loss.backward()`, after checking that the loss is finite. Raises `NonFiniteLoss`."""
+        """As `loss.backward()`, after checking that the loss is finite, for which it waits for the device.
+
+        Raises `NonFiniteLoss`, and `ConfigError` for what is no tensor.
+        """
         if not isinstance(loss, torch.Tensor):
             raise ConfigError(f"backward: expected the loss as a tensor, got {type(loss).__name__}")
         check_loss(loss, self.step_number + 1)
@@ -253,11 +262,16 @@ class Engine:
 
     @property
     def step_number(self) -> int:
-        """Steps made since the run began, those of the run that it goes on from included."""
+        """Steps since the run began, including those of the run that it was resumed from."""
         return self._training.step_number
 
     def step(self) -> None:
-        """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due."""
+        """Clips if `max_grad_norm` was declared, updates, zeroes gradients. The next forward commits what is due.
+
+        Blocks. Raises `IntegrityError` where no gradient has arrived or nothing would train; of adapters, in the first
+        steps only. Gradients that are not finite: a step of layers that train is left out, with a warning, and five in
+        a row raise; of adapters they raise in the first steps, and whenever they are clipped.
+        """
         self._check_open("step")
         self._steps.take()
 
@@ -266,34 +280,48 @@ class Engine:
             raise OffloadError(f"{asked}: the engine is closed; nothing was done")
 
     def train_batch(self, batches: Sequence[dict[str, Any]]) -> float:
-        """One step of several micro-batches: gradients of the mean of their losses. Returns that mean."""
+        """One step of several micro-batches: gradients of the mean of their losses. Returns that mean. Blocks.
+
+        A batch is the model's arguments by name. As many as `accumulation_steps` or fewer may be taken through the
+        layers together, where the plan says so. Raises as `backward` and `step` do, and `ConfigError` for an empty
+        list; then there are no gradients.
+        """
         self._check_open("train_batch")
         total = self._micro_batches.accumulate(batches)
         self.step()
         return total
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scales the gradients so that their global norm is at most `max_norm`; returns the norm before. Exact."""
+        """Clips the gradients of the coming step to a global norm of `max_norm`; returns the norm before. Exact.
+
+        For layers that train, once a step: they are scaled as they are stepped. `max_grad_norm=` does it in `step`.
+        """
         self._check_open("clip_grad_norm_")
         return self._training.clip_grad_norm_(max_norm)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradients that there are, by parameter name. Those of layers that train are in memory one by one."""
+        """Name and gradient of every parameter that has one, one after the other. Of layers that train they are copies,
+        in float32 where micro-batches are summed; of adapters the tensors themselves.
+        """
         self._check_open("gradients")
         return self._training.gradient_items()
 
     def track(self, name: str, tracked: Any) -> None:
-        """Makes anything with `state_dict` and `load_state_dict` a part of every checkpoint."""
+        """Makes anything with `state_dict` and `load_state_dict` a part of every commit and checkpoint.
+
+        Raises `ConfigError` for what has neither.
+        """
         self._tracked.add(name, tracked)
 
     @property
     def commit_folder(self) -> Path:
-        """Where commits are. ConfigError without nvme=."""
+        """Where commits are written. Raises `ConfigError` without `nvme=`."""
         return self._training.commit_folder
 
     @property
     def committed(self) -> Mapping[str, Any] | None:
-        """`step`, `tracked` and more of the newest commit in a log, where state rests in tiers; None without a log.
+        """The newest commit in the log, where state rests on NVMe: its `step`, what was `tracked`, and more. None
+        without a log.
 
         What is tracked is in it as it was when `step` returned, schedulers as the next forward found them. Step 0 is a
         state that was just made.
@@ -301,10 +329,11 @@ class Engine:
         return self._training.committed
 
     def save_checkpoint(self, folder: str | Path) -> None:
-        """Writes parameters that train, optimizer, random numbers and everything tracked. Atomic and durable.
+        """Writes parameters that train, the optimizer's state, random numbers and everything tracked. Atomic, durable.
 
-        Blocks. Where state rests in tiers, the commit folder stands for a commit of what is there now, which copies
-        nothing.
+        Blocks. Where state rests in tiers, `commit_folder` as the folder makes a commit and copies nothing. Raises
+        `StorageError`, `StorageFull` where there is no room, and `ConfigError` where nothing trains, or where the
+        updates of gradients that have arrived cannot be taken back.
         """
         if isinstance(self._training, TieredTraining):
             self._check_open("save_checkpoint")
@@ -312,11 +341,12 @@ class Engine:
             self._training.save(Path(folder))
 
     def load_checkpoint(self, folder: str | Path) -> None:
-        """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it.
+        """Continues from a checkpoint: the next step is bit-equal to that of the run that wrote it. Blocks.
 
-        `folder` may also be where commits are: this run's, which copies nothing, or another's, which is not running.
-        Raises `CheckpointError` where what is saved does not fit, and is unchanged then. Warns where the plan takes
-        sums in another order than that of the run: then the bits are others, within what such an order changes.
+        `folder` may also be where commits are: this run's, which copies nothing, or those of another run, which must
+        have ended. Raises `CheckpointError` where what is saved does not fit, and `ConfigError` where other things
+        were tracked; the engine is unchanged then. Warns where the plan takes sums in another order than that run's:
+        the bits differ then, by what such an order changes.
         """
         self._check_open("load_checkpoint")
 
@@ -331,9 +361,10 @@ class Engine:
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int | str | None = None) -> None:
         """Writes the adapter as peft does, or the whole model as transformers does; reads it back and compares. Blocks.
 
-        A whole model is streamed block by block into shards of at most `max_shard_bytes` ("5GB" unless given); what
-        `folder` held of a model is whole until then. Raises `StorageFull` before the first byte,
-        `CheckpointVerifyError`, and `UnsupportedModule` for weights in 4 bits.
+        A whole model is streamed block by block into shards of at most `max_shard_bytes` ("5GB" unless given); a model
+        that `folder` held stays whole until the new one replaces it. Raises `StorageFull` before the first byte,
+        `CheckpointVerifyError`, `UnsupportedModule` for a whole model with weights in 4 bits, and `ConfigError` where
+        `folder` is the checkpoint that the run began from.
         """
         with self._peaks.phase(SAVE, Path(folder)):
             save_pretrained(
@@ -346,7 +377,7 @@ class Engine:
             )
 
     def report(self) -> dict[str, Any]:
-        """What moved, what it cost, and who holds memory, since the start. Bytes and seconds; see `report.report`."""
+        """What has moved since the start, what it took, and who holds memory. Bytes, seconds; see `report.report`."""
         return report(
             self._runtime,
             self.config,
@@ -362,12 +393,12 @@ class Engine:
     def trace(
         self, path: str | Path, *, steps: int = 1, wait: int = 2, on_ready: Callable[[str], object] | None = None
     ) -> None:
-        """Records what is under way when in `steps` steps, after `wait` others, and writes it to `path`, for Perfetto.
+        """Records the timeline of `steps` steps, after `wait` others, and writes it to `path`, for Perfetto.
 
         Call it between two steps, and go on stepping. The file has Chrome's trace format, compressed where its name
-        ends in .gz: see `running.tracing`. `on_ready` is called behind the last step with some lines about it; None
-        logs them. Does not block; a GPU is waited for before the first of these steps and behind the last one. The bits
-        stay the same. Raises `ConfigError` where `path` cannot be written, or a trace is under way.
+        ends in .gz: see `running.tracing`. After the last of these steps `on_ready` is called with some lines about
+        them; None logs the lines. Does not block; but a GPU is waited for before the first of these steps and after
+        the last one. Bits stay the same. Raises `ConfigError` where `path` cannot be written, or a trace is under way.
         """
         self._changes.tracing.ask(Path(path), steps=steps, wait=wait, on_ready=on_ready)
 
@@ -386,8 +417,8 @@ class Engine:
         Weights that never leave DEVICE, and are not in 4 bits, stay in the model; others are not in memory. Adapters
         can be saved as ever; masters and moments are where they were committed, or saved, last.
 
-        Makes the commit that is due; but where it is called because the loop has failed (while an exception is handled)
-        before the next forward began, the last step stays uncommitted, and a run that goes on takes it again.
+        Makes the commit that is due, unless the loop has failed (it is called while an exception is handled) before
+        the next forward began: then the last step stays uncommitted, and a run that is resumed takes it again.
         """
         self._closed = True
         self._training.abandon()

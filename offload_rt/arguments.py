@@ -17,7 +17,7 @@ from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
 
 AUTO = "auto"
-"""The fixed rule's plan, or the optimiser's where that is expected to be faster: see `plan_choice`."""
+"""The fixed rule's plan, or the optimiser's where that is expected to be faster: see `plans.plan_choice`."""
 OPTIMISE = "optimise"
 """The plan that the optimiser makes of this model and machine."""
 OptimizerSpec = type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -84,7 +84,7 @@ def calibrated_for(config: EngineConfig) -> Hardware | None:
 def make_optimizer(
     spec: OptimizerSpec | None, lr: float | None, parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer | None:
-    """The optimizer of `parameters`; AdamW where `spec` is None. None for no parameters. Raises `ConfigError`."""
+    """The optimizer of `parameters`, AdamW where `spec` is None; None where there are none. Raises `ConfigError`."""
     if not parameters:
         return None
     arguments: dict[str, Any] = {} if lr is None else {"lr": lr}

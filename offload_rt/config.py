@@ -22,7 +22,7 @@ NO_COMMIT_FOLDER = "commit_every: commits are written beside the store; give nvm
 
 
 def parse_bytes(value: int | str, *, field: str) -> int:
-    """Bytes from a number or a text such as `"22GiB"`. Binary and decimal units are told apart."""
+    """Bytes from a number or a text such as `"22GiB"`: GiB is 2**30 bytes, GB 10**9. Raises `ConfigError`."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ConfigError(f"{field}: expected bytes or a size such as '22GiB', got {value!r}")
     if isinstance(value, str):
@@ -41,7 +41,10 @@ def parse_bytes(value: int | str, *, field: str) -> int:
 
 
 def io_timeout_seconds() -> float:
-    """`OFFLOAD_RT_IO_TIMEOUT` in seconds, 60 where it is not set: how long a wait may be in which nothing arrives."""
+    """`OFFLOAD_RT_IO_TIMEOUT` in seconds, 60 where it is not set: after so long without an arrival, a wait is an error.
+
+    Raises `ConfigError` for what is no number above zero.
+    """
     text = os.environ.get("OFFLOAD_RT_IO_TIMEOUT", "60")
     try:
         seconds = float(text)
@@ -63,7 +66,7 @@ class NvmePath:
 
 
 def parse_nvme(value: str | Path | Sequence[str | Path] | None) -> tuple[NvmePath, ...]:
-    """`"path"`, `"path:500GiB"`, or a sequence of these, one per drive."""
+    """`"path"`, `"path:500GiB"`, or a sequence of these, one per drive. Raises `ConfigError`."""
     if value is None:
         return ()
     if not isinstance(value, (str, Path, Sequence)):
@@ -108,8 +111,8 @@ class EngineConfig:
     max_grad_norm: float | None = None
     """Global norm to which `step` clips; None does not clip."""
     commit_every: int | None = None
-    """Steps between durable commits beside the store; None is each one where state rests on NVMe, and otherwise leaves
-    saving to the caller."""
+    """Steps between durable commits beside the store; None commits every step where state rests on NVMe, and otherwise
+    leaves saving to the caller."""
 
     def __post_init__(self) -> None:
         if self.bits not in (None, 4):
@@ -142,7 +145,10 @@ def adapter_folder(text: str) -> Path | None:
 
 
 def parse_adapters(text: str) -> dict[str, Any]:
-    """`"lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj"` as keyword arguments of `peft.LoraConfig`."""
+    """`"lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj"` as keyword arguments of `peft.LoraConfig`.
+
+    Left out, r is 16, alpha twice r, and targets all linears. Raises `ConfigError`.
+    """
     allowed = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
     kind, _, rest = text.partition(":")
     if kind != "lora":

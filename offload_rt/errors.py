@@ -56,7 +56,7 @@ class StorageError(OffloadError, OSError):
 
 
 class StorageFull(StorageError):
-    """There is not enough free space, found before the first byte where it can be."""
+    """There is not enough free space, or quota; found before the first byte is written where it can be."""
 
 
 def storage_error(
@@ -76,7 +76,9 @@ class StoreInUse(OffloadError):
 
 
 class StoreCorrupt(OffloadError):
-    """A store's manifest or an extent does not match its checksum; training state elsewhere is intact."""
+    """What a store or a commit log has on the drive is not what was written there, or belongs to another one; the
+    message names the file.
+    """
 
 
 class CheckpointError(OffloadError):
@@ -84,7 +86,7 @@ class CheckpointError(OffloadError):
 
 
 class CheckpointVerifyError(OffloadError):
-    """What was written does not read back as it should."""
+    """What is read back is not what was written."""
 
 
 class DataError(OffloadError, ValueError):
@@ -92,12 +94,12 @@ class DataError(OffloadError, ValueError):
 
 
 class BudgetExceeded(OffloadError, MemoryError):
-    """A managed memory budget would be exceeded; the message says by whom it is held."""
+    """A managed memory budget would be exceeded; the message says who holds it."""
 
 
 class OutOfDeviceMemory(OffloadError, MemoryError):
-    """A GPU has no room for what a plan has there. Carries `wanted` and `free` (bytes); the message says who has the
-    rest.
+    """A GPU has no room for what a plan puts there. Carries `wanted` and `free` (bytes); the message says who holds
+    the rest.
     """
 
     def __init__(self, message: str, *, wanted: int, free: int) -> None:
@@ -119,15 +121,17 @@ class UnsupportedModule(OffloadError):
 
 
 class TargetNotMatched(ConfigError):
-    """An adapter configuration names modules that the model does not have."""
+    """An adapter names modules that the model does not have, or does not fit them."""
 
 
 class QuantCoverageError(OffloadError):
-    """`bits=4` would leave too large a share of the frozen bytes in 16 bits."""
+    """`bits=4` would leave too large a share of the layers' frozen bytes unquantized."""
 
 
 class IntegrityError(OffloadError):
-    """Training is silently wrong: a gradient is missing, zero or not finite, or parameters are not the model's."""
+    """Training would go wrong in silence: gradients are missing, all zero or not finite, or are of weights that have
+    changed since the forward; or the optimizer's parameters are not the model's.
+    """
 
 
 class NonFiniteLoss(IntegrityError):

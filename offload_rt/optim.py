@@ -1,6 +1,6 @@
-"""Optimizers that torch does not have, as `torch.optim.Optimizer`s: in memory as they are, or tiered by an engine.
+"""Optimizers that torch does not have: each a `torch.optim.Optimizer` by itself, and one whose state an engine tiers.
 
-`AdamW` is torch's AdamW with a choice of how the moments are stored; `Lion` is of Chen et al., arXiv 2302.06675.
+`AdamW` is torch's AdamW with a choice of how its moments are stored; `Lion` is that of Chen et al., arXiv 2302.06675.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MOMENTS = ("float32", "bfloat16", "8bit")
 class AdamW(torch.optim.AdamW):
     """AdamW whose moments are stored in `moments`: "float32", "bfloat16", or "8bit" (bitsandbytes' block-wise codes).
 
-    The arithmetic is that of `cpu_adam_torch`, in float32 whatever the moments are stored in. On its own it steps
-    contiguous float32 parameters on the CPU or, but with 8-bit moments, on a GPU, by `adam_triton`; under an engine,
-    fp32 masters of parameters of any dtype. Raises ConfigError for options of torch's that have no twin here (amsgrad,
-    maximize, fused, ...).
+    The arithmetic is that of `cpu_adam_torch`, in float32 however the moments are stored. On its own it steps
+    contiguous float32 parameters, on the CPU or, unless its moments are 8-bit, on a GPU by `adam_triton`; under an
+    engine, the fp32 masters of parameters. Raises ConfigError for options of torch's AdamW that are not offered here
+    (amsgrad, maximize, fused, ...).
     """
 
     def __init__(self, params: Any, *, moments: Moments = "float32", **options: Any) -> None:
@@ -39,7 +39,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps every parameter that has a gradient. Blocks, but for a GPU. Raises as `check_device`."""
+        """Steps every parameter that has a gradient. Blocks on the CPU. Raises as `check_device`."""
         loss = run_closure(closure)
         for group in self.param_groups:
             numbers = cpu_adam.AdamW.from_group(group)
@@ -60,7 +60,7 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def check_device(self, device: str) -> None:
-        """Raises ConfigError where parameters on `device`, torch's name for it, are not stepped."""
+        """Raises ConfigError where parameters on a `device` of this type ("cpu", "cuda") cannot be stepped."""
         if device == "cpu":
             return
         if self.moments == "8bit":
@@ -118,7 +118,7 @@ class Lion(torch.optim.Optimizer):
 
 
 def run_closure(closure: Callable[[], Any] | None) -> Any:
-    """What a caller of `step` has it run first, with gradients."""
+    """Runs the closure that `step` was given, with gradients; returns its loss."""
     if closure is None:
         return None
     with torch.enable_grad():

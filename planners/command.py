@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _warn(model: str) -> None:
-    """Says what training would refuse `model` for."""
+    """Warns of what training would refuse `model` for."""
     from planners.shapes.models import quantization_warning
 
     if warning := quantization_warning(model):
@@ -102,7 +102,9 @@ def _warn(model: str) -> None:
 
 
 def make_plan(problem: Problem, policy: str) -> Plan:
-    """Plans by `policy`; greedily, and says so, where there is no solver. `PlanInfeasible` has verified ways out."""
+    """Plans by `policy`; greedily, and says so, where the solver is missing or fails. Raises `ProblemError` for an
+    unknown policy, and `PlanInfeasible`, whose ways out were tried.
+    """
     from planners.optimiser.explain import ways_out
     from planners.optimiser.policies import plan_by_policy
     from planners.optimiser.program import SolverFailed, SolverMissing
@@ -124,7 +126,7 @@ def make_plan(problem: Problem, policy: str) -> Plan:
 
 
 def report_of(problem: Problem, plan: Plan, advice: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `--json` writes. Keys under `predicted` are part of the contract."""
+    """What `--json` writes. The keys under `predicted` are part of the public contract."""
     return {
         "schema": REPORT_SCHEMA,
         "model": problem.workload.name,
