@@ -60,7 +60,7 @@ def check_that_it_fired(case: Case, engine) -> None:  # type: ignore[no-untyped-
     blocks = len(training.blocks)
     ahead = "NVME" in case.place or case.place in ("stress", "split")
     if ahead and case.place != "on NVME, after backward":
-        assert training.mode is (UpdateMode.BACKWARD if case.clipping == "not" else UpdateMode.SPECULATIVE)
+        assert training.ahead.mode is (UpdateMode.BACKWARD if case.clipping == "not" else UpdateMode.SPECULATIVE)
         # The first step waits for its norm, and so does one that follows a step that clipped.
         steps_ahead = {"not": STEPS - 1, "rarely": STEPS - 2, "always": 0}[case.clipping]
         blocks -= 2 * (case.place == "on NVME but for two layers")

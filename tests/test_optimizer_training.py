@@ -463,7 +463,7 @@ def test_gradients_are_those_of_plain_pytorch_and_are_found_nowhere_else(place: 
     with engine(model(), place, tmp_path) as run:
         train(run, range(1))
         if "BACKWARD" in place:
-            run._training._wait_from_now_on("gradients are to be looked at")
+            run._training.ahead.wait_from_now_on("gradients are to be looked at")
         run.backward(run(**batch(1)).loss)
         found = dict(run.gradients())
         assert found.keys() == twin.masters.keys()

@@ -166,9 +166,9 @@ def test_a_step_that_is_taken_back_has_the_old_weights_in_all_parts(tmp_path: Pa
         run_engine(case, engine, 0, 2)
         before = state_of(training)
         engine.backward(one_loss(engine, 3, 0))
-        assert training._now.ahead
+        assert training.ahead.blocks
         training.before_forward()
-        assert not training._now.ahead
+        assert not training.ahead.blocks
         after = state_of(training)
         assert all(before[name][i].equal(after[name][i]) for name in before for i in (0, 1))
 

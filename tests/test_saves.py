@@ -23,7 +23,7 @@ def test_a_checkpoint_between_backward_and_step_holds_the_last_whole_step(tmp_pa
             engine.step()
         before = state_of(training_of(engine))
         engine.backward(one_loss(engine, 3, 0))
-        assert training_of(engine)._now.ahead
+        assert training_of(engine).ahead.blocks
         engine.save_checkpoint(tmp_path / "copy")
         names = sorted(path.name for path in engine.commit_folder.iterdir())
         engine.save_checkpoint(engine.commit_folder)

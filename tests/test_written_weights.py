@@ -54,7 +54,7 @@ def test_one_that_is_written_between_backward_and_step_is_refused_by_the_step(
     with engine(model(), place, tmp_path) as run:
         train(run, range(2))
         run.backward(run(**batch(7)).loss)
-        assert bool(training_of(run)._now.ahead) == (place != "in place")
+        assert bool(training_of(run).ahead.blocks) == (place != "in place")
         halve(run, IN_MEMORY)
         with pytest.raises(ConfigError, match=rf"step: 1 weights were written .*\(first: {IN_MEMORY}\)"):
             run.step()

@@ -12,7 +12,8 @@ stepper     updates it, block after block
 stand_ins   what `.grad` is while a gradient is elsewhere
 commits     which steps are committed, and whether the state is whole
 log_commit  what another run has committed, taken over
-step        what has been done of a step
+step        what is known of a step
+ahead       blocks stepped before the norm is known, taken back where it says so
 training    the step itself: norm, clipping, redoing, dropping
 tiered      the optimizer that the user sees; its param_groups by name
 adapters    the same for adapters: weights and gradients in memory, state in the tiers

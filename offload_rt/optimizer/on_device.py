@@ -13,7 +13,7 @@ where it came from, by the device's own copies. While that is under way the CPU 
 
 Gradients go to HOST with all others, and what of them belongs to the piece comes back with its state. There they are
 summed over micro-batches and measured, in the order of torch's sums on the CPU, and there they stay until the commit
-(see [Note: stepping before the norm is known] in training): so a step that is clipped, done again or left out has the
+(see [Note: stepping before the norm is known] in ahead): so a step that is clipped, done again or left out has the
 bits that it would have without a device, and none of its memory is taken by gradients that wait. It costs 2 or 4 bytes
 a parameter to the device, beside 12 of state.
 

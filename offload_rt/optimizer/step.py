@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from offload_rt.errors import IntegrityError
 from offload_rt.guards.integrity import Reached, check_present
@@ -37,8 +37,6 @@ class Step:
     follows_clipped: bool = False
     num_skipped_before: int = 0
     """Steps in a row right before this one that were left out."""
-    ahead: list[TrainedBlock] = field(default_factory=list)
-    """Blocks stepped in the log, while the step may still be taken back."""
     options: list[Options] | None = None
     """The optimizer's when the first gradient arrived."""
     grad_scale: float | None = None

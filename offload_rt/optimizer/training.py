@@ -1,21 +1,7 @@
 """One step of full fine-tuning: gradients arrive, blocks are stepped, the norm decides, a commit makes it real.
 
-[Note: stepping before the norm is known]
-A block whose state rests in the log can be stepped as soon as its gradients are complete, behind the backward pass of
-the next block: the committed state stays whole in the other slot. When the last gradient is there, the norm is known:
-
-    within bounds          what was stepped stands, and is committed
-    clipping is needed     the log drops it, and every block is stepped again with the right scale
-    not finite             the log drops it, and the step is left out
-
-So the result is that of clipping first, to the bit. It takes a commit each step (with two slots an extent there is one
-state to go back to), and gradients that stay until the commit, unless no clipping was declared. Pieces that rest in
-memory have one copy and are stepped when the norm is known, those of a block whose other pieces rest in the log too.
-After a step that clipped, the next one waits for its norm: clipping comes in runs, and doing a step twice costs more
-than waiting.
-
-The first step always waits: so a loop is seen that clips, changes the learning rate or accumulates between backward and
-step without having declared it; such a loop goes on waiting, and the report says why.
+Where state rests in a log, blocks are stepped before the norm is known: [Note: stepping before the norm is known] in
+`ahead`.
 """
 
 from __future__ import annotations
@@ -35,6 +21,7 @@ from offload_rt.checkpoint.values import restore_rng
 from offload_rt.closing import all_close
 from offload_rt.errors import ConfigError, IntegrityError, OffloadError
 from offload_rt.guards.integrity import Reached
+from offload_rt.optimizer.ahead import Ahead
 from offload_rt.optimizer.gradients import Gradients, is_finite
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.pieces import TrainedBlock
@@ -76,13 +63,10 @@ class FullTraining(TieredTraining):
         self.counters = StepCounters()
         self.grad_norm: float | None = None
         """Of the last step, before clipping."""
-        self.waits_because: str | None = None
-        """Why blocks are not stepped before the norm is known, although the plan says so."""
         self.rehearse: Callable[[TrainedBlock, Mapping[int, Tensor]], None] | None = None
         """What takes gradients in place of `deliver`; see `rehearsed`."""
         self.num_micro_batches = accumulation_steps
         """Of a step, as declared."""
-        self.mode = mode
         self._max_grad_norm = max_grad_norm
         self._before_weights_change = before_weights_change
         self._make_room = make_room
@@ -91,6 +75,7 @@ class FullTraining(TieredTraining):
         self._reached: Reached | None = None
         self._stand_ins = StandIns(self.blocks, self.deliver)
         self._written = WrittenWeights(self.blocks, self.home, self.stepper)
+        self.ahead = Ahead(self.home, self.stepper, self.commits, self._written, before_weights_change, mode=mode)
         gradients.wait_for_room = self.stepper.wait_for_one
         gradients.in_background = self.stepper.settle
 
@@ -108,9 +93,9 @@ class FullTraining(TieredTraining):
             return
         if self._now.options is None:
             self._now.options = self.groups.options()
-        if block in self._now.ahead:
+        if block in self.ahead.blocks:
             why = f"{block.name} received gradients once more after accumulation_steps={self.num_micro_batches} of them"
-            self._wait_from_now_on(why)
+            self.ahead.wait_from_now_on(why)
             self.forget()
             raise ConfigError(
                 f"{why}, and had been updated by then, so that later ones were taken with new weights. This step was "
@@ -122,10 +107,9 @@ class FullTraining(TieredTraining):
         self.gradients.add(block, gradients, with_norms=last)
         self._stand_ins.put(block, gradients)
         if last and self._steps_ahead(block):
-            self.stepper.submit(block, Part.IN_LOG)
-            self._now.ahead.append(block)
+            self.ahead.step(block)
             self.counters.num_ahead_of_norm += 1
-            if self.mode is UpdateMode.BACKWARD and not self.home.part(block, Part.IN_MEMORY):
+            if self.ahead.mode is UpdateMode.BACKWARD and not self.home.part(block, Part.IN_MEMORY):
                 self.gradients.keep_norms_only(block)
                 return
         if not self._more_to_come():
@@ -156,7 +140,7 @@ class FullTraining(TieredTraining):
         """Raises `ConfigError` where somebody has written into weights; see `written_weights`."""
         if self._written:
             self.stepper.finish()
-            self._written.check(asked, self._now.ahead)
+            self._written.check(asked, self.ahead.blocks)
 
     def before_weights_are_read(self) -> None:
         self._between_steps("the model was saved between backward and step")
@@ -167,7 +151,7 @@ class FullTraining(TieredTraining):
         self.commits.finish()
         if self._stand_ins.were_zeroed(self.gradients):
             self.forget()
-        if self._now.ahead:
+        if self.ahead.blocks:
             self._undo_because(why)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -204,7 +188,7 @@ class FullTraining(TieredTraining):
 
     def forget(self) -> None:
         """Drops the gradients of this step and what was stepped with them, or failed to be."""
-        if self._now.ahead:
+        if self.ahead.blocks:
             self.stop()
             self._expect_next()
         self._forget_all()
@@ -212,8 +196,8 @@ class FullTraining(TieredTraining):
     def stop(self) -> None:
         """Drops the gradients of this step and what was stepped with them, and reads nothing ahead. Blocks."""
         self.stepper.forget()
-        if self._now.ahead:
-            self._drop()
+        if self.ahead.blocks:
+            self.ahead.drop()
         self._forget_all()
 
     def take_step(self) -> None:
@@ -247,22 +231,23 @@ class FullTraining(TieredTraining):
         self._written.forget()
         self.commits.begin_again(self.step_number)
         self._now = Step(order=self._now.order)
+        self.ahead.blocks.clear()
         self._expect_next()
 
     def go_on_from(self, before: TieredTraining) -> None:
         super().go_on_from(before)
         if isinstance(before, FullTraining):
             self.counters, self.grad_norm = before.counters, before.grad_norm
-            self.waits_because, self._now = before.waits_because, before._now.again()
+            self.ahead.waits_because, self._now = before.ahead.waits_because, before._now.again()
 
     def report(self) -> dict[str, Any]:
         """Counts and seconds since the start, bytes at rest."""
         return {
             **asdict(self.counters), **asdict(self.commits.counters), **self.stepper.report(),
-            "mode": self.mode.value,
-            "waits_because": self.waits_because, "grad_norm": self.grad_norm,
+            "mode": self.ahead.mode.value,
+            "waits_because": self.ahead.waits_because, "grad_norm": self.grad_norm,
             **state_report(
-                self.blocks, self.home, mode=self.mode, commit_every=self.commits.every,
+                self.blocks, self.home, mode=self.ahead.mode, commit_every=self.commits.every,
                 gradient_passes=self.num_micro_batches if self.gradients.on_drive else 0,
             ),
         }  # fmt: skip
@@ -280,13 +265,10 @@ class FullTraining(TieredTraining):
 
     def _steps_ahead(self, block: TrainedBlock) -> bool:
         return (
-            self.mode in (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE)
-            and self.waits_because is None
+            self.step_number > 0
             and not self._now.follows_clipped
-            and self.step_number > 0
             and self.gradients.num_arrivals(block) == self.num_micro_batches
-            and self.commits.can_go_back
-            and bool(self.home.part(block, Part.IN_LOG))
+            and self.ahead.may_step(block)
         )
 
     def _norm(self, max_norm: float | None) -> tuple[float, float]:
@@ -318,15 +300,15 @@ class FullTraining(TieredTraining):
             self._skip()
             return False
         if now.options != self.groups.options():
-            self.counters.num_redone += bool(now.ahead)
+            self.counters.num_redone += bool(self.ahead.blocks)
             self._undo_because("options of the optimizer were changed between backward and step")
-        if now.ahead and scale != 1.0:
+        if self.ahead.blocks and scale != 1.0:
             self.counters.num_redone += 1
-            self._undo()
-        left = [(block, Part.IN_MEMORY if block in now.ahead else Part.ALL) for block in arrived]
+            self.ahead.undo()
+        left = [(block, Part.IN_MEMORY if block in self.ahead.blocks else Part.ALL) for block in arrived]
         left = [(block, part) for block, part in left if self.home.part(block, part)]
         whole = [block for block, part in left if part is Part.ALL]
-        now.ahead += [block for block in whole if self.home.part(block, Part.IN_LOG)]
+        self.ahead.blocks += [block for block in whole if self.home.part(block, Part.IN_LOG)]
         half = "half a step was made of what rests in memory"
         in_memory = any(self.home.part(block, Part.IN_MEMORY) for block in arrived)
         with self.commits.broken_unless_done(half) if in_memory else nullcontext():
@@ -355,7 +337,7 @@ class FullTraining(TieredTraining):
             self.stepper.expect(self._now.order)
 
     def _skip(self) -> None:
-        self._undo()
+        self.ahead.undo()
         num_skipped = self._now.num_skipped_before + 1
         self._forget_all(then=replace(self._now.again(), num_skipped_before=num_skipped))
         self.counters.num_skipped += 1
@@ -367,41 +349,22 @@ class FullTraining(TieredTraining):
 
     def _undo_because(self, why: str) -> None:
         """Takes back what was stepped ahead, and steps nothing ahead from now on. ConfigError where it is too late."""
-        self._wait_from_now_on(why)
-        if self._now.ahead and self.mode is UpdateMode.BACKWARD:
+        self.ahead.wait_from_now_on(why)
+        if self.ahead.blocks and self.ahead.mode is UpdateMode.BACKWARD:
             self.forget()
             raise ConfigError(
                 f"{why}; this step's updates ran behind its backward pass, as declared, and its gradients are gone. It "
                 f"was dropped; the next ones wait for step(). Declare engine(accumulation_steps=, max_grad_norm=)"
             )
-        self._undo()
-
-    def _undo(self) -> None:
-        """Takes back what was stepped ahead; gradients stay."""
-        if self._now.ahead:
-            self.stepper.finish()
-            self._drop()
-
-    def _drop(self) -> None:
-        log = self.home.log
-        with self.commits.broken_unless_done("a step could not be taken back"):
-            if log is not None:
-                log.drop()
-            self._written.are_overwritten(self._now.ahead)
-            for block in self._now.ahead:
-                if not self.home.streams_weights(block):
-                    self.stepper.rebuild_weights(block)
-            self.stepper.new_scalars.clear()
-            self._now.ahead.clear()
-            self._before_weights_change()
+        self.ahead.undo()
 
     def _abandon(self) -> None:
         """After an error in a step: nothing of it stands, where the log has what was before."""
         with suppress(OffloadError):
             self.stepper.forget()
-        if self._now.ahead and self.commits.broken is None:
+        if self.ahead.blocks and self.commits.broken is None:
             if self.commits.can_go_back:
-                self._drop()
+                self.ahead.drop()
             else:
                 self.commits.broken = f"step {self.step_number + 1} failed, and the one before it was not committed"
         self._forget_all()
@@ -411,11 +374,7 @@ class FullTraining(TieredTraining):
         if self._reached is not None:
             self._reached.forget()
         self._now = then if then is not None else self._now.again()
+        self.ahead.blocks.clear()
         self.gradients.clear()
         self.stepper.new_scalars.clear()
         self._stand_ins.clear()
-
-    def _wait_from_now_on(self, why: str) -> None:
-        if self.waits_because is None and self.mode is not UpdateMode.AFTER:
-            self.waits_because = why
-            logger.warning("updates wait for step() from now on, and do not run behind the backward pass: %s", why)

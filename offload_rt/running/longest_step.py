@@ -62,7 +62,7 @@ def measure(
     if not isinstance(training, TieredTraining) or runtime.device is not None:  # HOST's, or slots' in an arena
         return peak_bytes, num_layers
     of_update = update_peak_bytes(training)
-    behind_backward = full is not None and full.mode is not UpdateMode.AFTER
+    behind_backward = full is not None and full.ahead.mode is not UpdateMode.AFTER
     return peak_bytes + of_update if behind_backward else max(peak_bytes, of_update), num_layers
 
 
