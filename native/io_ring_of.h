@@ -3,7 +3,7 @@
 //
 // [Note: who touches what]
 //   completion thread alone   the kernel's submit and reap, `batch_`, `slots_`
-//   under `mutex_`            operations, the queues, counters
+//   under `mutex_`            operations, the queues, the account
 //   registry_, any thread     the kernel's set_buffer
 //   any thread                kernel's wake
 // The lock is not held while the kernel is submitted to: a buffered read that hits the page cache is copied
@@ -29,7 +29,7 @@
 #include <utility>
 #include <vector>
 
-#include "busy_time.h"
+#include "io_account.h"
 #include "io_devices.h"
 #include "io_kernel.h"
 #include "io_operation.h"
@@ -82,14 +82,13 @@ class IoRingOf final : public IoRing {
       progress.device = &devices_.of(place.device);
       progress.resume_alignment = place.direct ? kDirectAlignment : 1;
       progress.submitted = Clock::now();
-      if (most_records_ > 0) progress.recording = recording_;
-      counters_.operations++;
+      account_.submitted(progress);
       if (operation.length == 0 && operation.kind != IoKind::sync) {
         progress.finished = true;
         return {};
       }
       progress.device->queue.push_back(&progress);
-      busy(progress).begin(progress.submitted);
+      account_.begin(progress);
     }
     kernel_->wake();
     return {};
@@ -150,26 +149,17 @@ class IoRingOf final : public IoRing {
 
   IoCounters counters() const override {
     const std::lock_guard lock(mutex_);
-    IoCounters counters = counters_;
-    counters.read_seconds = reading_.seconds(Clock::now());
-    counters.write_seconds = writing_.seconds(Clock::now());
-    return counters;
+    return account_.counters();
   }
 
   void record(std::size_t most) override {
     const std::lock_guard lock(mutex_);
-    records_ = {};
-    most_records_ = most;
-    ++recording_;
+    account_.record(most);
   }
 
   IoRecords records() const override {
     const std::lock_guard lock(mutex_);
-    IoRecords found = records_;
-    for (const auto& [ticket, progress] : operations_)
-      if (progress.recording == recording_ && !progress.finished)
-        found.operations.push_back(record_of(progress));
-    return found;
+    return account_.records(operations_);
   }
 
   Status close(double timeout_seconds, bool and_forget_queued) override {
@@ -232,12 +222,12 @@ class IoRingOf final : public IoRing {
       if (!progress.status.ok() || progress.cut == progress.operation.length) device->queue.pop_front();
     }
     const std::size_t in_flight = slots_.size() - free_slots_.size();
-    counters_.max_in_flight = std::max<std::uint64_t>(counters_.max_in_flight, in_flight);
+    account_.in_flight(in_flight);
     return !(closing_ && in_flight == 0 && devices_.idle());
   }
 
   void cut_next(Progress& progress) {
-    if (progress.recording != 0 && progress.cut == 0) progress.begun = Clock::now();
+    account_.cut(progress);
     const std::uint32_t slot = free_slots_.back();
     free_slots_.pop_back();
     std::uint64_t length =
@@ -268,8 +258,7 @@ class IoRingOf final : public IoRing {
                       .address = operation.address + skip,
                       .length = slot.length - slot.resume_from,
                       .buffer = slot.buffer});
-    counters_.requests++;
-    if (slot.buffer != kNotFixed) counters_.fixed_memory_requests++;
+    account_.requested(slot.buffer != kNotFixed);
   }
 
   // True if the kernel keeps refusing and wants a pause.
@@ -288,14 +277,13 @@ class IoRingOf final : public IoRing {
     const Verdict verdict = judge(slot, completion.result);
     slot.arrived += verdict.num_new_bytes;
     slot.owner->done += verdict.num_new_bytes;
-    const bool read = slot.owner->operation.kind == IoKind::read;
-    (read ? counters_.bytes_read : counters_.bytes_written) += verdict.num_new_bytes;
+    account_.arrived(*slot.owner, verdict.num_new_bytes);
     if (verdict.code != StatusCode::ok) tell_failure(slot, verdict.code, verdict.error_number);
     if (verdict.over) {
       retire(completion.slot);
     } else {
       slot.resume_from = slot.arrived - slot.arrived % slot.owner->resume_alignment;
-      counters_.resubmitted++;
+      account_.resubmitted();
       again_.push_back(completion.slot);
     }
   }
@@ -317,23 +305,8 @@ class IoRingOf final : public IoRing {
       std::erase(progress.device->queue, &progress);  // it may not have been cut to its end
     }
     progress.finished = true;
-    const Clock::time_point now = Clock::now();
-    busy(progress).end(now);
-    if (progress.recording == recording_) add_record(progress, now);
+    account_.finish(progress);
     finished_.notify_all();
-  }
-
-  void add_record(const Progress& progress, Clock::time_point now) {
-    if (records_.operations.size() >= most_records_) {
-      ++records_.left_out;
-      return;
-    }
-    records_.operations.push_back(record_of(progress));
-    records_.operations.back().finished_seconds = seconds_of(now);
-  }
-
-  BusyTime& busy(const Progress& progress) {
-    return progress.operation.kind == IoKind::read ? reading_ : writing_;
   }
 
   void forget_queued() {
@@ -392,12 +365,7 @@ class IoRingOf final : public IoRing {
   IoDevices<Progress> devices_;
   std::deque<std::uint32_t> again_;  // slots whose rest is to be submitted
   std::vector<std::uint32_t> free_slots_;
-  IoCounters counters_;
-  BusyTime reading_;
-  BusyTime writing_;
-  IoRecords records_;
-  std::size_t most_records_ = 0;
-  std::uint64_t recording_ = 1;  // counts how often it began anew
+  IoAccount account_;
   bool closing_ = false;
   bool forget_queued_ = false;
   std::mutex close_mutex_;
