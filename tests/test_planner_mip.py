@@ -99,7 +99,7 @@ def test_programs_simulator_and_checker_agree(name, stride):
 def test_a_certificate_needs_no_trust_in_the_solver():
     """Minimise x + 2y, x + y >= 3, x <= 2: optimum 4 at (2, 1). Any duals give a bound, the right ones this one."""
     p = Program()
-    x, y = p.variable(2, 1.0), p.variable(10, 2.0)
+    x, y = p.variable(2, cost=1.0), p.variable(10, cost=2.0)
     p.row([(x, 1.0), (y, 1.0)], 3.0, math.inf, "sum")
     solution = p.solve()
     assert solution is not None and solution.values == pytest.approx([2.0, 1.0])
@@ -110,7 +110,7 @@ def test_a_certificate_needs_no_trust_in_the_solver():
 
 def test_rows_in_bytes_are_still_solved():
     p = Program()
-    x = p.variable(1, 1.0)
+    x = p.variable(1, cost=1.0)
     p.row([(x, 4e14)], 1e14, math.inf)
     solution = p.solve()
     assert solution is not None and solution.values[x] == pytest.approx(0.25)
@@ -118,12 +118,12 @@ def test_rows_in_bytes_are_still_solved():
 
 def test_infeasible_time_limit_and_malformed_are_three_things():
     p = Program()
-    x = p.variable(1, 1.0)
+    x = p.variable(1, cost=1.0)
     p.row([(x, 1.0)], 2.0, math.inf)
     assert p.solve() is None
     q = Program()
     for _ in range(30):
-        q.variable(1, -1.0)
+        q.variable(1, cost=-1.0)
     for i in range(29):
         q.row([(i, 1.0), (i + 1, 1.7)], 0.0, 1.3)
     with pytest.raises(SolverFailed, match="[Tt]ime limit"):

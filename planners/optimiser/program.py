@@ -59,7 +59,7 @@ class Program:
     whole: list[int] = field(default_factory=list)
     """Variables that take whole numbers, where that is asked for."""
 
-    def variable(self, high: float, cost: float = 0.0) -> int:
+    def variable(self, high: float, *, cost: float = 0.0) -> int:
         """A variable between 0 and `high`. Raises `ValueError` for a bound that is not finite."""
         if not math.isfinite(high):
             raise ValueError("program: every variable needs finite bounds, or its dual bound is worthless")

@@ -55,7 +55,7 @@ class Rows:
         self.program = Program()
         after = knobs.update_mode is UpdateMode.AFTER or self.memory_steps_after
         self.phases = (FORWARD, BACKWARD, UPDATE) if after else (FORWARD, BACKWARD)
-        self.times = [self.program.variable(1e6, 1.0) for _ in self.phases]
+        self.times = [self.program.variable(1e6, cost=1.0) for _ in self.phases]
         self.busy: dict[tuple[int, str], Terms] = {key: [] for key in itertools.product(self.phases, RESOURCES)}
         self.fixed: dict[tuple[int, str], float] = dict.fromkeys(self.busy, 0.0)
         self.held: dict[str, Terms] = {"device": [], "host": [], "nvme": []}

@@ -299,7 +299,7 @@ class _Builder(Rows):
             room = self.room[tier] * (1 - 1e-6) - fixed[tier]
             short: Terms = []
             if self.elastic:
-                self.missing[tier] = program.variable(1e6, SHORTAGE_PRICES[tier])
+                self.missing[tier] = program.variable(1e6, cost=SHORTAGE_PRICES[tier])
                 short = [(self.missing[tier], -1.0)]
             if terms or short or room < 0:
                 program.at_most([*terms, *short], room / GB, tier)
