@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,32 @@ def disk_folder():
     home = next((c for c in candidates if c and os.path.isdir(c) and _takes_direct_io(c)), tempfile.gettempdir())
     with tempfile.TemporaryDirectory(prefix="offload_rt-test-", dir=home) as folder:
         yield Path(folder)
+
+
+def flip(path, offset_bytes, mask=1):
+    """Flips bits of one byte of a file, as a drive may that forgets; an offset below zero counts from the end."""
+    with open(path, "r+b") as file:
+        file.seek(offset_bytes, os.SEEK_END if offset_bytes < 0 else os.SEEK_SET)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ mask]))
+
+
+@contextmanager
+def forked_child():
+    """A child of this process that does nothing inside, with every descriptor: as a data loader's workers have them."""
+    wait, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        os.read(wait, 1)
+        os._exit(0)
+    os.close(wait)
+    try:
+        yield
+    finally:
+        os.close(go)
+        os.waitpid(child, 0)
 
 
 class PlainLayer(nn.Module):

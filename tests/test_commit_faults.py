@@ -12,7 +12,7 @@ from offload_rt.errors import StorageError, StorageFull, StoreCorrupt, storage_e
 from offload_rt.storage.commit_log import CommitLog
 from offload_rt.storage.commit_record import Record, Version, pack_body
 from offload_rt.transfers.links import Links
-from tests.conftest import open_descriptors
+from tests.conftest import flip, open_descriptors
 from tests.power_loss import PlainIO
 from tests.tiny_logs import PAGE, SIZES, holds, make, read, write
 from tests.tiny_logs import arena as arena
@@ -129,14 +129,6 @@ def test_after_a_failed_barrier_nothing_goes_on(folders, links, arena, fail_at):
     log = CommitLog(folders, links)
     assert log.committed.step == (0 if fail_at < 2 else 1)
     log.close()
-
-
-def flip(path, offset, mask=1):
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ mask]))
 
 
 def two_commits(folders, links, arena):

@@ -14,6 +14,7 @@ from offload_rt.storage.commit_layout import read_layout
 from offload_rt.storage.commit_log import CommitLog
 from offload_rt.storage.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.transfers.links import Links
+from tests.conftest import forked_child
 from tests.power_loss import PlainIO
 from tests.tiny_logs import arena as arena
 from tests.tiny_logs import folders as folders
@@ -32,21 +33,10 @@ def test_a_second_run_is_refused_until_the_first_is_closed(folders, links):
 
 
 def test_a_forked_child_does_not_keep_a_closed_log_locked(folders, links):
-    """A data loader's workers inherit every descriptor."""
     log = make(folders, links)
-    wait, go = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(go)
-        os.read(wait, 1)
-        os._exit(0)
-    os.close(wait)
-    try:
+    with forked_child():
         log.close()
         CommitLog(folders, links, patience_seconds=0).close()
-    finally:
-        os.close(go)
-        os.waitpid(child, 0)
 
 
 HOLDER = """

@@ -1,7 +1,5 @@
 """A look at a log without its lock: what opening it would find, or nothing, or a typed error."""
 
-import os
-
 import pytest
 
 from offload_rt.errors import StorageError, StoreCorrupt
@@ -9,6 +7,7 @@ from offload_rt.memory.arena import Arena
 from offload_rt.storage.commit_log import CommitLog
 from offload_rt.storage.commit_peek import peek
 from offload_rt.transfers.links import Links
+from tests.conftest import flip
 from tests.power_loss import PlainIO
 from tests.tiny_logs import SIZES, make, write
 
@@ -44,8 +43,7 @@ def test_a_record_that_was_cut_off_leaves_the_one_before_and_two_are_a_typed_err
     offsets = [log.layout.record_offset(place) for place in (newest, 1 - newest)]
     log.close()
     for offset, left in zip(offsets, (1, None), strict=True):
-        with open(tmp_path / "home" / "state.bin", "r+b") as file:
-            os.pwrite(file.fileno(), b"?", offset + 20)
+        flip(tmp_path / "home" / "state.bin", offset + 20)
         if left is not None:
             seen = peek(tmp_path / "home")
             assert seen is not None and (seen.step, seen.payload) == (1, b"one")

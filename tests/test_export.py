@@ -22,6 +22,7 @@ from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter
 from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageFull, UnsupportedModule
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plans.plan import Tier
+from tests.conftest import flip
 from tests.durable import Durable
 from tests.full_parity import PLACES, Case, make_engine, one_loss
 from tests.parity import BATCH_SIZE, SEQ_LEN, micro_batch
@@ -271,11 +272,7 @@ def test_a_flipped_bit_is_found_when_it_is_read_back(tmp_path: Path, monkeypatch
     real = SafetensorsWriter.finish
 
     def flipping(writer: SafetensorsWriter) -> None:
-        with open(writer.path, "r+b") as file:
-            file.seek(-5, os.SEEK_END)
-            byte = file.read(1)[0]
-            file.seek(-5, os.SEEK_END)
-            file.write(bytes([byte ^ 4]))
+        flip(writer.path, -5, mask=4)
         real(writer)
 
     with trained(case(place="in place"), tmp_path / "drive", steps=0) as engine:

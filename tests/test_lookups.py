@@ -25,7 +25,7 @@ from planners.plans.plan import Plan, Tier
 from planners.plans.schedule import Phase
 from planners.plans.vocabulary import Lookups
 from planners.units import PAGE_BYTES
-from tests.conftest import build_base, build_lora
+from tests.conftest import build_base, build_lora, flip
 from tests.fake_device import FakeDevice
 from tests.parity import PlainModel
 
@@ -139,9 +139,7 @@ def test_pages_are_verified_on_their_first_read_and_no_later_one(make_engine, di
     assert engine.report()["lookups"]["num_verified_pages"] == 2
     store = engine._runtime.store
     at = store._blocks["base_model.model.model.embed_tokens"][1].stripes[0].offset_bytes
-    with open(store.folders[0] / "weights.bin", "r+b") as file:
-        file.seek(at + 30000 * ROW_BYTES + 3)
-        file.write(b"\xa5")
+    flip(store.folders[0] / "weights.bin", at + 30000 * ROW_BYTES + 3)
     first = 30000 * ROW_BYTES // PAGE_BYTES * PAGE_BYTES
     with pytest.raises(StoreCorrupt, match=f"embed_tokens, bytes {first} to {first + PAGE_BYTES}: checksum"):
         embedding_of(engine)(torch.tensor([[5, 30000]]))

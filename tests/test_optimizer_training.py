@@ -24,7 +24,7 @@ from offload_rt.errors import (
     UnsupportedModule,
     storage_error,
 )
-from tests.conftest import decode_in_place
+from tests.conftest import decode_in_place, flip
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
 
 ON_NVME = [place for place in PLACES if "nvme" in PLACES[place]]
@@ -602,11 +602,7 @@ def test_a_flipped_bit_in_what_was_committed_is_found_and_named(extent: str, tmp
         folder, log = run.commit_folder, run._training.home.log
         place = next(place for place in log.layout.extents if place.name == extent)
         offset = place.slot_offset(log.version(extent).slot) + place.length_bytes // 8
-    with open(folder / "state.bin", "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 4]))
+    flip(folder / "state.bin", offset, mask=4)
     with engine(model(), "BACKWARD", tmp_path) as run:
         run.load_checkpoint(run.commit_folder)
         with pytest.raises(StoreCorrupt, match=f"extent {extent}, slot . at offset .* since step 3; go back to a snap"):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError
 from offload_rt.optimizer.by_name import export_state
+from tests.conftest import flip
 from tests.full_parity import Case, make_engine, one_loss, state_of, training_of
 
 
@@ -79,9 +80,7 @@ def test_what_is_no_checkpoint_or_was_damaged_is_refused(tmp_path: Path) -> None
         engine.save_checkpoint(tmp_path / "saved")
     with pytest.raises(ConfigError, match="exists"):
         export_state(tmp_path / "saved", tmp_path)
-    with open(tmp_path / "saved/state.bin", "r+b") as file:
-        file.seek(5000)
-        file.write(b"?")
+    flip(tmp_path / "saved/state.bin", 5000)
     with pytest.raises(CheckpointVerifyError, match="has checksum"):
         export_state(tmp_path / "saved", tmp_path / "out")
     assert not (tmp_path / "out").exists()

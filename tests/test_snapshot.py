@@ -19,6 +19,7 @@ from offload_rt.storage.commit_log import CommitLog
 from offload_rt.storage.snapshot import load_snapshot, save_snapshot
 from offload_rt.transfers.file_io import file_io
 from offload_rt.transfers.links import Links
+from tests.conftest import flip
 from tests.durable import Durable
 from tests.power_loss import PlainIO
 
@@ -166,9 +167,7 @@ def test_too_little_room_is_found_before_the_first_byte(log, links, disk_folder,
 def test_a_corrupt_extent_is_not_saved(log, links, disk_folder, monkeypatch):
     monkeypatch.setattr(snapshot_module, "_clone", lambda *_: False)
     file, offset = log.committed_place("b")
-    with open(file.path, "r+b") as stream:
-        stream.seek(offset + 5)
-        stream.write(b"\xff")
+    flip(file.path, offset + 5)
     with pytest.raises(StoreCorrupt, match="extent b"):
         save_snapshot(log, disk_folder / "snapshot", links)
     assert not list(disk_folder.glob("*snapshot*"))

@@ -21,6 +21,7 @@ from offload_rt.wiring import weights_assembly
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plans.placement import ClassPlan
 from planners.plans.plan import Plan, Split, Tier
+from tests.conftest import flip
 from tests.fake_device import FakeDevice
 from tests.parity import BATCH_SIZE, SEQ_LEN, Case, build, in_pairs, run_plain, run_steps
 from tests.test_parity import differences
@@ -179,27 +180,18 @@ def test_without_a_drive_a_split_is_encoded_into_its_places(tmp_path):
     assert differences(plain(case), found) == []
 
 
-def flip(folder, spec, position):
-    """Flips a bit of a layer in the store, whose first block it is."""
-    (weights,) = folder.glob("offload_rt-*/weights.bin")
-    with weights.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte[0] ^ 1]))
-
-
 def test_a_flipped_bit_is_found_wherever_it_would_have_gone(tmp_path):
     case = Case("llama", "nf4", 1, False, False, "from NVME")
     plan, splits = plan_for(case, tmp_path, SHARES["all three"])
     first = splits[plan.rings[0].blocks[0]]
+    (weights,) = tmp_path.glob("offload_rt-*/weights.bin")  # whose first block is that layer
     for position in (8, first.device_bytes + 8, first.total_bytes - PAGE):
-        flip(tmp_path, first, position)
+        flip(weights, position)
         with pytest.raises(StoreCorrupt, match="layers.0: checksum"):
             engine_for(case, tmp_path, plan)
-        flip(tmp_path, first, position)
+        flip(weights, position)
     with engine_for(case, tmp_path, plan) as engine:
-        flip(tmp_path, first, first.device_bytes + first.host_bytes + 8)  # after the start: only this part is read
+        flip(weights, first.device_bytes + first.host_bytes + 8)  # after the start: only this part is read
         with pytest.raises(StoreCorrupt, match="which is what the block held at the start"):
             run_steps(case.accumulation, engine, engine.backward, engine.trainable, engine.step)
 

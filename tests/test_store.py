@@ -30,7 +30,7 @@ from offload_rt.storage.store import Store
 from offload_rt.tensor_spec import TensorSpec, layout_block
 from offload_rt.transfers.file_io import AiofilesIO, file_io
 from offload_rt.transfers.links import Links
-from tests.conftest import SHARES_FIXTURES, open_descriptors
+from tests.conftest import SHARES_FIXTURES, flip, forked_child, open_descriptors
 from tests.durable import Durable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,11 +149,7 @@ def test_a_corrupt_byte_is_found_and_named(drive, links, disk_folder, position):
     store = Store([drive], "key", links)
     fill(store)
     offset = sum(s.stored_bytes for s in specs()[:4])
-    with open(disk_folder / "offload_rt-key" / "weights.bin", "r+b") as file:
-        file.seek(offset + position)
-        byte = file.read(1)[0]
-        file.seek(offset + position)
-        file.write(bytes([byte ^ 1]))
+    flip(disk_folder / "offload_rt-key" / "weights.bin", offset + position)
     read(store, links, "b3")
     for _ in range(2):
         with pytest.raises(StoreCorrupt) as raised:
@@ -168,8 +164,7 @@ def test_the_debug_switch_verifies_every_read(drive, links, disk_folder, monkeyp
     store = Store([drive], "key", links)
     fill(store)
     read(store, links, "b0")
-    with open(disk_folder / "offload_rt-key" / "weights.bin", "r+b") as file:
-        file.write(b"\xfe")
+    flip(disk_folder / "offload_rt-key" / "weights.bin", 0)
     with pytest.raises(StoreCorrupt):
         read(store, links, "b0")
     store.close()
@@ -397,11 +392,7 @@ def test_a_wrong_byte_in_any_stripe_is_found(unequal, links, which):
     fill(store, LARGE)
     store.close()
     path = weights_files(drives)[which]
-    with open(path, "r+b") as file:
-        file.seek(12345)
-        byte = file.read(1)[0]
-        file.seek(12345)
-        file.write(bytes([byte ^ 1]))
+    flip(path, 12345)
     again = Store(drives, "key", links)
     with pytest.raises(StoreCorrupt, match=f"{path}.*block b0.*offload-rt clean.*fast.*slow"):
         read(again, links, "b0")
@@ -523,21 +514,10 @@ def test_two_in_one_process_exclude_each_other_until_closed(drive, links):
 
 
 def test_a_forked_child_does_not_keep_a_closed_store_locked(drive, links):
-    """A data loader's workers inherit every descriptor."""
     store = Store([drive], "key", links)
-    wait, go = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(go)
-        os.read(wait, 1)
-        os._exit(0)
-    os.close(wait)
-    try:
+    with forked_child():
         store.close()
         Store([drive], "key", links).close()
-    finally:
-        os.close(go)
-        os.waitpid(child, 0)
 
 
 def test_a_failed_start_leaves_no_lock_and_no_descriptor(drive, links, disk_folder):

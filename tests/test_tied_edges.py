@@ -19,7 +19,7 @@ from offload_rt.plans.cuts import cuts_from_json
 from offload_rt.tiering.rows import pieces_of
 from planners.errors import PlanInfeasible
 from planners.plans.plan import Plan, Ring, Tier
-from tests.conftest import build_base, build_lora
+from tests.conftest import build_base, build_lora, flip
 from tests.fake_device import FakeDevice
 from tests.test_tiled_linear import (
     NUM_TILES,
@@ -215,9 +215,7 @@ def test_a_spoiled_matrix_is_found_by_rows_and_by_tiles(make_engine, disk_folder
     engine = made_tied(make_engine, disk_folder, built=built)
     store = engine._runtime.store
     at = store._blocks[NAME][1].stripes[0].offset_bytes
-    with open(store.folders[0] / "weights.bin", "r+b") as file:
-        file.seek(at + 700 * ROW_BYTES)
-        file.write(b"\xa5\x5a")
+    flip(store.folders[0] / "weights.bin", at + 700 * ROW_BYTES)
     with pytest.raises(StoreCorrupt, match="embed_tokens, bytes"):
         built.get_input_embeddings()(torch.tensor([[700]]))
     with pytest.raises(StoreCorrupt, match="embed_tokens, bytes"):
