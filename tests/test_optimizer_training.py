@@ -296,6 +296,33 @@ def test_a_failing_drive_is_told_and_leaves_a_committed_step(
         assert recovered, "the committed step was there to go back to"
 
 
+def test_a_step_that_fails_between_two_blocks_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the last step is committed, what was stepped of the next one lies in the log's other slots."""
+    twin = Plain(model())
+    train(twin, range(5))
+    with engine(model(), "SPECULATIVE", tmp_path) as run:
+        train(run, range(3))
+        run._training.ahead.wait_from_now_on("all blocks are to be stepped in step()")
+        run.backward(run(**batch(7)).loss)
+        stepper = run._training.stepper
+        submit, stepped = stepper.submit, []
+
+        def fails(block, *arguments: Any, **options: Any) -> None:  # type: ignore[no-untyped-def]
+            if stepped:
+                raise storage_error("write failed", path="a drive", errno=errno.EIO)
+            stepped.append(block)
+            submit(block, *arguments, **options)
+            stepper.finish()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(stepper, "submit", fails)
+            with pytest.raises(StorageError, match="a drive: write failed"):
+                run.step()
+        assert stepped and run.step_number == 3
+        train(run, range(3, 5))
+        assert differences(twin.state(), run.state()) == []
+
+
 def state_after(twin: Plain, number: int):  # type: ignore[no-untyped-def]
     train(twin, [number])
     return twin.state()
