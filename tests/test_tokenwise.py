@@ -651,15 +651,23 @@ class CountingAttention:
         monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+GROUPED = {
+    "GQA": ("llama", {}),
+    "four heads": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "eager": ("mistral", {"sliding_window": 5, "attn_implementation": "eager"}),
+    "latent": ("deepseek_v3", {}),
+}
+
+
 @pytest.mark.parametrize(
-    "architecture, changes",
+    "architecture, changes, dtype",
     [
-        ("llama", {}), ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
-        ("mistral", {"sliding_window": 5, "attn_implementation": "eager"}), ("deepseek_v3", {}),
+        pytest.param(*GROUPED[name], dtype, id=f"{name}-{dtype}", marks=() if is_quick else pytest.mark.full)
+        for name in GROUPED
+        for dtype in (torch.float32, torch.bfloat16)
+        for is_quick in [(dtype is torch.bfloat16) == (name == "four heads")]
     ],
-    ids=["GQA", "four heads", "eager", "latent"],
-)  # fmt: skip
+)
 def test_attention_by_groups_of_heads_gives_the_same_bits(architecture, changes, dtype):
     """Forward and backward of a head do not depend on the others, neither sdpa's nor eager products."""
     sizes = {**ARCHITECTURES[architecture], **changes}
