@@ -75,6 +75,10 @@ class StoreInUse(OffloadError):
     """Another process holds the store's lock."""
 
 
+class RunInUse(OffloadError):
+    """Another process trains into the run's folder."""
+
+
 class StoreCorrupt(OffloadError):
     """What a store or a commit log has on the drive is not what was written there, or belongs to another one; the
     message names the file.

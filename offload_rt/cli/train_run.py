@@ -50,8 +50,6 @@ INGEST_SECONDS = 2.0
 
 def train_from_arguments(arguments: argparse.Namespace) -> int:
     """Runs a parsed command line; returns the exit code."""
-    console = Console()
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     options = TrainingOptions(
         out=Path(arguments.out), steps=arguments.steps, epochs=arguments.epochs, lr=arguments.lr,
         warmup_ratio=arguments.warmup_ratio, schedule=arguments.schedule,
@@ -70,9 +68,22 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     trace = None if arguments.trace is None else Path(arguments.trace)
     if trace is not None and (trace.parent.exists() or options.out not in trace.parents):
         require_writable(trace)  # the run's folder is made when the run begins
-    folder = RunFolder(options.out)
-    folder.require_writable()
     model_folder = _model_folder(arguments.model)
+    with RunFolder.locked(options.out) as folder:
+        return _train(arguments, options, care, trace, folder, model_folder)
+
+
+def _train(
+    arguments: argparse.Namespace,
+    options: TrainingOptions,
+    care: DriveCare,
+    trace: Path | None,
+    folder: RunFolder,
+    model_folder: Path,
+) -> int:
+    """Runs what the command line says in the run's folder, which is locked; returns the exit code."""
+    console = Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     saved = None if arguments.full else adapter_folder(arguments.adapters)
     if saved is not None:
         adapter_kind(saved)
@@ -172,6 +183,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
             drives=drives,
             evaluation=None if held_out is None else Evaluation(engine, held_out),
             save_best=save if arguments.keep_best else None,
+            folder=folder,
         )
         if result.interrupted is not None:
             return 128 + result.interrupted

@@ -90,18 +90,27 @@ def train(
     drives: Sequence[Path] = (),
     evaluation: Evaluation | None = None,
     save_best: Callable[[Path], object] | None = None,
+    folder: RunFolder | None = None,
 ) -> TrainingResult:
     """Trains until the last step, or until SIGINT or SIGTERM, and saves.
 
+    `folder` is that of `options.out`, where the caller has it locked; left out, it is locked until this returns.
     `settings` are further values (plain JSON) that must not change when the run is resumed; `drives` are folders on
     NVMe where commits of a run that is resumed may be besides. `evaluation` is made behind every `options.eval_every`
     steps and the last one; a signal leaves it out, and a run that is resumed makes up for one that is missing.
     `save_best` saves what trains to a folder, whole: it is called where an evaluation has the lowest loss. Raises
-    `ConfigError` if `options.out` holds another run, or if `care` allows less than the run writes to the drive (then
-    what was done is saved), `NonFiniteLoss` at the first loss that is not finite.
+    `RunInUse` while somebody else trains into `options.out`, `ConfigError` if that holds another run, or if `care`
+    allows less than the run writes to the drive (then what was done is saved), `StorageError` where the folder was
+    removed or moved, `NonFiniteLoss` at the first loss that is not finite.
     Signals are watched only when called from the main thread: the first one ends the run after the step it
     met, with its state saved, the second aborts at once.
     """
+    if folder is None:
+        with RunFolder.locked(options.out) as folder:
+            return train(
+                engine, batches, options, settings=settings, console=console, care=care, drives=drives,
+                evaluation=evaluation, save_best=save_best, folder=folder,
+            )  # fmt: skip
     optimizer = engine.optimizer
     if optimizer is None:
         raise ConfigError("train: nothing trains; give the engine adapters, or leave some parameters trainable")
@@ -111,7 +120,6 @@ def train(
             f"accumulation_steps: the engine was made for {declared}, the loop has {options.accumulation_steps}"
         )
     care = care or DriveCare()
-    folder = RunFolder(options.out)
     total_steps = num_steps(options, batches)
     fixed = {**options.settings(), **(settings or {})}
     if options.resume:
@@ -203,6 +211,7 @@ def train(
                 continue
             _advance(scheduler)
             progress.step += 1
+            saves.require_run_folder()
             report = engine.report()
             watch.note(progress.step, report)
             if report.get("cuts") is not None:

@@ -1,5 +1,6 @@
 """What lies in a run's output folder, and which of it can be trusted after a kill. No torch.
 
+    out/lock                held by who trains: see `run_lock`
     out/run.json            the run's id, settings that must not change on resume, where on NVMe its steps were
                             committed, the cuts of its plan, the evaluation of `best`, and the step of the run's end
     out/metrics.jsonl       one line a logged step, and one an evaluation behind it, appended; a kill loses at most the
@@ -15,18 +16,20 @@ A checkpoint is removed by renaming it first, so that a folder named checkpoint-
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from offload_rt.errors import CheckpointError, ConfigError, StorageError
 from offload_rt.storage.durable import make_folders, os_error, write_atomically
+from offload_rt.training.run_lock import RunLock
 from planners.errors import format_bytes
 
 logger = logging.getLogger("offload_rt")
@@ -48,6 +51,23 @@ class RunFolder:
             raise ConfigError(f"out: {self.path} is a file, not a folder")
         self._is_new = False
         self._run_id = str(self._read_run().get("id") or uuid.uuid4().hex)
+        self._lock: RunLock | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, path: str | Path) -> Iterator[RunFolder]:
+        """The folder, with nobody else training into it until the body ends. It is made, and removed again where
+        nothing came into it. Raises `RunInUse`, and `ConfigError` as `require_writable`.
+        """
+        cls(path).require_writable()
+        lock = RunLock(Path(path))
+        try:
+            folder = cls(path)  # as it is from now on
+            folder._lock = lock
+            with contextlib.closing(folder):
+                yield folder
+        finally:
+            lock.close()
 
     def be_new(self) -> None:
         """Is the folder of a run that is begun: what one that left nothing to go on from has written here is not its.
@@ -177,6 +197,10 @@ class RunFolder:
             raise ConfigError(f"out: {there} is a file, not a folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"out: {there} cannot be written to (read-only, or no permission)")
+
+    def place(self) -> Path | None:
+        """Where the folder is, as far as its lock tells: somebody may have moved it. None where it was removed."""
+        return self.path.absolute() if self._lock is None else self._lock.place()
 
     def require_same(self, settings: Mapping[str, Any]) -> None:
         """Raises `ConfigError` that lists every setting with which this folder's run was not begun."""

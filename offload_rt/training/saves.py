@@ -171,12 +171,30 @@ class Saves:
         return self.copy()
 
     def copy(self) -> Save:
-        """Saves a folder of its own, and removes old ones. Blocks."""
+        """Saves a folder of its own, and removes old ones. Blocks. Raises as `require_run_folder`."""
+        self.require_run_folder()
         path = self._folder.checkpoint_path(self._progress.step)
         if not path.exists():
             self._engine.save_checkpoint(path)
         self._folder.prune(keep_last=self._keep_last)
         return Save(self._progress.step, path, str(path))
+
+    def require_run_folder(self) -> None:
+        """Raises `StorageError` where the run's folder was removed, or moved: says what is saved then, and where."""
+        here, place = self._folder.path, self._folder.place()
+        if place == here.absolute():
+            return
+        commit = self.newest() if self.commits else None
+        if place is not None:
+            checkpoints = RunFolder(place).checkpoints()
+            saved = commit.describe if commit else checkpoints[-1][1].name if checkpoints else "the beginning"
+            what = f"moved to {place}: go on with --resume --out {place}, from {saved}"
+        elif commit is not None:
+            what = f"removed, with all that was in it: go on with --resume, from {commit.describe}"
+        else:
+            what = "removed, with all that was in it: nothing of this run is saved"
+        what = f"step {self._progress.step} was trained, and meanwhile the folder was {what}"
+        raise StorageError(what, path=str(here), errno=errno.ENOENT)
 
     def require_found(self) -> None:
         """Raises `StorageError` where commits are not found any more by whoever goes on with this run: their folder was
