@@ -843,7 +843,9 @@ def test_chunks_that_the_optimiser_plans_on_the_gpu_give_the_rules_bits(
                 passing = passing_of(made_of.workload, made_of.problem, 4)  # is in the plan's reserve
                 on_their_way.add(account.holdings.get("layer inputs on their way", 0))
                 assert max(on_their_way) in (0, passing.device_bytes)
-                resident.add(engine.plan.entry("layer").weights.streamed_bytes == 0)
+                layers = [entry for entry in engine.plan.classes if entry.name.startswith("layer")]
+                assert sum(len(entry.blocks) for entry in layers) == 4, "of one class, or as chunks were dealt"
+                resident.add(all(entry.weights.streamed_bytes == 0 for entry in layers))
     assert resident == {True, False} and max(on_their_way) > 0
     assert differences(found[0], found[1]) == differences(found[0], found[2]) == []
 
