@@ -44,13 +44,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import rounds
 import torch
-from limited import run_limited
+from limited import last_words, run_limited
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -132,7 +132,7 @@ def parity(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     return tested(HERE.parent / "tests" / ("test_streams.py" if options.smoke else "test_gpu.py"), seconds)
 
 
-def links(options: argparse.Namespace) -> dict[str, Any]:
+def links(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     num_bytes = 1 << 20 if options.smoke else 256 << 20
     pageable = torch.empty(num_bytes, dtype=torch.uint8)
     arenas = [Arena("locked", num_bytes), Arena("locked too", num_bytes)]
@@ -179,10 +179,10 @@ def links(options: argparse.Namespace) -> dict[str, Any]:
         for name, (parts, call) in work.items()
     }
     speeds = rounds.interleave(contenders, options.rounds)
-    return seen | {"bytes": num_bytes, RATE: {name: rounds.summary(values) for name, values in speeds.items()}}
+    yield seen | {"bytes": num_bytes, RATE: {name: rounds.summary(values) for name, values in speeds.items()}}
 
 
-def decode(options: argparse.Namespace) -> dict[str, Any]:
+def decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shapes = [(96, 128)] if options.smoke else [(4096, 4096), (4096, 14336), (8192, 28672)]
     launches = {"": None}
     if GPU:
@@ -236,7 +236,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
             "over_copy": {name: rounds.ratio(speeds, name, "copy") for name in speeds if name != "copy"},
             "left_out": left_out,
         }
-    return {"backend": codec.backend(device=DEVICE), "shapes": results, "aim_over_copy": 0.85}
+        yield {"backend": codec.backend(device=DEVICE), "shapes": results, "aim_over_copy": 0.85}
 
 
 def decoded_by_bitsandbytes(blob: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -258,7 +258,7 @@ def decoded_by_bitsandbytes(blob: torch.Tensor, shape: tuple[int, int]) -> torch
     return decoded
 
 
-def products(options: argparse.Namespace) -> dict[str, Any]:
+def products(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What the engine measures before it takes a way, with the ways that it does not offer beside."""
     shapes = [(32, 64)] if options.smoke else [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (8192, 28672)]
     ways: dict[str, nf4_products.Way] = nf4_products.find_ways() if GPU else {}
@@ -280,7 +280,7 @@ def products(options: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
         if GPU:
             torch.cuda.empty_cache()
-    return {"tokens": nf4_products.TOKENS, "most_error": nf4_products.MOST_ERROR, "shapes": results}
+        yield {"tokens": nf4_products.TOKENS, "most_error": nf4_products.MOST_ERROR, "shapes": results}
 
 
 class Fp8:
@@ -308,7 +308,7 @@ def rounded(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values / scales).to(torch.float8_e4m3fn), scales
 
 
-def adam(options: argparse.Namespace) -> dict[str, Any]:
+def adam(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     num_elements = 4096 if options.smoke else 64 << 20
     grad = torch.randn(num_elements, device=DEVICE) * 1e-3
     master, exp_avg, exp_avg_sq = (torch.rand(num_elements, device=DEVICE) for _ in range(3))
@@ -340,7 +340,7 @@ def adam(options: argparse.Namespace) -> dict[str, Any]:
     fused = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
     contenders["torch fused, no bf16 weight"] = lambda: (moved - 2 * num_elements) / seconds_of(fused.step, 3)
     speeds = rounds.interleave(contenders, options.rounds)
-    return {
+    yield {
         "elements": num_elements,
         RATE: {name: rounds.summary(values) for name, values in speeds.items()},
         "over_copy": {name: rounds.ratio(speeds, name, "copy") for name in speeds if name != "copy"},
@@ -356,17 +356,26 @@ def seconds_for(section: str, later: Sequence[str], seconds: float, left: float,
 
 
 def measured(section: str, options: argparse.Namespace, words: list[str], seconds: float) -> dict[str, Any]:
-    """A section in a process of its own, which ends with its time; what it has taken of the GPU goes with it."""
+    """A section in a process of its own, which ends with its time; what it has taken of the GPU goes with it. What it
+    had found by then stays, beside what became of it.
+    """
     if section == "parity":
         return parity(options, seconds)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         ended = run_limited([sys.executable, __file__, *words, "--only", section, "--out", str(out)], seconds)
-        if out.exists():
-            found: dict[str, Any] = json.loads(out.read_text())
+        found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+        if ended.code == 0 and found:
             return found
         why = f"not done after {seconds:.0f} s" if ended.code is None else f"ended with {ended.code}"
-        return {"error": why, "tail": ended.tail.splitlines()[-40:]}
+        return found | {"error": why, "tail": last_words(ended.tail)}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """In place of what was written before. Whoever is ended in the middle leaves the one or the other."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 RUN = {"links": links, "decode": decode, "products": products, "adam": adam}
@@ -406,8 +415,8 @@ def main() -> int:
     if options.smoke:
         options.rounds = 2
     if options.only:
-        found = RUN[options.only](options)
-        options.out.write_text(json.dumps(found), encoding="utf-8")
+        for found in RUN[options.only](options):
+            write(options.out, found)
         return 0
     begun, seconds = time.monotonic(), 60 * options.minutes
     deadline = begun + seconds
@@ -420,9 +429,7 @@ def main() -> int:
         """So that a run that is cut off leaves what it has."""
         result["seconds"] = round(time.monotonic() - begun, 1)
         if options.json:
-            part = options.json.with_name(options.json.name + ".part")
-            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            part.replace(options.json)
+            write(options.json, result)
 
     def steps() -> dict[str, Any]:
         def done(found: dict[str, Any]) -> None:

@@ -88,7 +88,9 @@ def memory(budget_bytes: int | None, after: dict[str, Any]) -> dict[str, Any]:
     """The most that the process held of the GPU since its start, beside what it was allowed."""
     if not torch.cuda.is_available():
         return {"peak_bytes": after.get("peak_resident_bytes", 0)}
-    reserved, beside = torch.cuda.max_memory_reserved(), bytes_beside_allocator(torch.device("cuda", 0))
+    # Whoever measures a peak, as an engine's rehearsal does, begins torch's anew: its report has what was before.
+    reserved = max(torch.cuda.max_memory_reserved(), (after.get("gpu") or {}).get("reserved_peak_bytes", 0))
+    beside = bytes_beside_allocator(torch.device("cuda", 0))
     return {
         "peak_bytes": reserved + beside, "reserved_bytes": reserved, "beside_allocator_bytes": beside,
         "allocated_bytes": torch.cuda.max_memory_allocated(), "budget_bytes": budget_bytes,

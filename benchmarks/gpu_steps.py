@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from limited import run_limited
+from limited import last_words, run_limited
 
 from offload_rt.memory.process_memory import free_memory_bytes
 
@@ -115,7 +115,7 @@ def row(options: Namespace, device: str, shape: str, name: str, deadline: float)
         ended = run_limited(command, min(left, patience * STEP_SECONDS[shape]), environment)
         found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
         if ended.code != 0:
-            said = ended.tail.strip().splitlines()[-40:]
+            said = last_words(ended.tail)
             found["error"] = ["its time was over", *said] if ended.code is None else said
         return found
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 TAIL_BYTES = 32000
+LAST_LINES = 40
 GRACE_SECONDS = 5.0
 """Of its time, for what it still has to say when it is interrupted."""
 
@@ -62,3 +63,8 @@ def run_limited(command: Sequence[str], seconds: float, environment: Mapping[str
                 process.wait()
         output.seek(max(0, output.seek(0, os.SEEK_END) - TAIL_BYTES))
         return Ended(code, output.read().decode(errors="replace"))
+
+
+def last_words(tail: str) -> list[str]:
+    """The last lines, without the frames of C++ that torch puts behind what went wrong, dozens of them."""
+    return [line for line in tail.strip().splitlines() if not line.startswith("frame #")][-LAST_LINES:]

@@ -165,6 +165,39 @@ def test_a_contender_that_failed_is_told_in_a_line(benchmarks):
     ]  # fmt: skip
 
 
+def test_a_section_that_is_cut_off_leaves_what_it_had_found_and_its_last_words(benchmarks, monkeypatch, disk_folder):
+    gpu, limited = benchmarks("gpu"), benchmarks("limited")
+    options = SimpleNamespace(smoke=True)
+
+    def cut_off(command, seconds):
+        def found(options):
+            yield {"shapes": {"first": 1}}
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setitem(gpu.RUN, "decode", found)
+            patch.setattr(sys, "argv", command[1:])
+            with pytest.raises(KeyboardInterrupt):
+                gpu.main()
+        return limited.Ended(None, "RuntimeError: why\n" + "frame #1: <unknown> (in libtorch.so)\n" * 60)
+
+    monkeypatch.setattr(gpu, "run_limited", cut_off)
+    found = gpu.measured("decode", options, ["--smoke"], 80.0)
+    assert found == {"shapes": {"first": 1}, "error": "not done after 80 s", "tail": ["RuntimeError: why"]}
+
+
+def test_the_peak_of_a_contender_counts_what_was_reserved_before_a_rehearsal_began_anew(benchmarks, monkeypatch):
+    step = benchmarks("gpu_step")
+    for name, value in {"is_available": True, "max_memory_reserved": 100, "max_memory_allocated": 90}.items():
+        monkeypatch.setattr(step.torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(step, "bytes_beside_allocator", lambda device: 7)
+    assert step.memory(150, {"gpu": {"reserved_peak_bytes": 140}}) == {
+        "peak_bytes": 147, "reserved_bytes": 140, "beside_allocator_bytes": 7, "allocated_bytes": 90,
+        "budget_bytes": 150, "within_budget": True,
+    }  # fmt: skip
+    assert step.memory(None, {})["peak_bytes"] == 107
+
+
 def test_the_other_sections_leave_time_for_the_steps(benchmarks):
     gpu = benchmarks("gpu")
     assert gpu.seconds_for("decode", ["adam", "steps"], 450.0, 450.0) == 80.0
