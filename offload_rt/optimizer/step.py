@@ -1,4 +1,4 @@
-"""What has been done of one step, what was done of all, and when they train nothing."""
+"""What is known of the step under way, what was done in all of them, and when they train nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StepCounters:
 
 @dataclass(kw_only=True)
 class Step:
-    """What has been done of one step, made anew for each; and what it is to know of the step before."""
+    """What is known of one step, made anew for each: how it began, and what came before it."""
 
     order: tuple[TrainedBlock, ...]
     """That of the last step's gradients: so state is read ahead."""
@@ -43,7 +43,7 @@ class Step:
     """What the caller has asked for by `clip_grad_norm_`."""
 
     def again(self) -> Step:
-        """The same step with nothing done."""
+        """The same step as it was before its first gradient."""
         return Step(order=self.order, follows_clipped=self.follows_clipped, num_skipped_before=self.num_skipped_before)
 
 
