@@ -373,7 +373,7 @@ class Engine:
                 Path(folder),
                 max_shard_bytes=max_shard_bytes,
                 began_from=self._checkpoint,
-                before_weights_are_read=self._training.before_weights_are_read,
+                before_weights_are_read=self._changes.before_weights_are_read,
             )
 
     def report(self) -> dict[str, Any]:

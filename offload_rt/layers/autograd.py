@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from offload_rt.errors import UnsupportedModule
 from offload_rt.guards.additions import Additions
 from offload_rt.layers.access import Access, GoneAccess, graph_is_kept, opened, put_forward_back, without_hooks
 from offload_rt.layers.block import Block
+from offload_rt.layers.buffers import Buffers
 from offload_rt.layers.caches import has_cache, without_cache
 from offload_rt.layers.last_product import ResultWanted, is_product, left_out
 from offload_rt.layers.layer_call import Call
@@ -109,6 +110,7 @@ class RecomputedLayer:
         """Of the engine's start, whatever runtime this is."""
         self._own = [p for p in self.additions.known if id(p) not in stored]
         self._with_buffers = [module for module in layer.modules() if module._buffers]
+        self.buffers = Buffers(layer) if self._with_buffers else None
         self._bindings = block.bindings
         self._forward: Callable[..., Any] = layer.forward
         self._had_own_forward = "forward" in layer.__dict__
@@ -301,8 +303,10 @@ class _Recompute(torch.autograd.Function):
         around = owner.around
         inputs = list(tensors[: len(call.tensors)])
         versions = [tensor._version for tensor in inputs]
+        before = None if owner.buffers is None else owner.buffers.before()
         with opened(owner.block, owner.access, Phase.FORWARD, training=True), around.transients.placed():
             outputs = call.run(inputs)
+        ctx.buffers = None if owner.buffers is None or before is None else owner.buffers.written(before)
         outputs = [around.transients.kept(output) for output in outputs]
         if [tensor._version for tensor in inputs] != versions:
             raise UnsupportedModule(
@@ -353,6 +357,7 @@ class _Recompute(torch.autograd.Function):
             opened(owner.block, owner.access, Phase.BACKWARD, training=True),
             without_hooks(call.trainable),
             call.as_in_forward(),
+            owner.buffers.as_before(ctx.buffers) if owner.buffers and ctx.buffers else nullcontext(),
             around.transients.placed(),
         ):
             outputs = owner.run_again(call, detached)

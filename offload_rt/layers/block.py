@@ -140,6 +140,11 @@ class Block:
         """Whether its bytes are in memory, shown to the modules."""
         return self.slot is not None
 
+    @property
+    def is_decoded(self) -> bool:
+        """Whether one of its modules is being called, which has its NF4 weights meanwhile."""
+        return bool(self._shown)
+
     def open(self, slot: BlockBytes) -> None:
         """Shows the block's bytes in `slot` to the modules. May nest; each `open` needs a `close`, unless it raised."""
         self._num_open += 1

@@ -17,6 +17,7 @@ from torch import nn
 
 from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig
+from offload_rt.errors import ConfigError
 from offload_rt.report import in_short
 from offload_rt.running.rehearsal import Rehearsal
 from offload_rt.running.replanning import Replanner
@@ -66,14 +67,21 @@ class Changes:
             self.meter.begin_again()
             if change is None:
                 return
+            if written := self.runtime.frozen.written:
+                raise ConfigError(
+                    f"forward: {len(written)} frozen weights were written to (first: {written[0].spec.name}), and the "
+                    f"plan has to change, which would lose that; change them before engine(...)"
+                )
             with self._given_up_unless_done():
                 self.go_on_with(change_over(self.runtime, change))
             self.replanner = Replanner(self.runtime, self._base_bytes)
 
     def begin_call(self, *, begins_step: bool) -> None:
         """Takes a plan that was made again, before a step begins: see `replanning`. A forward that adds to gradients
-        begins none. Blocks. Raises `ConfigError` where a GPU's stream is another than the engine's.
+        begins none. Blocks. Raises `ConfigError` where a GPU's stream is another than the engine's, and where somebody
+        has written to frozen weights that are not in the model.
         """
+        self.runtime.frozen.check("forward")
         if self.runtime.device is not None:
             self.runtime.device.check_stream()
         if not begins_step or not self.replanner.is_due(self.runtime):
@@ -92,6 +100,11 @@ class Changes:
         """
         self.tracing.step_is_over(self.step_number)
         self.replanner.after_step(self.runtime, self.meter, self.step_number, more_bytes=self.rehearsal.more_bytes)
+
+    def before_weights_are_read(self) -> None:
+        """Of all of the model, to be saved. Raises `ConfigError` where the file would not have what somebody wrote."""
+        self.runtime.frozen.check_saved("save_pretrained")
+        self.runtime.training.before_weights_are_read()
 
     def go_on_with(self, runtime: Runtime) -> None:
         """From now on `runtime` is in effect."""

@@ -184,9 +184,10 @@ class Replanner:
 
     def is_due(self, runtime: Runtime) -> bool:
         """Whether a plan is to be taken when a step begins now, which can follow that of `runtime`: its training is
-        settled then, for which it may block.
+        settled then, for which it may block, and nobody has written to frozen weights, which it would bring anew.
         """
-        return self._to_take is not None and not runtime.is_in_flight and runtime.training.settled()
+        may_follow = self._to_take is not None and not runtime.is_in_flight and not runtime.frozen.written
+        return may_follow and runtime.training.settled()
 
     def before_step(self, runtime: Runtime, meter: StepMeter, step: int, *, more_bytes: int = 0) -> Runtime:
         """The runtime of the step that begins, behind the number `step`: another one where a plan was to be taken.

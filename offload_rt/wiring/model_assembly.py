@@ -16,6 +16,7 @@ from torch import nn
 from offload_rt.checkpoint.materialise import check_nothing_on_meta, make_absent, move_rest
 from offload_rt.errors import ConfigError
 from offload_rt.guards.additions import Additions
+from offload_rt.guards.frozen_weights import FrozenWeights
 from offload_rt.layers.access import Access, LookupAccess, ResidentAccess
 from offload_rt.layers.autograd import RecomputedLayer, Surroundings
 from offload_rt.layers.block import Binding, Block
@@ -77,6 +78,8 @@ class ModelAssembly:
         runtime.loss_head = self._loss_head()
         if isinstance(runtime.training, FullTraining):
             runtime.training.weights_are_in_place()
+        trains = {draft.name for draft in self._workload.drafts if draft.trains}
+        runtime.frozen = FrozenWeights([block for block in runtime.blocks if block.name not in trains])
 
     def _add(self, draft: BlockDraft) -> None:
         """Makes the block of `draft`, takes its weights out of the model, and makes what answers for its modules."""

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload_rt.closing import all_close
 from offload_rt.guards.additions import Additions
+from offload_rt.guards.frozen_weights import FrozenWeights
 from offload_rt.layers.access import Access, GoneAccess, ResidentAccess
 from offload_rt.layers.autograd import LayerCounters, RecomputedLayer
 from offload_rt.layers.block import Block, Shown
@@ -138,6 +139,8 @@ class Runtime:
     """Memory with the only copy of frozen weights, which whoever follows takes over; empty where there is a store."""
     moved: list[Move] = field(default_factory=list)
     """What of `resting` is not where `plan` has it: made for another plan, which then did not follow."""
+    frozen: FrozenWeights = field(default_factory=FrozenWeights)
+    """Says what somebody has written into weights that do not train."""
     shown: list[Shown] = field(default_factory=list)
     """Weights in DEVICE that it has let go of, or a runtime before it, and that somebody may still see."""
     cuts: Cuts

@@ -1,0 +1,102 @@
+"""Buffers that a forward writes to are written once a step, as in plain PyTorch, though their layer runs twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from offload_rt._engine import Engine
+from offload_rt.wiring.runtime_options import RuntimeOptions
+from tests.parity import BATCH_SIZE, SEQ_LEN, VOCABULARY
+from tests.test_frozen_weights import steps
+
+WIDTH = 32
+
+
+class CountingLayer(nn.Module):
+    """Its result depends on what it has counted, and on how many elements a buffer has that is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH).requires_grad_(False)
+        self.up = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.adapter = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.register_buffer("scale", torch.tensor(0.5))
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.mean = 0.5 * self.mean + x_BTD.detach().mean()
+        hidden = self.norm(self.up(x_BTD).transpose(1, 2)).transpose(1, 2)
+        return x_BTD + self.scale * torch.tanh(hidden) * self.calls + self.adapter(x_BTD * self.mean)
+
+
+class CountingModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH).requires_grad_(False)
+        self.layers = nn.ModuleList([CountingLayer() for _ in range(3)])
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        hidden = self.embedding(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        loss = nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), labels.flatten())
+        return type("Output", (), {"loss": loss})()
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return CountingModel().train()
+
+
+def values(of: nn.Module) -> dict[str, torch.Tensor]:
+    trained = {name: p.detach().clone() for name, p in of.named_parameters() if p.requires_grad}
+    return trained | {name: buffer.clone() for name, buffer in of.named_buffers()}
+
+
+def change(of: Any) -> None:
+    of.layers[1].scale.mul_(2.0)
+    of.layers[2].scale = torch.tensor(0.25)
+
+
+def engine(**arguments: Any) -> Engine:
+    return Engine(model(), lr=1e-2, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, device="cpu", **arguments)
+
+
+@pytest.mark.parametrize("place", ["in memory", "from NVME"])
+@pytest.mark.filterwarnings("ignore:layers write to buffers")
+def test_buffers_and_gradients_are_those_of_plain_pytorch(place: str, tmp_path: Path) -> None:
+    """Those that somebody changes between steps, in place or by another tensor, too."""
+    twin = model()
+    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2)
+    losses = steps(twin, optimizer, range(2))
+    change(twin)
+    losses += steps(twin, optimizer, range(2, 4))
+    on_drive = {"nvme": tmp_path, "options": RuntimeOptions(fill=False)} if place == "from NVME" else {}
+    with engine(**on_drive) as run:
+        found = steps(run, run.optimizer, range(2))
+        change(run.model)
+        found += steps(run, run.optimizer, range(2, 4))
+        assert found == losses and float(twin.layers[0].calls) == 4  # type: ignore[index]
+        expected, ours = values(twin), values(run.model)
+        assert [name for name in expected if not torch.equal(expected[name], ours[name])] == []
+
+
+def test_a_buffer_that_no_checkpoint_has_is_said_and_is_saved_where_it_is_tracked(tmp_path: Path) -> None:
+    with engine() as run:
+        run.track("norms", run.model.layers[1].norm)  # type: ignore[index]
+        with pytest.warns(UserWarning, match=r"write to buffers in forward \(norm.num_batches_tracked.*engine.track"):
+            steps(run, run.optimizer, range(2))
+        run.save_checkpoint(tmp_path / "saved")
+        mean = run.model.layers[1].norm.running_mean.clone()  # type: ignore[index]
+    with engine() as run:
+        run.track("norms", run.model.layers[1].norm)  # type: ignore[index]
+        run.load_checkpoint(tmp_path / "saved")
+        assert torch.equal(run.model.layers[1].norm.running_mean, mean) and mean.any()  # type: ignore[index]
