@@ -91,3 +91,51 @@ def test_an_error_that_was_handled_before_the_step_is_none_of_the_loops():
             taken.next_begins()
             assert not taken.has_failed(1)
     assert not taken.has_failed(1)
+
+
+class Average:
+    """Of what trains, brought up to date behind each step: tracked, and no scheduler."""
+
+    def __init__(self, parameters):
+        self._parameters = parameters
+        self._values = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        self.num_updates = 0
+
+    def update(self):
+        self.num_updates += 1
+        for name, parameter in self._parameters.items():
+            self._values[name].lerp_(parameter.detach().float(), 0.5)
+
+    def state_dict(self):
+        return {"num_updates": self.num_updates, **self._values}
+
+    def load_state_dict(self, state):
+        self.num_updates = state["num_updates"]
+        self._values = {name: state[name].clone() for name in self._values}
+
+
+@pytest.mark.parametrize("kind", ["adapters", "adapters, state on NVMe"])
+def test_what_was_tracked_and_changed_behind_a_step_is_made_up_for_by_its_count(kind, make_engine, tmp_path):
+    """As the guide says: a commit has it as it was when the step returned, and the weights of that step."""
+
+    def averaged(folder, numbers, *, cut_off=False, resumes=False):
+        engine, schedule = started(make_engine, kind, folder)
+        average = Average(engine.trainable)
+        engine.track("average", average)
+        if resumes:
+            engine.load_checkpoint(engine.commit_folder)
+            assert (engine.step_number, average.num_updates) == (3, 2)
+            while average.num_updates < engine.step_number:
+                average.update()
+        for number in numbers:
+            steps(engine, schedule, [number])
+            average.update()
+        if cut_off:
+            engine(**language_batch(9))  # commits the last step
+        engine.close()
+        return average.state_dict()
+
+    whole = averaged(tmp_path / "whole", range(5))
+    averaged(tmp_path / "cut", range(3), cut_off=True)
+    again = averaged(tmp_path / "cut", range(3, 5), resumes=True)
+    assert [name for name in whole if not torch.equal(torch.as_tensor(whole[name]), torch.as_tensor(again[name]))] == []

@@ -31,7 +31,11 @@ class Tracked:
         return {"tracked": tracked, "cuts": cuts_to_json(cuts)}
 
     def with_schedulers(self, values: dict[str, Any]) -> dict[str, Any]:
-        """`values` of a step that has returned, with schedulers as they are now: loops step them behind it."""
+        """`values` of a step that has returned, with schedulers as they are now: loops step them behind it.
+
+        Nothing else: who draws the next batch before its forward has moved on in the data. What a caller changes behind
+        a step is in the next one's commit.
+        """
         schedulers = {
             name: tracked.state_dict()
             for name, tracked in self._tracked.items()
