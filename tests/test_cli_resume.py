@@ -176,13 +176,13 @@ def test_a_run_goes_on_where_everything_lies_elsewhere_and_not_with_other_data(
     with open(other / "data.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "a", "completion": "a"}) + "\n")
     code, line = fails(capsys, *again)
-    assert code == 2 and "was begun with other settings: data" in line and "data content was" in line
+    assert code == 2 and "was begun with other settings: data" in line and "data.jsonl has other content than" in line
     shutil.copy(home_data, other / "data.jsonl")
     code, line = fails(capsys, *again, "--data", str(home_data))  # beside the one that it was begun with
-    assert code == 2 and f"is '{other / 'data.jsonl'}, {home_data}'" in line
+    assert code == 2 and f"is {other / 'data.jsonl'}, {home_data}" in line
     (other / "model" / "config.json").write_text("{}")
     code, line = fails(capsys, *again)
-    assert code == 2 and "model content was" in line
+    assert code == 2 and "settings: model: " in line and f"{other / 'model'} has other content than" in line
 
 
 @pytest.fixture(scope="module")

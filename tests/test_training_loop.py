@@ -423,6 +423,30 @@ def test_a_run_whose_folder_was_removed_goes_on_from_its_commits(
     assert run(out, CommittingEngine(tmp_path / "commits"), resume=True, steps=7, **given)[1].step == 7
 
 
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"data": "/a, /b", "data content": "1-3"}, "data: /b has changed"),
+        ({"data": "/a, /c", "data content": "1-3"}, "data: /c has other content than /b had"),
+        ({"data": "/b, /a", "data content": "2-1"}, "data has the same files in another order, was /a, /b"),
+        ({"data": "/a", "data content": "1"}, "data was /a, /b, is /a"),
+        ({"model": "/m", "model content": "f"}, "model: /m has changed"),
+        ({"adapters": "/s", "adapters content": "1-2"}, "adapters was 'lora:r=4', is '/s'"),
+        ({"data": "/a, /b", "data content": "1-2", "lr": 1}, "lr was 0.1, is 1"),
+    ],
+)
+def test_a_resume_with_other_files_says_which_and_shows_no_digest(
+    now: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    before = {"data": "/a, /b", "data content": "1-2", "model": "/m", "model content": "e", "adapters": "lora:r=4"}
+    folder = RunFolder(tmp_path)
+    folder.begin(at_step=0, settings={**before, "lr": 0.1})
+    folder.close()
+    folder.require_same(before)
+    with pytest.raises(ConfigError, match=f"was begun with other settings: {message}$"):
+        folder.require_same(now)
+
+
 def test_a_full_drive_is_typed_wherever_the_runs_folder_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,8 @@ from planners.errors import format_bytes
 logger = logging.getLogger("offload_rt")
 
 EVAL_LOSS = "eval_loss"
+CONTENT = " content"
+"""Ends the name of a setting that is a digest of what another one names; of several files, one digest each."""
 
 
 class RunFolder:
@@ -205,11 +207,15 @@ class RunFolder:
     def require_same(self, settings: Mapping[str, Any]) -> None:
         """Raises `ConfigError` that lists every setting with which this folder's run was not begun."""
         before = self._read_run().get("settings", {})
-        changed = [
-            f"{key} was {before[key]!r}, is {value!r}"
-            for key, value in settings.items()
-            if key in before and before[key] != value
-        ]
+        changed = []
+        for key, value in settings.items():
+            if key not in before or before[key] == value:
+                continue
+            content = f"{key}{CONTENT}"
+            if key.endswith(CONTENT):
+                changed.append(_other_content(key.removesuffix(CONTENT), before, settings))
+            elif content not in before or content not in settings or before[content] == settings[content]:
+                changed.append(f"{key} was {before[key]!r}, is {value!r}")
         if changed:
             raise ConfigError(f"resume: {self.path} was begun with other settings: {'; '.join(changed)}")
 
@@ -287,6 +293,24 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         return data if isinstance(data, dict) else {}
+
+
+def _other_content(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is said of files that are not those of `before`, as far as digests and places tell."""
+    digests, digests_now = (str(each[f"{name}{CONTENT}"]).split("-") for each in (before, now))
+    places, places_now = (str(each.get(name, "")).split(", ") for each in (before, now))
+    if len(digests) != len(digests_now):
+        return f"{name} was {', '.join(places)}, is {', '.join(places_now)}"
+    if sorted(digests) == sorted(digests_now):
+        return f"{name} has the same files in another order, was {', '.join(places)}"
+    if len(places) != len(digests) or len(places_now) != len(digests):
+        return f"{name} has other content than the run began with: {', '.join(places_now)}"
+    changed = [
+        f"{there} has changed" if was == there else f"{there} has other content than {was} had"
+        for was, there, digest, digest_now in zip(places, places_now, digests, digests_now, strict=True)
+        if digest != digest_now
+    ]
+    return f"{name}: {', '.join(changed)}"
 
 
 def low_memory_text(line: Mapping[str, Any]) -> str:
