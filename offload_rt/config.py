@@ -31,7 +31,9 @@ def parse_bytes(value: int | str, *, field: str) -> int:
             raise ConfigError(f"{field}: cannot read {value!r} as a size; write bytes or, say, '22GiB'")
         number, unit = match.groups()
         if unit.lower() not in _UNITS:
-            raise ConfigError(f"{field}: unknown unit {unit!r} in {value!r}; {nearest(unit.lower(), _UNITS)}")
+            raise ConfigError(
+                f"{field}: unknown unit {unit!r} in {value!r}; {nearest(unit.lower(), filter(None, _UNITS))}"
+            )
         num_bytes = int(Decimal(number) * _UNITS[unit.lower()])
     else:
         num_bytes = value
@@ -170,6 +172,8 @@ def parse_adapters(text: str) -> dict[str, Any]:
                 result[allowed[key]] = names[0] if names == ["all-linear"] else names
         except ValueError:
             raise ConfigError(f"adapters: {key}={value!r} is not a number") from None
+    if not 0 <= result.get("lora_dropout", 0.0) < 1:
+        raise ConfigError(f"adapters: dropout must be at least 0 and below 1, got {result['lora_dropout']}")
     if result["r"] < 1:
         raise ConfigError(f"adapters: r must be at least 1, got {result['r']}")
     result.setdefault("lora_alpha", 2 * result["r"])

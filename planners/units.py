@@ -57,7 +57,7 @@ def parse_size(text: str, *, field: str) -> int:
         raise ProblemError(f"{field}: cannot read {text!r} as a size; write, say, '64GiB'")
     number, unit = match.groups()
     if unit.lower() not in _UNITS:
-        raise ProblemError(f"{field}: unknown unit {unit!r} in {text!r}; {nearest(unit, _UNITS)}")
+        raise ProblemError(f"{field}: unknown unit {unit!r} in {text!r}; {nearest(unit, filter(None, _UNITS))}")
     num_bytes = int(Decimal(number) * _UNITS[unit.lower()])
     if not 0 < num_bytes <= MAX_BYTES:
         raise ProblemError(f"{field}: must be more than zero and at most 1 EiB, got {text!r}")

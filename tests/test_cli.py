@@ -22,7 +22,8 @@ import transformers
 
 from offload_rt.cli import doctor_folder, doctor_machine
 from offload_rt.cli.main import COMMANDS, main
-from offload_rt.cli.train_run import _adapters, check_length
+from offload_rt.cli.model_folder import check_length
+from offload_rt.cli.train_run import _adapters
 from offload_rt.errors import ConfigError, StorageError
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.rule.filling import Fill
@@ -105,7 +106,9 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
         ([*TRAIN, "--trace", "t", "--trace-steps", "0"], "--trace-steps: must be at least 1, got 0"),
         ([*TRAIN, "--trace", "/nonexistent/t.json"], "trace: /nonexistent/t.json cannot be written: No such file"),
         ([*TRAIN, "--keep-best"], "--keep-best: is for --eval-data, which is not given"),
-        ([*TRAIN, "--tbw", "600 miles"], "tbw: unknown unit 'miles'"),
+        ([*TRAIN, "--tbw", "600 miles"], "tbw: unknown unit 'miles' in '600 miles'; allowed: b, gb,"),
+        ([*TRAIN, "--seed", str(2**70)], "--seed: must have at most 64 bits"),
+        ([*TRAIN, "--out", ""], "--out: the name of the folder is empty"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -415,6 +418,11 @@ def test_bad_data_or_model_is_found_before_a_store_is_written(
     make_tokenizer().save_pretrained(broken)
     code, line = fails(capsys, *arguments, "--model", str(broken))
     assert code == 2 and f"{broken}: Unrecognized configuration class" in line and "Gemma" not in line
+    settings = json.loads((Path(arguments[2]) / "config.json").read_text())
+    for wrong in ({"num_attention_heads": 0}, {"dtype": "bflot16"}, {"hidden_act": "siluu"}):
+        (broken / "config.json").write_text(json.dumps({**settings, **wrong}))
+        code, line = fails(capsys, *arguments, "--model", str(broken))
+        assert code == 2 and f"--model: {broken}: its config.json is wrong (" in line
     (tmp_path / "file").write_text("")
     code, line = fails(capsys, *arguments, "--out", str(tmp_path / "file" / "out"))
     assert code == 2 and "file is a file, not a folder" in line

@@ -67,7 +67,7 @@ def test_a_run_that_is_resumed_with_other_settings_is_refused_before_its_model_i
 ) -> None:
     options = {"lr": 0.01, "warmup_ratio": 0.03, "schedule": "constant", "accumulation_steps": 4, "batch_size": 1}
     RunFolder(tmp_path / "out").begin(at_step=0, settings=options)
-    monkeypatch.setattr(train_run, "_load_transformers", lambda folder: pytest.fail("the model was read"))
+    monkeypatch.setattr(train_run, "load_transformers", lambda folder: pytest.fail("the model was read"))
     code, line = fails(capsys, *arguments, "--out", str(tmp_path / "out"), "--resume")
     assert code == 2 and "begun with other settings: accumulation_steps was 4, is 2; batch_size was 1, is 2" in line
 

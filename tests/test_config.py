@@ -117,6 +117,7 @@ def test_adapters_are_read():
     [
         ("lroa", "lora"), ("", "lora"), ("lora:rank=8", "rank"), ("lora:r", "no value"), ("lora:r=", "no value"),
         ("lora:r=x", "not a number"), ("lora:r=0", "at least 1"), ("lora:drpout=0.1", "dropout"),
+        ("lora:dropout=1", "below 1"),
     ],
 )  # fmt: skip
 def test_wrong_adapters_name_what_is_wrong(text, word):

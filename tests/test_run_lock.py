@@ -136,7 +136,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: A
 
 def test_a_lock_that_cannot_be_had_is_an_error_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
-    with pytest.raises(StorageError, match=r"lock: cannot be locked \(errno 21, EISDIR\)"):
+    with pytest.raises(StorageError, match=r"lock: cannot be made, and locked \(errno 21, EISDIR\)"):
         RunLock(tmp_path)
 
 

@@ -148,6 +148,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--report-to none, --logdir: give one of the two")
     if arguments.report_to == "tensorboard" and arguments.logdir is None:
         arguments.logdir = os.path.join(arguments.out, "tensorboard")
+    if not arguments.out:
+        raise ConfigError("--out: the name of the folder is empty")
+    if not -(2**63) <= arguments.seed < 2**63:
+        raise ConfigError(f"--seed: must have at most 64 bits, got {arguments.seed}")
     if arguments.max_grad_norm == 0:
         arguments.max_grad_norm = None
     _settle_what_trains(arguments)

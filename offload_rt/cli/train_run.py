@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from offload_rt import optim
 from offload_rt._engine import Engine
 from offload_rt.checkpoint.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_kind
 from offload_rt.cli.calibrate_first import calibrate_first
+from offload_rt.cli.model_folder import check_length, find_model, load_transformers, longest_row, set_values
 from offload_rt.config import adapter_folder, parse_adapters, parse_bytes
 from offload_rt.errors import ConfigError
 from offload_rt.plans.cuts import cuts_from_json
@@ -39,11 +39,6 @@ from offload_rt.training.run_folder import EVAL_LOSS, RunFolder
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.errors import format_bytes
 
-MODEL_FILES = ("config.json",)
-TOKENIZER_FILES = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab.*", "*.tiktoken", "tekken.json")
-"""One of them has a tokenizer's vocabulary, unless its words are bytes."""
-MIN_WORDS = 2
-"""Of a tokenizer that can say anything: what transformers makes of no files has up to one, T5's mark of a space."""
 INGEST_SECONDS = 2.0
 """Between two lines of progress while weights are encoded."""
 
@@ -68,7 +63,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     trace = None if arguments.trace is None else Path(arguments.trace)
     if trace is not None and (trace.parent.exists() or options.out not in trace.parents):
         require_writable(trace)  # the run's folder is made when the run begins
-    model_folder = _model_folder(arguments.model)
+    model_folder = find_model(arguments.model)
     with RunFolder.locked(options.out) as folder:
         return _train(arguments, options, care, trace, folder, model_folder)
 
@@ -99,7 +94,7 @@ def _train(
         folder.require_same({**options.settings(), **settings})
     else:
         folder.require_free()
-    tokenizer, model_on_meta, settings_of_model = _load_transformers(model_folder)
+    tokenizer, model_on_meta, settings_of_model = load_transformers(model_folder)
     if arguments.seq_len is not None and (warning := check_length(model_on_meta, arguments.seq_len)):
         say(f"warning: {warning}")
     load = partial(
@@ -108,7 +103,7 @@ def _train(
         too_long=arguments.too_long,
         prompts="raw" if arguments.raw_prompts else "template",
     )
-    examples, data_report = load(data, seq_len=arguments.seq_len or _longest_row(model_on_meta))
+    examples, data_report = load(data, seq_len=arguments.seq_len or longest_row(model_on_meta))
     if arguments.seq_len is None:
         # Memory is planned for the longest row there is, not for one that never comes.
         arguments.seq_len = max(len(example) for example in examples)
@@ -165,11 +160,11 @@ def _train(
             check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
 
         def save(result_folder: Path) -> None:
-            while_training = _set(model_on_meta.config, **settings_of_model)
+            while_training = set_values(model_on_meta.config, **settings_of_model)
             try:
                 engine.save_pretrained(result_folder)
             finally:
-                _set(model_on_meta.config, **while_training)
+                set_values(model_on_meta.config, **while_training)
             tokenizer.save_pretrained(result_folder)
 
         drives = [drive.path for drive in engine.config.nvme]
@@ -210,67 +205,6 @@ def _begun_with(
     return settings | place_and_content("adapters", os.path.realpath(saved), content, before)
 
 
-def _model_folder(text: str) -> Path:
-    folder = Path(text).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"--model: {text} is not a folder; download the model first, nothing is fetched here")
-    for name in MODEL_FILES:
-        if not (folder / name).is_file():
-            raise ConfigError(f"--model: {folder} has no {name}")
-    return folder
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer.
-
-    Judged by what is loaded: transformers makes a tokenizer without words of a folder that lacks its files, and one of
-    bytes needs none. Left unsaid, each of the user's texts would become unknown tokens, or none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-        wrong = "it has no words" if len(words) < MIN_WORDS else ""
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        wrong = str(error)
-    if not wrong:
-        return tokenizer
-    if not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
-        raise ConfigError(f"--model: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy its files there")
-    raise ConfigError(f"--model: {folder}: its tokenizer cannot be loaded: {wrong}")
-
-
-def _load_transformers(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Tokenizer, model on the meta device, and what its configuration says when it does not train. No downloads."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(f"train needs transformers ({error}); pip install 'offload-rt[hf]'") from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--model: {folder}: {error}") from error
-    tokenizer = _load_tokenizer(folder)
-    # A key-value cache would keep every layer's keys and values for a generation that does not happen.
-    before = _set(config, use_cache=False, output_router_logits=False)
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
-    except ValueError as error:
-        # transformers goes on with the names of all causal language models that it knows.
-        raise ConfigError(f"--model: {folder}: {str(error).partition(chr(10))[0]}") from error
-    return tokenizer, model, before
-
-
-def _set(config: Any, **values: Any) -> dict[str, Any]:
-    """Sets what `config` has of `values`; returns what was there before."""
-    before = {name: getattr(config, name) for name in values if hasattr(config, name)}
-    for name in before:
-        setattr(config, name, values[name])
-    return before
-
-
 def _adapters(given: Path | str) -> Any:
     """What the engine takes: the folder of a saved adapter, or the configuration that the text describes."""
     # peft imports it where it is installed, and it would warn of kernels that it lacks and nobody here calls.
@@ -293,29 +227,6 @@ def _optimizer(name: str, lr: float) -> Callable[[list[torch.nn.Parameter]], tor
         "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=lr),
     }
     return makers[name]
-
-
-def _longest_row(model: Any) -> int:
-    """What the model was made for, in tokens."""
-    return _num_positions(model) or 4096
-
-
-def _num_positions(model: Any) -> int | None:
-    return getattr(model.config, "max_position_embeddings", None) or None
-
-
-def check_length(model: Any, seq_len: int) -> str:
-    """What to warn of where rows are to be so long; empty where nothing is. ConfigError where the model has no
-    positions for them: those that are learned end, in a table with a row or two more (OPT), others go on.
-    """
-    most = _num_positions(model)
-    if most is None or seq_len <= most:
-        return ""
-    for name, module in model.named_modules():
-        is_table = isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
-        if is_table and most <= module.num_embeddings <= most + 2:
-            raise ConfigError(f"--seq-len: {seq_len} tokens a row; the model has learned {most} positions ({name})")
-    return f"--seq-len: {seq_len} tokens a row, the model was made for {most} (max_position_embeddings)"
 
 
 class _IngestProgress:

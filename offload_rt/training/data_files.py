@@ -56,9 +56,21 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except json.JSONDecodeError as error:
                 hint = "; one JSON object a line is expected, not one array" if text.startswith("[") else ""
                 raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}{hint}") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
+                raise DataError(f"{path}:{line}: cannot be read ({error})") from error
+            if "\\ud" in text.lower() and not _is_unicode(record):
+                raise DataError(f"{path}:{line}: has half of a surrogate pair (\\ud800 to \\udfff), which is no letter")
             if not isinstance(record, dict):
                 raise DataError(f"{path}:{line}: expected an object, got {type(record).__name__}")
             yield line, record
+
+
+def _is_unicode(record: Any) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lines(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:

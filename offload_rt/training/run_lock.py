@@ -45,7 +45,7 @@ class RunLock:
         except BaseException as error:
             self._close_file()
             if isinstance(error, OSError) and not isinstance(error, StorageError):
-                raise os_error("cannot be locked", self._path, error) from None
+                raise os_error("cannot be made, and locked", self._path, error) from None
             raise
         _held.add(self)
 
