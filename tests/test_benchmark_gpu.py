@@ -4,9 +4,11 @@ import importlib
 import importlib.util
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,3 +263,19 @@ def test_the_native_core_can_be_built_where_only_torch_brings_its_headers():
     done = subprocess.run(command, cwd=SCRIPT.parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (Path(done.stdout.split()[-1]) / "pybind11" / "pybind11.h").exists()
+
+
+def test_the_native_core_is_compiled_side_by_side_and_a_warning_is_an_error_where_that_is_asked_for(monkeypatch):
+    monkeypatch.chdir(SCRIPT.parent.parent)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "-q", "--version"])
+    both = threading.Barrier(2)
+
+    def compile_all(sources, output_dir):
+        both.wait(60.0)  # two at once, or never
+        return [f"{output_dir}/{source}.o" for source in sources]
+
+    for asked in ("", "1"):
+        monkeypatch.setenv("OFFLOAD_RT_WERROR", asked)
+        setup = runpy.run_path("setup.py")
+        assert ("-Werror" in setup["extensions"]()[0].extra_compile_args) == bool(asked)
+    assert setup["side_by_side"](compile_all, 2)(["a.cc", "b.cc"], output_dir="out") == ["out/a.cc.o", "out/b.cc.o"]
