@@ -15,6 +15,8 @@ from offload_rt.native import why_not
 HERE = Path(__file__).resolve().parent
 STUCK_SECONDS = 60
 """A test that takes longer has all its threads' stacks printed."""
+TEST_SECONDS = 100
+"""One that takes as long is ended: with the 300 s that it has otherwise, it would be the last one of a gate."""
 WHY_CHARACTERS = 2000
 """Of what a test has said at its end."""
 MODULES = ("transformers", "peft", "accelerate", "triton", "safetensors", "psutil")
@@ -44,7 +46,8 @@ def tested(path: Path, seconds: float) -> dict[str, Any]:
     """Runs the tests of a file; see `verdict_of_tests`. What became of each stands under `tests`, passed or not."""
     # Twice verbose, since the project's own options are quiet: a line for each test, as it ends.
     command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "-rfEs", "--durations=10"]
-    settings = ["-c", str(HERE.parent / "pyproject.toml"), "-o", f"faulthandler_timeout={STUCK_SECONDS}"]
+    limits = ["-o", f"faulthandler_timeout={STUCK_SECONDS}", "-o", f"timeout={TEST_SECONDS}"]
+    settings = ["-c", str(HERE.parent / "pyproject.toml"), *limits]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
         ended = run_limited([*command, *settings, f"--junit-xml={report}", str(path)], seconds)

@@ -114,11 +114,15 @@ def test_a_command_that_hangs_ends_with_all_that_it_has_started(disk_folder, ben
     assert limited.run_limited([sys.executable, "-c", "print('x' * 9000); raise SystemExit(3)"], 60.0).code == 3
 
 
-def test_the_gate_says_which_tests_failed_and_why(disk_folder, benchmarks):
-    path = disk_folder / "test_it.py"
-    path.write_text("def test_good(): pass\n\n\ndef test_bad():\n    assert 1 == 2, 'evidence'\n")
-    found = benchmarks("gpu_gate").tested(path, 200.0)
-    assert found["ok"] is False and found["summary"].startswith("1 failed, 1 passed")
+def test_the_gate_says_which_tests_failed_and_why_and_ends_one_that_hangs(disk_folder, benchmarks, monkeypatch):
+    pytest.importorskip("pytest_timeout")
+    gate, path = benchmarks("gpu_gate"), disk_folder / "test_it.py"
+    monkeypatch.setattr(gate, "TEST_SECONDS", 1)
+    hangs = "import time\n\n\ndef test_hangs(): time.sleep(200)\n\n\n"
+    path.write_text(hangs + "def test_good(): pass\n\n\ndef test_bad():\n    assert 1 == 2, 'evidence'\n")
+    found = gate.tested(path, 200.0)
+    assert "Timeout" in found["tests"].pop("test_hangs")["why"] and "::test_hangs - Failed" in found["failed"].pop(0)
+    assert found["ok"] is False and found["summary"].startswith("2 failed, 1 passed")
     assert "::test_bad - AssertionError: evidence" in found["failed"][0] and len(found["failed"]) == 1
     assert any("test_good PASSED" in line for line in found["tail"]), "a line for each, for a gate that is cut off"
     outcomes = {name: of["outcome"] for name, of in found["tests"].items()}
