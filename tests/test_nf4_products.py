@@ -192,6 +192,17 @@ def test_measurement_chooses_by_shape_and_tokens_and_goes_both_ways() -> None:
     assert measure(8, 64, torch.bfloat16, CPU, gap, clock_of(gap)).ranges == ((2, "few"), (4, "decoded"), (256, "few"))
 
 
+def test_a_way_that_fails_for_some_number_of_tokens_is_left_out_and_the_others_are_measured() -> None:
+    breaks = StandIn("breaks", dict.fromkeys(TOKENS[:4], 0.1))  # and has no time for 16
+    ways = {"breaks": breaks, "few": StandIn("few", {tokens: 0.5 if tokens > 8 else 2.0 for tokens in TOKENS})}
+    found = measure(8, 64, torch.bfloat16, CPU, ways, clock_of(ways))
+    assert found.left_out == {"breaks": "16 tokens: KeyError: 16"} and "breaks" not in found.seconds
+    assert found.ranges == ((8, "decoded"), (256, "few"))
+    assert [len(each) for each in found.seconds.values()] == [len(TOKENS)] * 2
+    with pytest.raises(ZeroDivisionError):  # what even decoding first has is no way's own failure
+        measure(8, 64, torch.bfloat16, CPU, ways, lambda call: 1 / (not isinstance(call.args[0], Decoded)))
+
+
 @pytest.mark.parametrize(
     "way, message",
     [
