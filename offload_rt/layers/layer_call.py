@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from offload_rt.errors import IntegrityError, UnsupportedModule
@@ -50,7 +51,9 @@ class Call:
         self.trainable = trainable + streamed
         """All that a gradient is wanted of."""
         self.streamed = streamed
-        """Of these, those that the graph outside does not know."""
+        """Of these, those whose gradients the owner takes, and not the graph outside."""
+        self._leaves: list[Node] = []
+        """Of `streamed`, where the graph outside would accumulate their gradients."""
         self._versions = [parameter._version for parameter in self.trainable]
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -83,19 +86,22 @@ class Call:
             )
 
     def graph_parameters(self) -> list[torch.Tensor]:
-        """The parameters that are inputs of the operation. Where none is but some stream, a stand-in that makes the
-        graph outside come to this layer's backward.
+        """The parameters that are inputs of the operation: all, so that a pass says of each whether it is asked for.
+        Those that stream get no gradient of the graph outside, which would keep it whole.
         """
-        known: list[torch.Tensor] = list(self.trainable[: len(self.trainable) - len(self.streamed)])
-        if self.streamed:
-            known.append(torch.zeros((), requires_grad=True))
-        return known
+        self._leaves = [get_gradient_edge(parameter).node for parameter in self.streamed]
+        return list(self.trainable)
 
     def of_graph(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Hands over the gradients of what streams; the others, as the graph outside wants them."""
+        """Hands over the gradients of what streams, as far as the pass under way was asked for them; the others, as the
+        graph outside wants them.
+        """
         num_known = len(self.trainable) - len(self.streamed)
-        self.owner.hand_over(self, gradients[num_known:])
-        return [*gradients[:num_known], *([None] if self.streamed else [])]
+        asked = [_is_asked_for(leaf) for leaf in self._leaves]
+        if any(asked) or not asked:  # by `torch.autograd.grad` of activations, none
+            streamed = zip(gradients[num_known:], asked, strict=True)
+            self.owner.hand_over(self, [gradient if is_asked else None for gradient, is_asked in streamed])
+        return [*gradients[:num_known], *[None] * len(self.streamed)]
 
     def leaves(self) -> tuple[list[Any], Any]:
         """The arguments as they came, flat, and the structure that they came in."""
@@ -159,6 +165,16 @@ class _AsInForward(kept_random_state):
     def __exit__(self, *exception: Any) -> None:
         self._autocasting.__exit__(*exception)
         super().__exit__(*exception)
+
+
+def _is_asked_for(leaf: Node) -> bool:
+    """Whether the backward pass under way accumulates a gradient there: some leave parameters out (`inputs=`), and
+    `torch.autograd.grad` all of them.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(leaf))
+    except RuntimeError:  # which torch says of a leaf whose gradient is the result of `torch.autograd.grad`
+        return False
 
 
 def _check_in_sight(
