@@ -24,6 +24,7 @@ from offload_rt.errors import (
     UnsupportedModule,
     storage_error,
 )
+from planners.plans.activations import Action, whole_batch
 from tests.conftest import decode_in_place, flip
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
 
@@ -378,6 +379,68 @@ def test_zeroed_gradients_are_dropped_with_what_ran_ahead(place: str, how: str, 
         with pytest.raises(IntegrityError, match="no gradient has arrived"):
             run.step()
         assert differences(twin.state(), run.state()) == []
+
+
+@everywhere
+def test_what_the_models_own_zero_grad_takes_away_is_in_no_later_sum(place: str, tmp_path: Path) -> None:
+    """Between a forward and its backward, where no forward comes any more that would see it."""
+    twin, arguments = Plain(model(), max_grad_norm=PLACES[place].get("max_grad_norm")), {"accumulation_steps": 3}
+    with engine(model(), place, tmp_path, **arguments) as run:
+        for one in (twin, run):
+            train(one, [0])
+            losses = [one(**batch(number)).loss for number in (1, 2)]
+            one.backward(losses[0])
+            one.model.zero_grad()
+            if one is twin:
+                one.optimizer.zero_grad()
+            else:
+                assert list(run.gradients()) == []
+                with pytest.raises(IntegrityError, match="no gradient has arrived"):
+                    run.step()
+                one.backward(one(**batch(1)).loss)
+                one.model.zero_grad()
+            one.backward(losses[1])
+            one.step()
+        assert differences(twin.state(), run.state()) == []
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_pass_that_asks_for_no_gradients_of_parameters_leaves_none(kept: bool, tmp_path: Path) -> None:
+    """`torch.autograd.grad` of an activation, as adversarial training and attributions take it."""
+    options = {"activations": whole_batch(Action.KEEP)} if kept else {}
+
+    def go(run):  # type: ignore[no-untyped-def]
+        found = []
+        seen: list[torch.Tensor] = []
+        handle = run.model.embedding.register_forward_hook(lambda module, args, output: seen.append(output))
+        for number in range(3):
+            loss = run(**batch(number)).loss
+            found += torch.autograd.grad(loss, seen, retain_graph=number == 1)
+            if number != 1:
+                loss = run(**batch(number)).loss
+            seen.clear()
+            run.backward(loss)
+            run.step()
+        handle.remove()
+        return found
+
+    twin = Plain(model())
+    expected = go(twin)
+    with engine(model(), "BACKWARD", tmp_path, accumulation_steps=2, options=options) as run:
+        assert all(map(torch.equal, go(run), expected))
+        assert differences(twin.state(), run.state()) == []
+
+
+def test_a_pass_that_asks_for_some_gradients_leaves_those(tmp_path: Path) -> None:
+    chosen = ("embedding.weight", "layers.0.up.weight", "layers.2.norm.bias")
+    twin = Plain(model())
+    with engine(model(), "AFTER", tmp_path) as run:
+        for one in (twin, run):
+            train(one, [0])
+            parameters = dict(one.model.named_parameters())
+            one(**batch(1)).loss.backward(inputs=[parameters[name] for name in chosen])
+        assert {name for name, _ in run.gradients()} == set(chosen)
+        assert all(torch.equal(gradient, twin.weights[name].grad) for name, gradient in run.gradients())
 
 
 @by_turns("training", (False, True))

@@ -30,6 +30,8 @@ class StandIns:
         self._handles = []
         self._made: dict[nn.Parameter, AbsentGradient] = {}
         """One for each parameter that ever had one; they hold an element, and nothing of a step."""
+        self._made_way: set[nn.Parameter] = set()
+        """Those whose stand-in is gone because the next gradient comes."""
         # The collector does not see what torch holds for a parameter: nothing there may hold that, or this.
         weakly = weakref.ref(self)
         for number, block in enumerate(blocks):
@@ -44,6 +46,7 @@ class StandIns:
         """Gives these parameters of `block` one, where they have none."""
         for index in indices:
             parameter = block.parameters[index].parameter
+            self._made_way.discard(parameter)
             if parameter.grad is None:
                 if parameter not in self._made:
                     self._made[parameter] = AbsentGradient.of(parameter)
@@ -58,6 +61,7 @@ class StandIns:
             block.parameters[index].name: block.parameters[index].parameter.grad
             for block in gradients.blocks
             for index in gradients.present(block)
+            if block.parameters[index].parameter not in self._made_way
         }
         if found and all(stand_in is None for stand_in in found.values()):
             return True
@@ -71,6 +75,7 @@ class StandIns:
 
     def clear(self) -> None:
         """Takes all away."""
+        self._made_way.clear()
         for block in self._blocks:
             for trained in block.parameters:
                 trained.parameter.grad = None
@@ -94,6 +99,7 @@ class StandIns:
         parameter = self._blocks[number].parameters[index].parameter
         if isinstance(parameter.grad, AbsentGradient):
             parameter.grad = None
+            self._made_way.add(parameter)
 
 
 def _take(of: weakref.ref[StandIns], number: int, index: int, _: nn.Parameter) -> None:

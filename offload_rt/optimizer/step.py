@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offload_rt.errors import IntegrityError
 from offload_rt.guards.integrity import Reached, check_present
@@ -39,6 +39,8 @@ class Step:
     """Steps in a row right before this one that were left out."""
     options: list[Options] | None = None
     """The optimizer's when the first gradient arrived."""
+    passes: set[int] = field(default_factory=set)
+    """Backward passes, by torch's number, that have brought gradients."""
     grad_scale: float | None = None
     """What the caller has asked for by `clip_grad_norm_`."""
 

@@ -91,8 +91,6 @@ class FullTraining(TieredTraining):
         if self.rehearse is not None:
             self.rehearse(block, gradients)
             return
-        if self._now.options is None:
-            self._now.options = self.groups.options()
         if block in self.ahead.blocks:
             why = f"{block.name} received gradients once more after accumulation_steps={self.num_micro_batches} of them"
             self.ahead.wait_from_now_on(why)
@@ -101,6 +99,11 @@ class FullTraining(TieredTraining):
                 f"{why}, and had been updated by then, so that later ones were taken with new weights. This step was "
                 f"dropped; the next ones wait for step(). Declare engine(accumulation_steps=)"
             )
+        if (this_pass := torch._C._current_graph_task_id()) not in self._now.passes:
+            self._forget_if_zeroed()
+            self._now.passes.add(this_pass)
+        if self._now.options is None:
+            self._now.options = self.groups.options()
         if block.weights is None:
             self._make_room()
         last = self.gradients.num_arrivals(block) + 1 >= self.num_micro_batches
@@ -149,13 +152,13 @@ class FullTraining(TieredTraining):
         """Makes state that of the last step, and its commit. `why` that is wanted, where the next has begun already."""
         self.commits.check_usable()
         self.commits.finish()
-        if self._stand_ins.were_zeroed(self.gradients):
-            self.forget()
+        self._forget_if_zeroed()
         if self.ahead.blocks:
             self._undo_because(why)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Makes the coming step scale its gradients to `max_norm`; returns their norm. Blocks for gradients on NVMe."""
+        self._forget_if_zeroed()
         if self._now.grad_scale is not None:
             raise ConfigError("clip_grad_norm_: was called for this step already")
         if self._max_grad_norm != max_norm:
@@ -165,6 +168,7 @@ class FullTraining(TieredTraining):
 
     def gradient_items(self) -> Iterator[tuple[str, Tensor]]:
         """Name and gradient of every parameter that has one, a copy that is the caller's."""
+        self._forget_if_zeroed()
         if any(self.gradients.is_gone(block) for block in self.gradients.blocks):
             self._undo_because("gradients were looked at between backward and step")
         yield from self.gradients.copies()
@@ -173,8 +177,7 @@ class FullTraining(TieredTraining):
         """Updates everything that has gradients, and commits if it is time. Blocks."""
         self.commits.check_usable()
         self.commits.finish()
-        if self._stand_ins.were_zeroed(self.gradients):
-            self.forget()
+        self._forget_if_zeroed()
         if not self.gradients.blocks:
             raise IntegrityError("step: no gradient has arrived; call engine.backward(loss) first")
         try:
@@ -192,6 +195,11 @@ class FullTraining(TieredTraining):
             self.stop()
             self._expect_next()
         self._forget_all()
+
+    def _forget_if_zeroed(self) -> None:
+        """Drops the gradients that the model's own zero_grad has taken away, which does not say so."""
+        if self._stand_ins.were_zeroed(self.gradients):
+            self.forget()
 
     def stop(self) -> None:
         """Drops the gradients of this step and what was stepped with them, and reads nothing ahead. Blocks."""
