@@ -347,6 +347,7 @@ class Engine:
         have ended. Raises `CheckpointError` where what is saved does not fit, and `ConfigError` where other things
         were tracked; the engine is unchanged then. Warns where the plan takes sums in another order than that run's:
         the bits differ then, by what such an order changes.
+        Gradients of a step that is under way are dropped.
         """
         self._check_open("load_checkpoint")
 
@@ -355,6 +356,10 @@ class Engine:
 
         with self._peaks.phase(RESUME):
             values = self._training.load(Path(folder), check)
+        for parameter in self.trainable.values():
+            parameter.grad = None  # of the step that was under way: what was loaded has begun none
+        self._reached.forget()
+        self._steps.num_backwards = 0
         self._tracked.load(values)
         self._wear_from = (self.step_number, self._runtime.links.counters.bytes_written)
 

@@ -497,6 +497,23 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted(make_engine,
     assert equal(resumed, parameters)
 
 
+def test_gradients_of_a_step_that_was_broken_off_are_not_in_the_first_one_behind_what_is_loaded(make_engine, tmp_path):
+    def run(engine, *, breaks_off):
+        for number in range(4):
+            if breaks_off and number == 2:  # in the middle of a step
+                engine.backward(engine(torch.ones(1, 5, 8)).square().mean())
+                engine.load_checkpoint(tmp_path / "saved")
+            for part in range(2):
+                engine.backward(engine(torch.full((1, 5, 8), 0.1 * number + part)).square().mean())
+            engine.step()
+            if number == 1:
+                engine.save_checkpoint(tmp_path / "saved")
+        return [parameter.detach().clone() for parameter in engine.trainable.values()]
+
+    one, other = (make_engine(build_plain(), accumulation_steps=2) for _ in range(2))
+    assert all(map(torch.equal, run(one, breaks_off=False), run(other, breaks_off=True)))
+
+
 def test_commits_are_written_beside_the_store_as_often_as_asked(make_engine, disk_folder):
     engine = make_engine(build_lora(dropout=0.0), nvme=disk_folder, commit_every=2)
     for step in range(3):
