@@ -12,8 +12,9 @@ from offload_rt.cli.main import main
 from planners.errors import PlanInfeasible
 from planners.optimiser.choices import combinations
 from planners.optimiser.expand import expand
+from planners.optimiser.frugal import search_frugal
 from planners.optimiser.greedy import plan_greedy
-from planners.optimiser.mip import plan_optimal, smallest_shortage
+from planners.optimiser.mip import plan_optimal
 from planners.optimiser.rows import LOW_PRICE, Freedoms
 from planners.optimiser.steady import _Builder, _read, solve_steady
 from planners.plans.placement import Split, Tier
@@ -154,7 +155,7 @@ def test_what_is_short_while_a_model_is_saved_is_said_to_be_so():
     """Of the two tiers that are short, HOST is by the slabs; without them, in a step, or not at all."""
     p = replace(question("HOST"), hardware=machine(device=LOGITS + 20 * MIB, host=2 * MIB))
     without = replace(p, workload=replace(p.workload, slab_bytes=0))
-    phases = [{short.tier: short.phase for short in smallest_shortage(asked)} for asked in (p, without)]
+    phases = [{short.tier: short.phase for short in search_frugal(asked).short} for asked in (p, without)]
     assert phases == [{"device": "backward", "host": "save"}, {"device": "backward", "host": "backward"}]
 
 

@@ -294,9 +294,9 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     ]
 
 
-def shortages(problem: Problem, plan: Plan) -> list[Shortage]:
-    """Tiers that a step or a save overfills, with the phase of the peak."""
-    step, save, have = peak_bytes(problem, plan), saving_bytes(problem, plan), capacities(problem)
+def shortages(problem: Problem, plan: Plan, room: dict[str, float] | None = None) -> list[Shortage]:
+    """Tiers that a step or a save overfills, with the phase of the peak. `room` replaces the capacities."""
+    step, save, have = peak_bytes(problem, plan), saving_bytes(problem, plan), room or capacities(problem)
     found = []
     for tier in have:
         if (need := max(step[tier], save[tier])) > have[tier]:

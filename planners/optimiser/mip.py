@@ -14,30 +14,19 @@ import itertools
 from dataclasses import replace
 
 from planners.errors import PlanInfeasible
-from planners.optimiser.choices import combinations, modes
+from planners.optimiser.choices import combinations
 from planners.optimiser.expand import with_prediction
-from planners.optimiser.greedy import (
-    Shortage,
-    boundaries,
-    chunk_choices,
-    homes,
-    host_slots,
-    infeasible,
-    may_rest,
-    slot_bytes,
-    state_slots,
-)
+from planners.optimiser.frugal import search_frugal
+from planners.optimiser.greedy import host_slots, infeasible, slot_bytes
 from planners.optimiser.rows import GB, Freedoms
-from planners.optimiser.steady import SHORTAGE_PRICES, Steady, solve_steady
+from planners.optimiser.steady import Steady, solve_steady
 from planners.optimiser.trial import MAX_SIMULATIONS, Search, in_whole_numbers, try_candidate, try_in_turn
 from planners.optimiser.wear import default_limit_bytes, is_worth_its_writes, spared
-from planners.plans.placement import Buffers
 from planners.plans.plan import Plan
 from planners.problems.cost import Knobs
 from planners.problems.problem import Problem
-from planners.simulator.static_memory import capacities
 from planners.simulator.step_work import floor_seconds
-from planners.units import PAGE_BYTES, ProblemError
+from planners.units import ProblemError
 
 MORE_SIMULATIONS = 4
 """Of combinations with one slot, where there is a plan with more."""
@@ -69,8 +58,13 @@ def plan_optimal(problem: Problem, *, freedoms: Freedoms | None = None) -> Plan:
 
 def _plan(problem: Problem, freedoms: Freedoms | None) -> Plan:
     found = search(problem, freedoms=freedoms)
+    if found.plan is None:
+        frugal = search_frugal(problem, freedoms)
+        found = replace(
+            frugal, bound_seconds=found.bound_seconds, num_programs=found.num_programs + frugal.num_programs
+        )
     if found.plan is None or found.simulation is None or found.steady is None:
-        raise infeasible(found.short or smallest_shortage(problem, freedoms))
+        raise infeasible(found.short)
     return with_prediction(
         problem,
         found.plan,
@@ -84,17 +78,22 @@ def _plan(problem: Problem, freedoms: Freedoms | None) -> Plan:
 
 def plan_any(problem: Problem) -> Plan | None:
     """The first plan of the enumeration that fits, or None: whether there is one, at the least expense."""
-    unit = floor_seconds(problem)
+    unit, might = floor_seconds(problem), False
     for knobs in itertools.chain.from_iterable(combinations(problem)):
         steady = solve_steady(problem, knobs, unit_seconds=unit)
         if steady is None:
             continue
-        found = Search()
+        found, might = Search(), True
         if (whole := in_whole_numbers(problem, steady, unit, None, found)) is not None:
             try_candidate(problem, whole, unit, None, found)
         if found.plan is not None:
             return found.plan
-    return None
+    if not might:
+        return None
+    try:
+        return search_frugal(problem).plan
+    except ProblemError:  # no memory would help
+        return None
 
 
 def search(problem: Problem, *, freedoms: Freedoms | None = None) -> Search:
@@ -205,45 +204,3 @@ def _spare_drives(problem: Problem, unit: float, freedoms: Freedoms | None, foun
         ):
             found.plan, found.simulation, found.steady = other.plan, spared, other.steady
             return
-
-
-def smallest_shortage(problem: Problem, freedoms: Freedoms | None = None) -> list[Shortage]:
-    """What is short in the combination that comes closest, where no program has a solution at all: with a page of each
-    tier for what rounding takes, so that nothing is short by less than the solver can tell from nothing.
-
-    Raises `ProblemError` where no memory would help.
-    """
-    room = {tier: float(size) for tier, size in capacities(problem).items()}
-    without_page = {tier: size - PAGE_BYTES for tier, size in room.items()}
-    best: tuple[float, list[Shortage]] | None = None
-    mode = modes(problem)[0]
-    buffers = Buffers(host_slots=host_slots(problem, 1), gradient_slots=1, state_slots=state_slots(problem)[-1])
-    for cuts in chunk_choices(problem):
-        for boundary, (weights, in_memory) in itertools.product(boundaries(problem, cuts), homes(problem)):
-            if not may_rest(problem, mode, weights, in_memory):
-                continue
-            knobs = Knobs(
-                update_mode=mode, slots=1, cuts=cuts, boundary=boundary, buffers=buffers, weights=weights,
-                state_in_memory=in_memory,
-            )  # fmt: skip
-            closest = solve_steady(
-                problem, knobs, unit_seconds=floor_seconds(problem), freedoms=freedoms, room=without_page, elastic=True
-            )
-            if closest is None:
-                continue
-            missing = {tier: size for tier, size in closest.short_bytes.items() if size > PAGE_BYTES}
-            missing = missing or {"device": float(PAGE_BYTES)}  # nothing but what rounding takes
-            short = [
-                Shortage(tier, room[tier] + size, room[tier], "save" if tier in closest.short_in_save else "backward")
-                for tier, size in missing.items()
-            ]
-            lack = sum(SHORTAGE_PRICES[tier] * size for tier, size in missing.items())
-            if short and (best is None or lack < best[0]):
-                best = (lack, short)
-    if best is None and problem.max_written_bytes is not None:
-        raise ProblemError(
-            f"max_written: no plan writes as little as {problem.max_written_bytes} bytes a step, whatever the memory"
-        )
-    if best is None:
-        raise ProblemError("policy: leaves no place for something that this machine has to hold")
-    return best[1]

@@ -77,8 +77,6 @@ class Steady:
     """That the drives write in a step, at full rate."""
     short_bytes: dict[str, float]
     """By tier: what is missing, where a shortage was allowed at a price (`elastic`)."""
-    short_in_save: frozenset[str] = frozenset()
-    """Those tiers of which more is missing while a model is saved than in a step."""
 
 
 class _Builder(Rows):
@@ -378,16 +376,4 @@ def _read(builder: _Builder, columns: list[ClassVariables], solution: Solution) 
             for phase in builder.phases
         ),
         short_bytes={tier: x[v] * GB for tier, v in builder.missing.items() if x[v] * GB > 1},
-        short_in_save=_short_in_save(builder, x),
     )
-
-
-def _short_in_save(builder: _Builder, x: list[float]) -> frozenset[str]:
-    program, tier = builder.program, builder.slabs_tier
-    if tier not in builder.missing or not {tier, IN_SAVE} <= program.names.keys():
-        return frozenset()
-    step, save = (
-        sum(x[v] * value for v, value in program.rows[row].items()) - program.row_high[row]
-        for row in (program.names[tier], program.names[IN_SAVE])
-    )
-    return frozenset({tier} if save > step else ())
