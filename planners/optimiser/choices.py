@@ -17,6 +17,7 @@ from planners.optimiser.greedy import (
     slot_bytes,
     state_slots,
     tiled_bytes,
+    update_modes,
 )
 from planners.plans.placement import Buffers, DecodeScope, Tier, UpdateMode
 from planners.problems.cost import Knobs
@@ -85,7 +86,7 @@ def modes(problem: Problem) -> list[UpdateMode]:
         choices = ((UpdateMode.BACKWARD, UpdateMode.DEFERRED), norm_first)
         if problem.capabilities.memory_steps_after:  # as AFTER does anyway; which leaves weights where they are
             choices = ((UpdateMode.BACKWARD, UpdateMode.AFTER, UpdateMode.DEFERRED), norm_first)
-    allowed = problem.capabilities.update_modes
+    allowed = update_modes(problem)
     wanted = next((found for modes in choices if (found := [m for m in modes if m in allowed])), [])
     if not wanted:
         raise ValueError("capabilities: no update mode is left that this workload can use")

@@ -271,7 +271,7 @@ def with_prediction(
     written = simulation.busy_seconds["ssd_write"] * hardware.write_bytes_per_second if hardware.drives else 0.0
     predicted: dict[str, object] = {
         "step_seconds": seconds,
-        "tokens_per_second": workload.tokens / seconds,
+        "tokens_per_second": workload.micro_batches * workload.tokens / seconds,
         "flops_per_second": workload.useful_flops / seconds,
         "lower_bound_seconds": bound_seconds,
         "gap": None if bound_seconds is None else max(0.0, 1 - bound_seconds / seconds),

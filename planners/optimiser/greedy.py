@@ -146,9 +146,15 @@ def lookup_bytes(problem: Problem) -> dict[str, int]:
     return {"device": lookups.room_bytes, "host": staging}
 
 
+def update_modes(problem: Problem) -> tuple[UpdateMode, ...]:
+    """Those of the runtime that the workload can use: what is summed cannot wait for the next step's forward."""
+    modes = problem.capabilities.update_modes
+    return tuple(mode for mode in modes if mode is not UpdateMode.DEFERRED or not problem.workload.sums_gradients)
+
+
 def default_mode(problem: Problem) -> UpdateMode:
     """The simplest mode that the runtime has and clipping allows."""
-    allowed = problem.capabilities.update_modes
+    allowed = update_modes(problem)
     if UpdateMode.BACKWARD in allowed and not problem.workload.clips:
         return UpdateMode.BACKWARD
     for mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE, UpdateMode.DEFERRED):

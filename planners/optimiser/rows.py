@@ -11,7 +11,9 @@ from planners.problems.cost import Knobs
 from planners.problems.problem import Problem
 
 GB = 1e9
-FORWARD, BACKWARD, UPDATE = 0, 1, 2
+FORWARD, BACKWARD, UPDATE, EARLIER_FORWARD, EARLIER_BACKWARD = 0, 1, 2, 3, 4
+"""Phases of a step; the last two are those of all its passes but the last one, added up."""
+EARLIER = {FORWARD: EARLIER_FORWARD, BACKWARD: EARLIER_BACKWARD}
 RESOURCES = ("compute", "host_to_device", "device_to_host", "ssd_read", "ssd_write", "cpu")
 PRICES = {"compute": 1.0, "host_to_device": 1.0, "device_to_host": 1.0, "ssd_read": 2.0, "ssd_write": 4.0}
 """What a second of work costs beside time, in units of `price`: ties go to the plan that moves less."""
@@ -55,7 +57,11 @@ class Rows:
         self.program = Program()
         after = knobs.update_mode is UpdateMode.AFTER or self.memory_steps_after
         self.phases = (FORWARD, BACKWARD, UPDATE) if after else (FORWARD, BACKWARD)
-        self.times = [self.program.variable(1e6, cost=1.0) for _ in self.phases]
+        self.earlier = problem.workload.passes - 1
+        """Passes before the last one."""
+        if self.earlier:
+            self.phases = (EARLIER_FORWARD, EARLIER_BACKWARD, *self.phases)
+        self.times = {phase: self.program.variable(1e6, cost=1.0) for phase in self.phases}
         self.busy: dict[tuple[int, str], Terms] = {key: [] for key in itertools.product(self.phases, RESOURCES)}
         self.fixed: dict[tuple[int, str], float] = dict.fromkeys(self.busy, 0.0)
         self.held: dict[str, Terms] = {"device": [], "host": [], "nvme": []}
@@ -68,6 +74,7 @@ class Rows:
         By phase and by what it waits for: of several chains, each by itself bounds the phase.
         """
         self.redone: Terms = []
+        """By one pass."""
         links, drives = self.hardware.links, bool(self.hardware.drives)
         self.rate = {
             "compute": 1.0,
@@ -84,7 +91,13 @@ class Rows:
         return self.problem.capabilities.memory_steps_after and self.knobs.state_in_memory
 
     def work(self, phase: int, resource: str, variable: int | None, amount: float) -> None:
-        """`amount` (bytes, or seconds) times the variable, on a resource in a phase."""
+        """`amount` (bytes, or seconds) times the variable, on a resource in a phase, by each pass."""
+        self.work_once(phase, resource, variable, amount)
+        if self.earlier:
+            self.work_once(EARLIER[phase], resource, variable, self.earlier * amount)
+
+    def work_once(self, phase: int, resource: str, variable: int | None, amount: float) -> None:
+        """The same of a step."""
         if self.unified and resource in ("host_to_device", "device_to_host"):
             return
         seconds = amount / self.rate[resource] / self.unit
@@ -94,7 +107,15 @@ class Rows:
             self.busy[phase, resource].append((variable, seconds))
 
     def wait(self, phase: int, chain: str, terms: Terms) -> None:
-        """`terms` (seconds over `unit`) come between computations of a phase, one after the other within a chain."""
+        """`terms` (seconds over `unit`) come between computations of a phase, one after the other within a chain; by
+        each pass.
+        """
+        self.wait_once(phase, chain, terms)
+        if self.earlier:
+            self.wait_once(EARLIER[phase], chain, [(variable, self.earlier * seconds) for variable, seconds in terms])
+
+    def wait_once(self, phase: int, chain: str, terms: Terms) -> None:
+        """The same of a step."""
         self.serial.setdefault((phase, chain), []).extend(terms)
 
     def hold(self, tier: str, variable: int, num_bytes: float, *, passes: bool = False) -> None:

@@ -15,7 +15,18 @@ from dataclasses import dataclass, replace
 
 from planners.optimiser.expand import Fractions, UpdateKey
 from planners.optimiser.program import Solution, Terms
-from planners.optimiser.rows import BACKWARD, FORWARD, GB, LOW_PRICE, PRICE_SUM, PRICES, RESOURCES, Freedoms, Rows
+from planners.optimiser.rows import (
+    BACKWARD,
+    EARLIER,
+    FORWARD,
+    GB,
+    LOW_PRICE,
+    PRICE_SUM,
+    PRICES,
+    RESOURCES,
+    Freedoms,
+    Rows,
+)
 from planners.optimiser.update_rows import UpdateRows
 from planners.optimiser.vocabulary_rows import VocabularyRows
 from planners.plans.activations import Group
@@ -90,7 +101,7 @@ class _Builder(Rows):
     def build(self) -> list[ClassVariables]:
         found = []
         updates, self.vocabulary = UpdateRows(self), VocabularyRows(self)
-        counts = fetch_counts(self.problem, self.knobs.slots)
+        counts, later = (fetch_counts(self.problem, self.knobs.slots, later=later) for later in (False, True))
         costs = class_costs(self.problem, self.knobs.cuts, self.knobs.decode_scope)
         for c, entry in enumerate(self.workload.classes):
             self.work(FORWARD, "compute", None, entry.count * costs[c].forward_seconds)
@@ -101,7 +112,7 @@ class _Builder(Rows):
                     self.work(BACKWARD, resource, None, entry.count * costs[c].spill_bytes[1])
                 if self.knobs.boundary is Tier.HOST and entry.is_layer:
                     self.work(BACKWARD, resource, None, entry.count * self.workload.boundary_bytes)
-            weights = self._weights(entry, counts[c])
+            weights = self._weights(entry, counts[c], later[c])
             tokens = self._tokens(entry, costs[c])
             found.append(ClassVariables(weights, tokens, updates.add(entry, weights)))
         self._rows()
@@ -139,10 +150,14 @@ class _Builder(Rows):
             for (tier, place, _), x in columns[first].updates.items()
             if place is UpdatePlace.DEVICE
         ]
-        times = [(time, -1.0) for time in self.times]
-        self.program.at_most([*times, *self.redone, *streamed, *step], -compute / self.unit)
+        times, passes = [(time, -1.0) for time in self.times.values()], self.workload.passes
+        redone = [(variable, passes * seconds) for variable, seconds in self.redone]
+        self.program.at_most([*times, *redone, *streamed, *step], -passes * compute / self.unit)
 
-    def _weights(self, entry: BlockClass, fetches: tuple[int, int]) -> tuple[int, int, int]:
+    def _weights(
+        self, entry: BlockClass, fetches: tuple[int, int], later_fetches: tuple[int, int]
+    ) -> tuple[int, int, int]:
+        """Columns of the shares in DEVICE, HOST and on NVMe; fetches of the first pass and of a later one."""
         size, n = float(entry.stored_bytes), entry.count
         allowed = list(self.freedoms.weights)
         allowed[1] &= not self.unified
@@ -159,14 +174,14 @@ class _Builder(Rows):
         device, host, nvme = (self.program.variable(float(ok)) for ok in allowed)
         self.program.row([(device, 1.0), (host, 1.0), (nvme, 1.0)], 1.0, 1.0)
         self._cut(entry, device)
-        for phase, count in zip((FORWARD, BACKWARD), fetches, strict=True):
-            self.work(phase, "host_to_device", host, count * size)
-            self.work(phase, "host_to_device", nvme, count * size)
-            self.work(phase, "ssd_read", nvme, count * size)
+        for phase, count in self._counts(fetches, later_fetches):
+            self.work_once(phase, "host_to_device", host, count * size)
+            self.work_once(phase, "host_to_device", nvme, count * size)
+            self.work_once(phase, "ssd_read", nvme, count * size)
             if entry.is_layer and self.knobs.slots == 1 and not self.unified:
                 seconds = count * size / self.rate["host_to_device"] / self.unit
                 for chain in ("gradients", "state"):
-                    self.wait(phase, chain, [(host, seconds), (nvme, seconds)])
+                    self.wait_once(phase, chain, [(host, seconds), (nvme, seconds)])
         self.hold("device", device, n * size)
         self.hold("host", host, n * size)
         if not changes or self.workload.log_bytes is None:
@@ -180,6 +195,13 @@ class _Builder(Rows):
         if not self.unified:
             self.largest("host", f"staging of {kind}", [(nvme, staged * size)])
         return device, host, nvme
+
+    def _counts(self, fetches: tuple[int, int], later: tuple[int, int]) -> list[tuple[int, int]]:
+        """Phases, and how many fetches each makes."""
+        if not self.earlier:
+            return list(zip((FORWARD, BACKWARD), fetches, strict=True))
+        earlier = [(EARLIER[p], fetches[p] + (self.earlier - 1) * later[p]) for p in (FORWARD, BACKWARD)]
+        return [*earlier, *zip((FORWARD, BACKWARD), later, strict=True)]
 
     def _cut(self, entry: BlockClass, device: int) -> None:
         """What stays of a block in DEVICE memory ends at one of its cuts, where these are; relaxed, anywhere."""
@@ -224,7 +246,8 @@ class _Builder(Rows):
             used.append(self._used(entry, (redo, nvme, host, kept), saved.recomputable))
             each = saved.bytes_per_token * of_chunk
             if workload.goes_apart(saved):
-                self.largest("device", "layer input in use", [(part, each) for part in used[-1].swapped])
+                one = each / workload.together
+                self.largest("device", "layer input in use", [(part, one) for part in used[-1].swapped])
                 self.largest("host", "staging of layer inputs", [(nvme, float(workload.input_staging_bytes or 0))])
             else:
                 slot += [(part, each) for part in used[-1].swapped]
@@ -268,7 +291,7 @@ class _Builder(Rows):
 
     def _rows(self) -> None:
         program, hardware = self.program, self.hardware
-        for phase, time in zip(self.phases, self.times, strict=True):
+        for phase, time in self.times.items():
             for resource in RESOURCES:
                 terms = self.busy[phase, resource]
                 program.at_most([(time, -1.0), *terms], -self.fixed[phase, resource])
@@ -282,7 +305,8 @@ class _Builder(Rows):
                 constant = self.fixed[phase, one] + self.fixed[phase, other]
                 program.at_most([(time, -1.0 - share), *both], -constant)
         for (phase, _), terms in self.serial.items():
-            again = self.redone if phase == BACKWARD else []
+            times = {BACKWARD: 1, EARLIER[BACKWARD]: self.earlier}.get(phase, 0)
+            again = [(variable, times * seconds) for variable, seconds in self.redone]
             program.at_most([(self.times[phase], -1.0), *again, *terms], -self.fixed[phase, "compute"])
         fixed = {
             "device": sum(fixed_device_bytes(self.problem, self.knobs).values()),
@@ -366,7 +390,7 @@ def _read(builder: _Builder, columns: list[ClassVariables], solution: Solution) 
         duals[tier] = duals.get(tier, 0.0) - solution.duals[program.names[IN_SAVE]]
     return Steady(
         knobs=builder.knobs,
-        step_seconds=sum(x[t] for t in builder.times) * unit,
+        step_seconds=sum(x[t] for t in builder.times.values()) * unit,
         bound_seconds=bound * unit,
         fractions=fractions,
         seconds_per_gb={tier: dual * unit for tier, dual in duals.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from planners.optimiser.expand import UpdateKey
-from planners.optimiser.rows import BACKWARD, FORWARD, UPDATE, Rows
+from planners.optimiser.rows import BACKWARD, EARLIER, FORWARD, UPDATE, Rows
 from planners.plans.placement import Tier, UpdateMode, UpdatePlace
 from planners.problems.problem import BlockClass
 from planners.simulator.optimizer_state import buckets, state_copies, steps_after, whole_state_bytes
@@ -28,7 +28,12 @@ class UpdateRows:
         state, gradient = float(whole_state_bytes(self.problem, entry)), workload.gradient_bytes_per_param * params
         new = workload.weight_bytes_per_param * params
         copies = state_copies(self.problem, mode)
+        held = workload.waiting_gradient_bytes_per_param * params
         waiting = mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE) or self.rows.memory_steps_after
+        waiting = waiting or workload.sums_gradients
+        arrive = self.rows.work if workload.sums_gradients else self.rows.work_once
+        wait = self.rows.wait if workload.sums_gradients else self.rows.wait_once
+        leaving = gradient * (workload.together if workload.sums_gradients else 1)
         alone = entry.is_layer and self.knobs.buffers.gradient_slots == 1 and not workload.pinned
         found: dict[UpdateKey, int] = {}
         for key in self._update_keys():
@@ -38,37 +43,41 @@ class UpdateRows:
             stays = waiting or deferred
             in_host = workload.in_host(tier, place)
             if place is UpdatePlace.CPU:
-                self.rows.work(phase, "cpu", x, n * params / self.hardware.host.adamw_params_per_second)
+                self.rows.work_once(phase, "cpu", x, n * params / self.hardware.host.adamw_params_per_second)
             else:
-                self.rows.work(phase, "compute", x, n * params / self.hardware.device.adamw_params_per_second)
+                self.rows.work_once(phase, "compute", x, n * params / self.hardware.device.adamw_params_per_second)
                 if workload.device_steps is not None:
-                    self.rows.work(phase, "cpu", x, n * params * workload.device_steps.cpu_seconds_per_param)
+                    self.rows.work_once(phase, "cpu", x, n * params * workload.device_steps.cpu_seconds_per_param)
                 if tier is not Tier.DEVICE:
-                    self.rows.work(phase, "host_to_device", x, n * (state + (gradient if in_host else 0.0)))
-                    self.rows.work(phase, "device_to_host", x, n * state)
+                    self.rows.work_once(phase, "host_to_device", x, n * (state + (held if in_host else 0.0)))
+                    self.rows.work_once(phase, "device_to_host", x, n * state)
                     if alone and not stays and not in_host:
                         self._state_alone(x, n * state, tier)
                 if stays and not workload.pinned and not in_host:
-                    self.rows.hold("device", x, n * gradient, passes=True)
+                    self.rows.hold("device", x, n * held, passes=True)
             if in_host:
-                self.rows.work(BACKWARD, "device_to_host", x, n * gradient)
+                arrive(BACKWARD, "device_to_host", x, n * leaving)
                 if alone:
-                    out = n * gradient / self.rows.rate["device_to_host"] / self.rows.unit
-                    self.rows.wait(BACKWARD, "gradients", [(x, out)])
+                    out = n * leaving / self.rows.rate["device_to_host"] / self.rows.unit
+                    wait(BACKWARD, "gradients", [(x, out)])
+                if workload.sums_gradients:
+                    summing = (workload.micro_batches - 1) * workload.summing_seconds_per_param
+                    when = EARLIER[BACKWARD] if self.rows.earlier else BACKWARD
+                    self.rows.work_once(when, "cpu", x, n * params * summing)
                 if stays:
-                    self.rows.hold("host", x, n * gradient, passes=True)
+                    self.rows.hold("host", x, n * held, passes=True)
             if tier is Tier.NVME:
-                self.rows.work(phase, "ssd_read", x, n * state)
-                self.rows.work(phase, "ssd_write", x, n * state)
+                self.rows.work_once(phase, "ssd_read", x, n * state)
+                self.rows.work_once(phase, "ssd_write", x, n * state)
             committed = bool(workload.commit_every and self.hardware.drives)
             if workload.log_bytes is None and (tier is Tier.NVME or workload.commit_every):
                 self.rows.hold("nvme", x, 2 * n * state)
             if tier is not Tier.NVME:
                 self.rows.hold(tier.value, x, copies * n * state)
                 if committed:
-                    self.rows.work(phase, "ssd_write", x, n * state / (workload.commit_every or 1))
+                    self.rows.work_once(phase, "ssd_write", x, n * state / (workload.commit_every or 1))
                     if tier is Tier.DEVICE:
-                        self.rows.work(phase, "device_to_host", x, n * state / (workload.commit_every or 1))
+                        self.rows.work_once(phase, "device_to_host", x, n * state / (workload.commit_every or 1))
         if not waiting:
             passing = [(x, gradient) for (tier, place, deferred), x in found.items()
                        if workload.in_host(tier, place) and not deferred]  # fmt: skip
@@ -78,17 +87,17 @@ class UpdateRows:
         self._new_weights(entry, weights, found, new)
         if workload.pinned and workload.commit_every and self.hardware.drives:
             last = self.rows.phases[-1]
-            self.rows.work(last, "ssd_write", None, n * new / workload.commit_every)
-            self.rows.work(last, "device_to_host", None, n * new / workload.commit_every)
+            self.rows.work_once(last, "ssd_write", None, n * new / workload.commit_every)
+            self.rows.work_once(last, "device_to_host", None, n * new / workload.commit_every)
         return found
 
     def _state_alone(self, x: int, num_bytes: float, tier: Tier) -> None:
         """The gradients' one slot is free when the state has come to the device, and gone."""
         rows = self.rows
         if not self.unified:
-            rows.wait(BACKWARD, "state", [(x, num_bytes / rows.rate["host_to_device"] / rows.unit)])
+            rows.wait_once(BACKWARD, "state", [(x, num_bytes / rows.rate["host_to_device"] / rows.unit)])
         if tier is Tier.NVME and self.knobs.update_mode is UpdateMode.DEFERRED:  # which does not read it ahead
-            rows.wait(BACKWARD, "read", [(x, num_bytes / rows.rate["ssd_read"] / rows.unit)])
+            rows.wait_once(BACKWARD, "read", [(x, num_bytes / rows.rate["ssd_read"] / rows.unit)])
 
     def _update_keys(self) -> list[UpdateKey]:
         mode, freedoms = self.knobs.update_mode, self.rows.freedoms
@@ -143,10 +152,10 @@ class UpdateRows:
         if self.rows.memory_steps_after and mode is not UpdateMode.AFTER:
             either = (BACKWARD, UPDATE)
         if either is None:
-            self.rows.work(last, "host_to_device", down, n * new)
-            self.rows.work(last, "device_to_host", up, n * new)
+            self.rows.work_once(last, "host_to_device", down, n * new)
+            self.rows.work_once(last, "device_to_host", up, n * new)
             if self.workload.mutable:
-                self.rows.work(last, "ssd_write", weights[2], n * float(entry.stored_bytes))
+                self.rows.work_once(last, "ssd_write", weights[2], n * float(entry.stored_bytes))
             return
         # Either phase, whichever is better: the simulator decides where it really falls.
         for whole, resource, size in (
@@ -156,5 +165,5 @@ class UpdateRows:
                 continue
             early, late = program.variable(1.0), program.variable(1.0)
             program.row([(early, 1.0), (late, 1.0), (whole, -1.0)], 0.0, 2.0)
-            self.rows.work(either[0], resource, early, n * float(size))
-            self.rows.work(either[1], resource, late, n * float(size))
+            self.rows.work_once(either[0], resource, early, n * float(size))
+            self.rows.work_once(either[1], resource, late, n * float(size))

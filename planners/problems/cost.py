@@ -59,16 +59,19 @@ def knobs_of(plan: Plan) -> Knobs:
 
 
 @lru_cache(maxsize=512)
-def steady_ring(num_blocks: int, slots: int, backward: frozenset[int], mutable: bool) -> tuple[Step, ...]:
-    """What a ring does in one step of a steady state.
+def steady_ring(
+    num_blocks: int, slots: int, backward: frozenset[int], mutable: bool, *, later: bool = False
+) -> tuple[Step, ...]:
+    """What a ring does for one micro-batch of a step of a steady state: for the first one, or for a later one.
 
     Frozen blocks stay in their slots over the end of a step; blocks that were updated are stale and fetched anew.
+    Either stay over the end of a micro-batch.
     """
     visits = walk(num_blocks, training=True, backward=backward)
     slots = min(slots, num_blocks)
     resident: frozenset[int] = frozenset()
     steps = ring_schedule(visits, slots, resident)
-    while not mutable:
+    while later or not mutable:
         here = set(resident)
         for step in steps:
             if step.kind is StepKind.FETCH:
@@ -84,12 +87,15 @@ def steady_ring(num_blocks: int, slots: int, backward: frozenset[int], mutable: 
 
 @dataclass(frozen=True)
 class RingWalk:
-    """One ring of a workload: whose blocks, in which order, and its steady step."""
+    """One ring of a workload: whose blocks, in which order, and what it does for each micro-batch of a steady step."""
 
     name: str
     members: tuple[tuple[int, int], ...]
     """For each block of the ring, in order: class, and number within the class."""
     steps: tuple[Step, ...]
+    """For the first one."""
+    later_steps: tuple[Step, ...]
+    """For each of the others."""
 
 
 def ring_walks(problem: Problem, slots: int) -> tuple[RingWalk, ...]:
@@ -105,18 +111,23 @@ def ring_walks(problem: Problem, slots: int) -> tuple[RingWalk, ...]:
         )
         if members:
             backward = frozenset(i for i, (_, c, _) in enumerate(members) if classes[c].visits_backward)
-            steps = steady_ring(len(members), num_slots, backward, workload.mutable)
-            rings.append(RingWalk(name, tuple((c, k) for _, c, k in members), steps))
+            steps, later = (
+                steady_ring(len(members), num_slots, backward, workload.mutable, later=later) for later in (False, True)
+            )
+            rings.append(RingWalk(name, tuple((c, k) for _, c, k in members), steps, later))
     return tuple(rings)
 
 
-def fetch_counts(problem: Problem, slots: int) -> list[tuple[int, int]]:
-    """For each class, how many fetches of its blocks a steady step makes for forward and for backward visits."""
+def fetch_counts(problem: Problem, slots: int, *, later: bool = False) -> list[tuple[int, int]]:
+    """For each class, how many fetches of its blocks the first micro-batch of a steady step makes, or a later one, for
+    forward and for backward visits.
+    """
     counts = [[0, 0] for _ in problem.workload.classes]
     for ring in ring_walks(problem, slots):
-        for index, step in enumerate(ring.steps):
+        steps = ring.later_steps if later else ring.steps
+        for index, step in enumerate(steps):
             if step.kind is StepKind.FETCH:
-                use = next(s for s in ring.steps[index:] if s.kind is StepKind.COMPUTE and s.block == step.block)
+                use = next(s for s in steps[index:] if s.kind is StepKind.COMPUTE and s.block == step.block)
                 counts[ring.members[step.block][0]][use.phase is Phase.BACKWARD] += 1
     return [(forward, backward) for forward, backward in counts]
 
@@ -142,7 +153,7 @@ def in_a_chunk(problem: Problem, cuts: Cuts, num_tokens: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCost:
-    """Seconds on the device for one block of a class and all tokens of a step."""
+    """Seconds on the device for one block of a class and all tokens of a micro-batch."""
 
     forward_seconds: float
     backward_seconds: float

@@ -7,6 +7,12 @@ makes one from a model's shape, the runtime from a model at hand.
 
 [Note: trains in DEVICE]
 Adapters are small. Their weights and gradients stay in DEVICE memory; their optimizer state rests where the plan says.
+
+[Note: micro-batches]
+A step may have several, one after the other: each goes forward and backward through all blocks, with the same weights,
+which it fetches by itself. Or they go through each block together, so that one fetch serves all, and the layer inputs
+of all of them wait. Gradients are added up in HOST (DEVICE, where that is the same) and all of them wait there; updates
+come with the last one's backward, or after it. What a plan says of activations holds for each.
 """
 
 from __future__ import annotations
@@ -213,10 +219,39 @@ class Workload:
     memory holds the one in use. None: like all else that is swapped they go by swap slots, and as many in HOST."""
     device_steps: DeviceSteps | None = None
     """None: what the device steps has its gradients there, and its state moves in buckets."""
+    micro_batches: int = 1
+    """Of a step, each of `batch_size` sequences: [Note: micro-batches]."""
+    layer_major: bool = False
+    """They go through each block together; what its class says of seconds and of saved bytes is of all of them."""
+    summed_gradient_bytes_per_param: int = 0
+    """Of a gradient that waits to be added to, where there are several and the streamed weights train."""
+    summing_seconds_per_param: float = 0.0
+    """For which a gradient keeps the processor that takes it from a device before the last micro-batch."""
 
     @property
     def tokens(self) -> int:
+        """Of a micro-batch."""
         return self.batch_size * self.seq_len
+
+    @property
+    def passes(self) -> int:
+        """That a step makes through all blocks, forward and backward."""
+        return 1 if self.layer_major else self.micro_batches
+
+    @property
+    def together(self) -> int:
+        """Micro-batches that a pass has."""
+        return self.micro_batches // self.passes
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether those of streamed weights wait for further micro-batches. Adapters' do where they are made."""
+        return self.mutable and self.micro_batches > 1
+
+    @property
+    def waiting_gradient_bytes_per_param(self) -> int:
+        """Of a gradient that waits for its update."""
+        return self.summed_gradient_bytes_per_param if self.sums_gradients else self.gradient_bytes_per_param
 
     @property
     def num_blocks(self) -> int:
@@ -304,9 +339,13 @@ class Workload:
     @property
     def useful_flops(self) -> float:
         """Of one step, nothing counted twice: what recomputation costs is not useful."""
-        return self.tokens * sum(
-            entry.count * (entry.forward_flops + entry.backward_flops + 3 * entry.attention_flops)
-            for entry in self.classes
+        return (
+            self.micro_batches
+            * self.tokens
+            * sum(
+                entry.count * (entry.forward_flops + entry.backward_flops + 3 * entry.attention_flops)
+                for entry in self.classes
+            )
         )
 
     @property

@@ -10,7 +10,8 @@ chunk computes, its slot is its own, and what is not yet made of it, or not need
                      └──┴──────────────────► tick                      └──────────────────────────────► tick
 
 The clock of the second level is visits: block p is visited at tick p and at 2N - 1 - p, and updates that wait for all
-gradients come at tick 2N.
+gradients come at tick 2N. Of several micro-batches each has these ticks, and gradients that are summed are there in all
+of them.
 """
 
 from __future__ import annotations
@@ -226,7 +227,8 @@ def step_buffers(problem: Problem, plan: Plan, tier: Tier) -> list[Buffer]:
             for deferred, size in retained_gradients(problem, plan, placed, tier):
                 # Until all updates are done: at the end of the step, or of the next forward.
                 until = period + n if deferred else period
-                begin = 0 if problem.capabilities.gradients_apart else 2 * n - position
+                all_the_time = problem.capabilities.gradients_apart or workload.sums_gradients
+                begin = 0 if all_the_time else 2 * n - position
                 buffers.append(_buffer(f"gradients of {block}", size, begin, until))
     return [buffer for buffer in buffers if buffer.num_bytes]
 
@@ -250,5 +252,5 @@ def retained_gradients(problem: Problem, plan: Plan, placed: ClassPlan, tier: Ti
     for deferred in (False, True):
         own = [u for u in placed.updates if workload.in_host(u.tier, u.place) is in_host and u.deferred is deferred]
         if (params := sum(u.params for u in own)) and (stays or deferred):
-            found.append((deferred, workload.gradient_bytes_per_param * params))
+            found.append((deferred, workload.waiting_gradient_bytes_per_param * params))
     return found

@@ -58,8 +58,8 @@ def state_copies(problem: Problem, mode: UpdateMode) -> int:
 
 
 def gradients_stay(problem: Problem, plan: Plan) -> bool:
-    """Whether gradients of all blocks wait until the end of the step."""
-    if plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE):
+    """Whether gradients of all blocks wait until the end of the step, or for further micro-batches."""
+    if plan.update_mode in (UpdateMode.AFTER, UpdateMode.SPECULATIVE) or problem.workload.sums_gradients:
         return True
     updates = [update for entry in plan.classes for update in entry.updates if update.params]
     return any(problem.capabilities.memory_steps_after and update.tier is not Tier.NVME for update in updates)

@@ -51,18 +51,30 @@ class _Passes(Operations):
         position_of = {
             (ring.name, i): workload.classes[c].positions[k] for ring in rings for i, (c, k) in enumerate(ring.members)
         }
-        self.walks = {ring.name: iter(ring.steps) for ring in rings}
+        later = self.num_passes - 1
+        self.walks = {ring.name: iter((*ring.steps, *ring.later_steps * later)) for ring in rings}
         self.ring_of = {position_of[ring.name, i]: ring.name for ring in rings for i in range(len(ring.members))}
         self.position_of = position_of
         self.last_in_ring: dict[str, int] = {}
         self.arrived: dict[int, int] = {}
         self.swapped: dict[tuple[int, int], int] = {}
-        for position in range(n):
-            self._forward(position)
-        for position in reversed(range(n)):
-            self._backward(position)
+        ends = []
+        for number in range(self.num_passes):
+            self.number = number
+            for position in range(n):
+                self._forward(position)
+            for position in reversed(range(n)):
+                self._backward(position)
+            ends.append(self.computes[-1])
         self._finish()
+        if workload.passes > self.num_passes:
+            self.timeline.middle = ends[0], ends[1]
         return self.timeline
+
+    @property
+    def _begin(self) -> float:
+        """The key at which the pass begins."""
+        return 2.0 * self.num_blocks * self.number
 
     def _fetches(self, position: int, phase: int) -> None:
         """Walks the ring of `position` up to its computation; lays out the fetches that come before it."""
@@ -76,15 +88,17 @@ class _Passes(Operations):
                     return
                 continue
             if step.kind is StepKind.FETCH:
-                self._fetch(ring, where, phase)
+                self._fetch(ring, where, phase, before=position)
 
-    def _fetch(self, ring: str, position: int, phase: int) -> None:
+    def _fetch(self, ring: str, position: int, phase: int, *, before: int) -> None:
+        """Of the block at `position`, before the visit of another in a phase."""
         c = self.class_at[position]
         weights = self.placed[c].weights
         if not weights.streamed_bytes:
             return
         # The schedule fetches for the next visit of the block that is not behind us.
-        use = position if phase == 0 and position not in self.arrived else 2 * self.num_blocks - 1 - position
+        is_next = phase == 0 and position >= before
+        use = self._begin + (position if is_next else 2 * self.num_blocks - 1 - position)
         deps: list[tuple[int, int]] = []
         late: list[str] = []
         if ring in self.last_in_ring:
@@ -179,12 +193,13 @@ class _Passes(Operations):
         stream = self._input_swapped(position) if self.knobs.boundary is Tier.HOST else 0.0
         spill = cost.spill_bytes[0]
         plain = cost.forward_seconds - cost.forward_attention_seconds
-        tiles = self._tiles(position, 0, position)
+        visit = self._begin + position
+        tiles = self._tiles(position, 0, visit)
         for turn, k in enumerate(self.chunks.order()):
             linear, attention = self.chunks.share(k)
             own = self.chunks.of(c, k)
             moved = own.host + own.nvme
-            key = position + turn / n
+            key = visit + turn / n
             deps = self._previous()
             first = not self.computes
             if turn == 0 and (looked_up := self._looked_up(position, key)) is not None:
@@ -203,14 +218,14 @@ class _Passes(Operations):
             compute = self.op(
                 Resource.COMPUTE,
                 plain * linear + own.put_away_seconds + cost.forward_attention_seconds * attention,
-                key, deps, 0, ("forward", position, k), at_start=(DEVICE, own.kept),
+                key, deps, 0, ("forward", position, n * self.number + k), at_start=(DEVICE, own.kept),
             )  # fmt: skip
             if first:
                 self.late.append((compute, "barrier" if self.barrier else "end"))
-            if not self.barrier and self.workload.pinned and self.workload.classes[c].trainable_params and turn == 0:
-                self.late.append((compute, f"update {position}"))
-            if self.workload.mutable and not self.barrier and position not in self.arrived and turn == 0:
-                self.late.append((compute, f"update {position}"))
+            if not self.barrier and turn == self.number == 0:
+                pinned = self.workload.pinned and self.workload.classes[c].trainable_params
+                if pinned or (self.workload.mutable and position not in self.arrived):
+                    self.late.append((compute, f"update {position}"))
             self.computes.append(compute)
             if moved:
                 self._swap_out(position, k, own.host, own.nvme, spill, compute, key)
@@ -252,7 +267,7 @@ class _Passes(Operations):
             return
         if entry.visits_backward:
             self._fetches(position, 1)
-        visit = 2 * self.num_blocks - 1 - position
+        visit = self._begin + 2 * self.num_blocks - 1 - position
         attended = cost.backward_attention_seconds
         for saved, split, seconds in zip(entry.saved, placed.tokens, cost.recompute_seconds, strict=True):
             if saved.is_attention:
@@ -281,7 +296,7 @@ class _Passes(Operations):
                 deps.append((self._swap_in(position, k, own.host, own.nvme, extra, key), 0))
             compute = self.op(
                 Resource.COMPUTE, plain * linear + own.again_seconds + attended * attention, key, deps, 1,
-                ("backward", position, k), at_finish=((DEVICE, -own.kept),),
+                ("backward", position, n * self.number + k), at_finish=((DEVICE, -own.kept),),
             )  # fmt: skip
             self.computes.append(compute)
             if moved:
@@ -293,8 +308,10 @@ class _Passes(Operations):
             self.computes.append(self.join([self.computes[-1], tiles[1]], visit, ("tiles", position, 1)))
         if entry.visits_backward:
             self._computed(position)
-        if entry.trainable_params:
-            self.updates.add(position, self.computes[-1], before, float(visit))
+        if entry.trainable_params and self.number == self.num_passes - 1:
+            self.updates.add(position, self.computes[-1], before, visit)
+        elif entry.trainable_params and self.workload.mutable:
+            self.updates.add_up(position, self.computes[-1], visit, first=self.number == 0)
 
     def _swap_in(self, position: int, k: int, host: float, nvme: float, extra: float, key: float) -> int:
         n, slots = self.chunks.num_chunks, self.knobs.buffers.swap_slots

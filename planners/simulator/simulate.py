@@ -17,7 +17,7 @@ from planners.problems.problem import Problem
 from planners.simulator.arenas import peak_bytes
 from planners.simulator.passes import build_timeline
 from planners.simulator.static_memory import static_bytes
-from planners.simulator.timeline import PHASES, RESOURCES, Resource, Timeline
+from planners.simulator.timeline import MAX_SIMULATED_PASSES, PHASES, RESOURCES, Resource, Timeline
 
 NUM_STEPS = {False: 3, True: 2}
 """Simulated steps, by whether a step waits for all of the one before; the last one is measured."""
@@ -81,15 +81,18 @@ def simulate(
     run.run()
     static = {tier: sum(items.values()) for tier, items in static_bytes(problem, plan).items()}
     busy = dict.fromkeys((r.name.lower() for r in RESOURCES), 0.0)
-    for resource, seconds in zip(timeline.resource, timeline.seconds, strict=True):
+    for resource, seconds, times in zip(timeline.resource, timeline.seconds, timeline.times, strict=True):
         if resource != Resource.NONE:
-            busy[Resource(resource).name.lower()] += seconds
+            busy[Resource(resource).name.lower()] += times * seconds
     tiers = ("device", "host")
     live = {tier: static[tier] + max(run.peaks[i]) for i, tier in enumerate(tiers)}
     phases = {tier: {p: static[tier] + run.peaks[i][k] for k, p in enumerate(PHASES)} for i, tier in enumerate(tiers)}
     begin = run.ends[-2]
+    more = 0.0  # passes like that in the middle
+    if timeline.middle is not None:
+        more = (problem.workload.passes - MAX_SIMULATED_PASSES) * (run.middle[1] - run.middle[0])
     return Simulation(
-        step_seconds=run.ends[-1] - run.ends[-2],
+        step_seconds=run.ends[-1] - run.ends[-2] + more,
         busy_seconds=busy,
         peak_bytes=peak_bytes(problem, plan),
         live_bytes={**live, "nvme": static["nvme"]},
@@ -132,6 +135,8 @@ class _Run:
         self.keep_events = keep_events
         self.abandon_seconds = abandon_seconds
         self.ends = [0.0] * num_steps
+        self.middle = [0.0, 0.0]
+        """When the operations of `Timeline.middle` were done, in the last step."""
         self.peaks = [[0.0] * len(PHASES) for _ in range(2)]
         self.events: list[tuple[int, float, float]] = []
         self.history: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
@@ -180,6 +185,8 @@ class _Run:
                     credit[given[0]] += given[1]
                 if op == t.end:
                     self.ends[step] = now
+                if t.middle is not None and op in t.middle:
+                    self.middle[t.middle.index(op)] = now
                 for follower, lag in followers[op]:
                     if step + lag >= num_steps:
                         continue

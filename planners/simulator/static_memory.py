@@ -139,14 +139,15 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def input_in_use_bytes(problem: Problem, plan: Plan) -> float:
-    """Of a chunk's layer input that waits elsewhere, where such inputs have a way of their own."""
+    """Of a chunk's layer input that waits elsewhere, where such inputs have a way of their own; of one micro-batch."""
     workload, cuts = problem.workload, knobs_of(plan).cuts
     most = 0.0
     for entry in workload.classes:
         for saved, split in zip(entry.saved, plan.entry(entry.name).tokens, strict=True):
             if workload.goes_apart(saved):
                 swapped_tokens = split.host_tokens + split.nvme_tokens
-                most = max(most, saved.bytes_per_token * in_a_chunk(problem, cuts, swapped_tokens))
+                each = saved.bytes_per_token / workload.together
+                most = max(most, each * in_a_chunk(problem, cuts, swapped_tokens))
     return most
 
 

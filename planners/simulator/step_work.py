@@ -18,21 +18,24 @@ def written_bytes(problem: Problem, plan: Plan) -> float:
 def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
     """Work of one step by resource, at full rate, summed up class by class."""
     workload, hardware, knobs = problem.workload, problem.hardware, knobs_of(plan)
-    counts = fetch_counts(problem, knobs.slots)
+    counts, later = (fetch_counts(problem, knobs.slots, later=later) for later in (False, True))
+    passes = workload.passes
     costs = class_costs(problem, knobs.cuts, knobs.decode_scope)
     compute = stepped = cpu = down = up = read = write = 0.0
     for c, (entry, placed) in enumerate(zip(workload.classes, plan.classes, strict=True)):
         n, weights = entry.count, placed.weights
+        fetches = sum(counts[c]) + (passes - 1) * sum(later[c])
+        down += fetches * weights.streamed_bytes
+        read += fetches * weights.nvme_bytes
+        n *= passes  # visits of its blocks, each way
         compute += n * (costs[c].forward_seconds + costs[c].backward_seconds)
-        down += sum(counts[c]) * weights.streamed_bytes
-        read += sum(counts[c]) * weights.nvme_bytes
         if (rows := workload.looked_up_of(entry)) is not None and weights.streamed_bytes:
             down += n * rows.looked_up_bytes
             read += n * rows.read_bytes if weights.nvme_bytes else 0
         if plan.head_tiles is not None and plan.head_tiles.block in entry.blocks:
-            compute += tiles_again_seconds(problem, entry)
-            down += 2 * weights.streamed_bytes
-            read += 2 * weights.nvme_bytes
+            compute += passes * tiles_again_seconds(problem, entry)
+            down += 2 * passes * weights.streamed_bytes
+            read += 2 * passes * weights.nvme_bytes
         trains = entry.visits_backward or entry.trainable_params
         up += n * (costs[c].spill_bytes[0] + (costs[c].spill_bytes[1] if trains else 0))
         down += n * (costs[c].spill_bytes[0] + (costs[c].spill_bytes[1] if trains else 0))
@@ -54,6 +57,8 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
             read += n * each * split.nvme_tokens
         on_device = resting = 0
         device_state = 0
+        n = entry.count
+        arrivals = workload.micro_batches if workload.sums_gradients else 1
         for update, state in zip(placed.updates, update_bytes(problem, placed), strict=True):
             if update.place is UpdatePlace.CPU:
                 cpu += n * update.params / hardware.host.adamw_params_per_second
@@ -66,9 +71,10 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
                     up += n * state
                     down += n * state
             if workload.in_host(update.tier, update.place):
-                up += n * workload.gradient_bytes_per_param * update.params
+                up += n * arrivals * workload.gradient_bytes_per_param * update.params
+                cpu += n * (arrivals - 1) * workload.summing_seconds_per_param * update.params
                 back = update.place is UpdatePlace.DEVICE
-                down += n * workload.gradient_bytes_per_param * update.params if back else 0
+                down += n * workload.waiting_gradient_bytes_per_param * update.params if back else 0
             if update.tier is Tier.NVME:
                 read += n * state
                 write += n * state
@@ -126,4 +132,4 @@ def floor_seconds(problem: Problem) -> float:
     beyond = layers - above - capacities(problem)["host"]
     if beyond > 0 and hardware.drives:
         drives = 2 * beyond / hardware.read_bytes_per_second
-    return max(compute, fetched, drives)
+    return workload.passes * max(compute, fetched, drives)

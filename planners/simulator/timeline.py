@@ -34,6 +34,10 @@ RESOURCES = tuple(r for r in Resource if r is not Resource.NONE)
 DEVICE, HOST = 0, 1
 """Index of a tier in memory changes."""
 PHASES = ("forward", "backward", "update")
+MAX_SIMULATED_PASSES = 3
+"""Of a step: the first one, which fetches what was updated, the last one, behind which updates are made, and between
+them one for all others.
+"""
 
 
 @dataclass
@@ -60,6 +64,10 @@ class Timeline:
     """What a step adds to the keys of the one before."""
     end: int = 0
     """The operation that ends the step."""
+    times: list[int] = field(default_factory=list)
+    """How many equal ones in a row each stands for: those of passes between the first and the last one."""
+    middle: tuple[int, int] | None = None
+    """The last operations before and of the pass that stands for several; None: none does."""
 
     def __len__(self) -> int:
         return len(self.resource)
@@ -77,7 +85,10 @@ class Operations:
         self.class_at = [
             c for _, c in sorted((p, c) for c, entry in enumerate(self.workload.classes) for p in entry.positions)
         ]
-        self.timeline = Timeline(span=2.0 * self.num_blocks + 4)
+        self.num_passes = min(self.workload.passes, MAX_SIMULATED_PASSES)
+        self.number = 0
+        """Of the pass that is laid out."""
+        self.timeline = Timeline(span=2.0 * self.num_blocks * self.num_passes + 4)
         self.barrier = plan.update_mode is not UpdateMode.DEFERRED
         hardware = self.hardware
         self.rates = [
@@ -116,6 +127,8 @@ class Operations:
         t.release.append(release)
         t.phase.append(phase)
         t.label.append(label)
+        stands_for_others = self.number == 1 and self.num_passes > 2
+        t.times.append(1 + (self.workload.passes - self.num_passes if stands_for_others else 0))
         return len(t.resource) - 1
 
     def link_in(

@@ -64,19 +64,46 @@ class Updates:
             return buffers.buckets_per_block
         return max(1, min(MAX_BUCKETS, -(-num_bytes // piece)), -(-2 * num_bytes // (buffers.state_slots * piece)))
 
+    def add_up(self, position: int, computed: int, key: float, *, first: bool) -> None:
+        """Gradients of a micro-batch that is not the last one, to where they wait: as the first, or added to others."""
+        placed, workload = self.step.placed[self.step.class_at[position]], self.workload
+        in_host = sum(u.params for u in placed.updates if workload.in_host(u.tier, u.place))
+        in_device = sum(u.params for u in placed.updates) - in_host
+        each = workload.waiting_gradient_bytes_per_param
+        if in_device and first:
+            self.timeline.at_finish[computed].append((DEVICE, each * in_device))
+        if not in_host:
+            return
+        gone = self.step.link_out(
+            position, 0, workload.gradient_bytes_per_param * in_host, key, [(computed, 0)], 1,
+            at_start=(self.host, each * in_host) if first else None,
+        )  # fmt: skip
+        self.gradients_gone.append(gone)
+        self._take(position, in_host, gone, key)
+
+    def _take(self, position: int, params: int, gone: int, key: float) -> None:
+        """What gradients before a step's last ones cost the processor that takes them."""
+        if seconds := self.workload.summing_seconds_per_param * params:
+            self.step.op(Resource.CPU, seconds, key, [(gone, 0)], 1, ("add up", position, 0))
+
     def add(self, position: int, computed: int, before: int, key: float) -> None:
         """Gradients out, state in, step, everything back. `before` is the computation before this backward."""
         c = self.step.class_at[position]
         entry, placed, workload = self.workload.classes[c], self.step.placed[c], self.workload
         mode = self.plan.update_mode
-        each = workload.gradient_bytes_per_param
+        each, together = workload.gradient_bytes_per_param, workload.together if workload.sums_gradients else 1
+        has_room = workload.sums_gradients and workload.passes > 1  # with those of other micro-batches
         in_host = [u for u in placed.updates if workload.in_host(u.tier, u.place)]
         gradient = None
-        if leaving := each * sum(u.params for u in in_host):
-            staying = each * sum(u.params for u in in_host if self._stays(u))
-            gradient = self.step.link_out(position, 0, leaving, key, [(computed, 0)], 1, at_start=(self.host, staying))
-            if staying < leaving:
-                self.timeline.acquire[gradient] = (GRADIENTS, leaving - staying)
+        if params := sum(u.params for u in in_host):
+            stay = sum(u.params for u in in_host if self._stays(u))
+            waiting = 0 if has_room else workload.waiting_gradient_bytes_per_param * stay
+            gradient = self.step.link_out(
+                position, 0, together * each * params, key, [(computed, 0)], 1, at_start=(self.host, waiting)
+            )
+            if stay < params:
+                self.timeline.acquire[gradient] = (GRADIENTS, each * (params - stay))
+            self._take(position, (together - 1) * params, gradient, key)
         parts: list[int] = []
         ahead: list[int] = []
         on_device: list[int] = []
@@ -89,8 +116,10 @@ class Updates:
             if steps_after(self.problem, mode, update.tier) or (mode is UpdateMode.DEFERRED and workload.clips):
                 waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
             if update not in in_host and self._stays(update) and not workload.pinned:
-                self.timeline.at_finish[computed].append((DEVICE, each * update.params))
-                self.retained.append((DEVICE, each * update.params))
+                waiting = workload.waiting_gradient_bytes_per_param * update.params
+                if not has_room:
+                    self.timeline.at_finish[computed].append((DEVICE, waiting))
+                self.retained.append((DEVICE, waiting))
             pieces = self._num_buckets(num_bytes)
             for bucket in range(first, first + pieces):
                 share = (update.params / pieces, num_bytes / pieces)
@@ -127,7 +156,7 @@ class Updates:
         workload, hardware, device = self.workload, self.hardware, self.hardware.device
         params, state = share
         credit = state if workload.state_piece_bytes else 1.0
-        each = workload.gradient_bytes_per_param * params
+        each = workload.waiting_gradient_bytes_per_param * params
         phase = 0 if update.deferred else (2 if waits else 1)
         if update.deferred:
             key = self.timeline.span + position  # its deadline: the next forward

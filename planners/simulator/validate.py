@@ -200,6 +200,8 @@ def check_modes(problem: Problem, plan: Plan) -> None:
     if mode not in can.update_modes:
         raise InvalidPlan(f"update mode {mode.value!r} is not among the runtime's")
     updates = [(entry.name, update) for entry in plan.classes for update in entry.updates if update.params]
+    if mode is UpdateMode.DEFERRED and workload.sums_gradients:
+        raise InvalidPlan("updates in the next forward, where gradients of several micro-batches are summed")
     if workload.clips and mode is UpdateMode.BACKWARD:
         raise InvalidPlan("updates during backward, before the global norm is known that clipping needs")
     if workload.clips and any(not update.deferred for _, update in updates) and mode is UpdateMode.DEFERRED:
