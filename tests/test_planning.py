@@ -154,7 +154,9 @@ def test_what_a_refusal_says_would_fit_does(case, host, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "host"), [(BF16, 0), pytest.param(NF4, 0, marks=pytest.mark.full), (NF4, 120 * KIB)], ids=str
+    ("case", "host"),
+    [(BF16, 0), pytest.param(NF4, 0, marks=pytest.mark.full), (replace(NF4, accumulation=2), 120 * KIB)],
+    ids=str,
 )
 def test_an_optimised_plan_runs_with_the_bits_of_plain_pytorch_and_the_bytes_it_predicts(
     case, host, tmp_path, monkeypatch
@@ -170,7 +172,7 @@ def test_an_optimised_plan_runs_with_the_bits_of_plain_pytorch_and_the_bytes_it_
     hardware = machine(problem.hardware.device.memory_bytes, host)
     with Engine(
         build(case), bits=bits, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=0.05, lr=1e-2, nvme=tmp_path,
-        plan="optimise", emulate=hardware,
+        plan="optimise", emulate=hardware, accumulation_steps=case.accumulation,
     ) as engine:  # fmt: skip
         plan = engine.plan
         assert plan.planner == "optimiser" and plan.entry("layer").weights.nvme_bytes

@@ -16,7 +16,7 @@ from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.emulation import emulated_config
 from offload_rt.errors import ConfigError
 from offload_rt.layers.discover import find_blocks
-from offload_rt.plans import planning_training
+from offload_rt.plans import planning_together, planning_training
 from offload_rt.plans.planning_tokens import ACTIVATIONS
 from offload_rt.plans.planning_training import (
     TrainingSeconds,
@@ -78,6 +78,10 @@ class Budget:
     """Of what layers save, each at least once: of how many layers is the program's choice. Empty: that was not
     measured, and is computed again.
     """
+    micro_batches: int = 1
+    """Of a step."""
+    together: bool = False
+    """They go through each layer together."""
 
 
 D, H, N = Tier
@@ -100,12 +104,24 @@ BUDGETS = {
     "committed now and then": Budget(1024, 1740, "not", (D,), (H, N), AFTER, commit_every=3),
     "some layers kept": Budget(1580, 0, "rarely", (N,), (N,), SPECULATIVE, homes=frozenset({AGAIN, KEPT})),
     "put away and kept": Budget(755, 1740, "rarely", (H,), (N,), SPECULATIVE, homes=frozenset({IN_HOST, KEPT})),
+    "several": Budget(1024, 4096, "not", (H,), (H,), AFTER, micro_batches=5),
+    "several, split": Budget(700, 1740, "not", (H,), (H, N), BACKWARD, micro_batches=3),
+    "several, clipped": Budget(1024, 1740, "rarely", (D,), (H, N), SPECULATIVE, micro_batches=2),
+    "several, one tier": Budget(2140, 0, "rarely", (D,), (D, N), SPECULATIVE, micro_batches=2),
+    "several, all on NVME": Budget(1024, 1460, "not", (N,), (N,), BACKWARD, only=N, micro_batches=2),
+    "together": Budget(1024, 4096, "not", (H,), (H,), AFTER, micro_batches=3, together=True),
+    "together, split": Budget(700, 1740, "rarely", (H,), (H, N), SPECULATIVE, micro_batches=3, together=True),
+    "together, one tier": Budget(2140, 0, "not", (D,), (D, N), BACKWARD, micro_batches=2, together=True),
+    "together, all on NVME": Budget(1024, 1460, "not", (N,), (N,), BACKWARD, only=N, micro_batches=2, together=True),
+    "several, put away and kept": Budget(
+        755, 2040, "rarely", (H,), (N,), SPECULATIVE, homes=frozenset({IN_HOST, KEPT}), micro_batches=2
+    ),
 }  # fmt: skip
-QUICK = ("split, clipped", "split, one tier", "all on NVME", "put away and kept")
+QUICK = ("split, clipped", "split, one tier", "all on NVME", "put away and kept", "several, split", "together, split")
 
 
 def case_of(budget: Budget) -> Case:
-    return Case("llama", "bfloat16", "adamw", 1, budget.clipping, False, "on NVME")
+    return Case("llama", "bfloat16", "adamw", budget.micro_batches, budget.clipping, False, "on NVME")
 
 
 def machine(device_kib: int, host_kib: int) -> Hardware:
@@ -141,25 +157,29 @@ def asked(budget: Budget, folder: Path) -> tuple[Workload, StreamingProblem, lis
     kept = kept_pass() if budget.homes else None
     config = EngineConfig(
         batch_size=BATCH_SIZE, seq_len=SEQ_LEN, nvme=(NvmePath(path=folder),), max_grad_norm=NORMS[budget.clipping],
-        commit_every=budget.commit_every,
+        commit_every=budget.commit_every, accumulation_steps=budget.micro_batches,
     )  # fmt: skip
     model = build(case)
     optimizer = OPTIMIZERS[case.optimizer](list(model.parameters()))
     workload = find_workload(model, None, emulated_config(config, hardware), optimizer, OPTIONS)
     streaming = streaming_problem(workload)
-    return workload, streaming, list(questions(workload, streaming, hardware, seconds_of(workload, kept)))
+    found = list(questions(workload, streaming, hardware, seconds_of(workload, kept)))
+    return workload, streaming, [one for one in found if one[0].workload.layer_major is budget.together]
 
 
 def engine(budget: Budget, folder: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> Engine:
     case, kept = case_of(budget), kept_pass() if budget.homes else None
     monkeypatch.setattr(planning_training, "measured_seconds", lambda workload, *_: seconds_of(workload, kept))
+    if budget.micro_batches > 1:
+        monkeypatch.setattr(planning_together, "orders", lambda _: (budget.together,))
     if budget.only is not None:
         monkeypatch.setattr(choices, "homes", only_there(choices.homes, budget.only))
         monkeypatch.setattr(planning_training, "questions", lambda *given: list(questions(*given))[-1:])
     given = {"plan": "optimise", "emulate": machine(budget.device, budget.host), **arguments}
     return Engine(
         build(case), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=NORMS[budget.clipping], nvme=folder,
-        commit_every=budget.commit_every, optimizer=OPTIMIZERS[case.optimizer], options=OPTIONS, **given,
+        commit_every=budget.commit_every, optimizer=OPTIMIZERS[case.optimizer], options=OPTIONS,
+        accumulation_steps=budget.micro_batches, **given,
     )  # fmt: skip
 
 
@@ -215,7 +235,12 @@ def of_one_commit(run: Engine) -> int:
 def train(run: Engine, num_steps: int) -> None:
     """Without padding, whose masks no measurement foresees."""
     for number in range(num_steps):
-        run.backward(run(**language_batch(number, BATCH_SIZE, SEQ_LEN)).loss)
+        batches = [language_batch(number, BATCH_SIZE, SEQ_LEN)] * run.config.accumulation_steps
+        if run.plan.layer_major:
+            run.train_batch(batches)
+            continue
+        for batch in batches:
+            run.backward(run(**batch).loss)
         run.step()
 
 
@@ -246,7 +271,7 @@ def test_an_optimised_plan_trains_with_the_bits_of_plain_pytorch_and_moves_the_b
     each = {key: (after[key] - before[key]) / (3 * every) for key in after}
     assert (ahead > STEPS) is (budget.mode is not AFTER)
     assert (commits > 0) is (N in budget.state or budget.commit_every is not None)
-    check_activations(homes_of(plan), each, report)
+    check_activations(homes_of(plan), each, report, budget.micro_batches)
     predicted = plan.predicted["busy_seconds"]
     assert each["written"] == pytest.approx(predicted["ssd_write"] * DRIVE.write_bytes_per_second + commits, abs=1)
     assert each["read"] == pytest.approx(predicted["ssd_read"] * DRIVE.read_bytes_per_second, abs=1)
@@ -262,16 +287,17 @@ def test_an_optimised_plan_trains_with_the_bits_of_plain_pytorch_and_moves_the_b
         assert report["memory"][tier] <= plan.predicted_bytes(Tier(tier)) + reserve + granted + pages
 
 
-def check_activations(homes: tuple[str, ...], each: dict[str, float], report: dict[str, Any]) -> None:
-    """A step keeps, puts away and computes again what the plan says, to the byte."""
+def check_activations(homes: tuple[str, ...], each: dict[str, float], report: dict[str, Any], times: int) -> None:
+    """Each micro-batch of a step keeps, puts away and computes again what the plan says, to the byte."""
     count = homes.count
-    assert each["recomputes"] == (count(AGAIN) if homes else 4)
+    assert each["recomputes"] == times * (count(AGAIN) if homes else 4)
     assert (report["tokenwise"] is not None) is bool(homes)
     if homes:
         saved, tokenwise = kept_pass(), report["tokenwise"]
         assert tokenwise["num_whole"] == tokenwise["no_room_bytes"] == 0
-        assert each["away"] == count(IN_HOST) * saved.saved_bytes
-        assert each["kept"] == count(KEPT) * saved.saved_bytes + (4 - count(AGAIN)) * saved.small_bytes
+        assert each["away"] == times * count(IN_HOST) * saved.saved_bytes
+        kept_bytes = count(KEPT) * saved.saved_bytes + (4 - count(AGAIN)) * saved.small_bytes
+        assert each["kept"] == times * kept_bytes
 
 
 def plan_reserve(budget: Budget, folder: Path) -> int:
@@ -375,8 +401,6 @@ def test_what_cannot_be_asked_is_told(tmp_path: Path) -> None:
     case = case_of(BUDGETS["split"])
     given: dict[str, Any] = {"batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "nvme": tmp_path, "plan": "optimise"}
     given["emulate"] = machine(4096, 4096)
-    with pytest.raises(ConfigError, match="steps of one micro-batch where layers train"):
-        Engine(build(case), accumulation_steps=2, optimizer=OPTIMIZERS["adamw"], **given)
     model: Any = build(case).requires_grad_(False)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     model.get_submodule("base_model.model.model.layers")[1].requires_grad_(True)

@@ -83,12 +83,15 @@ class Ruled:
     commit_every: int | None = None
     staying: int = 0
     """Layers that are put into DEVICE memory by hand, where the others stream through one slot."""
+    micro_batches: int = 1
+    together: bool = False
+    """They go through each layer together."""
 
     @property
     def budget(self) -> Budget:
         return Budget(
             self.device, self.host, self.clipping, (), (), AFTER, commit_every=self.commit_every,
-            homes=frozenset({AGAIN}),
+            homes=frozenset({AGAIN}), micro_batches=self.micro_batches, together=self.together,
         )  # fmt: skip
 
 
@@ -105,8 +108,12 @@ RULED = {
     "one tier": Ruled(1740, 0, "rarely", SPECULATIVE, N, in_memory=2),
     "one tier, all in it": Ruled(6000, 0, "not", AFTER, D, kept=4, in_memory=43),
     "two layers stay": Ruled(1024, 1740, "not", BACKWARD, N, staying=2),
+    "several": Ruled(1580, 1740, "not", BACKWARD, D, kept=2, in_memory=7, micro_batches=3),
+    "several, one tier": Ruled(2140, 0, "not", BACKWARD, N, micro_batches=3),
+    "together": Ruled(700, 1740, "not", BACKWARD, N, in_memory=3, micro_batches=3, together=True),
+    "together, all in HOST": Ruled(700, 4096, "not", AFTER, H, in_memory=43, micro_batches=2, together=True),
 }
-QUICK = ("a layer stepped in two parts", "two layers stay", "layers stay")
+QUICK = ("a layer stepped in two parts", "two layers stay", "layers stay", "together")
 
 
 def question_of(ruled: Ruled, folder: Path) -> tuple[Plan, Problem]:
@@ -158,11 +165,12 @@ def test_the_rules_plan_moves_what_its_simulation_moves(
     assert each["written"] - records == pytest.approx(found["ssd_write"] * DRIVE.write_bytes_per_second, abs=1)
     for resource in ("host_to_device", "device_to_host"):
         assert each.get(resource, 0.0) == pytest.approx(found[resource], rel=1e-4, abs=1e-9), resource
-    assert each["recomputes"] == 4 - ruled.kept
+    assert each["recomputes"] == ruled.micro_batches * (4 - ruled.kept)
+    assert rule.layer_major is ruled.together
 
 
 def test_the_rules_simulated_steps_do_the_work_that_is_summed_by_hand(tmp_path: Path) -> None:
-    for name in ("a layer stepped in two parts", "a layer kept", "one tier", "two layers stay"):
+    for name in ("a layer stepped in two parts", "a layer kept", "one tier", "two layers stay", "several", "together"):
         (tmp_path / name).mkdir()
         rule, problem = question_of(RULED[name], tmp_path / name)
         asked_for, plan = in_classes(problem, rule)
@@ -234,7 +242,7 @@ def test_what_no_question_can_say_has_no_price(tmp_path: Path) -> None:
     for changed, why in (
         (replace(rule, update_mode=SPECULATIVE), "gradients that wait on NVMe"),
         (replace(rule, state=replace(rule.state, in_memory={name: 1})), "gradients that wait on NVMe"),
-        (replace(rule, layer_major=True), "several micro-batches"),
+        (replace(rule, layer_major=True, activations=policy(whole)), "several micro-batches together"),
         (replace(rule, activations=policy(chunk)), "chunks"),
         (replace(rule, activations=policy(swapped)), "swapped"),
     ):
@@ -262,16 +270,19 @@ def calibrated(monkeypatch: pytest.MonkeyPatch, *, drives_bind: bool, layer: Mea
     return hardware
 
 
-@pytest.mark.parametrize("every", [None, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("every", "micro_batches"),
+    [(None, 1), pytest.param(3, 1, marks=pytest.mark.full), pytest.param(None, 2, marks=pytest.mark.full)],
+)
 def test_auto_runs_the_optimisers_plan_where_drives_bind_with_the_rules_bits_and_commits(
-    every: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    every: int | None, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = case_of(STREAMS.budget)
+    case = case_of(replace(STREAMS.budget, micro_batches=micro_batches))
     expected, commits = run_plain(case), []
     given: dict[str, Any] = {
         "device_memory": STREAMS.device << 10, "host_memory": STREAMS.host << 10, "commit_every": every,
         "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "max_grad_norm": NORMS[STREAMS.clipping], "options": OPTIONS,
-        "optimizer": OPTIMIZERS[case.optimizer],
+        "optimizer": OPTIMIZERS[case.optimizer], "accumulation_steps": micro_batches,
     }  # fmt: skip
     for chosen in (OPTIMISER, RULE):
         (tmp_path / chosen).mkdir()
@@ -281,6 +292,7 @@ def test_auto_runs_the_optimisers_plan_where_drives_bind_with_the_rules_bits_and
             assert (run.plan.planner, choice["chosen"]) == (chosen, chosen), choice["why"]
             assert ("no faster" in choice["why"]) is (chosen == RULE)
             assert (N in {ring.rest for ring in run.plan.rings}) is (chosen == RULE)
+            assert run.plan.layer_major is (micro_batches > 1)
             for step, (want, got) in enumerate(zip(expected, run_engine(case, run), strict=True), 1):
                 wrong = [key for key in got if not key.startswith("gradient") and not want[key].equal(got[key])]
                 assert wrong == [], f"{chosen}, step {step}"
@@ -310,7 +322,6 @@ def choice_of(
 @pytest.mark.parametrize(
     ("ruled", "changes", "why"),
     [
-        (STREAMS, {"accumulation_steps": 2}, "one micro-batch where layers train"),
         (replace(STREAMS, device=1024, host=640), {}, "gradients that wait on NVMe"),
         (STREAMS, {"device_memory_bytes": None}, "no device_memory="),
     ],
@@ -320,6 +331,18 @@ def test_what_cannot_be_asked_about_layers_that_train_leaves_the_rules_plan(
 ) -> None:
     _, _, choice = choice_of(monkeypatch, tmp_path, ruled, **changes)
     assert choice.chosen == RULE and why in choice.why and not choice.seconds
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "together"), [(860, 1740, True), pytest.param(2140, 0, False, marks=pytest.mark.full)]
+)
+def test_auto_asks_about_several_micro_batches_in_the_rules_order(
+    device: int, host: int, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruled = replace(STREAMS, device=device, host=host, micro_batches=3)
+    rule, plan, choice = choice_of(monkeypatch, tmp_path, ruled)
+    assert choice.chosen == OPTIMISER, choice.why
+    assert rule.layer_major is plan.layer_major is together
 
 
 def test_without_rates_the_optimiser_is_not_asked_about_layers_that_train(tmp_path: Path) -> None:

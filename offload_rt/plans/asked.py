@@ -57,7 +57,8 @@ class Asked:
         return self.question.hardware.device.memory_bytes
 
     def best(self, workload: Workload, streaming: StreamingProblem) -> tuple[Plan, Asked]:
-        """The fastest plan, as the runtime executes it, and the same questions of which one is answered now.
+        """The fastest plan, as the runtime executes it, and the same questions of which one is answered now: without
+        those about another order of micro-batches, which no plan that follows can have.
 
         Blocks for seconds. Raises what `optimal` raises, `PlanInfeasible` where no question has an answer.
         """
@@ -74,9 +75,12 @@ class Asked:
         if found is None:
             raise failure or ValueError("no question was asked")
         plan, problem, index = found
+        order = problem.workload.layer_major
+        alike = [number for number, (one, _) in enumerate(self.questions) if one.workload.layer_major is order]
+        asked = Asked(questions=tuple(self.questions[number] for number in alike), answered=alike.index(index))
         if workload.training is None:
-            return lowered(plan, streaming, problem), replace(self, answered=index)
-        return lowered_training(plan, workload, streaming, problem), replace(self, answered=index)
+            return lowered(plan, streaming, problem), asked
+        return lowered_training(plan, workload, streaming, problem), asked
 
     def measured(self, factors: Mapping[str, float]) -> Asked:
         """The questions for a machine whose resources take so many times as long."""

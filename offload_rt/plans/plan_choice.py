@@ -116,9 +116,9 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
     if _layers_train(workload):
         if why := why_not_asked(workload):
             return why
-        if why := why_no_question_says(rule, config.seq_len):
+        if why := why_no_question_says(rule, config.seq_len, config.accumulation_steps):
             return f"the rule's plan has {why}, about which the optimiser cannot be asked where layers train"
-    if rule.layer_major:
+    elif rule.layer_major:
         return "several micro-batches to a fetch are not the optimiser's yet"
     chunk_tokens = chunk_tokens_of(rule, workload)
     if config.device_memory_bytes is None and not workload.has_streams:
@@ -156,10 +156,10 @@ def _for_layers(
     workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware,
     optimizer: torch.optim.Optimizer | None,
 ) -> Answer:  # fmt: skip
-    """Asks with the loss as the rule takes it."""
+    """Asks with the loss as the rule takes it, and micro-batches in the rule's order."""
     if optimizer is None:
         raise ConfigError("plan: layers train, but there is no optimizer")
-    streaming = replace(streaming, cuts=cuts_of(rule, workload))
+    streaming = replace(streaming, cuts=replace(cuts_of(rule, workload), layer_major=rule.layer_major))
     return _as_often(questions_of(workload, streaming, machine, optimizer), workload, streaming, rule)
 
 

@@ -242,6 +242,7 @@ def problem_of(
         head_tile_tokens=tile_tokens or tokens,
         slab_bytes=0,  # slabs are ordinary memory, and come when a step's activations are gone
         input_staging_bytes=input_staging_bytes(streaming),
+        micro_batches=config.accumulation_steps,
     )
     counted = planned.trainable_params * (2 * item_bytes + OPTIMIZER_BYTES_PER_ELEMENT)
     # What lies in DEVICE memory besides, whatever the plan.
@@ -274,6 +275,7 @@ def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
         machine="",
         activations=policies_of(plan),
         head_chunk_tokens=head_chunk_tokens(streaming, problem.workload.measured_chunk_tokens),
+        layer_major=problem.workload.layer_major,
         allocator_slack_bytes=min(wanted, problem.slack_bytes + max(0, room)),
     )
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from offload_rt.plans.device_share import device_steps
 from offload_rt.plans.planning import CAPABILITIES, SLACK_DIVISOR, layer_seconds, lowered
 from offload_rt.plans.planning_blocks import class_of, kind_of, needed_again
 from offload_rt.plans.planning_budgets import passing_of, within_budgets
+from offload_rt.plans.planning_together import by_order
 from offload_rt.plans.planning_tokens import input_staging_bytes, rounding_of, saved_of, transients_of
 from offload_rt.profiling.edge_profile import profile_embedding, profile_head
 from offload_rt.profiling.profile_cost import profiled
@@ -48,6 +50,8 @@ from planners.shapes.trace import Transient
 
 NOTHING = MeasuredSeconds(forward=0.0, backward=0.0)
 MODES = (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE, UpdateMode.AFTER)
+SUMMED_BYTES = 4
+"""Of a gradient that is summed over micro-batches, in float32."""
 LOSS = "loss"
 """The block that takes the head's time, where no weights come after the layers."""
 
@@ -63,7 +67,7 @@ class TrainingSeconds:
     steps_per_second: float
     """Parameters."""
     deliveries_per_second: float
-    """Parameters whose gradients are put where they wait, by who computes."""
+    """Parameters whose gradients are put where they wait, by who computes: of each micro-batch."""
     arrivals_per_second: float = math.inf
     """Parameters whose gradients the processor takes from a device: what it steps in a second is less by that already.
     """
@@ -90,8 +94,6 @@ def check_can_be_asked(workload: Workload) -> None:
 
 def why_not_asked(workload: Workload) -> str:
     """What of layers that train the planner has no words for; empty where it can be asked about them."""
-    if workload.config.accumulation_steps > 1:
-        return "the optimiser plans steps of one micro-batch where layers train"
     layers = tuple(f"{draft.name}." for draft in workload.layers)
     for block in _training(workload).blocks:
         if block.weights is None and block.name.startswith(layers):
@@ -123,7 +125,8 @@ def measured_seconds(
     streams = [block for block in training.blocks if block.weights is not None]
     largest = max(streams or training.blocks, key=lambda block: block.state_bytes)
     steps = steps_per_second(largest, training.rule, optimizer.param_groups[0], on_nvme=bool(config.nvme))
-    deliveries, arrivals = _num_params(largest) / delivery_seconds(largest), math.inf
+    deliveries = _num_params(largest) / delivery_seconds(largest, config.accumulation_steps)
+    arrivals = math.inf
     if workload.has_streams:
         steps, deliveries, arrivals = 1 / (1 / steps + 1 / deliveries), math.inf, deliveries
     return TrainingSeconds(
@@ -135,20 +138,27 @@ def measured_seconds(
 def questions(
     workload: Workload, streaming: StreamingProblem, hardware: Hardware, seconds: TrainingSeconds
 ) -> Iterator[tuple[Problem, Freedoms]]:
-    """What to ask the optimiser: with all state in memory, and with a drive for it; see above."""
+    """What to ask the optimiser: with all state in memory, and with a drive for it; see above. Of either, where a step
+    has several micro-batches, with these one after the other, and with all of them together.
+    """
     config = workload.config
     memory = Tier.DEVICE if streaming.unified else Tier.HOST
+
+    def ask(layers: dict[str, MeasuredSeconds], *, commit_every: int | None) -> Problem:
+        own = replace(seconds, layers=layers)
+        return training_problem(workload, streaming, hardware, own, commit_every=commit_every)
+
     if not config.nvme or config.commit_every is None:
-        asked = training_problem(workload, streaming, hardware, seconds)
-        can = replace(_capabilities(asked, (memory,)), update_modes=(UpdateMode.AFTER,))
-        yield replace(asked, capabilities=can), Freedoms(weights=(True, True, bool(config.nvme)))
+        for asked in by_order(streaming, seconds.layers, partial(ask, commit_every=None)):
+            can = replace(_capabilities(asked, (memory,)), update_modes=(UpdateMode.AFTER,))
+            yield replace(asked, capabilities=can), Freedoms(weights=(True, True, bool(config.nvme)))
     if config.nvme:
         every = config.commit_every or 1
-        asked = training_problem(workload, streaming, hardware, seconds, commit_every=every)
-        can = _capabilities(asked, (memory, Tier.NVME))
-        if every > 1:  # there is no commit to go back to
-            can = replace(can, update_modes=(UpdateMode.AFTER,))
-        yield replace(asked, capabilities=can), Freedoms()
+        for asked in by_order(streaming, seconds.layers, partial(ask, commit_every=every)):
+            can = _capabilities(asked, (memory, Tier.NVME))
+            if every > 1:  # there is no commit to go back to
+                can = replace(can, update_modes=(UpdateMode.AFTER,))
+            yield replace(asked, capabilities=can), Freedoms()
 
 
 def _capabilities(asked: Problem, state_tiers: tuple[Tier, ...]) -> Capabilities:
@@ -175,6 +185,7 @@ def training_problem(
     classes = _classes(workload, streaming, seconds)
     params = sum(map(_num_params, training.blocks))
     state_bytes_per_param = -(-sizes.state_bytes // params)
+    summed = SUMMED_BYTES if config.accumulation_steps > 1 else max(items)
     changing_bytes = sizes.state_bytes + sum(block.weight_bytes for block in sizes.blocks)
     planned = PlannedWorkload(
         name=type(workload.model).__name__,
@@ -196,9 +207,12 @@ def training_problem(
         device_steps=device_steps(
             workload,
             hardware,
-            moved_bytes_per_param=2 * (state_bytes_per_param + max(items)),
+            moved_bytes_per_param=2 * state_bytes_per_param + max(items) + summed,
             arrivals_per_second=seconds.arrivals_per_second,
         ),
+        micro_batches=config.accumulation_steps,
+        summed_gradient_bytes_per_param=SUMMED_BYTES,
+        summing_seconds_per_param=1 / seconds.arrivals_per_second,
     )
     # What lies in DEVICE memory besides, whatever the plan: of what trains, the gradient that is made is the planner's
     # where gradients leave DEVICE, and one more where they wait in what is DEVICE as well.
@@ -281,7 +295,8 @@ def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlace
                 on_device[block.name] = len(block.pieces) - cuts.index(cuts[-1] - there)
             on_nvme |= count < len(block.pieces)
             weights_on_nvme |= entry.weights.nvme_bytes > 0
-    waits = plan.update_mode is not UpdateMode.BACKWARD or bool(in_memory)
+    several = workload.config.accumulation_steps > 1
+    waits = plan.update_mode is not UpdateMode.BACKWARD or bool(in_memory) or several
     slots = plan.buffers.gradient_slots if unified else plan.buffers.host_gradient_slots
     paged = _training(workload).adapters and workload.has_streams  # see `planning_adapters`
     if paged:

@@ -52,10 +52,13 @@ def rule_simulation(problem: Problem, rule: Plan) -> Simulation:
     return simulate(asked, plan)
 
 
-def why_no_question_says(rule: Plan, seq_len: int) -> str:
-    """What of a plan for layers that train no question can say, so that it has no price; empty where all has one."""
-    if rule.layer_major:
-        return "several micro-batches to a fetch"
+def why_no_question_says(rule: Plan, seq_len: int, micro_batches: int = 1) -> str:
+    """What of a plan for layers that train no question can say, so that it has no price; empty where all has one.
+
+    micro_batches: of a step.
+    """
+    if rule.layer_major and rule.activations:
+        return "kept activations of several micro-batches together"
     spans = [policy.spans(seq_len) for policy in (rule.activations or {}).values()]
     if any(len(own) > 1 for own in spans):
         return "layers by chunks of tokens"
@@ -66,7 +69,7 @@ def why_no_question_says(rule: Plan, seq_len: int) -> str:
     state = rule.state
     if state is None or state.gradients is not Tier.NVME:
         return ""
-    gone_at_once = rule.update_mode is UpdateMode.BACKWARD and not state.in_memory
+    gone_at_once = rule.update_mode is UpdateMode.BACKWARD and not state.in_memory and micro_batches == 1
     return "" if gone_at_once else "gradients that wait on NVMe"
 
 
@@ -77,7 +80,9 @@ def in_classes(problem: Problem, rule: Plan) -> tuple[Problem, Plan]:
     A layer that stays in DEVICE memory is in no ring, as in the rule's plan. ValueError where no question can say it.
     """
     workload, state, unified = problem.workload, rule.state, problem.hardware.unified
-    if why := why_no_question_says(rule, workload.seq_len):
+    if rule.layer_major is not workload.layer_major and workload.micro_batches > 1:
+        raise ValueError("a plan with micro-batches in another order than those of the question is not simulated")
+    if why := why_no_question_says(rule, workload.seq_len, workload.micro_batches):
         raise ValueError(f"a plan with {why} is not simulated")
     if state is None:
         raise ValueError("a plan without state is not simulated where layers train")

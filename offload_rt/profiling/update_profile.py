@@ -97,18 +97,23 @@ def _stand_in(block: TrainedBlock) -> TrainedBlock:
     return replace(block, pieces=pieces, parameters=parameters)
 
 
-def delivery_seconds(block: TrainedBlock) -> float:
-    """What the gradients of a block take to be put where they wait, with their norms. Blocks."""
+def delivery_seconds(block: TrainedBlock, micro_batches: int = 1) -> float:
+    """What the gradients of a block take to be put where they wait: of one of so many micro-batches, on average.
+
+    The first one's are put there, the others' are added, and the last one's measured. Blocks.
+    """
+    num = min(micro_batches, PIECES)
     links = Links()
     arena = Arena("profile, gradients", align_up(block.gradients.stored_bytes, IO_ALIGNMENT_BYTES))
-    gradients = Gradients([block], arena, None, links, accumulates=False)
+    gradients = Gradients([block], arena, None, links, accumulates=num > 1)
     given = {i: torch.zeros(t.parameter.shape, dtype=t.parameter.dtype) for i, t in enumerate(block.parameters)}
 
     def run() -> None:
-        gradients.add(block, given, with_norms=True)
+        for left in reversed(range(num)):
+            gradients.add(block, given, with_norms=not left)
         gradients.clear()
 
     try:
-        return median_seconds(run)
+        return median_seconds(run) / num
     finally:
         links.close()

@@ -64,7 +64,8 @@ class ActivationsAssembly:
         self._device = device
         self.wanted_slack_bytes = problem.slack_bytes(chunk_tokens_of(plan, workload))
         """What `slack_bytes` would be where a budget has room."""
-        self._sizes = sizes_of(plan, workload.config.batch_size)
+        self._together = workload.config.accumulation_steps if plan.layer_major else 1
+        self._sizes = sizes_of(plan, workload.config.batch_size, together=self._together)
         self._chunk_tokens = chunk_tokens_of(plan, workload)
 
     def transients(self) -> Transients:
@@ -89,7 +90,7 @@ class ActivationsAssembly:
             home = Tier.DEVICE
         each = align_up(self._problem.layer_input_bytes, IO_ALIGNMENT_BYTES)
         sizes = [self._input_bytes(draft, each) for draft in self._workload.layers]
-        together = self._workload.config.accumulation_steps if self._plan.layer_major else 1
+        together = self._together
         inputs = together * sum(sizes)
         swapped = {tier: together * self._share_bytes(Action.SWAP, tier) for tier in (Tier.HOST, Tier.NVME)}
         on_nvme = 2 * inputs * (home is Tier.NVME) + swapped[Tier.NVME]

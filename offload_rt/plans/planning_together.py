@@ -1,0 +1,71 @@
+"""The optimiser's question about micro-batches that go through each layer together, where layers train.
+
+What is fetched once serves all of them; what waits from a layer's forward to its backward waits for each. So it is the
+question about one after the other in which a pass has the seconds and the layer inputs of all, and there is one pass.
+Nothing is kept or put away besides, as by the fixed rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
+from planners.problems.problem import BlockClass, MeasuredSeconds, Problem
+from planners.rule.streaming_problem import StreamingProblem
+from planners.units import whole_pages
+
+
+def orders(streaming: StreamingProblem) -> tuple[bool, ...]:
+    """Whether micro-batches go through the layers together: what to ask about; one of them where the cuts say which."""
+    if streaming.num_micro_batches < 2:
+        return (False,)
+    if streaming.cuts is not None and streaming.cuts.layer_major is not None:
+        return (streaming.cuts.layer_major,)
+    return (False, True)
+
+
+def by_order(
+    streaming: StreamingProblem,
+    layers: dict[str, MeasuredSeconds],
+    ask: Callable[[dict[str, MeasuredSeconds]], Problem],
+) -> Iterator[Problem]:
+    """The question for each of `orders`; `ask` makes it of one after the other, of what layers take by their names."""
+    for layer_major in orders(streaming):
+        if layer_major:
+            again = {name: replace(taken, kept=None) for name, taken in layers.items()}
+            yield together(ask(again), streaming)
+        else:
+            yield ask(layers)
+
+
+def together(problem: Problem, streaming: StreamingProblem) -> Problem:
+    """`problem`, which was asked about micro-batches one after the other that compute all again, about the same where
+    they go through each layer together.
+    """
+    workload, device, host = problem.workload, problem.hardware.device, problem.hardware.host
+    num = workload.micro_batches
+    # As many inputs of a layer begin at an address of their own.
+    pages = (num - 1) * len(streaming.layers) * IO_ALIGNMENT_BYTES
+    waiting = 2 * num * whole_pages(streaming.layer_input_bytes)  # hidden states of micro-batches whose turn it is not
+    reserve = device.reserve_bytes + pages + waiting + whole_pages((num - 1) * streaming.thread_bytes)
+    device = replace(device, reserve_bytes=reserve, memory_bytes=max(device.memory_bytes, reserve + 1))
+    host = replace(host, memory_bytes=max(0, host.memory_bytes - pages))
+    classes = tuple(_of_all(entry, num) for entry in workload.classes)
+    return replace(
+        problem, hardware=replace(problem.hardware, device=device, host=host),
+        workload=replace(workload, classes=classes, layer_major=True),
+    )  # fmt: skip
+
+
+def _of_all(entry: BlockClass, num: int) -> BlockClass:
+    """A class whose passes are those of so many micro-batches."""
+    taken = entry.measured
+    if taken is None or any(saved.recomputable for saved in entry.saved):
+        raise ValueError(f"{entry.name!r}: micro-batches together were timed, and keep nothing but layer inputs")
+    taken = replace(
+        taken, forward=num * taken.forward, backward=num * taken.backward, decode=num * taken.decode,
+        product=num * taken.product,
+    )  # fmt: skip
+    saved = tuple(replace(one, bytes_per_token=num * one.bytes_per_token) for one in entry.saved)
+    return replace(entry, measured=taken, saved=saved)
