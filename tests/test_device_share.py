@@ -128,6 +128,8 @@ def test_the_device_has_a_share_where_that_saves_time(name: str, tmp_path: Path)
     before = question.workload.device_steps
     assert slower is not None and before is not None
     assert slower.cpu_seconds_per_param == 2 * before.cpu_seconds_per_param > 0
+    summing = (one.workload.summing_seconds_per_param for one in (answered.measured({CPU: 2.0}).question, question))
+    assert next(summing) == 2 * next(summing) > 0
 
 
 @pytest.mark.parametrize(
@@ -171,11 +173,11 @@ def test_the_rules_plan_gives_the_device_nothing_of_state_on_a_drive_nor_of_what
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(("name", "micro_batches"), [*((name, 1) for name in MACHINES), ("slow", 2)])
 def test_the_device_gets_the_updates_that_it_makes_sooner_and_no_bit_changes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine, case = MACHINES[name], Case("llama", "bfloat16", "adamw", 1, "rarely", False, "in place")
+    machine, case = MACHINES[name], Case("llama", "bfloat16", "adamw", micro_batches, "rarely", False, "in place")
     expected = run_plain(case)
     device = FakeDevice(late_seconds=LATE, kernels_are_late=False)
     monkeypatch.setattr(arguments, "calibrated", lambda *_: machine.hardware)

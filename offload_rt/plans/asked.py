@@ -221,7 +221,10 @@ def measured(question: Problem, factors: Mapping[str, float]) -> Problem:
         steps = replace(steps, cpu_seconds_per_param=steps.cpu_seconds_per_param * factors.get(CPU, 1.0))
     return replace(
         question, hardware=replace(hardware, links=links, drives=drives, device=device, host=host),
-        workload=replace(workload, classes=classes, device_steps=steps),
+        workload=replace(
+            workload, classes=classes, device_steps=steps,
+            summing_seconds_per_param=workload.summing_seconds_per_param * factors.get(CPU, 1.0),
+        ),
     )  # fmt: skip
 
 
