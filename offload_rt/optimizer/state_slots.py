@@ -2,6 +2,13 @@
 
 [Note: read ahead] The order in which pieces will be stepped is a hint. State is read along it as slots fall free; a
 piece that comes out of order is read on demand, and what was read in vain is dropped.
+
+[Note: slots that fall free] A slot is free when its write is over, which somebody has to see. The thread that steps
+looks when a piece has arrived, before it steps it, so that the drive reads meanwhile. Seen behind the step, with two
+slots each read began when one had ended:
+
+    seen behind    read 2 | step 2 | read 3 | step 3        seen before    read 2 | read 3 | read 4 |
+                          | write 2         | write 3                             | step 2 | step 3
 """
 
 from __future__ import annotations
@@ -135,7 +142,20 @@ class StateSlots:
         self.counters.num_read_ahead += 1
         slot, transfer = found
         self._wait(transfer)
+        self._read_on()
         return slot
+
+    def _read_on(self) -> None:
+        """Sees which writes are over, and starts reading into their slots. Does not block, but for a write of the
+        piece that is read. See [Note: slots that fall free].
+
+        Where nothing is to be read, nobody looks: so a step leaves as many writes behind, however fast the drive is,
+        and the next one's first pieces are as many.
+        """
+        while self._to_read and self._writes and self._writes[0].is_over():
+            self._wait(self._writes.popleft())  # orders the reads behind it; raises what it raised
+        with self._read_lock:
+            self._read_ahead()
 
     def _read_ahead(self) -> None:
         """Starts reading along the hint while there are slots. Holds the lock."""
