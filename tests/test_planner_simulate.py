@@ -1,6 +1,7 @@
 """The simulator: small timelines by hand, and what holds for every plan: work as planned, no time gained."""
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 
@@ -301,3 +302,80 @@ def test_what_was_swapped_comes_back_in_the_order_of_backward(tier):
     back = dict.fromkeys(e.label for e in events if e.label[0] == "load" and e.resource is way)  # gradients come later
     positions = [position for _, position, _ in back]
     assert len(set(positions)) > 3 and positions == sorted(positions, reverse=True)
+
+
+def in_pieces(p, *, sizes, **buffers):
+    """The full fine-tuning of `p` with all weights and state on NVMe, each block's state in pieces of `sizes`, in
+    shares of the largest; and its plan.
+    """
+    piece = 1 << 20
+    classes = []
+    for entry in p.workload.classes:
+        ends = [entry.trainable_params * end // len(sizes) for end in range(len(sizes) + 1)]
+        cuts = tuple(zip(ends, (int(piece * end) for end in accumulate(sizes, initial=0)), strict=True))
+        classes.append(replace(entry, state_cuts=cuts))
+    p = replace(p, workload=replace(p.workload, classes=tuple(classes), state_piece_bytes=piece))
+    updates = {(Tier.NVME, UpdatePlace.CPU): 1.0}
+    return p, plan_of(p, weights=(0, 0, 1), updates=updates, buffers=Buffers(**buffers))
+
+
+def test_a_block_is_stepped_when_there_is_a_slot_for_its_new_weights():
+    """one slot    step 5 |               | step 4
+                          | write weights |
+    two slots   step 5 | step 4
+                       | write weights |
+    """
+    taken = {}
+    for slots in (1, 2):
+        p, plan = in_pieces(problem(full=True), sizes=(1, 1, 1), weight_slots=slots, state_slots=2)
+        found = simulate(p, plan, keep_events=True)
+        events = {event.label: event for event in found.events}
+        blocks = sorted({position for kind, position, _ in events if kind == "write back"}, reverse=True)
+        assert len(blocks) == p.workload.num_blocks
+        late = [
+            events["update", block, 0].start_seconds >= events["write back", before, 0].finish_seconds
+            for before, block in pairwise(blocks)
+        ]
+        assert all(late) is (slots == 1)
+        taken[slots] = found.step_seconds
+    assert taken[2] < taken[1]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in UpdateMode if mode is not UpdateMode.DEFERRED])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_one_slot_for_new_weights_serves_blocks_that_are_stepped_in_two_parts(mode, slots):
+    p = replace(problem(full=True), capabilities=Capabilities(memory_steps_after=True))
+    for weights in ((0, 0, 1), (0.25, 0.25, 0.5)):
+        plan = plan_of(p, mode=mode, weights=weights, buffers=Buffers(weight_slots=slots, state_slots=1))
+        found = simulate(p, plan, keep_events=True)
+        labels = [event.label for event in found.events if event.label[0] == "room"]
+        in_parts = mode is not UpdateMode.AFTER
+        assert len(labels) == p.workload.num_blocks * (1 + in_parts)
+        check_busy(p, plan, found)
+
+
+def test_state_is_read_in_the_order_in_which_blocks_are_stepped():
+    """So no slot holds state of a block that waits for one whose own state has no slot."""
+    p = problem(full=True)
+    t = build_timeline(p, plan_of(p, mode=UpdateMode.AFTER, weights=(0, 0, 1)))
+    reads = [op for op, label in enumerate(t.label) if label[0] == "read state"]
+    assert len(reads) > p.workload.num_blocks
+    assert all((before, 0) in t.deps[op] for before, op in pairwise(reads))
+
+
+@pytest.mark.parametrize(("slots", "moved"), [(2, [1, 1, 1, 1, 0.5]), (8, [1, 1, 1, 1, 0.5]), (1, [1, 1, 1, 1, 0.5])])
+def test_state_moves_in_the_pieces_that_there_are_and_each_takes_a_slot(slots, moved):
+    p, plan = in_pieces(problem(full=True), sizes=(1, 1, 1, 1, 0.5), state_slots=slots)
+    t = build_timeline(p, plan)
+    reads = [op for op, label in enumerate(t.label) if label[:2] == ("read state", 1)]
+    rate = p.hardware.read_bytes_per_second
+    assert [t.seconds[op] * rate / 2**20 for op in reads] == pytest.approx(moved)
+    assert [t.acquire[op][1] for op in reads] == [float(2**20)] * 5
+
+
+@pytest.mark.parametrize(("slots", "groups"), [(2, 40), (4, 40), (8, 20), (32, 8), (128, 8)])
+def test_many_pieces_are_simulated_in_groups_of_which_four_have_slots(slots, groups):
+    p, plan = in_pieces(problem(full=True), sizes=(1,) * 40, state_slots=slots)
+    t = build_timeline(p, plan)
+    taken = [t.acquire[op][1] / 2**20 for op, label in enumerate(t.label) if label[:2] == ("read state", 1)]
+    assert len(taken) == groups and sum(taken) == 40

@@ -346,6 +346,7 @@ class _Passes(Operations):
     def _finish(self) -> None:
         """Ends the step and resolves what waits for the step before."""
         t = self.timeline
+        self.updates.all_are_added()
         last = self.computes[-1]
         end = last
         if self.barrier:

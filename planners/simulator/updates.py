@@ -6,9 +6,20 @@ DEVICE. They are always acquired in that order, and whoever holds one waits for 
 The exception keeps another order. Where every block is updated during its own step's backward, the state of a block is
 read while its backward computes, before its gradients hold their credit. All pools then serve blocks in the order of
 backward, so that the first block that is not done always has what it waits for.
+
+[Note: room for new weights]
+Weights that train and rest on NVMe are collected in a slot of HOST memory, which a block has from its first update
+until its weights are written. So that no block waits for the slot of one behind it, blocks are stepped, and their state
+is read, one after the other there, as the runtime does it everywhere: in the order of backward, first those that are
+stepped behind it, then what waits for the norm.
+
+    one slot    step 5 5 5 |               | step 4 4 4 |
+                           | write weights |            | write weights
 """
 
 from __future__ import annotations
+
+import itertools
 
 from planners.plans.placement import ClassPlan, Tier, Update, UpdateMode, UpdatePlace
 from planners.problems.problem import BlockClass, Problem
@@ -23,7 +34,7 @@ from planners.simulator.optimizer_state import (
 )
 from planners.simulator.timeline import DEVICE, Operations, Resource
 
-GRADIENTS, STATES, DEVICE_STATES = 0, 1, 2
+GRADIENTS, STATES, DEVICE_STATES, NEW_WEIGHTS = 0, 1, 2, 3
 
 
 class Updates:
@@ -42,6 +53,14 @@ class Updates:
         self.retained: list[tuple[int, float]] = []
         """Tiers and bytes of gradients that stay until the step ends."""
         self.all_stay = gradients_stay(step.problem, step.plan)
+        self.one_by_one = any(self._collects(placed) for placed in step.placed)
+        """Whether blocks are stepped one after the other; see [Note: room for new weights]."""
+        self.stepped: dict[bool, int] = {}
+        """By whether they wait for the norm: the operation after which the blocks so far are stepped."""
+        self.may_wait: int | None = None
+        """What all that waits for the norm is behind: see `all_are_added`."""
+        self.last_read: int | None = None
+        """Of state, where blocks are stepped one after the other."""
         self.timeline.pools = self._pools()
 
     def _pools(self) -> list[float]:
@@ -52,17 +71,35 @@ class Updates:
             float(buffers.host_gradient_slots * passing) + 1.0,
             float(buffers.state_slots * (self.workload.state_piece_bytes or 1)),
             2.0 if self.workload.device_steps is None else float(self.workload.device_steps.num_slots),
+            float(max(1, buffers.weight_slots)),
         ]
 
-    def _num_buckets(self, num_bytes: int) -> int:
-        """In how many parts the state of an update moves. Pieces are simulated in groups, of half of the slots at most.
+    def _buckets(self, entry: BlockClass, begin: int, update: Update, num_bytes: int) -> list[tuple[float, ...]]:
+        """The parts in which the state of an update moves, `begin` parameters into the block's: parameters, bytes, and
+        what they take of the pool of state.
 
-        With `Workload.state_piece_bytes` the pool of state is counted in bytes, without in buckets.
+        With `Workload.state_piece_bytes` the pool is counted in bytes, a slot for each piece, however small; without in
+        buckets.
         """
         piece, buffers = self.workload.state_piece_bytes, self.knobs.buffers
-        if piece is None:
-            return buffers.buckets_per_block
-        return max(1, min(MAX_BUCKETS, -(-num_bytes // piece)), -(-2 * num_bytes // (buffers.state_slots * piece)))
+        cuts = [cut for cut in entry.state_cuts if begin <= cut[0] <= begin + update.params]
+        if piece is None or not cuts:
+            count = buffers.buckets_per_block if piece is None else self._num_groups(-(-num_bytes // piece))
+            each = num_bytes / count
+            return [(update.params / count, each, 1.0 if piece is None else each)] * count
+        pieces = len(cuts) - 1
+        count = self._num_groups(pieces)
+        ends = [index * pieces // count for index in range(count + 1)]
+        return [
+            (cuts[end][0] - cuts[first][0], cuts[end][1] - cuts[first][1], float((end - first) * piece))
+            for first, end in itertools.pairwise(ends)
+        ]
+
+    def _num_groups(self, pieces: int) -> int:
+        """In how many groups pieces are simulated: of a quarter of the slots at most, so that one is read and one
+        written while a third one is stepped.
+        """
+        return min(pieces, max(MAX_BUCKETS, -(-4 * pieces // self.knobs.buffers.state_slots)))
 
     def add_up(self, position: int, computed: int, key: float, *, first: bool) -> None:
         """Gradients of a micro-batch that is not the last one, to where they wait: as the first, or added to others."""
@@ -108,30 +145,36 @@ class Updates:
         ahead: list[int] = []
         on_device: list[int] = []
         writes: list[int] = []
-        first = 0
+        begin = first = 0
+        late: list[int] = []
         for update, num_bytes in zip(placed.updates, update_bytes(self.problem, placed), strict=True):
             if not update.params:
                 continue
             waits: list[tuple[int, int]] = []
             if steps_after(self.problem, mode, update.tier) or (mode is UpdateMode.DEFERRED and workload.clips):
                 waits = [(-1, 0)]  # the end of backward, when the norm is known; see _finish
+                if self.one_by_one and self.may_wait is None:
+                    self.may_wait = self.stepped[True] = self.step.join([], key, ("all stepped", position, 0))
             if update not in in_host and self._stays(update) and not workload.pinned:
                 waiting = workload.waiting_gradient_bytes_per_param * update.params
                 if not has_room:
                     self.timeline.at_finish[computed].append((DEVICE, waiting))
                 self.retained.append((DEVICE, waiting))
-            pieces = self._num_buckets(num_bytes)
-            for bucket in range(first, first + pieces):
-                share = (update.params / pieces, num_bytes / pieces)
+            for bucket, share in enumerate(self._buckets(entry, begin, update, num_bytes), first):
+                alike = late if waits else ahead
+                if self._collects(placed) and not alike:
+                    self._take_room(position, computed if gradient is None else gradient, waits, key)
                 done, wrote = self._bucket(position, update, share, bucket, gradient, computed, before, waits, key)
                 parts.append(done)
-                if not waits:
-                    ahead.append(done)
+                alike.append(done)
                 if update not in in_host and not update.deferred:
                     on_device.append(done)
                 if wrote is not None:
                     writes.append(wrote)
-            first += pieces
+            begin, first = begin + update.params, bucket + 1
+        for waited, alike in ((False, ahead), (True, late)):
+            if self.one_by_one and alike:
+                self.stepped[waited] = self.step.join(alike, key, ("stepped", position, int(waited)))
         if workload.mutable and placed.weights.nvme_bytes and steps_in_parts(self.problem, mode, placed):
             source = computed if gradient is None else gradient
             parts.append(self._write_first_part(position, placed, source, ahead, key))
@@ -142,20 +185,37 @@ class Updates:
         if holders:
             self.gradients_gone.append(self.step.join(holders, key, ("gradient gone", position, 0)))
 
+    def all_are_added(self) -> None:
+        """What waits for the norm is stepped behind all that does not; see [Note: room for new weights]."""
+        if self.may_wait is not None and False in self.stepped:
+            self.timeline.deps[self.may_wait].append((self.stepped[False], 0))
+
+    def _collects(self, placed: ClassPlan) -> bool:
+        """Whether new weights of a block go through a slot; see [Note: room for new weights]."""
+        return self.workload.mutable and self.barrier and placed.weights.nvme_bytes > 0
+
     def _stays(self, update: Update) -> bool:
         """Whether its gradients wait for all others, in a place of their own, and pass through no ring."""
         return update.deferred or self.all_stay
 
+    def _take_room(self, position: int, source: int, waits: list[tuple[int, int]], key: float) -> None:
+        """A slot for a block's new weights, which its updates are behind; see [Note: room for new weights]."""
+        deps = [(source, 0), *waits]
+        if (stepped := self.stepped.get(bool(waits))) is not None:
+            deps.append((stepped, 0))
+        label = ("room", position, int(bool(waits)))
+        room = self.step.op(Resource.CPU, 0.0, key, deps, 2 if waits else 1, label, acquire=(NEW_WEIGHTS, 1.0))
+        self.stepped[bool(waits)] = room
+
     def _bucket(
-        self, position: int, update: Update, share: tuple[float, float], bucket: int, gradient: int | None,
+        self, position: int, update: Update, share: tuple[float, ...], bucket: int, gradient: int | None,
         computed: int, before: int, waits: list[tuple[int, int]], key: float,
     ) -> tuple[int, int | None]:  # fmt: skip
-        """One bucket of a block's update, `share` of parameters and bytes; what makes the new weights, and the write of
+        """One bucket of a block's update, `share` as `_buckets` has it; what makes the new weights, and the write of
         its state.
         """
         workload, hardware, device = self.workload, self.hardware, self.hardware.device
-        params, state = share
-        credit = state if workload.state_piece_bytes else 1.0
+        params, state, credit = share
         each = workload.waiting_gradient_bytes_per_param * params
         phase = 0 if update.deferred else (2 if waits else 1)
         if update.deferred:
@@ -169,11 +229,15 @@ class Updates:
         if staged:
             # See [Note: order of credits]: where updates keep the order of backward, state may come before gradients.
             ahead = not waits and self.barrier
+            behind = [] if self.last_read is None else [(self.last_read, 0)]
             read = self.step.op(
-                Resource.SSD_READ, state, key, [(before, 0)] if ahead else list(source), phase,
+                Resource.SSD_READ, state, key, [*([(before, 0)] if ahead else source), *behind], phase,
                 ("read state", position, bucket), acquire=(STATES, credit),
             )  # fmt: skip
+            self.last_read = read if self.one_by_one else None
             source = [(read, 0), *source]
+        if (stepped := self.stepped.get(bool(waits))) is not None:
+            source.append((stepped, 0))
         speculative = self.plan.update_mode is UpdateMode.SPECULATIVE
         at_finish: tuple[tuple[int, float], ...] = ()
         release: tuple[int, float] | None = None
@@ -227,7 +291,9 @@ class Updates:
         label = ("read weights", position, 0)
         first = self.step.op(Resource.SSD_READ, size, key + 0.2, [(source, 0)], 1, label)
         deps = [(first, 0), *((part, 0) for part in ahead)]
-        written = self.step.op(Resource.SSD_WRITE, size, key + 0.3, deps, 1, ("write back", position, 1))
+        label = ("write back", position, 1)
+        room = (NEW_WEIGHTS, 1.0) if self._collects(placed) else None
+        written = self.step.op(Resource.SSD_WRITE, size, key + 0.3, deps, 1, label, release=room)
         return self.step.op(
             Resource.SSD_READ, size, key + 0.3, [(written, 0), (-1, 0)], 2, ("read weights", position, 1)
         )
@@ -261,10 +327,10 @@ class Updates:
             through = committed_from_device(self.problem, entry, placed)
             if through and not self.hardware.unified:
                 sources = [(self.step.link_out(position, 1, through, key, sources, phase), 0)]
+            label, room = ("write back", position, 0), (NEW_WEIGHTS, 1.0) if self._collects(placed) else None
             writes = [
-                *writes,
-                self.step.op(Resource.SSD_WRITE, back, key + 0.3, sources, phase, ("write back", position, 0)),
-            ]
+                *writes, self.step.op(Resource.SSD_WRITE, back, key + 0.3, sources, phase, label, release=room),
+            ]  # fmt: skip
         self.done_at[position] = self.step.join(ready + writes, key, ("updated", position, 0))
         self.done.append(self.done_at[position])
 
