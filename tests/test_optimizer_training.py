@@ -431,6 +431,16 @@ def test_a_pass_that_asks_for_no_gradients_of_parameters_leaves_none(kept: bool,
         assert differences(twin.state(), run.state()) == []
 
 
+def test_a_first_call_in_inference_mode_leaves_parameters_that_train(tmp_path: Path) -> None:
+    twin = Plain(model())
+    with engine(model(), "BACKWARD", tmp_path) as run:
+        with torch.inference_mode():
+            run(**batch(9))
+        assert not any(parameter.is_inference() for parameter in run.model.parameters())
+        assert train(run, range(3)) == train(twin, range(3))
+        assert differences(twin.state(), run.state()) == []
+
+
 def test_a_pass_that_asks_for_some_gradients_leaves_those(tmp_path: Path) -> None:
     chosen = ("embedding.weight", "layers.0.up.weight", "layers.2.norm.bias")
     twin = Plain(model())

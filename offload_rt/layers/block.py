@@ -42,7 +42,8 @@ class Binding:
     @cached_property
     def absent(self) -> torch.Tensor:
         """What the parameter shows while the block is closed; its own, since tied weights are known by their memory."""
-        return placeholder(self.spec.shape, torch_dtype(self.spec.dtype), self.parameter.device)
+        with torch.inference_mode(False):  # it stays, whoever calls first: the parameter is what it shows
+            return placeholder(self.spec.shape, torch_dtype(self.spec.dtype), self.parameter.device)
 
 
 @dataclass(frozen=True)
