@@ -82,12 +82,12 @@ def every_choice(p: Problem, knobs) -> Iterator[float]:
         fixed = [] if cut is None else [(columns[0].weights[0], cut / entry.stored_bytes)]
         fixed += zip(columns[0].tokens[1], (count / LAYERS for count in counts), strict=True)
         for column, share in fixed:
-            program.program.low[column] = program.program.high[column] = share
+            program.program.row([(column, 1.0)], share, share)
         whole = program.program.whole
         own = [float(counts[0] > 0), float(counts[1] + counts[2] > 0), float(counts[1] > 0)]
         # Whether any is computed again, swapped, on NVMe: the last three of a saved tensor that is counted.
         for column, value in zip(whole[-3:], own, strict=True):
-            program.program.low[column] = value
+            program.program.row([(column, 1.0)], value, value)
         solution = program.program.solve()
         if solution is not None:
             yield _read(program, columns, solution).step_seconds
