@@ -19,7 +19,7 @@ from offload_rt._engine import Engine
 from offload_rt.errors import ConfigError, StorageError
 from offload_rt.memory import mapped
 from offload_rt.meter import COMPUTE, DEVICE_UPDATE, SSD_READ, SSD_WRITE, Reading
-from offload_rt.plans import planning
+from offload_rt.plans import asked, planning
 from offload_rt.plans.asked import Asked, measured
 from offload_rt.plans.cuts import same_cuts
 from offload_rt.profiling import calibrate
@@ -329,8 +329,8 @@ def test_where_there_is_no_other_plan_the_one_that_runs_stays(hardware, tmp_path
     def infeasible(problem, *, freedoms=None):
         raise PlanInfeasible(tier="device", phase="step", need_bytes=2, have_bytes=1, ways_out=[])
 
-    def cut_otherwise(problem, *, freedoms=None):
-        return replace(plan_optimal(problem), layer_major=True)
+    def cut_otherwise(*answer):
+        return replace(planning.lowered(*answer), layer_major=True)
 
     with Run(tmp_path / "nvme", slow_drive, emulate=hardware) as run:
         monkeypatch.setattr(planning, "plan_optimal", failed)
@@ -338,7 +338,8 @@ def test_where_there_is_no_other_plan_the_one_that_runs_stays(hardware, tmp_path
         assert kept["result"] == "kept" and "the optimiser failed" in kept["why"]
         assert run.engine.plan == run.first_plan
         made_of = run.engine._runtime.made_of
-        for ask, why in ((infeasible, "no plan fits"), (cut_otherwise, "cuts otherwise")):
+        monkeypatch.setattr(asked, "lowered", cut_otherwise)
+        for ask, why in ((infeasible, "no plan fits"), (plan_optimal, "cuts otherwise")):
             monkeypatch.setattr(planning, "plan_optimal", ask)
             answer = replanning._answer(made_of, made_of.asked, made_of.problem, run.first_plan, 0)
             assert answer.plan is None and why in answer.why
