@@ -21,6 +21,8 @@ class Additions:
         self.known = tuple(layer.parameters())
         """The layer's parameters as they are now."""
         self.num_walks = 0
+        self.modules: tuple[nn.Module, ...] = ()
+        """The layer, and all modules in it, as of the last walk; another tuple only where there was another walk."""
         self._layer = layer
         self._known_ids = frozenset(map(id, self.known))
         self._walk()
@@ -37,7 +39,8 @@ class Additions:
     def _walk(self) -> None:
         self.num_walks += 1
         self._dicts: list[dict[str, Any]] = []
-        for module in self._layer.modules():
+        self.modules = tuple(self._layer.modules())
+        for module in self.modules:
             self._dicts += (module._parameters, module._modules)
         self._seen = [*self._entries()]
         self._seen_ids = [*map(id, self._seen)]

@@ -34,6 +34,7 @@ from offload_rt.layers.buffers import Buffers
 from offload_rt.layers.caches import has_cache, without_cache
 from offload_rt.layers.last_product import ResultWanted, is_product, left_out
 from offload_rt.layers.layer_call import Call
+from offload_rt.layers.switches import Switches
 from offload_rt.memory.heap import places_for, put_into
 from offload_rt.memory.transients import Transients
 from offload_rt.tiering.stash import Stash
@@ -109,6 +110,7 @@ class RecomputedLayer:
         self.additions = Additions(layer) if additions is None else additions
         """Of the engine's start, whatever runtime this is."""
         self._own = [p for p in self.additions.known if id(p) not in stored]
+        self._switches = Switches(self.additions.modules)
         self._with_buffers = [module for module in layer.modules() if module._buffers]
         self.buffers = Buffers(layer) if self._with_buffers else None
         self._bindings = block.bindings
@@ -182,6 +184,12 @@ class RecomputedLayer:
                     f"engine.gradients() between backward and step"
                 )
         return found
+
+    def switches(self) -> Switches:
+        """Those of the layer's modules as they are now. The same object for as long as nothing is switched."""
+        if not self._switches.are_still(self.additions.modules):
+            self._switches = Switches(self.additions.modules)
+        return self._switches
 
     @property
     def is_in_flight(self) -> bool:
@@ -356,11 +364,12 @@ class _Recompute(torch.autograd.Function):
         with (
             opened(owner.block, owner.access, Phase.BACKWARD, training=True),
             without_hooks(call.trainable),
-            call.as_in_forward(),
+            call.as_switched(),
             owner.buffers.as_before(ctx.buffers) if owner.buffers and ctx.buffers else nullcontext(),
             around.transients.placed(),
         ):
-            outputs = owner.run_again(call, detached)
+            with call.as_in_forward():  # and not the gradients: autocast is of forward passes
+                outputs = owner.run_again(call, detached)
             pairs = [
                 (out, grad)
                 for out, grad in zip(outputs, grad_outputs, strict=True)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from offload_rt.errors import IntegrityError, UnsupportedModule
 from offload_rt.layers.block import Block
+from offload_rt.layers.switches import Switches
 from offload_rt.random_state import RandomState, kept_random_state
 
 
@@ -34,6 +35,9 @@ class Owner(Protocol):
 
     def hand_over(self, call: Call, gradients: Sequence[torch.Tensor | None]) -> None:
         """Takes the gradients of `call.streamed`."""
+
+    def switches(self) -> Switches:
+        """Those of the layer's modules as they are now."""
 
 
 class Call:
@@ -65,6 +69,7 @@ class Call:
         gpu = next((tensor.device for tensor in self.tensors if tensor.is_cuda), None)
         self.device = torch.device("cpu") if gpu is None else gpu
         self.random_state = RandomState.now(self.device)
+        self._switches = owner.switches()
         kind = self.device.type
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self.autocast_cache = torch.is_autocast_cache_enabled()
@@ -149,6 +154,10 @@ class Call:
     def as_in_forward(self) -> AbstractContextManager[None]:
         """Random numbers and autocast as they were in forward."""
         return _AsInForward(self)
+
+    def as_switched(self) -> AbstractContextManager[None]:
+        """What users may switch as it was in forward: for the run, and for the gradients that are taken of it."""
+        return self._switches.put_back(self.trainable)
 
 
 class _AsInForward(kept_random_state):

@@ -28,7 +28,7 @@ class Backward:
         """Gradients of the layer's input and of its parameters. `grads`: of its outputs; None where there is none."""
         state = self._state
         self._middle.load()
-        with kept_random_state(state.call.device), state.autocast():
+        with kept_random_state(state.call.device):
             of_input = self._whole(grads) if state.is_whole else self._by_chunks(grads)
         return of_input, self._sums.gradients()
 

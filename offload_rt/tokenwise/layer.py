@@ -174,6 +174,7 @@ class _Tokenwise(torch.autograd.Function):
             opened(owner.block, owner.access, Phase.BACKWARD, training=True),
             owner.decoding(),
             without_hooks(call.trainable),
+            call.as_switched(),
         ):
             of_input, of_parameters = tiled.backward(inputs, list(grads), keep_graph=keep_graph)
         del inputs

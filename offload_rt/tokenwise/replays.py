@@ -64,7 +64,9 @@ def run_again_to_attention(state: PassState, tile: Tile, *, with_graph: bool) ->
         raise _Cut(call.qkv)
 
     try:
-        with intercepted(stop), torch.set_grad_enabled(with_graph), state.new_saved(None).hooks():
+        with (
+            intercepted(stop), torch.set_grad_enabled(with_graph), state.autocast(), state.new_saved(None).hooks(),
+        ):  # fmt: skip
             state.call.run(tensors)
     except _Cut as reached:
         return reached.qkv, entry
@@ -79,7 +81,7 @@ def restore(random_state: RandomState | None) -> None:
 
 def _run(state: PassState, tile: Tile, at_attention: Handler) -> tuple[list[GradientEdge | None], Entry]:
     tensors, entry = _begin(state, tile, with_graph=True)
-    with intercepted(at_attention), torch.enable_grad(), state.new_saved(None).hooks():
+    with intercepted(at_attention), torch.enable_grad(), state.autocast(), state.new_saved(None).hooks():
         return [edge(output) for output in state.call.run(tensors)], entry
 
 

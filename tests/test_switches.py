@@ -1,0 +1,108 @@
+"""What is switched between a forward and its backward: gradients are those of the forward, whatever layers do again.
+
+loss = model(...) | eval(), another adapter, none, frozen, autocast left | loss.backward()
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from planners.plans.activations import Action, whole_batch
+from planners.plans.plan import Tier
+from tests.conftest import build_lora, language_batch
+from tests.test_tokenwise_engine import LINEAR, SEQ_LEN, chunked
+from tests.tokenwise import waiting_in
+
+
+def freeze(model):
+    for parameter in list(model.parameters()):
+        parameter.requires_grad_(False)
+
+
+def freeze_some(model):
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+
+
+SWITCHES = {
+    "eval": lambda model: model.eval(),
+    "adapters off": lambda model: model.base_model.disable_adapter_layers(),
+    "another adapter": lambda model: model.set_adapter("other"),
+    "some frozen": freeze_some,
+    "thawed": lambda model: (freeze(model), model.set_adapter("default")),
+}
+
+
+def made(dtype=torch.bfloat16):
+    """With dropout, and an adapter that does not train."""
+    model = build_lora(dtype=dtype, num_layers=2, dropout=0.2).train()
+    torch.manual_seed(1)
+    model.add_adapter("other", model.peft_config["default"])
+    return model
+
+
+def gradients_behind(run, model, switch):
+    torch.manual_seed(5)
+    loss = run(**language_batch(0)).loss
+    random = torch.get_rng_state()
+    switch(model)
+    before = switches(model)
+    loss.backward()
+    assert switches(model) == before and torch.equal(torch.get_rng_state(), random), "as they were"
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.train()
+    model.set_adapter("default")
+    model.base_model.enable_adapter_layers()
+    return found
+
+
+def switches(model):
+    modes = [(module.training, getattr(module, "_disable_adapters", None)) for module in model.modules()]
+    return modes, [parameter.requires_grad for parameter in model.parameters()]
+
+
+def equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "kept"])
+def test_gradients_are_those_of_the_forward_whatever_is_switched_behind_it(kind, make_engine, disk_folder):
+    plain = made()
+    options = {"activations": whole_batch(Action.SWAP, Tier.NVME)} if kind == "kept" else None
+    engine = make_engine(made(), options, nvme=disk_folder)
+    for name, switch in SWITCHES.items():
+        expected = gradients_behind(plain, plain, switch)
+        assert bool(expected) is (name not in ("adapters off", "another adapter")), "peft freezes what is switched off"
+        equal(gradients_behind(engine, engine.model, switch), expected)
+    assert (engine.report()["recomputes"] > 0) is (kind == "recomputed")
+
+
+def test_chunks_that_run_again_are_switched_as_in_forward(make_engine, disk_folder):
+    """Sums are in another order there: held against the same chunks without a switch."""
+    found = []
+    for switch in (lambda model: None, lambda model: model.eval()):
+        options = {**LINEAR, "activations": waiting_in(chunked(0.5, 2), Tier.NVME)}
+        engine = make_engine(made(torch.float32), options, seq_len=SEQ_LEN, nvme=disk_folder)
+        found.append(gradients_behind(engine, engine.model, switch))
+        assert engine.report()["tokenwise"]["num_first_replays"] > 0
+        engine.close()
+    equal(*found)
+
+
+def test_gradients_under_autocast_are_taken_outside_of_it(make_engine, disk_folder):
+    """As plain autograd takes them. GPT-2's activation has a power in it, which autocast makes float32 in backward."""
+    plain = build_lora("gpt2", torch.float32, num_layers=2)
+    engine = make_engine(build_lora("gpt2", torch.float32, num_layers=2), nvme=disk_folder)
+    found = []
+    for run, model in ((plain, plain), (engine, engine.model)):
+        model.config.use_cache = False
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = run(**language_batch(4)).loss
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    equal(*found)
