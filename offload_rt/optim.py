@@ -18,6 +18,7 @@ from offload_rt.errors import ConfigError, nearest
 
 Moments = Literal["float32", "bfloat16", "8bit"]
 MOMENTS = ("float32", "bfloat16", "8bit")
+_MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(torch.optim.AdamW):
@@ -57,7 +58,25 @@ class AdamW(torch.optim.AdamW):
                     _step_on_gpu()(numbers.scalars(state["step"]), *tensors, None)
                 else:
                     cpu_adam.update(*tensors, step=state["step"], numbers=numbers)
+                torch.autograd.graph.increment_version(parameter)  # autograd does not see what kernels write
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does; but moments stay as they are stored, which torch would cast to the parameters' dtype, and the
+        number of steps stays one.
+        """
+        saved = state_dict["state"]
+        others = {
+            number: {key: value for key, value in entries.items() if key not in _MOMENT_NAMES}
+            for number, entries in saved.items()
+        }
+        super().load_state_dict({**state_dict, "state": others})
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if saved.get(number):
+                moments = {key: _on(parameter.device, saved[number][key]) for key in _MOMENT_NAMES}
+                self.state[parameter].update({"step": int(saved[number]["step"]), **moments})
 
     def check_device(self, device: str) -> None:
         """Raises ConfigError where parameters on a `device` of this type ("cpu", "cuda") cannot be stepped."""
@@ -69,6 +88,12 @@ class AdamW(torch.optim.AdamW):
                 f"'bfloat16'"
             )
         _step_on_gpu()
+
+
+def _on(device: torch.device, moment: Tensor | Quantized) -> Tensor | Quantized:
+    if isinstance(moment, Tensor):
+        return moment.to(device)
+    return Quantized(*(part.to(device) for part in moment))
 
 
 def _step_on_gpu() -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -189,3 +190,29 @@ def test_what_cannot_be_stepped_by_parameter_is_refused() -> None:
         rule_for(torch.optim.AdamW([parameter], amsgrad=True))
     assert isinstance(rule_for(torch.optim.AdamW([parameter])), AdamWRule)
     assert isinstance(rule_for(torch.optim.SGD([parameter], lr=1.0)), TorchRule)
+
+
+@pytest.mark.parametrize("moments", optim.MOMENTS)
+def test_moments_of_a_state_dict_that_is_loaded_are_stored_as_they_were(moments: optim.Moments) -> None:
+    """torch casts what it loads to the parameters' dtype, and makes the number of steps a tensor in float32."""
+    twins = [nn.Parameter(torch.linspace(-1, 1, 300)) for _ in range(2)]
+    one, other = (optim.AdamW([parameter], lr=1e-2, moments=moments) for parameter in twins)
+    for number in range(4):
+        for parameter, optimizer in zip(twins, (one, other), strict=True):
+            parameter.grad = torch.linspace(-2, 1, 300).roll(number).square()
+            optimizer.step()
+        assert torch.equal(*twins), number
+        other = optim.AdamW([twins[1]], lr=1e-2, moments=moments)
+        other.load_state_dict(copy.deepcopy(one.state_dict()))
+        assert list(map(type, other.state[twins[1]].values())) == list(map(type, one.state[twins[0]].values()))
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_autograd_sees_every_step(name: str) -> None:
+    parameter = nn.Parameter(torch.ones(300))
+    optimizer = OPTIMIZERS[name]([parameter])
+    before = parameter.square().sum()
+    parameter.grad = torch.ones(300)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()
