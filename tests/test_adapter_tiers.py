@@ -244,6 +244,8 @@ def test_gradients_are_where_torch_finds_them_and_the_optimizer_says_where_its_s
         engine.backward(engine(**micro_batch(0, 0)).loss)
         assert all(torch.equal(gradient, engine.trainable[name].grad) for name, gradient in engine.gradients())  # type: ignore[arg-type]
         assert torch.nn.utils.clip_grad_norm_(engine.model.parameters(), 1.0) > 0
+        engine.optimizer.zero_grad(set_to_none=False)
+        assert all(p.grad is not None and not p.grad.any() for p in engine.trainable.values()), "as torch leaves them"
         engine.optimizer.zero_grad()
         assert all(parameter.grad is None for parameter in engine.trainable.values())
         assert engine.optimizer.state_dict()["state"] == {}

@@ -56,7 +56,7 @@ class TieredOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of this step, and what was updated with them."""
         self._forget()
-        super().zero_grad(set_to_none=True)
+        super().zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "_forget", None) is not None:
