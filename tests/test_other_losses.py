@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from planners.plans.plan import StatePlacement, Tier
+from tests.changing_plans import propose, results, with_pieces_in_memory
 from tests.conftest import build_lora, language_batch
 
 STEPS = 3
@@ -104,3 +105,26 @@ def test_loops_of_other_losses_have_the_bits_of_the_plain_model(loop, place, mak
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     begin = dict(build_lora(num_layers=2).named_parameters())
     assert all(not torch.equal(value, begin[name]) for name, value in found.items())
+
+
+def test_a_plan_that_changes_where_adapters_are_switched_off_leaves_what_trains(make_engine, disk_folder):
+    """The first call of a step is a reference's. With nothing that trains, nothing would be clipped."""
+    plain = build_lora(num_layers=2)
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2)
+    options = {**PLACES["in tiers"], "piece_elements": 1024}
+    engine = make_engine(build_lora(num_layers=2), options, nvme=disk_folder, max_grad_norm=0.01)
+    for number in range(STEPS):
+        for model in (plain, engine.model):
+            with torch.no_grad(), model.disable_adapter():
+                model(**language_batch(number))
+            torch.manual_seed(number)
+            model(**language_batch(number)).loss.backward()
+        assert [name for name, _ in engine.gradients()] == list(engine.trainable)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.step()
+        propose(engine, with_pieces_in_memory(engine, number + 1))
+    assert results(engine) == ["changed"] * (STEPS - 1)
+    expected = dict(plain.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in engine.trainable.items())

@@ -9,11 +9,11 @@ commit from the next step on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload_rt.checkpoint.state import load_state, restore, save_state
 from offload_rt.checkpoint.values import restore_rng
@@ -62,6 +62,11 @@ class AdapterTraining(TieredTraining):
     def __init__(self, parts: TieredParts, steps: AdapterSteps) -> None:
         super().__init__(parts)
         self._steps = steps
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """What trains, by name, in the model's order."""
+        return self._steps.trainable
 
     def check_by(self, reached: Reached) -> None:
         self._steps.reached = reached

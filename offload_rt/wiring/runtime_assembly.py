@@ -17,6 +17,7 @@ from offload_rt.layers.executor import RingExecutor
 from offload_rt.layers.turns import Turns
 from offload_rt.memory.heap import HeapGuard
 from offload_rt.memory.transients import Transients
+from offload_rt.optimizer.adapters import AdapterTraining
 from offload_rt.optimizer.in_memory import AdapterSteps, MemoryTraining
 from offload_rt.optimizer.interface import Training
 from offload_rt.optimizer.log_commit import open_log
@@ -253,9 +254,10 @@ class RuntimeAssembly:
             before.open_log = opens
         if before is not None and not isinstance(before, TieredTraining):
             return before
-        steps = AdapterSteps(
-            {name: p for name, p in self.workload.model.named_parameters() if p.requires_grad}, config.max_grad_norm
-        )
+        trainable = {name: p for name, p in self.workload.model.named_parameters() if p.requires_grad}
+        if self.before is not None and isinstance(self.before.training, AdapterTraining):
+            trainable = dict(self.before.training.trainable)  # what is switched off now requires no gradient
+        steps = AdapterSteps(trainable, config.max_grad_norm)
         if self.state is None or optimizer is None:
             folder = None if self.store is None else self.store.folders[0] / "commit"
             return MemoryTraining(
