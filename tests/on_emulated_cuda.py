@@ -378,7 +378,7 @@ def test_each_thread_that_multiplies_has_a_workspace_and_leaves_it_to_the_next()
 def test_the_benchmark_measures_links_with_locked_memory(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     gpu = importlib.import_module("gpu")
-    found = gpu.links(SimpleNamespace(smoke=True, rounds=1))
+    *_, found = gpu.links(SimpleNamespace(smoke=True, rounds=1))
     assert gpu.GPU and len(found[gpu.RATE]) == 5
     assert (found["locked_bytes"], found["pageable_bytes"]) == (2 << 20, 0)
     assert found["memory"]["card_used_bytes"] > found["memory"]["reserved_bytes"] > 0
