@@ -40,7 +40,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps every parameter that has a gradient. Blocks on the CPU. Raises as `check_device`."""
+        """Steps every parameter that has a gradient. Blocks on the CPU. Raises as `check`."""
         loss = run_closure(closure)
         for group in self.param_groups:
             numbers = cpu_adam.AdamW.from_group(group)
@@ -49,7 +49,7 @@ class AdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    self.check_device(parameter.device.type)
+                    self.check(parameter, parameter.device.type)
                     state["step"] = 0
                     state["exp_avg"], state["exp_avg_sq"] = (new_moment(parameter, self.moments) for _ in range(2))
                 state["step"] += 1
@@ -78,8 +78,14 @@ class AdamW(torch.optim.AdamW):
                 moments = {key: _on(parameter.device, saved[number][key]) for key in _MOMENT_NAMES}
                 self.state[parameter].update({"step": int(saved[number]["step"]), **moments})
 
-    def check_device(self, device: str) -> None:
-        """Raises ConfigError where parameters on a `device` of this type ("cpu", "cuda") cannot be stepped."""
+    def check(self, parameter: Tensor, device: str) -> None:
+        """Raises ConfigError where `parameter` cannot be stepped on a `device` of this type ("cpu", "cuda")."""
+        if parameter.dtype is not torch.float32:
+            raise ConfigError(
+                f"optimizer: AdamW of offload_rt.optim steps float32 parameters, and one of shape "
+                f"{tuple(parameter.shape)} is in {parameter.dtype}; load adapters in float32, as peft does by itself, "
+                f"or give torch.optim.AdamW"
+            )
         if device == "cpu":
             return
         if self.moments == "8bit":

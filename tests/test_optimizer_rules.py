@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from offload_rt import optim
 from offload_rt.errors import ConfigError
 from offload_rt.optimizer.rules import AdamWRule, TorchRule, Update, UpdateRule, rule_for
+from tests.conftest import EngineMaker, build_lora
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -190,6 +191,19 @@ def test_what_cannot_be_stepped_by_parameter_is_refused() -> None:
         rule_for(torch.optim.AdamW([parameter], amsgrad=True))
     assert isinstance(rule_for(torch.optim.AdamW([parameter])), AdamWRule)
     assert isinstance(rule_for(torch.optim.SGD([parameter], lr=1.0)), TorchRule)
+
+
+def test_parameters_in_16_bits_are_refused_where_they_have_no_masters(make_engine: EngineMaker) -> None:
+    """When the engine is made, and by the optimizer on its own before anything is written."""
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ConfigError, match=r"steps float32 parameters, and one of shape \(2,\) is in torch.bfloat16"):
+        optim.AdamW([parameter]).step()
+    model = build_lora(num_layers=1)
+    for adapter in (p for p in model.parameters() if p.requires_grad):
+        adapter.data = adapter.data.bfloat16()
+    with pytest.raises(ConfigError, match="steps float32 parameters"):
+        make_engine(model, optimizer=lambda parameters: optim.AdamW(parameters, lr=1e-2, moments="8bit"))
 
 
 @pytest.mark.parametrize("moments", optim.MOMENTS)

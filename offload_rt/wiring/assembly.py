@@ -103,7 +103,8 @@ def assemble(
         chosen = changed
         check_plan(chosen, problem, workload)
         if workload.training is None and isinstance(optimizer, AdamW):
-            optimizer.check_device(config.device)
+            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+                optimizer.check(parameter, config.device)
         check_cuts(chosen, workload, options.cuts)
         products_of(chosen, workload, options)
         made_of = MadeOf(
