@@ -52,6 +52,26 @@ def steps(engine, schedule, numbers, *, fails_in=None):
     return losses
 
 
+@pytest.mark.parametrize("kind", ["adapters", "adapters, state on NVMe"])
+def test_weights_that_are_there_for_an_evaluation_are_not_committed(kind, make_engine, tmp_path):
+    """As those of an average are, right behind a step, and are put back."""
+    engine, schedule = started(make_engine, kind, tmp_path / "run")
+    steps(engine, schedule, range(1))
+    trained = {name: parameter.detach().clone() for name, parameter in engine.trainable.items()}
+    with torch.no_grad():
+        for parameter in engine.trainable.values():
+            parameter.add_(1)
+        engine(**language_batch(9))
+        for name, parameter in engine.trainable.items():
+            parameter.copy_(trained[name])
+    engine(**language_batch(1))  # of the next step, which ends here
+    engine.close()
+    again, _ = started(make_engine, kind, tmp_path / "run")
+    again.load_checkpoint(again.commit_folder)
+    assert again.step_number == 1
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in again.trainable.items())
+
+
 @pytest.mark.parametrize(
     ("kind", "closed_by"), [("adapters", "finally"), ("adapters, state on NVMe", "with"), ("all parameters", "with")]
 )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from offload_rt.checkpoint.state import load_state, restore, save_state
@@ -72,6 +73,12 @@ class AdapterTraining(TieredTraining):
         self._steps.reached = reached
 
     def before_forward(self) -> None:
+        if torch.is_grad_enabled():  # an evaluation may be one of other weights, which are put back
+            self._finish_commit()
+        else:
+            self.commits.check_usable()
+
+    def _finish_commit(self) -> None:
         self.commits.check_usable()
         self.commits.finish()
 
@@ -89,7 +96,7 @@ class AdapterTraining(TieredTraining):
 
     def step(self) -> None:
         """Updates every parameter that has a gradient. Blocks. Raises as `AdapterSteps` says."""
-        self.before_forward()
+        self._finish_commit()
         self._steps.begins(self.optimizer, self.step_number + 1)
         present = [
             trained for block in self.blocks for trained in block.parameters if trained.parameter.grad is not None
@@ -118,7 +125,7 @@ class AdapterTraining(TieredTraining):
 
     def save(self, folder: Path) -> None:
         """The folder is that of `checkpoint.state`, whose errors these are."""
-        self.before_forward()
+        self._finish_commit()
         if self.is_commit_folder(folder):
             self.commits.commit()
             return

@@ -155,6 +155,10 @@ class MemoryTraining:
         self._steps.reached = reached
 
     def before_forward(self) -> None:
+        if torch.is_grad_enabled():  # an evaluation may be one of other weights, which are put back
+            self._commit_what_is_due()
+
+    def _commit_what_is_due(self) -> None:
         if self._commits is not None:
             self._commits.finish()
 
@@ -165,12 +169,12 @@ class MemoryTraining:
         """Nothing: what trains stays where it is, whatever runtime comes."""
 
     def settled(self) -> bool:
-        self.before_forward()
+        self._commit_what_is_due()
         return True
 
     def take_step(self) -> None:
         optimizer = self._training("step: nothing trains; give adapters=, or leave some parameters requires_grad")
-        self.before_forward()
+        self._commit_what_is_due()
         self._steps.take(optimizer, self.step_number + 1)
 
     def watch(self) -> list[RemovableHandle]:
@@ -191,7 +195,7 @@ class MemoryTraining:
         self.step_number = max(steps, default=self.step_number)
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.before_forward()  # of a loop that takes two steps without a forward in between
+        self._commit_what_is_due()  # of a loop that takes two steps without a forward in between
         if all(argument is None for argument in (*args[1:], *kwargs.values())):  # a closure has yet to take gradients
             self._steps.begins(optimizer, self.step_number + 1)
         self._is_stepping = True
@@ -213,12 +217,12 @@ class MemoryTraining:
 
     def save(self, folder: Path) -> None:
         optimizer = self._training("save_checkpoint: nothing trains")
-        self.before_forward()
+        self._commit_what_is_due()
         save_state(folder, self._steps.trainable, optimizer, self._values())
 
     def load(self, folder: Path, check: Check) -> Values:
         optimizer = self._training("load_checkpoint: nothing trains")
-        self.before_forward()
+        self._commit_what_is_due()
         if is_log(folder):
             with self.open_log(folder) as commit:
                 saved = commit.saved_run(rule_for(optimizer, in_place=True).name)
@@ -237,7 +241,7 @@ class MemoryTraining:
             self._commits.abandon()
 
     def close(self) -> None:
-        self.before_forward()
+        self._commit_what_is_due()
 
     def _values(self) -> Values:
         return {"step": self.step_number, **self._extra()}
