@@ -114,7 +114,7 @@ class Tile:
 
     def __exit__(self, *exception: object) -> None:
         self._rows_RD.clear()
-        if isinstance(self._linear._executor, RingExecutor):
+        if not isinstance(self._linear._executor, GoneAccess):
             self._linear._executor.release(self._index)
 
 
