@@ -155,3 +155,12 @@ def test_a_run_whose_folder_is_moved_says_from_what_it_goes_on_there(tmp_path: P
         run(tmp_path / "out", engine, save_every=2)
     assert not (tmp_path / "out").exists()
     assert run(moved, resume=True, save_every=2)[0].seen == straight.seen[4:]
+
+
+def test_a_run_whose_lock_alone_is_removed_says_from_what_it_goes_on(tmp_path: Path) -> None:
+    """As somebody does who takes the file for what a run that was killed has left."""
+    engine = FakeEngine()
+    engine.after_step[5] = lambda: (tmp_path / "out" / "lock").unlink()
+    with pytest.raises(StorageError, match=r"left without its lock.*: go on with --resume, from checkpoint-4"):
+        run(tmp_path / "out", engine, save_every=2)
+    assert run(tmp_path / "out", resume=True, save_every=2)[1].step == 6

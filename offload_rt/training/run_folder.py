@@ -201,7 +201,7 @@ class RunFolder:
             raise ConfigError(f"out: {there} cannot be written to (read-only, or no permission)")
 
     def place(self) -> Path | None:
-        """Where the folder is, as far as its lock tells: somebody may have moved it. None where it was removed."""
+        """Where the folder is, as far as its lock tells: somebody may have moved it. None where one is gone."""
         return self.path.absolute() if self._lock is None else self._lock.place()
 
     def require_same(self, settings: Mapping[str, Any]) -> None:

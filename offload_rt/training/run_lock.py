@@ -83,7 +83,7 @@ class RunLock:
         return f"{text}; wait for it to end, or give --out another folder"
 
     def place(self) -> Path | None:
-        """Where the folder is now, which somebody may have moved; None where the lock was removed with it."""
+        """Where the folder is now, which somebody may have moved; None where the lock was removed, alone or with it."""
         try:
             if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
                 return self._path.parent.absolute()

@@ -180,15 +180,17 @@ class Saves:
         return Save(self._progress.step, path, str(path))
 
     def require_run_folder(self) -> None:
-        """Raises `StorageError` where the run's folder was removed, or moved: says what is saved then, and where."""
+        """Raises `StorageError` where the folder was moved or removed, or its lock: says what is saved, and where."""
         here, place = self._folder.path, self._folder.place()
         if place == here.absolute():
             return
         commit = self.newest() if self.commits else None
-        if place is not None:
-            checkpoints = RunFolder(place).checkpoints()
+        if place is not None or (here.is_dir() and RunFolder(here).run_id == self._folder.run_id):
+            checkpoints = RunFolder(place or here).checkpoints()
             saved = commit.describe if commit else checkpoints[-1][1].name if checkpoints else "the beginning"
-            what = f"moved to {place}: go on with --resume --out {place}, from {saved}"
+            what = f"left without its lock, which keeps other runs out: go on with --resume, from {saved}"
+            if place is not None:
+                what = f"moved to {place}: go on with --resume --out {place}, from {saved}"
         elif commit is not None:
             what = f"removed, with all that was in it: go on with --resume, from {commit.describe}"
         else:
