@@ -49,6 +49,7 @@ FLOORS = {
     "offload_rt.memory.heap": 1.0,
     "offload_rt.memory.allocations": 1.0,
     "offload_rt.layers.turns": 1.0,
+    "offload_rt.layers.readers": 1.0,
     "offload_rt.random_state": 1.0,
     "offload_rt.adamw.blockwise": 1.0,
     "offload_rt.adamw.cpu_adam_torch": 1.2,

@@ -41,7 +41,7 @@ from offload_rt.tiering.stash import Stash
 from planners.plans.schedule import Phase
 
 CHECKED_CALLS = 2
-"""Calls of each layer whose output is looked at: its first forward and its first recompute."""
+"""Calls of each layer whose output is looked at: its first forward and first recompute, refused ones aside."""
 
 _WRITTEN_TO_ONE_ELEMENT = "more than one element of the written-to tensor"
 """What torch says of a write to a placeholder; see `block.placeholder`."""
@@ -118,6 +118,7 @@ class RecomputedLayer:
         self._had_own_forward = "forward" in layer.__dict__
         self._was_checkpointed = False
         self._num_checks = 0
+        self._modules = self.additions.modules
         self._leave_out_product = self.around.leave_out_product
 
     def attach(self) -> None:
@@ -218,6 +219,7 @@ class RecomputedLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.without_checkpointing()
+        self._look_for_additions()
         leaves, structure = pytree.tree_flatten((args, kwargs))
         self.around.counters.num_forwards += 1
         # Without gradients anything goes: a reference adapter is switched on by requiring some of its own.
@@ -240,6 +242,14 @@ class RecomputedLayer:
         self.around.between()
         return call.rebuild_output(outputs)
 
+    def _look_for_additions(self) -> None:
+        """An adapter that was added since the last call may read weights: they are shown to it, and looked at again."""
+        self.additions.find()
+        if self.additions.modules is not self._modules:
+            self._modules = self.additions.modules
+            self.block.find_readers(self._modules)
+            self._num_checks = 0
+
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Runs `call` as one operation of the graph outside; returns the tensors among its outputs."""
         outputs: tuple[torch.Tensor, ...] = _Recompute.apply(  # type: ignore[no-untyped-call]
@@ -260,8 +270,8 @@ class RecomputedLayer:
                 f"not support; give bits=None"
             ) from error
         if self._num_checks < CHECKED_CALLS:
-            self._num_checks += 1
             self._check_output(args, kwargs, output)
+            self._num_checks += 1
         return output
 
     def _has_quantized(self) -> bool:

@@ -1,9 +1,9 @@
 """A block: the frozen parameters of one layer, and how the user's modules see them come and go.
 
 A block is open while its bytes lie in a slot. Open, the parameters kept in their own dtype are views of the slot, and a
-module with NF4 weights gets them decoded for the time of its call. Closed, every parameter keeps its identity, shape,
-dtype and device as a stride-0 expansion of one NaN: code that looks at it goes on working, code that computes with it
-cannot go unnoticed.
+module with NF4 weights gets them decoded for the time of its call, and of that of an adapter around it which reads
+them. Closed, every parameter keeps its identity, shape, dtype and device as a stride-0 expansion of one NaN: code that
+looks at it goes on working, code that computes with it cannot go unnoticed.
 
     closed     weight = nan.expand(out, in)
     open       slot [codes | absmax | ...]      module call:   weight = decoded (leased), then nan again
@@ -12,10 +12,11 @@ cannot go unnoticed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import UnsupportedModule
+from offload_rt.layers.readers import innermost, is_reader
 from offload_rt.memory.arena import Slot
 from offload_rt.memory.parted import BlockBytes
 from offload_rt.quantized.decoder import Decoder, PackedWeight
@@ -110,6 +112,8 @@ class Block:
     _of_owner: dict[nn.Module, list[Binding]] = field(default_factory=dict)
     _shown: dict[nn.Module, _Shown] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
+    _readers: dict[nn.Module, list[Any]] = field(default_factory=dict)
+    """The handles of those that stand around a module with NF4 weights."""
     _held: dict[str, torch.Tensor] | None = None
     """What was decoded inside `holding_decoded`, by tensor name; None outside."""
 
@@ -129,12 +133,26 @@ class Block:
             self._handles.append(owner.register_forward_pre_hook(self._before, prepend=True))
             if quantized:
                 self._handles.append(owner.register_forward_hook(self._after, always_call=True))
+        self.find_readers(chain.from_iterable(module.modules() for module in self.modules))
+
+    def find_readers(self, modules: Iterable[nn.Module]) -> None:
+        """Installs hooks on those of `modules` that have none yet and stand around a module with NF4 weights: whoever
+        reads these has them for the time of its own call. Again where the block's modules are others.
+        """
+        for module in modules:
+            owner = innermost(module)
+            if module not in self._readers and owner is not None and self._of_owner.get(owner):
+                self._readers[module] = [
+                    module.register_forward_pre_hook(partial(self._before_reader, owner), prepend=True),
+                    module.register_forward_hook(partial(self._after_reader, owner), always_call=True),
+                ]
 
     def detach(self) -> None:
         """Removes the hooks."""
-        for handle in self._handles:
+        for handle in chain(self._handles, *self._readers.values()):
             handle.remove()
         self._handles.clear()
+        self._readers.clear()
 
     @property
     def is_open(self) -> bool:
@@ -246,6 +264,14 @@ class Block:
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._unshow(module)
+
+    def _before_reader(self, owner: nn.Module, module: nn.Module, args: Any) -> None:
+        if is_reader(module):
+            self._show(owner)
+
+    def _after_reader(self, owner: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
+        if is_reader(module):
+            self._unshow(owner)
 
     def _show(self, module: nn.Module) -> None:
         if self.slot is None:

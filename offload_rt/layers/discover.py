@@ -18,6 +18,7 @@ from torch import nn
 
 from offload_rt.dtypes import dtype_name
 from offload_rt.errors import ConfigError, QuantCoverageError, UnsupportedModule
+from offload_rt.layers.readers import is_reader
 from offload_rt.tensor_spec import BlockSpec, Encoding, TensorSpec, layout_block
 
 MAX_UNQUANTIZED_SHARE = 0.05
@@ -211,14 +212,9 @@ def _edges(
 
 def _read_from_outside(model: nn.Module) -> set[int]:
     """The ids of modules whose weights peft's layers around them take, for DoRA's norms or to put trained rows into it:
-    they are not called, so that nobody would fetch what rests. Plain LoRA is what is known to call.
+    they are not called, so that nobody would fetch what rests.
     """
-    return {
-        id(around._modules["base_layer"])
-        for around in model.modules()
-        if around._modules.get("base_layer") is not None
-        and (not type(around).__module__.startswith("peft.tuners.lora.") or getattr(around, "lora_variant", None))
-    }
+    return {id(around._modules["base_layer"]) for around in model.modules() if is_reader(around)}
 
 
 def _draft(
