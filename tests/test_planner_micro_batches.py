@@ -52,14 +52,18 @@ def test_each_micro_batch_takes_its_passes_and_updates_come_once(full, mode):
     assert (busy[2]["cpu"] > busy[1]["cpu"]) is full, "gradients of adapters are summed where they are made"
 
 
-def test_one_micro_batch_is_simulated_for_all_between_the_first_and_the_last(monkeypatch):
+@pytest.mark.parametrize("summing_seconds", [1e-12, 1e-8])
+def test_one_micro_batch_is_simulated_for_all_between_the_first_and_the_last(monkeypatch, summing_seconds):
+    """Also with a processor that takes longer to add gradients up than the device to make them."""
     p = several(7)
+    p = replace(p, workload=replace(p.workload, summing_seconds_per_param=summing_seconds))
     plan = plan_of(p, mode=UpdateMode.SPECULATIVE)
     few = simulate(p, plan)
     for module in (timeline, simulation):
         monkeypatch.setattr(module, "MAX_SIMULATED_PASSES", 7)
     every = simulate(p, plan)
     assert every.num_events > 2 * few.num_events
+    assert few.step_seconds >= max(few.busy_seconds.values())
     assert few.step_seconds == pytest.approx(every.step_seconds)
     assert few.busy_seconds == pytest.approx(every.busy_seconds)
     assert few.live_bytes == pytest.approx(every.live_bytes)

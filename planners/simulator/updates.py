@@ -35,6 +35,8 @@ from planners.simulator.optimizer_state import (
 from planners.simulator.timeline import DEVICE, Operations, Resource
 
 GRADIENTS, STATES, DEVICE_STATES, NEW_WEIGHTS = 0, 1, 2, 3
+ARRIVING_BLOCKS = 2
+"""Whose gradients HOST has room for before they are added up: one's arrive while another's are added."""
 
 
 class Updates:
@@ -47,6 +49,8 @@ class Updates:
         self.timeline, self.barrier, self.host = step.timeline, step.barrier, step.host
         self.gradients_gone: list[int] = []
         """For each block with gradients: the operation after which their slot in DEVICE is free."""
+        self.added_up: list[int] = []
+        """What the processor does with gradients that are summed, in the order of their arrival."""
         self.done: list[int] = []
         self.done_at: dict[int, int] = {}
         """By position: the operation after which the block is updated, and all of it is where it rests."""
@@ -112,7 +116,7 @@ class Updates:
         if not in_host:
             return
         gone = self.step.link_out(
-            position, 0, workload.gradient_bytes_per_param * in_host, key, [(computed, 0)], 1,
+            position, 0, workload.gradient_bytes_per_param * in_host, key, self._may_arrive(computed), 1,
             at_start=(self.host, each * in_host) if first else None,
         )  # fmt: skip
         self.gradients_gone.append(gone)
@@ -121,7 +125,14 @@ class Updates:
     def _take(self, position: int, params: int, gone: int, key: float) -> None:
         """What gradients before a step's last ones cost the processor that takes them."""
         if seconds := self.workload.summing_seconds_per_param * params:
-            self.step.op(Resource.CPU, seconds, key, [(gone, 0)], 1, ("add up", position, 0))
+            self.added_up.append(self.step.op(Resource.CPU, seconds, key, [(gone, 0)], 1, ("add up", position, 0)))
+
+    def _may_arrive(self, computed: int) -> list[tuple[int, int]]:
+        """What gradients wait for that leave the device: a processor that is behind holds them up there."""
+        deps = [(computed, 0)]
+        if len(self.added_up) >= ARRIVING_BLOCKS:
+            deps.append((self.added_up[-ARRIVING_BLOCKS], 0))
+        return deps
 
     def add(self, position: int, computed: int, before: int, key: float) -> None:
         """Gradients out, state in, step, everything back. `before` is the computation before this backward."""
@@ -136,8 +147,9 @@ class Updates:
             stay = sum(u.params for u in in_host if self._stays(u))
             waiting = 0 if has_room else workload.waiting_gradient_bytes_per_param * stay
             gradient = self.step.link_out(
-                position, 0, together * each * params, key, [(computed, 0)], 1, at_start=(self.host, waiting)
-            )
+                position, 0, together * each * params, key, self._may_arrive(computed), 1,
+                at_start=(self.host, waiting),
+            )  # fmt: skip
             if stay < params:
                 self.timeline.acquire[gradient] = (GRADIENTS, each * (params - stay))
             self._take(position, (together - 1) * params, gradient, key)
