@@ -8,56 +8,58 @@ Plain autograd looks at none of these in backward: the gradients are those of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 _NAMES = ("training", "_disable_adapters", "_active_adapter")
 """torch's, and peft's of a module with adapters."""
-_TRAINING, _DISABLED, _ACTIVE = _NAMES
 
 
 class Switches:
-    """Those of some modules as they are when this is made."""
+    """Those of some modules as they are when this is made. Looked at twice a layer and step: by one call for all."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        self._values = _values(modules)
+        switched = [(vars(module), name) for module in modules for name in _NAMES if _has(module, name)]
+        self._own = [own for own, _ in switched]
+        self._names = [name for _, name in switched]
+        self._values = self._now()
 
     def are_still(self, modules: Sequence[nn.Module]) -> bool:
         """Whether `modules`, which are these, have not been switched."""
-        return modules is self._modules and _values(modules) == self._values
+        return modules is self._modules and self._now() == self._values
+
+    def put_back(self, trained: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside, modules are switched as they were, and `trained` require gradients. Enter it at once."""
+        now = self._now()
+        frozen = [parameter for parameter in trained if not parameter.requires_grad]
+        return self._switched(now, frozen) if frozen or now != self._values else nullcontext()
 
     @contextmanager
-    def put_back(self, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Inside, modules are switched as they were, and `trained` require gradients."""
-        now = _values(self._modules)
-        frozen = [parameter for parameter in trained if not parameter.requires_grad]
-        if not frozen and now == self._values:
-            yield
-            return
+    def _switched(self, now: list[Any], frozen: Sequence[nn.Parameter]) -> Iterator[None]:
         try:
-            _switch(self._modules, self._values)
+            self._switch(self._values)
             for parameter in frozen:
                 parameter.requires_grad_(True)
             yield
         finally:
-            _switch(self._modules, now)
+            self._switch(now)
             for parameter in frozen:
                 parameter.requires_grad_(False)
 
+    def _now(self) -> list[Any]:
+        """None for what a module has of its class."""
+        return [*map(dict.get, self._own, self._names)]
 
-def _values(modules: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
-    """Of each; None for what a module has of its class."""
-    own = [vars(module) for module in modules]
-    return [(each.get(_TRAINING), each.get(_DISABLED), each.get(_ACTIVE)) for each in own]
-
-
-def _switch(modules: Sequence[nn.Module], values: Sequence[tuple[Any, ...]]) -> None:
-    for module, its in zip(modules, values, strict=True):
-        for name, value in zip(_NAMES, its, strict=True):
+    def _switch(self, values: Sequence[Any]) -> None:
+        for own, name, value in zip(self._own, self._names, values, strict=True):
             if value is not None:
-                vars(module)[name] = value
+                own[name] = value
             else:
-                vars(module).pop(name, None)
+                own.pop(name, None)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return name in vars(module) or hasattr(type(module), name)
