@@ -398,6 +398,6 @@ class _Recompute(torch.autograd.Function):
         supply = iter([None if gradient is None else around.transients.kept(gradient) for gradient in placed])
         del gradients, places, placed
         of_inputs = [next(supply) if tensor.requires_grad else None for tensor in detached]
-        of_parameters = call.of_graph(list(supply))
+        of_parameters = call.of_graph(list(supply), ctx)
         around.between()
         return (None, None, *of_inputs, *of_parameters)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from offload_rt.errors import IntegrityError, UnsupportedModule
@@ -56,8 +56,6 @@ class Call:
         """All that a gradient is wanted of."""
         self.streamed = streamed
         """Of these, those whose gradients the owner takes, and not the graph outside."""
-        self._leaves: list[Node] = []
-        """Of `streamed`, where the graph outside would accumulate their gradients."""
         self._versions = [parameter._version for parameter in self.trainable]
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -92,17 +90,17 @@ class Call:
 
     def graph_parameters(self) -> list[torch.Tensor]:
         """The parameters that are inputs of the operation: all, so that a pass says of each whether it is asked for.
-        Those that stream get no gradient of the graph outside, which would keep it whole.
+        Those that stream are the last, and get no gradient of the graph outside, which would keep it whole.
         """
-        self._leaves = [get_gradient_edge(parameter).node for parameter in self.streamed]
         return list(self.trainable)
 
-    def of_graph(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def of_graph(self, gradients: Sequence[torch.Tensor | None], node: Any) -> list[torch.Tensor | None]:
         """Hands over the gradients of what streams, as far as the pass under way was asked for them; the others, as the
-        graph outside wants them.
+        graph outside wants them. `node`: the operation, whose backward this is.
         """
         num_known = len(self.trainable) - len(self.streamed)
-        asked = [_is_asked_for(leaf) for leaf in self._leaves]
+        inputs = node.next_functions
+        asked = _are_asked_for([leaf for leaf, _ in inputs[len(inputs) - len(self.streamed) :]])
         if any(asked) or not asked:  # by `torch.autograd.grad` of activations, none
             streamed = zip(gradients[num_known:], asked, strict=True)
             self.owner.hand_over(self, [gradient if is_asked else None for gradient, is_asked in streamed])
@@ -176,10 +174,17 @@ class _AsInForward(kept_random_state):
         super().__exit__(*exception)
 
 
-def _is_asked_for(leaf: Node) -> bool:
-    """Whether the backward pass under way accumulates a gradient there: some leave parameters out (`inputs=`), and
-    `torch.autograd.grad` all of them.
+def _are_asked_for(leaves: list[Node]) -> list[bool]:
+    """Of each whether the backward pass under way accumulates a gradient there: some leave parameters out (`inputs=`),
+    and `torch.autograd.grad` all of them.
     """
+    try:
+        return [*map(torch._C._will_engine_execute_node, leaves)]
+    except RuntimeError:  # of one of them
+        return [_is_asked_for(leaf) for leaf in leaves]
+
+
+def _is_asked_for(leaf: Node) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(leaf))
     except RuntimeError:  # which torch says of a leaf whose gradient is the result of `torch.autograd.grad`

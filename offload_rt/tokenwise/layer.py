@@ -178,7 +178,7 @@ class _Tokenwise(torch.autograd.Function):
         ):
             of_input, of_parameters = tiled.backward(inputs, list(grads), keep_graph=keep_graph)
         del inputs
-        of_parameters = call.of_graph(of_parameters)
+        of_parameters = call.of_graph(of_parameters, ctx)
         owner.around.between()
         return (None, *[of_input if needs else None for needs in ctx.needs], *of_parameters)
 
