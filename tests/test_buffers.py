@@ -11,8 +11,13 @@ from torch import nn
 
 from offload_rt._engine import Engine
 from offload_rt.wiring.runtime_options import RuntimeOptions
+from planners.plans.activations import Action, whole_batch
+from planners.plans.plan import Tier
+from tests.conftest import build_lora, language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN, VOCABULARY
 from tests.test_frozen_weights import steps
+from tests.test_tokenwise_engine import LINEAR, chunked
+from tests.tokenwise import waiting_in
 
 WIDTH = 32
 
@@ -100,3 +105,55 @@ def test_a_buffer_that_no_checkpoint_has_is_said_and_is_saved_where_it_is_tracke
         run.track("norms", run.model.layers[1].norm)  # type: ignore[index]
         run.load_checkpoint(tmp_path / "saved")
         assert torch.equal(run.model.layers[1].norm.running_mean, mean) and mean.any()  # type: ignore[index]
+
+
+def counted(module: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
+    if module.training:
+        module.calls.add_(1)
+    return output * module.calls
+
+
+def with_counted_mlps() -> Any:
+    of: Any = build_lora(dtype=torch.float32, num_layers=2).train()
+    for layer in of.base_model.model.model.layers:
+        layer.mlp.register_buffer("calls", torch.ones(()), persistent=False)
+        layer.mlp.register_forward_hook(counted)
+    return of
+
+
+def gradients_of_batches(run: Any, of: Any) -> dict[str, torch.Tensor]:
+    """The first as it is evaluated, where layers write to nothing."""
+    found = {}
+    for number in range(3):
+        of.train(number > 0)
+        run(**language_batch(number, tokens=SEQ_LEN)).loss.backward()
+        found |= {f"{name} {number}": p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
+        of.zero_grad()
+    return found | {name: buffer for name, buffer in of.named_buffers() if "calls" in name}
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "kept", "recomputed in one chunk", "by chunks"])
+def test_layers_by_chunks_write_buffers_once_too_also_where_they_began_to_when_they_were_switched(
+    kind: str, make_engine: Any, disk_folder: Path
+) -> None:
+    """Those that would run again, or by parts, are recomputed whole; a layer that is kept runs once and stays so."""
+    policy = {
+        "recomputed": None,
+        "kept": whole_batch(Action.KEEP),
+        "recomputed in one chunk": whole_batch(Action.RECOMPUTE),
+        "by chunks": waiting_in(chunked(0.5, 2), Tier.NVME),
+    }[kind]
+    plain = with_counted_mlps()
+    expected = gradients_of_batches(plain, plain)
+    options = None if policy is None else {**LINEAR, "activations": policy}
+    run = make_engine(with_counted_mlps(), options, bits=None, seq_len=SEQ_LEN, nvme=disk_folder)
+    found = gradients_of_batches(run, run.model)
+    assert found.keys() == expected.keys()
+    inexact = " 0" if kind == "by chunks" else None  # the first batch goes by chunks: sums in another order
+    assert [
+        n for n in expected if not torch.equal(found[n], expected[n]) and not (inexact and n.endswith(inexact))
+    ] == []
+    assert [float(found[name]) for name in found if "calls" in name] == [3.0, 3.0]
+    if policy is not None:
+        refused = run.report()["tokenwise"]["refused"]
+        assert [*refused.values()] == ([] if kind == "kept" else ["it writes to buffers in forward"])

@@ -321,7 +321,7 @@ class _Recompute(torch.autograd.Function):
         around = owner.around
         inputs = list(tensors[: len(call.tensors)])
         versions = [tensor._version for tensor in inputs]
-        before = None if owner.buffers is None else owner.buffers.before()
+        before = None if owner.buffers is None else owner.buffers.before(call.switches)
         with opened(owner.block, owner.access, Phase.FORWARD, training=True), around.transients.placed():
             outputs = call.run(inputs)
         ctx.buffers = None if owner.buffers is None or before is None else owner.buffers.written(before)

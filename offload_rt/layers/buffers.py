@@ -2,7 +2,8 @@
 
 A layer that is run again in backward would count each batch twice. So what its forward has changed is put back behind
 the recompute, which reads what there was before: copies of that are kept with the call. A layer that was seen to write
-to none has no copies. What torch counts says so; of running statistics it counts `num_batches_tracked` alone.
+to none has no copies until it is switched (by `train()`, say). What torch counts says so; of running statistics it
+counts `num_batches_tracked` alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from offload_rt.layers.switches import Switches
 
 State = list[tuple[int, int]]
 """Of each buffer which tensor it is, and how often torch has seen that written to."""
@@ -26,14 +29,20 @@ class Buffers:
     def __init__(self, layer: nn.Module) -> None:
         self._modules = [(path, module) for path, module in layer.named_modules() if module._buffers]
         self._are_written: bool | None = None
-        """Whether a forward has; None before the first."""
+        """Whether a forward has; None before the first, as the layer is switched."""
+        self._switched: Switches | None = None
 
-    def before(self) -> tuple[State, Values]:
-        """A forward: for `written`. Values are nothing where no forward before has written to any."""
+    def before(self, switched: Switches) -> tuple[State, Values]:
+        """A forward: for `written`. Values are nothing where none before, as `switched`, has written to any."""
+        if self._switched is not switched:
+            self._switched = switched
+            self._are_written = self._are_written or None
         return self._state(), [] if self._are_written is False else self._values()
 
     def written(self, before: tuple[State, Values]) -> Values:
-        """What the forward's recompute is to find; nothing where it has written to none since `before`."""
+        """What the forward's recompute is to find; nothing where it has written to none since `before`. Where nobody
+        could know that it would, it finds what there is now; either way, buffers are written to once.
+        """
         state, values = before
         now = self._state()
         if now == state:
@@ -41,7 +50,11 @@ class Buffers:
             return []
         self._are_written = True
         self._say(state, now)
-        return values
+        return values or self._values()
+
+    def put_back(self, before: tuple[State, Values]) -> None:
+        """Undoes a forward, as far as its values are known."""
+        self._put(before[1])
 
     @contextmanager
     def as_before(self, values: Values) -> Iterator[None]:

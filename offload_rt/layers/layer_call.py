@@ -67,7 +67,7 @@ class Call:
         gpu = next((tensor.device for tensor in self.tensors if tensor.is_cuda), None)
         self.device = torch.device("cpu") if gpu is None else gpu
         self.random_state = RandomState.now(self.device)
-        self._switches = owner.switches()
+        self.switches = owner.switches()
         kind = self.device.type
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self.autocast_cache = torch.is_autocast_cache_enabled()
@@ -155,7 +155,7 @@ class Call:
 
     def as_switched(self) -> AbstractContextManager[None]:
         """What users may switch as it was in forward: for the run, and for the gradients that are taken of it."""
-        return self._switches.put_back(self.trainable)
+        return self.switches.put_back(self.trainable)
 
 
 class _AsInForward(kept_random_state):

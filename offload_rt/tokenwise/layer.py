@@ -20,6 +20,7 @@ import torch
 
 from offload_rt.layers.access import graph_is_kept, opened, without_hooks
 from offload_rt.layers.autograd import RecomputedLayer
+from offload_rt.layers.buffers import State, Values
 from offload_rt.layers.layer_call import Call
 from offload_rt.random_state import RandomState
 from offload_rt.tokenwise.first_products import FirstProducts
@@ -70,14 +71,17 @@ class TokenwiseLayer(RecomputedLayer):
 
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         if self.kind not in self.tokenwise.refused:
-            before = RandomState.now(call.device)
+            random = RandomState.now(call.device)
+            buffers = None if self.buffers is None else self.buffers.before(call.switches)
             try:
                 outputs: tuple[torch.Tensor, ...] = _Tokenwise.apply(  # type: ignore[no-untyped-call]
-                    call, *call.tensors, *call.graph_parameters()
+                    call, buffers, *call.tensors, *call.graph_parameters()
                 )
                 return outputs
             except NotTokenLocal as error:
-                before.restore()
+                random.restore()
+                if self.buffers is not None and buffers is not None:
+                    self.buffers.put_back(buffers)
                 self._refuse(str(error))
         self.tokenwise.num_whole += 1
         return super().apply(call)
@@ -88,6 +92,11 @@ class TokenwiseLayer(RecomputedLayer):
             "%s: layers like it are not run by chunks of tokens but recomputed whole, which takes more memory: %s",
             self.block.name, reason,
         )  # fmt: skip
+
+    def check_buffers(self, tiled: TiledPass, before: tuple[State, Values]) -> None:
+        """Raises `NotTokenLocal` where the layer has written to buffers, which each of its runs would do again."""
+        if self.buffers is not None and self.buffers.written(before) and not tiled.runs_once:
+            raise NotTokenLocal("it writes to buffers in forward")
 
     def look_at(self, tiled: TiledPass, given: torch.Tensor) -> None:
         """Warns, once a class, of attention that saves something of the square of the tokens."""
@@ -130,15 +139,21 @@ class TokenwiseLayer(RecomputedLayer):
 
 
 class _Tokenwise(torch.autograd.Function):
-    """One layer as one operation. Inputs: the call, its tensors, the trainable parameters that stay in memory."""
+    """One layer as one operation. Inputs: the call, the layer's buffers before it, its tensors, the parameters that
+    train.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, call: Call, buffers: tuple[State, Values] | None, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         owner: Any = call.owner
         with opened(owner.block, owner.access, Phase.FORWARD, training=True), owner.decoding():
             tiled, inputs, hidden = owner.prepare(call)
             needs_input = tensors[hidden].requires_grad
             outputs = tiled.forward([tensor.detach() for tensor in inputs], needs_input=needs_input)
+            if buffers is not None:
+                owner.check_buffers(tiled, buffers)
             owner.look_at(tiled, inputs[hidden])
         ctx.owner = owner
         ctx.call = call
@@ -180,7 +195,7 @@ class _Tokenwise(torch.autograd.Function):
         del inputs
         of_parameters = call.of_graph(of_parameters, ctx)
         owner.around.between()
-        return (None, *[of_input if needs else None for needs in ctx.needs], *of_parameters)
+        return (None, None, *[of_input if needs else None for needs in ctx.needs], *of_parameters)
 
 
 def _kind(layer: torch.nn.Module) -> str:

@@ -54,6 +54,11 @@ class TiledPass:
         state.let_go()
         return outputs
 
+    @property
+    def runs_once(self) -> bool:
+        """Whether the layer was called once, and is not called in backward: all of it has one graph, which waits."""
+        return self._state.is_whole and self._state.tiles[0].saved is not None
+
     def backward(
         self, inputs: list[torch.Tensor], grads: Gradients, *, keep_graph: bool
     ) -> tuple[torch.Tensor | None, Gradients]:
