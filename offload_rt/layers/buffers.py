@@ -15,8 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from offload_rt.layers.switches import Switches
-
 State = list[tuple[int, int]]
 """Of each buffer which tensor it is, and how often torch has seen that written to."""
 Values = list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor, torch.Tensor]]
@@ -30,9 +28,9 @@ class Buffers:
         self._modules = [(path, module) for path, module in layer.named_modules() if module._buffers]
         self._are_written: bool | None = None
         """Whether a forward has; None before the first, as the layer is switched."""
-        self._switched: Switches | None = None
+        self._switched: object = None
 
-    def before(self, switched: Switches) -> tuple[State, Values]:
+    def before(self, switched: object) -> tuple[State, Values]:
         """A forward: for `written`. Values are nothing where none before, as `switched`, has written to any."""
         if self._switched is not switched:
             self._switched = switched
