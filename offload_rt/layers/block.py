@@ -140,7 +140,7 @@ class Block:
         reads these has them for the time of its own call. Again where the block's modules are others.
         """
         for module in modules:
-            owner = innermost(module)
+            owner = innermost(module) if is_reader(module) else None
             if module not in self._readers and owner is not None and self._of_owner.get(owner):
                 self._readers[module] = [
                     module.register_forward_pre_hook(partial(self._before_reader, owner), prepend=True),
