@@ -159,7 +159,7 @@ def restore(
 class FolderCommits:
     """Commits of a run whose state is in memory: one folder, that of the last step that was to be committed.
 
-    Made when the next forward in training begins, see [Note: when a step is committed] in `optimizer.commits`. Used by
+    Made when the next forward begins, see [Note: when a step is committed] in `optimizer.commits`. Used by
     one thread.
     """
 

@@ -21,7 +21,7 @@ from offload_rt.checkpoint.values import restore_rng
 from offload_rt.guards.integrity import Reached
 from offload_rt.optimizer.adapter_saving import TieredState
 from offload_rt.optimizer.arrivals import Arrival
-from offload_rt.optimizer.in_memory import AdapterSteps
+from offload_rt.optimizer.in_memory import AdapterSteps, Noted, noted
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.log_commit import is_log
 from offload_rt.optimizer.pieces import TrainedBlock
@@ -63,6 +63,7 @@ class AdapterTraining(TieredTraining):
     def __init__(self, parts: TieredParts, steps: AdapterSteps) -> None:
         super().__init__(parts)
         self._steps = steps
+        self._as_stepped: Noted = []
 
     @property
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -73,9 +74,9 @@ class AdapterTraining(TieredTraining):
         self._steps.reached = reached
 
     def before_forward(self) -> None:
-        if torch.is_grad_enabled():  # an evaluation may be one of other weights, which are put back
+        if torch.is_grad_enabled() or self._as_stepped == noted(self.trainable):
             self._finish_commit()
-        else:
+        else:  # an evaluation of other weights, which are put back
             self.commits.check_usable()
 
     def _finish_commit(self) -> None:
@@ -113,6 +114,7 @@ class AdapterTraining(TieredTraining):
         self.stepper.new_scalars.clear()
         self.step_number += 1
         self.commits.step_taken(self.step_number)
+        self._as_stepped = noted(self.trainable)
         self._expect_next()
         self._steps.is_over(self.optimizer)
 

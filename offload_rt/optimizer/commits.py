@@ -5,7 +5,7 @@ A loop steps its schedulers after `step` has returned, and draws its next batch 
 everything as it was when `step` returned, but schedulers and learning rates as they are when the next forward begins,
 which is when it is made (or by `close`, or by whoever saves or loads before). Not by a `close` because the loop has
 failed in between: [Note: steps that a loop has not finished] in `closing`. Where
-adapters train it is the next forward in training: an evaluation may be one of other weights, which are put back.
+adapters train, an evaluation of other weights than the step has left, which are put back, commits nothing.
 """
 
 from __future__ import annotations

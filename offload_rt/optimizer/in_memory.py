@@ -31,6 +31,13 @@ from offload_rt.optimizer.others import refusal
 from offload_rt.optimizer.rules import rule_for
 from offload_rt.running.steps import weak_hook
 
+Noted = list[tuple[int, int]]
+
+
+def noted(trainable: Mapping[str, Tensor]) -> Noted:
+    """What tells whether somebody has written into any of these since, or put another tensor in its place."""
+    return [(parameter.data_ptr(), parameter._version) for parameter in trainable.values()]
+
 
 class AdapterSteps:
     """Steps of adapters whose weights and gradients are where torch put them, checked while they are the first."""
@@ -116,6 +123,7 @@ class MemoryTraining:
         self._commit_folder = commit_folder
         self._commit_every = commit_every
         self.open_log = open_log
+        self._as_stepped: Noted = []
         self._commits = self._committing()
 
     def _committing(self) -> FolderCommits | None:
@@ -155,8 +163,8 @@ class MemoryTraining:
         self._steps.reached = reached
 
     def before_forward(self) -> None:
-        if torch.is_grad_enabled():  # an evaluation may be one of other weights, which are put back
-            self._commit_what_is_due()
+        if torch.is_grad_enabled() or self._as_stepped == noted(self._steps.trainable):
+            self._commit_what_is_due()  # else it is an evaluation of other weights, which are put back
 
     def _commit_what_is_due(self) -> None:
         if self._commits is not None:
@@ -208,6 +216,7 @@ class MemoryTraining:
         self.step_number += 1
         if self._commits is not None:
             self._commits.step_taken(self.step_number)
+            self._as_stepped = noted(self._steps.trainable)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         return self._steps.clip(max_norm)
