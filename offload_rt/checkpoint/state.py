@@ -189,6 +189,11 @@ class FolderCommits:
             self._due = copy.deepcopy({**self._values(), "rng": rng_state()})
             self._unfinished.step_taken()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `finish` would commit."""
+        return self._due is not None
+
     def abandon(self) -> None:
         """Leaves the last step uncommitted where the loop has failed since: see `closing`."""
         if self._due is not None and self._unfinished.has_failed(self._due["step"]):

@@ -96,5 +96,10 @@ class FrozenWeights:
             )
 
 
+def states(tensors: Iterable[torch.Tensor]) -> list[State]:
+    """Of each: others, as soon as somebody has written into it or put another tensor in its place."""
+    return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+
 def _states(bindings: Iterable[Binding]) -> list[State]:
-    return [(each.parameter._version, each.parameter.data_ptr()) for each in bindings]
+    return states(each.parameter for each in bindings)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from offload_rt.checkpoint.state import load_state, restore, save_state
 from offload_rt.checkpoint.values import restore_rng
+from offload_rt.guards.frozen_weights import State, states
 from offload_rt.guards.integrity import Reached
 from offload_rt.optimizer.adapter_saving import TieredState
 from offload_rt.optimizer.arrivals import Arrival
-from offload_rt.optimizer.in_memory import AdapterSteps, Noted, noted
+from offload_rt.optimizer.in_memory import AdapterSteps
 from offload_rt.optimizer.interface import Check, Values
 from offload_rt.optimizer.log_commit import is_log
 from offload_rt.optimizer.pieces import TrainedBlock
@@ -63,7 +64,7 @@ class AdapterTraining(TieredTraining):
     def __init__(self, parts: TieredParts, steps: AdapterSteps) -> None:
         super().__init__(parts)
         self._steps = steps
-        self._as_stepped: Noted = []
+        self._as_stepped: list[State] = []
 
     @property
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -74,10 +75,9 @@ class AdapterTraining(TieredTraining):
         self._steps.reached = reached
 
     def before_forward(self) -> None:
-        if torch.is_grad_enabled() or self._as_stepped == noted(self.trainable):
-            self._finish_commit()
-        else:  # an evaluation of other weights, which are put back
-            self.commits.check_usable()
+        self.commits.check_usable()
+        if torch.is_grad_enabled() or not self.commits.is_due or self._as_stepped == states(self.trainable.values()):
+            self.commits.finish()  # else it is an evaluation of other weights, which are put back
 
     def _finish_commit(self) -> None:
         self.commits.check_usable()
@@ -114,7 +114,7 @@ class AdapterTraining(TieredTraining):
         self.stepper.new_scalars.clear()
         self.step_number += 1
         self.commits.step_taken(self.step_number)
-        self._as_stepped = noted(self.trainable)
+        self._as_stepped = states(self.trainable.values())
         self._expect_next()
         self._steps.is_over(self.optimizer)
 

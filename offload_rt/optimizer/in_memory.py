@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from offload_rt.checkpoint.state import FolderCommits, load_state, restore, save_state
 from offload_rt.config import NO_COMMIT_FOLDER
 from offload_rt.errors import ConfigError, IntegrityError
+from offload_rt.guards.frozen_weights import State, states
 from offload_rt.guards.integrity import (
     CHECKED_STEPS,
     Reached,
@@ -30,13 +31,6 @@ from offload_rt.optimizer.log_commit import OpenLog, is_log
 from offload_rt.optimizer.others import refusal
 from offload_rt.optimizer.rules import rule_for
 from offload_rt.running.steps import weak_hook
-
-Noted = list[tuple[int, int]]
-
-
-def noted(trainable: Mapping[str, Tensor]) -> Noted:
-    """What tells whether somebody has written into any of these since, or put another tensor in its place."""
-    return [(parameter.data_ptr(), parameter._version) for parameter in trainable.values()]
 
 
 class AdapterSteps:
@@ -123,7 +117,7 @@ class MemoryTraining:
         self._commit_folder = commit_folder
         self._commit_every = commit_every
         self.open_log = open_log
-        self._as_stepped: Noted = []
+        self._as_stepped: list[State] = []
         self._commits = self._committing()
 
     def _committing(self) -> FolderCommits | None:
@@ -163,8 +157,10 @@ class MemoryTraining:
         self._steps.reached = reached
 
     def before_forward(self) -> None:
-        if torch.is_grad_enabled() or self._as_stepped == noted(self._steps.trainable):
-            self._commit_what_is_due()  # else it is an evaluation of other weights, which are put back
+        if self._commits is None or not self._commits.is_due:
+            return
+        if torch.is_grad_enabled() or self._as_stepped == states(self._steps.trainable.values()):
+            self._commits.finish()  # else it is an evaluation of other weights, which are put back
 
     def _commit_what_is_due(self) -> None:
         if self._commits is not None:
@@ -216,7 +212,7 @@ class MemoryTraining:
         self.step_number += 1
         if self._commits is not None:
             self._commits.step_taken(self.step_number)
-            self._as_stepped = noted(self._steps.trainable)
+            self._as_stepped = states(self._steps.trainable.values())
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         return self._steps.clip(max_norm)

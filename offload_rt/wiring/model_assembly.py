@@ -18,9 +18,10 @@ from offload_rt.errors import ConfigError
 from offload_rt.guards.additions import Additions
 from offload_rt.guards.frozen_weights import FrozenWeights
 from offload_rt.layers.access import Access, LookupAccess, ResidentAccess
-from offload_rt.layers.autograd import RecomputedLayer, Surroundings
+from offload_rt.layers.autograd import RecomputedLayer
 from offload_rt.layers.block import Binding, Block
 from offload_rt.layers.discover import BlockDraft
+from offload_rt.layers.surroundings import Surroundings
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.plans.plan_options import policy_of
 from offload_rt.quantized.packed_linear import packed_linears

@@ -15,10 +15,11 @@ from offload_rt.closing import all_close
 from offload_rt.guards.additions import Additions
 from offload_rt.guards.frozen_weights import FrozenWeights
 from offload_rt.layers.access import Access, GoneAccess, ResidentAccess
-from offload_rt.layers.autograd import LayerCounters, RecomputedLayer
+from offload_rt.layers.autograd import RecomputedLayer
 from offload_rt.layers.block import Block, Shown
 from offload_rt.layers.discover import Coverage
 from offload_rt.layers.executor import ExecutorCounters, RingExecutor
+from offload_rt.layers.surroundings import LayerCounters
 from offload_rt.layers.turns import Turns
 from offload_rt.memory.arena import Slot
 from offload_rt.memory.heap import Base, HeapGuard
@@ -255,18 +256,21 @@ class Runtime:
         """Gives the memory of its arenas back, after `close`, when nobody follows. What somebody still sees of a layer
         stays his; a graph that is still around can go back no more. Counters stay.
 
-        resident: weights that never leave DEVICE go, too; else they stay the model's.
+        resident: weights that never leave DEVICE go, too, of a runtime that nobody has called; else they stay the
+        model's.
         """
         if self.links.is_stuck:
             return
         seen = self.used_elsewhere()
-        self._refuse_from_now_on("the engine was closed; weights that it needs are not in memory any more")
         if self.device is not None:  # whose kernels may be behind; copies are over
             self.device.compute.record().wait()
-        stays = [access.slot for access in self.accesses.values() if isinstance(access, ResidentAccess)]
+        stays: list[Slot] = []
         if resident:
             self.let_go()
-        self.tiers.give_back(keep=[] if resident else stays, seen=seen)
+        else:
+            self._refuse_from_now_on("the engine was closed; weights that it needs are not in memory any more")
+            stays = [access.slot for access in self.accesses.values() if isinstance(access, ResidentAccess)]
+        self.tiers.give_back(keep=stays, seen=seen)
 
     def used_elsewhere(self) -> list[Any]:
         """Regions of memory that layers compute with, where somebody else has kept something of it: a hook, say."""

@@ -11,9 +11,9 @@ import torch
 from offload_rt.checkpoint.materialise import materialise_rest
 from offload_rt.closing import all_close
 from offload_rt.layers.access import Access
-from offload_rt.layers.autograd import LayerCounters
 from offload_rt.layers.discover import Coverage
 from offload_rt.layers.executor import RingExecutor
+from offload_rt.layers.surroundings import LayerCounters
 from offload_rt.layers.turns import Turns
 from offload_rt.memory.heap import HeapGuard
 from offload_rt.memory.transients import Transients
