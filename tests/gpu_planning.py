@@ -12,7 +12,7 @@ from offload_rt import arguments
 from offload_rt.memory.cuda_memory import settle
 from offload_rt.plans import planning, planning_training, workload_sizes
 from planners.problems.hardware import Drive, Hardware, Links, named_hardware
-from planners.problems.problem import KeptPass, MeasuredSeconds
+from planners.problems.measured import KeptPass, MeasuredSeconds
 
 KIB = 1 << 10
 RATE = 2e6

@@ -28,7 +28,8 @@ from offload_rt.wiring.workload import Workload, find_workload
 from planners.optimiser.expand import _in_pieces
 from planners.plans.placement import Tier, UpdateMode, UpdatePlace
 from planners.problems.hardware import Drive, Hardware, Host, Links, named_hardware
-from planners.problems.problem import DeviceSteps, MeasuredSeconds, Problem
+from planners.problems.measured import MeasuredSeconds
+from planners.problems.problem import DeviceSteps, Problem
 from planners.rule.streaming import plan_streaming
 from planners.rule.streaming_problem import StreamingProblem
 from planners.simulator.simulate import simulate

@@ -27,7 +27,7 @@ from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.errors import PlanInfeasible
 from planners.optimiser.program import SolverMissing
 from planners.plans.placement import Tier
-from planners.problems.problem import KeptPass
+from planners.problems.measured import KeptPass
 from planners.rule.edges import lookups_of
 from planners.rule.filling import Fill
 from planners.rule.streaming import plan_streaming

@@ -18,7 +18,8 @@ from planners.optimiser.trial import GOOD_ENOUGH, Search, in_whole_numbers, try_
 from planners.plans.placement import Tier, UpdateMode
 from planners.plans.schedule import Phase
 from planners.problems.hardware import Drive, Links
-from planners.problems.problem import BlockClass, Capabilities, KeptPass, MeasuredSeconds, Problem, Training, Workload
+from planners.problems.measured import KeptPass, MeasuredSeconds
+from planners.problems.problem import BlockClass, Capabilities, Problem, Training, Workload
 from planners.shapes.trace import Saved, Transient
 from planners.simulator.static_memory import capacities
 from planners.simulator.step_work import floor_seconds

@@ -30,7 +30,7 @@ from planners.optimiser.mip import plan_optimal
 from planners.plans.placement import Cuts, Tier, UpdatePlace
 from planners.problems.cost import knobs_of
 from planners.problems.hardware import Drive, Links, named_hardware
-from planners.problems.problem import MeasuredSeconds
+from planners.problems.measured import MeasuredSeconds
 from planners.simulator.static_memory import capacities
 from planners.simulator.validate import InvalidPlan, check, check_modes
 from tests.conftest import build_lora, build_plain

@@ -24,7 +24,7 @@ from planners.errors import PlanInfeasible
 from planners.optimiser.trial import GOOD_ENOUGH
 from planners.plans.plan import Plan, Tier
 from planners.problems.hardware import Hardware
-from planners.problems.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
+from planners.problems.measured import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
 from planners.rule import attempts
 from planners.rule.streaming import plan_streaming
 from planners.rule.streaming_problem import StreamingProblem

@@ -22,7 +22,7 @@ from planners.optimiser.mip import plan_optimal
 from planners.plans.placement import Tier
 from planners.plans.plan import Plan
 from planners.problems.cost import tiles_again_seconds
-from planners.problems.problem import KeptPass, MeasuredSeconds
+from planners.problems.measured import KeptPass, MeasuredSeconds
 from planners.rule.filling import Fill
 from planners.rule.streaming import plan_streaming
 from planners.rule.streaming_problem import Cuts

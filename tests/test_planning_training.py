@@ -42,7 +42,8 @@ from planners.plans.activations import Action, whole_batch
 from planners.plans.placement import ClassPlan, Split, Tier, UpdateMode
 from planners.plans.plan import Plan
 from planners.problems.hardware import Drive, Hardware
-from planners.problems.problem import KeptPass, MeasuredSeconds, Problem
+from planners.problems.measured import KeptPass, MeasuredSeconds
+from planners.problems.problem import Problem
 from planners.rule.streaming_problem import StreamingProblem
 from planners.simulator.division import HOMES
 from planners.simulator.validate import InvalidPlan, check, check_modes

@@ -35,7 +35,7 @@ from planners.plans.activations import Action, ActivationPolicy, Chunk
 from planners.plans.plan import Tier
 from planners.plans.vocabulary import HeadTiles
 from planners.problems.hardware import Drive
-from planners.problems.problem import KeptPass, MeasuredSeconds
+from planners.problems.measured import KeptPass, MeasuredSeconds
 from planners.simulator.division import divided
 from planners.simulator.simulate import simulate
 from tests.conftest import build_lora, language_batch

@@ -33,7 +33,8 @@ from planners.plans.activations import Action, ActivationPolicy, Chunk
 from planners.plans.placement import Tier, UpdateMode
 from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
-from planners.problems.problem import MeasuredSeconds, Problem
+from planners.problems.measured import MeasuredSeconds
+from planners.problems.problem import Problem
 from planners.rule.attempts import head_chunk_tokens
 from planners.rule.streaming import plan_streaming
 from planners.rule.streaming_problem import StreamingProblem

@@ -32,7 +32,8 @@ from planners.optimiser.mip import WEAR_SLOWDOWN
 from planners.optimiser.rows import Freedoms
 from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
-from planners.problems.problem import MeasuredSeconds, Problem
+from planners.problems.measured import MeasuredSeconds
+from planners.problems.problem import Problem
 from planners.rule.streaming import plan_streaming
 from planners.rule.streaming_problem import StreamingProblem
 from planners.simulator.division import divided

@@ -31,7 +31,8 @@ from planners.optimiser.rows import Freedoms
 from planners.plans.placement import Tier, UpdateMode
 from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
-from planners.problems.problem import Capabilities, MeasuredSeconds, Problem, Training
+from planners.problems.measured import MeasuredSeconds
+from planners.problems.problem import Capabilities, Problem, Training
 from planners.problems.problem import Workload as PlannedWorkload
 from planners.rule.attempts import CHUNK_TOKENS, TIGHT_SLACK_BYTES, head_chunk_tokens
 from planners.rule.edges import tiled_block

@@ -9,7 +9,8 @@ from torch import nn
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.plans.planning_tokens import chunked_bytes, transients_of
 from planners.plans.vocabulary import RowsSize
-from planners.problems.problem import BlockClass, MeasuredSeconds
+from planners.problems.measured import MeasuredSeconds
+from planners.problems.problem import BlockClass
 from planners.rule.attempts import head_chunk_tokens
 from planners.rule.streaming_problem import StreamingProblem
 from planners.shapes.trace import Saved, Transient

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
-from planners.problems.problem import BlockClass, MeasuredSeconds, Problem
+from planners.problems.measured import MeasuredSeconds
+from planners.problems.problem import BlockClass, Problem
 from planners.rule.streaming_problem import StreamingProblem
 from planners.units import whole_pages
 

@@ -28,7 +28,7 @@ from planners.plans.activations import Action, ActivationPolicy, Chunk, Group, T
 from planners.plans.placement import ClassPlan, Cuts, Tier, TokenSplit
 from planners.plans.plan import Plan
 from planners.plans.schedule import Phase
-from planners.problems.problem import MeasuredSeconds
+from planners.problems.measured import MeasuredSeconds
 from planners.rule.attempts import STAGING_PIECE_BYTES
 from planners.rule.filling import KEPT_TENSORS
 from planners.rule.streaming_problem import StreamingProblem

@@ -47,7 +47,7 @@ from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from planners.plans.activations import Action, whole_batch
 from planners.plans.placement import Tier
-from planners.problems.problem import KeptPass, MeasuredSeconds
+from planners.problems.measured import KeptPass, MeasuredSeconds
 
 logger = logging.getLogger("offload_rt")
 

@@ -34,7 +34,7 @@ from offload_rt.tokenwise.layer import Tokenwise, TokenwiseLayer
 from offload_rt.tokenwise.tiles import Places
 from planners.plans.activations import Action, ActivationPolicy, Chunk, Group, Treatment
 from planners.plans.placement import Tier
-from planners.problems.problem import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
+from planners.problems.measured import KeptPass, MeasuredChunks, MeasuredSeconds, SavedGroup
 
 CHUNKS = 2
 """Of a sequence, that run in all ways: with one, a layer would not be cut."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from offload_rt.profiling.workbench import Workbench, or_the_cpu
-from planners.problems.problem import MeasuredSeconds
+from planners.problems.measured import MeasuredSeconds
 
 HEAD_ROWS = 16384
 """Of the vocabulary, at most; the rest takes as long in proportion."""

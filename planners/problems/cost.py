@@ -17,7 +17,8 @@ from functools import lru_cache
 from planners.plans.placement import Buffers, Cuts, DecodeScope, Tier, UpdateMode
 from planners.plans.plan import Plan
 from planners.plans.schedule import Phase, Step, StepKind, ring_schedule, walk
-from planners.problems.problem import BlockClass, MeasuredSeconds, Problem
+from planners.problems.measured import MeasuredSeconds
+from planners.problems.problem import BlockClass, Problem
 
 FLASH_BACKWARD = 2.5
 """FLOPs of attention's backward over its forward, with scores computed again as flash attention does."""

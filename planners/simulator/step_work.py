@@ -5,7 +5,8 @@ from __future__ import annotations
 from planners.plans.placement import Tier, UpdatePlace
 from planners.plans.plan import Plan
 from planners.problems.cost import class_costs, fetch_counts, held_up_seconds, knobs_of, tiles_again_seconds
-from planners.problems.problem import MeasuredSeconds, Problem
+from planners.problems.measured import MeasuredSeconds
+from planners.problems.problem import Problem
 from planners.simulator.optimizer_state import steps_in_parts, update_bytes
 from planners.simulator.static_memory import capacities
 
