@@ -27,7 +27,8 @@ import offload_rt
 from offload_rt.config import EngineConfig, NvmePath
 from offload_rt.emulation import emulated_config
 from offload_rt.plans.planning import lowered, measured_problem
-from offload_rt.plans.planning_training import lowered_training, measured_seconds, questions
+from offload_rt.plans.planning_training import lowered_training, questions
+from offload_rt.plans.training_seconds import measured_seconds
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.wiring.workload import Workload, find_workload
 from planners.optimiser.expand import Fractions, expand, with_prediction

@@ -10,7 +10,7 @@ import torch
 
 from offload_rt import arguments
 from offload_rt.memory.cuda_memory import settle
-from offload_rt.plans import planning, planning_training, workload_sizes
+from offload_rt.plans import planning, training_seconds, workload_sizes
 from planners.problems.hardware import Drive, Hardware, Links, named_hardware
 from planners.problems.measured import KeptPass, MeasuredSeconds
 
@@ -56,6 +56,6 @@ def unmeasured(patch: pytest.MonkeyPatch, *, saved_bytes: int = SAVED_BYTES) -> 
     patch.setattr(planning, "profile_layer", lambda *_, **__: layer)
     patch.setattr(planning, "profile_head", lambda **_: HEAD)
     patch.setattr(planning, "updates_per_second", lambda *_: 1e9)
-    patch.setattr(planning_training, "profile_head", lambda **_: HEAD)
-    patch.setattr(planning_training, "steps_per_second", lambda *_, **__: 1e7)
-    patch.setattr(planning_training, "delivery_seconds", lambda *_: 1e-3)
+    patch.setattr(training_seconds, "profile_head", lambda **_: HEAD)
+    patch.setattr(training_seconds, "steps_per_second", lambda *_, **__: 1e7)
+    patch.setattr(training_seconds, "delivery_seconds", lambda *_: 1e-3)

@@ -21,7 +21,8 @@ from offload_rt.plans.device_share import GAIN, with_balanced_share, with_the_be
 from offload_rt.plans.plan_check import check_plan
 from offload_rt.plans.plan_choice import RULE, choose
 from offload_rt.plans.planning import optimal
-from offload_rt.plans.planning_training import TrainingSeconds, questions
+from offload_rt.plans.planning_training import questions
+from offload_rt.plans.training_seconds import TrainingSeconds
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.workload import Workload, find_workload

@@ -150,6 +150,7 @@ FLOORS = {
     "offload_rt.plans.planning": 8.7,
     "offload_rt.profiling.update_profile": 8.6,
     "offload_rt.plans.planning_together": 8.7,
+    "offload_rt.plans.training_seconds": 8.72,
     "offload_rt.plans.planning_training": 8.75,
     "offload_rt.plans.planning_adapters": 8.76,
     "offload_rt.plans.asked": 8.78,

@@ -30,7 +30,7 @@ from offload_rt.optimizer.arrivals import Arrivals
 from offload_rt.optimizer.landing import Landing
 from offload_rt.optimizer.pieces import TrainedParameter, trained_block
 from offload_rt.optimizer.rules import AdamWRule
-from offload_rt.plans import planning_training
+from offload_rt.plans import training_seconds
 from offload_rt.plans.planning_budgets import passing_of
 from offload_rt.profiling import bench, calibrate
 from offload_rt.profiling.block_profile import profile_layer
@@ -984,7 +984,7 @@ def test_all_parameters_train_by_the_optimisers_plan_on_the_gpu_to_the_bits_of_p
     gpu_planning.calibrated(monkeypatch, tmp_path)
     gpu_planning.room_for_plans(monkeypatch, device_kib * KIB)
     gpu_planning.unmeasured(monkeypatch)
-    monkeypatch.setattr(planning_training, "steps_per_second", lambda *_, **__: steps_per_second)
+    monkeypatch.setattr(training_seconds, "steps_per_second", lambda *_, **__: steps_per_second)
     with full.make_engine(
         case, tmp_path, device="cuda", device_memory="4GiB", host_memory=f"{host_kib}KiB", nvme=on_nvme,
         plan="optimise", options=RuntimeOptions(poison=True, piece_elements=8192),

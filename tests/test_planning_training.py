@@ -19,14 +19,13 @@ from offload_rt.layers.discover import find_blocks
 from offload_rt.plans import planning_together, planning_training
 from offload_rt.plans.planning_tokens import ACTIVATIONS
 from offload_rt.plans.planning_training import (
-    TrainingSeconds,
     check_can_be_asked,
     lowered_training,
-    measured_seconds,
     placement_of,
     questions,
     state_cuts,
 )
+from offload_rt.plans.training_seconds import TrainingSeconds, measured_seconds
 from offload_rt.plans.workload_sizes import streaming_problem
 from offload_rt.profiling.block_profile import profile_layer
 from offload_rt.profiling.update_profile import PIECES, steps_per_second

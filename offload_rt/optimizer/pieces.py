@@ -100,6 +100,10 @@ class TrainedBlock:
     masters: Masters = Masters.FLOAT32
 
     @property
+    def num_elements(self) -> int:
+        return sum(trained.num_elements for trained in self.parameters)
+
+    @property
     def state_bytes(self) -> int:
         return sum(piece.num_bytes for piece in self.pieces)
 

@@ -64,9 +64,8 @@ def with_balanced_share(rule: Plan, workload: Workload, streaming: StreamingProb
     in_host = state is not None and sizes is not None and state.is_all_in_memory(sizes) and not machine.unified
     if state is None or sizes is None or training is None or not in_host:
         return rule
-    parameters = [trained for block in training.blocks for trained in block.parameters]
-    params = sum(trained.num_elements for trained in parameters)
-    weights = sum(trained.parameter.nbytes for trained in parameters) / params
+    params = sum(block.num_elements for block in training.blocks)
+    weights = sum(each.parameter.nbytes for block in training.blocks for each in block.parameters) / params
     there = (sizes.state_bytes + sizes.gradient_bytes) / params
     back = sizes.state_bytes / params + weights
     steps = device_steps(workload, machine, moved_bytes_per_param=there + back, arrivals_per_second=math.inf)

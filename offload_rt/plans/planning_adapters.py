@@ -25,7 +25,8 @@ import torch
 
 from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.plans.planning import by_head, chunk_lengths, measured_problem
-from offload_rt.plans.planning_training import NOTHING, beside_steps, state_cuts
+from offload_rt.plans.planning_training import beside_steps, state_cuts
+from offload_rt.plans.training_seconds import NOTHING
 from offload_rt.profiling.update_profile import steps_per_second
 from offload_rt.wiring.workload import TrainingDraft, Workload
 from planners.optimiser.rows import Freedoms
@@ -84,7 +85,7 @@ def _with_the_link(rate: float, workload: Workload, hardware: Hardware, *, over_
     if not over_link:
         return rate
     (block,) = _training(workload).blocks
-    num_bytes = block.weights_bytes / sum(trained.num_elements for trained in block.parameters)
+    num_bytes = block.weights_bytes / block.num_elements
     links = hardware.links
     out, back = links.device_to_host_bytes_per_second, links.host_to_device_bytes_per_second
     return 1 / (1 / rate + num_bytes / out + num_bytes / back)
@@ -99,7 +100,7 @@ def questions(workload: Workload, streaming: StreamingProblem, problem: Problem,
     if sizes is None:
         raise ConfigError("plan: no state of adapters rests in tiers")
     (block,) = _training(workload).blocks
-    params = sum(trained.num_elements for trained in block.parameters)
+    params = block.num_elements
     entry = BlockClass(
         name=block.name, blocks=(block.name,), positions=(problem.workload.num_blocks,), is_layer=False, stored_bytes=0,
         decoded_bytes=0, largest_linear_bytes=0, trainable_params=params, forward_flops=0.0, backward_flops=0.0,

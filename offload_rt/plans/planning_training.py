@@ -13,30 +13,26 @@ holds a plan that says both to that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 
 from offload_rt.errors import ConfigError
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.plans.device_share import device_steps
-from offload_rt.plans.planning import CAPABILITIES, SLACK_DIVISOR, layer_seconds, lowered
+from offload_rt.plans.planning import CAPABILITIES, SLACK_DIVISOR, lowered
 from offload_rt.plans.planning_blocks import class_of, kind_of, needed_again
 from offload_rt.plans.planning_budgets import passing_of, within_budgets
 from offload_rt.plans.planning_together import by_order
 from offload_rt.plans.planning_tokens import input_staging_bytes, rounding_of, saved_of, transients_of
-from offload_rt.profiling.edge_profile import profile_embedding, profile_head
+from offload_rt.plans.training_seconds import NOTHING, TrainingSeconds, measured_seconds
 from offload_rt.profiling.profile_cost import profiled
-from offload_rt.profiling.update_profile import delivery_seconds, steps_per_second
-from offload_rt.profiling.workbench import Workbench, workbench_of
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from offload_rt.wiring.runtime_options import DEVICE_SLOTS
-from offload_rt.wiring.workload import TrainingDraft, Workload
+from offload_rt.wiring.workload import Workload
 from planners.optimiser.rows import Freedoms
 from planners.plans.placement import Tier, UpdateMode, UpdatePlace
 from planners.plans.plan import Plan, StatePlacement
@@ -49,29 +45,11 @@ from planners.rule.attempts import PAGED_SLOTS, SAVING, STEPPED_THERE, head_chun
 from planners.rule.streaming_problem import StreamingProblem
 from planners.shapes.trace import Transient
 
-NOTHING = MeasuredSeconds(forward=0.0, backward=0.0)
 MODES = (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE, UpdateMode.AFTER)
 SUMMED_BYTES = 4
 """Of a gradient that is summed over micro-batches, in float32."""
 LOSS = "loss"
 """The block that takes the head's time, where no weights come after the layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSeconds:
-    """What was measured. Blocks by name."""
-
-    layers: dict[str, MeasuredSeconds]
-    head: MeasuredSeconds
-    """With the loss."""
-    embeddings: dict[str, MeasuredSeconds]
-    steps_per_second: float
-    """Parameters."""
-    deliveries_per_second: float
-    """Parameters whose gradients are put where they wait, by who computes: of each micro-batch."""
-    arrivals_per_second: float = math.inf
-    """Parameters whose gradients the processor takes from a device: what it steps in a second is less by that already.
-    """
 
 
 def questions_of(
@@ -96,44 +74,10 @@ def check_can_be_asked(workload: Workload) -> None:
 def why_not_asked(workload: Workload) -> str:
     """What of layers that train the planner has no words for; empty where it can be asked about them."""
     layers = tuple(f"{draft.name}." for draft in workload.layers)
-    for block in _training(workload).blocks:
+    for block in workload.require_training().blocks:
         if block.weights is None and block.name.startswith(layers):
             return f"{block.name} trains inside a layer, whose weights stay"
     return ""
-
-
-def measured_seconds(
-    workload: Workload, streaming: StreamingProblem, optimizer: torch.optim.Optimizer
-) -> TrainingSeconds:
-    """Times one layer of each kind, head and embeddings, on the device that will compute, and the code that steps
-    blocks, on the processor. Blocks for seconds.
-
-    What a device computes with does not wait for gradients to be put where they wait: the processor takes them, which
-    steps so much less in a second.
-    """
-    config, training = workload.config, _training(workload)
-    with workbench_of(config) as bench:
-        layers = layer_seconds(workload, None, bench)
-        head = _head_seconds(workload, streaming, bench)
-        embeddings = {
-            block.name: profile_embedding(
-                vocabulary=table.num_embeddings, hidden_size=table.embedding_dim,
-                num_tokens=config.batch_size * config.seq_len, dtype=table.weight.dtype, bench=bench,
-            )
-            for block in training.blocks
-            if (table := _table(workload.model, block)) is not None
-        }  # fmt: skip
-    streams = [block for block in training.blocks if block.weights is not None]
-    largest = max(streams or training.blocks, key=lambda block: block.state_bytes)
-    steps = steps_per_second(largest, training.rule, optimizer.param_groups[0], on_nvme=bool(config.nvme))
-    deliveries = _num_params(largest) / delivery_seconds(largest, config.accumulation_steps)
-    arrivals = math.inf
-    if workload.has_streams:
-        steps, deliveries, arrivals = 1 / (1 / steps + 1 / deliveries), math.inf, deliveries
-    return TrainingSeconds(
-        layers=layers, head=head, embeddings=embeddings, steps_per_second=steps, deliveries_per_second=deliveries,
-        arrivals_per_second=arrivals,
-    )  # fmt: skip
 
 
 def questions(
@@ -178,13 +122,13 @@ def training_problem(
     commit_every: int | None = None,
 ) -> Problem:
     """The question, but for what the runtime can do: every block that trains, with its pieces of state."""
-    config, training, sizes = workload.config, _training(workload), streaming.training
+    config, training, sizes = workload.config, workload.require_training(), streaming.training
     if sizes is None:
         raise ConfigError("plan: no layer trains")
     tokens = config.batch_size * config.seq_len
     items = {trained.parameter.element_size() for block in training.blocks for trained in block.parameters}
     classes = _classes(workload, streaming, seconds)
-    params = sum(map(_num_params, training.blocks))
+    params = sum(block.num_elements for block in training.blocks)
     state_bytes_per_param = -(-sizes.state_bytes // params)
     summed = SUMMED_BYTES if config.accumulation_steps > 1 else max(items)
     changing_bytes = sizes.state_bytes + sum(block.weight_bytes for block in sizes.blocks)
@@ -269,7 +213,7 @@ def beside_steps(sizes: TrainingSizes) -> dict[str, int]:
 
 def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlacement:
     """What the plan's classes say of state, as the runtime places it. ConfigError for what it cannot."""
-    blocks = {block.name: block for block in _training(workload).blocks}
+    blocks = {block.name: block for block in workload.require_training().blocks}
     named = [name for entry in plan.classes for name in entry.blocks if entry.updates]
     if sorted(named) != sorted(blocks):
         odd = sorted(set(named) ^ set(blocks)) or ["one twice"]
@@ -299,7 +243,7 @@ def placement_of(plan: Plan, workload: Workload, *, unified: bool) -> StatePlace
     several = workload.config.accumulation_steps > 1
     waits = plan.update_mode is not UpdateMode.BACKWARD or bool(in_memory) or several
     slots = plan.buffers.gradient_slots if unified else plan.buffers.host_gradient_slots
-    paged = _training(workload).adapters and workload.has_streams  # see `planning_adapters`
+    paged = workload.require_training().adapters and workload.has_streams  # see `planning_adapters`
     if paged:
         on_device = {name: len(block.pieces) for name, block in blocks.items()}
     return StatePlacement(
@@ -322,19 +266,9 @@ def state_cuts(block: TrainedBlock) -> tuple[tuple[int, int], ...]:
     return tuple(cuts)
 
 
-def _training(workload: Workload) -> TrainingDraft:
-    if workload.training is None:
-        raise ConfigError("plan: no layer trains")
-    return workload.training
-
-
-def _num_params(block: TrainedBlock) -> int:
-    return sum(trained.num_elements for trained in block.parameters)
-
-
 def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingSeconds) -> tuple[BlockClass, ...]:
     """Layers by kind; what trains outside them, a class each; what is frozen there, as it is stored."""
-    trained = {block.name: block for block in _training(workload).blocks}
+    trained = {block.name: block for block in workload.require_training().blocks}
     order = _in_order(workload)
     tokens = workload.config.batch_size * workload.config.seq_len
     tile_tokens = head_chunk_tokens(streaming)
@@ -345,7 +279,7 @@ def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingS
     classes = []
     for number, ((_, taken, trains), drafts) in enumerate(kinds.items()):
         block = trained.get(drafts[0].name)
-        params = 0 if block is None else _num_params(block)
+        params = 0 if block is None else block.num_elements
         taken = _with_deliveries(taken, params / seconds.deliveries_per_second)
         entry = class_of(
             f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, taken, is_layer=True,
@@ -368,7 +302,7 @@ def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingS
             own = seconds.embeddings.get(block.name, NOTHING)
             taken = MeasuredSeconds(
                 forward=seconds.head.forward if block.name == last else 0.0,
-                backward=own.backward + _num_params(block) / seconds.deliveries_per_second,
+                backward=own.backward + block.num_elements / seconds.deliveries_per_second,
             )
             held = of_head if block.name == last else ()
             classes.append(_staying_class(block.name, order[block.name], taken, block, held))
@@ -392,7 +326,7 @@ def _staying_class(
     return BlockClass(
         name=name, blocks=(name,), positions=(position,), is_layer=False,
         stored_bytes=0 if block is None else block.weights_bytes, decoded_bytes=0, largest_linear_bytes=0,
-        trainable_params=0 if block is None else _num_params(block), forward_flops=0.0, backward_flops=0.0,
+        trainable_params=0 if block is None else block.num_elements, forward_flops=0.0, backward_flops=0.0,
         attention_flops=0.0, moved_bytes=0.0, saved=(), attention_bytes=0.0, attention_groups=1, transients=transients,
         measured=taken, weights_stay=True, state_cuts=() if block is None else state_cuts(block),
     )  # fmt: skip
@@ -404,29 +338,9 @@ def _in_order(workload: Workload) -> dict[str, int]:
     begins: dict[str, float] = {}
     for draft in workload.drafts:
         begins[draft.name] = min(order[entry.name] for entry in draft.parameters)
-    for block in _training(workload).blocks:
+    for block in workload.require_training().blocks:
         if block.weights is None:
             begins[block.name] = order[block.name]
     if not workload.layers or max(begins[draft.name] for draft in workload.layers) == max(begins.values()):
         begins[LOSS] = float("inf")
     return {name: position for position, name in enumerate(sorted(begins, key=lambda name: begins[name]))}
-
-
-def _table(model: nn.Module, block: TrainedBlock) -> nn.Embedding | None:
-    """The embedding whose weights a block outside the layers is."""
-    own = {id(trained.parameter) for trained in block.parameters if block.weights is None}
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    return next((table for table in tables if id(table.weight) in own), None)
-
-
-def _head_seconds(workload: Workload, streaming: StreamingProblem, bench: Workbench) -> MeasuredSeconds:
-    """Of head and loss; nothing where the model has none that the runtime knows."""
-    output = getattr(workload.model, "get_output_embeddings", lambda: None)()
-    if streaming.loss_head is None or output is None:
-        return NOTHING
-    weight, tokens = output.weight, streaming.loss_head.num_tokens
-    return profile_head(
-        hidden_size=weight.shape[1], vocabulary=weight.shape[0], num_tokens=tokens,
-        tile_tokens=head_chunk_tokens(streaming) or tokens, dtype=weight.dtype, trains=weight.requires_grad,
-        bench=bench,
-    )  # fmt: skip

@@ -76,6 +76,12 @@ class Workload:
     def layers(self) -> list[BlockDraft]:
         return [draft for draft in self.drafts if draft.is_layer]
 
+    def require_training(self) -> TrainingDraft:
+        """What trains, with its state. Raises `ConfigError` where `training` is None."""
+        if self.training is None:
+            raise ConfigError("plan: no layer trains")
+        return self.training
+
     def stored_ids(self) -> set[int]:
         """The ids of parameters that a block stores."""
         return {id(stored.parameter) for draft in self.drafts for stored in draft.parameters}
