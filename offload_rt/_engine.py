@@ -1,12 +1,5 @@
 """The public class: a model that trains in less memory than its weights and state take. Wiring only: what it wires is
-made in `wiring.assembly`.
-
-[Note: what an engine does to a model]
-`engine.model` is the user's module. Its parameters keep their identity; those that do not stay in memory are absent
-between uses. Its layers' `forward` goes through the engine. Refused are conversions of the model and merging adapters
-into it (`guards.conversions`), copies, loads and saves that would miss weights (`guards.copies`), wrappers that spread
-it over processes or GPUs (`guards.wrappers`), and calls from compiled code (`guards.compiling`). Nothing else changes.
-`close` takes all of this out again; but weights that were absent stay so, and saving their placeholders stays refused.
+made in `wiring.assembly`, and stands around the model by `attachments`.
 """
 
 from __future__ import annotations
@@ -20,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
+from offload_rt.attachments import Attachments
 from offload_rt.checkpoint.adapters import add_adapters
 from offload_rt.checkpoint.original import Original
 from offload_rt.checkpoint.pretrained import save_pretrained
@@ -30,16 +23,11 @@ from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
-from offload_rt.guards.batch_check import check_batch
-from offload_rt.guards.compiling import CompileGuard
-from offload_rt.guards.conversions import ConversionGuard, Guard, check_unmanaged
-from offload_rt.guards.copies import CopyGuard
-from offload_rt.guards.integrity import Reached, check_loss, check_optimizer
+from offload_rt.guards.conversions import check_unmanaged
+from offload_rt.guards.integrity import check_loss, check_optimizer
 from offload_rt.guards.quantized import check_not_quantized
-from offload_rt.guards.wrappers import WrapperGuard
 from offload_rt.memory.heap import Base
 from offload_rt.optimizer.interface import Training
-from offload_rt.optimizer.loop_steps import LoopSteps
 from offload_rt.optimizer.tiered_training import TieredTraining
 from offload_rt.report import report, summary
 from offload_rt.running.changes import Changes
@@ -150,9 +138,9 @@ class Engine:
         chooses_for = machine_to_choose_for(plan, self.config, emulated)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._peaks = Peaks()
-        self._handles: list[Guard | CompileGuard | RemovableHandle | Reached | LoopSteps] = []
         original = Original(model)
         runtime: Runtime | None = None
+        attached: Attachments | None = None
         try:
             self.model: nn.Module = model if adapters is None else add_adapters(model, adapters, self._checkpoint)
             self.trainable: dict[str, nn.Parameter] = {
@@ -167,7 +155,7 @@ class Engine:
             self._base = Base.now(besides_bytes=held)
             runtime = assemble(
                 self.model,
-                None if checkpoint is None else Path(checkpoint),
+                self._checkpoint,
                 self.config,
                 given_plan,
                 options if options is not None else RuntimeOptions(),
@@ -179,52 +167,37 @@ class Engine:
                 chooses_for=chooses_for,
             )
             self._closed = False
-            self._attach(model, runtime)
+            self._tracked = Tracked()
+            runtime.training.carry(lambda: self._tracked.values(self._runtime.cuts), self._tracked.with_schedulers)
+            self._changes = Changes(
+                runtime,
+                self.config,
+                self.model,
+                base_bytes=self._base.resident_bytes,
+                followed_by=self._look_after,
+                give_up=self.close,
+            )
+            self.step_meter = self._changes.meter
+            self._wear_from = (0, runtime.links.counters.bytes_written)
+            """The step and the bytes written when steps of this process began."""
+            self._attached = attached = Attachments(self.model, model, self.trainable, self.config, self._changes)
+            attached.attach()
+            self._micro_batches = MicroBatches(
+                self, self._changes, attached.steps, accumulation_steps=accumulation_steps
+            )
             original.let_go()
             runtime.heap.trim()  # of what the weights and their encoding have left
             self._look_after(runtime)
             logger.info("%s", self.summary())
         except BaseException:  # the same call with other arguments works
-            handles = [handle.remove for handle in self._handles]
             made = () if runtime is None else (runtime.close, partial(runtime.give_back, resident=True))
-            all_close(*made, *handles, original.restore, self._peaks.close)
+            put_in = () if attached is None else (attached.remove,)
+            all_close(*made, *put_in, original.restore, self._peaks.close)
             raise
-
-    def _attach(self, model: nn.Module, runtime: Runtime) -> None:
-        """Puts the engine around `runtime`, its first one, and around `model`, which is the user's."""
-        self._tracked = Tracked()
-        runtime.training.carry(lambda: self._tracked.values(self._runtime.cuts), self._tracked.with_schedulers)
-        self._reached = Reached(self.model, self.trainable, [each.layer for each in runtime.layers])
-        self._changes = Changes(
-            runtime,
-            self.config,
-            self.model,
-            base_bytes=self._base.resident_bytes,
-            followed_by=self._look_after,
-            give_up=self.close,
-        )
-        self.step_meter = self._changes.meter
-        self._wear_from = (0, runtime.links.counters.bytes_written)
-        """The step and the bytes written when steps of this process began."""
-        models, kept = {self.model, model}, runtime.made_of.workload.kept_elsewhere()
-        self._handles.append(self._reached)
-        for make in (ConversionGuard, partial(CopyGuard, kept=kept), WrapperGuard):
-            self._handles.append(make(*models))
-        self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        self._handles += self.step_meter.attach(self.model)
-        self._steps = LoopSteps(
-            lambda: self._training, self.trainable.values(), self.step_meter,
-            accumulation_steps=self.config.accumulation_steps, is_over=self._changes.after_step,
-        )  # fmt: skip
-        self._handles.append(self._steps)
-        self._micro_batches = MicroBatches(
-            self, self._changes, self._steps, accumulation_steps=self.config.accumulation_steps
-        )
-        self._handles.append(CompileGuard(*models))  # whose hooks come before all others
 
     def _look_after(self, runtime: Runtime) -> None:
         """What the engine sees of the runtime in effect."""
-        runtime.training.check_by(self._reached)
+        runtime.training.check_by(self._attached.reached)
         self._peaks.follow(runtime, self._base.resident_bytes)
 
     @property
@@ -248,7 +221,7 @@ class Engine:
         if self._closed:
             raise OffloadError("the engine is closed: the model's frozen weights are not in memory any more")
         args, kwargs = self._runtime.on_device(args, kwargs)
-        return self.model(*args, **kwargs)  # `_before_forward` does the rest, as for a loop that calls the model itself
+        return self.model(*args, **kwargs)  # a hook does the rest, as for a loop that calls the model itself
 
     def backward(self, loss: torch.Tensor) -> None:
         """As `loss.backward()`, after checking that the loss is finite, for which it waits for the device.
@@ -258,7 +231,7 @@ class Engine:
         if not isinstance(loss, torch.Tensor):
             raise ConfigError(f"backward: expected the loss as a tensor, got {type(loss).__name__}")
         check_loss(loss, self.step_number + 1)
-        self._steps.backward(loss)
+        self._attached.steps.backward(loss)
 
     @property
     def step_number(self) -> int:
@@ -273,7 +246,7 @@ class Engine:
         a row raise; of adapters they raise in the first steps, and whenever they are clipped.
         """
         self._check_open("step")
-        self._steps.take()
+        self._attached.steps.take()
 
     def _check_open(self, asked: str) -> None:
         if self._closed:
@@ -356,10 +329,7 @@ class Engine:
 
         with self._peaks.phase(RESUME):
             values = self._training.load(Path(folder), check)
-        for parameter in self.trainable.values():
-            parameter.grad = None  # of the step that was under way: what was loaded has begun none
-        self._reached.forget()
-        self._steps.num_backwards = 0
+        self._attached.drop_step()  # what was loaded has begun none
         self._tracked.load(values)
         self._wear_from = (self.step_number, self._runtime.links.counters.bytes_written)
 
@@ -427,22 +397,12 @@ class Engine:
         """
         self._closed = True
         self._training.abandon()
-        # Guards look at which weights are absent from now on.
-        handles = [handle.remove for handle in self._handles]
-        all_close(self._changes.close, self._runtime.close, self._runtime.give_back, *handles, self._peaks.close)
+        all_close(
+            self._changes.close, self._runtime.close, self._runtime.give_back, self._attached.remove, self._peaks.close
+        )
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._changes.begin_call(begins_step=not self._steps.num_backwards)
-        self._changes.rehearse(args, kwargs)
-        self._training.before_forward()
-        for layer in self._runtime.layers:
-            layer.without_checkpointing()
-        if self._runtime.device is not None and self.config.device_memory_bytes is not None:
-            self._runtime.device.keep_within(self.config.device_memory_bytes)
-        check_batch(model, args, kwargs, self.config, by_chunks=self._runtime.tokenwise is not None)

@@ -180,6 +180,7 @@ FLOORS = {
     "offload_rt.report": 9.2,
     "offload_rt.running.changes": 9.3,
     "offload_rt.running.micro_batches": 9.4,
+    "offload_rt.attachments": 9.4,
     "offload_rt._engine": 9.5,
     "offload_rt.training": 10.0,
     "offload_rt.cli": 11.0,
