@@ -23,6 +23,8 @@ class Additions:
         self.num_walks = 0
         self.modules: tuple[nn.Module, ...] = ()
         """The layer, and all modules in it, as of the last walk; another tuple only where there was another walk."""
+        self.found: list[tuple[str, nn.Parameter]] = []
+        """What the last `find` has returned."""
         self._layer = layer
         self._known_ids = frozenset(map(id, self.known))
         self._walk()
@@ -31,7 +33,7 @@ class Additions:
         """Those that there are now, with their names within the layer."""
         if [*map(id, self._entries())] != self._seen_ids:
             self._walk()
-        return self._found
+        return self.found
 
     def _entries(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._dicts))
@@ -44,7 +46,7 @@ class Additions:
             self._dicts += (module._parameters, module._modules)
         self._seen = [*self._entries()]
         self._seen_ids = [*map(id, self._seen)]
-        self._found = [
+        self.found = [
             (name, parameter)
             for name, parameter in self._layer.named_parameters()
             if id(parameter) not in self._known_ids

@@ -80,7 +80,6 @@ class RecomputedLayer:
         self._had_own_forward = "forward" in layer.__dict__
         self._was_checkpointed = False
         self._num_checks = 0
-        self._modules = self.additions.modules
         self._leave_out_product = self.around.leave_out_product
 
     def attach(self) -> None:
@@ -111,9 +110,10 @@ class RecomputedLayer:
     def trainable(self) -> list[nn.Parameter]:
         """The layer's parameters that train now and stay in memory; a user may switch adapters on and off.
 
-        `UnsupportedModule` where one requires a gradient that nobody would take: of weights at rest, or added since.
+        `UnsupportedModule` where one requires a gradient that nobody would take: of weights at rest, or added since, as
+        far as additions were looked for.
         """
-        for name, parameter in self.additions.find():
+        for name, parameter in self.additions.found:
             if parameter.requires_grad:
                 raise UnsupportedModule(
                     f"{self.block.name}.{name} requires a gradient and was not there when the engine was made, which "
@@ -150,7 +150,7 @@ class RecomputedLayer:
 
     def switches(self) -> Switches:
         """Those of the layer's modules as they are now. The same object for as long as nothing is switched."""
-        if not self._switches.are_still(self.additions.modules):
+        if not self._switches.are_still():
             self._switches = Switches(self.additions.modules)
         return self._switches
 
@@ -207,9 +207,9 @@ class RecomputedLayer:
     def _look_for_additions(self) -> None:
         """An adapter that was added since the last call may read weights: they are shown to it, and looked at again."""
         self.additions.find()
-        if self.additions.modules is not self._modules:
-            self._modules = self.additions.modules
-            self.block.find_readers(self._modules)
+        if self._switches.modules is not self.additions.modules:
+            self._switches = Switches(self.additions.modules)
+            self.block.find_readers(self.additions.modules)
             self._num_checks = 0
 
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:

@@ -21,15 +21,15 @@ class Switches:
     """Those of some modules as they are when this is made. Looked at twice a layer and step: by one call for all."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
+        self.modules = modules
         switched = [(vars(module), name) for module in modules for name in _NAMES if _has(module, name)]
         self._own = [own for own, _ in switched]
         self._names = [name for _, name in switched]
         self._values = self._now()
 
-    def are_still(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether `modules`, which are these, have not been switched."""
-        return modules is self._modules and self._now() == self._values
+    def are_still(self) -> bool:
+        """Whether the modules have not been switched."""
+        return self._now() == self._values
 
     def put_back(self, trained: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Inside, modules are switched as they were, and `trained` require gradients. Enter it at once."""
