@@ -431,6 +431,18 @@ def test_a_pass_that_asks_for_no_gradients_of_parameters_leaves_none(kept: bool,
         assert differences(twin.state(), run.state()) == []
 
 
+def test_a_call_is_over_where_a_pass_has_freed_its_graph_whatever_that_asked_for(tmp_path: Path) -> None:
+    """Plans are made again between calls: one whose graph somebody holds does not keep that waiting for ever."""
+    seen: list[torch.Tensor] = []
+    with engine(model(), "BACKWARD", tmp_path) as run:
+        run.model.embedding.register_forward_hook(lambda module, args, output: seen.append(output))
+        loss = run(**batch(0)).loss
+        torch.autograd.grad(loss, seen, retain_graph=True)
+        assert run._runtime.is_in_flight
+        torch.autograd.grad(loss, seen)
+        assert not run._runtime.is_in_flight and loss.grad_fn is not None
+
+
 def test_a_first_call_in_inference_mode_leaves_parameters_that_train(tmp_path: Path) -> None:
     twin = Plain(model())
     with engine(model(), "BACKWARD", tmp_path) as run:

@@ -159,6 +159,10 @@ class RecomputedLayer:
         """Whether a backward pass of a call may still come: its graph lives, and none has gone through it."""
         return len(self._open_calls) > 0
 
+    def is_over(self, call: Call) -> None:
+        """No pass comes to `call` any more, which had nothing to hand over."""
+        self._open_calls.discard(call)
+
     def hand_over(self, call: Call, gradients: Sequence[torch.Tensor | None]) -> None:
         """Takes the gradients of `call.streamed`; delivers the layer's once this pass comes to no other call of it.
 

@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from offload_rt.errors import IntegrityError, UnsupportedModule
+from offload_rt.layers.access import graph_is_kept
 from offload_rt.layers.block import Block
 from offload_rt.layers.switches import Switches
 from offload_rt.random_state import RandomState, kept_random_state
@@ -35,6 +36,9 @@ class Owner(Protocol):
 
     def hand_over(self, call: Call, gradients: Sequence[torch.Tensor | None]) -> None:
         """Takes the gradients of `call.streamed`."""
+
+    def is_over(self, call: Call) -> None:
+        """No pass comes to `call` any more, which had nothing to hand over."""
 
     def switches(self) -> Switches:
         """Those of the layer's modules as they are now."""
@@ -104,6 +108,8 @@ class Call:
         if any(asked) or not asked:  # by `torch.autograd.grad` of activations, none
             streamed = zip(gradients[num_known:], asked, strict=True)
             self.owner.hand_over(self, [gradient if is_asked else None for gradient, is_asked in streamed])
+        elif not graph_is_kept():
+            self.owner.is_over(self)
         return [*gradients[:num_known], *[None] * len(self.streamed)]
 
     def leaves(self) -> tuple[list[Any], Any]:
