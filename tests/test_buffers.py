@@ -157,3 +157,28 @@ def test_layers_by_chunks_write_buffers_once_too_also_where_they_began_to_when_t
     if policy is not None:
         refused = run.report()["tokenwise"]["refused"]
         assert [*refused.values()] == ([] if kind == "kept" else ["it writes to buffers in forward"])
+
+
+def test_a_layer_by_chunks_writes_buffers_once_also_where_it_begins_to_by_itself(
+    make_engine: Any, disk_folder: Path
+) -> None:
+    """Nothing is switched that anybody could see: the copies are there for chunks that have to be undone."""
+
+    def found(run: Any, of: Any) -> dict[str, torch.Tensor]:
+        count = False
+        for layer in of.base_model.model.model.layers:
+            layer.mlp.register_forward_hook(lambda module, *_: module.calls.add_(1) if count else None)
+        run(**language_batch(0, tokens=SEQ_LEN)).loss.backward()
+        of.zero_grad()
+        count = True
+        run(**language_batch(1, tokens=SEQ_LEN)).loss.backward()
+        gradients = {name: p.grad for name, p in of.named_parameters() if p.grad is not None}
+        return gradients | {name: buffer for name, buffer in of.named_buffers() if "calls" in name}
+
+    plain = with_counted_mlps().eval()
+    expected = found(plain, plain)
+    options = {**LINEAR, "activations": waiting_in(chunked(0.5, 2), Tier.NVME)}
+    run = make_engine(with_counted_mlps().eval(), options, bits=None, seq_len=SEQ_LEN, nvme=disk_folder)
+    ours = found(run, run.model)
+    assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+    assert [float(ours[name]) for name in ours if "calls" in name] == [2.0, 2.0]

@@ -2,8 +2,8 @@
 
 A layer that is run again in backward would count each batch twice. So what its forward has changed is put back behind
 the recompute, which reads what there was before: copies of that are kept with the call. A layer that was seen to write
-to none has no copies until it is switched (by `train()`, say). What torch counts says so; of running statistics it
-counts `num_batches_tracked` alone.
+to none has no copies until it is switched (by `train()`, say), but where its forward may have to be undone. What torch
+counts says so; of running statistics it counts `num_batches_tracked` alone.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ class Buffers:
         """Whether a forward has; None before the first, as the layer is switched."""
         self._switched: object = None
 
-    def before(self, switched: object) -> tuple[State, Values]:
-        """A forward: for `written`. Values are nothing where none before, as `switched`, has written to any."""
+    def before(self, switched: object, *, to_undo: bool = False) -> tuple[State, Values]:
+        """A forward: for `written`. Values are nothing where none before, as `switched`, has written to any, unless the
+        forward may have to be undone, by `put_back`.
+        """
         if self._switched is not switched:
             self._switched = switched
             self._are_written = self._are_written or None
-        return self._state(), [] if self._are_written is False else self._values()
+        return self._state(), [] if self._are_written is False and not to_undo else self._values()
 
     def written(self, before: tuple[State, Values]) -> Values:
         """What the forward's recompute is to find; nothing where it has written to none since `before`. Where nobody
@@ -51,7 +53,7 @@ class Buffers:
         return values or self._values()
 
     def put_back(self, before: tuple[State, Values]) -> None:
-        """Undoes a forward, as far as its values are known."""
+        """Undoes a forward, which `before` was asked for `to_undo`."""
         self._put(before[1])
 
     @contextmanager

@@ -72,7 +72,7 @@ class TokenwiseLayer(RecomputedLayer):
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         if self.kind not in self.tokenwise.refused:
             random = RandomState.now(call.device)
-            buffers = None if self.buffers is None else self.buffers.before(call.switches)
+            buffers = None if self.buffers is None else self.buffers.before(call.switches, to_undo=True)
             try:
                 outputs: tuple[torch.Tensor, ...] = _Tokenwise.apply(  # type: ignore[no-untyped-call]
                     call, buffers, *call.tensors, *call.graph_parameters()
