@@ -13,7 +13,7 @@ from planners.plans.plan import Plan
 from planners.plans.schedule import Phase
 from planners.problems.cost import knobs_of, num_chunks
 from planners.problems.model_workload import make_workload
-from planners.problems.problem import Problem
+from planners.problems.problem import Capabilities, Problem
 from planners.shapes.architectures import shape_from_config
 from planners.shapes.models import find_model
 from planners.shapes.trace import NUM_OPERATIONS, backward_tick, saved_tensors, transients
@@ -241,6 +241,16 @@ def test_gradients_that_wait_into_the_next_forward_cross_the_end_of_the_step():
     waiting = [b for b in arena.buffers if b.name.startswith("gradients of")]
     assert waiting and all(b.end > arena.period for b in waiting)
     assert retained_gradients(p, plan, plan.entry("layer"), Tier.HOST)
+
+
+def test_gradients_that_wait_into_the_next_forward_may_have_memory_of_their_own():
+    p = problem(full=True, machine_=machine(**ROOMY))
+    p = replace(p, capabilities=Capabilities(gradients_apart=True))
+    plan = plan_of(p, mode=UpdateMode.DEFERRED, updates=EVERYWHERE)
+    check_layout(p, plan)
+    arena = plan.arena("host")
+    waiting = [b for b in arena.buffers if b.name.startswith("gradients of")]
+    assert waiting and all((b.begin, b.end) == (0, arena.period) for b in waiting)
 
 
 def test_a_plan_keeps_its_offsets_in_its_file():

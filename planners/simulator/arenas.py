@@ -226,9 +226,9 @@ def step_buffers(problem: Problem, plan: Plan, tier: Tier) -> list[Buffer]:
             buffers.append(_buffer(f"activations of {block}", between, position, 2 * n - position))
             for deferred, size in retained_gradients(problem, plan, placed, tier):
                 # Until all updates are done: at the end of the step, or of the next forward.
-                until = period + n if deferred else period
-                all_the_time = problem.capabilities.gradients_apart or workload.sums_gradients
-                begin = 0 if all_the_time else 2 * n - position
+                begin, until = 2 * n - position, period + n if deferred else period
+                if problem.capabilities.gradients_apart or workload.sums_gradients:
+                    begin, until = 0, period  # all the time
                 buffers.append(_buffer(f"gradients of {block}", size, begin, until))
     return [buffer for buffer in buffers if buffer.num_bytes]
 
