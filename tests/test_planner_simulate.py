@@ -319,6 +319,16 @@ def in_pieces(p, *, sizes, **buffers):
     return p, plan_of(p, weights=(0, 0, 1), updates=updates, buffers=Buffers(**buffers))
 
 
+def test_state_of_no_bytes_is_stepped_as_well():
+    """A rule without moments, whose masters are the weights themselves."""
+    p = problem(full=True)
+    p = replace(p, workload=replace(p.workload, state_bytes_per_param=0, state_piece_bytes=1 << 20))
+    plan = plan_of(p, weights=(0, 0, 1), updates={(Tier.NVME, UpdatePlace.CPU): 1.0})
+    events = simulate(p, plan, keep_events=True).events
+    stepped = {event.label[1] for event in events if event.label[0] == "update"}
+    assert stepped == {n for entry in p.workload.classes if entry.trainable_params for n in entry.positions}
+
+
 def test_a_block_is_stepped_when_there_is_a_slot_for_its_new_weights():
     """one slot    step 5 |               | step 4
                           | write weights |

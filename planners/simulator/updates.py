@@ -101,9 +101,9 @@ class Updates:
 
     def _num_groups(self, pieces: int) -> int:
         """In how many groups pieces are simulated: of a quarter of the slots at most, so that one is read and one
-        written while a third one is stepped.
+        written while a third one is stepped. One where there are none: state may take no bytes.
         """
-        return min(pieces, max(MAX_BUCKETS, -(-4 * pieces // self.knobs.buffers.state_slots)))
+        return min(max(1, pieces), max(MAX_BUCKETS, -(-4 * pieces // self.knobs.buffers.state_slots)))
 
     def add_up(self, position: int, computed: int, key: float, *, first: bool) -> None:
         """Gradients of a micro-batch that is not the last one, to where they wait: as the first, or added to others."""
