@@ -260,9 +260,7 @@ class Engine:
         list; then there are no gradients.
         """
         self._check_open("train_batch")
-        total = self._micro_batches.accumulate(batches)
-        self.step()
-        return total
+        return self._micro_batches.step(batches)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clips the gradients of the coming step to a global norm of `max_norm`; returns the norm before. Exact.

@@ -28,6 +28,7 @@ from offload_rt.errors import (
 from offload_rt.guards.additions import Additions
 from offload_rt.wiring.assembly import change_over
 from offload_rt.wiring.runtime import Change
+from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plans.plan import Plan, Tier
 from tests.conftest import PlainLayer, build_base, build_lora, build_plain, language_batch
 
@@ -278,6 +279,24 @@ def test_a_train_batch_that_breaks_off_leaves_no_half_gradient_for_the_next(make
         assert torch.equal(parameter, engine.trainable[name]), name
     said = "neither of one that was taken back, nor of a whole batch of fewer than were declared"
     assert "step() came after" not in caplog.text, said
+
+
+def test_a_train_batch_whose_step_is_refused_leaves_no_gradient_for_the_next(make_engine):
+    good = language_batch(0)
+    twin, engine = make_engine(build_lora(dropout=0.0)), make_engine(build_lora(dropout=0.0))
+    hook = next(iter(engine.trainable.values())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(IntegrityError, match="is not finite"):
+        engine.train_batch([language_batch(1)])
+    hook.remove()
+    assert list(engine.gradients()) == []
+    assert engine.train_batch([good]) == twin.train_batch([good])
+    for name, parameter in twin.trainable.items():
+        assert torch.equal(parameter, engine.trainable[name]), name
+
+
+def test_all_weights_cannot_be_told_to_rest_in_device_memory():
+    with pytest.raises(ConfigError, match="rest: .*HOST or NVME"):
+        RuntimeOptions(rest=Tier.DEVICE)
 
 
 def test_an_empty_train_batch_is_refused(make_engine):

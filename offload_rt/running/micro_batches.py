@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, IntegrityError
 from offload_rt.guards.integrity import check_loss
 from offload_rt.optimizer.loop_steps import LoopSteps
 from offload_rt.running.changes import Changes
 
 
 class MicroBatches:
-    """Gradients of several micro-batches. Used by the thread that steps."""
+    """Steps of several micro-batches. Used by the thread that steps."""
 
     def __init__(
         self, call: Callable[..., Any], changes: Changes, steps: LoopSteps, *, accumulation_steps: int
@@ -30,29 +30,42 @@ class MicroBatches:
         self._call, self._changes, self._steps = call, changes, steps
         self._accumulation_steps = accumulation_steps
 
-    def accumulate(self, batches: Sequence[dict[str, Any]]) -> float:
-        """Gradients of the mean of the losses, which it returns. Where it fails, there are none.
+    def step(self, batches: Sequence[dict[str, Any]]) -> float:
+        """One step by the gradients of the mean of the losses, which it returns. Where it is refused, there are none.
 
         Blocks; a device is waited for once a micro-batch, for its loss. Raises `ConfigError` for what is no list of
-        batches, and as the model's call and the backward pass do.
+        batches, and as the model's call, the backward pass and `LoopSteps.take` do.
         """
+        total = self._accumulate(batches)
+        try:
+            self._steps.take()
+        except IntegrityError:
+            self._drop_gradients()
+            raise
+        return total
+
+    def _accumulate(self, batches: Sequence[dict[str, Any]]) -> float:
         if not batches:
             raise ConfigError("train_batch: needs at least one micro-batch")
         if isinstance(batches, Mapping) or not all(isinstance(batch, Mapping) for batch in batches):
             got = type(batches if isinstance(batches, Mapping) else batches[0]).__name__
             raise ConfigError(f"train_batch: expected a list of batches, each the model's arguments by name, got {got}")
         try:
-            total = self._accumulate(batches)
+            total = self._sum_of_losses(batches)
         except BaseException:
-            optimizer = self._changes.runtime.training.optimizer
-            if optimizer is not None:  # half a step's gradients must not leak into the next
-                optimizer.zero_grad(set_to_none=True)
-            self._steps.num_backwards = 0
+            self._drop_gradients()
             raise
         self._steps.num_backwards = self._accumulation_steps
         return total
 
-    def _accumulate(self, batches: Sequence[dict[str, Any]]) -> float:
+    def _drop_gradients(self) -> None:
+        """Those of a step, or half of one, must not leak into the next."""
+        optimizer = self._changes.runtime.training.optimizer
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+        self._steps.num_backwards = 0
+
+    def _sum_of_losses(self, batches: Sequence[dict[str, Any]]) -> float:
         num = len(batches)
 
         def loss_of(batch: dict[str, Any]) -> tuple[torch.Tensor, float]:

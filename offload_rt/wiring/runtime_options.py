@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from offload_rt.errors import ConfigError
 from offload_rt.memory.arena import Slot
 from offload_rt.memory.transients import LEAST_BYTES
 from offload_rt.optimizer.pieces import PIECE_ELEMENTS
@@ -101,7 +102,7 @@ class RuntimeOptions:
     fill: bool = True
     """Layers, and what they save, rest in memory that the fixed rule's plan leaves."""
     rest: Tier | None = None
-    """Where weights and state rest, all of them, in place of the rule's choice."""
+    """Where weights and state rest, all of them, in place of the rule's choice: in HOST or on NVME."""
     state: StatePlacement | None = None
     """Of what trains in blocks, in place of the plan's."""
     weight_shares: tuple[float, float] | None = None
@@ -121,6 +122,10 @@ class RuntimeOptions:
     """Make the optimiser's plan again where the machine has drifted from it."""
     cuts: Cuts | None = None
     """Those that the plan must have; see `cuts`."""
+
+    def __post_init__(self) -> None:
+        if self.rest is Tier.DEVICE:
+            raise ConfigError("rest: all weights and state can rest in HOST or NVME; in DEVICE they are where they fit")
 
     @property
     def fills(self) -> Fill:
