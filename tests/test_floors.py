@@ -199,9 +199,9 @@ PLANNERS = [
     "simulator.arenas", "simulator.timeline", "simulator.updates", "simulator.chunk_work", "simulator.passes",
     "simulator.simulate", "simulator.validate",
     "optimiser.expand", "optimiser.greedy", "optimiser.program", "optimiser.rows", "optimiser.vocabulary_rows",
-    "optimiser.update_rows", "optimiser.steady", "optimiser.wear", "optimiser.choices", "optimiser.trial",
-    "optimiser.frugal",
-    "optimiser.mip", "optimiser.policies", "optimiser.explain",
+    "optimiser.update_rows", "optimiser.saved_rows", "optimiser.steady", "optimiser.wear", "optimiser.choices",
+    "optimiser.trial", "optimiser.frugal", "optimiser.mip", "optimiser.policies",
+    "optimiser.explain",
     "render", "command", "__main__",
 ]  # fmt: skip
 """Each may import those before it."""

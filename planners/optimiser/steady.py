@@ -27,9 +27,9 @@ from planners.optimiser.rows import (
     Freedoms,
     Rows,
 )
+from planners.optimiser.saved_rows import SavedRows
 from planners.optimiser.update_rows import UpdateRows
 from planners.optimiser.vocabulary_rows import VocabularyRows
-from planners.plans.activations import Group
 from planners.plans.placement import Tier, UpdatePlace
 from planners.problems.cost import (
     EDGE_SLOTS,
@@ -37,16 +37,11 @@ from planners.problems.cost import (
     Knobs,
     class_costs,
     fetch_counts,
-    held_up_seconds,
-    in_a_chunk,
-    num_chunks,
 )
 from planners.problems.problem import BlockClass, Problem
-from planners.simulator.arenas import demands
 from planners.simulator.optimizer_state import whole_state_bytes
 from planners.simulator.static_memory import capacities, fixed_device_bytes, fixed_host_bytes, slab_bytes
 
-BEFORE, AFTER = Group.BEFORE.value, Group.AFTER.value
 SHORTAGE_PRICES = {"device": 1e4, "host": 1e3, "nvme": 1e2}
 """Of a missing GB, in units of time: fitting comes before being fast, and what is cheap to buy may be short first."""
 
@@ -61,15 +56,6 @@ class ClassVariables:
     weights: tuple[int, int, int]
     tokens: tuple[tuple[int, int, int, int], ...]
     updates: dict[UpdateKey, int]
-
-
-@dataclass(frozen=True)
-class _Used:
-    """Columns whose sum is how much of a saved tensor's bytes a chunk's buffers have to hold."""
-
-    again: tuple[int, ...]
-    swapped: tuple[int, ...]
-    on_nvme: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ class _Builder(Rows):
 
     def build(self) -> list[ClassVariables]:
         found = []
-        updates, self.vocabulary = UpdateRows(self), VocabularyRows(self)
+        updates, saved, self.vocabulary = UpdateRows(self), SavedRows(self), VocabularyRows(self)
         counts, later = (fetch_counts(self.problem, self.knobs.slots, later=later) for later in (False, True))
         costs = class_costs(self.problem, self.knobs.cuts, self.knobs.decode_scope)
         for c, entry in enumerate(self.workload.classes):
@@ -113,7 +99,7 @@ class _Builder(Rows):
                 if self.knobs.boundary is Tier.HOST and entry.is_layer:
                     self.work(BACKWARD, resource, None, entry.count * self.workload.boundary_bytes)
             weights = self._weights(entry, counts[c], later[c])
-            tokens = self._tokens(entry, costs[c])
+            tokens = saved.add(entry, costs[c])
             found.append(ClassVariables(weights, tokens, updates.add(entry, weights)))
         self._rows()
         self._turn(found, costs)
@@ -210,84 +196,6 @@ class _Builder(Rows):
         chosen = [(self.program.whole_number(1), cut / entry.stored_bytes) for cut in entry.weight_cuts]
         self.program.row([(cut, 1.0) for cut, _ in chosen], 1.0, 1.0)
         self.program.row([*chosen, (device, -1.0)], 0.0, 0.0)
-
-    def _tokens(self, entry: BlockClass, cost: ClassCost) -> tuple[tuple[int, int, int, int], ...]:
-        workload, slots = self.workload, self.knobs.buffers.swap_slots
-        of_chunk = in_a_chunk(self.problem, self.knobs.cuts, workload.seq_len)
-        found: list[tuple[int, int, int, int]] = []
-        used = []
-        slot: Terms = []
-        staged: Terms = []
-        for j, (saved, seconds) in enumerate(zip(entry.saved, cost.recompute_seconds, strict=True)):
-            size = saved.bytes_per_token * workload.tokens
-            free = self.freedoms.swaps and self.problem.capabilities.token_policy
-            free |= not saved.recomputable
-            drive = bool(self.hardware.drives) and free and self.freedoms.nvme_activations
-            drive |= bool(self.hardware.drives) and not saved.recomputable
-            allowed = {Tier.NVME: drive, Tier.HOST: free and not self.unified, Tier.DEVICE: free}
-            if saved.name == "input" and self.knobs.inputs is not None:
-                allowed = {tier: ok and tier is self.knobs.inputs for tier, ok in allowed.items()}
-            redo = self.program.variable(float(saved.recomputable))
-            nvme, host, kept = (self.program.variable(float(ok)) for ok in allowed.values())
-            self.program.row([(redo, 1.0), (nvme, 1.0), (host, 1.0), (kept, 1.0)], 1.0, 1.0)
-            n = entry.count
-            self.work(BACKWARD, "compute", redo, n * seconds)
-            self.redone.append((redo, n * seconds / self.unit))
-            for swapped in (nvme, host):
-                self.work(FORWARD, "device_to_host", swapped, n * size)
-                self.work(BACKWARD, "host_to_device", swapped, n * size)
-                if self.knobs.boundary is Tier.HOST and saved.name == "input":
-                    self.work(FORWARD, "host_to_device", swapped, n * size)
-                on_nvme, in_host = float(swapped == nvme), float(swapped == host)
-                for phase in (FORWARD, BACKWARD):
-                    self.work(phase, "compute", swapped, n * held_up_seconds(cost, j, phase, on_nvme, in_host))
-            self.work(FORWARD, "ssd_write", nvme, n * size)
-            self.work(BACKWARD, "ssd_read", nvme, n * size)
-            used.append(self._used(entry, (redo, nvme, host, kept), saved.recomputable))
-            each = saved.bytes_per_token * of_chunk
-            if workload.goes_apart(saved):
-                one = each / workload.together
-                self.largest("device", "layer input in use", [(part, one) for part in used[-1].swapped])
-                self.largest("host", "staging of layer inputs", [(nvme, float(workload.input_staging_bytes or 0))])
-            else:
-                slot += [(part, each) for part in used[-1].swapped]
-                staged += [(part, 2 * slots * each) for part in used[-1].on_nvme]
-            self.hold("device", kept, n * size, passes=True)
-            self.hold("host", host, n * size, passes=True)
-            self.hold("nvme", nvme, n * size)
-            if saved.name == AFTER and found:
-                # What follows attention may need the graph of what precedes it, see `activations`.
-                before = next(own for own, one in zip(found, entry.saved, strict=False) if one.name == BEFORE)
-                self.program.at_most([(before[0], 1.0), (redo, -1.0)], 0.0)
-            found.append((redo, nvme, host, kept))
-        self.largest("device", "swap slots", slot, count=slots)
-        self.largest("host", "staging of activations", staged)
-        for demand in demands(self.problem, self.knobs, entry):
-            # A chunk in a layer may use what is free of its slot; see `arenas`.
-            own = self.most["device", "swap slots"]
-            live: Terms = [(own, -GB)] if entry.num_operations > 1 else []
-            for j, shares in enumerate(used):
-                each = entry.saved[j].bytes_per_token * of_chunk
-                in_slot = demand.swapped[j] and entry.num_operations > 1 and not workload.goes_apart(entry.saved[j])
-                live += [(part, each) for part in shares.again if demand.again[j]]
-                live += [(part, each) for part in shares.swapped if in_slot]
-            self.largest("device", "a chunk", live, demand.fixed_bytes, passes=True)
-        return tuple(found)
-
-    def _used(self, entry: BlockClass, columns: tuple[int, int, int, int], recomputable: bool) -> _Used:
-        """What a chunk's buffers hold. Where chunks are treated whole, it is all or nothing, and shares count chunks;
-        with those relaxed, it is the shares again.
-        """
-        redo, nvme, host, _ = columns
-        if not recomputable or self.problem.capabilities.token_shares:
-            return _Used(again=(redo,), swapped=(nvme, host), on_nvme=(nvme,))
-        count = entry.count * num_chunks(self.problem, self.knobs.cuts)
-        for column in columns:
-            self.program.row([(self.program.whole_number(count), 1.0), (column, -float(count))], 0.0, 0.0)
-        again, swapped, on_nvme = (self.program.whole_number(1) for _ in range(3))
-        for some, shares in ((again, (redo,)), (swapped, (nvme, host)), (on_nvme, (nvme,))):
-            self.program.at_most([*((share, 1.0) for share in shares), (some, -1.0)], 0.0)
-        return _Used(again=(again,), swapped=(swapped,), on_nvme=(on_nvme,))
 
     def _rows(self) -> None:
         program, hardware = self.program, self.hardware
