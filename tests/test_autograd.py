@@ -179,6 +179,21 @@ def test_a_layer_that_returns_its_input(wrap):
     compare(wrap, model)
 
 
+class CountingLayer(PlainLayer):
+    calls = 0
+
+    def forward(self, hidden_BTD):
+        self.calls += 1
+        return super().forward(hidden_BTD) + self.calls * 1e-3
+
+
+def test_a_layer_that_gives_something_else_when_it_runs_again_is_refused(wrap):
+    engine = wrap(build_plain(CountingLayer))
+    loss = engine(batch()).sum()
+    with pytest.raises(UnsupportedModule, match=r"layers\.3: run again in backward, .* another output than in forward"):
+        loss.backward()
+
+
 class InPlaceLayer(PlainLayer):
     def forward(self, hidden_BTD):
         hidden_BTD += 1.0

@@ -114,6 +114,7 @@ FLOORS = {
     "offload_rt.quantized.packed_linear": 6.7,
     "offload_rt.layers.last_product": 6.8,
     "offload_rt.layers.switches": 6.7,
+    "offload_rt.layers.fingerprints": 6.7,
     "offload_rt.layers.surroundings": 6.7,
     "offload_rt.layers.layer_call": 6.8,
     "offload_rt.vocabulary.backbone": 6.8,

@@ -81,6 +81,26 @@ def test_gradients_are_those_of_the_forward_whatever_is_switched_behind_it(kind,
     assert (engine.report()["recomputes"] > 0) is (kind == "recomputed")
 
 
+@pytest.mark.parametrize("kind", ["recomputed", "kept"])
+def test_hooks_of_a_forward_are_there_when_it_runs_again(kind, make_engine, disk_folder):
+    """Each time others, as peft puts them there for one call of a model; by the backward they are gone."""
+    options = {"activations": whole_batch(Action.SWAP, Tier.NVME)} if kind == "kept" else None
+    plain, engine = made(), make_engine(made(), options, nvme=disk_folder)
+    for factor in (2.0, 0.5):
+
+        def scales(module, inputs, arguments, by=factor):
+            return (inputs[0] * by,), arguments
+
+        found = []
+        for run, model in ((plain, plain), (engine, engine.model)):
+            modules = [module for name, module in model.named_modules() if name.endswith("q_proj")]
+            handles = [module.register_forward_pre_hook(scales, with_kwargs=True) for module in modules]
+            found.append(gradients_behind(run, model, lambda model, gone=handles: [each.remove() for each in gone]))
+            assert not any(scales in module._forward_pre_hooks.values() for module in modules)
+            assert not any(module._forward_pre_hooks_with_kwargs for module in modules)
+        equal(*found)
+
+
 def test_chunks_that_run_again_are_switched_as_in_forward(make_engine, disk_folder):
     """Sums are in another order there: held against the same chunks without a switch."""
     found = []

@@ -16,6 +16,7 @@ One call, taken apart, is a `layer_call.Call`. Modules outside the layers are in
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,12 +32,15 @@ from offload_rt.layers.access import Access, GoneAccess, graph_is_kept, opened, 
 from offload_rt.layers.block import Block
 from offload_rt.layers.buffers import Buffers
 from offload_rt.layers.caches import has_cache, without_cache
+from offload_rt.layers.fingerprints import Fingerprint, fingerprint
 from offload_rt.layers.last_product import ResultWanted, is_product, left_out
 from offload_rt.layers.layer_call import Call
 from offload_rt.layers.surroundings import Surroundings
 from offload_rt.layers.switches import Switches
 from offload_rt.memory.heap import places_for, put_into
 from planners.plans.schedule import Phase
+
+logger = logging.getLogger("offload_rt")
 
 CHECKED_CALLS = 2
 """Calls of each layer whose output is looked at: its first forward and first recompute, refused ones aside."""
@@ -80,6 +84,8 @@ class RecomputedLayer:
         self._had_own_forward = "forward" in layer.__dict__
         self._was_checkpointed = False
         self._num_checks = 0
+        self._agrees = False
+        """Whether a recompute was seen to give what its forward gave."""
         self._leave_out_product = self.around.leave_out_product
 
     def attach(self) -> None:
@@ -215,6 +221,7 @@ class RecomputedLayer:
             self._switches = Switches(self.additions.modules)
             self.block.find_readers(self.additions.modules)
             self._num_checks = 0
+            self._agrees = False
 
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Runs `call` as one operation of the graph outside; returns the tensors among its outputs."""
@@ -253,9 +260,33 @@ class RecomputedLayer:
                 f"weight without calling the module that owns it, which bits=4 does not support"
             )
 
-    def run_again(self, call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The recompute: outputs that have a graph, and perhaps no values. See `last_product`."""
+    def fingerprint(self, outputs: Sequence[torch.Tensor]) -> list[Fingerprint] | None:
+        """Of what a forward has given, for `check_agrees`; None where a recompute was seen to give the same."""
+        return None if self._agrees else [fingerprint(output) for output in outputs]
+
+    def check_agrees(self, outputs: Sequence[torch.Tensor], of_forward: list[Fingerprint]) -> None:
+        """Raises `UnsupportedModule` where a recompute gave something else than its forward: gradients would be those
+        of another function. On a GPU, whose sums need not come in one order, it is a warning.
+        """
+        same = [fingerprint(output) for output in outputs] == of_forward
+        if not same:
+            said = (
+                f"{self.block.name}: run again in backward, the layer gave another output than in forward, so that "
+                f"gradients would be those of another function. Something in it has random numbers of its own, changes "
+                f"with each call, or was changed since"
+            )
+            if not any(output.is_cuda for output in outputs):
+                raise UnsupportedModule(said)
+            logger.warning("%s; or it adds up in no fixed order", said)
+        self._agrees = True
+
+    def run_again(self, call: Call, tensors: list[torch.Tensor], *, is_compared: bool = False) -> list[torch.Tensor]:
+        """The recompute: outputs that have a graph, and perhaps no values, unless they are compared. See
+        `last_product`.
+        """
         last = self.block.last_called
+        if is_compared:
+            last = None
         if self._leave_out_product and last is not None and is_product(last) and self._num_checks >= CHECKED_CALLS:
             try:
                 with torch.enable_grad(), self.saving(), left_out(last):
@@ -292,6 +323,7 @@ class _Recompute(torch.autograd.Function):
             outputs = call.run(inputs)
         ctx.buffers = None if owner.buffers is None or before is None else owner.buffers.written(before)
         outputs = [around.transients.kept(output) for output in outputs]
+        ctx.of_forward = owner.fingerprint(outputs)
         if [tensor._version for tensor in inputs] != versions:
             raise UnsupportedModule(
                 f"{owner.block.name}: the layer changed its input in place, so that it cannot be run again in backward"
@@ -345,7 +377,9 @@ class _Recompute(torch.autograd.Function):
             around.transients.placed(),
         ):
             with call.as_in_forward():  # and not the gradients: autocast is of forward passes
-                outputs = owner.run_again(call, detached)
+                outputs = owner.run_again(call, detached, is_compared=ctx.of_forward is not None)
+            if ctx.of_forward is not None:
+                owner.check_agrees(outputs, ctx.of_forward)
             pairs = [
                 (out, grad)
                 for out, grad in zip(outputs, grad_outputs, strict=True)

@@ -2,19 +2,24 @@
 
     loss = model(...) | model.eval(), set_adapter(...), requires_grad_(False) | loss.backward()
 
-Plain autograd looks at none of these in backward: the gradients are those of the call.
+Plain autograd looks at none of these in backward: the gradients are those of the call. Hooks on modules in the layer
+are among them: by hooks that are there for one call of the model, peft says where aLoRA begins, or what task it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 _NAMES = ("training", "_disable_adapters", "_active_adapter")
 """torch's, and peft's of a module with adapters."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_HOOKS_ARE = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+"""torch's: hooks by number, which no other hook has had, and the numbers of those that are called in another way."""
 
 
 class Switches:
@@ -26,32 +31,53 @@ class Switches:
         self._own = [own for own, _ in switched]
         self._names = [name for _, name in switched]
         self._values = self._now()
+        self._hooks = [vars(module)[name] for module in modules for name in _HOOKS]
+        self._hooks_are = [vars(module)[name] for module in modules for name in _HOOKS_ARE]
+        self._numbers = self._numbers_now()
+        self._hooks_then = self._hooks_now()
 
     def are_still(self) -> bool:
         """Whether the modules have not been switched."""
-        return self._now() == self._values
+        return self._now() == self._values and self._numbers_now() == self._numbers
 
     def put_back(self, trained: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Inside, modules are switched as they were, and `trained` require gradients. Enter it at once."""
-        now = self._now()
         frozen = [parameter for parameter in trained if not parameter.requires_grad]
-        return self._switched(now, frozen) if frozen or now != self._values else nullcontext()
+        if not frozen and self.are_still():
+            return nullcontext()
+        return self._switched(self._now(), self._hooks_now(), frozen)
 
     @contextmanager
-    def _switched(self, now: list[Any], frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+    def _switched(self, now: list[Any], hooks: list[Any], frozen: Sequence[nn.Parameter]) -> Iterator[None]:
         try:
             self._switch(self._values)
+            self._hook(self._hooks_then)
             for parameter in frozen:
                 parameter.requires_grad_(True)
             yield
         finally:
             self._switch(now)
+            self._hook(hooks)
             for parameter in frozen:
                 parameter.requires_grad_(False)
 
     def _now(self) -> list[Any]:
         """None for what a module has of its class."""
         return [*map(dict.get, self._own, self._names)]
+
+    def _numbers_now(self) -> list[int]:
+        return [*chain.from_iterable(self._hooks)]
+
+    def _hooks_now(self) -> list[Any]:
+        """None for a module that has none."""
+        return [dict(own) if own else None for own in chain(self._hooks, self._hooks_are)]
+
+    def _hook(self, hooks: Sequence[dict[int, Any] | None]) -> None:
+        """Handles know the dictionaries themselves, which so stay."""
+        for own, then in zip(chain(self._hooks, self._hooks_are), hooks, strict=True):
+            if own.keys() != (then or {}).keys():
+                own.clear()
+                own.update(then or {})
 
     def _switch(self, values: Sequence[Any]) -> None:
         for own, name, value in zip(self._own, self._names, values, strict=True):
