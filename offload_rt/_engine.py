@@ -23,6 +23,7 @@ from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
+from offload_rt.guards.adapter_kinds import check_adapters
 from offload_rt.guards.conversions import check_unmanaged
 from offload_rt.guards.integrity import check_loss, check_optimizer
 from offload_rt.guards.quantized import check_not_quantized
@@ -143,6 +144,7 @@ class Engine:
         attached: Attachments | None = None
         try:
             self.model: nn.Module = model if adapters is None else add_adapters(model, adapters, self._checkpoint)
+            check_adapters(self.model, has_checkpoint=self._checkpoint is not None)
             self.trainable: dict[str, nn.Parameter] = {
                 name: p for name, p in self.model.named_parameters() if p.requires_grad
             }

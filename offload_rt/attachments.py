@@ -4,7 +4,8 @@
 `engine.model` is the user's module. Its parameters keep their identity; those that do not stay in memory are absent
 between uses. Its layers' `forward` goes through the engine. Refused are conversions of the model and merging adapters
 into it (`guards.conversions`), copies, loads and saves that would miss weights (`guards.copies`), wrappers that spread
-it over processes or GPUs (`guards.wrappers`), and calls from compiled code (`guards.compiling`). Nothing else changes.
+it over processes or GPUs (`guards.wrappers`), adapters that begin with weights at rest (`guards.late_adapters`), and
+calls from compiled code (`guards.compiling`). Nothing else changes.
 `Engine.close` takes all of this out again; but weights that were absent stay so, and saving their placeholders stays
 refused.
 """
@@ -25,6 +26,7 @@ from offload_rt.guards.compiling import CompileGuard
 from offload_rt.guards.conversions import ConversionGuard, Guard
 from offload_rt.guards.copies import CopyGuard
 from offload_rt.guards.integrity import Reached
+from offload_rt.guards.late_adapters import LateAdapterGuard
 from offload_rt.guards.wrappers import WrapperGuard
 from offload_rt.optimizer.loop_steps import LoopSteps
 from offload_rt.running.changes import Changes
@@ -51,7 +53,8 @@ class Attachments:
         runtime, meter = self._changes.runtime, self._changes.meter
         self.reached = Reached(self._model, self._trainable, [each.layer for each in runtime.layers])
         self._handles.append(self.reached)
-        for make in (ConversionGuard, partial(CopyGuard, kept=runtime.made_of.workload.kept_elsewhere()), WrapperGuard):
+        kept = runtime.made_of.workload.kept_elsewhere()
+        for make in (ConversionGuard, partial(CopyGuard, kept=kept), WrapperGuard, LateAdapterGuard):
             self._handles.append(make(*self._models))
         self._handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles += meter.attach(self._model)

@@ -102,6 +102,8 @@ FLOORS = {
     "offload_rt.guards.batch_check": 5.0,
     "offload_rt.guards.conversions": 5.0,
     "offload_rt.guards.additions": 5.0,
+    "offload_rt.guards.adapter_kinds": 5.0,
+    "offload_rt.guards.late_adapters": 5.2,
     "offload_rt.guards.frozen_weights": 5.2,
     "offload_rt.guards.copies": 5.2,
     "offload_rt.guards.wrappers": 5.2,

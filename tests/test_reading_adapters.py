@@ -49,30 +49,31 @@ def test_dora_over_quantized_weights_has_the_bits_of_peft(family, dropout, make_
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "o_proj"]])
-def test_dora_that_is_added_to_a_running_engine_has_the_bits_of_peft(targets, make_engine):
-    def built(targets):
+def test_dora_that_is_loaded_into_a_running_engine_has_the_bits_of_peft(targets, make_engine, tmp_path):
+    def built(targets, **options):
         model = build_lora(num_layers=2)
         base = model.unload()
         torch.manual_seed(1)
-        return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets)).eval()
+        return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, **options)).eval()
 
-    def add(model):
-        config = peft.LoraConfig(r=2, target_modules=targets, use_dora=True, init_lora_weights=True)
-        torch.manual_seed(2)
-        model.add_adapter("late", config)
-        for name, parameter in model.named_parameters():
-            if "late" in name:  # its norms, too: peft has read those of weights that were not there
-                parameter.data = torch.full_like(parameter, 0.01)
-        model.set_adapter("late", inference_mode=True)
-
+    saved = built(targets, use_dora=True, init_lora_weights=False)
+    for name, parameter in saved.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.5
+    saved.save_pretrained(tmp_path)
     twin = decode_in_place(built(["q_proj"]))
     engine = make_engine(built(["q_proj"]), bits=4, batch_size=2, seq_len=12)
     inputs = language_batch(0)
     with torch.no_grad():
         for _ in range(CHECKED_CALLS):
             engine(**inputs)
-        add(twin), add(engine.model)
-        assert torch.equal(engine(**inputs).logits, twin(**inputs).logits)
+        for model in (twin, engine.model):
+            model.load_adapter(tmp_path, "late")
+            model.set_adapter("late", inference_mode=True)
+        expected = twin(**inputs).logits
+        assert torch.equal(engine(**inputs).logits, expected)
+        engine.model.set_adapter("default", inference_mode=True)
+        assert not torch.equal(engine(**inputs).logits, expected)
 
 
 class ReadingLayer(nn.Module):

@@ -24,14 +24,13 @@ from offload_rt.checkpoint.materialise import make_real
 from offload_rt.checkpoint.safetensors_reader import Checkpoint, open_checkpoint
 from offload_rt.checkpoint.sources import EntrySource, MemorySource, TensorSource, materialise
 from offload_rt.errors import CheckpointError, ConfigError, UnsupportedModule
+from offload_rt.guards.adapter_kinds import changes_the_base
 
 logger = logging.getLogger("offload_rt")
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
-KEEP_THE_BASE = ("gaussian", "eva", "mica", "orthogonal")
-"""Ways in which peft begins a LoRA, besides its own, that leave the base model's weights as they are."""
 _COMPARED_ELEMENTS = 1 << 19
 _NEEDS_VALUES = (
     "peft computes a part of this adapter where it makes it, and cannot on the meta device; put the adapter on a model "
@@ -78,10 +77,9 @@ def read_config(folder: Path) -> Any:
 
 def check_base_is_kept(config: Any, folder: Path) -> None:
     """Raises `UnsupportedModule` for an adapter that trained beside other weights than the base model's files have."""
-    begun = getattr(config, "init_lora_weights", True)
-    if isinstance(begun, str) and begun.lower() not in KEEP_THE_BASE:
+    if changed_by := changes_the_base(config):
         raise UnsupportedModule(
-            f"{folder}: init_lora_weights={begun!r} takes something out of the base model's weights before it trains, "
+            f"{folder}: {changed_by} takes something out of the base model's weights before it trains, "
             f"which its files have: with them, it would be there twice. Save the adapter with peft's "
             f"save_pretrained(path_initial_model_for_weight_conversion=...), which makes it one of the files' weights"
         )
