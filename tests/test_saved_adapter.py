@@ -154,11 +154,11 @@ def test_replicated_layers_have_the_losses_of_peft_or_are_refused(
         assert engine.train_batch([batch()]) == float(loss.detach())
 
 
-def test_indices_that_a_new_adapter_lacks_are_named(make_engine: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_adapter_that_was_put_on_a_model_on_meta_is_refused(make_engine: Callable[..., Any], tmp_path: Path) -> None:
     base, _ = make(tmp_path, "llama", target_modules=["q_proj"])
-    config = peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(UnsupportedModule, match=r"oft_R\.default\.rows: a buffer on the meta device"):
-        make_engine(meta_model("llama", torch.bfloat16), adapters=config, checkpoint=base, device="cpu")
+    config = peft.LoHaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(UnsupportedModule, match=r"q_proj\.hada_w1_a\.default: .* gave it no values; give its config"):
+        make_engine(peft.get_peft_model(meta_model("llama", torch.bfloat16), config), checkpoint=base, device="cpu")
 
 
 def test_biases_that_train_in_their_place_go_on_in_memory(make_engine: Callable[..., Any], tmp_path: Path) -> None:

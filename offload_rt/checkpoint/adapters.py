@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from offload_rt.checkpoint.first_values import weights_as_nan
+from offload_rt.checkpoint.materialise import begins_plainly
 from offload_rt.checkpoint.saved_adapter import (
     ADAPTER_WEIGHTS,
     adapter_kind,
@@ -77,9 +79,14 @@ def _saved_adapter(model: nn.Module, folder: Path, base: Path | None) -> nn.Modu
 def _new_adapter(model: nn.Module, config: Any) -> nn.Module:
     import peft
 
+    is_on_meta = any(parameter.is_meta for parameter in model.parameters())
     try:
         with without_peft_warning():
-            return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
+            if not is_on_meta or begins_plainly(config):
+                return peft.get_peft_model(model, config)  # type: ignore[no-any-return]
+            with weights_as_nan(model, config) as made:
+                made.append(peft.get_peft_model(model, config))
+            return made[0]
     except ValueError as error:
         targets = getattr(config, "target_modules", None)
         if "arget" in str(error):
@@ -88,11 +95,12 @@ def _new_adapter(model: nn.Module, config: Any) -> nn.Module:
             ) from None
         raise
     except RuntimeError as error:  # a way to begin that decomposes weights, such as PiSSA's, where there are none yet
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if is_on_meta:
             begun = getattr(config, "init_lora_weights", None)
+            what = config.peft_type.value if begun is None else f"init_lora_weights={begun!r}"
             raise ConfigError(
-                f"adapters: init_lora_weights={begun!r} cannot begin without the base model's weights, and the model "
-                f"is on the meta device ({error}); put them on a model in memory, or begin another way"
+                f"adapters: {what} cannot begin without the base model's weights, and the model is on the meta device "
+                f"({error}); put them on a model in memory, or begin another way"
             ) from error
         raise
 

@@ -14,13 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.checkpoint.base_names import base_module
+from offload_rt.checkpoint.base_names import base_module, model_tensors
 from offload_rt.checkpoint.sources import TensorSource, materialise
 from offload_rt.errors import CheckpointError, UnsupportedModule
 from offload_rt.layers.block import placeholder
 
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal")
-"""Ways of initialising LoRA that do not look at the base weight."""
+_PLAIN_INITS = (True, "gaussian")
+_VARIANTS = ("use_dora", "velora_config", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config")
+"""Fields of a `LoraConfig` by which peft begins otherwise than with a plain LoRA's values, or with more than those."""
+
+
+def begins_plainly(config: Any) -> bool:
+    """Whether peft's configuration is of a LoRA that begins with values which are drawn here as peft draws them."""
+    is_lora = config.peft_type.value == "LORA" and config.init_lora_weights in _PLAIN_INITS
+    return is_lora and not any(getattr(config, field, None) for field in _VARIANTS)
 
 
 def make_real(parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -63,9 +70,17 @@ def materialise_rest(model: nn.Module, streams: Mapping[str, TensorSource], stor
 
 
 def check_nothing_on_meta(model: nn.Module, where: str) -> None:
-    """Raises `CheckpointError`, naming the first ones, if a tensor of `model` is on the meta device."""
+    """Raises `CheckpointError`, naming the first ones, if a tensor of `model` is on the meta device, and
+    `UnsupportedModule` for one of an adapter.
+    """
     left = [name for name, p in model.named_parameters() if p.is_meta]
     left += [name for name, b in model.named_buffers() if b.is_meta]
+    of_adapters = {item.name for item in model_tensors(model) if item.base_name is None} & set(left)
+    if of_adapters:
+        raise UnsupportedModule(
+            f"{min(of_adapters)}: of an adapter that was put on a model on the meta device, where peft gave it no "
+            f"values; give its configuration instead (engine(adapters=...)), or put it on a model in memory"
+        )
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise CheckpointError(f"{where}: no values for {', '.join(left[:5])}{more}: still on the meta device")
@@ -111,27 +126,24 @@ def _has_unset(buffer: torch.Tensor) -> bool:
 
 
 def _initialise_adapters(model: nn.Module) -> None:
-    """Gives LoRA weights on meta the values that peft gives them."""
+    """Gives plain LoRA weights on meta the values that peft gives them. Others stay there."""
     on_meta = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p.is_meta}
     if not on_meta or "peft" not in sys.modules:  # who has adapters has imported it, which costs seconds and 60 MiB
         return
     from peft.tuners.lora.layer import LoraLayer
 
     configs = getattr(model, "peft_config", {})
-    for path, module in model.named_modules():
+    for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
-        for adapter in list(module.lora_A):
-            own = [module.lora_A[adapter], module.lora_B[adapter]]
-            if not any(p.is_meta for child in own for p in child.parameters()):
+        for adapter in module.r:
+            config = configs.get(adapter)
+            if config is not None and not begins_plainly(config):
                 continue
-            init = configs[adapter].init_lora_weights if adapter in configs else True
-            if init not in _PLAIN_INITS or configs[adapter].use_dora:
-                raise UnsupportedModule(
-                    f"{path}: adapter {adapter!r} is initialised from the base weight (init_lora_weights={init!r}, "
-                    f"use_dora={configs[adapter].use_dora}), which is not in memory; allowed: {_PLAIN_INITS}"
-                )
-            for child in own:
-                for parameter in child.parameters():
+            linears = [part[adapter] for part in (module.lora_A, module.lora_B) if adapter in part]
+            tables = [part[adapter] for part in (module.lora_embedding_A, module.lora_embedding_B) if adapter in part]
+            values = [*tables, *(parameter for linear in linears for parameter in linear.parameters())]
+            if any(parameter.is_meta for parameter in values):
+                for parameter in values:
                     make_real(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype))
-            module.reset_lora_parameters(adapter, init)
+                module.reset_lora_parameters(adapter, True if config is None else config.init_lora_weights)
