@@ -96,6 +96,36 @@ def test_training_is_as_exact_as_plain_and_backward_decodes(make_engine, disk_fo
     assert any(not torch.equal(found[name], plain[name]) for name in found), "another order of sums shows in the bits"
 
 
+@dataclass
+class Decoded(Halves):
+    """Plain's product, to the bit."""
+
+    def product(self, x: torch.Tensor, blob: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+        self.tokens.append(x.numel() // x.shape[-1])
+        return torch.nn.functional.linear(x, codec.decode(blob, (rows, x.shape[-1]), x.dtype), bias)
+
+
+@pytest.mark.parametrize("most_tokens", [FEW, FEW - 1])
+def test_dora_reads_weights_whose_products_are_taken_packed(most_tokens, make_engine, disk_folder) -> None:
+    """Its own calls of the module end before it has read them."""
+    peft = pytest.importorskip("peft")
+
+    def built() -> Any:
+        base = build_lora(num_layers=2, dropout=0.0).unload()
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True, init_lora_weights=False)
+        return peft.get_peft_model(base, config)
+
+    way = Decoded()
+    options = {"product_ways": {way.name: way}, "packed_products": table(most_tokens)}
+    engine = make_engine(built(), options, bits=4, nvme=disk_folder, seq_len=32)
+    loss, found = step(engine.model)
+    expected_loss, expected = step(decode_in_place(built()))
+    assert torch.equal(loss, expected_loss) and found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert bool(way.tokens) is (most_tokens == FEW)
+
+
 def test_forward_and_recompute_go_the_same_way(make_engine, disk_folder) -> None:
     """The bits are those of the same model, all of it in memory, whose linears take the same way."""
     way = Halves()

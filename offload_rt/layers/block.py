@@ -263,7 +263,8 @@ class Block:
             self._show(module)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._unshow(module)
+        if module not in self.shows_itself:  # whoever stands around it may still read
+            self._unshow(module)
 
     def _before_reader(self, owner: nn.Module, module: nn.Module, args: Any) -> None:
         if is_reader(module):
