@@ -79,6 +79,19 @@ def train(engine, numbers=range(3), by_model=False):
     return losses, {name: p.detach().clone() for name, p in engine.trainable.items()}
 
 
+def test_adapters_that_compute_with_weights_are_counted_however_much_room_there_is(make):
+    """Formulas are for adapters beside a product: these take many times as much."""
+    peft = pytest.importorskip("peft")
+    base = build_lora("llama", num_layers=2).unload()
+    config = peft.HRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    for model, result in ((build_lora("llama", num_layers=2), "left out"), (peft.get_peft_model(base, config), None)):
+        with make("64MiB", model) as engine:
+            train(engine, range(1))
+            assert (outcome(engine)["result"] == "left out") is (result == "left out")
+            if result is None:
+                assert outcome(engine)["measured_bytes"] > 2 * outcome(engine)["planned_bytes"]
+
+
 def test_blocks_are_counted_to_the_byte():
     with AllocationMeter() as meter:
         first = torch.empty(MIB, dtype=torch.uint8)
