@@ -86,6 +86,42 @@ def test_a_system_message_and_a_completion_of_messages_are_not_learned(tokenizer
     assert shown(tokenizer, example)[1] == "." * 13 + "d<end>"
 
 
+def test_a_turn_of_weight_zero_is_not_learned(tokenizer: Any, tmp_path: Path) -> None:
+    record = chat("a", "b", "c", "d")
+    record["messages"][1]["weight"], record["messages"][3]["weight"] = 0, None
+    path = write(tmp_path / "d.jsonl", record)
+    [example], _ = load_examples(path, tokenizer, seq_len=64)
+    assert shown(tokenizer, example)[1] == "." * 10 + "d<end>"
+    record["messages"][3]["weight"] = 0
+    with pytest.raises(DataError, match="no assistant message to learn"):
+        load_examples(write(path, record), tokenizer, seq_len=64)
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "x"}}]}
+# Renders descriptions of tools and calls; answers of tools have no place.
+CALLING_TEMPLATE = (
+    "{% if tools %}<system>{{ tools[0].name }}<end>{% endif %}{% for message in messages %}"
+    "{% if message.role != 'tool' %}<{{ message.role }}>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name }}{% endfor %}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_what_a_template_has_no_place_for_is_an_error_and_not_left_out(tokenizer: Any, tmp_path: Path) -> None:
+    """Else a call is learned as silence, and an answer without what it answers."""
+    [question], calling, path = chat("a")["messages"], make_tokenizer(CALLING_TEMPLATE), tmp_path / "d.jsonl"
+    called, tools = {"messages": [question, CALL]}, [{"name": "t"}]
+    with pytest.raises(DataError, match=r"d\.jsonl:2: the chat template leaves out 'tool_calls' of message 2:"):
+        load_examples(write(path, chat("a", "b"), called), tokenizer, seq_len=64)
+    with pytest.raises(DataError, match=r":1: the chat template leaves out 'tools':"):
+        load_examples(write(path, {**chat("a", "b"), "tools": tools}), tokenizer, seq_len=64)
+    [example], _ = load_examples(write(path, {**called, "tools": tools}), calling, seq_len=64)
+    assert shown(tokenizer, example) == ("<system>t<end><user>a<end><assistant>x<end>", "......." + "x<end>")
+    answered = [question, CALL, {"role": "tool", "content": "z"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=r":1: the chat template leaves out message 3 \('tool'\):"):
+        load_examples(write(path, {"messages": answered}), calling, seq_len=64)
+
+
 def test_prompt_and_completion_go_through_the_template_or_raw(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", {"prompt": "ab", "completion": "cd"})
     [templated], _ = load_examples(path, tokenizer, seq_len=64)
@@ -128,7 +164,9 @@ GOOD = {"text": "a b"}
     ("bad", "message"),
     [
         ('{"text": "a"', "not JSON"),
-        ('[{"text": "a"}]', "expected an object, got list"),
+        ('[{"text": "a"}]', "expected an object, got list; one JSON object a line is expected, not one array"),
+        ("[", "not one array"),
+        ("{", "not one over several"),
         ("3", "expected an object, got int"),
         ("[" * 100000, "cannot be read (maximum recursion depth"),
         ('{"text": ' + 5000 * "9" + "}", "cannot be read (Exceeds the limit"),
@@ -146,6 +184,7 @@ GOOD = {"text": "a b"}
         ({"messages": [{"content": "a"}]}, "message 1 of 'messages' has no 'role'"),
         ({"messages": [{"role": "user"}]}, "message 1 of 'messages' has no text"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 2}]}, "message 1 of 'messages' has a 'weight' of 2"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "begins with an assistant"),
     ],
 )
@@ -164,6 +203,9 @@ def test_files_that_hold_nothing_are_errors(tokenizer: Any, tmp_path: Path) -> N
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     with pytest.raises(DataError, match=r"latin\.jsonl:2: not UTF-8"):
         load_examples(tmp_path / "latin.jsonl", tokenizer, seq_len=64)
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(DataError, match=r"packed\.jsonl: is compressed by gzip"):
+        load_examples(tmp_path / "packed.jsonl", tokenizer, seq_len=64)
     with pytest.raises(DataError, match="no chat template"):
         load_examples(write(tmp_path / "chat.jsonl", chat("a", "b")), make_tokenizer(None), seq_len=64)
     raising = make_tokenizer("{{ raise_exception('roles must alternate') }}")

@@ -2,14 +2,14 @@
 
 A line is an object with exactly one of these forms; other keys are ignored:
 
-    {"messages": [{"role": ..., "content": ...}, ...]}    learned: every assistant turn
+    {"messages": [{"role": ..., "content": ...}, ...]}    learned: every assistant turn, but those of "weight": 0
     {"prompt": ..., "completion": ...}                    learned: the completion (or both lists of messages)
     {"text": ...}                                         learned: everything
 
 What is learned is found by rendering the conversation up to each turn and comparing: a template that does
-not render a shorter conversation as the beginning of a longer one is an error, never a wrong mask. This is
-not a data loader: files of a size that fits in memory as token ids (4 bytes each), no streaming from
-elsewhere. No torch.
+not render a shorter conversation as the beginning of a longer one is an error, never a wrong mask; and so is
+one that leaves out messages, calls of tools or their descriptions. This is not a data loader: files of a size
+that fits in memory as token ids (4 bytes each), no streaming from elsewhere. No torch.
 """
 
 from __future__ import annotations
@@ -207,12 +207,17 @@ class _Encoder:
     ) -> tuple[list[int], list[int]]:
         if not self._has_template:
             raise _BadLine("is a conversation, and the tokenizer has no chat template; use 'text' or set a template")
-        turns = [index for index in range(learn_from, len(messages)) if messages[index]["role"] == "assistant"]
+        turns = [
+            index
+            for index in range(learn_from, len(messages))
+            if messages[index]["role"] == "assistant" and messages[index].get("weight") != 0
+        ]
         if not turns:
             raise _BadLine("has no assistant message to learn")
         if turns[0] == 0:
             raise _BadLine("begins with an assistant message; there is nothing that it answers")
         whole = self._render(messages, tools)
+        self._check_nothing_left_out(messages, tools, whole)
         ids = self._ids(whole, special=False)
         spans = []
         for index in turns:
@@ -236,6 +241,32 @@ class _Encoder:
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise _BadLine(f"the chat template refuses it: {error}") from error
         return text
+
+    def _check_nothing_left_out(self, messages: list[dict[str, Any]], tools: Any, whole: str) -> None:
+        """Raises `_BadLine` where the template has no place for a part of what it was given, which is then the same
+        without it: answers would be learned without what they answer, and calls of tools as silence.
+        """
+
+        def is_left_out(rest: list[dict[str, Any]], tools: Any = tools) -> bool:
+            try:
+                return self._render(rest, tools) == whole
+            except _BadLine:
+                return False  # the template asks for it
+
+        missing = [("'tools'", is_left_out(messages, None))] if tools else []
+        for index, message in enumerate(messages):
+            where, before, after = f"message {index + 1}", messages[:index], messages[index + 1 :]
+            if message.get("tool_calls"):
+                silent = {key: value for key, value in message.items() if key != "tool_calls"}
+                silent["content"] = silent.get("content") or ""
+                missing.append((f"'tool_calls' of {where}", is_left_out([*before, silent, *after])))
+            elif message["content"].strip() not in whole:  # asked first: rendering takes longer
+                missing.append((f"{where} ({message['role']!r})", is_left_out([*before, *after])))
+        if left_out := [name for name, is_missing in missing if is_missing]:
+            raise _BadLine(
+                f"the chat template leaves out {', '.join(left_out)}: nothing of it would reach the model; take a "
+                f"template that knows it, or put it into the text"
+            )
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         # verbose=False: a line beyond the tokenizer's own maximum is our business, not its warning's.
@@ -294,4 +325,8 @@ def _checked_messages(value: Any, *, field: str) -> list[dict[str, Any]]:
             raise _BadLine(f"{where} has no 'role'")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise _BadLine(f"{where} has no text in 'content'")
+        if message.get("weight") not in (None, 0, 1):
+            raise _BadLine(
+                f"{where} has a 'weight' of {message['weight']!r}; 0 leaves it out of what is learned, 1 not"
+            )
     return value

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 from offload_rt.errors import DataError
 
 COMPRESSED = ".gz"
+_GZIP = b"\x1f\x8b"
+"""What a file that gzip has written begins with."""
 _ENDINGS = (".jsonl", f".jsonl{COMPRESSED}")
 
 
@@ -45,6 +47,8 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     with file:
         for line, raw in _lines(path, file):
+            if line == 1 and raw.startswith(_GZIP) and not str(path).endswith(COMPRESSED):
+                raise DataError(f"{path}: is compressed by gzip; name it so that it ends in {COMPRESSED}")
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
@@ -54,15 +58,21 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 record = json.loads(text)
             except json.JSONDecodeError as error:
-                hint = "; one JSON object a line is expected, not one array" if text.startswith("[") else ""
-                raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}{hint}") from error
+                raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}{_hint(text)}") from error
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
                 raise DataError(f"{path}:{line}: cannot be read ({error})") from error
             if "\\ud" in text.lower() and not _is_unicode(record):
                 raise DataError(f"{path}:{line}: has half of a surrogate pair (\\ud800 to \\udfff), which is no letter")
             if not isinstance(record, dict):
-                raise DataError(f"{path}:{line}: expected an object, got {type(record).__name__}")
+                raise DataError(f"{path}:{line}: expected an object, got {type(record).__name__}{_hint(text)}")
             yield line, record
+
+
+def _hint(text: str) -> str:
+    """What to say of a line where it looks like a part of one JSON document over all lines."""
+    if text.startswith("["):
+        return "; one JSON object a line is expected, not one array"
+    return "; one JSON object a line is expected, not one over several" if text == "{" else ""
 
 
 def _is_unicode(record: Any) -> bool:
