@@ -110,6 +110,38 @@ def test_a_gradient_that_gets_lost_on_its_way_is_refused_by_name_and_nothing_is_
     assert engine.step_number == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_depends_on_no_output_is_said_once_and_the_next_step_is_checked_as_the_first(kind, made, caplog):
+    """As where all rewards of a batch are the same: every gradient is zero, and rightly so."""
+    engine = made(kind)
+    with caplog.at_level(logging.WARNING, "offload_rt"):
+        for _ in range(CHECKED_STEPS + 1 if kind != "all parameters" else 1):
+            engine.backward((0 * engine(BATCH)).sum())
+            engine.step()
+    said = [message for message in map(logging.LogRecord.getMessage, caplog.records) if "are zero" in message]
+    assert [message[:7] for message in said] == [f"step {number}:" for number in range(1, engine.step_number + 1)]
+    if kind != "all parameters":
+        engine.model.is_gated = True
+        with pytest.raises(IntegrityError, match=f"received no gradient in step {CHECKED_STEPS + 2}"):
+            step(engine, has_images=True)
+        engine.optimizer.zero_grad()
+        engine.model.is_gated = False
+    before = scales(engine)
+    step(engine, has_images=True)
+    assert all(not torch.equal(value, before[name]) for name, value in scales(engine).items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_become_zero_behind_an_output_that_matters_are_refused(kind, make_engine, disk_folder):
+    model = build_towers(kind)
+    model.leave.requires_grad_(False).weight.zero_()
+    options, arguments = ({"state": IN_HOST}, {"host_memory": "64MiB"}) if kind == "in tiers" else (None, {})
+    engine = make_engine(model, options, seq_len=8, nvme=disk_folder, **arguments)
+    with pytest.raises(IntegrityError, match=r"step 1: all \d+ gradients are zero; the loss does not reach them"):
+        step(engine)
+    assert engine.step_number == 0
+
+
 def test_an_expert_without_tokens_has_no_gradient_and_one_that_was_called_is_missed(make_engine, disk_folder, caplog):
     engine = make_engine(Experts(), seq_len=8, nvme=disk_folder)
     engine.model.is_gated = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +20,12 @@ CHECKED_STEPS = 2
 
 
 class Reached:
-    """Which of the tensors that train a forward pass with gradients has come to, since `forget`.
+    """Which of the tensors that train a forward pass with gradients has come to, since `forget`; and whether the loss
+    that came back from there was flat.
 
     A batch without images leaves a vision tower out, a token its expert: no gradient is right there. An adapter belongs
-    to the layer that it stands on: of one that is switched off, a gradient is missing.
+    to the layer that it stands on: of one that is switched off, a gradient is missing. Where all rewards of a batch are
+    the same, its loss depends on no output: gradients of zero are right there.
     """
 
     def __init__(
@@ -36,7 +40,9 @@ class Reached:
         self._called: set[nn.Module] = set()
         self._inside: set[nn.Module] = set()
         """Layers that are being called, for a graph."""
-        self._handles: list[RemovableHandle] = []
+        self._slopes: list[torch.Tensor] = []
+        """Of each of the model's outputs that a loss came back to: whether that depends on it."""
+        self._handles: list[RemovableHandle] = [model.register_forward_hook(partial(_note_slopes, self._slopes))]
         for layer in layers:
             self._handles.append(layer.register_forward_pre_hook(self._layer_begins))
             self._handles.append(layer.register_forward_hook(self._layer_is_over, always_call=True))
@@ -47,9 +53,15 @@ class Reached:
         users = self._users.get(str(name), set())
         return not self._handles or not users or not self._called.isdisjoint(users)
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether a loss has come back to the model's outputs and depends on none of them. Waits for the device."""
+        return bool(self._slopes) and not any(bool(slope) for slope in self._slopes)
+
     def forget(self) -> None:
         """The next forward passes are another step's."""
         self._called.clear()
+        self._slopes.clear()
 
     def remove(self) -> None:
         """From here on everything counts as reached. May be called twice."""
@@ -77,6 +89,15 @@ class Reached:
     def _is_called(self, module: nn.Module, args: object) -> None:
         if torch.is_grad_enabled() or self._inside:
             self._called.add(module)
+
+
+def _note_slopes(slopes: list[torch.Tensor], model: nn.Module, args: object, output: Any) -> None:
+    """A hook of a model. It holds `slopes` alone: a loss that somebody keeps has it, and is to keep no engine."""
+    if not torch.is_grad_enabled():
+        return
+    for tensor in output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda gradient: slopes.append(gradient.any()))  # type: ignore[no-untyped-call]
 
 
 def check_loss(loss: torch.Tensor, step: int) -> float:
@@ -128,7 +149,9 @@ def check_present(present: Collection[str], trainable: Collection[str], step: in
 
 
 def check_gradients(trainable: Mapping[str, torch.Tensor], step: int, reached: Reached | None = None) -> None:
-    """Raises `IntegrityError` where a gradient is missing, see `check_present`, or all are zero, or one not finite."""
+    """Raises `IntegrityError` where a gradient is missing, see `check_present`, or one not finite, or all are zero,
+    see `check_slope`.
+    """
     check_present([name for name, p in trainable.items() if p.grad is not None], trainable, step, reached)
     gradients = {name: p.grad for name, p in trainable.items() if p.grad is not None}
     norms = torch.stack([gradient.detach().float().norm() for gradient in gradients.values()])
@@ -136,7 +159,18 @@ def check_gradients(trainable: Mapping[str, torch.Tensor], step: int, reached: R
     if bad:
         raise IntegrityError(f"step {step}: the gradient of {bad[0]} is not finite ({len(bad)} tensors)")
     if not norms.any():
-        raise IntegrityError(f"step {step}: all {len(trainable)} gradients are zero; the loss does not reach them")
+        check_slope(len(trainable), step, reached)
+
+
+def check_slope(num_gradients: int, step: int, reached: Reached | None) -> None:
+    """For gradients that are all zero. Raises `IntegrityError` unless the loss came back to the model's outputs so."""
+    if reached is None or not reached.is_flat:
+        raise IntegrityError(f"step {step}: all {num_gradients} gradients are zero; the loss does not reach them")
+    logger.warning(
+        "step %d: all %d gradients are zero, as the loss depends on none of the model's outputs: nothing is learned of "
+        "this batch. So it is where all rewards are the same, or a weight of the loss is zero",
+        step, num_gradients,
+    )  # fmt: skip
 
 
 def check_norm(norm: torch.Tensor, step: int) -> None:

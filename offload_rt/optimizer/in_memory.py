@@ -42,6 +42,10 @@ class AdapterSteps:
         self._max_grad_norm = max_grad_norm
         self.reached: Reached | None = None
         """See `interface.Training.check_by`."""
+        self._flat_steps: set[int] = set()
+        """Of the first ones, those whose loss depended on no output, so that nothing could be seen: later ones are
+        checked in their place.
+        """
         self._before: dict[str, Tensor] = {}
         """Of a first step that is under way, what it is to change."""
 
@@ -58,7 +62,8 @@ class AdapterSteps:
     def begins(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Raises `IntegrityError`, before anything is updated."""
         self._check(optimizer, step)
-        self._before = {name: p.detach().clone() for name, p in self.trainable.items()} if step == 1 else {}
+        is_first = step == 1 + len(self._flat_steps)
+        self._before = {name: p.detach().clone() for name, p in self.trainable.items()} if is_first else {}
 
     def is_over(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises `IntegrityError` where a first step has changed nothing."""
@@ -69,7 +74,9 @@ class AdapterSteps:
             check_moved(before, self.trainable, optimizer)
 
     def _check(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        if step > CHECKED_STEPS:
+        if step in self._flat_steps and self._is_flat():  # it was looked at before it was clipped
+            return
+        if step > CHECKED_STEPS + len(self._flat_steps):
             if self.reached is not None:
                 self.reached.remove()
             return
@@ -79,7 +86,12 @@ class AdapterSteps:
             if self.reached is not None:
                 self.reached.forget()
             raise
+        if self._is_flat():
+            self._flat_steps.add(step)
         check_optimizer(optimizer, self.trainable)
+
+    def _is_flat(self) -> bool:
+        return self.reached is not None and self.reached.is_flat
 
     def clip(self, max_norm: float) -> Tensor:
         """As torch does, by torch."""
