@@ -109,6 +109,7 @@ def test_help_version_and_mistakes_import_nothing_heavy(tmp_path: Path) -> None:
         ([*TRAIN, "--tbw", "600 miles"], "tbw: unknown unit 'miles' in '600 miles'; allowed: b, gb,"),
         ([*TRAIN, "--seed", str(2**70)], "--seed: must have at most 64 bits"),
         ([*TRAIN, "--out", ""], "--out: the name of the folder is empty"),
+        ([*TRAIN, "--model", ""], "--model: the name of the folder is empty"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -398,6 +399,8 @@ def test_bad_data_or_model_is_found_before_a_store_is_written(
     (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
     code, line = fails(capsys, *arguments)
     assert code == 2 and "data.jsonl:1: has no 'completion'" in line
+    code, line = fails(capsys, *arguments, "--device", "gpu")  # before the data, which may take long
+    assert code == 2 and "device: 'gpu' is not offered" in line
     broken = tmp_path / "model"
     broken.mkdir()
     code, line = fails(capsys, *arguments, "--model", str(broken))

@@ -170,6 +170,13 @@ def test_a_meta_model_without_a_checkpoint_is_refused():
         offload_rt.engine(model)
 
 
+def test_four_bits_where_nothing_is_frozen_are_refused_and_where_adapters_are_too_large_that_is_said():
+    with pytest.raises(ConfigError, match="all layers train; give adapters="):
+        offload_rt.engine(build_plain(num_layers=1).requires_grad_(True), bits=4)
+    with pytest.raises(ConfigError, match="the adapters have more parameters than they stand on: .* a lower rank"):
+        offload_rt.engine(build_base("llama", torch.float32, num_layers=1), bits=4, adapters=lora(r=64))
+
+
 def test_sixteen_bits_left_over_are_an_error_with_names():
     model = build_plain(num_layers=2)
     for layer in model.layers:

@@ -20,6 +20,8 @@ _BAD_VALUES = (LookupError, AttributeError, TypeError, ArithmeticError, Assertio
 
 
 def find_model(text: str) -> Path:
+    if not text:  # a shell's variable that is not set; as a path it is the current folder
+        raise ConfigError("--model: the name of the folder is empty")
     folder = Path(text).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"--model: {text} is not a folder; download the model first, nothing is fetched here")

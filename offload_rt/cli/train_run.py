@@ -36,6 +36,7 @@ from offload_rt.training.identity import file_digest, model_digest, place_and_co
 from offload_rt.training.loop import TrainingResult, num_steps, train
 from offload_rt.training.options import TrainingOptions
 from offload_rt.training.run_folder import EVAL_LOSS, RunFolder
+from offload_rt.transfers.device_cuda import find_device
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.errors import format_bytes
 
@@ -64,6 +65,7 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
     if trace is not None and (trace.parent.exists() or options.out not in trace.parents):
         require_writable(trace)  # the run's folder is made when the run begins
     model_folder = find_model(arguments.model)
+    find_device(arguments.device)
     with RunFolder.locked(options.out) as folder:
         return _train(arguments, options, care, trace, folder, model_folder)
 

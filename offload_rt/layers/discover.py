@@ -102,7 +102,10 @@ def find_blocks(model: nn.Module, *, bits: int | None, prequantized: frozenset[s
             f"elements of a ModuleList"
         )
     if bits is not None and all(draft.trains for draft in drafts):
-        raise ConfigError(f"bits={bits}: quantizes frozen weights, and all layers train; give adapters=, or bits=None")
+        advice = "give adapters=, or bits=None"
+        if all(entry.is_adapters for draft in drafts for entry in draft.parameters):
+            advice = "the adapters have more parameters than they stand on: give them a lower rank, or bits=None"
+        raise ConfigError(f"bits={bits}: quantizes frozen weights, and all layers train; {advice}")
     return drafts + _edges(model, layers, owners)
 
 
