@@ -22,7 +22,7 @@ from offload_rt.checkpoint.safetensors_writer import SafetensorsWriter
 from offload_rt.errors import CheckpointVerifyError, ConfigError, StorageFull, UnsupportedModule
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plans.plan import Tier
-from tests.conftest import flip
+from tests.conftest import flip, open_descriptors
 from tests.durable import Durable
 from tests.full_parity import PLACES, Case, make_engine, one_loss
 from tests.parity import BATCH_SIZE, SEQ_LEN, micro_batch
@@ -262,9 +262,11 @@ def test_a_full_drive_is_typed_and_leaves_nothing(tmp_path: Path, monkeypatch: p
 
     with trained(case(place="in place"), tmp_path / "drive", steps=0) as engine:
         monkeypatch.setattr(safetensors_writer.os, "pwrite", full)
+        before = open_descriptors()
         with pytest.raises(StorageFull):
             engine.save_pretrained(tmp_path / "out")
         monkeypatch.undo()
+        assert open_descriptors() == before, "a deleted file that is open takes up what is left of the drive"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drive"]
 
 

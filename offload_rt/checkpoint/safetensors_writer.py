@@ -41,7 +41,11 @@ class SafetensorsWriter:
         self._done_bytes: dict[str, int] = {}
         self._cached_bytes = 0
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._write(0, memoryview(header))
+        try:
+            self._write(0, memoryview(header))
+        except OSError:
+            self.close()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor; its memory is the caller's again when this returns. Blocks.
