@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError
+from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigError, OffloadError, StoreCorrupt
 from offload_rt.optimizer.by_name import export_state
 from tests.conftest import flip
 from tests.full_parity import Case, make_engine, one_loss, state_of, training_of
+from tests.tiny_training import batch, differences, engine, model, train
 
 
 def test_a_checkpoint_between_backward_and_step_holds_the_last_whole_step(tmp_path: Path) -> None:
@@ -84,3 +85,34 @@ def test_what_is_no_checkpoint_or_was_damaged_is_refused(tmp_path: Path) -> None
     with pytest.raises(CheckpointVerifyError, match="has checksum"):
         export_state(tmp_path / "saved", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_could_not_read_all_of_its_commit_refuses_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rests in memory may be the commit's in part, or what a drive has made of it."""
+    with engine(model(), "SPECULATIVE, split", tmp_path) as run:
+        train(run, range(2))
+        run.save_checkpoint(run.commit_folder)
+        expected, io = run.state(), run._runtime.links.io
+        start = io.start
+
+        def flips(kind, file, offset_bytes, buffer):  # type: ignore[no-untyped-def]
+            waiting = start(kind, file, offset_bytes, buffer)
+
+            def wait(timeout_seconds: float) -> None:
+                waiting(timeout_seconds)
+                if kind == "read":
+                    buffer[0] ^= 64
+
+            return wait
+
+        with monkeypatch.context() as patched:
+            patched.setattr(io, "start", flips)
+            with pytest.raises(StoreCorrupt, match="checksum"):
+                run.load_checkpoint(run.commit_folder)
+        for goes_on in (lambda: run(**batch(2)), lambda: run.save_checkpoint(run.commit_folder)):
+            with pytest.raises(OffloadError, match="loading .* failed; go on from the last commit"):
+                goes_on()
+        run.load_checkpoint(run.commit_folder)
+        assert differences(expected, run.state()) == []

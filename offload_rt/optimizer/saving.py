@@ -54,13 +54,17 @@ def load_training(training: TieredTraining, folder: Path, check: Check) -> Value
 
 
 def load_commit(training: TieredTraining, check: Check) -> Values:
-    """Goes back to the newest commit; returns what it holds besides. The caller begins again. Blocks."""
+    """Goes back to the newest commit; returns what it holds besides. The caller begins again. Blocks.
+
+    The state is broken from the first change on, until then.
+    """
     log = training.home.log
     if log is None or not log.committed.step:
         raise CheckpointError(f"{training.commits.folder}: no step has been committed here")
     values = unpack_values(log.committed.payload)
     check(values)
     training.stop()
+    training.commits.broken = f"loading {training.commits.folder} failed"
     log.drop()
     training.load_values(values)
     return values
@@ -69,13 +73,15 @@ def load_commit(training: TieredTraining, check: Check) -> Values:
 def _take_over(
     training: TieredTraining, folder: Path, check: Check, values: Values, bring: Callable[[SnapshotLog], object]
 ) -> None:
+    """The state is broken from the first change on, until the caller has begun again."""
     check(values)
     training.stop()
+    training.commits.broken = f"loading {folder} failed"
     training.load_values(values)
     try:
         bring(_log(training))
     except OffloadError as error:
-        training.commits.broken = f"loading {folder} failed: {error}"
+        training.commits.broken += f": {error}"
         raise
 
 
