@@ -1,5 +1,6 @@
 """Who may open a commit log, and when: not before a killed run's writes are over."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt.errors import StorageTimeout, StoreInUse
+from offload_rt.errors import StorageFull, StorageTimeout, StoreInUse
 from offload_rt.native import native_core
+from offload_rt.storage import drive_files
 from offload_rt.storage.commit_layout import read_layout
 from offload_rt.storage.commit_log import CommitLog
 from offload_rt.storage.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.transfers.links import Links
-from tests.conftest import forked_child
+from tests.conftest import forked_child, open_descriptors
 from tests.power_loss import PlainIO
 from tests.tiny_logs import arena as arena
 from tests.tiny_logs import folders as folders
@@ -30,6 +32,20 @@ def test_a_second_run_is_refused_until_the_first_is_closed(folders, links):
         CommitLog(folders, links)
     log.close()
     CommitLog(folders, links).close()
+
+
+def test_a_lock_that_a_full_drive_does_not_take_is_no_other_runs(disk_folder, monkeypatch):
+    def full(fd, data, offset):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = open_descriptors()
+    with monkeypatch.context() as patched:
+        patched.setattr(drive_files.os, "pwrite", full)
+        with pytest.raises(StorageFull, match="lock: the lock cannot be written .*ENOSPC") as raised:
+            FolderLock(disk_folder)
+    assert open_descriptors() == before
+    FolderLock(disk_folder).close()
+    del raised
 
 
 def test_a_forked_child_does_not_keep_a_closed_log_locked(folders, links):

@@ -49,8 +49,12 @@ class FolderLock:
             if not self._takes(path):
                 self._file.close()
                 raise StoreInUse(_in_use(folder, holder))
-        os.ftruncate(self._file.fd, 0)
-        os.pwrite(self._file.fd, f"{_this_process()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._file.fd, 0)
+            os.pwrite(self._file.fd, f"{_this_process()}\n".encode(), 0)
+        except OSError as error:
+            self.close()
+            raise os_error("the lock cannot be written", path, error) from None
 
     def _takes(self, path: Path) -> bool:
         """Takes the lock where it is free, and says whether."""
