@@ -25,6 +25,7 @@ from offload_rt.errors import (
     storage_error,
 )
 from planners.plans.activations import Action, whole_batch
+from planners.plans.plan import StatePlacement, Tier
 from tests.conftest import decode_in_place, flip
 from tests.tiny_training import PLACES, Plain, batch, differences, engine, model, train
 
@@ -321,6 +322,21 @@ def test_a_step_that_fails_between_two_blocks_is_taken_back(tmp_path: Path, monk
         assert stepped and run.step_number == 3
         train(run, range(3, 5))
         assert differences(twin.state(), run.state()) == []
+
+
+def test_a_step_that_was_taken_does_not_raise_what_became_of_its_writes(tmp_path: Path) -> None:
+    """Its commit does. `step` has begun to read for the next one, and met a write that failed."""
+    state = StatePlacement(in_memory={}, gradients=Tier.HOST, state_slots=64, weight_slots=64)
+    run = engine(model(), "AFTER", tmp_path, options={"state": state})
+    train(run, range(1))
+    run.backward(run(**batch(1)).loss)
+    io = FailingIO(run, "write", 0, errno.EIO)
+    run.step()
+    assert run.step_number == 2 and io.failed
+    with pytest.raises(StorageError, match="EIO"):
+        run.save_checkpoint(run.commit_folder)
+    with contextlib.suppress(OffloadError):
+        run.close()
 
 
 def state_after(twin: Plain, number: int):  # type: ignore[no-untyped-def]

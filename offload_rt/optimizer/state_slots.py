@@ -158,14 +158,24 @@ class StateSlots:
             self._read_ahead()
 
     def _read_ahead(self) -> None:
-        """Starts reading along the hint while there are slots. Holds the lock."""
+        """Starts reading along the hint while there are slots. Holds the lock.
+
+        Ends where what was written of a piece has failed: that is the error of whoever wants the piece, and of the
+        commit. It is not that of a step which was taken, or of one that is given up.
+        """
         while self._to_read:
             slot = self._state_arena.try_acquire(self._state_slot_bytes, self._to_read[0].name)
             if slot is None:
                 return
             piece = self._to_read.popleft()
             slot = slot.part(0, piece.num_bytes)
-            self._ahead[piece.name] = (slot, self._home.fetch(piece, slot))
+            try:
+                reading = self._home.fetch(piece, slot)
+            except OffloadError:
+                del slot  # the error is kept with the write, and the frames that it went through with it
+                self._to_read.clear()
+                return
+            self._ahead[piece.name] = (slot, reading)
 
     def _take(self, arena: Arena, num_bytes: int, owner: str) -> Slot:
         """A slot, once a write that holds one is done, or the device; at the worst what was read ahead is dropped."""
