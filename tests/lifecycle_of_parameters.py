@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,19 +27,18 @@ from offload_rt.optimizer.state import state_tensors
 from offload_rt.optimizer.training import FullTraining
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from tests.full_parity import room, state_of, training_of
+from tests.lifecycle import Counted, Lives, scheduled
 from tests.lifecycle_twin import (
     OPTIMIZERS,
     ROWS,
     TOKENS,
     Configuration,
-    Counted,
     Saved,
     Twin,
     batch,
     build,
     draw_place,
     groups_of,
-    scheduled,
 )
 
 
@@ -53,23 +51,19 @@ class Root:
     """None: nothing but the model's own values."""
 
 
-class Refused(Exception):
-    """The engine has refused something."""
-
-
 class Killed(Exception):
     """The process ends here; what is on the drives stays."""
 
 
-class Life:
-    """One seed's run. `fired` counts what has happened."""
+class Life(Lives):
+    """One seed's run of full fine-tuning."""
 
     def __init__(self, seed: int, folder: Path, of: Configuration | None = None) -> None:
+        super().__init__()
         self.draw = random.Random(seed)
         self.of = Configuration.draw(random.Random(f"configuration {seed}")) if of is None else of
         self.folder = folder
         self.twin = Twin(self.of)
-        self.fired: Counter[str] = Counter()
         self.numbers = itertools.count()
         self.checkpoints: list[tuple[Path, Saved]] = []
         self.roots: list[Root] = []
@@ -80,7 +74,6 @@ class Life:
         """Parameters that somebody has switched off."""
         self.engine: Engine | None = None
         self.place: dict[str, Any] = {}
-        self.history: list[str] = []
 
     # ---- engines -----------------------------------------------------------------------------------------------
 
@@ -182,6 +175,11 @@ class Life:
         self.finish()
         self.engine = None
 
+    def end(self) -> None:
+        if self.engine is not None:
+            with suppress(OffloadError):
+                self.engine.close()
+
     # ---- commits -----------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
@@ -207,22 +205,6 @@ class Life:
     def _batch(self, number: int) -> dict[str, Tensor]:
         made = batch(number)
         return made if self.of.model.startswith("tiny") else {**made, "labels": made["input_ids"]}
-
-    def both(self, what: str, of_engine: Callable[[], Any], of_twin: Callable[[], Any]) -> tuple[Any, Any]:
-        """Does it on the engine, and then, unless that refuses, on the twin from the same random numbers."""
-        start = torch.get_rng_state()
-        try:
-            found = of_engine()
-        except OffloadError as error:
-            self.fired[f"refused {what}: {type(error).__name__}: {str(error)[:100]}"] += 1
-            self.history.append(f"refused {what}: {error}")
-            raise Refused(what) from error
-        after = torch.get_rng_state()
-        torch.set_rng_state(start)
-        wanted = of_twin()
-        assert torch.equal(after, torch.get_rng_state()), f"{what}: other random numbers were drawn"
-        same(what, found, wanted)
-        return found, wanted
 
     def forward(self, number: int) -> tuple[Tensor, Tensor]:
         arguments = self._batch(number)
@@ -264,35 +246,17 @@ class Life:
 
     # ---- the life ----------------------------------------------------------------------------------------------
 
-    def live(self, program: Sequence[tuple[str, int]], operations: Mapping[str, Callable[[Life], None]]) -> None:
-        torch.manual_seed(11)
-        try:
-            if self.engine is None:
-                self.open()
-            self.check()
-            for number, (name, seed) in enumerate(program):
-                self.draw = random.Random(seed)
-                self.history.append(f"{number} {name}")
-                torch.manual_seed(seed % 1000)
-                try:
-                    operations[name](self)
-                except Refused:
-                    self.after_refusal()
-                except Killed:
-                    self.resume_elsewhere()
-                self.fired[name] += 1
-                self.check()
-            self.close()
-        except Exception as error:
-            error.add_note("\n".join(map(str, [self.of, *self.history])))
-            raise
-        finally:
-            if self.engine is not None:
-                with suppress(OffloadError):
-                    self.engine.close()
+    def begin(self) -> None:
+        if self.engine is None:
+            self.open()
 
-    def after_refusal(self) -> None:
-        """Nothing has changed, once the gradients that there may be are dropped."""
+    def do(self, name: str, operation: Callable[[Life], None]) -> None:
+        try:
+            operation(self)
+        except Killed:
+            self.resume_elsewhere()
+
+    def after_refusal(self, name: str, error: BaseException | None) -> None:
         self.engine.optimizer.zero_grad()
         self.engine.model.train()
         self.twin.model.train()
@@ -377,15 +341,3 @@ def _moment(state: Mapping[str, Any], key: str) -> Tensor | None:
     name, _, part = key.partition(".")
     value = state.get(name)
     return getattr(value, part) if isinstance(value, Quantized) else value
-
-
-def same(what: str, found: Any, wanted: Any) -> None:
-    if isinstance(found, Tensor):
-        assert isinstance(wanted, Tensor) and found.shape == wanted.shape, what
-        assert torch.equal(found.nan_to_num(nan=7.0), wanted.nan_to_num(nan=7.0)), f"{what}: {found} is not {wanted}"
-    elif isinstance(found, dict):
-        assert found.keys() == wanted.keys(), f"{what}: {sorted(found.keys() ^ wanted.keys())}"
-        for key in found:
-            same(f"{what}: {key}", found[key], wanted[key])
-    elif isinstance(found, float):
-        assert found == wanted, f"{what}: {found} is not {wanted}"

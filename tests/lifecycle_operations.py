@@ -20,7 +20,8 @@ from offload_rt.plans.plan_options import with_options
 from planners.rule.streaming import plan_streaming
 from tests.changing_plans import propose
 from tests.full_parity import training_of
-from tests.lifecycle_of_parameters import Killed, Life, Refused, Root, same
+from tests.lifecycle import Refused, same
+from tests.lifecycle_of_parameters import Killed, Life, Root
 from tests.lifecycle_twin import draw_place, embedding, layer_names
 
 

@@ -19,6 +19,7 @@ from offload_rt.wiring.workload import find_workload
 from planners.plans.activations import Action, ActivationPolicy, whole_batch
 from planners.plans.placement import UpdateMode
 from planners.plans.plan import StatePlacement, Tier
+from tests.lifecycle import Counted, options_of, scheduled
 from tests.tiny_training import Model
 
 VOCABULARY, WIDTH, ROWS, TOKENS = 32, 16, 2, 8
@@ -151,23 +152,6 @@ def groups_of(of: Configuration, parameters: Sequence[nn.Parameter]) -> Any:
     ]
 
 
-def scheduled(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.8**step)
-
-
-class Counted:
-    """Something that a run tracks besides."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return vars(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.number = state["number"]
-
-
 @dataclass(frozen=True)
 class Saved:
     """What a run is after a step, of the twin."""
@@ -255,8 +239,7 @@ class Twin:
         )
 
     def options(self) -> list[dict[str, Any]]:
-        groups = self.optimizer.param_groups
-        return [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in groups]
+        return options_of(self.optimizer)
 
     def of_scheduler(self) -> dict[str, Any] | None:
         return None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict())
