@@ -14,11 +14,17 @@ from offload_rt.cli.main import main
 from offload_rt.cli.train import OPTIMIZERS
 from offload_rt.cli.train_run import _optimizer
 from offload_rt.optimizer.rules import rule_for
+from planners.optimiser import explain
 from planners.optimiser.explain import advise, ways_out
+from planners.optimiser.frugal import search_frugal
+from planners.optimiser.greedy import infeasible
+from planners.optimiser.mip import plan_any
 from planners.optimiser.policies import NAMES, plan_by_policy
 from planners.plans.plan import Plan
-from planners.problems.hardware import named_hardware
-from planners.problems.model_workload import STATE_BYTES
+from planners.problems.hardware import named_hardware, with_budgets
+from planners.problems.model_workload import STATE_BYTES, make_workload
+from planners.problems.problem import Problem
+from planners.shapes.models import find_model
 from planners.simulator.validate import check
 from planners.units import ProblemError
 from tests.planner_cases import MIB, TINY, machine, problem
@@ -97,6 +103,29 @@ def test_every_way_out_was_planned():
     with pytest.raises(PlanInfeasible) as caught:
         plan_optimal(p)
     assert 1 <= len(ways_out(p, caught.value)) <= 3
+
+
+@pytest.mark.full
+def test_the_least_way_out_of_each_kind_is_found_by_asking_about_few(monkeypatch):
+    machine_ = with_budgets(named_hardware("rtx3060"), host_memory_bytes=8 << 30, drives=())
+    workload = make_workload(find_model("llama3.2-3b"), batch_size=32, seq_len=1024, rank=None)
+    p = Problem(hardware=machine_, workload=workload)
+    short = infeasible(search_frugal(p).short)
+    refused, kinds = [], list(explain._ways(p, short))
+
+    def noted(other):
+        if (plan := plan_any(other)) is None:
+            refused.append(other)
+        return plan
+
+    monkeypatch.setattr(explain, "plan_any", noted)
+    in_turn = [next((change for change, other in ways if noted(other) is not None), None) for ways in kinds]
+    refused_in_turn = len(refused)
+    found = ways_out(p, short)
+    assert found == [change for change in in_turn if change is not None]
+    assert "2 TB of NVMe" in found and any(way.startswith("host_memory") for way in found)
+    assert in_turn[0] is None and len(kinds[0]) == 5, "16 rows, 8, 4, 2, 1"
+    assert len(refused) - refused_in_turn < refused_in_turn / 2, "no plan takes the longest to be found"
 
 
 def test_advice_is_what_planning_again_gives():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,6 +17,8 @@ from planners.simulator.static_memory import capacities
 
 GIB = 2**30
 NUM_WAYS_OUT = 3
+FACTORS = (1.25, 1.5, 2, 3, 4, 8)
+"""Of a memory that is short, in place of what there is."""
 
 
 @dataclass(frozen=True)
@@ -60,41 +64,58 @@ def advise(problem: Problem, plan: Plan) -> list[Advice]:
     return sorted(found, key=lambda advice: -advice.gain)
 
 
-def _ways(problem: Problem, short: PlanInfeasible) -> Iterator[tuple[str, Problem]]:
-    """Changes that might make it fit, the cheap ones first."""
+Way = tuple[str, Problem]
+
+
+def _ways(problem: Problem, short: PlanInfeasible) -> Iterator[list[Way]]:
+    """Changes that might make it fit, the cheap ones first: those of one kind together, each of which helps wherever
+    the one before it does.
+    """
     hardware, workload = problem.hardware, problem.workload
-    if workload.batch_size > 1:
-        half = replace(workload, batch_size=max(1, workload.batch_size // 2))
-        yield f"batch_size {half.batch_size}", replace(problem, workload=half)
+    yield [
+        (f"batch_size {one.batch_size}", replace(problem, workload=one))
+        for size in _halved(workload.batch_size)
+        if (one := replace(workload, batch_size=size))
+    ]
     if workload.commit_every:
-        yield (
-            "no commits to the drive (commit_every 0)",
-            replace(problem, workload=replace(workload, commit_every=None)),
-        )
-    have = capacities(problem)
+        without = replace(problem, workload=replace(workload, commit_every=None))
+        yield [("no commits to the drive (commit_every 0)", without)]
     if len(short.needs) > 1:
-        yield _all_at_once(problem, short)
+        yield [_all_at_once(problem, short)]
     if "nvme" in short.needs or not hardware.drives:
         base = hardware.drives[-1] if hardware.drives else _usual_drive(2 * 10**12)
-        for size in (2, 4, 8, 16, 32):
-            drive = replace(base, capacity_bytes=size * 10**12)
-            if size * 10**12 > have["nvme"]:
-                yield f"{size} TB of NVMe", replace(problem, hardware=replace(hardware, drives=(drive,)))
-    if not hardware.unified:
-        for factor in (1.25, 1.5, 2, 3, 4, 8):
-            size = -(-int(hardware.host.memory_bytes * factor) // (8 * GIB)) * 8 * GIB
-            host = replace(hardware.host, memory_bytes=size)
-            yield f"host_memory {format_bytes(size)}", replace(problem, hardware=replace(hardware, host=host))
-    for factor in (1.25, 1.5, 2, 3, 4, 8):
-        size = -(-int(hardware.device.memory_bytes * factor) // GIB) * GIB
-        device = replace(hardware.device, memory_bytes=size)
-        yield f"device_memory {format_bytes(size)}", replace(problem, hardware=replace(hardware, device=device))
-    for share in (2, 4, 8):
-        if workload.seq_len // share:
-            yield (
-                f"seq_len {workload.seq_len // share}",
-                replace(problem, workload=replace(workload, seq_len=workload.seq_len // share)),
+        have = capacities(problem)["nvme"]
+        drives = [replace(base, capacity_bytes=size * 10**12) for size in (2, 4, 8, 16, 32)]
+        yield [
+            (
+                f"{drive.capacity_bytes // 10**12} TB of NVMe",
+                replace(problem, hardware=replace(hardware, drives=(drive,))),
             )
+            for drive in drives
+            if drive.capacity_bytes > have
+        ]
+    if not hardware.unified:
+        sizes = [-(-int(hardware.host.memory_bytes * factor) // (8 * GIB)) * 8 * GIB for factor in FACTORS]
+        hosts = [replace(hardware.host, memory_bytes=size) for size in dict.fromkeys(sizes)]
+        yield [
+            (f"host_memory {format_bytes(host.memory_bytes)}", replace(problem, hardware=replace(hardware, host=host)))
+            for host in hosts
+        ]
+    sizes = [-(-int(hardware.device.memory_bytes * factor) // GIB) * GIB for factor in FACTORS]
+    devices = [replace(hardware.device, memory_bytes=size) for size in dict.fromkeys(sizes)]
+    yield [
+        (f"device_memory {format_bytes(one.memory_bytes)}", replace(problem, hardware=replace(hardware, device=one)))
+        for one in devices
+    ]
+    yield [
+        (f"seq_len {size}", replace(problem, workload=replace(workload, seq_len=size)))
+        for size in _halved(workload.seq_len)[:3]
+    ]
+
+
+def _halved(number: int) -> list[int]:
+    """`number` halved, and halved again, down to 1."""
+    return [number >> times for times in range(1, number.bit_length())]
 
 
 def _all_at_once(problem: Problem, short: PlanInfeasible) -> tuple[str, Problem]:
@@ -119,18 +140,20 @@ def _usual_drive(num_bytes: int) -> Drive:
 
 
 def ways_out(problem: Problem, short: PlanInfeasible) -> list[str]:
-    """Up to three changes with which a plan was found, at most one of each kind."""
-    found: dict[str, str] = {}
-    for change, other in _ways(problem, short):
-        kind = "all" if " and " in change else change.split(" ")[0] if not change[0].isdigit() else "nvme"
-        if kind in found:
-            continue
-        if plan_any(other) is None:
-            continue
-        found[kind] = change
-        if len(found) == NUM_WAYS_OUT:
-            break
-    return list(found.values())
+    """Up to three changes with which a plan was found, at most one of each kind: the least that helps."""
+    found = (_least(ways) for ways in _ways(problem, short))
+    return list(itertools.islice((change for change in found if change is not None), NUM_WAYS_OUT))
+
+
+def _least(ways: list[Way]) -> str | None:
+    """The first change with which there is a plan, None where there is none with the last.
+
+    To find that there is no plan takes the longest, so that most of them are left out.
+    """
+    if not ways or plan_any(ways[-1][1]) is None:
+        return None
+    first = bisect_left(range(len(ways) - 1), True, key=lambda index: plan_any(ways[index][1]) is not None)
+    return ways[first][0]
 
 
 def binding(problem: Problem, plan: Plan) -> str:

@@ -10,7 +10,6 @@ the enumeration takes less.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 from planners.errors import PlanInfeasible
@@ -77,18 +76,7 @@ def _plan(problem: Problem, freedoms: Freedoms | None) -> Plan:
 
 
 def plan_any(problem: Problem) -> Plan | None:
-    """The first plan of the enumeration that fits, or None: whether there is one, at the least expense."""
-    unit = floor_seconds(problem)
-    for knobs in itertools.chain.from_iterable(combinations(problem)):
-        steady = solve_steady(problem, knobs, unit_seconds=unit)
-        if steady is None:
-            continue
-        found = Search()
-        if (whole := in_whole_numbers(problem, steady, unit, None, found)) is not None:
-            try_candidate(problem, whole, unit, None, found)
-        if found.plan is not None:
-            return found.plan
-    # Programs count together what a layout finds room for in turn: where none has a solution, there may be a plan.
+    """A plan that fits, or None: whether there is one, at the least expense. It is the one of least memory."""
     try:
         return search_frugal(problem).plan
     except ProblemError:  # no memory would help
