@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--full", action="store_true", help="train all parameters")
     what.add_argument("--optimizer", default="adamw", help="adamw, adamw-8bit, adamw-bf16, lion, sgd or adafactor")
     what.add_argument("--seq-len", type=int, default=4096, help="tokens of a row (default: %(default)s)")
-    what.add_argument("--batch-size", type=int, default=1, help="rows of a step (default: %(default)s)")
+    what.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (default: %(default)s)")
+    what.add_argument(
+        "--accumulation-steps", type=int, default=1, metavar="N",
+        help="micro-batches of a step, each of --batch-size rows, one after the other (default: %(default)s)",
+    )  # fmt: skip
     what.add_argument("--clip", action="store_true", help="the gradient's global norm is clipped")
     what.add_argument(
         "--commit-every", type=int, help="steps between durable commits (default: 1 for adapters, else 0)"
@@ -147,7 +151,7 @@ def _write(path: str, text: str) -> None:
 def problem_of(arguments: argparse.Namespace) -> Problem:
     """The question that the options ask."""
     from planners.problems.hardware import load_hardware, named_hardware, parse_drive, with_budgets
-    from planners.problems.model_workload import make_workload
+    from planners.problems.model_workload import SUMMING_SHARE, make_workload
     from planners.problems.problem import Problem
     from planners.shapes.models import find_model
 
@@ -181,6 +185,8 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
         optimizer=arguments.optimizer,
         clips=arguments.clip,
         commit_every=commit or None,
+        accumulation_steps=arguments.accumulation_steps,
+        summing_seconds_per_param=SUMMING_SHARE / hardware.host.adamw_params_per_second,
     )
     return Problem(hardware=hardware, workload=workload, max_written_bytes=_size(arguments.max_written, "max_written"))
 
@@ -209,7 +215,8 @@ def _adapters(text: str) -> tuple[int, tuple[str, ...]]:
     return rank, targets
 
 
-SWEEPABLE = ("batch-size", "seq-len", "host-memory", "device-memory", "gpu", "model", "nvme", "policy", "adapters")
+COUNTS = ("batch-size", "seq-len", "accumulation-steps")
+SWEEPABLE = (*COUNTS, "host-memory", "device-memory", "gpu", "model", "nvme", "policy", "adapters")
 
 
 def _sweep(arguments: argparse.Namespace, say: Callable[[str], object]) -> int:
@@ -226,7 +233,7 @@ def _sweep(arguments: argparse.Namespace, say: Callable[[str], object]) -> int:
     for index, text in enumerate(values.split(",")):
         changed = argparse.Namespace(**vars(arguments))
         field = key.replace("-", "_")
-        if field in ("batch_size", "seq_len"):
+        if key in COUNTS:
             if not text.isdigit():
                 raise ProblemError(f"sweep: {key}={text!r} is not a whole number")
             setattr(changed, field, int(text))

@@ -34,6 +34,8 @@ def headline(problem: Problem) -> str:
     tiers = ", ".join(f"{format_bytes(size)} {tier}" for tier, size in have.items() if size)
     what = "full fine-tuning" if workload.mutable else "adapters"
     size = f"{workload.batch_size} x {workload.seq_len} tokens a step"
+    if workload.micro_batches > 1:
+        size = f"{workload.micro_batches} micro-batches of {size}"
     return f"{workload.name}, {what}, {size}, on {hardware.name}: {tiers}"
 
 

@@ -105,6 +105,31 @@ def test_every_way_out_was_planned():
     assert 1 <= len(ways_out(p, caught.value)) <= 3
 
 
+def dry_run(path, *argv):
+    folder, out = path / "model", path / "report.json"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TINY))
+    argv = ["--seq-len", "512", "--gpu", "rtx3060", "--no-advice", "--json", str(out), *argv]
+    code = main(["plan", "--model", str(folder), *argv])
+    return json.loads(out.read_text()) if code == 0 else None
+
+
+@pytest.mark.parametrize("what", [["--full"], ["--bits", "4"]])
+def test_a_step_of_several_micro_batches_goes_forward_and_backward_for_each(what, tmp_path, capsys):
+    one, four = (dry_run(tmp_path, *what, "--accumulation-steps", n) for n in ("1", "4"))
+    assert "4 micro-batches of 1 x 512 tokens a step" in capsys.readouterr().out
+    fast, slow = one["predicted"], four["predicted"]
+    assert slow["busy_seconds"]["compute"] == pytest.approx(4 * fast["busy_seconds"]["compute"], rel=0.01)
+    assert slow["tokens_per_second"] == pytest.approx(4 * 512 / slow["step_seconds"])
+
+
+@pytest.mark.full
+def test_where_sums_of_gradients_do_not_fit_a_batch_at_once_is_a_way_out(tmp_path, capsys):
+    argv = ["plan", "--model", "llama3-8b", "--full", "--host-memory", "16GiB", "--nvme", "2TB@7.0r/5.0w"]
+    assert main([*argv, "--seq-len", "512", "--accumulation-steps", "4"]) == 1
+    assert "batch_size 4 in place of 4 accumulation_steps" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_the_least_way_out_of_each_kind_is_found_by_asking_about_few(monkeypatch):
     machine_ = with_budgets(named_hardware("rtx3060"), host_memory_bytes=8 << 30, drives=())
@@ -175,6 +200,7 @@ def test_an_unknown_policy_gets_the_nearest():
         (["--model", "llama3-8b", "--device-memory", "48GiB"], "more than rtx4090 has"),
         (["--model", "llama3-8b", "--nvme", "2TB@7/5"], "cannot read the rates"),
         (["--model", "llama3-8b", "--batch-size", "0"], "batch_size"),
+        (["--model", "llama3-8b", "--accumulation-steps", "0"], "accumulation_steps"),
         (["--model", "llama3-8b", "--commit-every", "-1"], "commit_every"),
         (["--model", "llama3-8b", "--policy", "magic"], "policy: unknown"),
         (["--model", "llama3-8b", "--sweep", "colour=red"], "sweep: cannot read"),

@@ -42,14 +42,17 @@ from planners.plans.placement import ClassPlan, Split, Tier, UpdateMode
 from planners.plans.plan import Plan
 from planners.problems.hardware import Drive, Hardware
 from planners.problems.measured import KeptPass, MeasuredSeconds
-from planners.problems.problem import Problem
+from planners.problems.model_workload import make_workload
+from planners.problems.problem import KeptPass, MeasuredSeconds, Problem
 from planners.rule.streaming_problem import StreamingProblem
+from planners.shapes.architectures import shape_from_config
 from planners.simulator.division import HOMES
 from planners.simulator.validate import InvalidPlan, check, check_modes
 from tests import test_planning
 from tests.conftest import language_batch
 from tests.full_parity import NORMS, OPTIMIZERS, STEPS, Case, build, run_engine, run_plain, training_of
 from tests.parity import BATCH_SIZE, SEQ_LEN
+from tests.planner_cases import TINY
 from tests.test_full_parity import ieee_square_root as ieee_square_root
 from tests.tiny_blocks import CountingRule, blocks
 
@@ -165,6 +168,16 @@ def asked(budget: Budget, folder: Path) -> tuple[Workload, StreamingProblem, lis
     streaming = streaming_problem(workload)
     found = list(questions(workload, streaming, hardware, seconds_of(workload, kept)))
     return workload, streaming, [one for one in found if one[0].workload.layer_major is budget.together]
+
+
+def test_a_dry_run_of_several_micro_batches_sums_as_the_engine_is_asked_to(tmp_path):
+    budget = BUDGETS["several, split"]
+    (problem, _), *_ = asked(budget, tmp_path)[2]
+    dry = make_workload(
+        shape_from_config(TINY, "tiny"), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, rank=None, accumulation_steps=3
+    )
+    for field in ("micro_batches", "passes", "sums_gradients", "waiting_gradient_bytes_per_param", "layer_major"):
+        assert getattr(dry, field) == getattr(problem.workload, field), field
 
 
 def engine(budget: Budget, folder: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> Engine:

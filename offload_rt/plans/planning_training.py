@@ -39,15 +39,14 @@ from planners.plans.plan import Plan, StatePlacement
 from planners.plans.training_state import TrainingSizes
 from planners.problems.hardware import Hardware
 from planners.problems.measured import MeasuredSeconds
-from planners.problems.problem import BlockClass, Capabilities, Problem, Training
+from planners.problems.model_workload import SUMMED_BYTES
+from planners.problems.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
 from planners.problems.problem import Workload as PlannedWorkload
 from planners.rule.attempts import PAGED_SLOTS, SAVING, STEPPED_THERE, head_chunk_tokens
 from planners.rule.streaming_problem import StreamingProblem
 from planners.shapes.trace import Transient
 
 MODES = (UpdateMode.BACKWARD, UpdateMode.SPECULATIVE, UpdateMode.AFTER)
-SUMMED_BYTES = 4
-"""Of a gradient that is summed over micro-batches, in float32."""
 LOSS = "loss"
 """The block that takes the head's time, where no weights come after the layers."""
 

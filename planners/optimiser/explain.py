@@ -77,6 +77,10 @@ def _ways(problem: Problem, short: PlanInfeasible) -> Iterator[list[Way]]:
         for size in _halved(workload.batch_size)
         if (one := replace(workload, batch_size=size))
     ]
+    if workload.sums_gradients:  # whose gradients wait in HOST then; a batch goes through each layer by parts
+        rows = workload.micro_batches * workload.batch_size
+        at_once = replace(problem, workload=replace(workload, micro_batches=1, batch_size=rows))
+        yield [(f"batch_size {rows} in place of {workload.micro_batches} accumulation_steps", at_once)]
     if workload.commit_every:
         without = replace(problem, workload=replace(workload, commit_every=None))
         yield [("no commits to the drive (commit_every 0)", without)]

@@ -19,6 +19,13 @@ STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adamw-bf16": 4, "lion": 4, "sgd": 4
 """
 
 
+SUMMED_BYTES = 4
+"""Of a gradient that waits for those of further micro-batches: they are added in float32."""
+SUMMING_SHARE = 0.4
+"""Of the processor's time to step a parameter, that adding a gradient to its sum takes: both wait for memory, 10 bytes
+a parameter (2 + 4 read, 4 written) beside AdamW's 26 to 28."""
+
+
 def make_workload(
     shape: ModelShape,
     *,
@@ -30,12 +37,21 @@ def make_workload(
     optimizer: str = "adamw",
     clips: bool = False,
     commit_every: int | None = None,
+    accumulation_steps: int = 1,
+    summing_seconds_per_param: float = 0.0,
 ) -> Workload:
     """What training `shape` takes. `rank=None` trains everything; otherwise adapters of that rank do.
 
+    accumulation_steps: micro-batches of a step, one after the other. summing_seconds_per_param: that a gradient keeps
+    the processor to which it is added, where everything trains.
+
     `targets` names the linears that get adapters, all (but for experts and routers) when empty. Raises `ProblemError`.
     """
-    for field, value, high in (("batch_size", batch_size, 1 << 24), ("seq_len", seq_len, 1 << 28)):
+    sizes = (
+        ("batch_size", batch_size, 1 << 24), ("seq_len", seq_len, 1 << 28),
+        ("accumulation_steps", accumulation_steps, 1 << 20),
+    )  # fmt: skip
+    for field, value, high in sizes:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
             raise ProblemError(f"{field}: must be a whole number between 1 and {high}, got {value!r}")
     if batch_size * seq_len > MAX_TOKENS:
@@ -54,6 +70,7 @@ def make_workload(
             raise ProblemError(f"adapters: no linear is called {target!r}; {nearest(target, names)}")
     maker = _Maker(shape, seq_len=seq_len, bits=bits, rank=rank, targets=targets)
     full = rank is None
+    several = full and accumulation_steps > 1
     return Workload(
         name=shape.name,
         training=Training.FULL if full else Training.ADAPTERS,
@@ -67,6 +84,9 @@ def make_workload(
         weight_bytes_per_param=2 if full else 4,
         clips=clips,
         commit_every=commit_every,
+        micro_batches=accumulation_steps,
+        summed_gradient_bytes_per_param=SUMMED_BYTES if several else 0,
+        summing_seconds_per_param=summing_seconds_per_param if several else 0.0,
     )
 
 
