@@ -66,6 +66,13 @@ def open_descriptors():
 
 
 @pytest.fixture
+def threads():
+    """Lets torch compute by so many threads; afterwards by one again."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def disk_folder():
     """A folder on a disk that takes O_DIRECT, where there is one; otherwise any (reads then go through the cache)."""
     candidates = [os.environ.get("OFFLOAD_RT_TEST_DISK"), tempfile.gettempdir(), "/var/tmp", os.getcwd()]

@@ -198,6 +198,8 @@ PLANNERS = [
     "shapes.model", "shapes.architectures", "shapes.well_known", "shapes.headers", "shapes.tensors",
     "shapes.meta_model", "shapes.models", "shapes.trace",
     "problems.hardware", "problems.measured", "problems.problem", "problems.model_workload", "problems.cost",
+    "shapes.meta_model", "shapes.models", "shapes.cpu_attention", "shapes.trace",
+    "problems.hardware", "problems.problem", "problems.model_workload", "problems.cost",
     "simulator.optimizer_state", "simulator.static_memory", "simulator.step_work", "simulator.division",
     "simulator.arenas", "simulator.timeline", "simulator.updates", "simulator.chunk_work", "simulator.passes",
     "simulator.simulate", "simulator.validate",

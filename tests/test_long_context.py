@@ -17,13 +17,13 @@ def model(num_layers=LAYERS):
     return build_with_adapters(num_layers=num_layers, hidden=HIDDEN, most_tokens=TOKENS)
 
 
-def batch():
-    ids = torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+def batch(num_tokens=TOKENS):
+    ids = torch.randint(0, 64, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
 
 
-def gradients(run, trained):
-    loss = run(**batch()).loss
+def gradients(run, trained, num_tokens=TOKENS):
+    loss = run(**batch(num_tokens)).loss
     loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in trained.named_parameters() if parameter.requires_grad}
     trained.zero_grad()
@@ -82,14 +82,19 @@ def test_activations_of_more_than_ten_times_the_memory_train_in_it(make_engine, 
     assert unlimited.report()["tokenwise"]["num_second_replays"] == 0
 
 
-def test_what_is_held_at_once_is_within_the_plan(make_engine, disk_folder):
+@pytest.mark.parametrize(
+    ("num_tokens", "num_threads"), [pytest.param(TOKENS, 1, marks=pytest.mark.full), (1024, 1), (1024, 3)]
+)
+def test_what_is_held_at_once_is_within_the_plan(make_engine, disk_folder, threads, num_tokens, num_threads):
+    """Of few tokens, what attention takes for each thread is most of it."""
+    threads(num_threads)
     policy = ActivationPolicy(chunks=(Chunk(num_tokens=256, action=Action.RECOMPUTE),))
     options = {"activations": policy, "layer_inputs": Tier.NVME, "head_chunk_tokens": 256}
     engine = make_engine(
-        model(3), options, batch_size=1, seq_len=TOKENS, nvme=disk_folder, device_memory="64MiB", host_memory="8MiB"
+        model(3), options, batch_size=1, seq_len=num_tokens, nvme=disk_folder, device_memory="64MiB", host_memory="8MiB"
     )
-    gradients(engine, engine.model)
-    most = peak_bytes(lambda: engine.backward(engine(**batch()).loss))
+    gradients(engine, engine.model, num_tokens)
+    most = peak_bytes(lambda: engine.backward(engine(**batch(num_tokens)).loss))
     planned = engine.report()["holdings"]["device"]
     assert most < planned["activations"] + planned["adapters, gradients, optimizer"] + planned["layer input in use"]
 

@@ -43,7 +43,7 @@ from planners.plans.plan import Plan
 from planners.problems.hardware import Drive, Hardware
 from planners.problems.measured import KeptPass, MeasuredSeconds
 from planners.problems.model_workload import make_workload
-from planners.problems.problem import KeptPass, MeasuredSeconds, Problem
+from planners.problems.problem import Problem
 from planners.rule.streaming_problem import StreamingProblem
 from planners.shapes.architectures import shape_from_config
 from planners.simulator.division import HOMES

@@ -264,9 +264,10 @@ def test_a_loop_that_calls_the_model_itself_is_rehearsed_too(make, tight, monkey
 
 
 def short_formula(monkeypatch, factor):
-    """The formula for a layer gives so much of what it gave."""
-    whole = workload_sizes.estimate_activation_bytes
-    monkeypatch.setattr(workload_sizes, "estimate_activation_bytes", lambda *a, **k: int(whole(*a, **k) * factor))
+    """The formulas for a layer give so much of what they gave."""
+    for name in ("estimate_activation_bytes", "attention_bytes"):
+        whole = getattr(workload_sizes, name)
+        monkeypatch.setattr(workload_sizes, name, lambda *a, whole=whole, **k: int(whole(*a, **k) * factor))
 
 
 def test_more_than_planned_is_booked_where_the_budget_has_room(make, tight, monkeypatch):

@@ -314,9 +314,10 @@ def test_an_update_behind_the_backward_pass_is_added_to_it(make, monkeypatch):
 
 
 def short_formula(monkeypatch, factor):
-    """The formula for a layer gives so much of what it gave."""
-    whole = workload_sizes.estimate_activation_bytes
-    monkeypatch.setattr(workload_sizes, "estimate_activation_bytes", lambda *a, **k: int(whole(*a, **k) * factor))
+    """The formulas for a layer give so much of what they gave."""
+    for name in ("estimate_activation_bytes", "attention_bytes"):
+        whole = getattr(workload_sizes, name)
+        monkeypatch.setattr(workload_sizes, name, lambda *a, whole=whole, **k: int(whole(*a, **k) * factor))
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def passes_of(seconds: MeasuredSeconds, streaming: StreamingProblem, num_tokens:
         whole = streaming.layer_bytes(None)
         return {"transients": transients_of(seconds, layer_bytes=whole, num_tokens=num_tokens)}
     sequence_bytes = 0 if streaming.chunked is None else streaming.chunked.sequence_bytes
+    sequence_bytes = max(sequence_bytes, streaming.attention_bytes)
     return {"tile_bytes": chunked_bytes(seconds, sequence_bytes=sequence_bytes, seq_len=seq_len)}
 
 

@@ -40,7 +40,7 @@ from planners.plans.training_state import TrainingSizes
 from planners.problems.hardware import Hardware
 from planners.problems.measured import MeasuredSeconds
 from planners.problems.model_workload import SUMMED_BYTES
-from planners.problems.problem import BlockClass, Capabilities, MeasuredSeconds, Problem, Training
+from planners.problems.problem import BlockClass, Capabilities, Problem, Training
 from planners.problems.problem import Workload as PlannedWorkload
 from planners.rule.attempts import PAGED_SLOTS, SAVING, STEPPED_THERE, head_chunk_tokens
 from planners.rule.streaming_problem import StreamingProblem

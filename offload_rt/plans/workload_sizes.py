@@ -21,7 +21,13 @@ from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, largest_arrival_bytes
 from offload_rt.optimizer.landing import LANDING_SLOTS, largest_range_bytes
 from offload_rt.optimizer.on_device import stepping_bytes
 from offload_rt.optimizer.pieces import TrainedBlock
-from offload_rt.profiling.profile import chunked_size, estimate_activation_bytes, layer_input_bytes, loss_head_size
+from offload_rt.profiling.profile import (
+    attention_bytes,
+    chunked_size,
+    estimate_activation_bytes,
+    layer_input_bytes,
+    loss_head_size,
+)
 from offload_rt.storage.commit_layout import LOG_BUFFER_BYTES
 from offload_rt.storage.store import store_folders, usable_bytes
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
@@ -105,11 +111,14 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
     else:
         weights_bytes = sum(p.numel() * p.element_size() for p in trainable if id(p) not in stored)
         trainable_bytes = leftovers + weights_bytes + gradients_under_way_bytes(workload)
-    activation_bytes = estimate_activation_bytes(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len)
+    on_gpu = config.device != "cpu"
+    batch_size, seq_len = config.batch_size, config.seq_len
+    activation_bytes = estimate_activation_bytes(
+        model, drafts, batch_size=batch_size, seq_len=seq_len, on_cpu=not on_gpu
+    )
     input_bytes = layer_input_bytes(drafts, batch_size=config.batch_size, seq_len=config.seq_len)
     passing_bytes = input_bytes if workload.has_streams else 0
     activation_bytes += passing_bytes
-    on_gpu = config.device != "cpu"
     unified = config.host_memory_bytes is None and not on_gpu
     nvme_capacity = None
     if config.nvme:
@@ -129,6 +138,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         layer_input_bytes=input_bytes,
         activation_bytes=activation_bytes,
         passing_bytes=passing_bytes,
+        attention_bytes=attention_bytes(model, drafts, batch_size=batch_size, seq_len=seq_len, on_cpu=not on_gpu),
         allocator_slack_bytes=allocator_slack_bytes(
             trainable_bytes,
             activation_bytes,
@@ -143,7 +153,7 @@ def streaming_problem(workload: Workload) -> StreamingProblem:
         training=None if workload.training is None else training_sizes(workload),
         stages_pieces=not workload.has_streams,
         fills=on_gpu or config.device_memory_bytes is not None,
-        chunked=chunked_size(model, drafts, batch_size=config.batch_size, seq_len=config.seq_len),
+        chunked=chunked_size(model, drafts, batch_size=batch_size, seq_len=seq_len, on_cpu=not on_gpu),
         num_micro_batches=config.accumulation_steps,
         thread_bytes=of_a_thread,
     )

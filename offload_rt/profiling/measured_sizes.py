@@ -23,7 +23,8 @@ from planners.rule.streaming_problem import StreamingProblem
 def sizes_key(model: nn.Module, fingerprint: str, *, of_device: bool = False) -> str:
     """Names what was measured: `fingerprint` is the workload's. of_device: in the memory of a device with streams."""
     trains = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters() if p.requires_grad]
-    text = json.dumps([fingerprint, repr(model), trains, torch.__version__, of_device])
+    threads = None if of_device else torch.get_num_threads()  # each has tiles of its own in attention's backward
+    text = json.dumps([fingerprint, repr(model), trains, torch.__version__, of_device, threads])
     return f"rehearsal-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -68,9 +69,18 @@ def scaled(problem: StreamingProblem, factor: float) -> StreamingProblem:
             hidden_bytes_per_token=_times(head.hidden_bytes_per_token, factor),
         )
     if chunked is not None:
-        chunked = replace(chunked, sequence_bytes=_times(chunked.sequence_bytes, factor))
-    activation_bytes = _times(problem.activation_bytes, factor)
-    return replace(problem, activation_bytes=activation_bytes, loss_head=head, chunked=chunked)
+        chunked = replace(
+            chunked,
+            sequence_bytes=_times(chunked.sequence_bytes, factor),
+            pairs_bytes=int(chunked.pairs_bytes * factor),
+        )
+    return replace(
+        problem,
+        activation_bytes=_times(problem.activation_bytes, factor),
+        attention_bytes=_times(problem.attention_bytes, factor),
+        loss_head=head,
+        chunked=chunked,
+    )
 
 
 def _times(num_bytes: int, factor: float) -> int:

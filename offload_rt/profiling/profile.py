@@ -4,6 +4,11 @@
 A layer's recompute keeps, per token, about what goes into and comes out of its linears, twice over for the casts of
 norms and adapters; 2.0 covers what was measured on Llama, Qwen and GPT-2 shapes. The head keeps, per token that is at
 work, the logits, their fp32 copy, its log-softmax and the gradients of both.
+
+[Note: attention's backward]
+When it runs, what follows attention in a layer has done its backward and is given back: 2.0 has room for what attention
+takes then, as long as that goes by tokens. On the CPU it has tiles for each thread besides (`cpu_attention`), which in
+a small layer, or by many threads, are more. So a layer takes the larger of the two, and not their sum.
 """
 
 from __future__ import annotations
@@ -17,44 +22,86 @@ from torch import nn
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.vocabulary.backbone import find_causal_model
 from planners.rule.streaming_problem import ChunkedSize, LossHeadSize
+from planners.shapes.cpu_attention import pairs_bytes, tiles_bytes
 
 _LAYER_FACTOR = 2.0
 """Measured: [Note: activation estimate]."""
 _HEAD_BYTES_PER_LOGIT = 4 + 4 + 4
 """fp32 copy, log-softmax and its gradient, beside the logits and their gradient in the model's dtype."""
+_ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""How configurations call it."""
 
 
-def estimate_activation_bytes(model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int) -> int:
-    """Peak bytes of one layer's recompute. See [Note: activation estimate]."""
+def estimate_activation_bytes(
+    model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int, on_cpu: bool
+) -> int:
+    """Peak bytes of one layer's recompute, but for tiles. See [Note: activation estimate]."""
     tokens = batch_size * seq_len
     layers = [_features(draft) * tokens * _LAYER_FACTOR * _item_bytes(draft) for draft in drafts if draft.is_layer]
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) == "eager":
-        heads = int(getattr(config, "num_attention_heads", 1))
-        layers = [peak + batch_size * heads * seq_len**2 * 10 for peak in layers]
-    return int(max(layers, default=0))
+    of_pairs = _pairs_bytes(model, batch_size=batch_size, seq_len=seq_len, on_cpu=on_cpu)
+    return int(max(layers, default=0)) + (of_pairs if layers else 0)
 
 
-def chunked_size(model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int) -> ChunkedSize | None:
-    """What layers need by chunks of tokens; None where the model's configuration says nothing of attention heads.
+def attention_bytes(model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int, on_cpu: bool) -> int:
+    """What a layer holds while attention's backward runs, by as many threads as torch has now; 0 where the model's
+    configuration says nothing of attention heads. See [Note: attention's backward].
+    """
+    sizes = {"batch_size": batch_size, "seq_len": seq_len}
+    sequence_bytes = _sequence_bytes(model, drafts, **sizes, on_cpu=on_cpu)
+    if not sequence_bytes or not on_cpu or _pairs_bytes(model, **sizes, on_cpu=on_cpu):
+        return sequence_bytes
+    # Of mixed ones the narrowest: attention's operands come out of products with matrices.
+    narrowest = min(t.compute_bytes // max(1, t.num_elements) for d in drafts if d.is_layer for t in d.spec.tensors)
+    return sequence_bytes + tiles_bytes(num_threads=torch.get_num_threads(), seq_len=seq_len, item_bytes=narrowest)
 
-    Of all tokens there are, in backward: input, gradient of output and of input; attention's operands, its result, the
-    gradients of these, and what its kernel takes besides (on the CPU, keys and values in another order, and fp32 sums).
+
+def chunked_size(
+    model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int, on_cpu: bool
+) -> ChunkedSize | None:
+    """What layers need by chunks of tokens; None where the model's configuration says nothing of attention heads."""
+    sizes = {"batch_size": batch_size, "seq_len": seq_len}
+    sequence_bytes = _sequence_bytes(model, drafts, **sizes, on_cpu=on_cpu)
+    if not sequence_bytes or find_causal_model(model) is None:
+        return None
+    of_pairs = _pairs_bytes(model, **sizes, on_cpu=on_cpu)
+    return ChunkedSize(num_tokens=seq_len, sequence_bytes=sequence_bytes, pairs_bytes=of_pairs)
+
+
+def _sequence_bytes(model: nn.Module, drafts: list[BlockDraft], *, batch_size: int, seq_len: int, on_cpu: bool) -> int:
+    """Of all tokens there are, in a layer's backward: input, gradient of output and of input; attention's operands, its
+    result, the gradients of these, and what its kernel takes besides that goes by tokens or by pairs of them (on the
+    CPU, keys and values in another order, and fp32 sums). 0 where nothing is known of heads.
     """
     config: Any = getattr(model, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads or find_causal_model(model) is None:
-        return None
+    heads = int(getattr(config, "num_attention_heads", None) or 0)
+    items = [_item_bytes(draft) for draft in drafts if draft.is_layer]
+    if not heads or not items:
+        return 0
     hidden = int(getattr(config, "hidden_size", 0))
-    width = int(getattr(config, "head_dim", None) or -(-hidden // heads))
-    if getattr(config, "qk_nope_head_dim", None):  # latent attention: queries and keys are wider than values
-        width = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
+    width = _latent_width(config) or int(getattr(config, "head_dim", None) or -(-hidden // heads))
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    per_token = 3 * hidden + 5 * int(heads) * width + 4 * kv_heads * width
-    tokens = batch_size * seq_len
-    of_all_pairs = batch_size * int(heads) * seq_len**2 * 10 if config._attn_implementation == "eager" else 0
-    item_bytes = max((_item_bytes(draft) for draft in drafts if draft.is_layer), default=4)
-    return ChunkedSize(num_tokens=seq_len, sequence_bytes=tokens * per_token * item_bytes + of_all_pairs)
+    per_token = 3 * hidden + 5 * heads * width + 4 * kv_heads * width
+    of_pairs = _pairs_bytes(model, batch_size=batch_size, seq_len=seq_len, on_cpu=on_cpu)
+    return batch_size * seq_len * per_token * max(items) + of_pairs
+
+
+def _pairs_bytes(model: nn.Module, *, batch_size: int, seq_len: int, on_cpu: bool) -> int:
+    """Of all pairs of tokens, where attention is not fused; 0 where it is. A GPU's kernels drop, too."""
+    config: Any = getattr(model, "config", None)
+    implementation = getattr(config, "_attn_implementation", None)
+    drops = any((getattr(config, name, None) or 0) > 0 for name in _ATTENTION_DROPOUTS)
+    other_width = _latent_width(config) not in (0, int(getattr(config, "v_head_dim", None) or 0))
+    if implementation != "eager" and not (implementation == "sdpa" and on_cpu and (drops or other_width)):
+        return 0
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    return pairs_bytes(batch_size=batch_size, num_heads=heads, seq_len=seq_len, drops=drops)
+
+
+def _latent_width(config: Any) -> int:
+    """Of a head's queries and keys in latent attention, where values may have another (`v_head_dim`); else 0."""
+    if not getattr(config, "qk_nope_head_dim", None):
+        return 0
+    return int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
 
 
 def attention_width(model: nn.Module) -> int:

@@ -62,6 +62,8 @@ class ChunkedSize:
     """Of a sequence."""
     sequence_bytes: int
     """What a layer's backward holds of all tokens: its input, attention's operands and result, and their gradients."""
+    pairs_bytes: int = 0
+    """Part of it, and of `StreamingProblem.activation_bytes`: what attention takes of pairs of tokens, no chunk's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,9 @@ class StreamingProblem:
     passing_bytes: int = 0
     """Part of it: another layer's input, on its way to where it waits or back, on a device whose copies are
     asynchronous."""
+    attention_bytes: int = 0
+    """What one layer holds while attention's backward runs, whole or by chunks: there is nothing else of it then. On
+    the CPU each thread has its part of it."""
     allocator_slack_bytes: int = 0
     """Freed memory that the allocator should be able to hold back; a tight plan grants a quarter of it at most."""
     loss_head: LossHeadSize | None = None
@@ -141,11 +146,14 @@ class StreamingProblem:
         """Peak of transient activations of one layer, by chunks of so many tokens or, with None, whole.
 
         A chunk has half as much again: what the formula for a layer lacks (adapters) counts for more in a small one.
+        While attention's backward runs there is none.
         """
-        if chunk_tokens is None or self.chunked is None or chunk_tokens >= self.chunked.num_tokens:
-            return self.activation_bytes
-        of_chunk = (self.activation_bytes - self.passing_bytes) * chunk_tokens // self.chunked.num_tokens
-        return self.chunked.sequence_bytes + of_chunk * 3 // 2
+        chunked = self.chunked
+        if chunk_tokens is None or chunked is None or chunk_tokens >= chunked.num_tokens:
+            return max(self.activation_bytes, self.attention_bytes)
+        by_tokens = self.activation_bytes - self.passing_bytes - chunked.pairs_bytes
+        of_chunk = by_tokens * chunk_tokens // chunked.num_tokens
+        return max(chunked.sequence_bytes + of_chunk * 3 // 2, self.attention_bytes)
 
     def on_their_way_bytes(self, home: Tier, *, by_chunks: bool) -> int:
         """DEVICE memory of what layers in chunks put away in `home`, while copies hold it: a layer's, in both ways
