@@ -187,6 +187,7 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
         commit_every=commit or None,
         accumulation_steps=arguments.accumulation_steps,
         summing_seconds_per_param=SUMMING_SHARE / hardware.host.adamw_params_per_second,
+        num_threads=hardware.device.num_threads,
     )
     return Problem(hardware=hardware, workload=workload, max_written_bytes=_size(arguments.max_written, "max_written"))
 

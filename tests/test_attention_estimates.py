@@ -2,6 +2,7 @@
 out: tiles of each thread; where it is not fused, probabilities of all pairs of tokens.
 """
 
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,12 @@ from offload_rt.layers.discover import find_blocks
 from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.profiling.measured_sizes import sizes_key
 from offload_rt.profiling.profile import attention_bytes, chunked_size, estimate_activation_bytes
+from planners.command import add_arguments, problem_of
+from planners.optimiser.policies import plan_by_policy
+from planners.plans.schedule import Phase
 from planners.rule.streaming_problem import ChunkedSize, StreamingProblem
 from planners.shapes.cpu_attention import tiles_bytes
+from planners.simulator.arenas import chunk_buffers
 
 HEADS, WIDTH = 4, 16
 
@@ -170,3 +175,18 @@ def test_what_was_measured_by_fewer_threads_is_not_what_more_take(threads):
         keys.append((sizes_key(torch.nn.Linear(1, 1), "f"), sizes_key(torch.nn.Linear(1, 1), "f", of_device=True)))
     (one, device), (two, device_of_two), again = keys
     assert one == again[0] != two and device == device_of_two
+
+
+def test_a_dry_run_has_tiles_where_the_hardware_is_a_cpu():
+    """In backward alone, at attention: of as many threads as the profile says, or a calibration."""
+    parser, found = ArgumentParser(), {}
+    add_arguments(parser)
+    for name in ("cpu", "rtx4090"):
+        asked = problem_of(parser.parse_args(["--model", "llama3.2-1b", "--seq-len", "1024", "--gpu", name]))
+        layer = next(entry for entry in asked.workload.classes if entry.is_layer)
+        plan = plan_by_policy(asked, "greedy")
+        for phase in Phase:
+            sizes = {one.name: one.num_bytes for one in chunk_buffers(asked, plan, layer, phase)}
+            found[name, phase] = sizes.get("attention's tiles", 0)
+    assert found.pop(("cpu", Phase.BACKWARD)) == tiles_bytes(num_threads=16, seq_len=1024, item_bytes=2)
+    assert set(found.values()) == {0}

@@ -111,6 +111,7 @@ def measure(device: str, folders: tuple[Path, ...], sizes: Sizes | None = None) 
             nf4_decode_bytes_per_second=decoded,
             adamw_params_per_second=on_device,
             operation_seconds=min(1.0, 1 / operations),
+            num_threads=torch.get_num_threads() if found.unified else 0,
         ),
         host=Host(
             memory_bytes=0 if found.unified else ram, adamw_params_per_second=stepped, adamw_beside_copies=beside

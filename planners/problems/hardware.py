@@ -38,6 +38,8 @@ class Device:
     adamw_params_per_second: float
     operation_seconds: float
     """Fixed cost of one operation: launch, submission, completion."""
+    num_threads: int = 0
+    """That compute, where it is a CPU: each takes memory of its own in attention's backward. 0 where it is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,7 @@ _DEVICE_LIMITS = {
     "nf4_decode_bytes_per_second": _RATE,
     "adamw_params_per_second": (1e3, 1e15),
     "operation_seconds": (0.0, 1.0),
+    "num_threads": (0, 1 << 16),
 }
 _HOST_LIMITS = {
     "memory_bytes": (0, MAX_BYTES),
@@ -294,6 +297,7 @@ def _cpu() -> Hardware:
             nf4_decode_bytes_per_second=10e9,
             adamw_params_per_second=0.9e9,
             operation_seconds=20e-6,
+            num_threads=16,
         ),
         host=Host(memory_bytes=0, adamw_params_per_second=0.9e9),
         links=Links(host_to_device_bytes_per_second=copies, device_to_host_bytes_per_second=copies, duplex=0.0),

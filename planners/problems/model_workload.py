@@ -8,6 +8,7 @@ from __future__ import annotations
 from planners.plans.schedule import Phase
 from planners.plans.vocabulary import RowsSize
 from planners.problems.problem import HEAD_TILE_TOKENS, BlockClass, Training, Workload
+from planners.shapes.cpu_attention import tiles_bytes
 from planners.shapes.model import Layer, Linear, ModelShape, stored_bytes
 from planners.shapes.trace import ITEM_BYTES, NUM_OPERATIONS, Saved, Transient, saved_tensors, transients
 from planners.units import ProblemError, nearest
@@ -39,8 +40,10 @@ def make_workload(
     commit_every: int | None = None,
     accumulation_steps: int = 1,
     summing_seconds_per_param: float = 0.0,
+    num_threads: int = 0,
 ) -> Workload:
-    """What training `shape` takes. `rank=None` trains everything; otherwise adapters of that rank do.
+    """What training `shape` takes. `rank=None` trains everything; otherwise adapters of that rank do. num_threads: of a
+    CPU that computes (`Device.num_threads`).
 
     accumulation_steps: micro-batches of a step, one after the other. summing_seconds_per_param: that a gradient keeps
     the processor to which it is added, where everything trains.
@@ -68,7 +71,7 @@ def make_workload(
     for target in targets:
         if target not in names:
             raise ProblemError(f"adapters: no linear is called {target!r}; {nearest(target, names)}")
-    maker = _Maker(shape, seq_len=seq_len, bits=bits, rank=rank, targets=targets)
+    maker = _Maker(shape, seq_len=seq_len, bits=bits, rank=rank, targets=targets, num_threads=num_threads)
     full = rank is None
     several = full and accumulation_steps > 1
     return Workload(
@@ -94,13 +97,23 @@ class _Maker:
     """Turns layers into classes."""
 
     def __init__(
-        self, shape: ModelShape, *, seq_len: int, bits: int | None, rank: int | None, targets: tuple[str, ...]
+        self,
+        shape: ModelShape,
+        *,
+        seq_len: int,
+        bits: int | None,
+        rank: int | None,
+        targets: tuple[str, ...],
+        num_threads: int,
     ) -> None:
         self.shape = shape
         self.seq_len = seq_len
         self.bits = bits
         self.rank = rank
         self.targets = targets
+        self.tiles_bytes = 0
+        if num_threads:
+            self.tiles_bytes = tiles_bytes(num_threads=num_threads, seq_len=seq_len, item_bytes=ITEM_BYTES)
 
     def classes(self) -> tuple[BlockClass, ...]:
         """Embedding, one class for each kind of layer, head."""
@@ -150,6 +163,7 @@ class _Maker:
             attention_bytes=sum(s.bytes_per_token for s in saved if s.name in ("qkv", "attention")),
             attention_groups=layer.attention.kv_heads,
             transients=transients(layer),
+            attention_tiles_bytes=self.tiles_bytes,
             num_operations=NUM_OPERATIONS,
         )
 

@@ -72,6 +72,8 @@ class BlockClass:
     """Of forward, in which `saved` and `transients` count ticks."""
     tile_bytes: int = 0
     """Transient, whatever the chunk (a tile of logits)."""
+    attention_tiles_bytes: int = 0
+    """Transient, whatever the chunk, while attention's backward runs (tiles of a CPU's threads)."""
     visits_backward: bool = True
     """Its weights are needed in backward."""
     weight_cuts: tuple[int, ...] = ()

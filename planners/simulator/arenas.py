@@ -26,7 +26,7 @@ from planners.plans.plan import Plan
 from planners.plans.schedule import Phase
 from planners.problems.cost import Knobs, in_a_chunk, knobs_of, tokens_at_once
 from planners.problems.problem import BlockClass, Problem
-from planners.shapes.trace import Saved, backward_tick, num_ticks
+from planners.shapes.trace import ATTENTION, Saved, backward_tick, num_ticks
 from planners.simulator.optimizer_state import gradients_stay
 from planners.simulator.static_memory import static_bytes
 
@@ -136,6 +136,9 @@ def _transients(
     for transient in entry.transients:
         if transient.phase is phase:
             yield transient.name, tokens * transient.bytes_per_token, transient.begin, transient.end
+    if entry.attention_tiles_bytes and phase is Phase.BACKWARD:
+        begin = backward_tick(entry.num_operations, ATTENTION)
+        yield "attention's tiles", float(entry.attention_tiles_bytes), begin, begin + 1
     if entry.tile_bytes:
         yield "tile", float(entry.tile_bytes), 0, num_ticks(entry.num_operations, phase)
 
