@@ -57,15 +57,15 @@ class CopyGuard(Guard):
         for _, _, function, _ in self._guarded:
             if isinstance(function, _Copying):
                 function.is_managed = False
-        stays = (_Copying, _Saving, _SavingAdapters)
-        self._guarded = [each for each in self._guarded if not (isinstance(each[2], stays) and _absent(each[0]))]
+        stays, lacking = (_Copying, _Saving, _SavingAdapters), _Lacking()
+        self._guarded = [each for each in self._guarded if not (isinstance(each[2], stays) and lacking[each[0]])]
         super().remove()
         while self._hooks:
             module, hook = self._hooks.pop()
             if not any(map(_is_absent, module.parameters(recurse=False))):
                 hook.remove()
         for module in self._models:
-            if _absent(module) and not isinstance(vars(module).get("forward"), _WithoutWeights):
+            if lacking[module] and not isinstance(vars(module).get("forward"), _WithoutWeights):
                 vars(module)["forward"] = _WithoutWeights(module, module.forward, vars(module).get("forward"))
 
 
@@ -94,6 +94,15 @@ def _is_absent(tensor: torch.Tensor) -> bool:
 def _absent(module: nn.Module) -> list[str]:
     """Names of the parameters that are placeholders."""
     return [name for name, parameter in module.named_parameters() if _is_absent(parameter)]
+
+
+class _Lacking(dict[nn.Module, bool]):
+    """Whether a module has placeholders, in itself or within. Each is looked at once, however many have it inside."""
+
+    def __missing__(self, module: nn.Module) -> bool:
+        own = any(map(_is_absent, module.parameters(recurse=False)))
+        self[module] = found = own or any(self[child] for child in module.children())
+        return found
 
 
 def _leave_out_absent(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
