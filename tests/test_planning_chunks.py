@@ -153,6 +153,12 @@ def test_prices_are_those_that_were_measured_whatever_the_mix(tmp_path):
 plans_for_less_and_less = functools.partial(less_and_less, measured=measured, begin=3 * MIB, less=64 * KIB)
 
 
+@pytest.fixture(scope="module")
+def plans_in_one_tier(tmp_path_factory):
+    """Of those that several tests look at, each is made once."""
+    return list(plans_for_less_and_less(tmp_path_factory.mktemp("plans"), 0, 2e9))
+
+
 def planned(plan, name, where):
     """Tokens of all blocks, of each sequence, of one group."""
     splits = [(len(entry.blocks), split) for entry in plan.classes for split in entry.tokens if split.name == name]
@@ -160,9 +166,12 @@ def planned(plan, name, where):
 
 
 @pytest.mark.parametrize("host", [0, pytest.param(64 * MIB, marks=FULL)])
-def test_less_memory_means_less_kept_of_chunks_and_slower_plans_that_the_validator_takes(host, tmp_path):
+def test_less_memory_means_less_kept_of_chunks_and_slower_plans_that_the_validator_takes(
+    host, plans_in_one_tier, tmp_path
+):
     kept, seconds, mixed, put_away = [], [], 0, 0
-    for _, problem, streaming, plan in plans_for_less_and_less(tmp_path, host, 2e9, least=PAGE if host else None):
+    plans = plans_for_less_and_less(tmp_path, host, 2e9, least=PAGE) if host else plans_in_one_tier
+    for _, problem, streaming, plan in plans:
         check(problem, plan)
         seconds.append(plan.predicted["step_seconds"])
         assert plan.predicted["lower_bound_seconds"] <= seconds[-1]
@@ -176,9 +185,9 @@ def test_less_memory_means_less_kept_of_chunks_and_slower_plans_that_the_validat
     assert min(seconds) >= 0.999 * seconds[0] and seconds[-1] > 1.2 * seconds[0]
 
 
-def test_chunks_are_counted_in_whole_numbers(tmp_path):
+def test_chunks_are_counted_in_whole_numbers(plans_in_one_tier):
     mixed = 0
-    for _, problem, _, plan in plans_for_less_and_less(tmp_path, 0, 2e9):
+    for _, problem, _, plan in plans_in_one_tier:
         knobs = replace(knobs_of(plan), inputs=plan.layer_inputs)
         whole = solve_steady(problem, knobs, unit_seconds=0.1, in_whole_numbers=True)
         relaxed = solve_steady(problem, knobs, unit_seconds=0.1)
@@ -304,8 +313,9 @@ def test_a_plan_of_chunks_gives_the_rules_bits_and_moves_what_it_says(name, tmp_
 
 
 @pytest.mark.parametrize(("host", "link"), [(0, 2e9), pytest.param(400 * KIB, 2e7, marks=FULL)])
-def test_optimised_chunks_run_within_the_budgets_that_they_were_planned_for(host, link, tmp_path):
-    for hardware, problem, streaming, plan in plans_for_less_and_less(tmp_path, host, link):  # noqa: B007
+def test_optimised_chunks_run_within_the_budgets_that_they_were_planned_for(host, link, plans_in_one_tier, tmp_path):
+    plans = plans_for_less_and_less(tmp_path, host, link) if host else plans_in_one_tier
+    for hardware, problem, streaming, plan in plans:  # noqa: B007
         if sum(planned(plan, name, "recompute") for name in GROUPS) > SEQ_LEN:
             break
     with engine_of(BF16, tmp_path, plan=lowered(plan, streaming, problem), emulate=hardware) as engine:
