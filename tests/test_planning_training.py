@@ -120,7 +120,7 @@ BUDGETS = {
         755, 2040, "rarely", (H,), (N,), SPECULATIVE, homes=frozenset({IN_HOST, KEPT}), micro_batches=2
     ),
 }  # fmt: skip
-QUICK = ("split, clipped", "split, one tier", "all on NVME", "put away and kept", "several, split", "together, split")
+QUICK = ("split, one tier", "all on NVME", "put away and kept", "several, split", "together, split")
 
 
 def case_of(budget: Budget) -> Case:
