@@ -304,7 +304,7 @@ def test_an_output_on_a_full_drive_is_one_line_of_error(
     assert capsys.readouterr().err == "offload-rt: error: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("packing", [[], ["--packing"]])
+@pytest.mark.parametrize("packing", [pytest.param([], marks=pytest.mark.full), ["--packing"]])
 def test_train_leaves_an_adapter_and_a_resumed_run_leaves_the_same_one(
     arguments: list[str],
     packing: list[str],
