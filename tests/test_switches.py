@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from offload_rt.guards.integrity import Reached
+from offload_rt.layers.switches import Switches
 from planners.plans.activations import Action, whole_batch
 from planners.plans.plan import Tier
 from tests.conftest import build_lora, language_batch
@@ -126,3 +128,18 @@ def test_gradients_under_autocast_are_taken_outside_of_it(make_engine, disk_fold
         loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     equal(*found)
+
+
+def test_hooks_of_the_engines_own_stay_as_they_are_where_others_are_put_back():
+    """Its guards put hooks in, and take them out, between a forward and its backward."""
+    layer = torch.nn.Linear(2, 2)
+    ours = layer.register_forward_hook(Reached(layer, {})._layer_is_over)
+    theirs = layer.register_forward_hook(lambda *_: None)
+    switches = Switches([layer])
+    ours.remove(), theirs.remove()
+    later = layer.register_forward_pre_hook(Reached(layer, {})._is_called)
+    with switches.put_back([]):
+        assert [*layer._forward_hooks] == [theirs.id]
+        assert [*layer._forward_pre_hooks] == [later.id]
+    assert [*layer._forward_hooks] == []
+    assert [*layer._forward_pre_hooks] == [later.id]

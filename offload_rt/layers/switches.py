@@ -68,16 +68,18 @@ class Switches:
     def _numbers_now(self) -> list[int]:
         return [*chain.from_iterable(self._hooks)]
 
-    def _hooks_now(self) -> list[Any]:
-        """None for a module that has none."""
-        return [dict(own) if own else None for own in chain(self._hooks, self._hooks_are)]
+    def _hooks_now(self) -> list[dict[int, Any]]:
+        return [dict(own) for own in chain(self._hooks, self._hooks_are)]
 
-    def _hook(self, hooks: Sequence[dict[int, Any] | None]) -> None:
-        """Handles know the dictionaries themselves, which so stay."""
+    def _hook(self, hooks: Sequence[dict[int, Any]]) -> None:
+        """Handles know the dictionaries themselves, which so stay; as do the engine's own hooks, where there are."""
+        ours = {number for each in chain(self._hooks, hooks) for number, hook in each.items() if _is_ours(hook)}
         for own, then in zip(chain(self._hooks, self._hooks_are), hooks, strict=True):
-            if own.keys() != (then or {}).keys():
+            if own.keys() != then.keys():
+                now = dict(own)
                 own.clear()
-                own.update(then or {})
+                own.update({number: hook for number, hook in then.items() if number not in ours or number in now})
+                own.update({number: hook for number, hook in now.items() if number in ours})
 
     def _switch(self, values: Sequence[Any]) -> None:
         for own, name, value in zip(self._own, self._names, values, strict=True):
@@ -89,3 +91,11 @@ class Switches:
 
 def _has(module: nn.Module, name: str) -> bool:
     return name in vars(module) or hasattr(type(module), name)
+
+
+def _is_ours(hook: Any) -> bool:
+    """Of the engine's own hooks. What says how a hook is called is none."""
+    function = getattr(hook, "func", hook)  # a partial's
+    owner = getattr(function, "__self__", None)
+    home = getattr(function, "__module__", None) if owner is None else type(owner).__module__
+    return str(home).partition(".")[0] == "offload_rt"
