@@ -52,8 +52,13 @@ class Buffers:
         self._say(state, now)
         return values or self._values()
 
+    def expect_writes(self) -> None:
+        """The next forward writes to some, as far as is known: values are kept from before it."""
+        self._are_written = True
+
     def put_back(self, before: tuple[State, Values]) -> None:
-        """Undoes a forward, which `before` was asked for `to_undo`."""
+        """Undoes a forward, which `before` was asked for `to_undo`; the next one is known to write if this has."""
+        self.written(before)
         self._put(before[1])
 
     @contextmanager

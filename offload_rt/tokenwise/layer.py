@@ -38,6 +38,9 @@ logger = logging.getLogger("offload_rt")
 LARGE_ATTENTION = 4
 """Times the layer's input: more than any kernel saves that goes by tokens."""
 
+WRITES_BUFFERS = "it writes to buffers in forward"
+"""Why a class of layers runs whole."""
+
 
 @dataclass
 class Tokenwise:
@@ -83,6 +86,8 @@ class TokenwiseLayer(RecomputedLayer):
                 if self.buffers is not None and buffers is not None:
                     self.buffers.put_back(buffers)
                 self._refuse(str(error))
+        if self.buffers is not None and self.tokenwise.refused.get(self.kind) == WRITES_BUFFERS:
+            self.buffers.expect_writes()  # of one like it that was the first to
         self.tokenwise.num_whole += 1
         return super().apply(call)
 
@@ -96,7 +101,7 @@ class TokenwiseLayer(RecomputedLayer):
     def check_buffers(self, tiled: TiledPass, before: tuple[State, Values]) -> None:
         """Raises `NotTokenLocal` where the layer has written to buffers, which each of its runs would do again."""
         if self.buffers is not None and self.buffers.written(before) and not tiled.runs_once:
-            raise NotTokenLocal("it writes to buffers in forward")
+            raise NotTokenLocal(WRITES_BUFFERS)
 
     def look_at(self, tiled: TiledPass, given: torch.Tensor) -> None:
         """Warns, once a class, of attention that saves something of the square of the tokens."""
