@@ -32,7 +32,7 @@ from tests.tokenwise import build_with_adapters
 
 TOKENS, NUM_LAYERS, HIDDEN = 1024, 3, 64
 INPUT_BYTES = 2 * TOKENS * HIDDEN
-BUDGET = 5 << 20
+BUDGET = 21 << 18
 ON_THEIR_WAY = "layer inputs on their way"
 
 
