@@ -133,11 +133,13 @@ def test_gradients_under_autocast_are_taken_outside_of_it(make_engine, disk_fold
 def test_hooks_of_the_engines_own_stay_as_they_are_where_others_are_put_back():
     """Its guards put hooks in, and take them out, between a forward and its backward."""
     layer = torch.nn.Linear(2, 2)
-    ours = layer.register_forward_hook(Reached(layer, {})._layer_is_over)
+    reached = Reached(layer, {})
+    reached.remove()
+    ours = layer.register_forward_hook(reached._layer_is_over)
     theirs = layer.register_forward_hook(lambda *_: None)
     switches = Switches([layer])
     ours.remove(), theirs.remove()
-    later = layer.register_forward_pre_hook(Reached(layer, {})._is_called)
+    later = layer.register_forward_pre_hook(reached._is_called)
     with switches.put_back([]):
         assert [*layer._forward_hooks] == [theirs.id]
         assert [*layer._forward_pre_hooks] == [later.id]
