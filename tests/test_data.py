@@ -118,8 +118,47 @@ def test_what_a_template_has_no_place_for_is_an_error_and_not_left_out(tokenizer
     [example], _ = load_examples(write(path, {**called, "tools": tools}), calling, seq_len=64)
     assert shown(tokenizer, example) == ("<system>t<end><user>a<end><assistant>x<end>", "......." + "x<end>")
     answered = [question, CALL, {"role": "tool", "content": "z"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(DataError, match=r":1: the chat template leaves out message 3 \('tool'\):"):
+    with pytest.raises(DataError, match=r":1: the chat template leaves out the text of message 3 \('tool'\):"):
         load_examples(write(path, {"messages": answered}), calling, seq_len=64)
+    answered[2]["content"] = "a"  # which the question says too
+    with pytest.raises(DataError, match=r":1: the chat template leaves out the text of message 3 "):
+        load_examples(write(path, {"messages": answered}), calling, seq_len=64)
+    with pytest.raises(DataError, match=r":1: the chat template leaves out 'tool_calls' of message 2:"):
+        unsaid = {"messages": [question, {**CALL, "content": None}]}  # a call as it is usually written
+        load_examples(write(path, unsaid), tokenizer, seq_len=64)
+
+
+def test_what_is_said_beside_a_call_is_an_error_where_a_template_leaves_it_out_of_a_turn_to_learn(
+    tmp_path: Path,
+) -> None:
+    """As Llama 3.1's does; what templates drop from earlier turns, as thoughts, they drop on purpose."""
+    calling, path = make_tokenizer(CALLING_TEMPLATE.replace("{{ message.content }}", SAID)), tmp_path / "d.jsonl"
+    asked = [chat("a")["messages"][0], {**CALL, "content": "b"}]
+    with pytest.raises(DataError, match=r":1: the chat template leaves out the text of message 2 \('assistant'\):"):
+        load_examples(write(path, {"messages": asked}), calling, seq_len=64)
+    earlier = {"prompt": [*asked, *chat("c")["messages"]], "completion": [{"role": "assistant", "content": "d"}]}
+    [example], _ = load_examples(write(path, earlier), calling, seq_len=64)
+    assert shown(calling, example)[0] == "<user>a<end><assistant>x<end><user>c<end><assistant>d<end>"
+
+
+SAID = "{% if not message.tool_calls %}{{ message.content }}{% endif %}"
+CUTTING_TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<system>s<end>{% endif %}{% for message in messages %}"
+    "{% if message.content %}<{{ message.role }}>{{ message.content.split('t')[-1] | trim }}<end>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("system", ["s", "", None])
+def test_a_template_may_cut_trim_and_begin_by_itself(system: str | None, tmp_path: Path) -> None:
+    """A system message that the template has by itself, one that says nothing, and thoughts (until "t")."""
+    cutting = make_tokenizer(CUTTING_TEMPLATE)
+    record = chat("a", "zt", "  b ", "c")
+    if system is not None:
+        record["messages"].insert(0, {"role": "system", "content": system})
+    [example], _ = load_examples(write(tmp_path / "d.jsonl", record), cutting, seq_len=64)
+    begin = "" if system == "" else "<system>s<end>"
+    assert shown(cutting, example)[0] == f"{begin}<user>a<end><assistant><end><user>b<end><assistant>c<end>"
 
 
 def test_prompt_and_completion_go_through_the_template_or_raw(tokenizer: Any, tmp_path: Path) -> None:

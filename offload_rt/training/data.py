@@ -28,6 +28,10 @@ from offload_rt.training.data_files import read_json_lines
 
 IGNORED_LABEL = -100
 """What torch's cross entropy leaves out."""
+_ADDED = "x"
+"""What is put behind a text to see whether a template has a place for it."""
+_LONG_TEXT = 64
+"""Letters; shorter ones are often in another message too, as a number that a tool answers."""
 MAX_MERGED_TOKENS = 4
 """A tokenizer may merge characters across the end of a prompt; merging further back than this is an error."""
 
@@ -217,7 +221,6 @@ class _Encoder:
         if turns[0] == 0:
             raise _BadLine("begins with an assistant message; there is nothing that it answers")
         whole = self._render(messages, tools)
-        self._check_nothing_left_out(messages, tools, whole)
         ids = self._ids(whole, special=False)
         spans = []
         for index in turns:
@@ -231,6 +234,7 @@ class _Encoder:
                 )
             end = len(ids) if after == whole else self._boundary(ids, after, special=False, counted=False)
             spans.append((self._boundary(ids, before, special=False), end))
+        self._check_nothing_left_out(messages, tools, whole, turns)
         return ids, self._labels(ids, spans)
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = False) -> str:
@@ -242,29 +246,38 @@ class _Encoder:
             raise _BadLine(f"the chat template refuses it: {error}") from error
         return text
 
-    def _check_nothing_left_out(self, messages: list[dict[str, Any]], tools: Any, whole: str) -> None:
-        """Raises `_BadLine` where the template has no place for a part of what it was given, which is then the same
-        without it: answers would be learned without what they answer, and calls of tools as silence.
+    def _check_nothing_left_out(
+        self, messages: list[dict[str, Any]], tools: Any, whole: str, turns: Sequence[int]
+    ) -> None:
+        """Raises `_BadLine` where the template has no place for a part of what it was given: answers would be learned
+        without what they answer, and calls of tools as silence.
+
+        It has one for a text if what is put behind that is rendered too, whatever it makes of the text. The assistant's
+        are asked for in learned turns (`turns`) alone: what templates drop of earlier ones, they drop on purpose.
         """
 
-        def is_left_out(rest: list[dict[str, Any]], tools: Any = tools) -> bool:
+        def is_same(messages: list[dict[str, Any]], tools: Any = tools) -> bool:
             try:
-                return self._render(rest, tools) == whole
+                return self._render(messages, tools) == whole
             except _BadLine:
-                return False  # the template asks for it
+                return False  # the template asks for what is missing
 
-        missing = [("'tools'", is_left_out(messages, None))] if tools else []
+        def with_one(index: int, message: dict[str, Any]) -> list[dict[str, Any]]:
+            return [*messages[:index], message, *messages[index + 1 :]]
+
+        missing = ["'tools'"] if tools and is_same(messages, None) else []
         for index, message in enumerate(messages):
-            where, before, after = f"message {index + 1}", messages[:index], messages[index + 1 :]
-            if message.get("tool_calls"):
-                silent = {key: value for key, value in message.items() if key != "tool_calls"}
-                silent["content"] = silent.get("content") or ""
-                missing.append((f"'tool_calls' of {where}", is_left_out([*before, silent, *after])))
-            elif message["content"].strip() not in whole:  # asked first: rendering takes longer
-                missing.append((f"{where} ({message['role']!r})", is_left_out([*before, *after])))
-        if left_out := [name for name, is_missing in missing if is_missing]:
+            text, calls, where = message.get("content"), message.get("tool_calls"), f"message {index + 1}"
+            if calls and is_same(with_one(index, {key: message[key] for key in message if key != "tool_calls"})):
+                missing.append(f"'tool_calls' of {where}")
+            if isinstance(text, str) and text.strip() and (message["role"] != "assistant" or index in turns):
+                # What is long and there was hardly put there by another message; asking takes longer.
+                is_there = len(text) > _LONG_TEXT and text.strip() in whole
+                if not is_there and is_same(with_one(index, {**message, "content": f"{text}{_ADDED}"})):
+                    missing.append(f"the text of {where} ({message['role']!r})")
+        if missing:
             raise _BadLine(
-                f"the chat template leaves out {', '.join(left_out)}: nothing of it would reach the model; take a "
+                f"the chat template leaves out {', '.join(missing)}: nothing of it would reach the model; take a "
                 f"template that knows it, or put it into the text"
             )
 
