@@ -7,6 +7,7 @@ from offload_rt.memory.allocations import AllocationMeter
 from planners.errors import PlanInfeasible
 from planners.plans.activations import Action, ActivationPolicy, Chunk
 from planners.plans.plan import Tier
+from planners.rule.attempts import WHAT_TRAINS
 from tests.tokenwise import build_with_adapters
 
 TOKENS, LAYERS, HIDDEN = 2048, 24, 64
@@ -96,7 +97,7 @@ def test_what_is_held_at_once_is_within_the_plan(make_engine, disk_folder, threa
     gradients(engine, engine.model, num_tokens)
     most = peak_bytes(lambda: engine.backward(engine(**batch(num_tokens)).loss))
     planned = engine.report()["holdings"]["device"]
-    assert most < planned["activations"] + planned["adapters, gradients, optimizer"] + planned["layer input in use"]
+    assert most < planned["activations"] + planned[WHAT_TRAINS] + planned["layer input in use"]
 
 
 def test_layers_that_fit_whole_are_not_cut(make_engine, disk_folder):

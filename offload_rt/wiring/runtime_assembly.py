@@ -43,6 +43,7 @@ from offload_rt.wiring.state_assembly import StateAssembly
 from offload_rt.wiring.store_assembly import Progress, build_store
 from offload_rt.wiring.weights_assembly import WeightsAssembly
 from planners.plans.plan import DecodeScope, Plan, Tier
+from planners.rule.attempts import WHAT_TRAINS
 
 
 class RuntimeAssembly:
@@ -141,7 +142,7 @@ class RuntimeAssembly:
         if self.workload.config.nvme and self.workload.frozen:
             self._open_store()
         device = self.tiers.account(Tier.DEVICE)
-        device.reserve("adapters, gradients, optimizer", self.problem.trainable_bytes)
+        device.reserve(WHAT_TRAINS, self.problem.trainable_bytes)
         if self.before is not None and self.moves:
             self._move(self.before)
         decoder = self._decoder()
@@ -287,7 +288,7 @@ class RuntimeAssembly:
             arena_bytes=sum(account.arena_bytes for account in accounts),
             slack_bytes=self.activations.slack_bytes,
             wanted_bytes=self.activations.wanted_slack_bytes if Tier.DEVICE in tiers else 0,
-            lasting_bytes=device.get("adapters, gradients, optimizer", 0),
+            lasting_bytes=device.get(WHAT_TRAINS, 0),
             kept_bytes=kept + device.get("layer inputs", 0) if kept else 0,
         )  # fmt: skip
 

@@ -28,6 +28,8 @@ STAGING_PIECE_BYTES = 4 << 20
 """The most that is put away or fetched back at once; a drive is as fast with it as with more."""
 SAVING = "saving and loading"
 """What a plan says of memory through which state goes between steps, beside what is free then."""
+WHAT_TRAINS = "what trains, its gradients, optimizer"
+"""What a plan, and an account, says of `StreamingProblem.trainable_bytes`."""
 STEPPED_THERE = "optimizer state stepped there"
 """What a plan, and an account, says of the slots of a device that steps state."""
 TIGHT_SLACK_BYTES = 64 << 20
@@ -190,7 +192,7 @@ def _plan(
         "resident blocks": sum(block.stored_bytes for block in resident),
         **{f"ring of {ring.name}": ring.device_bytes for ring in rings},
         "decoded weights": scratch,
-        "adapters, gradients, optimizer": problem.trainable_bytes,
+        WHAT_TRAINS: problem.trainable_bytes,
         "activations": problem.transient_bytes(tile_tokens, chunk_tokens),
         "freed, held back by the allocator": slack_bytes,
     }

@@ -103,7 +103,9 @@ class StreamingProblem:
     edges: tuple[BlockSize, ...]
     """Blocks outside the layers, in the order of use."""
     trainable_bytes: int
-    """Adapters with their gradients and optimizer state."""
+    """Of what trains, its gradients and optimizer state, what is in DEVICE whatever the plan; and what is
+    frozen outside blocks.
+    """
     layer_input_bytes: int
     """One layer's input for the largest batch."""
     activation_bytes: int
