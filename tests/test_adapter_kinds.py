@@ -74,6 +74,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "adalora": kind("AdaLoraConfig", init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=8, **QV),
     "loha": kind("LoHaConfig", r=4, **QV),
     "lokr": kind("LoKrConfig", r=4, **QV),
+    "loha left out by chance": kind("LoHaConfig", r=4, module_dropout=0.5, **QV),
     "ia3": kind("IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "vera": kind("VeraConfig", **QO),
     "pvera": kind("PveraConfig", **QO),

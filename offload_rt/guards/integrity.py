@@ -24,8 +24,9 @@ class Reached:
     that came back from there was flat.
 
     A batch without images leaves a vision tower out, a token its expert: no gradient is right there. An adapter belongs
-    to the layer that it stands on: of one that is switched off, a gradient is missing. Where all rewards of a batch are
-    the same, its loss depends on no output: gradients of zero are right there.
+    to the layer that it stands on: of one that is switched off, a gradient is missing, but not of one that peft leaves
+    out by chance (`module_dropout`). Where all rewards of a batch are the same, its loss depends on no output:
+    gradients of zero are right there.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class Reached:
         """
         self._names = {id(parameter): name for name, parameter in trainable.items()}
         self._users: dict[str, set[nn.Module]] = {name: set() for name in trainable}
-        self._find(model, model, is_adapter=False)
+        self._left_out_by_chance: set[str] = set()
+        self._find(model, model, is_adapter=False, by_chance=False)
         self._called: set[nn.Module] = set()
         self._inside: set[nn.Module] = set()
         """Layers that are being called, for a graph."""
@@ -51,6 +53,8 @@ class Reached:
 
     def __contains__(self, name: object) -> bool:
         users = self._users.get(str(name), set())
+        if name in self._left_out_by_chance:
+            return False
         return not self._handles or not users or not self._called.isdisjoint(users)
 
     @property
@@ -68,16 +72,20 @@ class Reached:
         while self._handles:
             self._handles.pop().remove()
 
-    def _find(self, module: nn.Module, user: nn.Module, *, is_adapter: bool) -> None:
+    def _find(self, module: nn.Module, user: nn.Module, *, is_adapter: bool, by_chance: bool) -> None:
         """`user` is what is called where `module` is used, if that is none that is called itself."""
         if not is_adapter and type(module).forward is not nn.Module.forward:
             user = module
         is_adapter = is_adapter or not {"base_layer", "original_module"}.isdisjoint(module._modules)  # peft's names
+        chances = vars(module).get("module_dropout")  # peft's, by adapter
+        by_chance = by_chance or (isinstance(chances, dict) and any(chances.values()))
         for parameter in module._parameters.values():
             if id(parameter) in self._names:
                 self._users[self._names[id(parameter)]].add(user)
+                if by_chance:
+                    self._left_out_by_chance.add(self._names[id(parameter)])
         for inner in module.children():
-            self._find(inner, user, is_adapter=is_adapter)
+            self._find(inner, user, is_adapter=is_adapter, by_chance=by_chance)
 
     def _layer_begins(self, layer: nn.Module, args: object) -> None:
         if torch.is_grad_enabled():
