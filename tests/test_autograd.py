@@ -187,6 +187,17 @@ class CountingLayer(PlainLayer):
         return super().forward(hidden_BTD) + self.calls * 1e-3
 
 
+class RoundingLayer(PlainLayer):
+    def forward(self, hidden_BTD):
+        return super().forward(hidden_BTD) * (1 + 1e-6 * torch.is_grad_enabled())
+
+
+def test_a_layer_that_rounds_otherwise_when_it_runs_again_is_warned_of(wrap, caplog):
+    """As torch's own encoder layers and LSTMs do, which have other kernels where there is no graph."""
+    wrap(build_plain(RoundingLayer))(batch()).sum().backward()
+    assert "adds up in no fixed order" in caplog.text
+
+
 def test_a_layer_that_gives_something_else_when_it_runs_again_is_refused(wrap):
     engine = wrap(build_plain(CountingLayer))
     loss = engine(batch()).sum()

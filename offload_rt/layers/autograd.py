@@ -32,7 +32,7 @@ from offload_rt.layers.access import Access, GoneAccess, graph_is_kept, opened, 
 from offload_rt.layers.block import Block
 from offload_rt.layers.buffers import Buffers
 from offload_rt.layers.caches import has_cache, without_cache
-from offload_rt.layers.fingerprints import Fingerprint, fingerprint
+from offload_rt.layers.fingerprints import Fingerprint, are_near, fingerprint
 from offload_rt.layers.last_product import ResultWanted, is_product, left_out
 from offload_rt.layers.layer_call import Call
 from offload_rt.layers.surroundings import Surroundings
@@ -266,7 +266,7 @@ class RecomputedLayer:
 
     def check_agrees(self, outputs: Sequence[torch.Tensor], of_forward: list[Fingerprint]) -> None:
         """Raises `UnsupportedModule` where a recompute gave something else than its forward: gradients would be those
-        of another function. On a GPU, whose sums need not come in one order, it is a warning.
+        of another function. On a GPU, whose sums need not come in one order, or by rounding alone, it is a warning.
         """
         same = [fingerprint(output) for output in outputs] == of_forward
         if not same:
@@ -275,7 +275,7 @@ class RecomputedLayer:
                 f"gradients would be those of another function. Something in it has random numbers of its own, changes "
                 f"with each call, or was changed since"
             )
-            if not any(output.is_cuda for output in outputs):
+            if not any(output.is_cuda for output in outputs) and not all(map(are_near, outputs, of_forward)):
                 raise UnsupportedModule(said)
             logger.warning("%s; or it adds up in no fixed order", said)
         self._agrees = True
