@@ -211,9 +211,9 @@ def test_a_graph_that_is_dropped_half_way_leaves_room_for_the_next(parts):
         del held, one
 
 
-def parts_whose_writes_end_with(error, disk_folder, at=lambda offset_bytes: True):
+def parts_whose_writes_end_with(error, disk_folder, at=lambda offset_bytes: True, *, places=2, of="write"):
     """On NVMe. The drive does what is asked; whoever waits for a write to one of these places is told otherwise."""
-    parts = Parts(disk_folder, "nvme", places=2)
+    parts = Parts(disk_folder, "nvme", places)
     start = parts.links.io.start
 
     def started(kind, file, offset_bytes, buffer):
@@ -223,7 +223,7 @@ def parts_whose_writes_end_with(error, disk_folder, at=lambda offset_bytes: True
             wait(timeout_seconds)
             raise error
 
-        return fail if kind == "write" and at(offset_bytes) else wait
+        return fail if kind == of and at(offset_bytes) else wait
 
     parts.links.io.start = started
     return parts
@@ -235,6 +235,30 @@ def test_a_write_that_failed_never_reads_back_as_if_it_had_not(disk_folder):
     for _ in range(3):
         with pytest.raises(StorageError, match="write failed"):
             held.load()
+    parts.close()
+
+
+def test_a_write_that_failed_ends_nobody_who_puts_away_something_else(disk_folder):
+    error = StorageError("write failed", path="scratch", errno=5)
+    parts = parts_whose_writes_end_with(error, disk_folder, at=lambda offset_bytes: not offset_bytes, places=4)
+    held = [parts.stash.put(tensor(number)) for number in range(4)]
+    for number in (3, 2):
+        assert torch.equal(held[number].load(), tensor(number))
+    with pytest.raises(StorageError, match="write failed"):
+        held[0].load()
+    parts.close()
+
+
+def test_what_failed_to_be_read_ahead_is_read_again_where_it_is_wanted(disk_folder):
+    once = iter([True])
+    parts = parts_whose_writes_end_with(
+        StorageError("read failed", path="scratch", errno=5), disk_folder,
+        at=lambda offset_bytes: not offset_bytes and next(once, False), of="read",
+    )  # fmt: skip
+    held = [parts.stash.put(tensor(number)) for number in range(2)]
+    held[1].load()
+    parts.stash.free_staging()
+    assert next(once, None) is None and torch.equal(held[0].load(), tensor(0))
     parts.close()
 
 

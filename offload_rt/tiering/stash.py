@@ -11,11 +11,12 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from offload_rt.errors import StorageFull
+from offload_rt.errors import StorageError, StorageFull
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.storage.scratch import Scratch, ScratchRange
@@ -228,7 +229,8 @@ class NvmeStash:
     def _finish_a_write(self) -> None:
         piece = self._writing.popleft()
         self._writing_bytes -= piece.stored_bytes
-        piece.finish_write()
+        with suppress(StorageError):  # whoever wants the piece raises it
+            piece.finish_write()
 
     def wait(self, transfer: Transfer) -> None:
         self._links.wait(transfer)
@@ -264,7 +266,8 @@ class _Piece:
     def drop_read(self) -> None:
         """Gives up a read, which must be over before its place or its slot is used again."""
         if self._read is not None:
-            self._stash.wait(self._read[1])
+            with suppress(StorageError):  # nobody has asked for the piece: whoever does reads it again
+                self._stash.wait(self._read[1])
             self._read = None
 
     def load_into(self, part: torch.Tensor) -> None:
