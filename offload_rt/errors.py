@@ -142,6 +142,20 @@ class NonFiniteLoss(IntegrityError):
     """The loss is NaN or infinite."""
 
 
+def again(error: Exception) -> Exception:
+    """`error` anew, for who keeps one to raise it later: a raised one holds the frames that it went through, and these
+    what they worked with.
+    """
+    kind = type(error)
+    found = kind.__new__(kind, *error.args)
+    found.args = error.args
+    vars(found).update(vars(error))
+    found.__cause__ = error.__cause__
+    if isinstance(error, StorageError) and isinstance(found, StorageError):
+        found.errno = error.errno
+    return found
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Ends an error about an unknown name: the nearest match if there is one, otherwise all that is allowed."""
     names = sorted(allowed)

@@ -335,6 +335,9 @@ def test_a_step_that_was_taken_does_not_raise_what_became_of_its_writes(tmp_path
     assert run.step_number == 2 and io.failed
     with pytest.raises(StorageError, match="EIO"):
         run.save_checkpoint(run.commit_folder)
+    slots = run._training.stepper.slots
+    slots.forget()
+    assert slots._state_arena.held_bytes() == 0, "what failed has kept its slots"
     with contextlib.suppress(OffloadError):
         run.close()
 

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from offload_rt.native import native_core
 from offload_rt.transfers.file_io import AiofilesIO, OpenFile, file_io
 from offload_rt.transfers.links import Links
 from offload_rt.transfers.recording import Recorder
+from offload_rt.transfers.transfer import Transfer
 
 PAGE = 4096
 
@@ -47,6 +49,30 @@ def file(disk_folder):
     fd = os.open(path, os.O_RDWR)
     yield OpenFile(str(path), fd, False)
     os.close(fd)
+
+
+def test_an_error_that_is_told_again_keeps_nothing_that_it_went_through():
+    def fails(timeout_seconds):
+        raise storage_error("write failed", path="data", offset=PAGE, wanted=2, done=1, errno=errno.ENOSPC)
+
+    def waits(graph):
+        transfer.wait()
+
+    transfer = Transfer("write data", 2, fails, ())
+    gc.disable()
+    try:
+        for _ in range(3):
+            graph = torch.empty(1)
+            held, said = weakref.ref(graph), ""
+            try:
+                waits(graph)
+            except StorageFull as error:
+                assert (error.path, error.offset, error.wanted, error.done, error.errno) == ("data", PAGE, 2, 1, 28)
+                said = str(error)
+            del graph
+            assert "write failed (1 of 2 bytes" in said and held() is None
+    finally:
+        gc.enable()
 
 
 class StuckIO:

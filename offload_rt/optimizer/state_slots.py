@@ -172,7 +172,6 @@ class StateSlots:
             try:
                 reading = self._home.fetch(piece, slot)
             except OffloadError:
-                del slot  # the error is kept with the write, and the frames that it went through with it
                 self._to_read.clear()
                 return
             self._ahead[piece.name] = (slot, reading)

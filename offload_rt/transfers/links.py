@@ -177,8 +177,11 @@ class Links:
                     raise
                 except OffloadError as error:
                     failure = failure or error
-            if failure is not None:
-                raise failure
+            try:
+                if failure is not None:
+                    raise failure
+            finally:
+                del failure  # an error that its own frames hold lives on, with all of them
 
         joined = Transfer(name, sum(transfer.num_bytes for transfer in transfers), wait, tuple(transfers))
         joined.legs = tuple(leg for transfer in transfers for leg in transfer.legs)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from offload_rt.errors import OffloadError, StorageTimeout
+from offload_rt.errors import OffloadError, StorageTimeout, again
 from offload_rt.memory.arena import WAIT_SECONDS
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.transfers.streams import Copy
@@ -64,7 +64,7 @@ class Transfer:
     def wait(self, timeout_seconds: float | None = None) -> None:
         with self._lock:
             if self._error is not None:
-                raise self._error
+                raise again(self._error)
             if self._owned is None:
                 return
             try:
@@ -72,7 +72,7 @@ class Transfer:
             except StorageTimeout:
                 raise  # still under way: both ends stay owned, and it can be waited for again
             except Exception as error:
-                self._error = error
+                self._error = again(error)
                 self._owned = None
                 raise
             self._owned = None
