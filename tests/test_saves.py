@@ -12,7 +12,7 @@ from offload_rt.errors import CheckpointError, CheckpointVerifyError, ConfigErro
 from offload_rt.optimizer.by_name import export_state
 from tests.conftest import flip
 from tests.full_parity import Case, make_engine, one_loss, state_of, training_of
-from tests.tiny_training import batch, differences, engine, model, train
+from tests.tiny_training import adamw_of_groups, batch, differences, engine, model, train
 
 
 def test_a_checkpoint_between_backward_and_step_holds_the_last_whole_step(tmp_path: Path) -> None:
@@ -116,3 +116,18 @@ def test_a_run_that_could_not_read_all_of_its_commit_refuses_to_go_on(
                 goes_on()
         run.load_checkpoint(run.commit_folder)
         assert differences(expected, run.state()) == []
+
+
+def test_a_checkpoint_of_other_groups_is_refused_and_nothing_has_changed(tmp_path: Path) -> None:
+    place = "SPECULATIVE, split"
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    with engine(model(), place, tmp_path / "one") as run:
+        train(run, range(1))
+        run.save_checkpoint(tmp_path / "saved")
+    with engine(model(), place, tmp_path / "other", optimizer=adamw_of_groups) as run:
+        train(run, range(1))
+        with pytest.raises(ConfigError, match="groups are not those of this run"):
+            run.load_checkpoint(tmp_path / "saved")
+        train(run, range(1, 2))
+        assert run.step_number == 2

@@ -44,9 +44,13 @@ class ParamGroups:
         """What is saved: options, and names in place of parameters."""
         return [{**options, "params": names} for options, names in zip(self.options(), self._names, strict=True)]
 
-    def load(self, values: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over what `values` gave. ConfigError where these are not the same groups."""
+    def check(self, values: Sequence[Mapping[str, Any]]) -> None:
+        """Raises `ConfigError` where `values` gave other groups than these."""
         if self._names != [group["params"] for group in values]:
             raise ConfigError("the saved optimizer's parameter groups are not those of this run")
+
+    def load(self, values: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over what `values` gave. ConfigError as `check`; then nothing has changed."""
+        self.check(values)
         for group, saved in zip(self._groups, values, strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})

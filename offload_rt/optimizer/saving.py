@@ -63,6 +63,7 @@ def load_commit(training: TieredTraining, check: Check) -> Values:
         raise CheckpointError(f"{training.commits.folder}: no step has been committed here")
     values = unpack_values(log.committed.payload)
     check(values)
+    training.groups.check(values["groups"])
     training.stop()
     training.commits.broken = f"loading {training.commits.folder} failed"
     log.drop()
@@ -75,6 +76,7 @@ def _take_over(
 ) -> None:
     """The state is broken from the first change on, until the caller has begun again."""
     check(values)
+    training.groups.check(values["groups"])
     training.stop()
     training.commits.broken = f"loading {folder} failed"
     training.load_values(values)
