@@ -270,14 +270,14 @@ class RecomputedLayer:
         """
         same = [fingerprint(output) for output in outputs] == of_forward
         if not same:
-            said = (
-                f"{self.block.name}: run again in backward, the layer gave another output than in forward, so that "
-                f"gradients would be those of another function. Something in it has random numbers of its own, changes "
-                f"with each call, or was changed since"
-            )
+            said = f"{self.block.name}: run again in backward, the layer gave another output than in forward"
+            causes = "it has random numbers of its own, changes with each call, or was changed since"
             if not any(output.is_cuda for output in outputs) and not all(map(are_near, outputs, of_forward)):
-                raise UnsupportedModule(said)
-            logger.warning("%s; or it adds up in no fixed order", said)
+                raise UnsupportedModule(f"{said}: gradients would be those of another function. Something in {causes}")
+            logger.warning(
+                "%s. Either it adds up in no fixed order, and rounds otherwise, which does no harm; or gradients are "
+                "those of another function: something in %s", said, causes,
+            )  # fmt: skip
         self._agrees = True
 
     def run_again(self, call: Call, tensors: list[torch.Tensor], *, is_compared: bool = False) -> list[torch.Tensor]:
