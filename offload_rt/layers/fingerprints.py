@@ -8,6 +8,11 @@ from offload_rt.checksum import crc32c
 
 Fingerprint = tuple[float, ...]
 
+_PIECES, _LEAST = 64, 256
+"""So many of a tensor are widened one after the other, of so many elements at least: a budget may have no room for all
+of it in float64.
+"""
+
 
 def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     """Equal for tensors whose elements are equal to the bit, however they lie, and hardly for others. Waits for a
@@ -21,8 +26,11 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
         bits = (float(crc32c(tensor.view(-1).view(torch.uint8).numpy().data)),)
     if not tensor.is_floating_point():
         return (*bits, float(tensor.sum()))
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return *bits, float(tensor.sum(dtype=torch.float64)), float(norm)
+    total = squares = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for piece in tensor.view(-1).split(max(_LEAST, tensor.numel() // _PIECES)):
+        wide = piece.to(torch.float64)
+        total, squares = total + wide.sum(), squares + torch.dot(wide, wide)
+    return *bits, float(total), float(squares.sqrt())
 
 
 def are_near(tensor: torch.Tensor, print_of_other: Fingerprint) -> bool:
