@@ -27,7 +27,8 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     if not tensor.is_floating_point():
         return (*bits, float(tensor.sum()))
     total = squares = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for piece in tensor.view(-1).split(max(_LEAST, tensor.numel() // _PIECES)):
+    pieces = tensor.view(-1).split(max(_LEAST, tensor.numel() // _PIECES))  # type: ignore[no-untyped-call]
+    for piece in pieces:
         wide = piece.to(torch.float64)
         total, squares = total + wide.sum(), squares + torch.dot(wide, wide)
     return *bits, float(total), float(squares.sqrt())
