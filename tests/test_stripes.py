@@ -4,7 +4,7 @@ block   |======= A =======|==== B ====|
 """
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from offload_rt.storage.stripes import MIN_STRIPE_BYTES, parts, stripe_all
@@ -53,6 +53,8 @@ def test_small_extents_fill_drives_by_their_weight():
 
 
 @given(LENGTHS, st.lists(st.tuples(st.floats(1e6, 2e10), st.integers(0, 400)), min_size=2, max_size=4))
+@example([PAGE, 257 * PAGE], [(1e6, 0), (1e6, 1)])  # too short to cut, and the emptiest drive too small for it
+@example([257 * PAGE, 257 * PAGE, PAGE], [(1e6, 0), (1.5e10, 1), (1e6, 2), (6e9, 2)])  # and the fastest one, too
 def test_no_drive_overflows_while_there_is_room_elsewhere(lengths, drives):
     weights = [weight for weight, _ in drives]
     capacities = [capacity * MIB for _, capacity in drives[1:]]
