@@ -82,6 +82,7 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
+            final.forget()
 
     def trainable_behind(self) -> list[nn.Parameter]:
         """What trains behind the backbone, its final norm included where that is known."""
@@ -104,6 +105,10 @@ class FinalNorm:
     def saw(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if len(args) == 1 and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
             self._seen = (module, args[0], output)
+
+    def forget(self) -> None:
+        """Holds no tensors any more: a layer's call knows the hooks that it was made with, and so this, till backward."""
+        self._seen = None
 
     def before(self, last: torch.Tensor) -> tuple[torch.Tensor, nn.Module | None]:
         """The hidden states before the norm and that norm; `last` and None if they come from elsewhere."""
