@@ -230,9 +230,9 @@ def sensitivity(life: Life) -> None:
         handle = embedding(model).register_forward_hook(lambda module, args, output: seen.append(output))
         loss = side(**life._batch(number)).loss
         handle.remove()
-        if not seen[0].requires_grad:
+        if not seen[-1].requires_grad:
             return loss
-        return torch.autograd.grad(loss, seen)[0]
+        return torch.autograd.grad(loss, seen[-1])[0]
 
     def on_twin() -> Tensor:
         life.finish()
