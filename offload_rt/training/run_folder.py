@@ -304,7 +304,9 @@ def _other_content(name: str, before: Mapping[str, Any], now: Mapping[str, Any])
     if sorted(digests) == sorted(digests_now):
         return f"{name} has the same files in another order, was {', '.join(places)}"
     if len(places) != len(digests) or len(places_now) != len(digests):
-        return f"{name} has other content than the run began with: {', '.join(places_now)}"
+        if places == places_now:
+            return f"{name} has other content than the run began with: {', '.join(places_now)}"
+        return f"{name} was '{', '.join(places)}', is '{', '.join(places_now)}', which has other content"
     changed = [
         f"{there} has changed" if was == there else f"{there} has other content than {was} had"
         for was, there, digest, digest_now in zip(places, places_now, digests, digests_now, strict=True)
