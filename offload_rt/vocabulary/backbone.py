@@ -107,7 +107,7 @@ class FinalNorm:
             self._seen = (module, args[0], output)
 
     def forget(self) -> None:
-        """Holds no tensors any more: a layer's call knows the hooks that it was made with, and so this, till backward."""
+        """Holds no tensors any more: a layer's call knows the hooks that it was made with, and so this."""
         self._seen = None
 
     def before(self, last: torch.Tensor) -> tuple[torch.Tensor, nn.Module | None]:
