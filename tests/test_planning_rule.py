@@ -128,6 +128,17 @@ def test_the_least_memory_of_the_rule_serves_the_optimiser(
         assert plan.buffers.host_slots == 1, "more would have nothing to hold"
 
 
+def test_attentions_backward_and_a_chunk_that_is_computed_again_are_not_charged_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's tiles are the larger of the two where, in the least memory, the rule has chunks of 256 tokens."""
+    sizes: dict[str, Any] = {"num_layers": 2, "seq_len": 1024, "vocab_size": 64, "tie_word_embeddings": True}
+    workload, streaming = asked(tmp_path, host=True, nvme=False, bits=4, **sizes)
+    assert streaming.layer_bytes(256) == streaming.attention_bytes
+    ruled, _ = compare(monkeypatch, workload, streaming, device=1.0, host=1.3)
+    assert ruled.activations is not None
+
+
 def test_where_a_quarter_of_the_slack_does_not_fit_as_little_is_granted_as_by_the_rule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def class_of(
     saved: tuple[Saved, ...] = (),
     transients: tuple[Transient, ...] = (),
     tile_bytes: int = 0,
+    alone_bytes: int = 0,
     rows: RowsSize | None = None,
 ) -> BlockClass:
     spec = drafts[0].spec
@@ -50,6 +51,7 @@ def class_of(
         attention_groups=1,
         transients=transients,
         tile_bytes=tile_bytes,
+        alone_bytes=alone_bytes,
         visits_backward=again,
         weight_cuts=spec.cuts_bytes,
         measured=seconds,
@@ -71,13 +73,15 @@ def kind_of(draft: BlockDraft) -> str:
 
 
 def passes_of(seconds: MeasuredSeconds, streaming: StreamingProblem, num_tokens: int, seq_len: int) -> dict[str, Any]:
-    """What a layer's passes need beside what it saves: by tokens, or where it runs by chunks, as it was counted."""
+    """What a layer's passes need beside what it saves: by tokens, or where it runs by chunks, as it was counted, and,
+    when no chunk is there, what attention's backward is estimated to hold.
+    """
     if seconds.chunks is None:
         whole = streaming.layer_bytes(None)
         return {"transients": transients_of(seconds, layer_bytes=whole, num_tokens=num_tokens)}
     sequence_bytes = 0 if streaming.chunked is None else streaming.chunked.sequence_bytes
     sequence_bytes = max(sequence_bytes, streaming.attention_bytes)
-    return {"tile_bytes": chunked_bytes(seconds, sequence_bytes=sequence_bytes, seq_len=seq_len)}
+    return {"tile_bytes": chunked_bytes(seconds, seq_len=seq_len), "alone_bytes": sequence_bytes}
 
 
 def passes_of_edge(seconds: MeasuredSeconds, peak: int, chunk_tokens: int | None, num_tokens: int) -> dict[str, Any]:

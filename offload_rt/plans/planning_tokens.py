@@ -56,17 +56,15 @@ def saved_of(seconds: MeasuredSeconds, *, input_bytes_per_token: float, num_toke
     return given, *(Saved(name=group.name, bytes_per_token=group.num_bytes / num_tokens) for group in groups)
 
 
-def chunked_bytes(seconds: MeasuredSeconds, *, sequence_bytes: int, seq_len: int) -> int:
+def chunked_bytes(seconds: MeasuredSeconds, *, seq_len: int) -> int:
     """What a layer's passes hold that runs by chunks, whatever is kept, put away or computed again of them.
 
-    Of what was held at most, a chunk that is computed again is charged by itself. `sequence_bytes` is estimated to be
-    there while attention's backward runs, when there is no such chunk.
+    Of what was held at most, a chunk that is computed again is charged by itself.
     """
     if seconds.chunks is None:
         raise ValueError("plan: a layer by chunks was not measured so")
     saved_bytes = 0 if seconds.kept is None else seconds.kept.saved_bytes
-    of_chunk = saved_bytes * seconds.chunks.num_tokens // seq_len
-    return max(seconds.chunks.peak_bytes - of_chunk, sequence_bytes)
+    return max(0, seconds.chunks.peak_bytes - saved_bytes * seconds.chunks.num_tokens // seq_len)
 
 
 def input_staging_bytes(streaming: StreamingProblem) -> int | None:

@@ -74,6 +74,9 @@ class BlockClass:
     """Transient, whatever the chunk (a tile of logits)."""
     attention_tiles_bytes: int = 0
     """Transient, whatever the chunk, while attention's backward runs (tiles of a CPU's threads)."""
+    alone_bytes: int = 0
+    """Transient, in a tick of backward's own in which nothing is there that is computed again (attention's backward, of
+    a layer that is one operation)."""
     visits_backward: bool = True
     """Its weights are needed in backward."""
     weight_cuts: tuple[int, ...] = ()

@@ -41,7 +41,7 @@ def with_arenas(problem: Problem, plan: Plan) -> Plan:
     for entry, phase in sorted(asked, key=lambda pair: -_most(buffers[chunk_arena_name(*pair)])):
         name = chunk_arena_name(entry, phase)
         chunks[name] = lay_out(
-            name, Tier.DEVICE, buffers[name], num_ticks(entry.num_operations, phase),
+            name, Tier.DEVICE, buffers[name], _num_ticks(entry, phase),
             in_slot=slot_buffers(problem, plan, entry, phase, slot), slot_bytes=slot,
             enough_bytes=max((arena.num_bytes for arena in chunks.values()), default=0),
         )  # fmt: skip
@@ -97,7 +97,7 @@ def slot_buffers(problem: Problem, plan: Plan, entry: BlockClass, phase: Phase, 
     """What transients of a chunk must leave alone of its slot: in an embedding or a head, one operation, all of it."""
     if entry.num_operations > 1:
         return swapped_buffers(problem, plan, entry, phase)
-    return [_buffer("slot", slot_bytes, 0, num_ticks(entry.num_operations, phase))] if slot_bytes else []
+    return [_buffer("slot", slot_bytes, 0, _num_ticks(entry, phase))] if slot_bytes else []
 
 
 def swap_slot_bytes(problem: Problem, plan: Plan) -> int:
@@ -125,7 +125,14 @@ def _slot_span(entry: BlockClass, saved: Saved, phase: Phase) -> tuple[int, int]
     """Ticks of a chunk in which its swapped part is in the slot: from when it is made, or until it is not needed."""
     if phase is Phase.FORWARD:
         return saved.made, num_ticks(entry.num_operations, phase)
-    return 0, backward_tick(entry.num_operations, saved.needed) + 1
+    last = backward_tick(entry.num_operations, saved.needed)
+    return 0, max(last + 1, _num_ticks(entry, phase) if entry.alone_bytes else 0)
+
+
+def _num_ticks(entry: BlockClass, phase: Phase) -> int:
+    """Of a pass, with the one behind all others that `alone_bytes` has."""
+    alone = entry.alone_bytes and phase is Phase.BACKWARD
+    return num_ticks(entry.num_operations, phase) + (1 if alone else 0)
 
 
 def _transients(
@@ -141,6 +148,9 @@ def _transients(
         yield "attention's tiles", float(entry.attention_tiles_bytes), begin, begin + 1
     if entry.tile_bytes:
         yield "tile", float(entry.tile_bytes), 0, num_ticks(entry.num_operations, phase)
+    if entry.alone_bytes and phase is Phase.BACKWARD:
+        begin = num_ticks(entry.num_operations, phase)
+        yield "attention's backward", float(entry.alone_bytes), begin, begin + 1
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,7 @@ def demands(problem: Problem, knobs: Knobs, entry: BlockClass) -> tuple[Demand, 
         comes_and_goes = list(_transients(problem, knobs, entry, phase))
         spans = [_span(entry, saved, phase) for saved in entry.saved]
         slots = [_slot_span(entry, saved, phase) for saved in entry.saved]
-        for tick in range(num_ticks(entry.num_operations, phase)):
+        for tick in range(_num_ticks(entry, phase)):
             found.add(
                 Demand(
                     fixed_bytes=sum(size for _, size, begin, end in comes_and_goes if begin <= tick < end),
