@@ -1,6 +1,8 @@
 """The loss head by tiles: the model's own loss and gradients, no logits, a clear refusal where tiles cannot serve."""
 
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -360,3 +362,24 @@ def test_tiles_for_a_model_without_a_head_are_refused(make_engine):
 
     with pytest.raises(ConfigError, match="head_chunk_tokens"):
         make_engine(build_plain(), options={"head_chunk_tokens": CHUNK})
+
+
+def test_hooks_that_somebody_keeps_hold_no_hidden_states_behind_the_first_call() -> None:
+    """As layers keep them, which run again in backward with the hooks that they had in forward."""
+    causal = build()
+    head = LossHead(find_causal_model(causal), CHUNK)
+    seen, kept = [], []
+
+    def see(norm, args, output):
+        seen.extend(map(weakref.ref, (args[0], output)))
+        kept.append(dict(norm._forward_hooks))
+
+    causal.model.norm.register_forward_hook(see)
+    reached = head._run_backbone(batch())
+    assert head.backbone.norm is causal.model.norm and len(kept[0]) == 2
+    gc.collect()
+    hidden, output = (one() for one in seen)
+    assert output is None and hidden is not None, "the norm runs again, of what went into it"
+    del reached, hidden
+    gc.collect()
+    assert seen[0]() is None

@@ -63,7 +63,9 @@ class Backbone:
 
     @contextlib.contextmanager
     def without_norm(self, backbone: nn.Module) -> Iterator[FinalNorm]:
-        """Finds the module that the hidden states come from, at the first call; leaves it out at later ones."""
+        """Finds the module that the hidden states come from, at the first call; leaves it out at later ones. What is
+        given knows it inside alone.
+        """
         final = FinalNorm(self.norm)
         if self.norm is not None:
             norm: Any = self.norm
@@ -107,7 +109,7 @@ class FinalNorm:
             self._seen = (module, args[0], output)
 
     def forget(self) -> None:
-        """Holds no tensors any more: a layer's call knows the hooks that it was made with, and so this."""
+        """Holds no tensor any more: who has kept the hooks, as layers do for a recompute, keeps this until then."""
         self._seen = None
 
     def before(self, last: torch.Tensor) -> tuple[torch.Tensor, nn.Module | None]:

@@ -157,11 +157,11 @@ class LossHead(ReplacedForward):
         def run(backbone: nn.Module, args: Any, kwargs: Any) -> Any:
             with self.backbone.without_norm(backbone) as final:
                 outputs = backbone(*args, **kwargs)
-            last = getattr(outputs, "last_hidden_state", None)
-            if last is None or last.dim() < 2 or last.numel() // last.shape[-1] != arguments["labels"].numel():
-                self._refuse("the backbone does not give one hidden state for each label")
-                return outputs
-            hidden, self.backbone.norm = final.before(last)
+                last = getattr(outputs, "last_hidden_state", None)
+                if last is None or last.dim() < 2 or last.numel() // last.shape[-1] != arguments["labels"].numel():
+                    self._refuse("the backbone does not give one hidden state for each label")
+                    return outputs
+                hidden, self.backbone.norm = final.before(last)
             reached.append(_Reached(with_hidden(outputs, hidden), hidden.reshape(-1, hidden.shape[-1])))
             raise _Stop
 
