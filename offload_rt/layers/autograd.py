@@ -16,7 +16,6 @@ One call, taken apart, is a `layer_call.Call`. Modules outside the layers are in
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,15 +31,13 @@ from offload_rt.layers.access import Access, GoneAccess, graph_is_kept, opened, 
 from offload_rt.layers.block import Block
 from offload_rt.layers.buffers import Buffers
 from offload_rt.layers.caches import has_cache, without_cache
-from offload_rt.layers.fingerprints import Fingerprint, are_near, fingerprint
+from offload_rt.layers.fingerprints import Agreement
 from offload_rt.layers.last_product import ResultWanted, is_product, left_out
 from offload_rt.layers.layer_call import Call
 from offload_rt.layers.surroundings import Surroundings
 from offload_rt.layers.switches import Switches
 from offload_rt.memory.heap import places_for, put_into
 from planners.plans.schedule import Phase
-
-logger = logging.getLogger("offload_rt")
 
 CHECKED_CALLS = 2
 """Calls of each layer whose output is looked at: its first forward and first recompute, refused ones aside."""
@@ -84,8 +81,7 @@ class RecomputedLayer:
         self._had_own_forward = "forward" in layer.__dict__
         self._was_checkpointed = False
         self._num_checks = 0
-        self._agrees = False
-        """Whether a recompute was seen to give what its forward gave."""
+        self.agreement = Agreement(block.name)
         self._leave_out_product = self.around.leave_out_product
 
     def attach(self) -> None:
@@ -221,7 +217,7 @@ class RecomputedLayer:
             self._switches = Switches(self.additions.modules)
             self.block.find_readers(self.additions.modules)
             self._num_checks = 0
-            self._agrees = False
+            self.agreement.begin()
 
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Runs `call` as one operation of the graph outside; returns the tensors among its outputs."""
@@ -259,26 +255,6 @@ class RecomputedLayer:
                 f"{self.block.name} gave NaN for finite inputs. Either the model itself does, or it reads a quantized "
                 f"weight without calling the module that owns it, which bits=4 does not support"
             )
-
-    def fingerprint(self, outputs: Sequence[torch.Tensor]) -> list[Fingerprint] | None:
-        """Of what a forward has given, for `check_agrees`; None where a recompute was seen to give the same."""
-        return None if self._agrees else [fingerprint(output) for output in outputs]
-
-    def check_agrees(self, outputs: Sequence[torch.Tensor], of_forward: list[Fingerprint]) -> None:
-        """Raises `UnsupportedModule` where a recompute gave something else than its forward: gradients would be those
-        of another function. On a GPU, whose sums need not come in one order, or by rounding alone, it is a warning.
-        """
-        same = [fingerprint(output) for output in outputs] == of_forward
-        if not same:
-            said = f"{self.block.name}: run again in backward, the layer gave another output than in forward"
-            causes = "it has random numbers of its own, changes with each call, or was changed since"
-            if not any(output.is_cuda for output in outputs) and not all(map(are_near, outputs, of_forward)):
-                raise UnsupportedModule(f"{said}: gradients would be those of another function. Something in {causes}")
-            logger.warning(
-                "%s. Either it adds up in no fixed order, and rounds otherwise, which does no harm; or gradients are "
-                "those of another function: something in %s", said, causes,
-            )  # fmt: skip
-        self._agrees = True
 
     def run_again(self, call: Call, tensors: list[torch.Tensor], *, is_compared: bool = False) -> list[torch.Tensor]:
         """The recompute: outputs that have a graph, and perhaps no values, unless they are compared. See
@@ -323,7 +299,7 @@ class _Recompute(torch.autograd.Function):
             outputs = call.run(inputs)
         ctx.buffers = None if owner.buffers is None or before is None else owner.buffers.written(before)
         outputs = [around.transients.kept(output) for output in outputs]
-        ctx.of_forward = owner.fingerprint(outputs)
+        ctx.of_forward = owner.agreement.of_forward(outputs) if owner.agreement.num_left else None
         if [tensor._version for tensor in inputs] != versions:
             raise UnsupportedModule(
                 f"{owner.block.name}: the layer changed its input in place, so that it cannot be run again in backward"
@@ -377,9 +353,12 @@ class _Recompute(torch.autograd.Function):
             around.transients.placed(),
         ):
             with call.as_in_forward():  # and not the gradients: autocast is of forward passes
-                outputs = owner.run_again(call, detached, is_compared=ctx.of_forward is not None)
-            if ctx.of_forward is not None:
-                owner.check_agrees(outputs, ctx.of_forward)
+                is_compared = owner.agreement.is_open and ctx.of_forward is not None
+                outputs = owner.run_again(call, detached, is_compared=is_compared)
+            if is_compared:
+                owner.agreement.check(outputs, ctx.of_forward)
+            elif owner.agreement.is_open:
+                owner.agreement.begin()
             pairs = [
                 (out, grad)
                 for out, grad in zip(outputs, grad_outputs, strict=True)
