@@ -102,4 +102,4 @@ def states(tensors: Iterable[torch.Tensor]) -> list[State]:
 
 
 def _states(bindings: Iterable[Binding]) -> list[State]:
-    return states(each.parameter for each in bindings)
+    return states([each.parameter for each in bindings])
