@@ -73,7 +73,8 @@ class TokenwiseLayer(RecomputedLayer):
         self._first_products = FirstProducts()
 
     def apply(self, call: Call) -> tuple[torch.Tensor, ...]:
-        if self.kind not in self.tokenwise.refused:
+        reason = self.tokenwise.refused.get(self.kind)
+        if reason is None:
             random = RandomState.now(call.device)
             buffers = None if self.buffers is None else self.buffers.before(call.switches, to_undo=True)
             try:
@@ -85,8 +86,9 @@ class TokenwiseLayer(RecomputedLayer):
                 random.restore()
                 if self.buffers is not None and buffers is not None:
                     self.buffers.put_back(buffers)
-                self._refuse(str(error))
-        if self.buffers is not None and self.tokenwise.refused.get(self.kind) == WRITES_BUFFERS:
+                reason = str(error)
+                self._refuse(reason)
+        if self.buffers is not None and reason == WRITES_BUFFERS:
             self.buffers.expect_writes()  # of one like it that was the first to
         self.tokenwise.num_whole += 1
         return super().apply(call)
