@@ -5,11 +5,15 @@ loss = model(...) | eval(), another adapter, none, frozen, autocast left | loss.
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch import nn
 
 from offload_rt.guards.integrity import Reached
 from offload_rt.layers.switches import Switches
+from offload_rt.vocabulary.backbone import FinalNorm
 from planners.plans.activations import Action, whole_batch
 from planners.plans.plan import Tier
 from tests.conftest import build_lora, language_batch
@@ -145,3 +149,14 @@ def test_hooks_of_the_engines_own_stay_as_they_are_where_others_are_put_back():
         assert [*layer._forward_pre_hooks] == [later.id]
     assert [*layer._forward_hooks] == []
     assert [*layer._forward_pre_hooks] == [later.id]
+
+
+def test_hooks_of_the_engines_own_are_not_held():
+    """What looks for the final norm holds two hidden states."""
+    layer, finds = nn.Linear(2, 2), FinalNorm(None)
+    handle = layer.register_forward_hook(finds.saw)
+    switches = Switches([layer])
+    handle.remove()
+    gone = weakref.ref(finds)
+    del finds, handle
+    assert gone() is None and not switches.are_still()

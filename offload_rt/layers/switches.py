@@ -34,7 +34,7 @@ class Switches:
         self._hooks = [vars(module)[name] for module in modules for name in _HOOKS]
         self._hooks_are = [vars(module)[name] for module in modules for name in _HOOKS_ARE]
         self._numbers = self._numbers_now()
-        self._hooks_then = self._hooks_now()
+        self._hooks_then = self._users_hooks()
 
     def are_still(self) -> bool:
         """Whether the modules have not been switched."""
@@ -45,7 +45,7 @@ class Switches:
         frozen = [parameter for parameter in trained if not parameter.requires_grad]
         if not frozen and self.are_still():
             return nullcontext()
-        return self._switched(self._now(), self._hooks_now(), frozen)
+        return self._switched(self._now(), self._users_hooks(), frozen)
 
     @contextmanager
     def _switched(self, now: list[Any], hooks: list[Any], frozen: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -68,18 +68,26 @@ class Switches:
     def _numbers_now(self) -> list[int]:
         return [*chain.from_iterable(self._hooks)]
 
-    def _hooks_now(self) -> list[dict[int, Any]]:
-        return [dict(own) for own in chain(self._hooks, self._hooks_are)]
+    def _ours(self) -> set[int]:
+        """The numbers of the engine's own hooks, which stay as they are, and are held by nobody else."""
+        return {number for each in self._hooks for number, hook in each.items() if _is_ours(hook)}
 
-    def _hook(self, hooks: Sequence[dict[int, Any]]) -> None:
-        """Handles know the dictionaries themselves, which so stay; as do the engine's own hooks, where there are."""
-        ours = {number for each in chain(self._hooks, hooks) for number, hook in each.items() if _is_ours(hook)}
-        for own, then in zip(chain(self._hooks, self._hooks_are), hooks, strict=True):
-            if own.keys() != then.keys():
-                now = dict(own)
+    def _users_hooks(self) -> list[dict[int, Any]]:
+        ours = self._ours()
+        return [
+            {number: hook for number, hook in own.items() if number not in ours}
+            for own in chain(self._hooks, self._hooks_are)
+        ]
+
+    def _hook(self, users: Sequence[dict[int, Any]]) -> None:
+        """Handles know the dictionaries themselves, which so stay."""
+        ours = self._ours()
+        for own, then in zip(chain(self._hooks, self._hooks_are), users, strict=True):
+            stay = {number: hook for number, hook in own.items() if number in ours}
+            if own.keys() != then.keys() | stay.keys():
                 own.clear()
-                own.update({number: hook for number, hook in then.items() if number not in ours or number in now})
-                own.update({number: hook for number, hook in now.items() if number in ours})
+                own.update(then)
+                own.update(stay)
 
     def _switch(self, values: Sequence[Any]) -> None:
         for own, name, value in zip(self._own, self._names, values, strict=True):
