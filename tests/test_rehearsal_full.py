@@ -18,7 +18,6 @@ from offload_rt.errors import BudgetExceeded, ConfigError, OffloadError
 from offload_rt.memory.allocations import AllocationMeter
 from offload_rt.optimizer import rehearsed
 from offload_rt.optimizer.rehearsed import update_peak_bytes
-from offload_rt.plans import workload_sizes
 from offload_rt.running import rehearsal
 from offload_rt.running.rehearsal import SLACK
 from offload_rt.wiring import runtime_assembly
@@ -30,6 +29,7 @@ from planners.plans.plan import StatePlacement, Tier
 from tests.conftest import VOCABULARY, build_base, build_lora
 from tests.fake_device import FakeDevice
 from tests.full_parity import OPTIMIZERS, state_of
+from tests.test_rehearsal import short_formula
 
 KIB, MIB = 1 << 10, 1 << 20
 ROWS, TOKENS = 2, 64
@@ -311,13 +311,6 @@ def test_an_update_behind_the_backward_pass_is_added_to_it(make, monkeypatch):
         of_update = update_peak_bytes(engine._training)
         engine.close()
     assert found[UpdateMode.BACKWARD] - found[UpdateMode.AFTER] == pytest.approx(of_update, rel=0.01) and of_update
-
-
-def short_formula(monkeypatch, factor):
-    """The formulas for a layer give so much of what they gave."""
-    for name in ("estimate_activation_bytes", "attention_bytes"):
-        whole = getattr(workload_sizes, name)
-        monkeypatch.setattr(workload_sizes, name, lambda *a, whole=whole, **k: int(whole(*a, **k) * factor))
 
 
 @pytest.mark.parametrize(
