@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_rt.errors import StorageError, StorageFull, StorageTimeout
+from offload_rt.errors import StorageError, StorageFull, StorageTimeout, StoreCorrupt
 from offload_rt.memory.arena import Arena
 from offload_rt.storage.scratch import Scratch
 from offload_rt.transfers.file_io import AiofilesIO
@@ -46,6 +46,24 @@ def test_ranges_keep_their_own_bytes(scratch, links):
         links.wait(place.read(slot))
         assert bytes(slot.buffer()) == bytes([number]) * PAGE
     assert (links.counters.bytes_written, links.counters.bytes_read) == (4 * PAGE, 4 * PAGE)
+
+
+def test_other_bytes_than_were_written_are_refused_with_the_place(scratch, links):
+    arena = Arena("a", 2 * PAGE)
+    first, place = scratch.acquire(PAGE), scratch.acquire(PAGE)
+    slot = arena.acquire(PAGE, "x")
+    slot.tensor(torch.uint8, (PAGE,)).fill_(7)
+    links.wait(place.write(slot))
+    with open(f"/proc/self/fd/{scratch.file.fd}", "r+b") as file:
+        file.seek(PAGE + 100)
+        file.write(b"\x06")
+    back = arena.acquire(PAGE, "x")
+    with pytest.raises(StoreCorrupt, match=rf"scratch at offset {PAGE}, {PAGE} bytes: checksum"):
+        links.wait(place.read(back))
+    links.wait(place.write(slot))
+    links.wait(place.read(back))
+    assert bytes(back.buffer()) == bytes([7]) * PAGE
+    del first
 
 
 def test_the_file_has_no_name(scratch, disk_folder):

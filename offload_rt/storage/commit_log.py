@@ -28,10 +28,11 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from offload_rt.checksum import crc32c
-from offload_rt.errors import ConfigError, StorageError, StorageTimeout, StoreCorrupt, nearest
+from offload_rt.errors import ConfigError, StorageError, StoreCorrupt, nearest
 from offload_rt.memory.arena import WAIT_SECONDS, Arena, Slot
 from offload_rt.storage.commit_layout import (
     LOG_BUFFER_BYTES,
@@ -49,7 +50,7 @@ from offload_rt.storage.drive_files import FolderLock, close_fenced, open_fenced
 from offload_rt.storage.drives import tune
 from offload_rt.transfers.file_io import OpenFile
 from offload_rt.transfers.links import Links
-from offload_rt.transfers.transfer import Transfer
+from offload_rt.transfers.transfer import Transfer, checked
 
 logger = logging.getLogger("offload_rt")
 
@@ -168,25 +169,9 @@ class CommitLog:
         arriving = self._links.read(extent.file, extent.place.slot_offset(version.slot) + begin_bytes, part)
         reads = extent.reads[version.slot]
         reads.append(arriving)
-
-        unverified = [part]  # emptied by the wait: a transfer that was waited for holds no memory
-
-        def wait(timeout_seconds: float) -> None:
-            try:
-                arriving.wait(timeout_seconds)
-            except StorageTimeout:
-                raise  # still under way
-            except StorageError:  # it holds the frames that it went through, and must not hold memory with them
-                unverified.clear()
-                _take_away(reads, arriving)
-                raise
-            _take_away(reads, arriving)
-            self._verify(extent, version, unverified.pop())
-
-        transfer = Transfer(arriving.name, arriving.num_bytes, wait, ())
-        transfer.moves = arriving.moves
-        transfer.operation, transfer.legs = arriving.operation, arriving.legs
-        return transfer
+        return checked(
+            arriving, part, partial(self._verify, extent, version), is_over=partial(_take_away, reads, arriving)
+        )
 
     def write(self, name: str, slot: Slot, *, begin_bytes: int = 0) -> Transfer:
         """Starts writing `slot` to the extent's free slot on the drive. Computes its checksum before it returns.

@@ -1,5 +1,6 @@
 """Room on NVMe for what lives shorter than a step, such as layer inputs: written, read back, never durable.
 
+What comes back is held against the checksum of what was written: another activation would be a wrong gradient.
 One unlinked file per run: the kernel takes it away with the process, however that ends. Ranges are handed out
 first-fit and return themselves with their `ScratchRange`.
 """
@@ -10,15 +11,17 @@ import errno
 import os
 import tempfile
 from collections import deque
+from functools import partial
 from pathlib import Path
 
-from offload_rt.errors import OffloadError, StorageError, StorageFull, StorageTimeout
+from offload_rt.checksum import crc32c
+from offload_rt.errors import OffloadError, StorageError, StorageFull, StorageTimeout, StoreCorrupt
 from offload_rt.memory.arena import Slot
 from offload_rt.storage.drive_files import open_file, preallocate
 from offload_rt.storage.drives import tune
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES, align_up
 from offload_rt.transfers.links import Links
-from offload_rt.transfers.transfer import Transfer
+from offload_rt.transfers.transfer import Transfer, checked
 from planners.errors import format_bytes
 
 
@@ -33,16 +36,21 @@ class ScratchRange:
         self.num_bytes = num_bytes
         self._begun: list[Transfer] = []
         """Those that may be under way."""
+        self._crc32c: int | None = None
+        """Of what was written last."""
 
     def write(self, slot: Slot) -> Transfer:
-        return self._began(
-            self._scratch.links.write(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
-        )
+        """Starts writing all of it. Computes the checksum before it returns."""
+        part = slot.part(0, self.num_bytes)
+        self._crc32c = crc32c(part.buffer())
+        return self._began(self._scratch.links.write(self._scratch.file, self.offset_bytes, part))
 
     def read(self, slot: Slot) -> Transfer:
-        return self._began(
-            self._scratch.links.read(self._scratch.file, self.offset_bytes, slot.part(0, self.num_bytes))
-        )
+        """Starts reading all of it. The wait raises `StoreCorrupt` where this is not what was written."""
+        part = slot.part(0, self.num_bytes)
+        arriving = self._scratch.links.read(self._scratch.file, self.offset_bytes, part)
+        place = f"{self._scratch.file.path}: scratch at offset {self.offset_bytes}, {self.num_bytes} bytes"
+        return self._began(checked(arriving, part, partial(_verify, place, self._crc32c)))
 
     def _began(self, transfer: Transfer) -> Transfer:
         self._begun = [earlier for earlier in self._begun if not earlier.was_waited_for] + [transfer]
@@ -52,6 +60,13 @@ class ScratchRange:
         # Waits for nothing, and takes no lock: this thread may hold that lock, or be the one that is waited for.
         end_bytes = self.offset_bytes + self.num_bytes
         self._scratch.returned.append((self.offset_bytes, end_bytes, tuple(self._begun)))
+
+
+def _verify(place: str, expected: int | None, slot: Slot) -> None:
+    if expected is not None and (found := crc32c(slot.buffer())) != expected:
+        raise StoreCorrupt(
+            f"{place}: checksum {found:08x}, {expected:08x} was written; the drive, or its link, gives other bytes back"
+        )
 
 
 class Scratch:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from offload_rt.errors import StorageError, StorageFull
+from offload_rt.errors import StorageError, StorageFull, StoreCorrupt
 from offload_rt.memory.arena import Arena, Slot
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.storage.scratch import Scratch, ScratchRange
@@ -266,7 +266,7 @@ class _Piece:
     def drop_read(self) -> None:
         """Gives up a read, which must be over before its place or its slot is used again."""
         if self._read is not None:
-            with suppress(StorageError):  # nobody has asked for the piece: whoever does reads it again
+            with suppress(StorageError, StoreCorrupt):  # nobody has asked for the piece: whoever does reads it again
                 self._stash.wait(self._read[1])
             self._read = None
 

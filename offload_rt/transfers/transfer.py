@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from offload_rt.errors import OffloadError, StorageTimeout, again
-from offload_rt.memory.arena import WAIT_SECONDS
+from offload_rt.memory.arena import WAIT_SECONDS, Slot
 from offload_rt.meter import DEVICE_TO_HOST, HOST_TO_DEVICE
 from offload_rt.transfers.streams import Copy
 
@@ -109,6 +109,35 @@ class Transfer:
     def stalls(self, begin_seconds: float, end_seconds: float) -> Iterator[tuple[str, float]]:
         """How a wait for it, that has returned, divides into waits for its legs: resource and seconds."""
         return _parts(self.legs, begin_seconds, end_seconds)
+
+
+def checked(
+    arriving: Transfer, slot: Slot, check: Callable[[Slot], None], *, is_over: Callable[[], None] | None = None
+) -> Transfer:
+    """`arriving`, whose first wait behind it has `check` look at what has come into `slot`, and raises what that does.
+
+    is_over: called once it is not under way any more, whatever became of it.
+    """
+    unchecked = [slot]  # emptied by the wait: a transfer that was waited for holds no memory
+
+    def wait(timeout_seconds: float) -> None:
+        try:
+            arriving.wait(timeout_seconds)
+        except StorageTimeout:
+            raise  # still under way
+        except OffloadError:
+            unchecked.clear()
+            if is_over is not None:
+                is_over()
+            raise
+        if is_over is not None:
+            is_over()
+        check(unchecked.pop())
+
+    transfer = Transfer(arriving.name, arriving.num_bytes, wait, ())
+    transfer.moves = arriving.moves
+    transfer.operation, transfer.legs = arriving.operation, arriving.legs
+    return transfer
 
 
 def _parts(legs: Sequence[Leg], begin_seconds: float, end_seconds: float) -> Iterator[tuple[str, float]]:
