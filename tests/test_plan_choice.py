@@ -10,7 +10,7 @@ import torch
 
 from offload_rt._engine import Engine
 from offload_rt.errors import UnsupportedModule
-from offload_rt.plans import planning, workload_sizes
+from offload_rt.plans import plan_choice, planning, workload_sizes
 from offload_rt.plans.plan_choice import (
     MAX_SECONDS,
     OPTIMISER,
@@ -19,7 +19,7 @@ from offload_rt.plans.plan_choice import (
     profile_bytes,
     profile_seconds,
 )
-from offload_rt.plans.rule_price import rule_seconds
+from offload_rt.plans.rule_price import rule_seconds, rule_simulation
 from offload_rt.profiling import calibrate
 from offload_rt.profiling.block_profile import MOST_PASSES
 from offload_rt.running import rehearsal
@@ -33,6 +33,8 @@ from planners.rule.filling import Fill
 from planners.rule.streaming import plan_streaming
 from tests.conftest import build_lora, build_plain
 from tests.parity import BATCH_SIZE, SEQ_LEN, build, run_plain, run_steps
+from tests.test_layer_major import STEPS as LAYER_MAJOR_STEPS
+from tests.test_layer_major import quiet, train
 from tests.test_parity import differences
 from tests.test_planning import BF16, MIB, SECONDS, UPDATES_PER_SECOND, machine, question
 
@@ -147,6 +149,34 @@ def test_the_optimiser_is_asked_only_where_it_may_be(change, why, timed, calibra
     with engine_of(tmp_path, **change) as engine:
         choice = engine.report()["plan_choice"]
     assert choice is None if why is None else (why in choice["why"] and choice["chosen"] == RULE and not timed)
+
+
+def test_micro_batches_that_the_rule_has_go_together_are_asked_about_one_after_the_other(
+    timed, calibrated, tmp_path, monkeypatch
+):
+    """Each of them can keep what it saves; where nothing can be kept, the rule's plan, fetched once, is as fast."""
+    priced, found = [], []
+    monkeypatch.setattr(plan_choice, "rule_seconds", lambda *asked: priced.append(asked) or rule_seconds(*asked))
+    for name, seconds in ((OPTIMISER, KEPT), (RULE, SECONDS)):
+        monkeypatch.setattr(planning, "profile_layer", lambda *_, seconds=seconds, **__: seconds)
+        folder = tmp_path / name
+        folder.mkdir()
+        hardware = machine(2 * MIB, 0)
+        calibrated(hardware, folder.resolve())
+        with Engine(
+            quiet(build(BF16)), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_grad_norm=0.05, lr=1e-2, nvme=folder,
+            device_memory=2 * MIB, accumulation_steps=3, options=RuntimeOptions(fill=False),
+        ) as engine:  # fmt: skip
+            choice = engine.report()["plan_choice"]
+            assert choice["chosen"] == name and engine.plan.layer_major is (name == RULE), choice["why"]
+            losses = train(engine)
+            before = engine.report()["bytes_read"]
+            losses += train(engine)
+            read = (engine.report()["bytes_read"] - before) / LAYER_MAJOR_STEPS
+            found.append((losses, [p.detach().clone() for _, p in sorted(engine.trainable.items())]))
+    assert read > 0, "of the rule's plan, in its steady state"
+    assert rule_simulation(*priced[-1]).busy_seconds["ssd_read"] * hardware.read_bytes_per_second == pytest.approx(read)
+    assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))
 
 
 def test_free_memory_is_asked_for_once(timed, calibrated, tmp_path, monkeypatch):

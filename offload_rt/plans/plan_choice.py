@@ -29,6 +29,7 @@ from offload_rt.plans.plan_check import check_plan, ends_commits
 from offload_rt.plans.plan_options import chunk_tokens_of
 from offload_rt.plans.planning import by_tiles, lowered, measured_problem, optimal
 from offload_rt.plans.planning_adapters import asked_for
+from offload_rt.plans.planning_together import computing_again, together
 from offload_rt.plans.planning_training import questions_of, why_not_asked
 from offload_rt.plans.rule_price import rule_seconds, why_no_question_says
 from offload_rt.profiling.profile_cost import profile_bytes, profile_drive_seconds, profile_seconds
@@ -118,8 +119,8 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
             return why
         if why := why_no_question_says(rule, config.seq_len, config.accumulation_steps):
             return f"the rule's plan has {why}, about which the optimiser cannot be asked where layers train"
-    elif rule.layer_major:
-        return "several micro-batches to a fetch are not the optimiser's yet"
+    elif rule.layer_major and (why := _why_not_apart(workload, rule)):
+        return f"the rule has several micro-batches to a fetch, and {why}"
     chunk_tokens = chunk_tokens_of(rule, workload)
     if config.device_memory_bytes is None and not workload.has_streams:
         return "no device_memory= says how much may be used; the optimiser would fill all that is free"
@@ -134,6 +135,17 @@ def _why_not(workload: Workload, streaming: StreamingProblem, rule: Plan, machin
     return ""
 
 
+def _why_not_apart(workload: Workload, rule: Plan) -> str:
+    """Why the optimiser is not asked about micro-batches of adapters one after the other, where the rule has them go
+    together; empty where it is.
+    """
+    if cuts_of(rule, workload).layer_major is not None:
+        return "one after the other they would draw other random numbers"
+    if workload.training is not None or rule.activations or rule.lookups is not None or rule.head_tiles is not None:
+        return "what the rule does beside that has no price yet: state in tiers, chunks, rows or tiles"
+    return ""
+
+
 Answer = tuple[Plan, Asked, float]
 """The optimiser's plan, what it was asked, and what a step of the rule's plan takes at these prices."""
 
@@ -142,13 +154,17 @@ def _for_adapters(
     workload: Workload, streaming: StreamingProblem, rule: Plan, machine: Hardware,
     optimizer: torch.optim.Optimizer | None,
 ) -> Answer:  # fmt: skip
-    """Asks with the rule's chunks and tiles, and where the rule has adapters' state in tiers, about state in tiers."""
+    """Asks with the rule's chunks and tiles, and where the rule has adapters' state in tiers, about state in tiers.
+
+    About micro-batches one after the other, each of which can keep what it saves, whatever the rule's order.
+    """
     problem = measured_problem(workload, streaming, machine, chunk_tokens=chunk_tokens_of(rule, workload))
     if rule.head_tiles is not None:
         problem = by_tiles(problem, streaming)
     if workload.training is None or optimizer is None:
         plan, problem = optimal(problem, streaming)
-        return lowered(plan, streaming, problem), asked(problem), rule_seconds(problem, rule)
+        ruled = together(computing_again(problem), streaming) if rule.layer_major else problem
+        return lowered(plan, streaming, problem), asked(problem), rule_seconds(ruled, rule)
     return _as_often(asked_for(workload, streaming, problem, optimizer), workload, streaming, rule)
 
 

@@ -1,4 +1,4 @@
-"""The optimiser's question about micro-batches that go through each layer together, where layers train.
+"""The optimiser's question about micro-batches that go through each layer together.
 
 What is fetched once serves all of them; what waits from a layer's forward to its backward waits for each. So it is the
 question about one after the other in which a pass has the seconds and the layer inputs of all, and there is one pass.
@@ -38,6 +38,18 @@ def by_order(
             yield together(ask(again), streaming)
         else:
             yield ask(layers)
+
+
+def computing_again(problem: Problem) -> Problem:
+    """The question where nothing is kept or put away of layers but their inputs, as `together` wants it."""
+    classes = tuple(
+        replace(
+            entry, saved=tuple(saved for saved in entry.saved if not saved.recomputable),
+            measured=None if entry.measured is None else replace(entry.measured, kept=None),
+        )
+        for entry in problem.workload.classes
+    )  # fmt: skip
+    return replace(problem, workload=replace(problem.workload, classes=classes))
 
 
 def together(problem: Problem, streaming: StreamingProblem) -> Problem:

@@ -182,7 +182,8 @@ def _for_adapters(problem: Problem, rule: Plan) -> tuple[Problem, Plan]:
     tiled = any(entry.in_tiles for entry in problem.workload.classes)
     kept_layers, seq_len = rule.activations or {}, problem.workload.seq_len
     chunked = any(len(policy.spans(seq_len)) > 1 for policy in kept_layers.values())
-    if rule.layer_major or chunked != (chunk_tokens is not None) or (rule.head_tiles is not None) != tiled:
+    cut_otherwise = chunked != (chunk_tokens is not None) or (rule.head_tiles is not None) != tiled
+    if rule.layer_major is not problem.workload.layer_major or cut_otherwise:
         raise ValueError("a plan with other cuts than those of the question is not simulated")
     unified = problem.hardware.unified
     rings = {name: ring.rest for ring in rule.rings for name in ring.blocks}
