@@ -11,7 +11,8 @@
     out/best/               what had the lowest held-out loss, where a run keeps it; run.json says of which step
     out/<anything else>     not ours
 
-A checkpoint is removed by renaming it first, so that a folder named checkpoint-<step> is always whole.
+A checkpoint is removed by renaming it first, so that a folder named checkpoint-<step> is always whole. What a kill left
+of one that was being written or removed goes when the run goes on, which may save at other steps.
 """
 
 from __future__ import annotations
@@ -227,8 +228,9 @@ class RunFolder:
         """
         try:
             make_folders(self.path)
-            for entry in self.path.glob("checkpoint-*.removing"):
-                shutil.rmtree(entry)
+            for cut_off in ("checkpoint-*.removing", ".checkpoint-*.partial-*"):
+                for entry in self.path.glob(cut_off):
+                    shutil.rmtree(entry)
             if self._is_new:
                 for file in (self._run_file, self._metrics_file, self._report_file, self.memory_file):
                     file.unlink(missing_ok=True)
