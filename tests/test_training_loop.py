@@ -294,6 +294,16 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_its_metrics_have_each
     assert not names & {"checkpoint-1.removing", ".checkpoint-8.partial-999999"}
 
 
+def test_a_run_killed_between_its_last_save_and_removing_old_ones_removes_them_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "prune", lambda folder, keep_last: None)
+        run(tmp_path / "out", steps=6, save_every=2)
+    run(tmp_path / "out", steps=6, save_every=2, resume=True)
+    assert [step for step, _ in RunFolder(tmp_path / "out").checkpoints()] == [4, 6]
+
+
 def test_a_finished_run_is_not_overwritten_and_can_be_continued_by_more_steps(tmp_path: Path) -> None:
     run(tmp_path / "out", schedule="constant")
     with pytest.raises(ConfigError, match="finished at step 6"):

@@ -161,6 +161,7 @@ def train(
     if options.logdir is not None:
         writers.append(TensorBoard(options.logdir, at_step=progress.step))
     folder.begin(at_step=progress.step, settings=fixed, commits=engine.commit_folder if saves.commits else None)
+    folder.prune(keep_last=options.keep_last)  # who was killed behind a save may not have come to it
     if options.wandb:
         writers.append(WeightsAndBiases(folder.run_id, folder.path, fixed))
     loss: float | None = None
