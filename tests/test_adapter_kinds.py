@@ -71,6 +71,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "norms and a linear in full": lora(modules_to_save=["input_layernorm", "down_proj"]),
     "embedding and head": lora(target_modules=["embed_tokens", "lm_head", "q_proj"]),
     "all but one": lora(target_modules="all-linear", exclude_modules=["up_proj"]),
+    "experts": lora(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    "weights by name": lora(target_modules=[], target_parameters=["q_proj.weight", "down_proj.weight"]),
+    "trained tokens": kind("TrainableTokensConfig", token_indices=[3, 4, 5], target_modules=["embed_tokens"]),
     "adalora": kind("AdaLoraConfig", init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=8, **QV),
     "loha": kind("LoHaConfig", r=4, **QV),
     "lokr": kind("LoKrConfig", r=4, **QV),
@@ -108,7 +111,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "tinylora": kind("TinyLoraConfig", r=2, u=8, **QV),
     "beft": kind("BeftConfig", **QV),
 }
-DEFAULT = ("alora",)
+DEFAULT = ("alora", "experts")
 PLACES = {"streamed": {}, "state on NVMe": {"state": ON_NVME, "piece_elements": 1024}}
 
 
@@ -119,7 +122,7 @@ def named(chosen: tuple[str, ...]) -> list[Any]:
 def base(name: str) -> Any:
     torch.manual_seed(0)
     biased = {"attention_bias": True} if name in ("all biases", "beft") else {}
-    return build_base("llama", torch.bfloat16, 2, **biased)
+    return build_base("moe" if name == "experts" else "llama", torch.bfloat16, 2, **biased)
 
 
 def tuned(name: str) -> Any:

@@ -6,7 +6,8 @@ is the weight itself: what is written is computed with, as in a model without an
 another plan would bring the weight anew: so it is warned of, and the plan stays.
 
 Torch counts what is written to a tensor, and what is put in its place has another address; what is written by `.data`
-nobody sees. Neither is looked for by reading a weight.
+nobody sees. Neither is looked for by reading a weight. What torch counts while an adapter on a parameter is called is
+none (`Block.num_set`).
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ class FrozenWeights:
         bindings = [(block, binding) for block in blocks for binding in block.bindings]
         self._stay = {block.name for block in blocks if block.is_open}
         self._placeholders = [each for each in bindings if not each[0].is_open or each[1].spec.is_quantized]
-        self._weights = [binding for block, binding in bindings if block.is_open and not binding.spec.is_quantized]
+        self._weights = [each for each in bindings if each[0].is_open and not each[1].spec.is_quantized]
         for _, binding in self._placeholders:
             Block.hide(binding)  # as a block does that is closed
-        self._known_placeholders = _states(binding for _, binding in self._placeholders)
+        self._known_placeholders = _states(self._placeholders)
         self._known_weights = _states(self._weights)
         self._said: set[str] = set()
         """Names of weights that were warned of."""
@@ -45,7 +46,7 @@ class FrozenWeights:
         """Raises `ConfigError` where placeholders were written to, which are what they were again then. Warns, once, of
         weights that were. `asked` is what somebody has called.
         """
-        states = _states(binding for _, binding in self._placeholders)
+        states = _states(self._placeholders)
         if states != self._known_placeholders:
             self._refuse(asked, states)
         new = [binding.spec.name for binding in self.written if binding.spec.name not in self._said]
@@ -64,13 +65,15 @@ class FrozenWeights:
         if states == self._known_weights:
             return []
         return [
-            each for each, now, known in zip(self._weights, states, self._known_weights, strict=True) if now != known
+            binding
+            for (_, binding), now, known in zip(self._weights, states, self._known_weights, strict=True)
+            if now != known
         ]
 
     def check_saved(self, asked: str) -> None:
         """As `check`, before weights are read from where they rest: a tensor in a weight's place would be missing."""
         self.check(asked)
-        known = dict(zip(map(id, self._weights), self._known_weights, strict=True))
+        known = {id(each): state for (_, each), state in zip(self._weights, self._known_weights, strict=True)}
         replaced = [each.spec.name for each in self.written if each.parameter.data_ptr() != known[id(each)][1]]
         if replaced:
             raise ConfigError(
@@ -86,7 +89,7 @@ class FrozenWeights:
                 continue
             binding.absent.fill_(float("nan") if binding.absent.is_floating_point() else 0)
             Block.hide(binding)
-            [self._known_placeholders[number]] = _states([binding])
+            [self._known_placeholders[number]] = _states([(block, binding)])
             lost.append(binding.spec.name)
         if lost:
             raise ConfigError(
@@ -101,5 +104,8 @@ def states(tensors: Iterable[torch.Tensor]) -> list[State]:
     return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
 
 
-def _states(bindings: Iterable[Binding]) -> list[State]:
-    return states([each.parameter for each in bindings])
+def _states(bindings: Iterable[tuple[Block, Binding]]) -> list[State]:
+    return [
+        (binding.parameter._version - block.num_set.get(binding.spec.name, 0), binding.parameter.data_ptr())
+        for block, binding in bindings
+    ]

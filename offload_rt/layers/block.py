@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload_rt.dtypes import torch_dtype
 from offload_rt.errors import UnsupportedModule
-from offload_rt.layers.readers import innermost, is_reader
+from offload_rt.layers.readers import innermost, is_reader, replaced_by
 from offload_rt.memory.arena import Slot
 from offload_rt.memory.parted import BlockBytes
 from offload_rt.quantized.decoder import Decoder, PackedWeight
@@ -113,7 +113,11 @@ class Block:
     _shown: dict[nn.Module, _Shown] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
     _readers: dict[nn.Module, list[Any]] = field(default_factory=dict)
-    """The handles of those that stand around a module with NF4 weights."""
+    """The handles of those that stand around a module and read its weights."""
+    num_set: dict[str, int] = field(default_factory=dict)
+    """How often torch has counted a write to a tensor, by its name, which was none: see `readers.replaced_by`."""
+    _versions: dict[nn.Module, int] = field(default_factory=dict)
+    """Of the parameters that readers, which are being called, have another tensor in the place of: before the call."""
     _held: dict[str, torch.Tensor] | None = None
     """What was decoded inside `holding_decoded`, by tensor name; None outside."""
 
@@ -137,15 +141,27 @@ class Block:
 
     def find_readers(self, modules: Iterable[nn.Module]) -> None:
         """Installs hooks on those of `modules` that have none yet and stand around a module with NF4 weights: whoever
-        reads these has them for the time of its own call. Again where the block's modules are others.
+        reads these has them for the time of its own call. On those that have another tensor in the place of a
+        parameter, too. Again where the block's modules are others.
         """
         for module in modules:
             owner = innermost(module) if is_reader(module) else None
-            if module not in self._readers and owner is not None and self._of_owner.get(owner):
-                self._readers[module] = [
-                    module.register_forward_pre_hook(partial(self._before_reader, owner), prepend=True),
-                    module.register_forward_hook(partial(self._after_reader, owner), always_call=True),
-                ]
+            if module in self._readers or owner is None:
+                continue
+            hooks: list[tuple[Any, Any]] = []
+            if self._of_owner.get(owner):
+                hooks.append((partial(self._before_reader, owner), partial(self._after_reader, owner)))
+            replaced = owner._parameters.get(replaced_by(module))
+            for binding in self.bindings:
+                if binding.parameter is replaced:
+                    hooks.append((partial(self._before_set, binding), partial(self._after_set, binding)))
+            for before, after in hooks:
+                self._readers.setdefault(module, []).extend(
+                    (
+                        module.register_forward_pre_hook(before, prepend=True),
+                        module.register_forward_hook(after, always_call=True),
+                    )
+                )
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -273,6 +289,15 @@ class Block:
     def _after_reader(self, owner: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
         if is_reader(module):
             self._unshow(owner)
+
+    def _before_set(self, binding: Binding, module: nn.Module, args: Any) -> None:
+        self._versions[module] = binding.parameter._version
+
+    def _after_set(self, binding: Binding, module: nn.Module, args: Any, output: Any) -> None:
+        before = self._versions.pop(module, None)
+        if before is not None:  # otherwise an exception came before the call
+            name = binding.spec.name
+            self.num_set[name] = self.num_set.get(name, 0) + binding.parameter._version - before
 
     def _show(self, module: nn.Module) -> None:
         if self.slot is None:

@@ -1,7 +1,9 @@
 """Adapters that read the weight of the module that they stand around, beside calling it.
 
-DoRA takes the norm of the weight, trained rows are put into a copy of it. What is shown for the time of the module's
-own call is gone by then. Plain LoRA is what is known to call alone; every other layer of peft counts as a reader.
+DoRA takes the norm of the weight, trained rows are put into a copy of it; for the time of a call, a LoRA on a parameter
+(`target_parameters`) has the module compute with a sum in the parameter's place. What is shown for the time of the
+module's own call is gone by then. Plain LoRA is what is known to call alone; every other layer of peft counts as a
+reader.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ def is_reader(module: nn.Module) -> bool:
     """
     if module._modules.get(_BASE) is None:
         return False
+    if replaced_by(module):
+        return True
     return not type(module).__module__.startswith("peft.tuners.lora.") or bool(getattr(module, "lora_variant", None))
+
+
+def replaced_by(module: nn.Module) -> str:
+    """The name of the parameter in whose place `module` puts another tensor while it calls what it stands around; empty
+    for most. torch sets the parameter to itself for that, which it counts as writing to it.
+    """
+    is_of_peft = type(module).__module__.startswith("peft.tuners.")
+    return str(vars(module).get("parameter_name", "")) if is_of_peft else ""
 
 
 def innermost(module: nn.Module) -> nn.Module | None:
