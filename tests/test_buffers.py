@@ -13,11 +13,13 @@ from offload_rt._engine import Engine
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from planners.plans.activations import Action, whole_batch
 from planners.plans.plan import Tier
-from tests.conftest import build_lora, language_batch
+from tests.conftest import build_base, build_lora, language_batch
 from tests.parity import BATCH_SIZE, SEQ_LEN, VOCABULARY
 from tests.test_frozen_weights import steps
 from tests.test_tokenwise_engine import LINEAR, chunked
 from tests.tokenwise import waiting_in
+
+peft = pytest.importorskip("peft")
 
 WIDTH = 32
 
@@ -121,11 +123,11 @@ def with_counted_mlps() -> Any:
     return of
 
 
-def gradients_of_batches(run: Any, of: Any) -> dict[str, torch.Tensor]:
+def gradients_of_batches(run: Any, of: Any, trains_from: int = 1) -> dict[str, torch.Tensor]:
     """The first as it is evaluated, where layers write to nothing."""
     found = {}
     for number in range(3):
-        of.train(number > 0)
+        of.train(number >= trains_from)
         run(**language_batch(number, tokens=SEQ_LEN)).loss.backward()
         found |= {f"{name} {number}": p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
         of.zero_grad()
@@ -182,3 +184,38 @@ def test_a_layer_by_chunks_writes_buffers_once_also_where_it_begins_to_by_itself
     ours = found(run, run.model)
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
     assert [float(ours[name]) for name in ours if "calls" in name] == [2.0, 2.0]
+
+
+def with_spectral_norms(*, on_head: bool) -> Any:
+    torch.manual_seed(0)
+    base = build_base("llama", torch.float32, 2, mlp_bias=True)
+    for layer in base.model.layers:
+        torch.nn.utils.parametrizations.spectral_norm(layer.mlp.up_proj)
+        torch.nn.utils.spectral_norm(layer.mlp.gate_proj)
+        layer.mlp.register_forward_hook(lambda module, given, output: output.tanh())  # wants the last product
+    if on_head:
+        torch.nn.utils.parametrizations.spectral_norm(base.lm_head)
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+SPECTRAL: dict[str, dict[str, Any]] = {
+    "in memory": {},
+    "from NVME": {"nvme": True, "options": RuntimeOptions(fill=False)},
+    "loss in tiles": {"nvme": True, "options": RuntimeOptions(fill=False, head_chunk_tokens=8)},
+}
+
+
+@pytest.mark.parametrize("place", SPECTRAL)
+@pytest.mark.filterwarnings("ignore:layers write to buffers", "ignore:`torch.nn.utils.spectral_norm`")
+def test_a_weight_that_is_computed_from_buffers_is_computed_by_calls_alone(place: str, tmp_path: Path) -> None:
+    """Spectral norms go on at each look at the weight, and would take one at rest for a weight."""
+    on_head = place != "loss in tiles"  # each of which is a call
+    twin = with_spectral_norms(on_head=on_head).train()
+    expected = gradients_of_batches(twin, twin, 0) | dict(twin.named_buffers())
+    given = {**SPECTRAL[place], **({"nvme": tmp_path} if "nvme" in SPECTRAL[place] else {})}
+    ours = with_spectral_norms(on_head=on_head).train()
+    with Engine(ours, lr=1e-2, batch_size=2, seq_len=SEQ_LEN, device="cpu", **given) as run:
+        found = gradients_of_batches(run, run.model, 0) | dict(run.model.named_buffers())
+        assert found.keys() == expected.keys()
+        differing = [name for name in expected if not torch.equal(found[name], expected[name])]
+        assert [name for name in differing if on_head or "lora" not in name] == []

@@ -29,7 +29,7 @@ from offload_rt.errors import UnsupportedModule
 from offload_rt.guards.additions import Additions
 from offload_rt.layers.access import Access, GoneAccess, graph_is_kept, opened, put_forward_back, without_hooks
 from offload_rt.layers.block import Block
-from offload_rt.layers.buffers import Buffers
+from offload_rt.layers.buffers import Buffers, Values
 from offload_rt.layers.caches import has_cache, without_cache
 from offload_rt.layers.fingerprints import Agreement
 from offload_rt.layers.last_product import ResultWanted, is_product, left_out
@@ -256,9 +256,11 @@ class RecomputedLayer:
                 f"weight without calling the module that owns it, which bits=4 does not support"
             )
 
-    def run_again(self, call: Call, tensors: list[torch.Tensor], *, is_compared: bool = False) -> list[torch.Tensor]:
+    def run_again(
+        self, call: Call, tensors: list[torch.Tensor], written: Values | None = None, *, is_compared: bool = False
+    ) -> list[torch.Tensor]:
         """The recompute: outputs that have a graph, and perhaps no values, unless they are compared. See
-        `last_product`.
+        `last_product`. `written` are the buffers that it writes to, as they are now.
         """
         last = self.block.last_called
         if is_compared:
@@ -272,6 +274,8 @@ class RecomputedLayer:
             except ResultWanted:
                 self._leave_out_product = False
                 call.random_state.restore()
+                if self.buffers is not None and written:
+                    self.buffers.put(written)
         with torch.enable_grad(), self.saving():
             return call.run(tensors)
 
@@ -354,7 +358,7 @@ class _Recompute(torch.autograd.Function):
         ):
             with call.as_in_forward():  # and not the gradients: autocast is of forward passes
                 is_compared = owner.agreement.is_open and ctx.of_forward is not None
-                outputs = owner.run_again(call, detached, is_compared=is_compared)
+                outputs = owner.run_again(call, detached, ctx.buffers, is_compared=is_compared)
             if is_compared:
                 owner.agreement.check(outputs, ctx.of_forward)
             elif owner.agreement.is_open:

@@ -59,17 +59,17 @@ class Buffers:
     def put_back(self, before: tuple[State, Values]) -> None:
         """Undoes a forward, which `before` was asked for `to_undo`; the next one is known to write if this has."""
         self.written(before)
-        self._put(before[1])
+        self.put(before[1])
 
     @contextmanager
     def as_before(self, values: Values) -> Iterator[None]:
         """Inside they have `values`; afterwards what they have now."""
         now = self._values()
-        self._put(values)
+        self.put(values)
         try:
             yield
         finally:
-            self._put(now)
+            self.put(now)
 
     def _values(self) -> Values:
         return [
@@ -84,7 +84,8 @@ class Buffers:
         return [(id(buffer), 0 if buffer is None else buffer._version) for buffer in buffers]
 
     @staticmethod
-    def _put(values: Values) -> None:
+    def put(values: Values) -> None:
+        """Gives buffers these values, in themselves."""
         with torch.no_grad():
             for buffers, name, buffer, value in values:
                 buffers[name] = buffer

@@ -261,7 +261,7 @@ def _num_elements(stored: list[StoredParameter]) -> int:
 
 def _encoding(entry: StoredParameter, *, bits: int | None, prequantized: bool) -> Encoding:
     parameter, owner = entry.parameter, entry.owners[0]
-    weight = getattr(owner, "weight", None) is parameter
+    weight = owner._parameters.get("weight") is parameter  # to read a parametrized one is to compute it
     is_conv1d = type(owner).__name__ == "Conv1D" and weight and parameter.ndim == 2
     if prequantized:
         return Encoding.NF4_TRANSPOSED if is_conv1d else Encoding.NF4

@@ -116,8 +116,10 @@ def attention_width(model: nn.Module) -> int:
 def loss_head_size(model: nn.Module, *, batch_size: int, seq_len: int) -> LossHeadSize | None:
     """What head and loss need per token, and whether they can run in tiles; None where no head is found."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and isinstance(weight, torch.Tensor) and _is_head(model, module):
+        if isinstance(module, nn.Linear) and _is_head(model, module):
+            weight = module._parameters.get("weight")
+            if weight is None:  # it is computed, at each look
+                weight = next(module.parameters())
             item_bytes = weight.element_size()
             return LossHeadSize(
                 num_tokens=batch_size * seq_len,

@@ -76,7 +76,7 @@ class Backbone:
             ):
                 yield final
             return
-        weights = [(module, getattr(module, "weight", None)) for module in backbone.modules()]
+        weights = [(module, module._parameters.get("weight")) for module in backbone.modules()]
         norms = [module for module, weight in weights if isinstance(weight, torch.Tensor) and weight.dim() == 1]
         handles = [norm.register_forward_hook(final.saw) for norm in norms]
         try:
