@@ -33,8 +33,9 @@ from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.evaluation import Evaluation
 from offload_rt.training.events import require_installed
 from offload_rt.training.identity import file_digest, model_digest, place_and_content
-from offload_rt.training.loop import TrainingResult, num_steps, train
+from offload_rt.training.loop import TrainingResult, train
 from offload_rt.training.options import TrainingOptions
+from offload_rt.training.run import num_steps
 from offload_rt.training.run_folder import EVAL_LOSS, RunFolder
 from offload_rt.transfers.device_cuda import find_device
 from offload_rt.wiring.runtime_options import RuntimeOptions

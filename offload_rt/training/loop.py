@@ -1,62 +1,33 @@
-"""The loop behind `offload-rt train`: steps, schedule, metrics, checkpoints, signals, exact resume.
+"""The loop behind `offload-rt train`: steps, what is due behind each of them, and its end, by a signal or not.
 
-It drives an engine through its public methods only and owns no tensor. What a resumed run needs (engine
-state, the schedule, the place in the data, the step) is saved together by the engine, as tracked objects.
-It is not a trainer to be subclassed: for anything else, write the five lines around `engine.backward` and
-`engine.step` yourself.
+It drives an engine through its public methods only and owns no tensor. How far a run is, and how it goes on exactly
+there, is `run`. It is not a trainer to be subclassed: for anything else, write the five lines around `engine.backward`
+and `engine.step` yourself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from offload_rt.errors import ConfigError, NonFiniteLoss
+from offload_rt.errors import ConfigError
 from offload_rt.training.display import Display, StepNumbers, format_seconds
 from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.evaluation import Evaluated, Evaluation, Evaluations
-from offload_rt.training.events import Events, TensorBoard, WeightsAndBiases, Writer
+from offload_rt.training.events import Events
 from offload_rt.training.memory_watch import MemoryWatch
-from offload_rt.training.options import TrainingOptions, lr_factor
-from offload_rt.training.run_folder import RunFolder, low_memory_text
-from offload_rt.training.saves import Progress, Saves, SavingEngine
-
-
-class TrainingEngine(SavingEngine, Protocol):
-    """What the loop needs of `offload_rt.Engine`."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer | None: ...
-    @property
-    def step_number(self) -> int: ...
-    def train_batch(self, batches: list[dict[str, Any]], /) -> float: ...
-    def track(self, name: str, tracked: Any, /) -> None: ...
-    def load_checkpoint(self, folder: Any, /) -> object: ...
-    def report(self) -> Mapping[str, Any]: ...
-
-
-class ResumableBatches(Protocol):
-    """An endless iterator over micro-batches that knows its place, such as `training.batches.Batches`."""
-
-    @property
-    def epoch(self) -> int: ...
-    def num_batches(self, epoch: int, /) -> int: ...
-    def __next__(self) -> dict[str, Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+from offload_rt.training.options import TrainingOptions
+from offload_rt.training.run import ResumableBatches, Run, TrainingEngine
+from offload_rt.training.run_folder import RunFolder
+from offload_rt.training.stop_signal import Stop, stop_on_signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +76,39 @@ def train(
     Signals are watched only when called from the main thread: the first one ends the run after the step it
     met, with its state saved, the second aborts at once.
     """
-    if folder is None:
-        with RunFolder.locked(options.out) as folder:
-            return train(
-                engine, batches, options, settings=settings, console=console, care=care, drives=drives,
-                evaluation=evaluation, save_best=save_best, folder=folder,
+    with RunFolder.locked(options.out) if folder is None else contextlib.nullcontext(folder) as held:
+        optimizer = _optimizer_of(engine, options)
+        fixed = {**options.settings(), **(settings or {})}
+        if options.resume:
+            held.require_same(fixed)
+        else:
+            held.require_free()
+        if evaluation is None and options.eval_every is not None:
+            raise ConfigError("eval_every: there is no evaluation; give its data")
+        if evaluation is None and save_best is not None:
+            raise ConfigError("save_best: there is no evaluation; give its data")
+        run = Run(engine, optimizer, batches, options, held, drives=drives)
+        writers = run.start(fixed)
+        with (
+            contextlib.closing(held),
+            Events(writers) as events,
+            Display(console or Console(), total_steps=run.total_steps, first_step=run.step) as display,
+            stop_on_signal() as stop,
+            MemoryWatch(held.memory_file) as watch,
+        ):
+            evaluations = Evaluations(
+                evaluation, held, events, display.say, every=options.eval_every, total_steps=run.total_steps,
+                is_to_stop=lambda: stop.signal is not None, save_best=save_best,
             )  # fmt: skip
+            steps = _Steps(run, care or DriveCare(), evaluations, events, display, watch)
+            steps.begin()
+            while run.steps_left > 0 and stop.signal is None:
+                steps.take()
+            return steps.end(stop)
+
+
+def _optimizer_of(engine: TrainingEngine, options: TrainingOptions) -> torch.optim.Optimizer:
+    """Raises `ConfigError` where it has none, or was not made for `options`."""
     optimizer = engine.optimizer
     if optimizer is None:
         raise ConfigError("train: nothing trains; give the engine adapters, or leave some parameters trainable")
@@ -119,202 +117,147 @@ def train(
         raise ConfigError(
             f"accumulation_steps: the engine was made for {declared}, the loop has {options.accumulation_steps}"
         )
-    care = care or DriveCare()
-    total_steps = num_steps(options, batches)
-    fixed = {**options.settings(), **(settings or {})}
-    if options.resume:
-        folder.require_same(fixed)
-    else:
-        folder.require_free()
-    if evaluation is None and options.eval_every is not None:
-        raise ConfigError("eval_every: there is no evaluation; give its data")
-    if evaluation is None and save_best is not None:
-        raise ConfigError("save_best: there is no evaluation; give its data")
-    progress = Progress(folder.run_id, options.out)
-    scheduler = _schedule(optimizer, options, total_steps)
-    for name, tracked in (("progress", progress), ("batches", batches), ("scheduler", scheduler)):
-        engine.track(name, tracked)
+    return optimizer
 
-    saves = Saves(engine, folder, progress, keep_last=options.keep_last, drives=drives)
-    if options.copy_every is not None and not saves.commits:
-        raise ConfigError("copy_every: without commits on NVMe every save is a copy; give save_every")
-    found = None
-    if options.resume:
-        found = saves.find()
-    else:
-        saves.require_free()
-        folder.be_new()
-        progress.belong_to(folder.run_id)
-    saved_at = 0
-    if found is not None:
-        engine.load_checkpoint(found.folder)
-        if progress.in_step:
-            progress.in_step = False
-            progress.step += 1
-        while scheduler.last_epoch < progress.step:  # who ended between the step that was committed and this
-            _advance(scheduler)
-        saved_at = progress.step
-        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
-    done_before = folder.last_step()
-    writers: list[Writer] = []
-    if options.logdir is not None:
-        writers.append(TensorBoard(options.logdir, at_step=progress.step))
-    folder.begin(at_step=progress.step, settings=fixed, commits=engine.commit_folder if saves.commits else None)
-    folder.prune(keep_last=options.keep_last)  # who was killed behind a save may not have come to it
-    if options.wandb:
-        writers.append(WeightsAndBiases(folder.run_id, folder.path, fixed))
-    loss: float | None = None
-    tokens = 0
-    begin = time.monotonic()
-    with (
-        contextlib.closing(folder),
-        Events(writers) as events,
-        Display(
-            console or Console(), total_steps=total_steps, first_step=progress.step
-        ) as display,
-        _stop_on_signal() as stop,
-        MemoryWatch(folder.memory_file) as watch,
-    ):  # fmt: skip
-        if options.resume:
-            place = found.describe if found is not None else "the beginning: there is no checkpoint yet"
-            again = max(0, done_before - progress.step)
-            display.say(f"resuming from {place}" + (f"; {again} step(s) after it are taken again" if again else ""))
-            for line in folder.low_memory()[-1:]:
-                display.say(f"before, {low_memory_text(line)}")
-        report = engine.report()
-        watch.note(progress.step, report)
-        if writes := care.expectation(report, total_steps - progress.step):
-            display.say(f"writes: {writes}")
-        evaluations = Evaluations(
-            evaluation, folder, events, display.say, every=options.eval_every, total_steps=total_steps,
-            is_to_stop=lambda: stop.signal is not None, save_best=save_best,
-        )  # fmt: skip
-        if evaluations.behind(progress.step):
-            report = engine.report()
+
+class _Steps:
+    """Those of a run that this call takes, with what is due behind each of them, and at the end."""
+
+    def __init__(
+        self,
+        run: Run,
+        care: DriveCare,
+        evaluations: Evaluations,
+        events: Events,
+        display: Display,
+        watch: MemoryWatch,
+    ) -> None:
+        self._run, self._care, self._evaluations = run, care, evaluations
+        self._events, self._display, self._watch = events, display, watch
+        self._first_step, self._begin = run.step, time.monotonic()
+        self._second_step_at = self._begin
+        self._tokens = 0
+        self._bytes_read = 0
+        """What the engine had read when the coming step could begin."""
+
+    def begin(self) -> None:
+        """Says where the run goes on and what it will write, and makes up for an evaluation that is missing. Blocks."""
+        run = self._run
+        for sentence in run.past():
+            self._display.say(sentence)
+        report = run.engine.report()
+        self._watch.note(run.step, report)
+        if writes := self._care.expectation(report, run.steps_left):
+            self._display.say(f"writes: {writes}")
+        if self._evaluations.behind(run.step):
+            report = run.engine.report()
+        self._bytes_read = int(report.get("bytes_read", 0))
+
+    def take(self) -> None:
+        """Takes the next step, unless the engine leaves it out, and does what is due behind it. Blocks."""
+        run = self._run
+        begin = time.monotonic()
+        micro_batches = [next(run.batches) for _ in range(run.options.accumulation_steps)]
+        lr = run.lr
+        loss = run.take_step(micro_batches)
+        if loss is None:
+            return
+        run.saves.require_run_folder()
+        report = run.engine.report()
+        self._watch.note(run.step, report)
+        if report.get("cuts") is not None:
+            run.folder.note_cuts(report["cuts"])
+        self._tell(self._numbers(loss, micro_batches, report, time.monotonic() - begin), report, lr)
+        self._save(report)
+        if run.steps_left > 0 and self._evaluations.behind(run.step):  # the last one is saved first
+            self._bytes_read = int(run.engine.report().get("bytes_read", 0))
+        self._check_writes(report)
+
+    def _numbers(
+        self, loss: float, micro_batches: Sequence[Mapping[str, Any]], report: Mapping[str, Any], seconds: float
+    ) -> StepNumbers:
+        """What the step came to that took `seconds`, after which the engine gave `report`."""
+        run = self._run
         bytes_read = int(report.get("bytes_read", 0))
-        first_step, second_step_at = progress.step, begin
-        while progress.step < total_steps and stop.signal is None:
-            step_begin = time.monotonic()
-            micro_batches = [next(batches) for _ in range(options.accumulation_steps)]
-            lr = scheduler.get_last_lr()[0]
-            progress.in_step = True
-            steps_before = engine.step_number
-            loss = engine.train_batch(micro_batches)
-            progress.in_step = False
-            if not math.isfinite(loss):
-                newest = saves.newest()
-                raise NonFiniteLoss(
-                    f"step {progress.step + 1}: the loss is {loss}; "
-                    + (f"the last good state is {newest.folder}" if newest else "no checkpoint was saved yet")
-                )
-            if engine.step_number == steps_before:  # left out, as the engine has said: the next batches take this step
-                continue
-            _advance(scheduler)
-            progress.step += 1
-            saves.require_run_folder()
-            report = engine.report()
-            watch.note(progress.step, report)
-            if report.get("cuts") is not None:
-                folder.note_cuts(report["cuts"])
-            step_seconds = time.monotonic() - step_begin
-            numbers = StepNumbers(
-                step=progress.step,
-                loss=loss,
-                tokens=sum(map(num_tokens, micro_batches)),
-                seconds=step_seconds,
-                bytes_read=int(report.get("bytes_read", 0)) - bytes_read,
-                memory={str(tier): int(num_bytes) for tier, num_bytes in report.get("memory", {}).items()},
-                seconds_besides=evaluations.seconds_from(
-                    progress.step, seconds_of_batch=step_seconds / options.accumulation_steps
-                ),
-            )
-            tokens += numbers.tokens
-            metrics = _metrics(numbers, report, lr=float(lr), epoch=batches.epoch)
-            folder.append_metrics(metrics)
-            events.add(metrics, progress.step)
-            display.step(numbers)
-            if options.save_every is not None and progress.step % options.save_every == 0:
-                saves.save()
-                folder.write_report(report)
-                saved_at = progress.step
-            if options.copy_every is not None and progress.step % options.copy_every == 0:
-                saves.copy()
-            saves.require_found()
-            bytes_read += numbers.bytes_read
-            if progress.step < total_steps and evaluations.behind(progress.step):  # the last one is saved first
-                bytes_read = int(engine.report().get("bytes_read", 0))
-            if progress.step == first_step + 1:
-                second_step_at = time.monotonic()
-            try:
-                care.check(
-                    report, steps_done=progress.step - first_step, seconds=time.monotonic() - second_step_at,
-                    steps_left=total_steps - progress.step,
-                )  # fmt: skip
-            except ConfigError:
-                saves.save()
-                raise
-        seconds = time.monotonic() - begin - evaluations.seconds
-        newest = saves.save() if saved_at != progress.step else saves.newest()
-        folder.write_report(engine.report())
-        if progress.step == total_steps:
-            evaluations.behind(progress.step)
-        if stop.signal is not None and progress.step < total_steps:
+        numbers = StepNumbers(
+            step=run.step,
+            loss=loss,
+            tokens=sum(map(num_tokens, micro_batches)),
+            seconds=seconds,
+            bytes_read=bytes_read - self._bytes_read,
+            memory={str(tier): int(num_bytes) for tier, num_bytes in report.get("memory", {}).items()},
+            seconds_besides=self._evaluations.seconds_from(
+                run.step, seconds_of_batch=seconds / run.options.accumulation_steps
+            ),
+        )
+        self._tokens += numbers.tokens
+        self._bytes_read = bytes_read
+        return numbers
+
+    def _tell(self, numbers: StepNumbers, report: Mapping[str, Any], lr: float) -> None:
+        metrics = _metrics(numbers, report, lr=lr, epoch=self._run.batches.epoch)
+        self._run.folder.append_metrics(metrics)
+        self._events.add(metrics, numbers.step)
+        self._display.step(numbers)
+
+    def _save(self, report: Mapping[str, Any]) -> None:
+        """What is due of it behind the step."""
+        run, options = self._run, self._run.options
+        if options.save_every is not None and run.step % options.save_every == 0:
+            run.save()
+            run.folder.write_report(report)
+        if options.copy_every is not None and run.step % options.copy_every == 0:
+            run.saves.copy()
+        run.saves.require_found()
+
+    def _check_writes(self, report: Mapping[str, Any]) -> None:
+        """Raises `ConfigError` where the run writes more than is allowed, with its state saved."""
+        run, steps_done = self._run, self._run.step - self._first_step
+        if steps_done == 1:
+            self._second_step_at = time.monotonic()
+        seconds = time.monotonic() - self._second_step_at
+        try:
+            self._care.check(report, steps_done=steps_done, seconds=seconds, steps_left=run.steps_left)
+        except ConfigError:
+            run.save()
+            raise
+
+    def end(self, stop: Stop) -> TrainingResult:
+        """Saves, evaluates what was trained to its end, and says how it ended. Blocks."""
+        run, display = self._run, self._display
+        seconds = time.monotonic() - self._begin - self._evaluations.seconds
+        newest = run.saved()
+        run.folder.write_report(run.engine.report())
+        if run.steps_left == 0:
+            self._evaluations.behind(run.step)
+        interrupted = stop.signal if run.steps_left > 0 else None
+        if interrupted is not None:
             place = newest.describe if newest is not None else "nothing"
             display.say(
-                f"{stop.signal.name}: stopped after step {progress.step} of {total_steps}, saved in {place}; continue "
+                f"{interrupted.name}: stopped after step {run.step} of {run.total_steps}, saved in {place}; continue "
                 f"with --resume"
             )
-            events.close(exit_code=128 + stop.signal)  # which may wait for a service
+            self._events.close(exit_code=128 + interrupted)  # which may wait for a service
         else:
-            folder.finish(at_step=progress.step)
-            display.say(f"finished at step {progress.step} after {format_seconds(seconds)}")
-            if written := care.outcome(engine.report(), progress.step - first_step, seconds):
+            run.folder.finish(at_step=run.step)
+            display.say(f"finished at step {run.step} after {format_seconds(seconds)}")
+            if written := self._care.outcome(run.engine.report(), run.step - self._first_step, seconds):
                 display.say(f"written: {written}")
         return TrainingResult(
-            step=progress.step,
-            loss=loss,
-            tokens=tokens,
+            step=run.step,
+            loss=run.loss,
+            tokens=self._tokens,
             seconds=seconds,
-            interrupted=stop.signal if progress.step < total_steps else None,
+            interrupted=interrupted,
             checkpoint=None if newest is None else newest.folder,
-            evaluated=evaluations.newest,
+            evaluated=self._evaluations.newest,
         )
-
-
-def num_steps(options: TrainingOptions, batches: ResumableBatches) -> int:
-    """Optimizer steps of the whole run."""
-    if options.steps is not None:
-        return options.steps
-    num_batches = sum(batches.num_batches(epoch) for epoch in range(options.epochs or 0))
-    return math.ceil(num_batches / options.accumulation_steps)
 
 
 def num_tokens(batch: Mapping[str, Any]) -> int:
     """Tokens of a micro-batch, padding left out where its mask tells."""
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, options: TrainingOptions, total_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    if options.lr is not None:
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr
-            group.pop("initial_lr", None)
-
-    def factor(step: int) -> float:
-        return lr_factor(step, total_steps=total_steps, warmup_ratio=options.warmup_ratio, schedule=options.schedule)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _advance(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-    with warnings.catch_warnings():
-        # torch looks whether `optimizer.step` was called; an engine steps each block where its state lies.
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        scheduler.step()
 
 
 def _metrics(numbers: StepNumbers, report: Mapping[str, Any], *, lr: float, epoch: int) -> dict[str, Any]:
@@ -326,45 +269,3 @@ def _metrics(numbers: StepNumbers, report: Mapping[str, Any], *, lr: float, epoc
         if isinstance(report.get(name), (int, float)):
             metrics[name] = report[name]
     return {**metrics, "memory": dict(numbers.memory), "time": round(time.time(), 3)}
-
-
-class _Stop:
-    """Which signal asked for an end."""
-
-    signal: signal.Signals | None = None
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    process = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:  # a forked child, such as a data loader's worker, which inherits this
-            if number == signal.SIGTERM:  # is to end; Ctrl-C, which a terminal sends to all, is the loop's to answer
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        if stop.signal is not None:
-            restore()
-            os.kill(os.getpid(), number)
-            return
-        stop.signal = signal.Signals(number)
-        # Not through the console: the signal may have come in the middle of one of its writes.
-        with contextlib.suppress(OSError):
-            os.write(2, f"{stop.signal.name}: finishing this step, then saving (a second signal aborts)\n".encode())
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        restore()
