@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,32 @@ MIN_WORDS = 2
 """Of a tokenizer that can say anything: what transformers makes of no files has up to one, T5's mark of a space."""
 _BAD_VALUES = (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError, RuntimeError)
 """What transformers ends in where a configuration has values that nobody has looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A causal one, and its tokenizer."""
+
+    tokenizer: Any
+    module: Any
+    """On the meta device, with the configuration that it trains with."""
+    settings_at_rest: Mapping[str, Any]
+    """What its configuration says when it does not train."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """The tokenizer's, or of another token that no loss is taken of."""
+        own = self.tokenizer.pad_token_id
+        return (own if own is not None else self.tokenizer.eos_token_id) or 0
+
+    def save(self, save_pretrained: Callable[[Path], object], folder: Path) -> None:
+        """Saves what was trained of it by `save_pretrained`, with its configuration at rest, and the tokenizer."""
+        while_training = set_values(self.module.config, **self.settings_at_rest)
+        try:
+            save_pretrained(folder)
+        finally:
+            set_values(self.module.config, **while_training)
+        self.tokenizer.save_pretrained(folder)
 
 
 def find_model(text: str) -> Path:
@@ -52,8 +80,8 @@ def _load_tokenizer(folder: Path) -> Any:
     raise ConfigError(f"--model: {folder}: its tokenizer cannot be loaded: {wrong}")
 
 
-def load_transformers(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Tokenizer, model on the meta device, and what its configuration says when it does not train. No downloads."""
+def load_transformers(folder: Path) -> LanguageModel:
+    """The model in `folder`. No downloads."""
     try:
         import transformers
     except ImportError as error:
@@ -75,7 +103,7 @@ def load_transformers(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         raise ConfigError(f"--model: {folder}: {str(error).partition(chr(10))[0]}") from error
     except _BAD_VALUES as error:
         raise ConfigError(f"--model: {folder}: its config.json is wrong ({error!r})") from error
-    return tokenizer, model, before
+    return LanguageModel(tokenizer=tokenizer, module=model, settings_at_rest=before)
 
 
 def set_values(config: Any, **values: Any) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,21 @@ from rich.table import Table
 
 from offload_rt import optim
 from offload_rt._engine import Engine
-from offload_rt.checkpoint.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_kind
+from offload_rt.checkpoint.saved_adapter import adapter_kind
 from offload_rt.cli.calibrate_first import calibrate_first
-from offload_rt.cli.model_folder import check_length, find_model, load_transformers, longest_row, set_values
-from offload_rt.config import adapter_folder, parse_adapters, parse_bytes
+from offload_rt.cli.model_folder import LanguageModel, check_length, find_model, load_transformers
+from offload_rt.cli.train_data import TrainingFiles, TrainingRows
+from offload_rt.config import parse_adapters, parse_bytes
 from offload_rt.errors import ConfigError
 from offload_rt.plans.cuts import cuts_from_json
 from offload_rt.running.steps import WARM_STEPS
 from offload_rt.running.tracing import require_writable
 from offload_rt.storage.durable import make_folders
-from offload_rt.training.batches import Batches, check_packing
-from offload_rt.training.data import DataReport, load_examples
-from offload_rt.training.data_files import data_files
+from offload_rt.training.batches import check_packing
+from offload_rt.training.data import DataReport
 from offload_rt.training.drive_care import DriveCare
 from offload_rt.training.evaluation import Evaluation
 from offload_rt.training.events import require_installed
-from offload_rt.training.identity import file_digest, model_digest, place_and_content
 from offload_rt.training.loop import TrainingResult, train
 from offload_rt.training.options import TrainingOptions
 from offload_rt.training.run import num_steps
@@ -43,6 +42,17 @@ from planners.errors import format_bytes
 
 INGEST_SECONDS = 2.0
 """Between two lines of progress while weights are encoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A command line that was checked as far as it can be without reading a file of data or weights."""
+
+    arguments: argparse.Namespace
+    options: TrainingOptions
+    care: DriveCare
+    trace: Path | None
+    model_folder: Path
 
 
 def train_from_arguments(arguments: argparse.Namespace) -> int:
@@ -67,28 +77,19 @@ def train_from_arguments(arguments: argparse.Namespace) -> int:
         require_writable(trace)  # the run's folder is made when the run begins
     model_folder = find_model(arguments.model)
     find_device(arguments.device)
+    call = _Call(arguments=arguments, options=options, care=care, trace=trace, model_folder=model_folder)
     with RunFolder.locked(options.out) as folder:
-        return _train(arguments, options, care, trace, folder, model_folder)
+        return _train(call, folder)
 
 
-def _train(
-    arguments: argparse.Namespace,
-    options: TrainingOptions,
-    care: DriveCare,
-    trace: Path | None,
-    folder: RunFolder,
-    model_folder: Path,
-) -> int:
-    """Runs what the command line says in the run's folder, which is locked; returns the exit code."""
+def _train(call: _Call, folder: RunFolder) -> int:
+    """Trains into the run's folder, which is locked; returns the exit code."""
+    arguments, options = call.arguments, call.options
     console = Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    saved = None if arguments.full else adapter_folder(arguments.adapters)
-    if saved is not None:
-        adapter_kind(saved)
-    data = data_files(arguments.data)
-    held_out_data = None if arguments.eval_data is None else data_files(arguments.eval_data)
+    files = TrainingFiles.find(arguments, call.model_folder)
     settings = {
-        **_begun_with(folder, arguments, model_folder, data, saved),
+        **files.settings(folder.settings()),
         "bits": arguments.bits, "max_grad_norm": arguments.max_grad_norm,
         "seed": arguments.seed, "full": arguments.full, "optimizer": arguments.optimizer,
         "batch_size": arguments.batch_size, "packing": arguments.packing,
@@ -97,89 +98,36 @@ def _train(
         folder.require_same({**options.settings(), **settings})
     else:
         folder.require_free()
-    tokenizer, model_on_meta, settings_of_model = load_transformers(model_folder)
-    if arguments.seq_len is not None and (warning := check_length(model_on_meta, arguments.seq_len)):
+    model = load_transformers(files.model)
+    if arguments.seq_len is not None and (warning := check_length(model.module, arguments.seq_len)):
         say(f"warning: {warning}")
-    load = partial(
-        load_examples,
-        tokenizer=tokenizer,
-        too_long=arguments.too_long,
-        prompts="raw" if arguments.raw_prompts else "template",
-    )
-    examples, data_report = load(data, seq_len=arguments.seq_len or longest_row(model_on_meta))
-    if arguments.seq_len is None:
-        # Memory is planned for the longest row there is, not for one that never comes.
-        arguments.seq_len = max(len(example) for example in examples)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches_of = partial(
-        Batches,
-        batch_size=arguments.batch_size,
-        seq_len=arguments.seq_len,
-        seed=arguments.seed,
-        packing=arguments.packing,
-        pad_token_id=pad_token_id or 0,
-    )
-    batches, held_out, held_out_report = batches_of(examples), None, None
-    if held_out_data is not None:
-        held_out_examples, held_out_report = load(held_out_data, seq_len=arguments.seq_len)
-        held_out = batches_of(held_out_examples)
-    total_steps = num_steps(options, batches)
-    if trace is not None and arguments.trace_steps > total_steps:
+    rows = TrainingRows.read(arguments, files, model)
+    total_steps = num_steps(options, rows.batches)
+    if call.trace is not None and arguments.trace_steps > total_steps:
         raise ConfigError(f"--trace-steps: {arguments.trace_steps} are to be traced, the run has {total_steps}")
-    _show_settings(console, arguments, saved, data_report, held_out_report, total_steps)
+    _show_settings(console, arguments, files, rows, total_steps)
     calibrate_first(arguments.device, arguments.nvme, arguments.plan, say)
     torch.manual_seed(arguments.seed)
-    keeps_cuts = options.resume and not arguments.other_cuts and folder.cuts is not None
-    with Engine(
-        model_on_meta,
-        checkpoint=model_folder,
-        bits=arguments.bits,
-        adapters=None if arguments.full else _adapters(saved or arguments.adapters),
-        device=arguments.device,
-        device_memory=arguments.device_memory,
-        host_memory=arguments.host_memory,
-        nvme=arguments.nvme,
-        batch_size=arguments.batch_size,
-        seq_len=arguments.seq_len,
-        accumulation_steps=arguments.accumulation_steps,
-        max_grad_norm=arguments.max_grad_norm,
-        optimizer=_optimizer(arguments.optimizer, arguments.lr) if arguments.full else None,
-        lr=None if arguments.full else arguments.lr,
-        plan=arguments.plan,
-        progress=_IngestProgress(console),
-        options=RuntimeOptions(
-            cuts=cuts_from_json(folder.cuts or {}, of=str(folder.path)) if keeps_cuts else None,
-            packed_products="measured" if arguments.packed_products else None,
-        ),
-    ) as engine:
+    with _engine(call, folder, model, files.adapters, rows.seq_len, _IngestProgress(console)) as engine:
         say(engine.summary())
         engine.model.train()
-        if trace is not None:
+        if call.trace is not None:
             num_left = total_steps - (folder.last_step() if options.resume else 0)
             wait = max(0, min(WARM_STEPS, num_left - arguments.trace_steps))
-            make_folders(trace.parent)
-            engine.trace(trace, steps=arguments.trace_steps, wait=wait, on_ready=say)
+            make_folders(call.trace.parent)
+            engine.trace(call.trace, steps=arguments.trace_steps, wait=wait, on_ready=say)
         if arguments.packing:
-            check_packing(engine, vocab_size=len(tokenizer), seq_len=arguments.seq_len)
-
-        def save(result_folder: Path) -> None:
-            while_training = set_values(model_on_meta.config, **settings_of_model)
-            try:
-                engine.save_pretrained(result_folder)
-            finally:
-                set_values(model_on_meta.config, **while_training)
-            tokenizer.save_pretrained(result_folder)
-
-        drives = [drive.path for drive in engine.config.nvme]
+            check_packing(engine, vocab_size=len(model.tokenizer), seq_len=rows.seq_len)
+        save = partial(model.save, engine.save_pretrained)
         result = train(
             engine,
-            batches,
+            rows.batches,
             options,
             settings=settings,
             console=console,
-            care=care,
-            drives=drives,
-            evaluation=None if held_out is None else Evaluation(engine, held_out),
+            care=call.care,
+            drives=[drive.path for drive in engine.config.nvme],
+            evaluation=None if rows.held_out is None else Evaluation(engine, rows.held_out),
             save_best=save if arguments.keep_best else None,
             folder=folder,
         )
@@ -191,21 +139,39 @@ def _train(
     return 0
 
 
-def _begun_with(
-    folder: RunFolder, arguments: argparse.Namespace, model_folder: Path, data: Sequence[Path], saved: Path | None
-) -> dict[str, Any]:
-    """Model, data and the adapter in `saved`, by place and content: the same content in another place is the same."""
-    before = folder.settings()
-    settings: dict[str, Any] = place_and_content(
-        "model", os.path.realpath(model_folder), model_digest(model_folder), before
+def _engine(
+    call: _Call,
+    folder: RunFolder,
+    model: LanguageModel,
+    adapters: Path | str | None,
+    seq_len: int,
+    progress: _IngestProgress,
+) -> Engine:
+    """An engine around `model`, which goes on with the cuts of the run in `folder`, unless it may have others."""
+    arguments = call.arguments
+    keeps_cuts = call.options.resume and not arguments.other_cuts and folder.cuts is not None
+    return Engine(
+        model.module,
+        checkpoint=call.model_folder,
+        bits=arguments.bits,
+        adapters=None if adapters is None else _adapters(adapters),
+        device=arguments.device,
+        device_memory=arguments.device_memory,
+        host_memory=arguments.host_memory,
+        nvme=arguments.nvme,
+        batch_size=arguments.batch_size,
+        seq_len=seq_len,
+        accumulation_steps=arguments.accumulation_steps,
+        max_grad_norm=arguments.max_grad_norm,
+        optimizer=_optimizer(arguments.optimizer, arguments.lr) if arguments.full else None,
+        lr=None if arguments.full else arguments.lr,
+        plan=arguments.plan,
+        progress=progress,
+        options=RuntimeOptions(
+            cuts=cuts_from_json(folder.cuts or {}, of=str(folder.path)) if keeps_cuts else None,
+            packed_products="measured" if arguments.packed_products else None,
+        ),
     )
-    if all(path.is_file() for path in data):  # a pipe is read once; its examples are compared when a run goes on
-        places, contents = ", ".join(map(os.path.realpath, data)), "-".join(map(file_digest, data))
-        settings |= place_and_content("data", places, contents, before)
-    if saved is None:
-        return settings | {"adapters": arguments.adapters}
-    content = "-".join(file_digest(saved / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-    return settings | place_and_content("adapters", os.path.realpath(saved), content, before)
 
 
 def _adapters(given: Path | str) -> Any:
@@ -258,25 +224,20 @@ class _IngestProgress:
 
 
 def _show_settings(
-    console: Console,
-    arguments: argparse.Namespace,
-    saved: Path | None,
-    data_report: DataReport,
-    held_out_report: DataReport | None,
-    total_steps: int,
+    console: Console, arguments: argparse.Namespace, files: TrainingFiles, rows: TrainingRows, total_steps: int
 ) -> None:
     """Every setting as it takes effect, before anything slow happens."""
     shown: dict[str, object] = {
         "model": arguments.model,
-        "data": f"{', '.join(arguments.data)}: {data_report}",
-        **({} if held_out_report is None else {"held out": _held_out(arguments, held_out_report)}),
+        "data": f"{', '.join(arguments.data)}: {rows.report}",
+        **({} if rows.held_out_report is None else {"held out": _held_out(arguments, rows.held_out_report)}),
         "weights": "NF4, double quantization" if arguments.bits == 4 else "as in the checkpoint",
         "trains": f"all parameters, by {arguments.optimizer}"
-        if arguments.full
-        else f"adapters: {_described(arguments.adapters, saved)}",
+        if files.adapters is None
+        else f"adapters: {_described(files.adapters)}",
         "budgets": f"device {arguments.device_memory or 'measured'}, host {arguments.host_memory or 'one tier'}",
         "nvme": ", ".join(arguments.nvme) if arguments.nvme else "none",
-        "batch": f"{arguments.batch_size} x {arguments.seq_len} tokens"
+        "batch": f"{arguments.batch_size} x {rows.seq_len} tokens"
         + (", packed" if arguments.packing else "")
         + f", {arguments.accumulation_steps} micro-batch(es) a step",
         "steps": total_steps,
@@ -289,9 +250,9 @@ def _show_settings(
         console.print(f"{name + ':':<15} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _described(adapters: str, saved: Path | None) -> str:
-    if saved is not None:
-        return f"go on from {saved} ({adapter_kind(saved)}, as configured there)"
+def _described(adapters: Path | str) -> str:
+    if isinstance(adapters, Path):
+        return f"go on from {adapters} ({adapter_kind(adapters)}, as configured there)"
     return ", ".join(f"{key}={value}" for key, value in parse_adapters(adapters).items())
 
 
