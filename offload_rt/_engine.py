@@ -14,18 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_rt.arguments import OptimizerSpec, machine_to_choose_for, machine_to_plan_for, make_optimizer, read_plan
+from offload_rt.arguments import OptimizerSpec, Trained, WantedPlan
 from offload_rt.attachments import Attachments
-from offload_rt.checkpoint.adapters import add_adapters
 from offload_rt.checkpoint.original import Original
 from offload_rt.checkpoint.pretrained import save_pretrained
 from offload_rt.closing import all_close
 from offload_rt.config import EngineConfig, parse_bytes, parse_nvme
 from offload_rt.emulation import emulated_config, emulated_hardware
 from offload_rt.errors import ConfigError, OffloadError, nearest
-from offload_rt.guards.adapter_kinds import check_adapters
 from offload_rt.guards.conversions import check_unmanaged
-from offload_rt.guards.integrity import check_loss, check_optimizer
+from offload_rt.guards.integrity import check_loss
 from offload_rt.guards.quantized import check_not_quantized
 from offload_rt.memory.heap import Base
 from offload_rt.optimizer.interface import Training
@@ -134,39 +132,21 @@ class Engine:
         emulated = None if emulate is None else emulated_hardware(emulate)
         if emulated is not None:
             self.config = emulated_config(self.config, emulated)
-        given_plan = read_plan(plan)
-        optimise_for = machine_to_plan_for(plan, self.config, emulated)
-        chooses_for = machine_to_choose_for(plan, self.config, emulated)
+        wanted = WantedPlan.read(plan, self.config, emulated)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._peaks = Peaks()
         original = Original(model)
         runtime: Runtime | None = None
         attached: Attachments | None = None
         try:
-            self.model: nn.Module = model if adapters is None else add_adapters(model, adapters, self._checkpoint)
-            check_adapters(self.model, has_checkpoint=self._checkpoint is not None)
-            self.trainable: dict[str, nn.Parameter] = {
-                name: p for name, p in self.model.named_parameters() if p.requires_grad
-            }
+            trained = Trained.of(model, self._checkpoint, adapters=adapters, optimizer=optimizer, lr=lr)
+            self.model = trained.model
+            self.trainable = trained.parameters
             """What trains, by name. Parameters keep their identity when those on meta become real."""
-            made_optimizer = make_optimizer(optimizer, lr, list(self.trainable.values()))
-            if made_optimizer is not None:
-                check_optimizer(made_optimizer, self.trainable)
             # What a first optimizer makes torch import is the base's, as peft is; what the model holds is the plan's.
-            held = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
-            self._base = Base.now(besides_bytes=held)
+            self._base = Base.now(besides_bytes=trained.held_bytes)
             runtime = assemble(
-                self.model,
-                self._checkpoint,
-                self.config,
-                given_plan,
-                options if options is not None else RuntimeOptions(),
-                progress,
-                base=self._base,
-                optimizer=made_optimizer,
-                optimise_for=optimise_for,
-                emulated=emulated,
-                chooses_for=chooses_for,
+                trained, self._checkpoint, self.config, wanted, options or RuntimeOptions(), progress, base=self._base
             )
             self._closed = False
             self._tracked = Tracked()

@@ -1,17 +1,21 @@
-"""Arguments of `offload_rt.engine` that stand for more than a number: a plan, a machine to plan for, an optimizer."""
+"""Arguments of `offload_rt.engine` that stand for more than a number: a plan, a machine to plan for, what trains."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from offload_rt.checkpoint.adapters import add_adapters
 from offload_rt.config import EngineConfig
 from offload_rt.errors import ConfigError, nearest
+from offload_rt.guards.adapter_kinds import check_adapters
+from offload_rt.guards.integrity import check_optimizer
 from offload_rt.profiling.calibrate import calibrated
 from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
@@ -21,6 +25,70 @@ AUTO = "auto"
 OPTIMISE = "optimise"
 """The plan that the optimiser makes of this model and machine."""
 OptimizerSpec = type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedPlan:
+    """What `plan=` and `emulate=` ask for."""
+
+    given: Plan | None
+    """None where a plan is to be made: by the optimiser, or by the fixed rule."""
+    optimise_for: Hardware | None
+    """The machine that the optimiser plans for; None where it is not asked, or only to choose."""
+    choose_for: Hardware | None
+    """The machine, as calibrated, on which the optimiser's plan is taken if it is expected to be faster than the fixed
+    rule's; None where the rule's is."""
+    emulated: Hardware | None
+    """The machine whose links are imposed."""
+
+    @classmethod
+    def read(cls, plan: Plan | str | Path, config: EngineConfig, emulated: Hardware | None) -> WantedPlan:
+        """Raises `ConfigError` where the plan cannot be read, or needs a machine that was not calibrated."""
+        return cls(
+            given=read_plan(plan),
+            optimise_for=machine_to_plan_for(plan, config, emulated),
+            choose_for=machine_to_choose_for(plan, config, emulated),
+            emulated=emulated,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model with its adapters, what trains of it, and by which optimizer."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    """What trains, by name."""
+    optimizer: torch.optim.Optimizer | None
+    """None where nothing trains."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        checkpoint: Path | None,
+        *,
+        adapters: Any,
+        optimizer: OptimizerSpec | None,
+        lr: float | None,
+    ) -> Trained:
+        """Adds `adapters`, unless None, to `model`, whose weights `checkpoint` has, unless None.
+
+        Raises `ConfigError`, `CheckpointError` and `UnsupportedModule`, and leaves what it has put on the model to the
+        caller (`checkpoint.original`); `IntegrityError` for an optimizer of other parameters.
+        """
+        model = model if adapters is None else add_adapters(model, adapters, checkpoint)
+        check_adapters(model, has_checkpoint=checkpoint is not None)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        made = make_optimizer(optimizer, lr, list(parameters.values()))
+        if made is not None:
+            check_optimizer(made, parameters)
+        return cls(model=model, parameters=parameters, optimizer=made)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the model's parameters hold of memory, those on meta nothing."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
 
 
 def read_plan(plan: Plan | str | Path) -> Plan | None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from offload_rt.arguments import Trained, WantedPlan
 from offload_rt.checkpoint import open_checkpoint
 from offload_rt.config import EngineConfig
 from offload_rt.errors import ConfigError, PlanInfeasible
@@ -37,86 +37,100 @@ from offload_rt.wiring.runtime_options import RuntimeOptions
 from offload_rt.wiring.store_assembly import Progress
 from offload_rt.wiring.workload import Workload, find_workload
 from planners.plans.plan import Plan
-from planners.problems.hardware import Hardware
 from planners.rule.streaming import plan_streaming
 from planners.rule.streaming_problem import StreamingProblem
 
 logger = logging.getLogger("offload_rt")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Decided:
+    """Which plan runs, and what it answers."""
+
+    plan: Plan
+    workload: Workload
+    problem: StreamingProblem
+    asked: Asked | None
+    """What the optimiser was asked, where the plan is its own."""
+    choice: Choice | None
+    """None where the plan was given, or the optimiser's was asked for."""
+
+
 def assemble(
-    model: nn.Module,
+    trained: Trained,
     checkpoint: Path | None,
     config: EngineConfig,
-    plan: Plan | None,
+    wanted: WantedPlan,
     options: RuntimeOptions,
     progress: Progress | None = None,
     *,
     base: Base,
-    optimizer: torch.optim.Optimizer | None = None,
-    optimise_for: Hardware | None = None,
-    emulated: Hardware | None = None,
-    chooses_for: Hardware | None = None,
 ) -> Runtime:
-    """Builds the runtime around `model`. `progress` is called with a phase, bytes done and bytes in all.
-
-    base: the process without what the plan accounts for. optimise_for: the machine that the optimiser plans for, where
-    `plan` is None; None takes the fixed rule, or, where it is expected to be faster on `chooses_for`, which was
-    calibrated, the optimiser's plan. emulated: the machine whose links are imposed.
+    """Builds the runtime around a model. `progress` is called with a phase, bytes done and bytes in all; `base` is the
+    process without what the plan accounts for.
     """
     for drive in config.nvme:
         for doubt in doubts_about(drive.path):
             logger.warning("nvme %s: %s", drive.path, doubt)
+    optimizer = trained.optimizer
     with contextlib.ExitStack() as while_assembling:
         opened = None if checkpoint is None else while_assembling.enter_context(open_checkpoint(checkpoint))
-        workload = find_workload(model, opened, config, optimizer, options)
-        options = with_products(options, workload, plan)
-        asked: Asked | None = None
-        infeasible: PlanInfeasible | None = None
-        problem: StreamingProblem | None = None
+        workload = find_workload(trained.model, opened, config, optimizer, options)
+        options = with_products(options, workload, wanted.given)
         covered = check_coverage(workload.drafts) if config.bits == 4 else coverage(workload.drafts)
-        if plan is None and optimise_for is not None:
-            problem = question(workload, options.cuts)
-            try:
-                plan, asked = first_answer(
-                    workload, problem, optimise_for, optimizer, options,
-                    over_link=emulated is not None and not emulated.unified,
-                )  # fmt: skip
-            except PlanInfeasible as error:
-                infeasible = error
-        given = plan
-        try:
-            workload, problem, chosen = planned(workload, plan, optimizer, options, problem)
-        except PlanInfeasible:
-            if infeasible is not None:
-                raise infeasible from infeasible.__cause__
-            raise
-        changed = with_options(chosen, workload, options, problem.training)
-        choice: Choice | None = None
-        if given is None:
-            why_not = 'under emulate=, plan="optimise" asks the optimiser' if emulated is not None else ""
-            if infeasible is not None:  # by whole pages of each block, or by what a layer was measured to hold
-                why_not = f"no plan of the optimiser's fits: {infeasible}"
-                logger.warning("plan: %s; the fixed rule's runs", why_not)
-            why_not = why_not or ("switches of the runtime change the plan" if changed != chosen else "")
-            changed, choice, asked = choose(workload, problem, changed, chooses_for, optimizer, why_not=why_not)
-        chosen = changed
-        check_plan(chosen, problem, workload)
+        decided = _decide(workload, wanted, optimizer, options)
+        workload = decided.workload
+        check_plan(decided.plan, decided.problem, workload)
         if workload.training is None and isinstance(optimizer, AdamW):
             for parameter in (each for group in optimizer.param_groups for each in group["params"]):
                 optimizer.check(parameter, config.device)
-        check_cuts(chosen, workload, options.cuts)
-        products_of(chosen, workload, options)
+        check_cuts(decided.plan, workload, options.cuts)
+        products_of(decided.plan, workload, options)
         made_of = MadeOf(
-            workload=workload, problem=problem, options=options, base=base,
-            throttle=None if emulated is None else Throttle(emulated),
-            plan_again=None if choice is None else _planning_again(workload, options), asked=asked,
-            choice=choice,
+            workload=workload, problem=decided.problem, options=options, base=base,
+            throttle=None if wanted.emulated is None else Throttle(wanted.emulated),
+            plan_again=None if decided.choice is None else _planning_again(workload, options), asked=decided.asked,
+            choice=decided.choice,
         )  # fmt: skip
-        with RuntimeAssembly(made_of, chosen, progress) as assembly:
+        with RuntimeAssembly(made_of, decided.plan, progress) as assembly:
             runtime = assembly.run(covered, optimizer)
         workload.sources.let_go()
         return runtime
+
+
+def _decide(
+    workload: Workload, wanted: WantedPlan, optimizer: torch.optim.Optimizer | None, options: RuntimeOptions
+) -> _Decided:
+    """The plan that is given, the optimiser's where it was asked for and has one, or what `choose` chooses. Blocks for
+    seconds where the optimiser is asked.
+    """
+    plan, emulated = wanted.given, wanted.emulated
+    problem: StreamingProblem | None = None
+    asked: Asked | None = None
+    infeasible: PlanInfeasible | None = None
+    if plan is None and wanted.optimise_for is not None:
+        problem = question(workload, options.cuts)
+        over_link = emulated is not None and not emulated.unified
+        try:
+            plan, asked = first_answer(workload, problem, wanted.optimise_for, optimizer, options, over_link=over_link)
+        except PlanInfeasible as error:
+            infeasible = error
+    try:
+        workload, problem, planned_so = planned(workload, plan, optimizer, options, problem)
+    except PlanInfeasible:
+        if infeasible is not None:
+            raise infeasible from infeasible.__cause__
+        raise
+    runs = with_options(planned_so, workload, options, problem.training)
+    if plan is not None:
+        return _Decided(plan=runs, workload=workload, problem=problem, asked=asked, choice=None)
+    why_not = 'under emulate=, plan="optimise" asks the optimiser' if emulated is not None else ""
+    if infeasible is not None:  # by whole pages of each block, or by what a layer was measured to hold
+        why_not = f"no plan of the optimiser's fits: {infeasible}"
+        logger.warning("plan: %s; the fixed rule's runs", why_not)
+    why_not = why_not or ("switches of the runtime change the plan" if runs != planned_so else "")
+    runs, choice, asked = choose(workload, problem, runs, wanted.choose_for, optimizer, why_not=why_not)
+    return _Decided(plan=runs, workload=workload, problem=problem, asked=asked, choice=choice)
 
 
 def _planning_again(workload: Workload, options: RuntimeOptions) -> Callable[[StreamingProblem], Plan]:
