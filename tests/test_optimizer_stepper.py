@@ -15,7 +15,7 @@ import torch
 
 from offload_rt.errors import StorageError
 from offload_rt.memory import arena as arena_module
-from offload_rt.memory.arena import Arena
+from offload_rt.memory.arena import Arena, SlotPool
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.optimizer.rules import Scalars, Update
@@ -58,8 +58,8 @@ class Bench:
         for block in self.blocks:
             self.gradients.add(block, gradients_of(block, 1.0), with_norms=True)
         self.stepper = Stepper(
-            self.rule, self.home, self.gradients, lambda name: {}, self.progress, self.links, state_arena=self.arena,
-            state_slot_bytes=most, weights_arena=Arena(f"weights {next(NUMBERS)}", 4096), weights_slot_bytes=4096,
+            self.rule, self.home, self.gradients, lambda name: {}, self.progress, self.links,
+            state_pool=SlotPool(self.arena, most), weights_pool=SlotPool(Arena(f"weights {next(NUMBERS)}", 4096), 4096),
             threaded=threaded,
         )  # fmt: skip
         self.io.started.clear()

@@ -337,7 +337,7 @@ def test_a_step_that_was_taken_does_not_raise_what_became_of_its_writes(tmp_path
         run.save_checkpoint(run.commit_folder)
     slots = run._training.stepper.slots
     slots.forget()
-    assert slots._state_arena.held_bytes() == 0, "what failed has kept its slots"
+    assert slots._state_pool.arena.held_bytes() == 0, "what failed has kept its slots"
     with contextlib.suppress(OffloadError):
         run.close()
 

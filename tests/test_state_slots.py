@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from offload_rt.errors import StorageTimeout
-from offload_rt.memory.arena import Arena
+from offload_rt.memory.arena import Arena, SlotPool
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.rules import Scalars, Update
 from offload_rt.optimizer.state import StateHome, begin_state
@@ -81,8 +81,8 @@ def stepped(folder: Path, *, num_slots: int, write_seconds: float) -> SlowIO:
     for block in made:
         gradients.add(block, gradients_of(block, 1.0), with_norms=True)
     stepper = Stepper(
-        SlowRule(io), home, gradients, lambda name: {}, Progress(), links, state_arena=arena, state_slot_bytes=most,
-        weights_arena=Arena(f"weights {next(NUMBERS)}", 4096), weights_slot_bytes=4096, threaded=False,
+        SlowRule(io), home, gradients, lambda name: {}, Progress(), links, state_pool=SlotPool(arena, most),
+        weights_pool=SlotPool(Arena(f"weights {next(NUMBERS)}", 4096), 4096), threaded=False,
     )  # fmt: skip
     io.begun["read"].clear()
     io.seconds = {"read": READ, "write": write_seconds}

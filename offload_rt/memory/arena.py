@@ -345,3 +345,27 @@ class Arena:
                 else:
                     merged.append((start, end))
             self._free = merged
+
+
+@dataclass(frozen=True)
+class SlotPool:
+    """An arena in which all slots are as large as the largest of what they are for."""
+
+    arena: Arena
+    slot_bytes: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.arena.num_bytes // max(1, self.slot_bytes)
+
+    def acquire(self, owner: str) -> Slot:
+        """As `Arena.acquire`."""
+        return self.arena.acquire(self.slot_bytes, owner)
+
+    def acquire_or_none(self, owner: str) -> Slot | None:
+        """As `Arena.acquire_or_none`."""
+        return self.arena.acquire_or_none(self.slot_bytes, owner)
+
+    def try_acquire(self, owner: str) -> Slot | None:
+        """As `Arena.try_acquire`."""
+        return self.arena.try_acquire(self.slot_bytes, owner)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from offload_rt.errors import OffloadError
-from offload_rt.memory.arena import Arena, Slot
+from offload_rt.memory.arena import Slot, SlotPool
 from offload_rt.optimizer.parted_weights import PartedRoom
 from offload_rt.optimizer.pieces import Piece, TrainedBlock
 from offload_rt.optimizer.state import StateHome
@@ -46,10 +46,8 @@ class StateSlots:
         self,
         home: StateHome,
         *,
-        state_arena: Arena,
-        state_slot_bytes: int,
-        weights_arena: Arena,
-        weights_slot_bytes: int,
+        state_pool: SlotPool,
+        weights_pool: SlotPool,
         wait: Callable[[Transfer], None],
         settle_one: Callable[[], bool],
     ) -> None:
@@ -58,14 +56,11 @@ class StateSlots:
         """
         self.counters = SlotCounters()
         self._home = home
-        self._state_arena = state_arena
-        self._state_slot_bytes = state_slot_bytes
-        self._weights_arena = weights_arena
-        self._weights_slot_bytes = weights_slot_bytes
+        self._state_pool, self._weights_pool = state_pool, weights_pool
         self._wait = wait
         self._settle_one = settle_one
         # Half of the slots at most are on their way out, so that the other half can be read into meanwhile.
-        self._max_writes = max(1, state_arena.num_bytes // max(1, state_slot_bytes) // 2)
+        self._max_writes = max(1, state_pool.num_slots // 2)
         self._to_read: deque[Piece] = deque()
         self._ahead: dict[str, tuple[Slot, Transfer]] = {}
         self._writes: deque[Transfer] = deque()
@@ -88,7 +83,7 @@ class StateSlots:
 
     def read(self, piece: Piece) -> Slot:
         """As `state`, for a piece that rests in the log and was not read ahead."""
-        slot = self._take(self._state_arena, self._state_slot_bytes, piece.name).part(0, piece.num_bytes)
+        slot = self._take(self._state_pool, piece.name).part(0, piece.num_bytes)
         self._wait(self._home.fetch(piece, slot))
         return slot
 
@@ -114,7 +109,7 @@ class StateSlots:
         parts = self._home.parted.get(block.name)
         if parts is not None and not parts.split.nvme_bytes:
             return parts.room(None)
-        slot = self._take(self._weights_arena, self._weights_slot_bytes, f"weights of {block.name}")
+        slot = self._take(self._weights_pool, f"weights of {block.name}")
         if parts is not None:
             return parts.room(slot.part(0, parts.split.streamed_bytes))
         return slot.part(0, block.weights.stored_bytes)
@@ -164,7 +159,7 @@ class StateSlots:
         commit. It is not that of a step which was taken, or of one that is given up.
         """
         while self._to_read:
-            slot = self._state_arena.try_acquire(self._state_slot_bytes, self._to_read[0].name)
+            slot = self._state_pool.try_acquire(self._to_read[0].name)
             if slot is None:
                 return
             piece = self._to_read.popleft()
@@ -176,23 +171,23 @@ class StateSlots:
                 return
             self._ahead[piece.name] = (slot, reading)
 
-    def _take(self, arena: Arena, num_bytes: int, owner: str) -> Slot:
+    def _take(self, pool: SlotPool, owner: str) -> Slot:
         """A slot, once a write that holds one is done, or the device; at the worst what was read ahead is dropped."""
-        while (slot := arena.try_acquire(num_bytes, owner)) is None:
+        while (slot := pool.try_acquire(owner)) is None:
             if self._writes:
                 self._settle_writes(len(self._writes) - 1)
                 continue
             if self._settle_one():
                 continue
-            slot = arena.acquire_or_none(num_bytes, owner)  # what a device has stepped is lent until that is reported
+            slot = pool.acquire_or_none(owner)  # what a device has stepped is lent until that is reported
             if slot is not None:
                 return slot
             with self._read_lock:
-                was_ahead = bool(self._ahead) and arena is self._state_arena
+                was_ahead = bool(self._ahead) and pool is self._state_pool
                 if was_ahead:
                     self._drop_ahead()
             if not was_ahead:
-                return arena.acquire(num_bytes, owner)  # raises, naming the holders
+                return pool.acquire(owner)  # raises, naming the holders
         return slot
 
     def _drop_ahead(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offload_rt.memory.arena import Arena, Slot
+from offload_rt.memory.arena import Slot, SlotPool
 from offload_rt.meter import CPU, UPDATES_WAIT, WAIT
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.job import GradientSource, Job
@@ -68,10 +68,8 @@ class Stepper:
         progress: Progress,
         links: Links,
         *,
-        state_arena: Arena,
-        state_slot_bytes: int,
-        weights_arena: Arena,
-        weights_slot_bytes: int,
+        state_pool: SlotPool,
+        weights_pool: SlotPool,
         threaded: bool,
         on_device: PiecesOnDevice | None = None,
     ) -> None:
@@ -90,8 +88,8 @@ class Stepper:
         self._on_device = on_device
         self.device_counters = DeviceCounters() if on_device is None else on_device.counters
         self.slots = StateSlots(
-            home, state_arena=state_arena, state_slot_bytes=state_slot_bytes, weights_arena=weights_arena,
-            weights_slot_bytes=weights_slot_bytes, wait=self._wait, settle_one=self._settle_one_on_device,
+            home, state_pool=state_pool, weights_pool=weights_pool, wait=self._wait,
+            settle_one=self._settle_one_on_device,
         )  # fmt: skip
         self._jobs: queue.SimpleQueue[tuple[Stepper, Callable[[], None]] | None] = queue.SimpleQueue()
         self._num_open = 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_rt.checksum import crc32c
-from offload_rt.memory.arena import Arena, Slot
+from offload_rt.memory.arena import Arena, Slot, SlotPool
 from offload_rt.optimizer.arrivals import Arrival
 from offload_rt.optimizer.gradients import Gradients
 from offload_rt.optimizer.pieces import TrainedBlock
@@ -60,10 +60,10 @@ def steps_per_second(block: TrainedBlock, rule: UpdateRule, group: Mapping[str, 
     if block.weights is not None:
         num_bytes = align_up(block.weights.stored_bytes, IO_ALIGNMENT_BYTES)
         home.weights[block.name] = Arena("profile, weights", num_bytes).acquire(num_bytes, "profile")
-    progress, none = Progress(), Arena("profile, nothing", IO_ALIGNMENT_BYTES)
+    progress, none = Progress(), SlotPool(Arena("profile, nothing", IO_ALIGNMENT_BYTES), 0)
     stepper = Stepper(
-        rule, home, _Zeros(block), lambda name: group, progress, links, state_arena=none, state_slot_bytes=0,
-        weights_arena=none, weights_slot_bytes=0, threaded=False,
+        rule, home, _Zeros(block), lambda name: group, progress, links, state_pool=none, weights_pool=none,
+        threaded=False,
     )  # fmt: skip
 
     def run() -> None:

@@ -16,7 +16,7 @@ from offload_rt.config import NvmePath
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.layers.turns import Turns
-from offload_rt.memory.arena import Arena, Slot
+from offload_rt.memory.arena import Arena, Slot, SlotPool
 from offload_rt.optimizer.adapters import AdapterTraining, ParameterGradients
 from offload_rt.optimizer.arrivals import ARRIVING_SLOTS, Arrivals
 from offload_rt.optimizer.by_name import LAYOUT, check_layout, layout_json, read_layout_json
@@ -109,11 +109,11 @@ class StateAssembly:
             elif pieces:
                 arena = self._arena(name, sum(piece.num_bytes for piece in pieces), copied=there)
                 self.home.pieces |= {piece.name: arena.acquire(piece.num_bytes, piece.name) for piece in pieces}
-        self._state_arena = self._arena(
-            "optimizer state on its way", placement.state_slots * sizes.piece_bytes, copied=copied
+        self._state_pool = self._pool(
+            "optimizer state on its way", placement.state_slots, sizes.piece_bytes, copied=copied
         )
-        self._weights_arena = self._arena(
-            "new weights on their way", placement.weight_slots * sizes.largest_weight_bytes, copied=copied
+        self._weights_pool = self._pool(
+            "new weights on their way", placement.weight_slots, sizes.largest_weight_bytes, copied=copied
         )
         if copied:
             self._on_device = self._updates_on_device(
@@ -184,7 +184,7 @@ class StateAssembly:
             whole: Slot | None = None
             room: Slot | PartedRoom | None = rests
             if collects:
-                whole = self._room(self._weights_arena, self._sizes.largest_weight_bytes, writes)
+                whole = self._room(self._weights_pool, writes)
                 room = whole = whole.part(0, self._drafts[block.name].spec.stored_bytes)
                 fill_slot(self._drafts[block.name], self._workload.sources, whole)
             elif parts is not None:
@@ -192,7 +192,7 @@ class StateAssembly:
             for piece in block.pieces:
                 slot = self.home.pieces.get(piece.name)
                 if slot is None:
-                    slot = self._room(self._state_arena, self._sizes.piece_bytes, writes).part(0, piece.num_bytes)
+                    slot = self._room(self._state_pool, writes).part(0, piece.num_bytes)
                 begin_state(slot, piece, block, room)
                 if log is not None and piece.name not in self.home.pieces:  # the others are written by the commit
                     writes.append(self.home.write_back(piece, slot))
@@ -258,9 +258,7 @@ class StateAssembly:
         training: list[AnyTraining] = []
         stepper = Stepper(
             self._draft.rule, self.home, gradients, lambda name: training[0].groups.of(name), progress, self._links,
-            state_arena=self._state_arena, state_slot_bytes=self._sizes.piece_bytes,
-            weights_arena=self._weights_arena, weights_slot_bytes=self._sizes.largest_weight_bytes,
-            on_device=self._on_device, threaded=threaded,
+            state_pool=self._state_pool, weights_pool=self._weights_pool, on_device=self._on_device, threaded=threaded,
         )  # fmt: skip
         parts = TieredParts(
             blocks=self._draft.blocks, rule=self._draft.rule, home=self.home, stepper=stepper, progress=progress,
@@ -338,13 +336,16 @@ class StateAssembly:
     def _arena(self, name: str, num_bytes: int, *, copied: bool = True) -> Arena:
         return self._tiers.arena(Tier.HOST, name, align_up(num_bytes, IO_ALIGNMENT_BYTES), copied=copied)
 
+    def _pool(self, name: str, num_slots: int, slot_bytes: int, *, copied: bool) -> SlotPool:
+        return SlotPool(self._arena(name, num_slots * slot_bytes, copied=copied), slot_bytes)
+
     def _unused_room(self) -> Slot:
         """Reserved memory in which there is nothing yet: of the state on its way, or else of what rests in memory."""
         if self._placement.state_slots:
-            return self._state_arena.acquire(self._sizes.piece_bytes, "zeros")
+            return self._state_pool.acquire("zeros")
         return max(self.home.pieces.values(), key=lambda slot: slot.num_bytes)
 
-    def _room(self, arena: Arena, num_bytes: int, writes: deque[Transfer]) -> Slot:
-        while (slot := arena.try_acquire(num_bytes, "first state")) is None and writes:
+    def _room(self, pool: SlotPool, writes: deque[Transfer]) -> Slot:
+        while (slot := pool.try_acquire("first state")) is None and writes:
             self._links.wait(writes.popleft())
-        return slot if slot is not None else arena.acquire(num_bytes, "first state")
+        return slot if slot is not None else pool.acquire("first state")
