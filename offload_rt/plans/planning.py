@@ -17,7 +17,7 @@ from offload_rt.errors import ConfigError, PlanInfeasible
 from offload_rt.layers.discover import BlockDraft
 from offload_rt.plans.planning_blocks import class_of, kind_of, needed_again, passes_of, passes_of_edge
 from offload_rt.plans.planning_budgets import in_budgets, passing_of, with_slack, within_budgets
-from offload_rt.plans.planning_tokens import input_staging_bytes, policies_of, rounding_of, saved_of, sizes_of
+from offload_rt.plans.planning_tokens import input_staging_bytes, policies_of, rounding_of, sizes_of
 from offload_rt.plans.workload_sizes import OPTIMIZER_BYTES_PER_ELEMENT
 from offload_rt.profiling.block_profile import profile_layer
 from offload_rt.profiling.chunk_profile import profile_chunked_layer
@@ -32,7 +32,7 @@ from planners.plans.placement import Tier, UpdateMode
 from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
 from planners.problems.measured import MeasuredSeconds
-from planners.problems.problem import Capabilities, Problem, Training
+from planners.problems.problem import BlockClass, Capabilities, Problem, Training
 from planners.problems.problem import Workload as PlannedWorkload
 from planners.rule.attempts import CHUNK_TOKENS, TIGHT_SLACK_BYTES, head_chunk_tokens
 from planners.rule.edges import tiled_block
@@ -193,46 +193,14 @@ def problem_of(
     Where adapters' state rests in tiers, without what trains: `planning_adapters` adds that.
     """
     config = workload.config
-    kinds: dict[tuple[str, MeasuredSeconds], list[BlockDraft]] = {}
-    for draft in workload.layers:
-        kinds.setdefault((kind_of(draft), layer_seconds[draft.name]), []).append(draft)
-    order = {draft.name: position for position, draft in enumerate(_in_order(workload))}
     tokens = config.batch_size * config.seq_len
     chunk_tokens = next((s.chunks.num_tokens for s in layer_seconds.values() if s.chunks is not None), None)
-    tile_tokens = head_chunk_tokens(streaming, chunk_tokens)
-    head_bytes = 0 if streaming.loss_head is None else streaming.loss_head.peak_bytes(tile_tokens)
-    classes = []
-    for number, ((_, seconds), drafts) in enumerate(kinds.items()):
-        classes.append(
-            class_of(
-                f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, seconds, is_layer=True,
-                trainable_params=sum(p.numel() for p in drafts[0].modules[0].parameters() if p.requires_grad)
-                if workload.training is None
-                else 0,
-                saved=saved_of(
-                    seconds, input_bytes_per_token=streaming.layer_input_bytes / tokens, num_tokens=tokens
-                ),
-                **passes_of(seconds, streaming, tokens, config.seq_len),
-            )
-        )  # fmt: skip
-    edges = [draft for draft in workload.drafts if not draft.is_layer]
-    nothing = MeasuredSeconds(forward=0.0, backward=0.0)
-    rows = {block.name: block.rows for block in streaming.edges if block.product is None}  # tied: a slot, or by tiles
-    for draft in edges:
-        seconds, peak = (head_seconds, head_bytes) if draft is edges[-1] else (nothing, 0)
-        classes.append(
-            class_of(
-                draft.name, [draft], order, seconds, is_layer=False,
-                again=needed_again(draft, streaming, chunk_tokens), rows=rows.get(draft.name),
-                **passes_of_edge(seconds, peak, chunk_tokens, tokens),
-            )
-        )  # fmt: skip
     trainable = [p for p in workload.model.parameters() if p.requires_grad]
     item_bytes = max((p.element_size() for p in trainable), default=4)
     planned = PlannedWorkload(
         name=type(workload.model).__name__,
         training=Training.ADAPTERS,
-        classes=tuple(classes),
+        classes=_classes(workload, streaming, layer_seconds, head_seconds, chunk_tokens),
         hidden=round(streaming.layer_input_bytes / tokens / 2),
         batch_size=config.batch_size,
         seq_len=config.seq_len,
@@ -240,7 +208,7 @@ def problem_of(
         gradient_bytes_per_param=item_bytes,
         weight_bytes_per_param=item_bytes,
         clips=config.max_grad_norm is not None,
-        head_tile_tokens=tile_tokens or tokens,
+        head_tile_tokens=head_chunk_tokens(streaming, chunk_tokens) or tokens,
         slab_bytes=0,  # slabs are ordinary memory, and come when a step's activations are gone
         input_staging_bytes=input_staging_bytes(streaming),
         micro_batches=config.accumulation_steps,
@@ -260,6 +228,40 @@ def problem_of(
         capabilities=replace(CAPABILITIES, token_chunks=chunk_tokens is not None),
         slack_bytes=slack_bytes,
     )
+
+
+def _classes(
+    workload: Workload,
+    streaming: StreamingProblem,
+    layer_seconds: dict[str, MeasuredSeconds],
+    head_seconds: MeasuredSeconds,
+    chunk_tokens: int | None,
+) -> tuple[BlockClass, ...]:
+    """Layers by kind and by what they were measured to take; then each block outside them."""
+    config = workload.config
+    tokens = config.batch_size * config.seq_len
+    order = {draft.name: position for position, draft in enumerate(_in_order(workload))}
+    kinds: dict[tuple[str, MeasuredSeconds], list[BlockDraft]] = {}
+    for draft in workload.layers:
+        kinds.setdefault((kind_of(draft), layer_seconds[draft.name]), []).append(draft)
+    classes = []
+    for number, ((_, seconds), drafts) in enumerate(kinds.items()):
+        name = f"layer {number}" if len(kinds) > 1 else "layer"
+        passes = passes_of(seconds, streaming, tokens, config.seq_len)
+        params = sum(p.numel() for p in drafts[0].modules[0].parameters() if p.requires_grad)
+        stepped = params if workload.training is None else 0
+        classes.append(class_of(name, drafts, order, passes, is_layer=True, trainable_params=stepped))
+    edges = [draft for draft in workload.drafts if not draft.is_layer]
+    nothing = MeasuredSeconds(forward=0.0, backward=0.0)
+    tile_tokens = head_chunk_tokens(streaming, chunk_tokens)
+    head_bytes = 0 if streaming.loss_head is None else streaming.loss_head.peak_bytes(tile_tokens)
+    rows = {block.name: block.rows for block in streaming.edges if block.product is None}  # tied: a slot, or by tiles
+    for draft in edges:
+        seconds, peak = (head_seconds, head_bytes) if draft is edges[-1] else (nothing, 0)
+        again = needed_again(draft, streaming, chunk_tokens)
+        passes = passes_of_edge(seconds, peak, chunk_tokens, tokens, visits_backward=again)
+        classes.append(class_of(draft.name, [draft], order, passes, is_layer=False, rows=rows.get(draft.name)))
+    return tuple(classes)
 
 
 def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:

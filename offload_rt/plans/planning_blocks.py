@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
 from offload_rt.layers.discover import BlockDraft
-from offload_rt.plans.planning_tokens import chunked_bytes, transients_of
+from offload_rt.plans.planning_tokens import chunked_bytes, saved_of, transients_of
 from planners.plans.vocabulary import RowsSize
 from planners.problems.measured import MeasuredSeconds
 from planners.problems.problem import BlockClass
@@ -16,21 +16,29 @@ from planners.rule.streaming_problem import StreamingProblem
 from planners.shapes.trace import Saved, Transient
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """What a pass forward and one backward take and hold of a block, as `BlockClass` has it."""
+
+    seconds: MeasuredSeconds
+    visits_backward: bool = True
+    saved: tuple[Saved, ...] = ()
+    transients: tuple[Transient, ...] = ()
+    tile_bytes: int = 0
+    alone_bytes: int = 0
+
+
 def class_of(
     name: str,
     drafts: list[BlockDraft],
     order: dict[str, int],
-    seconds: MeasuredSeconds,
+    passes: Passes,
     *,
     is_layer: bool,
-    again: bool = True,
     trainable_params: int = 0,
-    saved: tuple[Saved, ...] = (),
-    transients: tuple[Transient, ...] = (),
-    tile_bytes: int = 0,
-    alone_bytes: int = 0,
     rows: RowsSize | None = None,
 ) -> BlockClass:
+    """The class of `drafts`, which are equal, at their positions in `order`."""
     spec = drafts[0].spec
     quantized = [tensor.compute_bytes for tensor in spec.tensors if tensor.is_quantized]
     return BlockClass(
@@ -46,15 +54,15 @@ def class_of(
         backward_flops=0.0,
         attention_flops=0.0,
         moved_bytes=0.0,
-        saved=saved,
+        saved=passes.saved,
         attention_bytes=0.0,
         attention_groups=1,
-        transients=transients,
-        tile_bytes=tile_bytes,
-        alone_bytes=alone_bytes,
-        visits_backward=again,
+        transients=passes.transients,
+        tile_bytes=passes.tile_bytes,
+        alone_bytes=passes.alone_bytes,
+        visits_backward=passes.visits_backward,
         weight_cuts=spec.cuts_bytes,
-        measured=seconds,
+        measured=passes.seconds,
         rows=rows,
     )
 
@@ -72,20 +80,27 @@ def kind_of(draft: BlockDraft) -> str:
     return repr((type(draft.modules[0]).__name__, shapes, trained))
 
 
-def passes_of(seconds: MeasuredSeconds, streaming: StreamingProblem, num_tokens: int, seq_len: int) -> dict[str, Any]:
-    """What a layer's passes need beside what it saves: by tokens, or where it runs by chunks, as it was counted, and,
-    when no chunk is there, what attention's backward is estimated to hold.
+def passes_of(seconds: MeasuredSeconds, streaming: StreamingProblem, num_tokens: int, seq_len: int) -> Passes:
+    """Those of a layer. Beside what it saves they need memory by tokens, or where it runs by chunks, as that was
+    counted, and, when no chunk is there, what attention's backward is estimated to hold.
     """
+    input_bytes_per_token = streaming.layer_input_bytes / num_tokens
+    saved = saved_of(seconds, input_bytes_per_token=input_bytes_per_token, num_tokens=num_tokens)
     if seconds.chunks is None:
         whole = streaming.layer_bytes(None)
-        return {"transients": transients_of(seconds, layer_bytes=whole, num_tokens=num_tokens)}
+        transients = transients_of(seconds, layer_bytes=whole, num_tokens=num_tokens)
+        return Passes(seconds=seconds, saved=saved, transients=transients)
     sequence_bytes = 0 if streaming.chunked is None else streaming.chunked.sequence_bytes
     sequence_bytes = max(sequence_bytes, streaming.attention_bytes)
-    return {"tile_bytes": chunked_bytes(seconds, seq_len=seq_len), "alone_bytes": sequence_bytes}
+    tile_bytes = chunked_bytes(seconds, seq_len=seq_len)
+    return Passes(seconds=seconds, saved=saved, tile_bytes=tile_bytes, alone_bytes=sequence_bytes)
 
 
-def passes_of_edge(seconds: MeasuredSeconds, peak: int, chunk_tokens: int | None, num_tokens: int) -> dict[str, Any]:
-    """The same of a block outside the layers, which takes all tokens, or the loss by tiles of its own."""
+def passes_of_edge(
+    seconds: MeasuredSeconds, peak: int, chunk_tokens: int | None, num_tokens: int, *, visits_backward: bool
+) -> Passes:
+    """Those of a block outside the layers, which takes all tokens, or the loss by tiles of its own."""
     if chunk_tokens is not None:
-        return {"tile_bytes": peak}
-    return {"transients": transients_of(seconds, layer_bytes=peak, num_tokens=num_tokens)}
+        return Passes(seconds=seconds, visits_backward=visits_backward, tile_bytes=peak)
+    transients = transients_of(seconds, layer_bytes=peak, num_tokens=num_tokens)
+    return Passes(seconds=seconds, visits_backward=visits_backward, transients=transients)

@@ -24,7 +24,7 @@ from offload_rt.layers.discover import BlockDraft
 from offload_rt.optimizer.pieces import TrainedBlock
 from offload_rt.plans.device_share import device_steps
 from offload_rt.plans.planning import CAPABILITIES, SLACK_DIVISOR, lowered
-from offload_rt.plans.planning_blocks import class_of, kind_of, needed_again
+from offload_rt.plans.planning_blocks import Passes, class_of, kind_of, needed_again
 from offload_rt.plans.planning_budgets import passing_of, within_budgets
 from offload_rt.plans.planning_together import by_order
 from offload_rt.plans.planning_tokens import input_staging_bytes, rounding_of, saved_of, transients_of
@@ -280,12 +280,13 @@ def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingS
         block = trained.get(drafts[0].name)
         params = 0 if block is None else block.num_elements
         taken = _with_deliveries(taken, params / seconds.deliveries_per_second)
-        entry = class_of(
-            f"layer {number}" if len(kinds) > 1 else "layer", drafts, order, taken, is_layer=True,
-            trainable_params=params,
+        passes = Passes(
+            seconds=taken,
             saved=saved_of(taken, input_bytes_per_token=streaming.layer_input_bytes / tokens, num_tokens=tokens),
             transients=transients_of(taken, layer_bytes=streaming.layer_bytes(None), num_tokens=tokens),
-        )  # fmt: skip
+        )
+        name = f"layer {number}" if len(kinds) > 1 else "layer"
+        entry = class_of(name, drafts, order, passes, is_layer=True, trainable_params=params)
         if trains and block is not None:
             entry = replace(entry, weight_cuts=(), state_cuts=state_cuts(block))
         classes.append(entry)
@@ -294,8 +295,8 @@ def _classes(workload: Workload, streaming: StreamingProblem, seconds: TrainingS
     for draft in workload.drafts:
         if not draft.is_layer:
             taken, held = (seconds.head, of_head) if draft.name == last else (NOTHING, ())
-            again = needed_again(draft, streaming)
-            classes.append(class_of(draft.name, [draft], order, taken, is_layer=False, again=again, transients=held))
+            passes = Passes(seconds=taken, visits_backward=needed_again(draft, streaming), transients=held)
+            classes.append(class_of(draft.name, [draft], order, passes, is_layer=False))
     for block in trained.values():
         if block.weights is None:
             own = seconds.embeddings.get(block.name, NOTHING)
