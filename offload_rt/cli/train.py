@@ -27,11 +27,18 @@ state that rests in memory. Nothing is copied, and --resume goes on from the las
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
-    what = parser.add_argument_group("what")
-    what.add_argument(
+    _add_what(parser.add_argument_group("what"))
+    _add_where(parser.add_argument_group("where"))
+    _add_how(parser.add_argument_group("how"))
+    _add_keep(parser.add_argument_group("keep"))
+
+
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    """Model, data, and what trains of it."""
+    group.add_argument(
         "--model", required=True, metavar="DIR", help="folder with config.json, safetensors and tokenizer"
     )
-    what.add_argument(
+    group.add_argument(
         "--data",
         required=True,
         nargs="+",
@@ -39,79 +46,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="training examples: JSON lines, also .gz; several files, or a folder of them, are shuffled together",
     )
-    what.add_argument(
+    group.add_argument(
         "--eval-data",
         nargs="+",
         action="extend",
         metavar="FILE",
         help="held-out examples, likewise: their loss, at the end at least",
     )
-    what.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the result")
-    what.add_argument("--bits", type=int, choices=(4,), help="4: frozen weights as NF4; left out: as they are")
-    what.add_argument(
+    group.add_argument("--out", required=True, metavar="DIR", help="checkpoints, metrics and the result")
+    group.add_argument("--bits", type=int, choices=(4,), help="4: frozen weights as NF4; left out: as they are")
+    group.add_argument(
         "--adapters",
         metavar="KIND|DIR",
         help="new ones, lora:r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj (default: lora:r=16), or a folder with "
         "an adapter that peft saved, which goes on training as it is configured there",
     )
-    what.add_argument("--full", action="store_true", help="train all parameters; the result is a whole model")
-    what.add_argument("--optimizer", choices=OPTIMIZERS, help="with --full (default: adamw)")
-    where = parser.add_argument_group("where")
-    where.add_argument("--device", default="auto", help='"cpu", "cuda" or "auto" (default)')
-    where.add_argument("--device-memory", metavar="SIZE", help="hard budget, such as 8GiB (default: measured)")
-    where.add_argument("--host-memory", metavar="SIZE", help="hard budget of the tier between (default: one tier)")
-    where.add_argument("--nvme", action="append", metavar="DIR[:SIZE]", help="folder for weights and state; per drive")
-    where.add_argument("--plan", default="auto", metavar="PLAN", help='"auto" (default), "optimise" or a plan file')
-    how = parser.add_argument_group("how")
-    how.add_argument("--seq-len", type=int, help="longest row, in tokens (default: the longest example)")
-    how.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (default: %(default)s)")
-    how.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per step (default: 1)")
-    how.add_argument("--steps", type=int, help="optimizer steps in all (default: one epoch)")
-    how.add_argument("--epochs", type=int, help="passes over the data")
-    how.add_argument("--lr", type=float, help="peak learning rate (default: 2e-4; with --full 1e-5)")
-    how.add_argument("--warmup-ratio", type=float, default=0.03, help="share of the steps (default: %(default)s)")
-    how.add_argument("--schedule", choices=SCHEDULES, default="linear", help="default: %(default)s")
-    how.add_argument("--max-grad-norm", type=float, default=1.0, help="clip to this norm; 0: never (default: 1)")
-    how.add_argument("--eval-every", type=int, help="with --eval-data: steps between evaluations (default: none)")
-    how.add_argument("--seed", type=int, default=0, help="of data order, adapters and dropout (default: 0)")
-    how.add_argument("--packing", action="store_true", help="several examples per row, kept apart by attention")
-    how.add_argument("--raw-prompts", action="store_true", help="prompt + completion without the chat template")
-    how.add_argument("--too-long", choices=("truncate", "error"), default="truncate", help="lines beyond --seq-len")
-    how.add_argument(
+    group.add_argument("--full", action="store_true", help="train all parameters; the result is a whole model")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help="with --full (default: adamw)")
+
+
+def _add_where(group: argparse._ArgumentGroup) -> None:
+    """Devices, drives and their budgets."""
+    group.add_argument("--device", default="auto", help='"cpu", "cuda" or "auto" (default)')
+    group.add_argument("--device-memory", metavar="SIZE", help="hard budget, such as 8GiB (default: measured)")
+    group.add_argument("--host-memory", metavar="SIZE", help="hard budget of the tier between (default: one tier)")
+    group.add_argument("--nvme", action="append", metavar="DIR[:SIZE]", help="folder for weights and state; per drive")
+    group.add_argument("--plan", default="auto", metavar="PLAN", help='"auto" (default), "optimise" or a plan file')
+
+
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    """Rows, steps and their learning rate."""
+    group.add_argument("--seq-len", type=int, help="longest row, in tokens (default: the longest example)")
+    group.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (default: %(default)s)")
+    group.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches per step (default: 1)")
+    group.add_argument("--steps", type=int, help="optimizer steps in all (default: one epoch)")
+    group.add_argument("--epochs", type=int, help="passes over the data")
+    group.add_argument("--lr", type=float, help="peak learning rate (default: 2e-4; with --full 1e-5)")
+    group.add_argument("--warmup-ratio", type=float, default=0.03, help="share of the steps (default: %(default)s)")
+    group.add_argument("--schedule", choices=SCHEDULES, default="linear", help="default: %(default)s")
+    group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip to this norm; 0: never (default: 1)")
+    group.add_argument("--eval-every", type=int, help="with --eval-data: steps between evaluations (default: none)")
+    group.add_argument("--seed", type=int, default=0, help="of data order, adapters and dropout (default: 0)")
+    group.add_argument("--packing", action="store_true", help="several examples per row, kept apart by attention")
+    group.add_argument("--raw-prompts", action="store_true", help="prompt + completion without the chat template")
+    group.add_argument("--too-long", choices=("truncate", "error"), default="truncate", help="lines beyond --seq-len")
+    group.add_argument(
         "--packed-products",
         action="store_true",
         help="on a GPU: few tokens times 4-bit weights without decoding these first, where measured faster; a cut",
     )
-    keep = parser.add_argument_group("keep")
-    keep.add_argument("--save-every", type=int, help="steps between checkpoints (default: at the end only)")
-    keep.add_argument(
+
+
+def _add_keep(group: argparse._ArgumentGroup) -> None:
+    """What is saved and told, and how a run goes on."""
+    group.add_argument("--save-every", type=int, help="steps between checkpoints (default: at the end only)")
+    group.add_argument(
         "--copy-every",
         type=int,
         help="with --full and --nvme: steps between copies of the state in --out (default: none)",
     )
-    keep.add_argument("--keep-last", type=int, default=2, help="checkpoints in --out that stay (default: %(default)s)")
-    keep.add_argument(
+    group.add_argument("--keep-last", type=int, default=2, help="checkpoints in --out that stay (default: %(default)s)")
+    group.add_argument(
         "--keep-best", action="store_true", help="with --eval-data: what has the lowest held-out loss, in --out/best"
     )
-    keep.add_argument(
+    group.add_argument(
         "--tbw", metavar="SIZE", help="the drives' rated endurance, such as 600TB: says what share is used"
     )
-    keep.add_argument("--max-writes-per-day", metavar="SIZE", help="stop where the run would write more, such as 500GB")
-    keep.add_argument("--logdir", metavar="DIR", help="TensorBoard events")
-    keep.add_argument(
+    group.add_argument(
+        "--max-writes-per-day", metavar="SIZE", help="stop where the run would write more, such as 500GB"
+    )
+    group.add_argument("--logdir", metavar="DIR", help="TensorBoard events")
+    group.add_argument(
         "--report-to",
         choices=("tensorboard", "wandb", "none"),
         help="tensorboard: in --logdir, or --out/tensorboard; wandb: as its environment variables say; metrics.jsonl "
         "has the same numbers (default: what --logdir says)",
     )
-    keep.add_argument(
+    group.add_argument(
         "--trace", metavar="FILE", help="what was under way when in a measured step, for ui.perfetto.dev; also .gz"
     )
-    keep.add_argument("--trace-steps", type=int, metavar="N", help="with --trace: steps in it (default: 1)")
-    keep.add_argument(
+    group.add_argument("--trace-steps", type=int, metavar="N", help="with --trace: steps in it (default: 1)")
+    group.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint or commit, under any budgets"
     )
-    keep.add_argument(
+    group.add_argument(
         "--other-cuts",
         action="store_true",
         help="with --resume: sums may be taken in another order than before, where budgets ask for it",
