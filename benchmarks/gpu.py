@@ -44,6 +44,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -451,7 +452,8 @@ def main() -> int:
             else:
                 result[section] = measured(section, options, sys.argv[1:], limit)
         except Exception as error:  # noqa: BLE001 - the next section may still tell something
-            result[section] = result.get(section, {}) | {"error": f"{type(error).__name__}: {error}"}
+            said = {"error": f"{type(error).__name__}: {error}", "tail": last_words(traceback.format_exc())}
+            result[section] = result.get(section, {}) | said
         result[section]["section_seconds"] = round(time.monotonic() - start, 1)
         print(f"{section}: {result[section]['section_seconds']} s", file=sys.stderr, flush=True)
         save()
@@ -461,6 +463,7 @@ def main() -> int:
         found = result.get("steps", {}).get(shape, {})
         failed += [f"{shape} {name}" for name, of in found.get("contenders", {}).items() if "error" in of]
         failed += [f"{shape} {name}: more than its budget" for name in found.get("beyond_their_budget", [])]
+        failed += [f"{shape} {name}: no room in its budget" for name in found.get("out_of_their_budget", [])]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

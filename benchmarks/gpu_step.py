@@ -3,12 +3,14 @@
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import rounds
 import torch
+from limited import last_words
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -52,27 +54,37 @@ def busy(events: Iterable[Any]) -> tuple[dict[str, float], dict[str, float]]:
 def profiled(one: Contender, batch: Batch, trace: str | None, step_seconds: float) -> dict[str, Any]:
     """One step under the profiler: busy time of kernels and of copies, and the kernels that take most.
 
-    `hidden` is the share of the copies' time in which something else was busy too.
+    `hidden` is the share of the copies' time in which something else was busy too; None where no copy was seen. A trace
+    that cannot be written is said under `trace_error`. Where the profiler sees no GPU, so does `sees_gpu`: times of the
+    GPU are all 0 then.
     """
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, supported_activities
 
-    start = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    # Asked for a GPU that it does not see, it has every operator record two events, and says each time why it cannot.
+    both = ProfilerActivity.CPU, ProfilerActivity.CUDA
+    activities = [activity for activity in both if activity in supported_activities()]
+    with profile(activities=activities) as profiler:  # starting it takes seconds
+        start = time.perf_counter()
         one.step(batch)
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    if trace:
-        profiler.export_chrome_trace(trace)
+        seconds = time.perf_counter() - start
     found, by_name = busy(profiler.events())
     copies = found["to_device"] + found["to_host"]
     largest = sorted(by_name.items(), key=lambda item: -item[1])[:15]
-    return {
+    result = {
         "seconds_under_the_profiler": seconds,
+        "sees_gpu": ProfilerActivity.CUDA in activities,
         "busy_seconds": found,
         "busy_over_step": {kind: took / step_seconds for kind, took in found.items()},
         "hidden": (found["kernels"] + copies - found["any"]) / copies if copies else None,
         "kernels": {name: round(took, 6) for name, took in largest},
     }
+    if trace:
+        try:
+            profiler.export_chrome_trace(trace)
+        except Exception:  # noqa: BLE001 - the numbers are there without it
+            result["trace_error"] = last_words(traceback.format_exc())
+    return result
 
 
 def hold_budget(budget: str) -> tuple[int, int]:
@@ -175,4 +187,5 @@ if __name__ == "__main__":
         main()
     except torch.OutOfMemoryError as error:
         settings = json.loads(sys.argv[1])
-        write(settings, written(settings) | {"out_of_memory": str(error).splitlines()[0]})
+        where = last_words(traceback.format_exc())
+        write(settings, written(settings) | {"out_of_memory": str(error).splitlines()[0], "where": where})

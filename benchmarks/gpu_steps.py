@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -82,8 +83,8 @@ def steps(options: Namespace, device: str, deadline: float, link: Any, done: Cal
         for shape in options.shapes:
             try:
                 rows[shape][name] = row(options, device, shape, name, deadline)
-            except Exception as error:  # noqa: BLE001 - the next one may still tell something
-                rows[shape][name] = {"error": [f"{type(error).__name__}: {error}"]}
+            except Exception:  # noqa: BLE001 - the next one may still tell something
+                rows[shape][name] = {"error": last_words(traceback.format_exc())}
             done(results())
     return results()
 
@@ -142,6 +143,9 @@ def verdict(rows: dict[str, Any], link: Any) -> dict[str, Any]:
             if "full_plain" in took and name.startswith("full") and name != "full_plain"
         },
         "beyond_their_budget": [name for name, of in rows.items() if of.get("within_budget") is False],
+        "out_of_their_budget": [  # of ours: a plan that the allocator, which holds the budget, had no room for
+            name for name, of in rows.items() if "out_of_memory" in of and name.partition("@")[0] in OURS
+        ],
     }
     for name in (name for name in took if name.startswith("optimised")):
         if predicted := rows[name].get("predicted_step_seconds"):
