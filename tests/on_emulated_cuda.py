@@ -384,6 +384,19 @@ def test_the_benchmark_measures_links_with_locked_memory(monkeypatch):
     assert found["memory"]["card_used_bytes"] > found["memory"]["reserved_bytes"] > 0
 
 
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_a_profiled_step_has_its_numbers_whether_or_not_its_trace_can_be_written(is_writable, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    gpu_step = importlib.import_module("gpu_step")
+    trace = tmp_path / "trace.json.gz" if is_writable else tmp_path / "no such folder" / "trace.json.gz"
+    x, done = torch.ones(4, 4, device="cuda"), []
+    contender = SimpleNamespace(step=lambda batch: done.append(x @ x))
+    found = gpu_step.profiled(contender, {}, str(trace), 2.0)
+    assert len(done) == 1 and found["seconds_under_the_profiler"] > 0
+    assert found["sees_gpu"] is False and set(found["busy_over_step"].values()) == {0.0} and found["hidden"] is None
+    assert trace.exists() == is_writable == ("trace_error" not in found)
+
+
 def test_a_change_of_plans_keeps_the_device_and_what_it_has_counted():
     """A plan and its twin, whose memory is as large: what was locked for the first one is given back."""
     case = Case("llama", "bf16", 1, False, False, "from HOST")

@@ -192,6 +192,35 @@ def test_a_section_that_is_cut_off_leaves_what_it_had_found_and_its_last_words(b
     assert found == {"shapes": {"first": 1}, "error": "not done after 80 s", "tail": ["RuntimeError: why"]}
 
 
+def test_what_is_raised_beside_the_processes_is_told_with_its_place(benchmarks, monkeypatch, disk_folder):
+    gpu, steps = benchmarks("gpu"), benchmarks("gpu_steps")
+
+    def broken(*_):
+        raise OSError("no room for a process")
+
+    monkeypatch.setattr(steps, "row", broken)
+    options = SimpleNamespace(contenders=["plain"], shapes=["tiny"], nvme=None)
+    error = steps.steps(options, "cpu", 0.0, None, lambda _: None)["tiny"]["contenders"]["plain"]["error"]
+    assert error[-1] == "OSError: no room for a process" and any("in broken" in line for line in error)
+    out = disk_folder / "out.json"
+    monkeypatch.setattr(gpu, "measured", broken)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--sections", "links", "--json", str(out)])
+    assert gpu.main() == 1
+    found = json.loads(out.read_text())["links"]
+    assert found["error"] == "OSError: no room for a process" and any("in broken" in line for line in found["tail"])
+
+
+def test_a_plan_of_ours_that_its_budget_had_no_room_for_is_a_failure(benchmarks, monkeypatch, capsys):
+    gpu, steps = benchmarks("gpu"), benchmarks("gpu_steps")
+    monkeypatch.setattr(steps, "row", lambda *_: {"out_of_memory": "CUDA out of memory", "where": ["in decode"]})
+    words = ["gpu.py", "--smoke", "--sections", "steps", "--contenders", "host@8GiB", "plain"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu.main() == 1
+    assert "failed: tiny host@8GiB: no room in its budget\n" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*words[:-2], "plain"])
+    assert gpu.main() == 0, "plain PyTorch may need more than there is"
+
+
 def test_the_peak_of_a_contender_counts_what_was_reserved_before_a_rehearsal_began_anew(benchmarks, monkeypatch):
     step = benchmarks("gpu_step")
     for name, value in {"is_available": True, "max_memory_reserved": 100, "max_memory_allocated": 90}.items():
