@@ -102,6 +102,14 @@ def seconds_of(work: Callable[[], object], repeat: int = 1) -> float:
     return begin.elapsed_time(end) / 1e3 / repeat
 
 
+def noise(num_bytes: int, device: str = "cpu") -> torch.Tensor:
+    """Random bytes that repeat every million. Memory of RAM that nobody has written is a single page of zeros, which
+    caches hold, and zeros take a GPU less power than anything else.
+    """
+    pattern = torch.randint(256, (1 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    return pattern.repeat(-(-num_bytes // pattern.numel()))[:num_bytes]
+
+
 def machine() -> dict[str, Any]:
     found: dict[str, Any] = {"name": rounds.circumstances()["cpu"], "torch": torch.__version__}
     if GPU:
@@ -135,7 +143,7 @@ def parity(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
 
 def links(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     num_bytes = 1 << 20 if options.smoke else 256 << 20
-    pageable = torch.empty(num_bytes, dtype=torch.uint8)
+    pageable = noise(num_bytes)
     arenas = [Arena("locked", num_bytes), Arena("locked too", num_bytes)]
     seen: dict[str, Any] = {}
     if GPU:
@@ -151,7 +159,9 @@ def links(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         seen["memory"] = seen_of(device.device)
         streams = [device.to_device.stream, device.to_host.stream]
     locked, locked_too = (arena.acquire(num_bytes, "benchmark").tensor(torch.uint8, (num_bytes,)) for arena in arenas)
-    there, there_too = (torch.zeros(num_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    there, there_too = (noise(num_bytes, DEVICE) for _ in range(2))
+    for memory in (locked, locked_too):
+        memory.copy_(pageable)
 
     def both() -> None:
         if not GPU:
@@ -200,7 +210,7 @@ def decode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         blobs = [blob.clone() for _ in range(copies)]
         outs = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies)]
         moved = layout.total_bytes + 2 * num_elements
-        source = torch.zeros(moved // 2 * copies, dtype=torch.uint8, device=DEVICE)
+        source = noise(moved // 2 * copies, DEVICE)
         target = torch.empty_like(source)
 
         def run(launch: Any, blobs: Any = blobs, outs: Any = outs, layout: Any = layout) -> None:
@@ -315,7 +325,7 @@ def adam(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     master, exp_avg, exp_avg_sq = (torch.rand(num_elements, device=DEVICE) for _ in range(3))
     weight = torch.empty(num_elements, dtype=torch.bfloat16, device=DEVICE)
     moved = num_elements * (4 + 12 + 12 + 2)
-    source = torch.zeros(moved // 2, dtype=torch.uint8, device=DEVICE)
+    source = noise(moved // 2, DEVICE)
     target = torch.empty_like(source)
     numbers = AdamW(lr=1e-4)
     contenders: dict[str, Callable[[], float]] = {"copy": lambda: moved / seconds_of(lambda: target.copy_(source), 3)}

@@ -221,6 +221,24 @@ def test_a_plan_of_ours_that_its_budget_had_no_room_for_is_a_failure(benchmarks,
     assert gpu.main() == 0, "plain PyTorch may need more than there is"
 
 
+def test_no_bandwidth_is_measured_on_memory_that_nobody_has_written(benchmarks, monkeypatch):
+    import torch
+
+    gpu, seen = benchmarks("gpu"), []
+    copy = torch.Tensor.copy_
+
+    def noting(target, source, *others, **named):
+        seen.append(float(source.float().std()))
+        return copy(target, source, *others, **named)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", noting)
+    for section in (gpu.links, gpu.decode, gpu.adam):
+        seen.clear()
+        list(section(SimpleNamespace(smoke=True, rounds=1)))
+        assert seen and min(seen) > 0, section.__name__
+    assert gpu.noise(3_000_001).numel() == 3_000_001
+
+
 def test_the_peak_of_a_contender_counts_what_was_reserved_before_a_rehearsal_began_anew(benchmarks, monkeypatch):
     step = benchmarks("gpu_step")
     for name, value in {"is_available": True, "max_memory_reserved": 100, "max_memory_allocated": 90}.items():
