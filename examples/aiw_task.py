@@ -12,12 +12,16 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import reasoning_gym
-from reasoning_gym.logic.aiw import TaskType
+with warnings.catch_warnings():
+    # One of reasoning_gym's requirements warns of its syntax wherever it is compiled.
+    warnings.simplefilter("ignore", SyntaxWarning)
+    import reasoning_gym
+    from reasoning_gym.logic.aiw import TaskType
 
 SYSTEM = "Reply with the answer only."
 MAX_NEW_TOKENS = 4  # two digits, end of turn, one to spare
