@@ -286,9 +286,12 @@ with offload_rt.engine(
 @needs_trim
 @needs_mallinfo2
 def test_full_fine_tuning_of_a_large_vocabulary_stays_within_its_budget(disk_folder):
-    """Its gradient is larger than all that a layer takes, and comes when layers have left their holes."""
+    """Its gradient is larger than all that a layer takes, and comes when layers have left their holes.
+
+    Three minutes, of torch's 16-bit products of the head, on a processor without AVX-512.
+    """
     ran = subprocess.run(
-        [sys.executable, "-c", TRAINED, str(disk_folder), str(400 * MIB)], capture_output=True, text=True, timeout=240,
+        [sys.executable, "-c", TRAINED, str(disk_folder), str(400 * MIB)], capture_output=True, text=True, timeout=900,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
