@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from offload_rt.cli import train_run
 from offload_rt.cli.main import main
 from offload_rt.errors import StorageError
 from offload_rt.optimizer.loop_steps import LoopSteps
+from offload_rt.training.evaluation import Evaluated, Evaluation
 from offload_rt.training.run_folder import RunFolder
 from offload_rt.wiring.runtime_options import RuntimeOptions
 from tests.test_cli import adapter_bytes, fails, save_llama
@@ -213,3 +216,25 @@ def test_a_run_keeps_its_cuts_under_other_budgets_unless_told_otherwise(
     capsys.readouterr()
     code, line = fails(capsys, *short, "--other-cuts")
     assert code == 2 and "--other-cuts: is for --resume" in line
+
+
+def test_a_run_whose_last_evaluation_a_signal_left_out_has_no_result_before_it_is_made(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = [*arguments, "--out", str(out), "--steps", "1", "--keep-best", "--eval-data", arguments[4]]
+    evaluated = Evaluation.run
+
+    def interrupted(self: Evaluation, *is_to_stop: Callable[[], object]) -> Evaluated | None:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluated(self, *is_to_stop)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluation, "run", interrupted)
+        assert main(words) == 128 + signal.SIGTERM
+    assert "the last evaluation is not made" in capsys.readouterr().out
+    assert not (out / "best").exists() and not (out / "adapter").exists()
+    assert main([*words, "--resume"]) == 0, capsys.readouterr().err
+    best = RunFolder(out).best
+    assert best is not None and best["step"] == 1
+    assert (out / "best/adapter_model.safetensors").read_bytes() == adapter_bytes(out)

@@ -241,12 +241,21 @@ def test_a_resumed_run_makes_up_for_an_evaluation_that_a_signal_left_out_and_rep
     assert (result.step, result.interrupted) == (4, signal.SIGTERM) and list(evaluations(out)) == [2]
     assert "step 4: the evaluation was left out; --resume makes it" in shown and "stopped after step 4" in shown
     engine = FakeEvaluatedEngine()
-    engine.during_call[3] = lambda: signal.raise_signal(signal.SIGTERM)  # in the last one, which ends nothing
+    engine.during_call[3] = lambda: signal.raise_signal(signal.SIGTERM)  # in the last one, behind the last step
     result, shown = run(out, engine, resume=True)
-    assert (result.step, result.interrupted, result.evaluated is not None) == (5, None, True)
-    assert "finished at step 5" in shown and list(evaluations(out)) == [2, 4]
+    assert (result.step, result.interrupted, result.evaluated is not None) == (5, signal.SIGTERM, True)
+    assert "all steps are taken, the last evaluation is not made; continue with --resume" in shown
+    assert "finished" not in shown and RunFolder(out).finished_at() is None and list(evaluations(out)) == [2, 4]
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
+        run(out, FakeEvaluatedEngine())
     engine = FakeEvaluatedEngine()
-    run(out, engine, resume=True)
+    engine.during_call[1] = lambda: signal.raise_signal(signal.SIGINT)  # in the same one, with no step left
+    result, shown = run(out, engine, resume=True)
+    assert (result.step, result.interrupted) == (5, signal.SIGINT) and shown.count("was left out") == 1
+    engine = FakeEvaluatedEngine()
+    engine.during_call[2] = lambda: signal.raise_signal(signal.SIGTERM)  # too late to leave anything out
+    result, shown = run(out, engine, resume=True)
+    assert result.interrupted is None and "finished at step 5" in shown and engine.events == []
     assert engine.num_calls == 2 and evaluations(out) == evaluations(straight)
     engine = FakeEvaluatedEngine()
     run(out, engine, resume=True)

@@ -113,6 +113,8 @@ class Evaluations:
         self.newest: Evaluated | None = None
         self.seconds = 0.0
         """Of all of them."""
+        self.is_last_left_out = False
+        """Whether the one behind the last step was to be made, and was left out."""
 
     def behind(self, step: int) -> bool:
         """Evaluates behind the step that is done, where that is due and not in the run's folder yet; whether it did, if
@@ -125,6 +127,7 @@ class Evaluations:
         found = self._evaluation.run(self._is_to_stop)
         if found is None:
             self.seconds += time.monotonic() - begin
+            self.is_last_left_out = step == self._total_steps
             self._say(f"step {step}: the evaluation was left out; --resume makes it")
             return True
         self.newest = found

@@ -43,7 +43,9 @@ class TrainingResult:
     seconds: float
     """Wall time of this call's steps, without evaluations."""
     interrupted: signal.Signals | None
-    """The signal that ended the run early, after its state was saved."""
+    """The signal that ended the run early, after its state was saved: before its last step, or before the evaluation
+    behind that.
+    """
     checkpoint: Path | None
     """The newest one: a folder, or where commits are."""
     evaluated: Evaluated | None = None
@@ -68,7 +70,8 @@ def train(
     `folder` is that of `options.out`, where the caller has it locked; left out, it is locked until this returns.
     `settings` are further values (plain JSON) that must not change when the run is resumed; `drives` are folders on
     NVMe where commits of a run that is resumed may be besides. `evaluation` is made behind every `options.eval_every`
-    steps and the last one; a signal leaves it out, and a run that is resumed makes up for one that is missing.
+    steps and the last one; a signal leaves it out, and a run that is resumed makes up for one that is missing. Until
+    it does, a run whose last one is missing is not finished.
     `save_best` saves what trains to a folder, whole: it is called where an evaluation has the lowest loss. Raises
     `RunInUse` while somebody else trains into `options.out`, `ConfigError` if that holds another run, or if `care`
     allows less than the run writes to the drive (then what was done is saved), `StorageError` where the folder was
@@ -149,7 +152,7 @@ class _Steps:
         self._watch.note(run.step, report)
         if writes := self._care.expectation(report, run.steps_left):
             self._display.say(f"writes: {writes}")
-        if self._evaluations.behind(run.step):
+        if run.steps_left > 0 and self._evaluations.behind(run.step):
             report = run.engine.report()
         self._bytes_read = int(report.get("bytes_read", 0))
 
@@ -230,13 +233,14 @@ class _Steps:
         run.folder.write_report(run.engine.report())
         if run.steps_left == 0:
             self._evaluations.behind(run.step)
-        interrupted = stop.signal if run.steps_left > 0 else None
+        is_done = run.steps_left == 0 and not self._evaluations.is_last_left_out
+        interrupted = None if is_done else stop.signal
         if interrupted is not None:
             place = newest.describe if newest is not None else "nothing"
-            display.say(
-                f"{interrupted.name}: stopped after step {run.step} of {run.total_steps}, saved in {place}; continue "
-                f"with --resume"
-            )
+            stopped = f"stopped after step {run.step} of {run.total_steps}, saved in {place}"
+            if run.steps_left == 0:
+                stopped += "; all steps are taken, the last evaluation is not made"
+            display.say(f"{interrupted.name}: {stopped}; continue with --resume")
             self._events.close(exit_code=128 + interrupted)  # which may wait for a service
         else:
             run.folder.finish(at_step=run.step)
