@@ -103,8 +103,8 @@ def seconds_of(work: Callable[[], object], repeat: int = 1) -> float:
 
 
 def noise(num_bytes: int, device: str = "cpu") -> torch.Tensor:
-    """Random bytes that repeat every million. Memory of RAM that nobody has written is a single page of zeros, which
-    caches hold, and zeros take a GPU less power than anything else.
+    """Random bytes that repeat every MiB. RAM that nobody has written reads as one page of zeros, which caches hold: a
+    copy of that is faster than any of real data (docs/log.md).
     """
     pattern = torch.randint(256, (1 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     return pattern.repeat(-(-num_bytes // pattern.numel()))[:num_bytes]

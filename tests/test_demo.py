@@ -96,6 +96,13 @@ def test_the_quick_demo_streams_trains_and_leaves_an_adapter_that_plain_peft_agr
     assert sum(not holds for holds in checks(broken).values()) >= 5
 
 
+def test_the_task_is_imported_in_silence_where_nothing_compiled_is_kept(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE / "examples"), "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    command = [sys.executable, "-c", "import aiw_task"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_no_held_out_puzzle_is_trained_on_under_any_seed() -> None:
     held_out = {puzzle(example["prompt"]) for example in make_examples("test", 160, 0)}
     assert len(held_out) == 160

@@ -288,7 +288,7 @@ with offload_rt.engine(
 def test_full_fine_tuning_of_a_large_vocabulary_stays_within_its_budget(disk_folder):
     """Its gradient is larger than all that a layer takes, and comes when layers have left their holes.
 
-    Three minutes, of torch's 16-bit products of the head, on a processor without AVX-512.
+    It takes minutes where torch's 16-bit products are slow: on processors without AVX-512 (docs/log.md).
     """
     ran = subprocess.run(
         [sys.executable, "-c", TRAINED, str(disk_folder), str(400 * MIB)], capture_output=True, text=True, timeout=900,

@@ -113,21 +113,17 @@ class Evaluations:
         self.newest: Evaluated | None = None
         self.seconds = 0.0
         """Of all of them."""
-        self.is_last_left_out = False
-        """Whether the one behind the last step was to be made, and was left out."""
 
     def behind(self, step: int) -> bool:
         """Evaluates behind the step that is done, where that is due and not in the run's folder yet; whether it did, if
         only in part. Blocks.
         """
-        is_due = self._num_due(step) > self._num_due(step + 1)
-        if self._evaluation is None or not step or not is_due or self._is_done(step, self._evaluation.data):
+        if self._evaluation is None or not self.is_missing(step):
             return False
         begin = time.monotonic()
         found = self._evaluation.run(self._is_to_stop)
         if found is None:
             self.seconds += time.monotonic() - begin
-            self.is_last_left_out = step == self._total_steps
             self._say(f"step {step}: the evaluation was left out; --resume makes it")
             return True
         self.newest = found
@@ -144,6 +140,13 @@ class Evaluations:
             f"({format_seconds(found.seconds)})" + (f", the lowest: {self._folder.best_folder}" if is_best else "")
         )
         return True
+
+    def is_missing(self, step: int) -> bool:
+        """Whether the one behind `step` is due and not in the run's folder."""
+        if self._evaluation is None or step == 0 or self._num_due(step) == self._num_due(step + 1):
+            return False
+        data = self._evaluation.data
+        return not any(line["step"] == step and line["eval_data"] == data for line in self._folder.evaluations())
 
     def _keep_best(self, found: Evaluated, metrics: Mapping[str, Any]) -> bool:
         """Saves what trains where its loss is the lowest of all with the same data; whether it did.
@@ -174,9 +177,6 @@ class Evaluations:
         if self._every is None:
             return 1
         return -(-self._total_steps // self._every) - (step - 1) // self._every
-
-    def _is_done(self, step: int, data: str) -> bool:
-        return any(line["step"] == step and line["eval_data"] == data for line in self._folder.evaluations())
 
 
 def num_predicted(batch: Batch) -> int:

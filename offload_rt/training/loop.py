@@ -233,7 +233,7 @@ class _Steps:
         run.folder.write_report(run.engine.report())
         if run.steps_left == 0:
             self._evaluations.behind(run.step)
-        is_done = run.steps_left == 0 and not self._evaluations.is_last_left_out
+        is_done = run.steps_left == 0 and not self._evaluations.is_missing(run.step)
         interrupted = None if is_done else stop.signal
         if interrupted is not None:
             place = newest.describe if newest is not None else "nothing"
