@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (default: %(default)s)")
     what.add_argument(
         "--accumulation-steps", type=int, default=1, metavar="N",
-        help="micro-batches of a step, each of --batch-size rows, one after the other (default: %(default)s)",
+        help="micro-batches of a step, each of --batch-size rows (default: %(default)s)",
     )  # fmt: skip
     what.add_argument("--clip", action="store_true", help="the gradient's global norm is clipped")
     what.add_argument(
@@ -77,21 +77,21 @@ def run(arguments: argparse.Namespace) -> int:
     say(headline(problem) + "\n")
     sys.stdout.flush()
     _warn(arguments.model)
-    plan = make_plan(problem, arguments.policy)
+    asked, plan = make_plan(problem, arguments.policy)
     from planners.optimiser.explain import advise
     from planners.simulator.validate import check
 
-    replay = check(problem, plan)
+    replay = check(asked, plan)
     advice = [] if arguments.no_advice or arguments.policy != "optimal" else advise(problem, plan)
-    say(page(problem, plan, advice))
+    say(page(asked, plan, advice))
     if arguments.json:
-        report = json.dumps(report_of(problem, plan, [vars(a) for a in advice]), indent=1) + "\n"
+        report = json.dumps(report_of(asked, plan, [vars(a) for a in advice]), indent=1) + "\n"
         if arguments.json == "-":
             sys.stdout.write(report)
         else:
             _write(arguments.json, report)
     if arguments.html:
-        _write(arguments.html, html_page(problem, plan, replay, advice))
+        _write(arguments.html, html_page(asked, plan, replay, advice))
     if arguments.trace:
         _write(arguments.trace, trace(replay))
     return 0
@@ -105,19 +105,20 @@ def _warn(model: str) -> None:
         sys.stderr.write(f"warning: {warning}\n")
 
 
-def make_plan(problem: Problem, policy: str) -> Plan:
-    """Plans by `policy`; greedily, and says so, where the solver is missing or fails. Raises `ProblemError` for an
-    unknown policy, and `PlanInfeasible`, whose ways out were tried.
+def make_plan(problem: Problem, policy: str) -> tuple[Problem, Plan]:
+    """Plans by `policy`; greedily, and says so, where the solver is missing or fails. With the question that the plan
+    answers: `problem`, or the same with its micro-batches together. Raises `ProblemError` for an unknown policy, and
+    `PlanInfeasible`, whose ways out were tried.
     """
     from planners.optimiser.explain import ways_out
-    from planners.optimiser.policies import plan_by_policy
+    from planners.optimiser.policies import answer_by_policy
     from planners.optimiser.program import SolverFailed, SolverMissing
 
     try:
-        return plan_by_policy(problem, policy)
+        return answer_by_policy(problem, policy)
     except (SolverMissing, SolverFailed) as error:
         sys.stderr.write(f"no optimiser ({error}); the greedy planner serves\n")
-        return plan_by_policy(problem, "greedy")
+        return answer_by_policy(problem, "greedy")
     except PlanInfeasible as short:
         raise PlanInfeasible(
             tier=short.tier,
@@ -247,7 +248,7 @@ def _sweep(arguments: argparse.Namespace, say: Callable[[str], object]) -> int:
         if not index or key == "model":
             _warn(changed.model)
         try:
-            rows.append({key: text, **make_plan(problem, changed.policy).predicted})
+            rows.append({key: text, **make_plan(problem, changed.policy)[1].predicted})
         except PlanInfeasible as short:
             rows.append({key: text, "infeasible": str(short)})
     fastest = max((row["tokens_per_second"] for row in rows if "infeasible" not in row), default=1.0)

@@ -107,7 +107,7 @@ def rest_shares(problem: Problem, plan: Plan) -> list[tuple[str, list[float]]]:
         for update in placed.updates:
             states[list(Tier).index(update.tier)] += entry.count * update.params * workload.state_bytes_per_param
         for tensor, tokens in zip(entry.saved, placed.tokens, strict=True):
-            each = entry.count * tensor.bytes_per_token * workload.batch_size
+            each = entry.count * tensor.bytes_per_token * workload.pass_rows
             for i, count in enumerate((tokens.device_tokens, tokens.host_tokens, tokens.nvme_tokens)):
                 saved[i] += each * count
             again += each * tokens.recompute_tokens
@@ -130,6 +130,8 @@ def choices(plan: Plan) -> str:
         parts.append(f"chunks of {cuts.chunk_tokens} tokens")
         if cuts.attention_groups > 1:
             parts.append(f"attention in {cuts.attention_groups} groups of heads")
+    if plan.layer_major:
+        parts.append("micro-batches through each layer together")
     parts.append(f"decodes a {plan.decode_scope.value} at a time")
     if plan.lookups is not None:
         parts.append(f"{' and '.join(plan.lookups.blocks)} by rows from {plan.lookups.rest.name}")

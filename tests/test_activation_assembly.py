@@ -57,7 +57,7 @@ def test_what_is_on_its_way_to_two_tiers_shares_the_window_that_is_charged(
         transient_bytes=PAGE, window_bytes=window_bytes, kept_bytes=0, staging_bytes=staging_pages * PAGE,
         swapped_bytes={Tier.HOST: 64 * PAGE, Tier.NVME: 64 * PAGE}, input_bytes={},
     )  # fmt: skip
-    monkeypatch.setattr(activation_assembly, "sizes_of", lambda plan, batch_size, together: sizes)
+    monkeypatch.setattr(activation_assembly, "sizes_of", lambda plan, batch_size: sizes)
     charged_bytes, windows = windows_of(tmp_path)
     assert charged_bytes == sum(windows.values()) == window_bytes
     assert windows[Tier.NVME] == min(staging_pages * PAGE, window_bytes) // 2

@@ -203,7 +203,7 @@ PLANNERS = [
     "simulator.simulate", "simulator.validate",
     "optimiser.expand", "optimiser.greedy", "optimiser.program", "optimiser.rows", "optimiser.vocabulary_rows",
     "optimiser.update_rows", "optimiser.saved_rows", "optimiser.steady", "optimiser.wear", "optimiser.choices",
-    "optimiser.trial", "optimiser.frugal", "optimiser.mip", "optimiser.policies",
+    "optimiser.trial", "optimiser.frugal", "optimiser.mip", "optimiser.orders", "optimiser.policies",
     "optimiser.explain",
     "render", "command", "__main__",
 ]  # fmt: skip

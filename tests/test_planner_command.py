@@ -112,6 +112,27 @@ def test_a_step_of_several_micro_batches_goes_forward_and_backward_for_each(what
     assert slow["tokens_per_second"] == pytest.approx(4 * 512 / slow["step_seconds"])
 
 
+def test_micro_batches_go_through_each_layer_together_where_that_is_faster(tmp_path, capsys):
+    """The page, the report and a sweep are of that plan. What others do is not asked about so."""
+    out = tmp_path / "report.json"
+
+    def reported(*more):
+        what = ["--model", "llama3.2-3b", "--full", "--seq-len", "512", "--accumulation-steps", "8", "--no-advice"]
+        where = ["--gpu", "rtx3060", "--host-memory", "24GiB", "--nvme", "1TB@7.0r/5.0w", "--json", str(out)]
+        assert main(["plan", *what, *where, *more]) == 0
+        return json.loads(out.read_text())
+
+    report = reported()
+    assert report["plan"]["layer_major"]
+    assert "micro-batches through each layer together" in capsys.readouterr().out
+    assert (
+        reported("--sweep", "accumulation-steps=8")["sweep"][0]["step_seconds"] == report["predicted"]["step_seconds"]
+    )
+    others = reported("--policy", "memo")
+    assert not others["plan"]["layer_major"]
+    assert others["predicted"]["step_seconds"] > report["predicted"]["step_seconds"]
+
+
 @pytest.mark.full
 def test_where_sums_of_gradients_do_not_fit_a_batch_at_once_is_a_way_out(tmp_path, capsys):
     argv = ["plan", "--model", "llama3-8b", "--full", "--host-memory", "16GiB", "--nvme", "2TB@7.0r/5.0w"]

@@ -8,14 +8,19 @@ from dataclasses import replace
 
 import pytest
 
+from planners.errors import PlanInfeasible
 from planners.optimiser.greedy import plan_greedy
 from planners.optimiser.mip import plan_optimal
+from planners.optimiser.orders import GAIN, in_best_order, together
+from planners.optimiser.policies import answer_by_policy
 from planners.plans.placement import Tier, UpdateMode, UpdatePlace
-from planners.problems.cost import fetch_counts
+from planners.problems.cost import fetch_counts, knobs_of
+from planners.render import page, rest_shares
 from planners.simulator import simulate as simulation
 from planners.simulator import timeline
-from planners.simulator.arenas import step_buffers
+from planners.simulator.arenas import chunk_bytes, step_buffers, waiting_bytes
 from planners.simulator.simulate import simulate
+from planners.simulator.static_memory import fixed_device_bytes, static_bytes
 from planners.simulator.step_work import floor_seconds
 from planners.simulator.validate import InvalidPlan, check, check_modes
 from tests.planner_cases import MIB, machine, plan_of, problem
@@ -92,16 +97,48 @@ def test_summed_gradients_of_all_blocks_wait_in_host_in_every_mode():
 
 
 def test_what_is_fetched_once_serves_all_that_go_together():
-    """Gradients come for each, and all of them wait; classes say what all of them take."""
-    one, together = several(1), several(3, layer_major=True)
+    """Computing, layer inputs that wait and gradients are of each, and all the sums wait."""
+    one, three = several(1), several(3, layer_major=True)
     updates = {(Tier.NVME, UpdatePlace.CPU): 1.0}
-    alone, all_of_them = (check(p, plan_of(p, updates=updates)).busy_seconds for p in (one, together))
-    assert all_of_them["host_to_device"] == pytest.approx(alone["host_to_device"])
-    gradients = one.workload.gradient_bytes_per_param * one.workload.trainable_params
-    more = (
-        all_of_them["device_to_host"] - alone["device_to_host"]
-    ) * one.hardware.links.device_to_host_bytes_per_second
-    assert more == pytest.approx(2 * gradients)
+    again = (1.0, 0.0, 0.0, 0.0)
+    alone, together = (check(p, plan_of(p, updates=updates, tokens=again)).busy_seconds for p in (one, three))
+    links, workload = one.hardware.links, one.workload
+    inputs = workload.tokens * sum(e.count * s.bytes_per_token for e in workload.classes for s in e.saved[:1])
+    gradients = workload.gradient_bytes_per_param * workload.trainable_params
+    assert together["compute"] == pytest.approx(3 * alone["compute"])
+    assert floor_seconds(three) == pytest.approx(3 * floor_seconds(one))
+    down, up = (together[link] - alone[link] for link in ("host_to_device", "device_to_host"))
+    assert down * links.host_to_device_bytes_per_second == pytest.approx(2 * inputs)
+    assert up * links.device_to_host_bytes_per_second == pytest.approx(2 * (inputs + gradients))
+
+
+@pytest.mark.parametrize(("chunk", "groups", "boundary"), [(1024, 1, Tier.DEVICE), (128, 2, Tier.HOST)])
+def test_what_several_that_go_together_do_by_chunks_is_summed_by_hand_too(chunk, groups, boundary):
+    """What is kept and swapped is, too, though nobody asks for it of several together."""
+    one, three = several(1), several(3, layer_major=True)
+    alone, together = (
+        check(p, plan_of(p, chunk=chunk, groups=groups, boundary=boundary)).busy_seconds for p in (one, three)
+    )
+    assert together["compute"] == pytest.approx(3 * alone["compute"])
+    assert together["ssd_read"] > alone["ssd_read"] and together["host_to_device"] > alone["host_to_device"]
+
+
+def test_what_several_that_go_together_hold_is_their_inputs_and_hidden_states():
+    """What one computes again is gone when the next one comes."""
+    one, three = several(1), several(3, layer_major=True)
+    knobs = knobs_of(plan_of(one))
+    held, of_all = (fixed_device_bytes(p, knobs) for p in (one, three))
+    between = held["activations between layers"]
+    assert of_all["activations between layers"] == of_all["hidden states of other micro-batches"] == 3 * between
+    assert of_all["gradients"] == held["gradients"]
+    for entry in one.workload.classes:
+        assert chunk_bytes(three, knobs, entry) == chunk_bytes(one, knobs, entry)
+        waiting = [waiting_bytes(p, plan_of(p).entry(entry.name), entry, Tier.HOST) for p in (one, three)]
+        assert waiting[1] == 3 * waiting[0] and (waiting[0] or not entry.saved)
+    on_drives = [static_bytes(p, plan_of(p))["nvme"]["activations"] for p in (one, three)]
+    assert on_drives[1] == 3 * on_drives[0] > 0
+    shown = [sum(sum(sizes) for name, sizes in rest_shares(p, plan_of(p)) if "activ" in name) for p in (one, three)]
+    assert shown[1] == pytest.approx(3 * shown[0])
 
 
 @pytest.mark.parametrize("layer_major", [False, True])
@@ -115,3 +152,58 @@ def test_planners_plan_several_micro_batches_within_their_bound(layer_major):
     assert plan.predicted["lower_bound_seconds"] <= seconds <= greedy.predicted["step_seconds"]
     assert layer_major or plan.predicted["gap"] < 0.15
     assert plan.predicted["tokens_per_second"] == pytest.approx(5 * p.workload.tokens / seconds)
+
+
+@pytest.mark.parametrize("room", [TIGHT, ROOMY])
+@pytest.mark.parametrize("ask", [plan_optimal, plan_greedy])
+def test_the_faster_order_is_taken_where_everything_trains(room, ask):
+    p = several(5, machine_=machine(**room))
+    apart, at_once = ask(p), ask(together(p))
+    seconds = [plan.predicted["step_seconds"] for plan in (apart, at_once)]
+    question, plan = in_best_order(p, ask)
+    check(question, plan)
+    assert plan.layer_major is question.workload.layer_major is (seconds[1] <= (1 - GAIN) * seconds[0])
+    if ask is plan_optimal:
+        assert plan.layer_major is (room is TIGHT), "where weights stream, and not where activations can be kept"
+    assert plan.predicted["step_seconds"] == seconds[plan.layer_major]
+    assert ("micro-batches through each layer together" in page(question, plan)) is plan.layer_major
+    again = [split for entry in at_once.classes for split in entry.tokens if split.name != "input"]
+    assert again and all(split.recompute_tokens == p.workload.seq_len for split in again), "as the runtime has it"
+    if ask is plan_greedy:
+        assert plan.predicted["lower_bound_seconds"] is None
+        return
+    bounds = [one.predicted["lower_bound_seconds"] for one in (apart, at_once)]
+    assert bounds[0] != bounds[1] and plan.predicted["lower_bound_seconds"] == min(bounds)
+    assert plan.predicted["gap"] == pytest.approx(1 - min(bounds) / min(seconds))
+
+
+def test_one_order_is_asked_about_where_the_other_is_no_question():
+    asked = []
+
+    def ask(question):
+        asked.append(question.workload.layer_major)
+        return plan_greedy(question)
+
+    of_one, adapters = several(1), several(5, full=False)
+    for p in (of_one, adapters, together(several(5))):
+        question, plan = in_best_order(p, ask)
+        assert question == p and plan == plan_greedy(p)
+    assert asked == [False, False, True]
+
+
+def test_a_plan_stays_where_those_together_do_not_fit():
+    p = several(5, machine_=machine(**TIGHT))
+
+    def ask(question):
+        if question.workload.layer_major:
+            raise PlanInfeasible(tier="device", phase="forward", need_bytes=2, have_bytes=1, ways_out=[])
+        return plan_greedy(question)
+
+    assert in_best_order(p, ask) == (p, plan_greedy(p))
+
+
+def test_what_others_do_goes_one_after_the_other():
+    p = several(5, machine_=machine(**TIGHT))
+    assert answer_by_policy(p, "greedy")[1].layer_major
+    question, plan = answer_by_policy(p, "fuyou")
+    assert question == p and not plan.layer_major

@@ -32,7 +32,6 @@ from planners.optimiser.mip import WEAR_SLOWDOWN
 from planners.optimiser.rows import Freedoms
 from planners.plans.plan import Plan
 from planners.problems.hardware import Hardware
-from planners.problems.measured import MeasuredSeconds
 from planners.problems.problem import Problem
 from planners.rule.streaming import plan_streaming
 from planners.rule.streaming_problem import StreamingProblem
@@ -214,7 +213,7 @@ def measured(question: Problem, factors: Mapping[str, float]) -> Problem:
     device = replace(device, adamw_params_per_second=slower(device.adamw_params_per_second, DEVICE_UPDATE))
     host = replace(host, adamw_params_per_second=slower(host.adamw_params_per_second, CPU))
     classes = tuple(
-        entry if entry.measured is None else replace(entry, measured=_times(entry.measured, factors.get(COMPUTE, 1.0)))
+        entry if entry.measured is None else replace(entry, measured=entry.measured.times(factors.get(COMPUTE, 1.0)))
         for entry in workload.classes
     )
     steps = workload.device_steps
@@ -231,20 +230,6 @@ def measured(question: Problem, factors: Mapping[str, float]) -> Problem:
 
 def _seconds(plan: Plan) -> float:
     return float(plan.predicted["step_seconds"])
-
-
-def _times(seconds: MeasuredSeconds, factor: float) -> MeasuredSeconds:
-    kept = seconds.kept
-    if kept is not None:
-        kept = replace(
-            kept, forward=kept.forward * factor, backward=kept.backward * factor, put_away=kept.put_away * factor,
-            taken_back=kept.taken_back * factor, put_on_drive=kept.put_on_drive * factor,
-            taken_off_drive=kept.taken_off_drive * factor,
-        )  # fmt: skip
-    return replace(
-        seconds, forward=seconds.forward * factor, backward=seconds.backward * factor,
-        decode=seconds.decode * factor, kept=kept, product=seconds.product * factor,
-    )  # fmt: skip
 
 
 def _with_memory(question: Problem, num_bytes: int) -> Problem:

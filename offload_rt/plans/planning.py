@@ -278,7 +278,6 @@ def lowered(plan: Plan, streaming: StreamingProblem, problem: Problem) -> Plan:
         machine="",
         activations=policies_of(plan),
         head_chunk_tokens=head_chunk_tokens(streaming, problem.workload.measured_chunk_tokens),
-        layer_major=problem.workload.layer_major,
         allocator_slack_bytes=min(wanted, problem.slack_bytes + max(0, room)),
     )
 

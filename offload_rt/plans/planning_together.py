@@ -1,8 +1,7 @@
 """The optimiser's question about micro-batches that go through each layer together.
 
-What is fetched once serves all of them; what waits from a layer's forward to its backward waits for each. So it is the
-question about one after the other in which a pass has the seconds and the layer inputs of all, and there is one pass.
-Nothing is kept or put away besides, as by the fixed rule.
+What is fetched once serves all of them; what waits from a layer's forward to its backward waits for each: see
+`Workload.layer_major`. Nothing is kept or put away besides, as by the fixed rule.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import replace
 
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
 from planners.problems.measured import MeasuredSeconds
-from planners.problems.problem import BlockClass, Problem
+from planners.problems.problem import Problem
 from planners.rule.streaming_problem import StreamingProblem
 from planners.units import whole_pages
 
@@ -56,6 +55,9 @@ def together(problem: Problem, streaming: StreamingProblem) -> Problem:
     """`problem`, which was asked about micro-batches one after the other that compute all again, about the same where
     they go through each layer together.
     """
+    for entry in problem.workload.classes:
+        if entry.measured is None or any(saved.recomputable for saved in entry.saved):
+            raise ValueError(f"{entry.name!r}: micro-batches together were timed, and keep nothing but layer inputs")
     workload, device, host = problem.workload, problem.hardware.device, problem.hardware.host
     num = workload.micro_batches
     # As many inputs of a layer begin at an address of their own.
@@ -64,21 +66,7 @@ def together(problem: Problem, streaming: StreamingProblem) -> Problem:
     reserve = device.reserve_bytes + pages + waiting + whole_pages((num - 1) * streaming.thread_bytes)
     device = replace(device, reserve_bytes=reserve, memory_bytes=max(device.memory_bytes, reserve + 1))
     host = replace(host, memory_bytes=max(0, host.memory_bytes - pages))
-    classes = tuple(_of_all(entry, num) for entry in workload.classes)
     return replace(
         problem, hardware=replace(problem.hardware, device=device, host=host),
-        workload=replace(workload, classes=classes, layer_major=True),
+        workload=replace(workload, layer_major=True),
     )  # fmt: skip
-
-
-def _of_all(entry: BlockClass, num: int) -> BlockClass:
-    """A class whose passes are those of so many micro-batches."""
-    taken = entry.measured
-    if taken is None or any(saved.recomputable for saved in entry.saved):
-        raise ValueError(f"{entry.name!r}: micro-batches together were timed, and keep nothing but layer inputs")
-    taken = replace(
-        taken, forward=num * taken.forward, backward=num * taken.backward, decode=num * taken.decode,
-        product=num * taken.product,
-    )  # fmt: skip
-    saved = tuple(replace(one, bytes_per_token=num * one.bytes_per_token) for one in entry.saved)
-    return replace(entry, measured=taken, saved=saved)

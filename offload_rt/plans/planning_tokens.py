@@ -208,11 +208,8 @@ class ActivationSizes:
     """Of each layer, by its block: its input, with what waits with that."""
 
 
-def sizes_of(plan: Plan, batch_size: int, *, together: int = 1) -> ActivationSizes | None:
-    """What `plan` has room for; None where it has no classes and so says nothing of it.
-
-    together: micro-batches that go through a layer at once. What the plan says of its input is of all of them.
-    """
+def sizes_of(plan: Plan, batch_size: int) -> ActivationSizes | None:
+    """What `plan` has room for, of one micro-batch; None where it has no classes and so says nothing of it."""
     chunks = [arena for arena in plan.arenas if arena.name not in (Tier.DEVICE.value, Tier.HOST.value)]
     if not plan.classes or not chunks:
         return None
@@ -228,7 +225,7 @@ def sizes_of(plan: Plan, batch_size: int, *, together: int = 1) -> ActivationSiz
             if split.name == INPUT:
                 elsewhere = num_chunks > 1 and plan.layer_inputs is not Tier.DEVICE
                 pages = PAGES_WITH_INPUT * IO_ALIGNMENT_BYTES if elsewhere else 0
-                size = align_up(round(each * split.total_tokens / together), IO_ALIGNMENT_BYTES) + pages
+                size = align_up(round(each * split.total_tokens), IO_ALIGNMENT_BYTES) + pages
                 inputs |= dict.fromkeys(entry.blocks, size)
                 continue
             kept += len(entry.blocks) * each * split.device_tokens

@@ -65,7 +65,7 @@ class ActivationsAssembly:
         self.wanted_slack_bytes = problem.slack_bytes(chunk_tokens_of(plan, workload))
         """What `slack_bytes` would be where a budget has room."""
         self._together = workload.config.accumulation_steps if plan.layer_major else 1
-        self._sizes = sizes_of(plan, workload.config.batch_size, together=self._together)
+        self._sizes = sizes_of(plan, workload.config.batch_size)
         self._chunk_tokens = chunk_tokens_of(plan, workload)
 
     def transients(self) -> Transients:

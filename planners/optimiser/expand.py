@@ -99,6 +99,7 @@ def expand(problem: Problem, knobs: Knobs, fractions: list[Fractions], *, planne
         cuts=knobs.cuts,
         update_mode=knobs.update_mode,
         boundary=knobs.boundary,
+        layer_major=problem.workload.layer_major,
     )
     return with_arenas(divided(problem, plan), plan)
 

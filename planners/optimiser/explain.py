@@ -6,9 +6,11 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from planners.errors import PlanInfeasible, format_bytes
 from planners.optimiser.mip import plan_any, plan_optimal
+from planners.optimiser.orders import in_best_order
 from planners.optimiser.rows import Freedoms
 from planners.plans.plan import Plan
 from planners.problems.hardware import Drive
@@ -55,7 +57,7 @@ def advise(problem: Problem, plan: Plan) -> list[Advice]:
     found = []
     for change, other, freedoms in _upgrades(problem, plan):
         try:
-            predicted = plan_optimal(other, freedoms=freedoms).predicted
+            predicted = in_best_order(other, partial(plan_optimal, freedoms=freedoms))[1].predicted
         except PlanInfeasible:
             continue
         then = predicted["tokens_per_second"]

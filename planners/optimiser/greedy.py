@@ -231,7 +231,7 @@ def _fractions(problem: Problem, knobs: Knobs, room: dict[str, float]) -> list[F
     classes = workload.classes
     left = room_left(problem, knobs, room)
     device, host = left["device"], left["host"]
-    total_inputs = sum(e.count * e.saved[0].bytes_per_token for e in classes if e.saved) * workload.tokens
+    total_inputs = sum(e.count * e.saved[0].bytes_per_token for e in classes if e.saved) * workload.pass_tokens
     total_weights = float(sum(e.count * e.streamed_bytes for e in classes)) - tiled_bytes(problem)
     total_tables = float(sum(e.count * e.streamed_bytes for e in classes if workload.rows_of(e) is not None))
     total_state = float(sum(e.count * whole_state_bytes(problem, e) for e in classes))

@@ -8,9 +8,11 @@ systems have other engineering and are not claimed to be these numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from planners.optimiser.greedy import plan_greedy
 from planners.optimiser.mip import plan_optimal
+from planners.optimiser.orders import in_best_order
 from planners.optimiser.rows import Freedoms
 from planners.plans.placement import UpdateMode
 from planners.plans.plan import Plan
@@ -41,7 +43,17 @@ POLICIES: dict[str, Policy] = {
     "memo": Policy(Freedoms(nvme_activations=False, device_updates=False), _BY_CPU),
     "full-recompute": Policy(Freedoms(swaps=False), tuple(UpdateMode)),
 }
-NAMES = ("optimal", "greedy", *POLICIES)
+OURS = ("optimal", "greedy")
+NAMES = (*OURS, *POLICIES)
+
+
+def answer_by_policy(problem: Problem, name: str) -> tuple[Problem, Plan]:
+    """The plan that policy `name` gives, and the question that it answers: ours are asked about either order of
+    micro-batches, what others do about one after the other. Raises what `plan_by_policy` raises.
+    """
+    if name in OURS:
+        return in_best_order(problem, partial(plan_by_policy, name=name))
+    return problem, plan_by_policy(problem, name)
 
 
 def plan_by_policy(problem: Problem, name: str) -> Plan:

@@ -45,7 +45,7 @@ class SavedRows:
         slot: Terms = []
         staged: Terms = []
         for j, (saved, seconds) in enumerate(zip(entry.saved, cost.recompute_seconds, strict=True)):
-            size = saved.bytes_per_token * workload.tokens
+            size = saved.bytes_per_token * workload.pass_tokens
             redo = program.variable(float(saved.recomputable))
             nvme, host, kept = (program.variable(float(ok)) for ok in self._may_wait(saved))
             program.row([(redo, 1.0), (nvme, 1.0), (host, 1.0), (kept, 1.0)], 1.0, 1.0)
@@ -65,8 +65,7 @@ class SavedRows:
             used.append(self._used(entry, (redo, nvme, host, kept), saved.recomputable))
             each = saved.bytes_per_token * of_chunk
             if workload.goes_apart(saved):
-                one = each / workload.together
-                rows.largest("device", "layer input in use", [(part, one) for part in used[-1].swapped])
+                rows.largest("device", "layer input in use", [(part, each) for part in used[-1].swapped])
                 rows.largest("host", "staging of layer inputs", [(nvme, float(workload.input_staging_bytes or 0))])
             else:
                 slot += [(part, each) for part in used[-1].swapped]

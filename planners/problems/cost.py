@@ -134,7 +134,7 @@ def fetch_counts(problem: Problem, slots: int, *, later: bool = False) -> list[t
 
 
 def num_chunks(problem: Problem, cuts: Cuts) -> int:
-    """In how many parts a batch goes through a block."""
+    """In how many parts a batch, of one micro-batch, goes through a block."""
     whole = problem.workload.tokens if problem.capabilities.batch_cuts else problem.workload.seq_len
     return -(-whole // cuts.chunk_tokens)
 
@@ -154,7 +154,7 @@ def in_a_chunk(problem: Problem, cuts: Cuts, num_tokens: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCost:
-    """Seconds on the device for one block of a class and all tokens of a micro-batch."""
+    """Seconds on the device for one block of a class and all tokens of a pass."""
 
     forward_seconds: float
     backward_seconds: float
@@ -180,8 +180,9 @@ def class_costs(problem: Problem, cuts: Cuts, decode_scope: DecodeScope) -> tupl
 
 def _class_cost(problem: Problem, entry: BlockClass, cuts: Cuts, decode_scope: DecodeScope) -> ClassCost:
     if entry.measured is not None:
-        return _measured_cost(problem, entry, entry.measured, cuts, decode_scope)
-    device, tokens, chunks = problem.hardware.device, problem.workload.tokens, num_chunks(problem, cuts)
+        return _measured_cost(problem, entry, entry.measured.times(problem.workload.together), cuts, decode_scope)
+    device, tokens = problem.hardware.device, problem.workload.pass_tokens
+    chunks = problem.workload.together * num_chunks(problem, cuts)
     matmul, memory = device.matmul_flops_per_second, device.memory_bytes_per_second
     attention = tokens * entry.attention_flops / matmul
     attention_forward = attention / device.attention_forward_efficiency
@@ -278,5 +279,5 @@ def held_up_seconds(cost: ClassCost, j: int, phase: int, nvme: float, host: floa
 def tiles_again_seconds(problem: Problem, entry: BlockClass) -> float:
     """What a head takes longer by tiles: its logits are computed twice."""
     if entry.measured is not None:
-        return entry.measured.product
-    return problem.workload.tokens * entry.forward_flops / problem.hardware.device.matmul_flops_per_second
+        return problem.workload.together * entry.measured.product
+    return problem.workload.pass_tokens * entry.forward_flops / problem.hardware.device.matmul_flops_per_second

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,20 @@ class MeasuredSeconds:
     """Of a layer that ran by chunks of tokens; None: whole."""
     product: float = 0.0
     """Of a head, its logits and their sums: what they take once more where it goes by tiles."""
+
+    def times(self, factor: float) -> MeasuredSeconds:
+        """Of a machine that is so many times as slow, or of so many batches one after the other."""
+        kept = self.kept
+        if kept is not None:
+            kept = replace(
+                kept, forward=kept.forward * factor, backward=kept.backward * factor, put_away=kept.put_away * factor,
+                taken_back=kept.taken_back * factor, put_on_drive=kept.put_on_drive * factor,
+                taken_off_drive=kept.taken_off_drive * factor,
+            )  # fmt: skip
+        return replace(
+            self, forward=self.forward * factor, backward=self.backward * factor, decode=self.decode * factor,
+            kept=kept, product=self.product * factor,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

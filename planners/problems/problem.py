@@ -166,7 +166,7 @@ class Workload:
     micro_batches: int = 1
     """Of a step, each of `batch_size` sequences: [Note: micro-batches]."""
     layer_major: bool = False
-    """They go through each block together; what its class says of seconds and of saved bytes is of all of them."""
+    """They go through each block together, in one pass."""
     summed_gradient_bytes_per_param: int = 0
     """Of a gradient that waits to be added to, where there are several and the streamed weights train."""
     summing_seconds_per_param: float = 0.0
@@ -186,6 +186,15 @@ class Workload:
     def together(self) -> int:
         """Micro-batches that a pass has."""
         return self.micro_batches // self.passes
+
+    @property
+    def pass_rows(self) -> int:
+        """Sequences of a pass."""
+        return self.together * self.batch_size
+
+    @property
+    def pass_tokens(self) -> int:
+        return self.together * self.tokens
 
     @property
     def sums_gradients(self) -> bool:
@@ -221,8 +230,8 @@ class Workload:
 
     @property
     def boundary_bytes(self) -> int:
-        """Activations between two layers, of the whole batch."""
-        return ITEM_BYTES * self.hidden * self.tokens
+        """Activations between two layers, of a pass."""
+        return ITEM_BYTES * self.hidden * self.pass_tokens
 
     @property
     def measured_chunk_tokens(self) -> int | None:

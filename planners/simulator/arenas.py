@@ -251,7 +251,7 @@ def waiting_bytes(problem: Problem, placed: ClassPlan, entry: BlockClass, tier: 
     total = 0.0
     for saved, split in zip(entry.saved, placed.tokens, strict=True):
         tokens = {Tier.DEVICE: split.device_tokens, Tier.HOST: split.host_tokens, Tier.NVME: split.nvme_tokens}
-        total += saved.bytes_per_token * problem.workload.batch_size * tokens[tier]
+        total += saved.bytes_per_token * problem.workload.pass_rows * tokens[tier]
     return total
 
 

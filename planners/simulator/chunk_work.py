@@ -21,7 +21,7 @@ MAX_SIMULATED_CHUNKS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """What a chunk does of what its block saves. Bytes of a whole batch, and seconds."""
+    """What a chunk does of what its block saves, of all batches that go together. Bytes, and seconds."""
 
     kept: float
     host: float
@@ -49,7 +49,7 @@ class ChunkWork:
 
     def _make(self, c: int, tokens: list[tuple[float, float, float, float]]) -> Chunk:
         saved, cost, seq_len = self.workload.classes[c].saved, self.costs[c], self.workload.seq_len
-        sizes = [one.bytes_per_token * self.workload.batch_size for one in saved]
+        sizes = [one.bytes_per_token * self.workload.pass_rows for one in saved]
         of_tokens = list(zip(sizes, tokens, strict=True))
         held_up = [
             sum(held_up_seconds(cost, j, phase, nvme, host) for j, (_, nvme, host, _) in enumerate(tokens))

@@ -140,7 +140,7 @@ class _Passes(Operations):
         for saved, split in zip(self.workload.classes[c].saved, self.placed[c].tokens, strict=True):
             if saved.name == "input":
                 moved = split.host_tokens + split.nvme_tokens
-                return saved.bytes_per_token * self.workload.batch_size * moved
+                return saved.bytes_per_token * self.workload.pass_rows * moved
         return 0.0
 
     def _previous(self) -> list[tuple[int, int]]:

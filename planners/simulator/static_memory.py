@@ -25,6 +25,8 @@ def fixed_device_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
             if knobs.boundary is Tier.DEVICE
             else 2.0 * ITEM_BYTES * workload.hidden * chunk
         )
+        if workload.together > 1:  # inputs and outputs of a layer, of those whose turn it is not
+            items["hidden states of other micro-batches"] = float(workload.boundary_bytes)
     if knobs.decode_scope is DecodeScope.LAYER:
         items["decoded weights"] += max(c.decoded_bytes for c in classes)
     if cuts.chunk_tokens < workload.seq_len:
@@ -112,7 +114,7 @@ def static_bytes(problem: Problem, plan: Plan) -> dict[str, dict[str, float]]:
         if workload.commit_every and workload.pinned:
             add(nvme, "adapters", 2 * entry.count * entry.trainable_params * workload.weight_bytes_per_param)
         for saved, split in zip(entry.saved, placed.tokens, strict=True):
-            add(nvme, "activations", entry.count * saved.bytes_per_token * workload.batch_size * split.nvme_tokens)
+            add(nvme, "activations", entry.count * saved.bytes_per_token * workload.pass_rows * split.nvme_tokens)
         moved = sum(u.params for u in placed.updates if u.place is UpdatePlace.DEVICE and u.tier is not Tier.DEVICE)
         piece = workload.state_bytes_per_param * moved / plan.buffers.buckets_per_block
         if moved and workload.device_steps is not None:
@@ -146,8 +148,7 @@ def input_in_use_bytes(problem: Problem, plan: Plan) -> float:
         for saved, split in zip(entry.saved, plan.entry(entry.name).tokens, strict=True):
             if workload.goes_apart(saved):
                 swapped_tokens = split.host_tokens + split.nvme_tokens
-                each = saved.bytes_per_token / workload.together
-                most = max(most, each * in_a_chunk(problem, cuts, swapped_tokens))
+                most = max(most, saved.bytes_per_token * in_a_chunk(problem, cuts, swapped_tokens))
     return most
 
 

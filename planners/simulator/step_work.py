@@ -44,7 +44,7 @@ def busy_seconds(problem: Problem, plan: Plan) -> dict[str, float]:
             up += n * workload.boundary_bytes
             down += n * workload.boundary_bytes
         for j, (saved, split) in enumerate(zip(entry.saved, placed.tokens, strict=True)):
-            each = saved.bytes_per_token * workload.batch_size
+            each = saved.bytes_per_token * workload.pass_rows
             swapped = n * each * (split.host_tokens + split.nvme_tokens)
             compute += n * costs[c].recompute_seconds[j] * split.recompute_tokens / workload.seq_len
             for phase in (0, 1):
@@ -117,14 +117,15 @@ def floor_seconds(problem: Problem) -> float:
     """No plan whatever takes less: all products and attention once, and what memory cannot hold fetched twice."""
     workload, hardware = problem.workload, problem.hardware
     device = hardware.device
-    products = sum(e.count * (e.forward_flops + e.backward_flops) for e in workload.classes) * workload.tokens
-    attention = sum(e.count * e.attention_flops for e in workload.classes) * workload.tokens
+    products = sum(e.count * (e.forward_flops + e.backward_flops) for e in workload.classes) * workload.pass_tokens
+    attention = sum(e.count * e.attention_flops for e in workload.classes) * workload.pass_tokens
     seconds = products / device.matmul_flops_per_second
     # Backward of attention is at least twice its forward.
     forward = attention / (device.matmul_flops_per_second * device.attention_forward_efficiency)
     backward = 2 * attention / (device.matmul_flops_per_second * device.attention_backward_efficiency)
     measured = [(e.count, e.measured) for e in workload.classes if e.measured is not None]
-    compute = seconds + forward + backward + sum(n * (_least_forward(taken) + taken.decode) for n, taken in measured)
+    timed = workload.together * sum(n * (_least_forward(taken) + taken.decode) for n, taken in measured)
+    compute = seconds + forward + backward + timed
     layers = sum(e.count * e.stored_bytes for e in workload.classes if e.is_layer)
     above = capacities(problem)["device"]
     link = hardware.links.host_to_device_bytes_per_second
