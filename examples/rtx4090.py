@@ -4,7 +4,8 @@
     python examples/rtx4090_qlora_70b.py --smoke                     the same steps with a tiny model, on the CPU
     python examples/rtx4090_qlora_70b.py --model DIR --data FILE.jsonl --nvme DIR --out DIR [OPTIONS OF train]
 
-The run is `offload-rt train` with the settings of the demo; what is given behind them overrides them.
+The run is `offload-rt train` with the settings of the demo; what is given behind them overrides them. The dry run is
+`offload-rt plan` with the same batches and budgets.
 """
 
 from __future__ import annotations
@@ -12,25 +13,31 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload_rt.cli.main import main as offload_rt
 
-MACHINE = ["--gpu", "rtx4090", "--host-memory", "64GiB", "--nvme", "2TB@7.0r/5.0w"]
-"""24 GB of device memory, 64 GB of RAM, one PCIe 4.0 SSD."""
-BUDGETS = ["--device", "cuda", "--device-memory", "22GiB", "--host-memory", "56GiB"]
-"""What is left beside the desktop, the CUDA context and the operating system."""
+MACHINE = ["--gpu", "rtx4090", "--nvme", "2TB@7.0r/5.0w"]
+"""24 GB of device memory, one PCIe 4.0 SSD."""
+BUDGETS = ["--device-memory", "22GiB", "--host-memory", "56GiB"]
+"""Of a machine with 64 GB of RAM: what is left beside the desktop, the CUDA context and the operating system."""
+CLIPS = ["--clip"]
+"""As `train` does unless it is told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """One demo: `plan` are arguments of `offload-rt plan`, `settings` of `train`, `smoke` those for a tiny model, with
-    budgets that cannot hold one of this width: its layers are spread over all tiers.
+    """One demo: `job` are options that `offload-rt plan` and `train` share, `plan` and `settings` more of either,
+    `smoke` those for a tiny model, with budgets that cannot hold one of this width: its layers are spread over all
+    tiers.
     """
 
     doc: str
-    plan: list[str]
+    model: str
+    """Which `plan` knows by name."""
+    job: list[str]
+    plan: list[str] = field(default_factory=list)
     settings: list[str]
     smoke: list[str]
     smoke_width: int = 256
@@ -39,19 +46,20 @@ class Demo:
 def run(demo: Demo, arguments: list[str] | None = None) -> int:
     """The exit code of what was asked for, as `offload-rt` gives it."""
     parser = argparse.ArgumentParser(description=demo.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="the plan's page; no GPU, no weights")
-    what.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--dry-run", action="store_true", help="the plan's page; no GPU, no weights")
+    kind.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--html", help="with --dry-run: the plan as one page")
     options, rest = parser.parse_known_args(arguments)
     if options.dry_run:
         html = ["--html", options.html] if options.html else []
-        return offload_rt(["plan", *demo.plan, *MACHINE, *html, *rest])
+        what = ["--model", demo.model, *demo.job, *CLIPS, *demo.plan]
+        return offload_rt(["plan", *what, *MACHINE, *BUDGETS, *html, *rest])
     if options.smoke:
         with tempfile.TemporaryDirectory(prefix="offload_rt-smoke-") as folder:
             job = tiny_job(Path(folder), demo.smoke_width)
-            return offload_rt(["train", *job, "--device", "cpu", *demo.settings, *demo.smoke, *rest])
-    return offload_rt(["train", *BUDGETS, *demo.settings, *rest])
+            return offload_rt(["train", *job, "--device", "cpu", *demo.job, *demo.settings, *demo.smoke, *rest])
+    return offload_rt(["train", "--device", "cuda", *BUDGETS, *demo.job, *demo.settings, *rest])
 
 
 def tiny_job(folder: Path, width: int = 64) -> list[str]:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from offload_rt.cli.main import Parser
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-DEMOS = ["qlora_70b", "long_context_8b"]
+DEMOS = ["qlora_70b", "long_context_8b", "full_finetune_13b"]
+ASKED = ("full", "adapters", "bits", "seq_len", "batch_size", "accumulation_steps", "device_memory", "host_memory")
+"""What `plan` and `train` call alike, and a dry run has to be about."""
 
 
 def run(name, *arguments, code=None):
@@ -17,7 +21,7 @@ def run(name, *arguments, code=None):
     return subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, check=False, timeout=200)
 
 
-@pytest.mark.parametrize("name", [*DEMOS, "full_finetune_13b"])
+@pytest.mark.parametrize("name", DEMOS)
 def test_a_dry_run_draws_a_plan_that_fits_without_torch(name, tmp_path):
     page, plan = tmp_path / "plan.html", tmp_path / "plan.json"
     code = (
@@ -29,9 +33,30 @@ def test_a_dry_run_draws_a_plan_that_fits_without_torch(name, tmp_path):
     done = run(name, *flags, code=code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("False")
-    assert "on rtx4090: 23 GiB device, 64 GiB host" in done.stdout
+    assert "on rtx4090: 22 GiB device, 56 GiB host" in done.stdout
     assert "<svg" in page.read_text() or "<table" in page.read_text()
     assert json.loads(plan.read_text())
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_dry_run_is_about_the_run(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    demo, calls = import_module(f"rtx4090_{name}").DEMO, []
+    monkeypatch.setattr(import_module("rtx4090"), "offload_rt", lambda words: calls.append(words) or 0)
+    files = ["--model", "folder", "--data", "rows.jsonl", "--nvme", "drive", "--out", "run"]
+    assert [import_module("rtx4090").run(demo, words) for words in (["--dry-run"], files)] == [0, 0]
+    (plan, dry), (train, real) = (
+        (words[0], parsed(import_module(f"offload_rt.cli.{words[0]}"), words[1:])) for words in calls
+    )
+    assert (plan, train) == ("plan", "train")
+    assert {key: getattr(dry, key) for key in ASKED} == {key: getattr(real, key) for key in ASKED}
+    assert dry.clip is (real.max_grad_norm > 0) and real.device == "cuda"
+
+
+def parsed(command, words):
+    parser = Parser("demo", "")
+    command.add_arguments(parser)
+    return parser.parse(words)
 
 
 @pytest.mark.parametrize("name", ["qlora_70b", pytest.param("long_context_8b", marks=pytest.mark.full)])
