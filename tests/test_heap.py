@@ -159,14 +159,16 @@ torch.set_num_threads(1)
 import peft, transformers
 import offload_rt
 from offload_rt.memory import heap
+from offload_rt.plans import workload_sizes
+workload_sizes.allocator_slack_bytes = lambda *_, **__: 24 << 20  # a layer leaves holes of more than that
 if sys.argv[2] == "without the guard":
     heap.HeapGuard.check = lambda guard: setattr(
         guard.counters, "peak_bytes", max(guard.counters.peak_bytes, guard.above_base_bytes()))
 torch.manual_seed(0)
 config = transformers.LlamaConfig(
-    vocab_size=4096, hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6,
+    vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
     num_key_value_heads=2)
-model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+model = transformers.AutoModelForCausalLM.from_config(config)  # some processors are slow with bf16
 lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 with offload_rt.engine(
     model, bits=4, adapters=lora, nvme=sys.argv[1], batch_size=2, seq_len=256, lr=1e-3,
@@ -268,14 +270,14 @@ import transformers
 import offload_rt
 torch.manual_seed(0)
 config = transformers.LlamaConfig(
-    vocab_size=32768, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
+    vocab_size=16384, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
     num_key_value_heads=2, tie_word_embeddings=True)
-model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+model = transformers.AutoModelForCausalLM.from_config(config)  # some processors are slow with bf16
 with offload_rt.engine(
     model, nvme=sys.argv[1], device_memory=int(sys.argv[2]), batch_size=4, seq_len=256, max_grad_norm=1.0, lr=1e-4,
 ) as engine:
     for step in range(3):
-        ids = torch.randint(0, 32768, (4, 256))
+        ids = torch.randint(0, 16384, (4, 256))
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
     print(json.dumps(engine.report(), default=str))
@@ -288,17 +290,18 @@ with offload_rt.engine(
 def test_full_fine_tuning_of_a_large_vocabulary_stays_within_its_budget(disk_folder):
     """Its gradient is larger than all that a layer takes, and comes when layers have left their holes.
 
-    It takes minutes where torch's 16-bit products are slow: on processors without AVX-512 (docs/log.md).
+    Of mapping large blocks and giving holes back either is enough here; with neither it takes 20 MiB too many.
     """
+    budget_bytes = 340 * MIB
     ran = subprocess.run(
-        [sys.executable, "-c", TRAINED, str(disk_folder), str(400 * MIB)], capture_output=True, text=True, timeout=900,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        [sys.executable, "-c", TRAINED, str(disk_folder), str(budget_bytes)], capture_output=True, text=True,
+        timeout=240, env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
     report = json.loads(ran.stdout.splitlines()[-1])
     assert report["training"]["state_in_memory_bytes"] < MIB and report["training"]["num_steps"] == 3
-    assert report["managed_bytes"] > 390 * MIB
-    assert report["peak_resident_bytes"] - report["base_bytes"] <= 400 * MIB
+    assert report["managed_bytes"] > budget_bytes - 10 * MIB
+    assert report["peak_resident_bytes"] - report["base_bytes"] <= budget_bytes
     assert report["allocator"]["mapped_from_bytes"] is not None, "so that few holes are left to give back"
 
 
