@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import os
 import resource
 import subprocess
@@ -139,6 +140,22 @@ def test_the_memory_of_an_arena_is_forgotten_with_it(file):
         del slot
     assert io.refusal == ""
     assert io.counters()["fixed_memory_requests"] == 1100
+    links.close()
+
+
+def test_the_memory_of_an_arena_that_is_collected_as_garbage_is_forgotten_too(file):
+    """As that is which an error's traceback holds. Its address is the next one's, who could not be registered."""
+    io = RingIO(needs_io_uring(), register=True)
+    links = Links(io=io)
+    for _ in range(3):
+        slot = Arena("a", PAGE).acquire(PAGE, "x")
+        links.wait(links.read(file, 0, slot))
+        address, circle = slot.region.address, [slot]
+        circle.append(circle)
+        del slot, circle
+        gc.collect()
+        with pytest.raises(ValueError, match="not registered"):
+            io._ring.forget_memory(address)
     links.close()
 
 

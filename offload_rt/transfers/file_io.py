@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno as errno_names
+import itertools
 import mmap
 import os
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -157,6 +159,8 @@ class RingIO:
             self.refusal = "memory is registered by io_uring only"
         self._adopted: weakref.WeakSet[Region] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._number = next(_numbers)
+        _rings[self._number] = self._ring
 
     def adopt(self, region: Region) -> None:
         if not self._register or region in self._adopted:
@@ -170,8 +174,7 @@ class RingIO:
             except self._core.NativeStorageError as error:
                 self.refusal = str(error)
                 return
-        ring = weakref.ref(self._ring)  # a region may outlive it
-        region.before_unmap.append(lambda address: _forget(ring, address))
+        region.before_unmap.append(partial(_forget, self._number))
 
     def tune(self, file: OpenFile, depth: int, io_bytes: int) -> None:
         self._ring.tune(file.fd, depth, io_bytes)
@@ -336,9 +339,16 @@ def file_io(backend: str = "auto") -> FileIO:
     return RingIO(core, backend)
 
 
-def _forget(ring: weakref.ref[Any], address: int) -> None:
-    if (living := ring()) is not None:
-        living.forget_memory(address)
+_numbers = itertools.count()
+_rings: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""By number, those that are there: a region may outlive its ring. It knows the number only, since a weak reference that
+were its own would be cleared before its end where it is collected as garbage, and its memory never forgotten.
+"""
+
+
+def _forget(number: int, address: int) -> None:
+    if (ring := _rings.get(number)) is not None:
+        ring.forget_memory(address)
 
 
 def _drop_cached(fd: int, offset_bytes: int, num_bytes: int) -> None:
