@@ -11,7 +11,7 @@ import pytest
 from planners.errors import PlanInfeasible
 from planners.optimiser.greedy import plan_greedy
 from planners.optimiser.mip import plan_optimal
-from planners.optimiser.orders import GAIN, in_best_order, together
+from planners.optimiser.orders import GAIN, in_best_order, layer_major
 from planners.optimiser.policies import answer_by_policy
 from planners.plans.placement import Tier, UpdateMode, UpdatePlace
 from planners.problems.cost import fetch_counts, knobs_of
@@ -20,7 +20,7 @@ from planners.simulator import simulate as simulation
 from planners.simulator import timeline
 from planners.simulator.arenas import chunk_bytes, step_buffers, waiting_bytes
 from planners.simulator.simulate import simulate
-from planners.simulator.static_memory import fixed_device_bytes, static_bytes
+from planners.simulator.static_memory import fixed_device_bytes, fixed_host_bytes, static_bytes
 from planners.simulator.step_work import floor_seconds
 from planners.simulator.validate import InvalidPlan, check, check_modes
 from tests.planner_cases import MIB, machine, plan_of, problem
@@ -129,7 +129,11 @@ def test_what_several_that_go_together_hold_is_their_inputs_and_hidden_states():
     knobs = knobs_of(plan_of(one))
     held, of_all = (fixed_device_bytes(p, knobs) for p in (one, three))
     between = held["activations between layers"]
-    assert of_all["activations between layers"] == of_all["hidden states of other micro-batches"] == 3 * between
+    in_turn = {"activations between layers", "hidden states of other micro-batches"}
+    assert [of_all[name] for name in in_turn] == 2 * [3 * between]
+    through_host = replace(knobs, boundary=Tier.HOST)
+    assert fixed_host_bytes(three, through_host) == {name: 3 * between for name in in_turn}
+    assert not in_turn & fixed_device_bytes(three, through_host).keys() - {"activations between layers"}
     assert of_all["gradients"] == held["gradients"]
     for entry in one.workload.classes:
         assert chunk_bytes(three, knobs, entry) == chunk_bytes(one, knobs, entry)
@@ -158,7 +162,7 @@ def test_planners_plan_several_micro_batches_within_their_bound(layer_major):
 @pytest.mark.parametrize("ask", [plan_optimal, plan_greedy])
 def test_the_faster_order_is_taken_where_everything_trains(room, ask):
     p = several(5, machine_=machine(**room))
-    apart, at_once = ask(p), ask(together(p))
+    apart, at_once = ask(p), ask(layer_major(p))
     seconds = [plan.predicted["step_seconds"] for plan in (apart, at_once)]
     question, plan = in_best_order(p, ask)
     check(question, plan)
@@ -185,7 +189,7 @@ def test_one_order_is_asked_about_where_the_other_is_no_question():
         return plan_greedy(question)
 
     of_one, adapters = several(1), several(5, full=False)
-    for p in (of_one, adapters, together(several(5))):
+    for p in (of_one, adapters, layer_major(several(5))):
         question, plan = in_best_order(p, ask)
         assert question == p and plan == plan_greedy(p)
     assert asked == [False, False, True]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from offload_rt.tensor_spec import IO_ALIGNMENT_BYTES
+from planners.optimiser.orders import layer_major
 from planners.problems.measured import MeasuredSeconds
 from planners.problems.problem import Problem
 from planners.rule.streaming_problem import StreamingProblem
@@ -31,8 +32,8 @@ def by_order(
     ask: Callable[[dict[str, MeasuredSeconds]], Problem],
 ) -> Iterator[Problem]:
     """The question for each of `orders`; `ask` makes it of one after the other, of what layers take by their names."""
-    for layer_major in orders(streaming):
-        if layer_major:
+    for is_layer_major in orders(streaming):
+        if is_layer_major:
             again = {name: replace(taken, kept=None) for name, taken in layers.items()}
             yield together(ask(again), streaming)
         else:
@@ -66,7 +67,4 @@ def together(problem: Problem, streaming: StreamingProblem) -> Problem:
     reserve = device.reserve_bytes + pages + waiting + whole_pages((num - 1) * streaming.thread_bytes)
     device = replace(device, reserve_bytes=reserve, memory_bytes=max(device.memory_bytes, reserve + 1))
     host = replace(host, memory_bytes=max(0, host.memory_bytes - pages))
-    return replace(
-        problem, hardware=replace(problem.hardware, device=device, host=host),
-        workload=replace(workload, layer_major=True),
-    )  # fmt: skip
+    return replace(layer_major(problem), hardware=replace(problem.hardware, device=device, host=host))

@@ -15,10 +15,10 @@ from planners.plans.plan import Plan
 from planners.problems.problem import Problem
 
 GAIN = 0.02
-"""That going together must save, for what it keeps of nobody's activations."""
+"""That going together must save: a loop of `backward` and `step` has nothing of it, only `train_batch` has."""
 
 
-def together(problem: Problem) -> Problem:
+def layer_major(problem: Problem) -> Problem:
     """The question about micro-batches that go through each layer together."""
     can = replace(problem.capabilities, token_policy=False)
     return replace(problem, workload=replace(problem.workload, layer_major=True), capabilities=can)
@@ -33,7 +33,7 @@ def in_best_order(problem: Problem, ask: Callable[[Problem], Plan]) -> tuple[Pro
     apart = ask(problem)
     if not problem.workload.sums_gradients or problem.workload.layer_major:
         return problem, apart
-    question = together(problem)
+    question = layer_major(problem)
     try:
         plan = ask(question)
     except PlanInfeasible:

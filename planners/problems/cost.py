@@ -134,7 +134,7 @@ def fetch_counts(problem: Problem, slots: int, *, later: bool = False) -> list[t
 
 
 def num_chunks(problem: Problem, cuts: Cuts) -> int:
-    """In how many parts a batch, of one micro-batch, goes through a block."""
+    """In how many parts a micro-batch goes through a block."""
     whole = problem.workload.tokens if problem.capabilities.batch_cuts else problem.workload.seq_len
     return -(-whole // cuts.chunk_tokens)
 

@@ -25,8 +25,8 @@ def fixed_device_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
             if knobs.boundary is Tier.DEVICE
             else 2.0 * ITEM_BYTES * workload.hidden * chunk
         )
-        if workload.together > 1:  # inputs and outputs of a layer, of those whose turn it is not
-            items["hidden states of other micro-batches"] = float(workload.boundary_bytes)
+        if knobs.boundary is Tier.DEVICE:
+            items |= _others_hidden_states(problem)
     if knobs.decode_scope is DecodeScope.LAYER:
         items["decoded weights"] += max(c.decoded_bytes for c in classes)
     if cuts.chunk_tokens < workload.seq_len:
@@ -51,10 +51,20 @@ def fixed_host_bytes(problem: Problem, knobs: Knobs) -> dict[str, float]:
     if problem.hardware.unified:
         return items
     if knobs.boundary is Tier.HOST:
-        items["activations between layers"] = float(workload.boundary_bytes)
+        items |= {"activations between layers": float(workload.boundary_bytes), **_others_hidden_states(problem)}
     if knobs.cuts.attention_groups > 1:
         items["attention of a sequence"] = 3.0 * workload.seq_len * max(c.attention_bytes for c in workload.classes)
     return items
+
+
+def _others_hidden_states(problem: Problem) -> dict[str, float]:
+    """A layer has inputs and outputs of those whose turn it is not, where several go through it together. Measured
+    questions have their room for that set apart.
+    """
+    workload = problem.workload
+    if workload.together == 1 or workload.is_measured:
+        return {}
+    return {"hidden states of other micro-batches": float(workload.boundary_bytes)}
 
 
 def ring_slot_bytes(plan: Plan, problem: Problem) -> dict[str, int]:
